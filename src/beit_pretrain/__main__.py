@@ -1,0 +1,178 @@
+"""The command line: `python -m beit_pretrain VERB [+experiment=NAME] [key=value ...]`.
+
+Turns a verb into a Hydra config and that into one function call. Nothing heavy is imported before a verb needs it, so
+that --help answers at once. What the user can mend gets one line and exit code 2, not a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from beit_pretrain.errors import UserError
+
+
+class Verb(NamedTuple):
+    """A verb of the command line: what it does, in which function."""
+
+    about: str
+    function: str  # module:function, taking the composed config
+
+
+VERBS = {
+    "shards": Verb("make, verify or show shards (make|verify|show)", "beit_pretrain.commands:shards"),
+    "fit": Verb("train: a tokenizer, a backbone, a classifier; the experiment says which", "beit_pretrain.runs:fit"),
+    "validate": Verb("metrics of a run on held-out images", "beit_pretrain.runs:validate"),
+    "predict": Verb("class probabilities for a folder of images", "beit_pretrain.commands:predict"),
+    "show": Verb("pictures of what a run learned", "beit_pretrain.commands:show"),
+    "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.demo:demo"),
+}
+
+# Where a missing setting comes from. Said when a config is complete but for it.
+HINTS = {
+    "data.train": "shards of training images; make them with: python -m beit_pretrain shards make src=FOLDER out=DATA, "
+    "then data.train=DATA/train",
+    "tokenizer.path": "OpenAI's encoder.pkl and decoder.pkl (a folder; see data/README.md), or a tokenizer of your own: "
+    "fit +experiment=tokenizer, then tokenizer=dvae tokenizer.path=runs/tokenizer/checkpoints/last.ckpt",
+    "init_from": "the checkpoint of a pre-training run, such as runs/base_22k/checkpoints/last.ckpt "
+    "(or from_scratch=true)",
+    "src": "where the images are: a folder, a tar file, or synthetic",
+    "out": "where to write",
+    "run": "the folder of a run, such as runs/base_22k",
+    "task": "an experiment says it: +experiment=NAME",
+}
+
+
+def config_dir() -> Path:
+    """The folder of configs: inside an installed package, or at the top of a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def experiments() -> dict[str, str]:
+    """Name -> first header line of every experiment."""
+    files = sorted((config_dir() / "experiment").glob("*.yaml"))
+    return {f.stem: next((s[1:].strip() for s in f.read_text().splitlines()[1:] if s.startswith("#")), "") for f in files}
+
+
+def usage() -> str:
+    """The answer to --help."""
+    lines = ["usage: python -m beit_pretrain VERB [+experiment=NAME] [key=value ...]", "", "verbs:"]
+    lines += [f"  {name:10} {verb.about}" for name, verb in VERBS.items()]
+    lines += ["", "experiments (fit +experiment=NAME):"]
+    lines += [f"  {name:20} {about}" for name, about in experiments().items()]
+    lines += ["", "VERB --help shows a verb's settings, VERB ... --cfg the composed config without running it."]
+    return "\n".join(lines)
+
+
+def compose(verb: str, overrides: list[str]):
+    """The verb's config with the user's overrides. Raises UserError, in one line, for whatever does not compose."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = hydra_compose(verb, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error, verb)) from error
+    if verb == "fit" and OmegaConf.is_missing(cfg, "task"):
+        raise UserError(f"say what to train: +experiment=NAME, one of {', '.join(experiments())}")
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if "init_from" in missing and cfg.get("from_scratch"):
+        cfg.init_from = None
+        missing.remove("init_from")
+    if missing:
+        raise UserError("; ".join(f"{key} is missing: {HINTS.get(key, 'set it with ' + key + '=...')}" for key in missing))
+    try:
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from error
+    return cfg
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _explain(error: Exception, verb: str) -> str:
+    """One line for an error of Hydra, whose own messages run over several."""
+    text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
+    line = _first_line(error)
+    if "experiment/" in text and "find" in text:
+        name = text.split("experiment/")[1].split("'")[0].strip()
+        close = difflib.get_close_matches(name, experiments(), 1)
+        guess = f"did you mean {close[0]}? " if close else ""
+        return f"unknown experiment {name!r}; {guess}there are {', '.join(experiments())}"
+    if "is not in struct" in text or "Could not override" in text:
+        key = line.split("'")[1].split("=")[0].lstrip("+~") if "'" in line else line
+        return f"unknown key {key!r} for {verb}; {VERBS_HELP.format(verb=verb)}"
+    return line
+
+
+VERBS_HELP = "python -m beit_pretrain {verb} --help lists the settings"
+
+
+def show_config(verb: str, overrides: list[str]) -> str:
+    """The composed config as YAML, with what is missing as ???."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return OmegaConf.to_yaml(hydra_compose(verb, overrides=overrides))
+
+
+def run(argv: list[str]) -> None:
+    """Carry out one command line. Raises UserError for what the user can mend."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if argv[0] == "--version":
+        print(importlib.import_module("beit_pretrain").__version__)
+        return
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, 1)
+        raise UserError(f"unknown verb {verb!r}; {'did you mean ' + close[0] + '? ' if close else ''}"
+                        f"there are {', '.join(VERBS)}")
+    if "-h" in rest or "--help" in rest:
+        print(f"{verb}: {VERBS[verb].about}\n\n{(config_dir() / (verb + '.yaml')).read_text()}")
+        return
+    if "-m" in rest or "--multirun" in rest:
+        raise UserError("sweeps (-m) are not supported yet; start one run for each setting, each with its own name=")
+    if "--cfg" in rest:
+        print(show_config(verb, [word for word in rest if word not in ("--cfg", "job")]))
+        return
+    if verb == "shards" and rest and "=" not in rest[0]:
+        rest = [f"action={rest[0]}", *rest[1:]]
+    wrong = [word for word in rest if "=" not in word and not word.startswith("~")]
+    if wrong:
+        raise UserError(f"settings are given as key=value, not {wrong[0]!r}")
+    cfg = compose(verb, rest)
+    module, function = VERBS[verb].function.split(":")
+    getattr(importlib.import_module(module), function)(cfg)
+
+
+def main() -> int:
+    """Entry point: exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        run(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has had enough
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

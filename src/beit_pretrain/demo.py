@@ -1,0 +1,155 @@
+"""The demo: the main job from images to a classifier, on two cores in a quarter of an hour, ending with a report.
+
+Shards -> dVAE -> masked image modelling -> fine-tuning on few labels, beside the same network from scratch with the
+same labels and steps. Every stage is the verb that a user would type, with a small experiment.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+
+from beit_pretrain import report
+from beit_pretrain.__main__ import compose
+from beit_pretrain.commands import show
+from beit_pretrain.datamodule import labels
+from beit_pretrain.manifest import contact_sheet
+from beit_pretrain.metrics import read_rows
+from beit_pretrain.reader import ShardReader
+from beit_pretrain.runs import fit
+from beit_pretrain.shards import make_shards
+
+STAGES = ("data", "tokenizer", "pretrain")
+
+
+def demo(cfg: DictConfig) -> dict:
+    """Run all stages and write `report.html` and `report.json` into the run folder. Returns the report's numbers."""
+    started = time.perf_counter()
+    run_dir = Path(cfg.run_dir)
+    for old in [run_dir / stage for stage in STAGES] + sorted(run_dir.glob("finetune-*")):
+        shutil.rmtree(old, ignore_errors=True)
+    timings: dict[str, float] = {}
+
+    def stage(title: str, name: str) -> None:
+        timings[name] = time.perf_counter() - started
+        print(f"\n== {title} ({timings[name]:.0f} s since the start) ==", flush=True)
+
+    stage("1/4 shards", "shards")
+    data = write_shards(cfg, run_dir / "data")
+    stage("2/4 tokenizer: a dVAE", "tokenizer")
+    tokenizer = fit(stage_config(cfg, "demo_tokenizer", f"{cfg.name}/tokenizer", steps=cfg.steps.tokenizer, **data))
+    path = run_dir / "tokenizer/checkpoints/last.ckpt"
+    stage("3/4 pre-training: predict the tokens of masked patches", "pretrain")
+    steps = {"steps": cfg.steps.pretrain, "tokenizer.path": path}
+    pretrained = fit(stage_config(cfg, "demo_pretrain", f"{cfg.name}/pretrain", **steps, **data))
+    stage("4/4 fine-tuning on few labels, and the same from scratch", "finetune")
+    classes = compare(cfg, run_dir, data)
+    draw(run_dir)
+    timings["end"] = time.perf_counter() - started
+    numbers = {
+        "source": "synthetic" if cfg.src == "synthetic" else Path(cfg.src).name,
+        "training_images": ShardReader(data["data.train"]).samples,
+        "masked_token_accuracy": pretrained["val/masked_token_accuracy"],
+        "majority_token_accuracy": pretrained["val/majority_token_accuracy"],
+        "copy_token_accuracy": pretrained["val/copy_token_accuracy"],
+        "codebook_perplexity": pretrained["val/codebook_perplexity"],
+        "codebook_distinct": int(pretrained["val/codebook_distinct"]),
+        "vocab_size": int(read_vocabulary(path)),
+        "reconstruction_mse": tokenizer["val/reconstruction"],
+        "knn_accuracy": last_value(run_dir / "pretrain/metrics.csv", "val/knn_accuracy"),
+        **classes,
+        "seed": int(cfg.seed),
+        "steps": dict(cfg.steps),
+        "stage_starts_s": {name: round(seconds, 1) for name, seconds in timings.items()},
+        "seconds": round(timings["end"], 1),
+        **report.machine(cfg.threads),
+    }
+    page = report.write(numbers, run_dir)
+    print(f"\n{report.summary(numbers)}\n\nreport: {page}", flush=True)
+    return numbers
+
+
+def write_shards(cfg: DictConfig, out: Path) -> dict[str, Path]:
+    """Make the shards; returns the settings that point to them."""
+    if cfg.src == "synthetic":
+        images = cfg.images + cfg.val_images
+        make_shards("synthetic", out, images=images, val=cfg.val_images / images, seed=cfg.seed, size=cfg.resize)
+    else:
+        make_shards(cfg.src, out, val=0.1, seed=cfg.seed, resize=cfg.resize)
+    contact_sheet(out / "train", out / "contact-sheet.png")
+    return {"data.train": out / "train", "data.val": out / "val"}
+
+
+def stage_config(cfg: DictConfig, experiment: str, name: str, **settings) -> DictConfig:
+    """The composed config of one stage."""
+    common = {
+        "name": name,
+        "run_dir": Path(cfg.run_dir) / name.removeprefix(f"{cfg.name}/"),
+        "seed": cfg.seed,
+        "threads": cfg.threads,
+        "data.workers": cfg.workers,
+        "resume": "never",
+    }
+    words = [f"{key}={quoted(value)}" for key, value in {**common, **settings}.items()]
+    return compose("fit", [f"+experiment={experiment}", *words])
+
+
+def quoted(value) -> str:
+    """A value as Hydra's grammar reads it back unchanged, also a path with blanks, '=' or commas."""
+    return "null" if value is None else f"'{value}'" if isinstance(value, (str, Path)) else str(value)
+
+
+def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:
+    """Fine-tune with and without pre-training, over the seeds. None for accuracies where the labels do not allow it."""
+    train, val = (ShardReader(data[f"data.{split}"]) for split in ("train", "val"))
+    classes = len(train.classes)
+    nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0, "classes": classes}
+    both = np.intersect1d(labels(train), labels(val))
+    if (both >= 0).sum() < 2:
+        note = "fewer than two classes have an image in both training and held-out images: nothing to fine-tune on"
+        print(note)
+        return {**nothing, "finetune_note": note}
+    per_class = max(1, min(cfg.per_class, cfg.max_labelled // classes))
+    labelled = int(np.minimum(np.bincount(labels(train)[labels(train) >= 0], minlength=classes), per_class).sum())
+    accuracies: dict[str, list[float]] = {"finetune": [], "scratch": []}
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for kind, extra in (
+            ("finetune", {"init_from": run_dir / "pretrain/checkpoints/last.ckpt"}),
+            # From scratch there is nothing for a layer decay to protect: without it the baseline is stronger.
+            ("scratch", {"from_scratch": "true", "optim.layer_decay": None}),
+        ):
+            settings = {**data, **extra, "data.per_class": per_class, "data.val_images": cfg.val_images}
+            settings |= {"steps": cfg.steps.finetune, "seed": seed}
+            name = f"{cfg.name}/finetune-{kind}-{seed}"
+            accuracies[kind].append(fit(stage_config(cfg, "demo_finetune", name, **settings))["val/accuracy"])
+    return {
+        **{f"{kind}_accuracy": float(np.mean(values)) for kind, values in accuracies.items()},
+        **{f"{kind}_accuracies": values for kind, values in accuracies.items()},
+        "chance_accuracy": 1 / classes,
+        "classes": classes,
+        "labelled_images": labelled,
+        "held_out_images": min(val.samples, cfg.val_images),
+    }
+
+
+def draw(run_dir: Path) -> None:
+    """The pictures of the report that no run has drawn by itself."""
+    for name in ("tokenizer", "pretrain"):
+        show(compose("show", [f"run={quoted(run_dir / name)}", "images=6"]))
+
+
+def read_vocabulary(path: Path) -> int:
+    """Size of the trained codebook."""
+    from beit_pretrain.checkpoint import read_own
+
+    return read_own(path, "tokenizer")[0]["vocab_size"]
+
+
+def last_value(path: Path, metric: str) -> float | None:
+    """The last value of a metric, None if it was never measured."""
+    values = [row[metric] for _, row in sorted(read_rows(path)[1].items()) if metric in row]
+    return values[-1] if values else None

@@ -1,0 +1,52 @@
+"""What people look at: grids of images with captions, hidden patches, curves.
+
+Images are float tensors (B, C, H, W) in [0, 1]; pictures are PIL images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP, CAPTION = 4, 16
+GREY = 0.5
+
+
+def hide(image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
+    """The images with their masked patches grey. The grid is square: N = rows * rows."""
+    rows = int(round(mask_BN.shape[1] ** 0.5))
+    mask_B1hw = mask_BN.view(-1, 1, rows, rows).float()
+    mask = torch.nn.functional.interpolate(mask_B1hw, image_BCHW.shape[-2:], mode="nearest")
+    return image_BCHW * (1 - mask) + GREY * mask
+
+
+def grid(columns: list[Tensor], captions: list[str], cell: int | None = None) -> Image.Image:
+    """One column per tensor of images, one row per image, captions on top. Small images are enlarged to 96 pixels."""
+    side = cell or max(96, int(columns[0].shape[-1]))
+    rows = len(columns[0])
+    canvas = Image.new("RGB", (len(columns) * (side + GAP) + GAP, rows * (side + GAP) + GAP + CAPTION), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default()
+    for x, (images, caption) in enumerate(zip(columns, captions, strict=True)):
+        draw.text((GAP + x * (side + GAP), 2), caption, fill="black", font=font)
+        for y, image in enumerate(images):
+            place = (GAP + x * (side + GAP), CAPTION + GAP + y * (side + GAP))
+            canvas.paste(to_pil(image).resize((side, side), Image.Resampling.NEAREST), place)
+    return canvas
+
+
+def to_pil(image_CHW: Tensor) -> Image.Image:
+    """An RGB picture of one image; one channel becomes grey, of more than three the first three are shown."""
+    image_CHW = image_CHW.detach().float().cpu().clamp(0, 1)
+    image_CHW = image_CHW.expand(3, -1, -1) if image_CHW.shape[0] == 1 else image_CHW[:3]
+    return Image.fromarray((image_CHW.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a picture, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)

@@ -1,0 +1,333 @@
+"""From a composed config to a finished run: build data, network, trainer; fit, validate.
+
+The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/` and `checkpoints/last.ckpt`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from beit_pretrain import checkpoint
+from beit_pretrain.backbone import SIZES, Classifier, MaskedImageModel, patch_grid
+from beit_pretrain.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
+from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData
+from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining, check_vocabulary
+from beit_pretrain.errors import UserError
+from beit_pretrain.finetune import Finetuning, Regularisation
+from beit_pretrain.masking import BlockwiseMask
+from beit_pretrain.metrics import CsvMetrics
+from beit_pretrain.optim import Optim
+from beit_pretrain.pretrain import Pretraining
+from beit_pretrain.tokenizer import view_size
+from beit_pretrain.training import TrainedModule
+from beit_pretrain.views import ClassificationViews, PretrainViews
+
+# What may differ when a run is continued: how it is executed and watched, not what it computes.
+FREE_TO_CHANGE = ("resume", "trainer", "logger", "batch_size", "threads", "log_every", "val_every", "save_every")
+
+
+@dataclass
+class Task:
+    """A module with its data and the callbacks that only this kind of run has."""
+
+    module: TrainedModule
+    data: ShardData
+    callbacks: list
+
+
+def pretrain_task(cfg: DictConfig) -> Task:
+    """Masked image modelling."""
+    grid = patch_grid(cfg.image_size, cfg.patch_size)
+    tokenizer = instantiate(cfg.tokenizer)
+    views = PretrainViews(
+        image_size=cfg.image_size,
+        token_image_size=view_size(grid, tokenizer, cfg.data.token_image_size),
+        scale=tuple(cfg.data.scale),
+        ratio=tuple(cfg.data.ratio),
+        flip=cfg.data.flip,
+        jitter=tuple(cfg.data.jitter),
+        exact=cfg.data.exact,
+    )
+    data = PretrainData(views=views, masking=BlockwiseMask(grid, **cfg.mask), **data_settings(cfg))
+    arguments = {**network(cfg, "image_size", "patch_size"), "vocab_size": tokenizer.vocab_size}
+    module = Pretraining(MaskedImageModel(**arguments), tokenizer, optim(cfg, data.samples), cfg.mean, cfg.std)
+    if cfg.init_from:
+        arguments, state, _ = checkpoint.read_own(cfg.init_from, "mim")
+        checkpoint.load_exactly(module.model, state, cfg.init_from)
+    module.about = {"mean": list(cfg.mean), "std": list(cfg.std), "tokenizer": str(cfg.tokenizer.path)}
+    callbacks: list = []
+    if "val" in data.readers:
+        if cfg.pictures:
+            callbacks.append(MaskedPictures(Path(cfg.run_dir) / "pictures", data, cfg.pictures))
+        if len(data.classes) > 1:
+            callbacks.append(OnlineKNN(data, **cfg.knn))
+    return Task(module, data, callbacks)
+
+
+def tokenizer_task(cfg: DictConfig) -> Task:
+    """Training a dVAE."""
+    check_vocabulary(cfg.model.vocab_size)
+    if cfg.image_size % DiscreteVAE.downsample:
+        raise UserError(f"image_size={cfg.image_size} is not divisible by {DiscreteVAE.downsample}, the pixels per token")
+    data = classification_data(cfg)
+    module = TokenizerTraining(DiscreteVAE(**cfg.model), optim(cfg, data.samples), Relaxation(**cfg.relaxation))
+    return Task(module, data, [])
+
+
+def finetune_task(cfg: DictConfig) -> Task:
+    """Classification."""
+    patch_grid(cfg.image_size, cfg.patch_size)
+    source = None if cfg.from_scratch else checkpoint.read_own(cfg.init_from, "mim")
+    data = classification_data(cfg)
+    if len(data.classes) < 2:
+        raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; fine-tuning needs at least 2")
+    model = Classifier(len(data.classes), **network(cfg, "image_size", "patch_size"))
+    if source is not None:
+        checkpoint.load_backbone(model, source[1], len(model.blocks), cfg.init_from)
+    settings = optim(cfg, data.samples)
+    module = Finetuning(model, settings, Regularisation(**cfg.regularisation), cfg.mean, cfg.std, cfg.seed)
+    module.about = {"mean": list(cfg.mean), "std": list(cfg.std), "classes": list(data.classes)}
+    return Task(module, data, [])
+
+
+TASKS: dict[str, Callable[[DictConfig], Task]] = {
+    "pretrain": pretrain_task,
+    "tokenizer": tokenizer_task,
+    "finetune": finetune_task,
+}
+
+
+def data_settings(cfg: DictConfig) -> dict:
+    """The settings that every data module takes, from the group `data`."""
+    names = ("train", "val", "workers", "window", "streams", "val_batch", "val_images", "per_class")
+    return {
+        "global_batch": cfg.global_batch,
+        "seed": cfg.seed,
+        **{name: cfg.data[name] for name in names if name in cfg.data},
+    }
+
+
+def classification_data(cfg: DictConfig) -> ClassificationData:
+    """One view an image (a tokenizer trains on such views too, without the labels)."""
+    data, size = cfg.data, cfg.image_size
+    crop = {"scale": tuple(data.scale), "ratio": tuple(data.ratio), "flip": data.flip}
+    return ClassificationData(
+        train_views=ClassificationViews(size, True, **crop, auto_augment=data.get("auto_augment")),
+        val_views=ClassificationViews(size, False, crop_ratio=data.get("crop_ratio")),
+        **data_settings(cfg),
+    )
+
+
+def network(cfg: DictConfig, *names: str) -> dict:
+    """Arguments of the network: those of the named size, then what the group `model` sets by itself."""
+    settings = OmegaConf.to_container(cfg.model, resolve=True)
+    assert isinstance(settings, dict)
+    size = settings.pop("size", None)
+    if size is not None and size not in SIZES:
+        raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
+    return {**SIZES.get(size, {}), **settings, **{name: cfg[name] for name in names}}
+
+
+def optim(cfg: DictConfig, samples: int) -> Optim:
+    """Optimiser settings, with a warm-up given in epochs turned into steps."""
+    settings = OmegaConf.to_container(cfg.optim, resolve=True)
+    assert isinstance(settings, dict)
+    epochs = settings.pop("warmup_epochs")
+    if epochs is not None:
+        settings["warmup_steps"] = round(epochs * samples / cfg.global_batch)
+    return Optim(**settings)
+
+
+def total_steps(cfg: DictConfig, samples: int) -> int:
+    """Optimiser steps of the run, from `steps` or `epochs`."""
+    if (cfg.steps is None) == (cfg.epochs is None):
+        raise UserError("set the length of the run by either steps=N or epochs=N")
+    steps = cfg.steps if cfg.steps is not None else int(cfg.epochs * samples / cfg.global_batch)
+    if steps < 1:
+        raise UserError(f"the run has {steps} steps: {samples} images make no global batch of {cfg.global_batch}")
+    return int(steps)
+
+
+def micro_batches(global_batch: int, batch_size: int, world: int) -> int:
+    """Micro-batches per process and optimiser step. Raises UserError if the numbers do not divide."""
+    if batch_size < 1 or global_batch < 1:
+        raise UserError(f"batch_size={batch_size} and global_batch={global_batch} must be at least 1")
+    share = global_batch // world
+    if global_batch % world or share % min(batch_size, share):
+        raise UserError(
+            f"global_batch={global_batch} is not a multiple of batch_size={batch_size} times {world} processes"
+        )
+    return share // min(batch_size, share)
+
+
+def make_trainer(cfg: DictConfig, run_dir: Path, steps: int, callbacks: list, loggers: list) -> Trainer:
+    """Lightning's Trainer: it runs the loop; gradients, batches and metrics are the modules' own."""
+    settings = dict(cfg.trainer)
+    if settings["precision"] == "auto":
+        wanted = settings["accelerator"] in ("auto", "gpu", "cuda")
+        gpu = wanted and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        settings["precision"] = "bf16-mixed" if gpu else "32-true"
+    trainer = Trainer(
+        **settings,
+        max_steps=steps,
+        logger=loggers,
+        callbacks=callbacks,
+        default_root_dir=run_dir,
+        use_distributed_sampler=False,  # batches are dealt to processes by their positions
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        plugins=[checkpoint.AtomicCheckpointIO()],
+    )
+    accumulate = micro_batches(cfg.global_batch, cfg.batch_size, trainer.world_size)
+    trainer.accumulate_grad_batches = accumulate
+    trainer.val_check_interval = min(cfg.val_every, steps) * accumulate
+    return trainer
+
+
+def make_loggers(cfg: DictConfig, run_dir: Path) -> list:
+    """metrics.csv always; W&B if the config says so."""
+    loggers: list = [CsvMetrics(run_dir / "metrics.csv")]
+    if cfg.logger.kind == "wandb":
+        from beit_pretrain.weights_and_biases import wandb_logger
+
+        loggers.append(wandb_logger(cfg, run_dir))
+    elif cfg.logger.kind != "csv":
+        raise UserError(f"logger.kind={cfg.logger.kind} is not one of csv, wandb")
+    return loggers
+
+
+def fit(cfg: DictConfig) -> dict[str, float]:
+    """Train what the config describes; returns the last validation metrics."""
+    if cfg.task not in TASKS:
+        raise UserError(f"task={cfg.task} is not one of {', '.join(TASKS)}")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    task = TASKS[cfg.task](cfg)
+    steps = total_steps(cfg, task.data.samples)
+    run_dir = Path(cfg.run_dir)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    resume = prepare_folder(cfg, run_dir, last)
+    loggers = make_loggers(cfg, run_dir)
+    saver = ModelCheckpoint(
+        last.parent, "last", every_n_train_steps=cfg.save_every, enable_version_counter=False, save_top_k=1
+    )
+    callbacks = [ProgressBar(refresh_rate=10), Throughput(), *task.callbacks, saver]
+    if cfg.task == "finetune" and "val" in task.data.readers:
+        callbacks.append(ModelCheckpoint(last.parent, "best", monitor="val/accuracy", mode="max", save_top_k=1))
+    trainer = make_trainer(cfg, run_dir, steps, callbacks, loggers)
+    task.module.log_every = cfg.log_every
+    if trainer.is_global_zero:
+        print(introduce(cfg, task, steps, trainer), flush=True)
+    if resume:
+        done = checkpoint.read(last).get("global_step", 0)
+        loggers[0].cut_back(done)
+        print(f"continuing {cfg.name} after step {done}", flush=True)
+    trainer.fit(task.module, task.data, ckpt_path=str(last) if resume else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    trainer.save_checkpoint(last, weights_only=False)
+    print(f"saved {last}", flush=True)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
+    """The few lines a person wants to see before a run of two weeks starts."""
+    parameters = sum(p.numel() for p in task.module.model.parameters())
+    settings = task.module.optim
+    accumulate = trainer.accumulate_grad_batches
+    share = cfg.global_batch // trainer.world_size // accumulate
+    return "\n".join(
+        (
+            f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",
+            f"  {steps:,} steps of {cfg.global_batch} ({trainer.world_size} processes x {share} images x {accumulate}), "
+            f"{steps * cfg.global_batch / task.data.samples:.4g} epochs, precision {trainer.precision}",
+            f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
+            f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",
+            f"  folder {cfg.run_dir}",
+        )
+    )
+
+
+def prepare_folder(cfg: DictConfig, run_dir: Path, last: Path) -> bool:
+    """Make the run's folder and write its config. Returns True if the run goes on from its last checkpoint.
+
+    Raises UserError if the folder holds a run of other settings.
+    """
+    if cfg.resume not in ("auto", "never"):
+        raise UserError(f"resume={cfg.resume} is not one of auto, never")
+    resume = cfg.resume == "auto" and last.is_file()
+    config = run_dir / "config.yaml"
+    if resume and config.is_file():
+        old, new = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        different = sorted(differences(OmegaConf.to_container(old), OmegaConf.to_container(new)))
+        if different:
+            raise UserError(
+                f"{run_dir} holds a run with other settings ({'; '.join(different[:3])}"
+                f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
+            )
+    if cfg.resume == "never" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        for what in ("checkpoints", "pictures"):
+            shutil.rmtree(run_dir / what, ignore_errors=True)
+        (run_dir / "metrics.csv").unlink(missing_ok=True)
+    elif not resume:
+        (run_dir / "metrics.csv").unlink(missing_ok=True)  # left by a run that died before its first checkpoint
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, config, resolve=True)
+    return resume
+
+
+def differences(old, new, path: str = "") -> list[str]:
+    """Settings that differ, as "key: old -> new", less those that are free to change."""
+    if path in FREE_TO_CHANGE or path == "data.workers":
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[DictConfig, Task]:
+    """Config and task of a finished (or running) run, with the weights of its last checkpoint."""
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not the folder of a run (it has no config.yaml)")
+    cfg = OmegaConf.load(run / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg = OmegaConf.merge(cfg, overrides or {})
+    last = run / "checkpoints" / "last.ckpt"
+    if "init_from" in cfg:  # the run's own weights follow: where they once came from need not exist any more
+        cfg.init_from = None
+    if "from_scratch" in cfg:
+        cfg.from_scratch = True
+    task = TASKS[cfg.task](cfg)
+    _, state, _ = checkpoint.read_own(last, task.module.kind)
+    checkpoint.load_exactly(task.module.model, state, last)
+    return cfg, task
+
+
+def validate(cfg: DictConfig) -> dict[str, float]:
+    """Metrics of a run's last checkpoint on held-out images; prints and returns them."""
+    overrides = OmegaConf.create({"data": {"val": cfg.data.val}} if cfg.data.val else {})
+    run_cfg, task = load_run(cfg.run, overrides)
+    if "val" not in task.data.readers:
+        raise UserError("the run has no held-out images; give data.val=FOLDER")
+    run_cfg.trainer = cfg.trainer
+    trainer = make_trainer(run_cfg, Path(cfg.run), 1, [ProgressBar()], [])
+    trainer.validate(task.module, task.data, verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for name, value in sorted(metrics.items()):
+        print(f"{name:32} {value:.4f}")
+    return metrics

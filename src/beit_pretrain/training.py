@@ -1,0 +1,96 @@
+"""What every LightningModule of the project shares: optimiser, gradient norm and clip, metrics, what a checkpoint says.
+
+Metrics are summed on the device and read every `log_every` optimiser steps, as means over all micro-batches and
+processes since then, so that the training loop never waits for the device to print a number.
+"""
+
+from __future__ import annotations
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from beit_pretrain import optim as optimisation
+from beit_pretrain.optim import Optim
+
+PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
+
+
+class TrainedModule(LightningModule):
+    """A network, its optimiser settings and its metrics.
+
+    Args:
+        model: the network; its `config` (plain keyword arguments) goes into the checkpoint.
+        optim: optimiser settings.
+    """
+
+    kind: str  # what a checkpoint of this module holds: "mim", "classifier" or "tokenizer"
+
+    def __init__(self, model: nn.Module, optim: Optim):
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
+        self.log_every = 50
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def configure_optimizers(self):
+        depth = len(self.model.blocks) if hasattr(self.model, "blocks") else 0
+        return optimisation.configure(self.model, self.optim, int(self.trainer.max_steps), depth)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Rescale and clip here and not by Lightning: its clip refuses fused AdamW under bf16, and knows no scale."""
+        norm = optimisation.clip_gradients(self.model.parameters(), self.optim.clip, self.gradient_scale())
+        self.track(gradient_norm=norm, lr=optimizer.param_groups[-1]["lr"])
+
+    def gradient_scale(self) -> Tensor | float:
+        """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""
+        return 1.0
+
+    def track(self, **metrics: Tensor | float) -> None:
+        """Add values to the means that the next flush writes as `train/<name>`."""
+        for name, value in metrics.items():
+            value = torch.as_tensor(value, device=self.device).detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        last_micro_batch = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if last_micro_batch and (step % self.log_every == 0 or step == self.trainer.max_steps):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the means since the last flush to the loggers and the progress bar."""
+        names = sorted(self._sums)
+        if not names:
+            return
+        means = torch.stack([self._sums[n].to(self.device) / self._counts[n] for n in names])
+        values = self.sum_over_processes(means) / self.trainer.world_size
+        self._sums, self._counts = {}, {}
+        metrics = {f"train/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
+        bar = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
+        self.log_dict(bar, prog_bar=True, logger=False)
+        self.emit(metrics)
+
+    def log_validation(self, metrics: dict[str, Tensor | float]) -> None:
+        """Write `val/<name>`: to the loggers, and to Lightning for callbacks that watch a metric."""
+        values = {f"val/{name}": float(value) for name, value in metrics.items()}
+        self.log_dict(values, logger=False)
+        if not self.trainer.sanity_checking:
+            self.emit(values)
+
+    def emit(self, metrics: dict[str, float]) -> None:
+        """Hand metrics to every logger, at the number of optimiser steps taken so far."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def sum_over_processes(self, values: Tensor | None) -> Tensor:
+        """The sum over all processes (the tensor itself in a run of one)."""
+        assert values is not None
+        return self.trainer.strategy.reduce(values, reduce_op="sum")
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Say in plain containers what the file holds, so that `checkpoint.read_own` can rebuild the network."""
+        checkpoint["beit_pretrain"] = {"kind": self.kind, "model": dict(self.model.config), **self.about}

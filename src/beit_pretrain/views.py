@@ -1,0 +1,240 @@
+"""From a decoded image to what the networks see: crops, flips, colour jitter, normalisation (RECIPE sections 1 and 5).
+
+Workers crop and resize and send uint8; jitter and normalisation run batched on the training device, with the same
+jitter for both views (`color_jitter`). `exact=True` keeps the authors' order instead: jitter and flip of the whole
+image with PIL, then the crops.
+
+Shapes: B batch, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit_pretrain.images import to_rgb
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
+BRIGHTNESS, CONTRAST, SATURATION = range(3)
+
+
+class Crop(NamedTuple):
+    """A box in pixels of the original image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Jitter(NamedTuple):
+    """Colour jitter of one image: the factor of brightness, contrast and saturation, and the order they come in."""
+
+    factors: np.ndarray  # (3,) float32, 1 = unchanged
+    order: np.ndarray  # (3,) int64, a permutation of BRIGHTNESS, CONTRAST, SATURATION
+
+
+def draw_crop(
+    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Crop:
+    """A random resized crop's box: area uniform in `scale`, aspect log-uniform in `ratio`, ten tries, else central."""
+    area = width * height
+    for _ in range(10):
+        target = area * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return Crop(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
+    return Crop((height - h) // 2, (width - w) // 2, h, w)
+
+
+def draw_jitter(rng: np.random.Generator, strength: tuple[float, float, float]) -> Jitter:
+    """Factors uniform in [1 - s, 1 + s] (not below 0) for each of the three strengths, in random order."""
+    low, high = np.maximum(0, 1 - np.asarray(strength)), 1 + np.asarray(strength)
+    return Jitter(rng.uniform(low, high).astype(np.float32), rng.permutation(3))
+
+
+def resized_crop(image: Image.Image, crop: Crop, size: int, resample: Image.Resampling) -> Image.Image:
+    """Crop, then resize to (size, size): torchvision's `resized_crop` on a PIL image."""
+    top, left, height, width = crop
+    return image.crop((left, top, left + width, top + height)).resize((size, size), resample)
+
+
+def to_array(image: Image.Image, flip: bool = False) -> np.ndarray:
+    """uint8 (C, H, W) of an RGB image."""
+    array = np.asarray(image)
+    return np.ascontiguousarray((array[:, ::-1] if flip else array).transpose(2, 0, 1))
+
+
+@dataclass(frozen=True)
+class PretrainViews:
+    """The two views of one crop: for the backbone (bicubic) and for the tokenizer (Lanczos).
+
+    Args:
+        image_size, token_image_size: sides in pixels (224 and 112 in the paper's runs).
+        scale, ratio: area and aspect of the random resized crop.
+        flip: probability of a horizontal flip.
+        jitter: strengths of brightness, contrast and saturation.
+        exact: the authors' order (jitter and flip of the whole image with PIL, then crop), full decoding.
+    """
+
+    image_size: int = 224
+    token_image_size: int = 112
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: tuple[float, float, float] = (0.4, 0.4, 0.4)
+    exact: bool = False
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """`image` and `token_image` as uint8 (C, H, W), `jitter_factors` (3,) and `jitter_order` (3,).
+
+        With `exact` the jitter has been applied and the factors are 1.
+        """
+        jitter = draw_jitter(rng, self.jitter)
+        flip = bool(rng.random() < self.flip)
+        crop = draw_crop(rng, *image.size, self.scale, self.ratio)
+        if self.exact:
+            image = _pil_jitter(to_rgb(image), jitter)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+            jitter, flip = jitter._replace(factors=np.ones(3, np.float32)), False
+        else:
+            image, crop = scaled_decode(image, crop, max(self.image_size, self.token_image_size))
+        return {
+            "image": to_array(resized_crop(image, crop, self.image_size, Image.Resampling.BICUBIC), flip),
+            "token_image": to_array(resized_crop(image, crop, self.token_image_size, Image.Resampling.LANCZOS), flip),
+            "jitter_factors": jitter.factors,
+            "jitter_order": jitter.order,
+        }
+
+
+@dataclass(frozen=True)
+class ClassificationViews:
+    """Training view (random resized crop, flip, optional RandAugment) or evaluation view (resize, centre crop).
+
+    Args:
+        image_size: side in pixels.
+        train: which of the two.
+        scale, ratio, flip: of the random resized crop.
+        auto_augment: timm's name of a RandAugment policy, such as `rand-m9-mstd0.5-inc1`; None = none.
+        crop_ratio: evaluation resizes the shorter side to image_size / crop_ratio (None: .875 below 384, 1 from there).
+    """
+
+    image_size: int = 224
+    train: bool = True
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    auto_augment: str | None = None
+    crop_ratio: float | None = None
+    _augment: list = field(default_factory=list, repr=False, compare=False)  # timm's transform, built at first use
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """`image` as uint8 (C, H, W)."""
+        if not self.train:
+            return {"image": to_array(centre_view(image, self.image_size, self.crop_ratio))}
+        crop = draw_crop(rng, *image.size, self.scale, self.ratio)
+        flip = bool(rng.random() < self.flip)
+        image, crop = scaled_decode(image, crop, self.image_size)
+        view = resized_crop(image, crop, self.image_size, Image.Resampling.BICUBIC)
+        if self.auto_augment:
+            view = self._randaugment(view, rng)
+        return {"image": to_array(view, flip)}
+
+    def _randaugment(self, view: Image.Image, rng: np.random.Generator) -> Image.Image:
+        if not self._augment:
+            from timm.data.auto_augment import auto_augment_transform
+
+            fill = tuple(round(255 * m) for m in IMAGENET_MEAN)
+            shift = int(self.image_size * 0.45)
+            self._augment.append(auto_augment_transform(self.auto_augment, {"translate_const": shift, "img_mean": fill}))
+        # timm draws from the global generators: seed them by the position, so that workers cannot matter.
+        seed = int(rng.integers(2**32))
+        random.seed(seed)
+        np.random.seed(seed)
+        return self._augment[0](view)
+
+
+def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None) -> Image.Image:
+    """Evaluation view: shorter side to size / crop_ratio (bicubic), then the central (size, size) crop."""
+    if crop_ratio is None:
+        crop_ratio = 0.875 if size < 384 else 1.0
+    shorter = math.floor(size / crop_ratio)
+    # Decode JPEGs at twice the size that is needed: the bicubic filter then still sees every detail that counts.
+    image.draft(None, (shorter * 2, shorter * 2)) if image.format == "JPEG" and min(image.size) > shorter * 2 else None
+    image = to_rgb(image)
+    width, height = image.size
+    factor = shorter / min(width, height)
+    image = image.resize(
+        (max(size, round(width * factor)), max(size, round(height * factor))), Image.Resampling.BICUBIC
+    )
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def scaled_decode(image: Image.Image, crop: Crop, size: int) -> tuple[Image.Image, Crop]:
+    """Decode to RGB, JPEGs at 1/2, 1/4 or 1/8 of their size where the crop still keeps `size` pixels a side.
+
+    Returns the image and the crop in its pixels. The DCT's own averaging stands for the first halvings of the resize.
+    """
+    if image.format == "JPEG":
+        width, height = image.size
+        factor = min(crop.height, crop.width) / size
+        if factor >= 2:
+            image.draft(None, (math.ceil(width / factor), math.ceil(height / factor)))
+            sx, sy = image.width / width, image.height / height
+            top, left = int(crop.top * sy), int(crop.left * sx)
+            h, w = max(1, round(crop.height * sy)), max(1, round(crop.width * sx))
+            crop = Crop(min(top, image.height - h), min(left, image.width - w), h, w)
+    return to_rgb(image), crop
+
+
+def _pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
+    from torchvision.transforms import functional as F  # an exact view only: torchvision is slow to import
+
+    adjust = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
+    for operation in jitter.order:
+        image = adjust[int(operation)](image, float(jitter.factors[operation]))
+    return image
+
+
+def color_jitter(image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor) -> Tensor:
+    """Colour jitter of a batch of RGB images in [0, 1], each with its own factors and order; differentiable shapes only.
+
+    Every operation blends the image with a reference (black, its mean grey, its grey image), as torchvision's do.
+    """
+    if image_BCHW.shape[1] != 3:
+        return image_BCHW  # saturation and grey are defined for RGB
+    weight_3 = image_BCHW.new_tensor([0.2989, 0.587, 0.114])
+    for slot in range(3):
+        operation_B111 = order_B3[:, slot].view(-1, 1, 1, 1)
+        factor_B111 = factors_B3.gather(1, order_B3[:, slot : slot + 1]).to(image_BCHW.dtype).view(-1, 1, 1, 1)
+        grey_B1HW = torch.einsum("bchw,c->bhw", image_BCHW, weight_3).unsqueeze(1)
+        mean_B111 = grey_B1HW.mean(dim=(1, 2, 3), keepdim=True)
+        reference = torch.where(operation_B111 == CONTRAST, mean_B111, grey_B1HW)
+        reference = torch.where(operation_B111 == BRIGHTNESS, torch.zeros_like(reference), reference)
+        image_BCHW = torch.lerp(reference.expand_as(image_BCHW), image_BCHW, factor_B111).clamp(0, 1)
+    return image_BCHW
+
+
+def normalise(image_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(image - mean) / std per channel."""
+    mean_C11 = image_BCHW.new_tensor(mean).view(-1, 1, 1)
+    return (image_BCHW - mean_C11) / image_BCHW.new_tensor(std).view(-1, 1, 1)
+
+
+def jittered_views(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Both views of a batch in [0, 1] float32 on the batch's device, jittered alike: (backbone's, tokenizer's)."""
+    views = (batch["image"].float() / 255, batch["token_image"].float() / 255)
+    image, token_image = (color_jitter(v, batch["jitter_factors"], batch["jitter_order"]) for v in views)
+    return image, token_image
