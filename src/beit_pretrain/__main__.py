@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ VERBS = {
 HINTS = {
     "data.train": "shards of training images; make them with: python -m beit_pretrain shards make src=FOLDER out=DATA, "
     "then data.train=DATA/train",
-    "tokenizer.path": "OpenAI's encoder.pkl and decoder.pkl (a folder; see data/README.md), or a tokenizer of your own: "
+    "tokenizer.path": "OpenAI's encoder.pkl and decoder.pkl (a folder; data/README.md), or a tokenizer of your own: "
     "fit +experiment=tokenizer, then tokenizer=dvae tokenizer.path=runs/tokenizer/checkpoints/last.ckpt",
     "init_from": "the checkpoint of a pre-training run, such as runs/base_22k/checkpoints/last.ckpt "
     "(or from_scratch=true)",
@@ -55,7 +56,9 @@ def config_dir() -> Path:
 def experiments() -> dict[str, str]:
     """Name -> first header line of every experiment."""
     files = sorted((config_dir() / "experiment").glob("*.yaml"))
-    return {f.stem: next((s[1:].strip() for s in f.read_text().splitlines()[1:] if s.startswith("#")), "") for f in files}
+    return {
+        f.stem: next((s[1:].strip() for s in f.read_text().splitlines()[1:] if s.startswith("#")), "") for f in files
+    }
 
 
 def usage() -> str:
@@ -88,7 +91,9 @@ def compose(verb: str, overrides: list[str]):
         cfg.init_from = None
         missing.remove("init_from")
     if missing:
-        raise UserError("; ".join(f"{key} is missing: {HINTS.get(key, 'set it with ' + key + '=...')}" for key in missing))
+        raise UserError(
+            "; ".join(f"{key} is missing: {HINTS.get(key, 'set it with ' + key + '=...')}" for key in missing)
+        )
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
@@ -104,8 +109,10 @@ def _explain(error: Exception, verb: str) -> str:
     """One line for an error of Hydra, whose own messages run over several."""
     text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
     line = _first_line(error)
-    if "experiment/" in text and "find" in text:
-        name = text.split("experiment/")[1].split("'")[0].strip()
+    if override := getattr(error, "override", None):
+        return f"cannot read the setting {override!r}: {line}"
+    if found := re.search(r"Could not find 'experiment/([^']*)'", text):
+        name = found[1]
         close = difflib.get_close_matches(name, experiments(), 1)
         guess = f"did you mean {close[0]}? " if close else ""
         return f"unknown experiment {name!r}; {guess}there are {', '.join(experiments())}"
@@ -139,8 +146,9 @@ def run(argv: list[str]) -> None:
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, 1)
-        raise UserError(f"unknown verb {verb!r}; {'did you mean ' + close[0] + '? ' if close else ''}"
-                        f"there are {', '.join(VERBS)}")
+        raise UserError(
+            f"unknown verb {verb!r}; {'did you mean ' + close[0] + '? ' if close else ''}there are {', '.join(VERBS)}"
+        )
     if "-h" in rest or "--help" in rest:
         print(f"{verb}: {VERBS[verb].about}\n\n{(config_dir() / (verb + '.yaml')).read_text()}")
         return

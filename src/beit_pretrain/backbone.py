@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.models.beit import Beit
@@ -97,7 +98,7 @@ class MaskedImageModel(Beit):
         self.lm_head = nn.Linear(embed_dim, vocab_size)
         init_for_pretraining(self)
 
-    def forward(self, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
+    def forward(self, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:  # type: ignore[override]
         """Logits (M, V) of the masked patches, row-major over the batch (as in `logits = model(image)[mask]`)."""
         return self.lm_head(self.encode(image_BCHW, mask_BN)[:, 1:][mask_BN])
 
@@ -174,7 +175,7 @@ class Classifier(Beit):
         return block_outputs(self, embed(self, image_BCHW))
 
 
-def embed(model: Beit, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tensor:
     """Patch embeddings with [CLS] in front, (B, 1 + N, D). A masked patch's embedding IS the mask token.
 
     The replacement comes before any position is added, and through `where`: no pixel of a masked patch is left.
@@ -235,6 +236,7 @@ def _init(model: Beit, draw: Callable[[Tensor], None], patch_conv: bool) -> None
     draw(model.cls_token)
     if model.pos_embed is not None:
         draw(model.pos_embed)
+    block: Any
     for layer, block in enumerate(model.blocks, start=1):  # residual branches start smaller the deeper they sit
         block.attn.proj.weight.div_(math.sqrt(2 * layer))
         block.mlp.fc2.weight.div_(math.sqrt(2 * layer))

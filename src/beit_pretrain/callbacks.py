@@ -14,7 +14,6 @@ from torch import Tensor
 from beit_pretrain import pictures
 from beit_pretrain.datamodule import ShardData, ShardDataset
 from beit_pretrain.pretrain import Pretraining
-from beit_pretrain.training import TrainedModule
 from beit_pretrain.views import ClassificationViews, jittered_views, normalise
 
 
@@ -53,7 +52,7 @@ class Throughput(Callback):
         if self._ended is not None:
             self._waited += now - self._ended
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: TrainedModule, outputs, batch: dict, batch_idx) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module, outputs, batch: dict, batch_idx) -> None:
         self._images += len(batch["position"]) * trainer.world_size
         now = time.perf_counter()
         last_micro_batch = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -84,7 +83,7 @@ class MaskedPictures(Callback):
     def __init__(self, folder: Path, data: ShardData, images: int = 6):
         self.folder, self.data, self.images = folder, data, images
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Pretraining) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         batch = first_images(self.data.eval_dataset("val"), self.images, pl_module.device)
@@ -135,7 +134,7 @@ class OnlineKNN(Callback):
     def __init__(self, data: ShardData, bank: int = 2000, queries: int = 500, k: int = 10):
         self.data, self.bank, self.queries, self.k = data, bank, queries, k
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: TrainedModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or len(self.data.classes) < 2:
             return
         views = ClassificationViews(pl_module.model.patch_embed.img_size[0], train=False)
@@ -146,7 +145,7 @@ class OnlineKNN(Callback):
             logger.log_metrics({"val/knn_accuracy": accuracy}, step=trainer.global_step)
 
     @torch.no_grad()
-    def _features(self, module: TrainedModule, split: str, count: int, views) -> tuple[Tensor, Tensor]:
+    def _features(self, module: Pretraining, split: str, count: int, views) -> tuple[Tensor, Tensor]:
         dataset = self.data.eval_dataset(split, views=views)
         dataset.masking = None
         layer = max(1, round(len(module.model.blocks) * 0.75)) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -50,13 +51,15 @@ def read_own(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict
     if not isinstance(about, dict) or "state_dict" not in content:
         raise UserError(f"{path} was not written by beit_pretrain fit ({_looks_like(content)})")
     if about.get("kind") != kind:
-        raise UserError(f"{path} holds {KINDS.get(about.get('kind'), 'something else')}; {KINDS[kind]} is needed here")
+        raise UserError(
+            f"{path} holds {KINDS.get(str(about.get('kind')), 'something else')}; {KINDS[kind]} is needed here"
+        )
     state = {name.removeprefix("model."): tensor for name, tensor in content["state_dict"].items()}
     return dict(about["model"]), state, about
 
 
 def kind_of(path: str | Path) -> str:
-    """"mim", "classifier" or "tokenizer". Raises UserError if the file is not one of ours."""
+    """ "mim", "classifier" or "tokenizer". Raises UserError if the file is not one of ours."""
     about = read(path).get("beit_pretrain")
     if not isinstance(about, dict) or about.get("kind") not in KINDS:
         raise UserError(f"{path} was not written by beit_pretrain fit")
@@ -93,7 +96,9 @@ def load_backbone(classifier: nn.Module, state: dict[str, Tensor], depth: int, s
         parts = {"missing": missing, "unexpected": unexpected, "other shape": other}
         raise UserError(
             f"init_from={source} does not fit this network ("
-            + "; ".join(f"{what}: {', '.join(names[:3])}, {len(names)} in all" for what, names in parts.items() if names)
+            + "; ".join(
+                f"{what}: {', '.join(names[:3])}, {len(names)} in all" for what, names in parts.items() if names
+            )
             + "); image_size, patch_size and model must be those of its pre-training"
         )
     classifier.load_state_dict(state, strict=False)
@@ -102,7 +107,9 @@ def load_backbone(classifier: nn.Module, state: dict[str, Tensor], depth: int, s
 def load_exactly(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """`load_state_dict` whose error is one line. Raises UserError if a name or a shape differs."""
     own = model.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) + sorted(n for n in own.keys() & state.keys() if own[n].shape != state[n].shape)
+    wrong = sorted(own.keys() ^ state.keys()) + sorted(
+        n for n in own.keys() & state.keys() if own[n].shape != state[n].shape
+    )
     if wrong:
         raise UserError(f"{source} does not fit this network: {', '.join(wrong[:3])} ({len(wrong)} tensors differ)")
     model.load_state_dict(state)
@@ -113,14 +120,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.partial")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"checkpoint {path} cannot be written: {error.strerror or error}") from error
+        except BaseException as error:
+            with suppress(OSError):
+                temporary.unlink()
+            # torch.save turns the OSError of a full disk into a RuntimeError about its own position.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, OSError):
+                raise UserError(f"checkpoint {path} cannot be written: {cause.strerror or cause}") from error
+            raise

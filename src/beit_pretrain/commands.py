@@ -67,7 +67,7 @@ def show(cfg: DictConfig) -> None:
 def predict(cfg: DictConfig) -> None:
     """Write the top classes of every image as CSV: file, rank, class, probability. Bad files are listed, not fatal."""
     from beit_pretrain.finetune import ImageClassifier
-    from beit_pretrain.images import MAX_PIXELS, opened, reason
+    from beit_pretrain.images import opened, reason
     from beit_pretrain.sources import list_images, read_candidate
 
     classifier = ImageClassifier(cfg.init_from)
@@ -79,7 +79,7 @@ def predict(cfg: DictConfig) -> None:
         images, names = [], []
         for candidate in files[start : start + cfg.batch_size]:
             try:
-                with opened(read_candidate(candidate), MAX_PIXELS) as image:
+                with opened(read_candidate(candidate)) as image:
                     images.append(classifier.view(image))
                 names.append(candidate.key)
             except Exception as error:  # Pillow's decoders raise nearly everything on broken files

@@ -93,14 +93,14 @@ class ShardDataset(Dataset):
         """The arrays of one position; a pure function of the seed, the shards and the position."""
         address = self.order.sample_at(position)
         if self.subset is not None:
-            address = Sample(*(int(i) for i in self.subset[address.index]))
-        image, label = self.reader.open(address)
+            address = Sample(*(int(i) for i in self.subset[address.row]))
         try:
+            image, label = self.reader.open(address)
             arrays = self.views(image, generator(self.seed, position, VIEW))
         except (OSError, ValueError, SyntaxError) as error:
             shard = self.reader.folder / self.reader.names[address.shard]
-            raise UserError(f"sample {address.index} of {shard} cannot be decoded: {error}") from error
-        arrays |= {"label": np.int64(label), "position": np.int64(position)}
+            raise UserError(f"sample {address.row} of {shard} cannot be decoded: {error}") from error
+        arrays |= {"label": np.asarray(label, np.int64), "position": np.asarray(position, np.int64)}
         if self.masking is not None:
             mask = self.masking.draw(generator(self.seed, position, MASK)).reshape(-1)
             index = np.full(self.masking.max_patches, -1, np.int64)
@@ -241,7 +241,9 @@ class PretrainData(ShardData):
 class ClassificationData(ShardData):
     """One view of every image with its label: augmented in training, resized and centre-cropped in validation."""
 
-    def __init__(self, train, val=None, *, train_views: ClassificationViews, val_views: ClassificationViews, **settings):
+    def __init__(
+        self, train, val=None, *, train_views: ClassificationViews, val_views: ClassificationViews, **settings
+    ):
         super().__init__(train, val, **settings)
         self._views = {"train": train_views, "val": val_views}
 

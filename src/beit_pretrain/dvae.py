@@ -1,8 +1,8 @@
 """A discrete VAE that users train on their own images, and its LightningModule.
 
 The tokenizer of BEiT (section 2.2) is DALL-E's dVAE; whoever has no use for OpenAI's weights (X-rays, satellite tiles)
-trains one here: Gumbel-softmax relaxation with an annealed temperature (Ramesh et al. 2021, section 2.1), reconstruction
-loss, and two weights against a dead codebook.
+trains one here: Gumbel-softmax relaxation with an annealed temperature (Ramesh et al. 2021, section 2.1),
+reconstruction loss, and two weights against a dead codebook.
 
 Shapes: B batch, C channels, H W pixels, h w tokens (8 pixels each way), V vocabulary.
 """
@@ -48,8 +48,11 @@ class DiscreteVAE(nn.Module):
     """
 
     downsample = 8
+    vocab_size: int
 
-    def __init__(self, vocab_size: int = 8192, width: int = 64, blocks: int = 2, code_dim: int = 128, in_chans: int = 3):
+    def __init__(
+        self, vocab_size: int = 8192, width: int = 64, blocks: int = 2, code_dim: int = 128, in_chans: int = 3
+    ):
         super().__init__()
         self.config = dict(vocab_size=vocab_size, width=width, blocks=blocks, code_dim=code_dim, in_chans=in_chans)
         self.vocab_size = vocab_size
@@ -144,6 +147,7 @@ class TokenizerTraining(TrainedModule):
     """Trains a `DiscreteVAE`. Logs loss, reconstruction error, both KL terms and the codebook's use."""
 
     kind = "tokenizer"
+    model: DiscreteVAE
 
     def __init__(self, model: DiscreteVAE, optim: Optim, relaxation: Relaxation):
         super().__init__(model, optim)

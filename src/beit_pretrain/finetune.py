@@ -43,6 +43,7 @@ class Finetuning(TrainedModule):
     """Trains a classifier; validates top-1 and top-5 over every image exactly once, on any number of processes."""
 
     kind = "classifier"
+    model: Classifier
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 EXTENSIONS |= {"JPEG2000": "jp2", "AVIF": "avif", "PPM": "ppm", "ICO": "ico", "TGA": "tga", "PCX": "pcx", "SGI": "sgi"}
 IMAGE_EXTENSIONS = frozenset(EXTENSIONS.values()) | {"jpeg", "tif", "pgm", "pbm"}
-MAX_PIXELS = 179_000_000  # of one image; from about here on Pillow itself takes an image for a decompression bomb
+MAX_PIXELS = 179_000_000  # of an image; about where Pillow, too, refuses one as a decompression bomb
 
 
 @contextmanager
@@ -63,7 +63,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    """Why a file is no usable image: one line that is the same in every run and place: without Pillow's memory addresses and the system's paths."""
+    """Why a file is no usable image, in one line that is the same in every run and place.
+
+    That is, without Pillow's memory addresses and the system's paths.
+    """
     if isinstance(error, UnidentifiedImageError):
         return "not an image in a known format"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from beit_pretrain.errors import UserError
+
 NO_DECAY = ("pos_embed", "cls_token")
 
 
@@ -35,6 +37,17 @@ class Optim:
     eps: float = 1e-8
     clip: float | None = None
     layer_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        numbers = {"lr": self.lr, "min_lr": self.min_lr, "weight_decay": self.weight_decay, "eps": self.eps}
+        for name, value in {**numbers, "warmup_steps": self.warmup_steps}.items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise UserError(f"optim.{name} must be a number of at least 0, got {value!r}")
+        for name, optional in {"clip": self.clip, "layer_decay": self.layer_decay}.items():
+            if optional is not None and (not isinstance(optional, (int, float)) or not optional > 0):
+                raise UserError(f"optim.{name} must be null or a number above 0, got {optional!r}")
+        if self.lr == 0:
+            raise UserError("optim.lr must be above 0")
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, end: float) -> float:
@@ -87,7 +100,9 @@ def parameter_groups(
 def configure(model: nn.Module, optim: Optim, total_steps: int, depth: int = 0) -> dict:
     """What a LightningModule's `configure_optimizers` returns: AdamW over `model` and its schedule per step."""
     groups = parameter_groups(model.named_parameters(), optim.lr, optim.weight_decay, optim.layer_decay, depth)
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True
+    )
 
     def factor(step: int) -> float:
         return learning_rate(step, total_steps, optim.warmup_steps, optim.lr, optim.min_lr) / optim.lr

@@ -30,10 +30,10 @@ def generator(seed: int, position: int, purpose: int) -> np.random.Generator:
 
 
 class Sample(NamedTuple):
-    """A sample's address: number of its shard in the manifest, and number inside the shard."""
+    """A sample's address: number of its shard in the manifest, and its row in the index of the shard."""
 
     shard: int
-    index: int
+    row: int
 
 
 class Order:

@@ -5,6 +5,7 @@ Images are float tensors (B, C, H, W) in [0, 1]; pictures are PIL images.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ GREY = 0.5
 
 def hide(image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
     """The images with their masked patches grey. The grid is square: N = rows * rows."""
-    rows = int(round(mask_BN.shape[1] ** 0.5))
+    rows = math.isqrt(mask_BN.shape[1])
     mask_B1hw = mask_BN.view(-1, 1, rows, rows).float()
     mask = torch.nn.functional.interpolate(mask_B1hw, image_BCHW.shape[-2:], mode="nearest")
     return image_BCHW * (1 - mask) + GREY * mask

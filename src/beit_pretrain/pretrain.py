@@ -33,6 +33,7 @@ class Pretraining(TrainedModule):
     """
 
     kind = "mim"
+    model: MaskedImageModel
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ class ShardReader:
 
     def read(self, sample: Sample) -> Record:
         """The image file's bytes and the label of a sample."""
-        row = self._index(sample.shard)[sample.index]
+        row = self._index(sample.shard)[sample.row]
         handle = self._file(str(self.folder / self.names[sample.shard]))
         data = os.pread(handle.fd, int(row["image_size"]), int(row["image_offset"]))
         return Record(data, int(row["label"]))

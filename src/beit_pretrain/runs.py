@@ -5,17 +5,21 @@ The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/` and `checkpo
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain import checkpoint
 from beit_pretrain.backbone import SIZES, Classifier, MaskedImageModel, patch_grid
@@ -28,7 +32,7 @@ from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.metrics import CsvMetrics
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
-from beit_pretrain.tokenizer import view_size
+from beit_pretrain.tokenizer import first_line, view_size
 from beit_pretrain.training import TrainedModule
 from beit_pretrain.views import ClassificationViews, PretrainViews
 
@@ -42,7 +46,7 @@ class Task:
 
     module: TrainedModule
     data: ShardData
-    callbacks: list
+    callbacks: list[Callback]
 
 
 def pretrain_task(cfg: DictConfig) -> Task:
@@ -65,7 +69,7 @@ def pretrain_task(cfg: DictConfig) -> Task:
         arguments, state, _ = checkpoint.read_own(cfg.init_from, "mim")
         checkpoint.load_exactly(module.model, state, cfg.init_from)
     module.about = {"mean": list(cfg.mean), "std": list(cfg.std), "tokenizer": str(cfg.tokenizer.path)}
-    callbacks: list = []
+    callbacks: list[Callback] = []
     if "val" in data.readers:
         if cfg.pictures:
             callbacks.append(MaskedPictures(Path(cfg.run_dir) / "pictures", data, cfg.pictures))
@@ -78,7 +82,9 @@ def tokenizer_task(cfg: DictConfig) -> Task:
     """Training a dVAE."""
     check_vocabulary(cfg.model.vocab_size)
     if cfg.image_size % DiscreteVAE.downsample:
-        raise UserError(f"image_size={cfg.image_size} is not divisible by {DiscreteVAE.downsample}, the pixels per token")
+        raise UserError(
+            f"image_size={cfg.image_size} is not divisible by {DiscreteVAE.downsample}, the pixels per token"
+        )
     data = classification_data(cfg)
     module = TokenizerTraining(DiscreteVAE(**cfg.model), optim(cfg, data.samples), Relaxation(**cfg.relaxation))
     return Task(module, data, [])
@@ -128,10 +134,14 @@ def classification_data(cfg: DictConfig) -> ClassificationData:
     )
 
 
+def plain(cfg: DictConfig | ListConfig) -> dict[str, Any]:
+    """A group of settings as a plain dictionary."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+
+
 def network(cfg: DictConfig, *names: str) -> dict:
     """Arguments of the network: those of the named size, then what the group `model` sets by itself."""
-    settings = OmegaConf.to_container(cfg.model, resolve=True)
-    assert isinstance(settings, dict)
+    settings = plain(cfg.model)
     size = settings.pop("size", None)
     if size is not None and size not in SIZES:
         raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
@@ -140,8 +150,7 @@ def network(cfg: DictConfig, *names: str) -> dict:
 
 def optim(cfg: DictConfig, samples: int) -> Optim:
     """Optimiser settings, with a warm-up given in epochs turned into steps."""
-    settings = OmegaConf.to_container(cfg.optim, resolve=True)
-    assert isinstance(settings, dict)
+    settings = plain(cfg.optim)
     epochs = settings.pop("warmup_epochs")
     if epochs is not None:
         settings["warmup_steps"] = round(epochs * samples / cfg.global_batch)
@@ -160,9 +169,8 @@ def total_steps(cfg: DictConfig, samples: int) -> int:
 
 def micro_batches(global_batch: int, batch_size: int, world: int) -> int:
     """Micro-batches per process and optimiser step. Raises UserError if the numbers do not divide."""
-    if batch_size < 1 or global_batch < 1:
-        raise UserError(f"batch_size={batch_size} and global_batch={global_batch} must be at least 1")
-    share = global_batch // world
+    at_least_1("batch_size", batch_size)
+    share = at_least_1("global_batch", global_batch) // world
     if global_batch % world or share % min(batch_size, share):
         raise UserError(
             f"global_batch={global_batch} is not a multiple of batch_size={batch_size} times {world} processes"
@@ -170,7 +178,14 @@ def micro_batches(global_batch: int, batch_size: int, world: int) -> int:
     return share // min(batch_size, share)
 
 
-def make_trainer(cfg: DictConfig, run_dir: Path, steps: int, callbacks: list, loggers: list) -> Trainer:
+def at_least_1(name: str, value: int) -> int:
+    """The value itself. Raises UserError if it is no whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} must be a whole number of at least 1, got {value}")
+    return value
+
+
+def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer: it runs the loop; gradients, batches and metrics are the modules' own."""
     settings = dict(cfg.trainer)
     if settings["precision"] == "auto":
@@ -180,67 +195,98 @@ def make_trainer(cfg: DictConfig, run_dir: Path, steps: int, callbacks: list, lo
     trainer = Trainer(
         **settings,
         max_steps=steps,
-        logger=loggers,
+        logger=False,
         callbacks=callbacks,
-        default_root_dir=run_dir,
+        default_root_dir=cfg.run_dir,
         use_distributed_sampler=False,  # batches are dealt to processes by their positions
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         enable_model_summary=False,
-        log_every_n_steps=1,
         plugins=[checkpoint.AtomicCheckpointIO()],
     )
     accumulate = micro_batches(cfg.global_batch, cfg.batch_size, trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
-    trainer.val_check_interval = min(cfg.val_every, steps) * accumulate
+    trainer.val_check_interval = min(at_least_1("val_every", cfg.val_every), steps) * accumulate
     return trainer
 
 
-def make_loggers(cfg: DictConfig, run_dir: Path) -> list:
-    """metrics.csv always; W&B if the config says so."""
-    loggers: list = [CsvMetrics(run_dir / "metrics.csv")]
-    if cfg.logger.kind == "wandb":
-        from beit_pretrain.weights_and_biases import wandb_logger
-
-        loggers.append(wandb_logger(cfg, run_dir))
-    elif cfg.logger.kind != "csv":
-        raise UserError(f"logger.kind={cfg.logger.kind} is not one of csv, wandb")
-    return loggers
+@contextmanager
+def building() -> Iterator[None]:
+    """Errors while a run is built come from its settings: one line for the person who wrote them."""
+    try:
+        yield
+    except InstantiationException as error:
+        raise UserError(first_line(error.__cause__ or error)) from error
+    except (ValueError, TypeError, MisconfigurationException, OmegaConfBaseException) as error:
+        raise UserError(first_line(error)) from error
 
 
 def fit(cfg: DictConfig) -> dict[str, float]:
     """Train what the config describes; returns the last validation metrics."""
-    if cfg.task not in TASKS:
-        raise UserError(f"task={cfg.task} is not one of {', '.join(TASKS)}")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    seed_everything(cfg.seed, workers=True, verbose=False)
-    task = TASKS[cfg.task](cfg)
-    steps = total_steps(cfg, task.data.samples)
-    run_dir = Path(cfg.run_dir)
-    last = run_dir / "checkpoints" / "last.ckpt"
-    resume = prepare_folder(cfg, run_dir, last)
-    loggers = make_loggers(cfg, run_dir)
-    saver = ModelCheckpoint(
-        last.parent, "last", every_n_train_steps=cfg.save_every, enable_version_counter=False, save_top_k=1
-    )
-    callbacks = [ProgressBar(refresh_rate=10), Throughput(), *task.callbacks, saver]
-    if cfg.task == "finetune" and "val" in task.data.readers:
-        callbacks.append(ModelCheckpoint(last.parent, "best", monitor="val/accuracy", mode="max", save_top_k=1))
-    trainer = make_trainer(cfg, run_dir, steps, callbacks, loggers)
-    task.module.log_every = cfg.log_every
+    last = Path(cfg.run_dir) / "checkpoints" / "last.ckpt"
+    with building():
+        if cfg.task not in TASKS:
+            raise UserError(f"task={cfg.task} is not one of {', '.join(TASKS)}")
+        if cfg.logger.kind not in ("csv", "wandb"):
+            raise UserError(f"logger.kind={cfg.logger.kind} is not one of csv, wandb")
+        if cfg.threads is not None:
+            torch.set_num_threads(at_least_1("threads", cfg.threads))
+        seed_everything(cfg.seed, workers=True, verbose=False)
+        task = TASKS[cfg.task](cfg)
+        steps = total_steps(cfg, task.data.samples)
+        resume = to_resume(cfg, last)
+        trainer = make_trainer(cfg, steps, [*common_callbacks(cfg, last.parent, task), *task.callbacks])
+        task.module.log_every = at_least_1("log_every", cfg.log_every)
+        introduction = introduce(cfg, task, steps, trainer)
+        done = open_loggers(cfg, trainer, task.module, last if resume else None)
     if trainer.is_global_zero:
-        print(introduce(cfg, task, steps, trainer), flush=True)
-    if resume:
-        done = checkpoint.read(last).get("global_step", 0)
-        loggers[0].cut_back(done)
-        print(f"continuing {cfg.name} after step {done}", flush=True)
+        print(introduction + (f"\n  continuing {cfg.name} after step {done}" if resume else ""), flush=True)
     trainer.fit(task.module, task.data, ckpt_path=str(last) if resume else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     trainer.save_checkpoint(last, weights_only=False)
-    print(f"saved {last}", flush=True)
+    if trainer.is_global_zero:
+        print(f"saved {last}", flush=True)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback]:
+    """Progress, throughput and checkpoints: the last one, and for a classifier the best one."""
+    every = at_least_1("save_every", cfg.save_every)
+    callbacks: list[Callback] = [
+        ProgressBar(refresh_rate=10),
+        Throughput(),
+        ModelCheckpoint(folder, "last", every_n_train_steps=every, enable_version_counter=False),
+    ]
+    if task.module.kind == "classifier" and "val" in task.data.readers:
+        callbacks.append(
+            ModelCheckpoint(folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False)
+        )
+    return callbacks
+
+
+def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resume: Path | None) -> int:
+    """Make the run's folder, write its config, attach the loggers. Returns the step from which the run goes on."""
+    run_dir = Path(cfg.run_dir)
+    content = checkpoint.read(resume) if resume else {}
+    if trainer.is_global_zero:
+        if resume is None:  # of an earlier run of this name nothing must remain
+            for what in ("checkpoints", "pictures"):
+                shutil.rmtree(run_dir / what, ignore_errors=True)
+            (run_dir / "metrics.csv").unlink(missing_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    done = int(content.get("global_step", 0))
+    metrics = CsvMetrics(run_dir / "metrics.csv")
+    if resume:
+        metrics.cut_back(done)
+    trainer.loggers = [metrics]
+    if cfg.logger.kind == "wandb":
+        from beit_pretrain.weights_and_biases import new_id, wandb_logger
+
+        module.about["wandb_id"] = content.get("beit_pretrain", {}).get("wandb_id") or new_id()
+        trainer.loggers = [metrics, wandb_logger(cfg, module.about["wandb_id"])]
+    return done
 
 
 def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
@@ -252,8 +298,8 @@ def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
     return "\n".join(
         (
             f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",
-            f"  {steps:,} steps of {cfg.global_batch} ({trainer.world_size} processes x {share} images x {accumulate}), "
-            f"{steps * cfg.global_batch / task.data.samples:.4g} epochs, precision {trainer.precision}",
+            f"  {steps:,} steps of {cfg.global_batch} ({trainer.world_size} processes x {share} images x {accumulate})"
+            f", {steps * cfg.global_batch / task.data.samples:.4g} epochs, precision {trainer.precision}",
             f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
             f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",
             f"  folder {cfg.run_dir}",
@@ -261,32 +307,21 @@ def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
     )
 
 
-def prepare_folder(cfg: DictConfig, run_dir: Path, last: Path) -> bool:
-    """Make the run's folder and write its config. Returns True if the run goes on from its last checkpoint.
-
-    Raises UserError if the folder holds a run of other settings.
-    """
+def to_resume(cfg: DictConfig, last: Path) -> bool:
+    """Whether the run goes on from its last checkpoint. Raises UserError if the folder has a run of other settings."""
     if cfg.resume not in ("auto", "never"):
         raise UserError(f"resume={cfg.resume} is not one of auto, never")
-    resume = cfg.resume == "auto" and last.is_file()
-    config = run_dir / "config.yaml"
-    if resume and config.is_file():
-        old, new = OmegaConf.load(config), OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-        different = sorted(differences(OmegaConf.to_container(old), OmegaConf.to_container(new)))
+    config = Path(cfg.run_dir) / "config.yaml"
+    if cfg.resume == "never" or not last.is_file():
+        return False
+    if config.is_file():
+        different = differences(plain(OmegaConf.load(config)), plain(cfg))
         if different:
             raise UserError(
-                f"{run_dir} holds a run with other settings ({'; '.join(different[:3])}"
+                f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
                 f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
             )
-    if cfg.resume == "never" and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        for what in ("checkpoints", "pictures"):
-            shutil.rmtree(run_dir / what, ignore_errors=True)
-        (run_dir / "metrics.csv").unlink(missing_ok=True)
-    elif not resume:
-        (run_dir / "metrics.csv").unlink(missing_ok=True)  # left by a run that died before its first checkpoint
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, config, resolve=True)
-    return resume
+    return True
 
 
 def differences(old, new, path: str = "") -> list[str]:
@@ -304,9 +339,7 @@ def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[Dict
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not the folder of a run (it has no config.yaml)")
-    cfg = OmegaConf.load(run / "config.yaml")
-    assert isinstance(cfg, DictConfig)
-    cfg = OmegaConf.merge(cfg, overrides or {})
+    cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.load(run / "config.yaml"), overrides or {}))
     last = run / "checkpoints" / "last.ckpt"
     if "init_from" in cfg:  # the run's own weights follow: where they once came from need not exist any more
         cfg.init_from = None
@@ -321,11 +354,12 @@ def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[Dict
 def validate(cfg: DictConfig) -> dict[str, float]:
     """Metrics of a run's last checkpoint on held-out images; prints and returns them."""
     overrides = OmegaConf.create({"data": {"val": cfg.data.val}} if cfg.data.val else {})
-    run_cfg, task = load_run(cfg.run, overrides)
+    with building():
+        run_cfg, task = load_run(cfg.run, overrides)
     if "val" not in task.data.readers:
         raise UserError("the run has no held-out images; give data.val=FOLDER")
     run_cfg.trainer = cfg.trainer
-    trainer = make_trainer(run_cfg, Path(cfg.run), 1, [ProgressBar()], [])
+    trainer = make_trainer(run_cfg, 1, [ProgressBar()])
     trainer.validate(task.module, task.data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name, value in sorted(metrics.items()):

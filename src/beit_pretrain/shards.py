@@ -93,8 +93,8 @@ def make_shards(
     `src`: "synthetic" (`images` images, `size` pixels a side), a folder (of class folders, tars, or images), a tar, or
     a list of folders and tars; the class is the name of the folder (or inner tar) that holds the image. `val`: the
     fraction of every class set apart, counted before decoding; images without a class, or alone in theirs, count as one
-    class. `resize`: images whose shorter side has more pixels are
-    shrunk to it and stored as JPEG of `quality`, without EXIF; others keep their bytes. `workers`: None = all cores.
+    class. `resize`: images whose shorter side has more pixels are shrunk to it and stored as JPEG of `quality`, without
+    EXIF; others keep their bytes. `workers`: None = all cores.
 
     Raises UserError, and leaves nothing behind, for a bad argument, source or target, or if no image can be decoded.
     """

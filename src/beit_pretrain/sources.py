@@ -86,13 +86,31 @@ def _source_candidates(source: Path, advice: str) -> list[Candidate]:
 
 
 def _folder_candidates(root: Path) -> list[Candidate]:
-    """The candidates of a folder tree. Linked folders come after real ones and none is read twice, so loops end.
+    """The candidates of a folder tree. Of compressed tars beside them (ImageNet's devkit, say) a warning tells.
 
-    Compressed tars beside others (ImageNet's devkit, say) are left out with one warning. Raises UserError if there is
-    nothing else.
+    Raises UserError if there is nothing but compressed tars.
     """
     found: list[Candidate] = []
     compressed: list[Path] = []
+    for path, key in _files(root):
+        if _compressed(path):
+            compressed.append(path)
+        else:
+            found += _file_candidates(path, key)
+    if compressed:
+        first = min(compressed)
+        if not found:
+            _refuse_compressed(first)
+        more = f" and {len(compressed) - 1} more" if len(compressed) > 1 else ""
+        print(f"warning: left out {first}{more}: compressed tars; decompress what holds images", file=sys.stderr)
+    return found
+
+
+def _files(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield path and key of every file in a folder tree that is not hidden.
+
+    Linked folders come after real ones and none is read twice, so loops end.
+    """
     seen: set[tuple[int, int]] = set()
     folders, links = [(str(root), "")], list[tuple[str, str]]()
     while folders or links:
@@ -111,17 +129,7 @@ def _folder_candidates(root: Path) -> list[Candidate]:
             if os.path.isdir(entry.path) if linked else entry.is_dir():
                 (links if linked else folders).append((entry.path, f"{prefix}{entry.name}/"))
             elif entry.is_file(follow_symlinks=False) or (linked and not _special(entry.path)):
-                if _compressed(path := Path(entry.path)):
-                    compressed.append(path)
-                else:
-                    found += _file_candidates(path, prefix + entry.name)
-    if compressed:
-        first = min(compressed)
-        if not found:
-            _refuse_compressed(first)
-        more = f" and {len(compressed) - 1} more" if len(compressed) > 1 else ""
-        print(f"warning: left out {first}{more}: compressed tars; decompress what holds images", file=sys.stderr)
-    return found
+                yield Path(entry.path), prefix + entry.name
 
 
 def _special(path: str) -> bool:

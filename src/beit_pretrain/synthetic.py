@@ -1,4 +1,4 @@
-"""A labelled synthetic image set: shapes x textures x backgrounds, for the demo, the tests and first steps without data.
+"""A labelled synthetic image set, shapes x textures x backgrounds: for the demo, the tests, first steps without data.
 
 Every image shows one large textured shape on a background. The *texture* names the class: it fills most of the
 picture, so neighbouring patches predict each other (what masked image modelling learns from) and the label is in

@@ -6,6 +6,8 @@ processes since then, so that the training loop never waits for the device to pr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ class TrainedModule(LightningModule):
         optim: optimiser settings.
     """
 
+    model: Any
     kind: str  # what a checkpoint of this module holds: "mim", "classifier" or "tokenizer"
 
     def __init__(self, model: nn.Module, optim: Optim):

@@ -148,16 +148,16 @@ class ClassificationViews:
         image, crop = scaled_decode(image, crop, self.image_size)
         view = resized_crop(image, crop, self.image_size, Image.Resampling.BICUBIC)
         if self.auto_augment:
-            view = self._randaugment(view, rng)
+            view = self._randaugment(view, self.auto_augment, rng)
         return {"image": to_array(view, flip)}
 
-    def _randaugment(self, view: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def _randaugment(self, view: Image.Image, policy: str, rng: np.random.Generator) -> Image.Image:
         if not self._augment:
-            from timm.data.auto_augment import auto_augment_transform
+            from timm.data.auto_augment import rand_augment_transform
 
             fill = tuple(round(255 * m) for m in IMAGENET_MEAN)
             shift = int(self.image_size * 0.45)
-            self._augment.append(auto_augment_transform(self.auto_augment, {"translate_const": shift, "img_mean": fill}))
+            self._augment.append(rand_augment_transform(policy, {"translate_const": shift, "img_mean": fill}))
         # timm draws from the global generators: seed them by the position, so that workers cannot matter.
         seed = int(rng.integers(2**32))
         random.seed(seed)
@@ -209,7 +209,7 @@ def _pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
 
 
 def color_jitter(image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor) -> Tensor:
-    """Colour jitter of a batch of RGB images in [0, 1], each with its own factors and order; differentiable shapes only.
+    """Colour jitter of a batch of RGB images in [0, 1], each with its own factors and order, in static shapes.
 
     Every operation blends the image with a reference (black, its mean grey, its grey image), as torchvision's do.
     """

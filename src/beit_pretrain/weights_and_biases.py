@@ -19,23 +19,19 @@ def mode(asked: str | None) -> str:
     return "online" if account else "offline"
 
 
-def run_id(run_dir: Path) -> str:
-    """The W&B id of the run in this folder; made at first use and kept in `wandb_id`."""
-    file = run_dir / "wandb_id"
-    if not file.is_file():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:8])
-    return file.read_text().strip()
+def new_id() -> str:
+    """A fresh W&B run id; it travels in the checkpoint, so that a resumed run continues its curves."""
+    return uuid.uuid4().hex[:8]
 
 
-def wandb_logger(cfg: DictConfig, run_dir: Path) -> WandbLogger:
+def wandb_logger(cfg: DictConfig, run_id: str) -> WandbLogger:
     """The logger of a run, with its composed config."""
     os.environ["WANDB_MODE"] = mode(cfg.logger.mode)
     return WandbLogger(
         name=cfg.name,
         project=cfg.logger.project,
-        save_dir=run_dir,
-        id=run_id(run_dir),
+        save_dir=cfg.run_dir,
+        id=run_id,
         resume="allow",
         offline=os.environ["WANDB_MODE"] == "offline",
         config=OmegaConf.to_container(cfg, resolve=True),

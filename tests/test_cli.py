@@ -1,0 +1,167 @@
+"""The command line: help at once, one clear line and exit code 2 for what a person can mend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit_pretrain.__main__ import HINTS, VERBS, experiments
+
+ROOT = Path(__file__).parents[1]
+
+
+def one_line(result) -> str:
+    code, _, stderr = result
+    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert code == 2
+    assert len(lines) == 1, stderr
+    assert "Traceback" not in stderr
+    return lines[0]
+
+
+def test_help_answers_in_under_a_second_and_lists_verbs_and_experiments():
+    command = [sys.executable, "-m", "beit_pretrain", "--help"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
+    for word in [*VERBS, *experiments(), "base_22k"]:
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_function_and_settings(verb, run_cli):
+    code, stdout, _ = run_cli(verb, "--help")
+    assert code == 0
+    assert VERBS[verb].about in stdout
+    module, function = VERBS[verb].function.split(":")
+    assert callable(getattr(__import__(module, fromlist=[function]), function))
+
+
+def test_cfg_prints_the_composed_config(run_cli):
+    code, stdout, _ = run_cli("fit", "+experiment=base_22k", "optim.lr=7", "--cfg")
+    assert code == 0
+    assert "lr: 7" in stdout
+    assert "train: ???" in stdout
+
+
+def test_no_verb_is_help(run_cli):
+    assert run_cli()[1].startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fitt"], "did you mean fit?"),
+        (["fit"], "+experiment=NAME, one of base_1k"),
+        (["fit", "+experiment=base_22"], "did you mean base_22k?"),
+        (["fit", "+experiment=base_22k", "optim.lrr=1"], "unknown key 'optim.lrr'"),
+        (["fit", "+experiment=base_22k", "logger=paper"], "logger/paper"),
+        (["fit", "+experiment=base_22k", "seed=[1"], "seed=[1"),
+        (["fit", "+experiment=base_22k", "verbose"], "key=value"),
+        (["fit", "+experiment=base_22k"], HINTS["data.train"]),
+        (["fit", "+experiment=base_22k", "data.train=x"], "encoder.pkl"),
+        (["fit", "+experiment=finetune_1k", "data.train=x"], "init_from is missing"),
+        (["fit", "-m", "+experiment=base_22k"], "sweeps"),
+        (["shards", "make", "src=nowhere"], "out is missing"),
+        (["shards", "make", "out=x"], "src is missing"),
+        (["shards", "mend", "src=x"], "make, verify and show"),
+        (["validate"], "run is missing"),
+        (["predict", "src=x"], "init_from is missing"),
+        (["show", "run=nowhere"], "not the folder of a run"),
+    ],
+)
+def test_wrong_words(words, said, run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in one_line(run_cli(*words))
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+@pytest.fixture
+def pretrain_words(shards, dvae_checkpoint, tmp_path):
+    """A run of the smallest pre-training, as a list of words."""
+    return [
+        "fit",
+        "+experiment=demo_pretrain",
+        f"data.train={shards / 'train'}",
+        f"data.val={shards / 'val'}",
+        f"tokenizer.path={dvae_checkpoint}",
+        f"run_dir={tmp_path / 'run'}",
+        *("image_size=32", "patch_size=8", "mask.max_patches=6", "mask.min_block=1", "steps=2", "global_batch=4"),
+        *("model.embed_dim=32", "model.num_heads=2", "model.depth=2", "data.workers=0", "data.val_images=8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("data.train=nowhere", "nowhere does not exist"),
+        ("data.val=nowhere", "nowhere does not exist"),
+        ("data.train={empty}", "shards make"),
+        ("image_size=36", "not divisible by patch_size"),
+        ("data.token_image_size=64", "one token per patch needs data.token_image_size=32"),
+        ("tokenizer.path=nowhere.ckpt", "does not exist"),
+        ("tokenizer.path={mim}", "a tokenizer (dVAE) is needed"),
+        ("tokenizer.path={text}", "cannot be read as a checkpoint"),
+        ("init_from={dvae}", "a pre-trained backbone with its token head is needed"),
+        ("model.size=huge", "tiny, small, base, large"),
+        ("mask.max_patches=400", "max_patches"),
+        ("steps=null", "steps=N or epochs=N"),
+        ("global_batch=5 batch_size=2", "not a multiple"),
+        ("data.workers=-1", "workers"),
+        ("optim.lr=fast", "lr"),
+        ("trainer.accelerator=abacus", "abacus"),
+        ("resume=sometimes", "auto, never"),
+        ("task=knit", "pretrain, tokenizer, finetune"),
+        ("logger.kind=paper", "csv, wandb"),
+        ("threads=-1", "threads"),
+    ],
+)
+def test_bad_settings(word, said, pretrain_words, run_cli, tmp_path, mim_checkpoint, dvae_checkpoint):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    places = {
+        "empty": tmp_path / "empty",
+        "mim": mim_checkpoint,
+        "dvae": dvae_checkpoint,
+        "text": tmp_path / "text.ckpt",
+    }
+    words = pretrain_words + [w.format(**places) for w in word.split()]
+    assert said in one_line(run_cli(*words))
+    assert not (tmp_path / "run").exists()  # nothing half-written
+
+
+def test_a_classifier_needs_a_backbone_of_its_size(shards, mim_checkpoint, run_cli, tmp_path):
+    words = ["fit", "+experiment=demo_finetune", f"data.train={shards / 'train'}", f"run_dir={tmp_path / 'run'}"]
+    said = one_line(run_cli(*words, f"init_from={mim_checkpoint}", "data.workers=0"))
+    assert "does not fit this network" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_none(run_cli, tmp_path):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    assert "holds no image" in one_line(
+        run_cli("shards", "make", f"src={tmp_path / 'photos'}", f"out={tmp_path / 'out'}")
+    )
+    (tmp_path / "photos" / "cat" / "a.jpg").write_text("no image")
+    words = ["shards", "make", f"src={tmp_path / 'photos'}", f"out={tmp_path / 'out'}", "workers=1"]
+    one_line(run_cli(*words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_predict_refuses_what_is_no_classifier(run_cli, tmp_path, mim_checkpoint, photos):
+    said = one_line(run_cli("predict", f"init_from={mim_checkpoint}", f"src={photos}", f"out={tmp_path / 'p.csv'}"))
+    assert "a fine-tuned classifier is needed" in said
+    torch.save({"foo": torch.zeros(2)}, tmp_path / "foreign.pt")
+    said = one_line(
+        run_cli("predict", f"init_from={tmp_path / 'foreign.pt'}", f"src={photos}", f"out={tmp_path / 'p.csv'}")
+    )
+    assert "was not written by beit_pretrain" in said
+    assert not (tmp_path / "p.csv").exists()

@@ -1,0 +1,102 @@
+"""The demo in miniature: all stages, the report; and the promises that it is held against."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from beit_pretrain import report
+from beit_pretrain.__main__ import compose
+from beit_pretrain.demo import demo
+
+BRIEF = (
+    "images=60 val_images=20 per_class=2 seeds=2 steps={tokenizer:3,pretrain:3,finetune:2} workers=0 threads=1".split()
+)
+KEYS = {
+    "masked_token_accuracy",
+    "majority_token_accuracy",
+    "copy_token_accuracy",
+    "codebook_perplexity",
+    "vocab_size",
+    "finetune_accuracy",
+    "scratch_accuracy",
+    "labelled_images",
+    "seed",
+    "seconds",
+}
+
+
+def run_demo(folder, *words) -> dict:
+    return demo(compose("demo", [*BRIEF, f"run_dir='{folder}'", *words]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("a demo, with=odd name") / "run"
+    return folder, run_demo(folder)
+
+
+def test_report_is_complete_and_self_contained(finished):
+    folder, numbers = finished
+    assert json.loads((folder / "report.json").read_text()) == numbers
+    assert numbers.keys() >= KEYS
+    assert numbers["labelled_images"] == 20
+    assert len(numbers["finetune_accuracies"]) == 2
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<svg") == 3
+    assert "was not drawn" not in page
+    assert 'src="http' not in page
+    assert "href=" not in page.replace("xlink:href", "")
+
+
+def test_a_demo_can_be_repeated(finished):
+    folder, numbers = finished
+    again = run_demo(folder)
+    for key in ("masked_token_accuracy", "codebook_perplexity", "finetune_accuracies", "scratch_accuracies"):
+        assert again[key] == numbers[key]
+
+
+def test_photos_without_enough_labels_skip_fine_tuning(photos, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(p for p in photos.rglob("*") if p.is_file())):
+        (flat / f"{i}{path.suffix}").write_bytes(path.read_bytes())
+    numbers = run_demo(tmp_path / "run", f"src='{flat}'")
+    assert numbers["finetune_accuracy"] is None
+    assert "nothing to fine-tune on" in numbers["finetune_note"]
+    assert "Skipped" in (tmp_path / "run/report.html").read_text()
+
+
+GOOD = {
+    "masked_token_accuracy": 0.20,
+    "majority_token_accuracy": 0.03,
+    "copy_token_accuracy": 0.10,
+    "codebook_perplexity": 90.0,
+    "vocab_size": 128,
+    "finetune_accuracy": 0.8,
+    "scratch_accuracy": 0.6,
+    "chance_accuracy": 0.1,
+    "finetune_accuracies": [0.8, 0.8],
+    "labelled_images": 100,
+    "classes": 10,
+    "seconds": 700,
+    "seed": 0,
+}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {"masked_token_accuracy": 0.08},
+        {"copy_token_accuracy": 0.19},
+        {"codebook_perplexity": 20.0},
+        {"finetune_accuracy": 0.55},
+        {"scratch_accuracy": 0.15},
+    ],
+)
+def test_check_catches_every_broken_promise(bad, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(GOOD | bad))
+    assert report.check(str(tmp_path / "report.json")) == bool(bad)

@@ -1,0 +1,119 @@
+"""Which sample stands at which position: exact epochs, fair streams, local reads, nothing but (seed, sizes, position)."""
+
+import itertools
+import pickle
+import time
+
+import numpy as np
+import pytest
+
+from beit_pretrain.order import MASK, VIEW, Order, Sample, generator, positions
+
+UNEVEN = [5, 7, 3, 12, 1, 9, 0, 4]
+
+
+def epoch(order: Order, number: int) -> list[Sample]:
+    return [order.sample_at(k) for k in range(number * order.samples, (number + 1) * order.samples)]
+
+
+def everything(sizes: list[int]) -> list[Sample]:
+    return [Sample(shard, i) for shard, size in enumerate(sizes) for i in range(size)]
+
+
+@pytest.mark.parametrize("sizes", [UNEVEN, [10] * 6, [1], [0, 3], [1000]])
+@pytest.mark.parametrize("window", [1, 4, 4096])
+@pytest.mark.parametrize("streams", [1, 3, 64])
+def test_every_sample_once_an_epoch(sizes, window, streams):
+    order = Order(sizes, seed=1, window=window, streams=streams)
+    assert order.samples == sum(sizes)
+    for number in (0, 1, 7):
+        assert sorted(epoch(order, number)) == everything(sizes)
+
+
+def test_epochs_and_seeds_differ():
+    order = Order(UNEVEN, seed=0)
+    first, second = epoch(order, 0), epoch(order, 1)
+    other = epoch(Order(UNEVEN, seed=1), 0)
+    assert len({tuple(first), tuple(second), tuple(other), tuple(everything(UNEVEN))}) == 4
+
+
+def test_an_order_is_a_function_of_its_arguments():
+    order = Order(UNEVEN, seed=3, window=4, streams=3)
+    expected = epoch(order, 2)
+    again = Order(UNEVEN, seed=3, window=4, streams=3)
+    assert [again.sample_at(k) for k in reversed(range(2 * again.samples, 3 * again.samples))] == expected[::-1]
+    assert epoch(pickle.loads(pickle.dumps(order)), 2) == expected
+
+
+def test_without_shuffling_the_samples_come_as_they_stand():
+    order = Order(UNEVEN, seed=3, shuffle=False)
+    assert epoch(order, 0) == epoch(order, 5) == everything(UNEVEN)
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 0], [3, -1]])
+def test_nothing_to_order(sizes):
+    with pytest.raises(ValueError, match="at least one sample"):
+        Order(sizes)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_positions_are_dealt_to_every_rank(world):
+    for step in (0, 3):
+        shares = [list(positions(step, rank, world, global_batch=8)) for rank in range(world)]
+        assert sorted(itertools.chain(*shares)) == list(range(8 * step, 8 * (step + 1)))
+        assert {len(share) for share in shares} == {8 // world}
+
+
+def test_an_uneven_deal_is_refused():
+    with pytest.raises(ValueError, match="cannot be dealt evenly"):
+        positions(0, 0, 3, 8)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_reads_its_own_share_of_the_shards(world):
+    order = Order([10] * 16, seed=0, window=20, streams=4)
+    shards = [
+        {order.sample_at(k).shard for step in range(20) for k in positions(step, rank, world, global_batch=8)}
+        for rank in range(world)
+    ]
+    assert [len(s) for s in shards] == [16 // world] * world
+    assert len(set().union(*shards)) == 16
+
+
+def test_a_window_keeps_reads_near():
+    order = Order([10] * 100, seed=0, window=40, streams=4)
+    first_epoch = epoch(order, 0)
+    for stream in range(4):
+        samples = first_epoch[stream::4]
+        shards = [len({s.shard for s in samples[i : i + 40]}) for i in range(0, len(samples), 40)]
+        assert max(shards) <= 5  # 40 samples are four shards, or three and the ends of two
+        # Within a window the samples are mixed: neighbours mostly come from different shards.
+        assert np.mean([a.shard != b.shard for a, b in itertools.pairwise(samples)]) > 0.5
+
+
+def test_a_far_position_of_a_large_set_is_found_at_once():
+    order = Order([1000] * 14_200, seed=0)
+    start = time.perf_counter()
+    sample = order.sample_at(100_000_000)
+    assert time.perf_counter() - start < 0.5
+    assert 0 <= sample.shard < 14_200
+    assert 0 <= sample.row < 1000
+
+
+def test_randomness_is_keyed_by_seed_position_and_purpose():
+    keys = list(itertools.product((0, 1, 2**40), (0, 1, 2**40, 2**60), (VIEW, MASK)))
+    numbers = [tuple(generator(*key).random(4)) for key in keys]
+    assert len(set(itertools.chain(*numbers))) == 4 * len(keys)
+    assert numbers == [tuple(generator(*key).random(4)) for key in keys]
+
+
+def test_purposes_do_not_share_random_numbers():
+    """However much a view draws, the mask of its position stays what it is, and is no later part of the same numbers."""
+    view = generator(0, 5, VIEW).random(10_000)
+    mask = generator(0, 5, MASK).random(10_000)
+    assert not np.isin(mask, view).any()
+    assert abs(np.corrcoef(view, mask)[0, 1]) < 0.05  # five standard errors
+
+
+def test_random_numbers_are_the_same_on_every_machine():
+    assert generator(7, 123_456_789, MASK).integers(0, 1000, 6).tolist() == [351, 934, 584, 962, 178, 141]

@@ -1,0 +1,59 @@
+"""Every command of the README runs: from a folder of images to a classifier, at a size for a test."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCK = re.search(r"<!-- commands:.*?```sh\n(.*?)```", README, re.DOTALL)
+SMALL = {
+    "tokenizer": "image_size=32 model.vocab_size=16 model.width=8 model.blocks=1 model.code_dim=8",
+    "small_own": "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 epochs=null optim.warmup_epochs=null "
+    "model.size=null +model.embed_dim=32 +model.depth=2 +model.num_heads=2",
+    "finetune_own": "image_size=32 patch_size=8 epochs=null optim.warmup_epochs=null model.size=null "
+    "+model.embed_dim=32 +model.depth=2 +model.num_heads=2",
+}
+BRIEF = "steps=2 global_batch=4 data.workers=0 threads=1"
+
+
+def commands() -> list[str]:
+    assert BLOCK is not None
+    return [line for line in BLOCK[1].splitlines() if line]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, photos) -> Path:
+    folder = tmp_path_factory.mktemp("newcomer")
+    shutil.copytree(photos, folder / "PHOTOS")
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(commands())))
+def test_command(number, place, run_cli, monkeypatch):
+    monkeypatch.chdir(place)  # one after the other: each stands on the files of those before
+    words = shlex.split(commands()[number])
+    assert words[:3] == ["python", "-m", "beit_pretrain"]
+    experiment = next((w.split("=")[1] for w in words if w.startswith("+experiment=")), None)
+    extra = f"{BRIEF} {SMALL[experiment]}".split() if experiment else []
+    code, stdout, stderr = run_cli(*words[3:], *extra)
+    assert code == 0, stderr
+
+
+def test_their_results(place):
+    rows = (place / "predictions.csv").read_text().splitlines()
+    assert rows[0] == "file,rank,class,probability"
+    assert len(rows) > 10
+    for run in ("tokenizer", "small_own", "finetune_own"):
+        assert (place / "runs" / run / "checkpoints/last.ckpt").is_file()
+        assert (place / "runs" / run / "metrics.csv").read_text().count("\n") >= 2
+    assert (place / "runs/small_own/pictures/show.png").is_file()
+
+
+def test_the_tree_names_every_module():
+    modules = {path.name for path in (Path(__file__).parents[1] / "src/beit_pretrain").glob("*.py")} - {"__init__.py"}
+    assert not sorted(name for name in modules if name not in README)

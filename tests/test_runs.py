@@ -1,0 +1,115 @@
+"""Whole runs of the shipped `fit`: resume, refusal of other settings, golden losses, W&B offline, the paper's step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning import Callback
+
+from beit_pretrain import checkpoint, runs
+from beit_pretrain.metrics import curve
+
+TINY = (
+    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch=8 batch_size=4 data.workers=0 "
+    "model.embed_dim=32 model.num_heads=2 model.depth=2 data.val_images=8 log_every=1 threads=1"
+).split()
+
+
+@pytest.fixture
+def words(shards, dvae_checkpoint, tmp_path):
+    given = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
+    return ["fit", "+experiment=demo_pretrain", *given, *TINY, f"run_dir={tmp_path / 'run'}"]
+
+
+# Loss of every step of a tiny deterministic run: a refactor must not move it. Regenerate only for a change of method.
+GOLDEN = [0.0] * 6
+
+
+def test_golden_losses(words, run_cli, tmp_path):
+    code, _, stderr = run_cli(*words, "steps=6", "val_every=6", "optim.warmup_steps=2")
+    assert code == 0, stderr
+    steps, losses = curve(tmp_path / "run/metrics.csv", "train/loss")
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert losses == pytest.approx(GOLDEN, abs=2e-4)
+
+
+class Crash(Callback):
+    """Dies after a given optimiser step, before anything of the next one."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+def test_a_run_that_died_goes_on_as_if_it_had_not(words, run_cli, tmp_path, monkeypatch):
+    words = [*words, "steps=6", "val_every=3", "save_every=2"]
+    assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
+    make = runs.make_trainer
+
+    def crashing(cfg, steps, callbacks):
+        return make(cfg, steps, [*callbacks, Crash(5)])
+
+    monkeypatch.setattr(runs, "make_trainer", crashing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_cli(*words)
+    monkeypatch.setattr(runs, "make_trainer", make)
+    code, stdout, _ = run_cli(*words)
+    assert code == 0
+    assert "continuing demo/pretrain after step 4" in stdout
+    whole, resumed = (curve(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "run"))
+    assert resumed == whole  # every step once, the same numbers to the last bit
+    states = [checkpoint.read(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in ("whole", "run")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_another_config_in_the_same_folder_is_refused(words, run_cli):
+    assert run_cli(*words, "steps=2")[0] == 0
+    code, _, stderr = run_cli(*words, "steps=2", "optim.lr=1e-3")
+    assert code == 2
+    assert "optim.lr: 0.003 -> 0.001" in stderr
+    assert run_cli(*words, "steps=2", "log_every=2")[0] == 0  # how a run is watched may change
+    assert run_cli(*words, "steps=2", "optim.lr=1e-3", "resume=never")[0] == 0
+
+
+def test_the_tokenizer_is_not_in_the_checkpoint_or_the_optimiser(words, run_cli, tmp_path):
+    assert run_cli(*words, "steps=1")[0] == 0
+    content = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")
+    assert all(name.startswith("model.") for name in content["state_dict"])
+    groups = content["optimizer_states"][0]["param_groups"]
+    assert sum(len(group["params"]) for group in groups) == len(content["state_dict"])
+
+
+def test_what_a_run_logs(words, run_cli, tmp_path):
+    assert run_cli(*words, "steps=2", "val_every=2")[0] == 0
+    columns = (tmp_path / "run/metrics.csv").read_text().splitlines()[0].split(",")
+    train = "loss masked_token_accuracy codebook_perplexity masked_ratio lr gradient_norm images_per_s data_wait"
+    val = "loss masked_token_accuracy majority_token_accuracy copy_token_accuracy codebook_perplexity knn_accuracy"
+    assert {f"train/{name}" for name in train.split()} | {f"val/{name}" for name in val.split()} <= set(columns)
+    assert (tmp_path / "run/pictures/step-000002.png").is_file()
+    assert (tmp_path / "run/config.yaml").is_file()
+
+
+def test_wandb_is_offline_without_an_account(words, run_cli, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    code, _, stderr = run_cli(*words, "steps=2", "val_every=2", "logger=wandb")
+    assert code == 0, stderr
+    about = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")["beit_pretrain"]
+    runs_written = [path.name for path in (tmp_path / "run/wandb").glob("offline-run-*")]
+    assert len(runs_written) == 1
+    assert runs_written[0].endswith(about["wandb_id"])
+
+
+def test_one_step_of_base_22k_on_a_cpu(shards, openai_files_full, run_cli, tmp_path):
+    """The paper's experiment as it is shipped, but for the batch: 224 px, 8192 tokens, the dall_e package's encoder."""
+    words = ["fit", "+experiment=base_22k", f"data.train={shards / 'train'}", f"tokenizer.path={openai_files_full}"]
+    words += ["logger=csv", "epochs=null", "steps=1", "global_batch=2", "data.workers=0", "log_every=1", "threads=2"]
+    code, _, stderr = run_cli(*words, f"run_dir={tmp_path / 'run'}")
+    assert code == 0, stderr
+    _, (loss,) = curve(tmp_path / "run/metrics.csv", "train/loss")
+    assert loss == pytest.approx(9.056, abs=0.1)  # ln 8192 + sigma^2 / 2, over about 150 masked patches

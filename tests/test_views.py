@@ -1,0 +1,304 @@
+"""Views: held against torchvision's PIL pipeline, bit for bit where nothing is approximated."""
+
+import io
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from beit_pretrain.order import VIEW, generator
+from beit_pretrain.views import (
+    BRIGHTNESS,
+    CONTRAST,
+    HALF,
+    SATURATION,
+    ClassificationViews,
+    Crop,
+    PretrainViews,
+    centre_view,
+    color_jitter,
+    draw_crop,
+    draw_jitter,
+    jittered_views,
+    normalise,
+    scaled_decode,
+    to_array,
+)
+
+ADJUST = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
+ORDERS = list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION)))
+PAPER_CROP = ((0.08, 1.0), (3 / 4, 4 / 3))
+SMALL = PretrainViews(image_size=32, token_image_size=16)
+
+
+def picture(width: int = 90, height: int = 70, seed: int = 0) -> Image.Image:
+    """A picture with smooth and rough parts, as a decoded image (so without scaled decoding)."""
+    rng = np.random.default_rng(seed)
+    smooth = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    noise = rng.normal(0, 12, (height, width, 3)) * (np.arange(width)[None, :, None] > width / 2)
+    return Image.fromarray(np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8))
+
+
+def as_jpeg(image: Image.Image) -> Image.Image:
+    """The picture as an opened, not yet decoded JPEG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return Image.open(io.BytesIO(buffer.getvalue()))
+
+
+def rng(position: int) -> np.random.Generator:
+    return generator(0, position, VIEW)
+
+
+def drawn(views: PretrainViews, size: tuple[int, int], position: int):
+    """Jitter, flip and crop that the views draw at a position: the order of the draws is part of a run's identity."""
+    numbers = rng(position)
+    jitter = draw_jitter(numbers, views.jitter)
+    return jitter, numbers.random() < views.flip, draw_crop(numbers, *size, views.scale, views.ratio)
+
+
+def torchvision_crop(image: Image.Image, crop: Crop, size: int, how: InterpolationMode) -> np.ndarray:
+    cropped = F.resized_crop(image, crop.top, crop.left, crop.height, crop.width, [size, size], how)
+    return F.pil_to_tensor(cropped).numpy()
+
+
+class TestCrop:
+    @pytest.mark.parametrize("size", [(90, 70), (70, 90), (1, 1), (3, 200), (500, 375)])
+    @pytest.mark.parametrize(("scale", "ratio"), [PAPER_CROP, ((1.0, 1.0), (1.0, 1.0)), ((0.4, 1.0), (0.9, 1.1))])
+    def test_lies_inside(self, size, scale, ratio):
+        for position in range(100):
+            crop = draw_crop(rng(position), *size, scale, ratio)
+            assert crop.height > 0
+            assert crop.width > 0
+            assert 0 <= crop.top <= size[1] - crop.height
+            assert 0 <= crop.left <= size[0] - crop.width
+            assert all(type(number) is int for number in crop)
+
+    def test_area_and_aspect(self):
+        crops = np.array([draw_crop(rng(k), 400, 400, *PAPER_CROP)[2:] for k in range(2000)], float)
+        area, aspect = crops.prod(1) / 400**2, crops[:, 1] / crops[:, 0]
+        assert area.min() > 0.075
+        assert area.max() <= 1
+        assert aspect.min() > 0.73
+        assert aspect.max() < 1.37
+        assert np.log(aspect).mean() == pytest.approx(0, abs=0.02)  # log-uniform: its own inverse on average
+        torch.manual_seed(0)
+        image = Image.new("RGB", (400, 400))
+        reference = [RandomResizedCrop.get_params(image, *map(list, PAPER_CROP)) for _ in range(2000)]
+        expected = np.mean([h * w for _, _, h, w in reference]) / 400**2
+        assert area.mean() == pytest.approx(expected, abs=0.03)  # four standard errors of the difference
+
+    @pytest.mark.parametrize("size", [(1000, 20), (20, 1000)])
+    def test_falls_back_to_the_central_crop(self, size):
+        """No box of 90 % of the area has an aspect below 4/3: torchvision takes the largest central one."""
+        top, left, height, width = RandomResizedCrop.get_params(Image.new("RGB", size), [0.9, 1.0], [3 / 4, 4 / 3])
+        assert draw_crop(rng(0), *size, (0.9, 1.0), (3 / 4, 4 / 3)) == (top, left, height, width)
+
+    def test_falls_back_to_the_whole_image(self):
+        assert draw_crop(rng(0), 50, 45, (2.0, 2.0), (3 / 4, 4 / 3)) == (0, 0, 45, 50)
+
+
+class TestPretrainViews:
+    @pytest.mark.parametrize("position", range(8))
+    def test_equal_torchvision_without_scaled_decoding(self, position):
+        image = picture()
+        _, flip, crop = drawn(SMALL, image.size, position)
+        view = SMALL(image, rng(position))
+        for name, size, how in (
+            ("image", 32, InterpolationMode.BICUBIC),
+            ("token_image", 16, InterpolationMode.LANCZOS),
+        ):
+            expected = torchvision_crop(image, crop, size, how)
+            assert view[name].dtype == np.uint8
+            assert np.array_equal(view[name], expected[:, :, ::-1] if flip else expected)
+
+    def test_some_are_flipped_and_some_are_not(self):
+        flips = [drawn(SMALL, (90, 70), position)[1] for position in range(8)]
+        assert 0 < sum(flips) < 8
+
+    @pytest.mark.parametrize("position", range(8))
+    def test_exact_equals_the_authors_pipeline(self, position):
+        """Jitter and flip of the whole decoded JPEG, then the two crops, with PIL and torchvision."""
+        views = PretrainViews(image_size=32, token_image_size=16, exact=True)
+        jpeg = as_jpeg(picture(300, 260))
+        (factors, order), flip, crop = drawn(views, jpeg.size, position)
+        view = views(as_jpeg(picture(300, 260)), rng(position))
+        image = jpeg.convert("RGB")
+        for operation in order:
+            image = ADJUST[operation](image, float(factors[operation]))
+        image = F.hflip(image) if flip else image
+        assert np.array_equal(view["image"], torchvision_crop(image, crop, 32, InterpolationMode.BICUBIC))
+        assert np.array_equal(view["token_image"], torchvision_crop(image, crop, 16, InterpolationMode.LANCZOS))
+
+    def test_exact_views_are_not_jittered_again(self):
+        views = PretrainViews(image_size=32, token_image_size=16, exact=True)
+        view = views(picture(), rng(3))
+        batch = {name: torch.from_numpy(array)[None] for name, array in view.items()}
+        image, token_image = jittered_views(batch)
+        assert torch.equal(image, batch["image"].float() / 255)
+        assert torch.equal(token_image, batch["token_image"].float() / 255)
+
+    def test_fast_and_exact_are_close(self):
+        """Jitter before or after the crop differs only in contrast's mean and in rounding: without contrast, hardly."""
+        settings = {"image_size": 32, "token_image_size": 16, "jitter": (0.2, 0.0, 0.2), "flip": 0.0}
+        for position in range(4):
+            batches = [
+                {
+                    k: torch.from_numpy(v)[None]
+                    for k, v in PretrainViews(**settings, exact=e)(picture(), rng(position)).items()
+                }
+                for e in (False, True)
+            ]
+            for fast, exact in zip(*map(jittered_views, batches), strict=True):
+                assert (fast - exact).abs().mean() < 0.02
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+    def test_other_modes_become_rgb(self, mode):
+        view = SMALL(picture().convert(mode), rng(0))
+        assert view["image"].shape == (3, 32, 32)
+        assert view["token_image"].shape == (3, 16, 16)
+
+    def test_a_view_is_a_function_of_its_random_numbers(self):
+        first, again, other = (SMALL(picture(), rng(position)) for position in (1, 1, 2))
+        assert all(np.array_equal(first[name], again[name]) for name in first)
+        assert not np.array_equal(first["image"], other["image"])
+
+
+class TestScaledDecoding:
+    WHOLE = Crop(0, 0, 512, 640)
+
+    @pytest.mark.parametrize(
+        ("crop", "decoded"),
+        [
+            (WHOLE, (80, 64)),  # 512 / 64 = 8: an eighth
+            (Crop(100, 200, 300, 300), (160, 128)),  # 300 / 64 = 4.7: a quarter
+            (Crop(11, 13, 128, 190), (320, 256)),  # exactly half
+            (Crop(11, 13, 127, 190), (640, 512)),  # half of 127 is less than 64: whole
+        ],
+    )
+    def test_keeps_enough_pixels(self, crop, decoded):
+        image, scaled = scaled_decode(as_jpeg(picture(640, 512)), crop, 64)
+        assert image.size == decoded
+        assert min(scaled.height, scaled.width) >= 64
+        assert 0 <= scaled.top <= image.height - scaled.height
+        assert 0 <= scaled.left <= image.width - scaled.width
+
+    @pytest.mark.parametrize("position", range(6))
+    def test_stays_close_to_full_decoding(self, position):
+        views = PretrainViews(image_size=64, token_image_size=32, scale=(0.3, 1.0))
+        scaled = views(as_jpeg(picture(640, 512)), rng(position))
+        full = views(as_jpeg(picture(640, 512)).convert("RGB"), rng(position))
+        for name in ("image", "token_image"):
+            assert not np.array_equal(scaled[name], full[name])
+            assert np.abs(scaled[name].astype(float) - full[name]).mean() < 2.5
+
+    def test_only_jpegs_are_scaled(self):
+        image, crop = scaled_decode(picture(640, 512), self.WHOLE, 64)
+        assert (image.size, crop) == ((640, 512), self.WHOLE)
+
+    @pytest.mark.parametrize("size", [(641, 513), (639, 511), (127, 1001)])
+    def test_crops_stay_inside_odd_images(self, size):
+        for position in range(20):
+            crop = draw_crop(rng(position), *size, *PAPER_CROP)
+            image, scaled = scaled_decode(as_jpeg(Image.new("RGB", size)), crop, 16)
+            assert 0 <= scaled.top <= image.height - scaled.height
+            assert 0 <= scaled.left <= image.width - scaled.width
+
+
+class TestJitter:
+    def test_equals_torchvision_in_every_order(self):
+        torch.manual_seed(0)
+        image = torch.rand(6, 3, 9, 7)
+        factors = torch.empty(6, 3).uniform_(0.3, 1.9)  # wide enough that every operation clips somewhere
+        jittered = color_jitter(image, factors, torch.tensor(ORDERS))
+        for b, order in enumerate(ORDERS):
+            expected = image[b]
+            for operation in order:
+                expected = ADJUST[operation](expected, factors[b, operation].item())
+            assert torch.allclose(jittered[b], expected, atol=1e-5, rtol=0)
+
+    def test_factors_and_orders_are_drawn_as_torchvision_draws_them(self):
+        jitters = [draw_jitter(rng(k), (0.4, 0.2, 0.0)) for k in range(3000)]
+        factors = np.stack([jitter.factors for jitter in jitters])
+        assert factors.min(0) == pytest.approx([0.6, 0.8, 1.0], abs=0.01)
+        assert factors.max(0) == pytest.approx([1.4, 1.2, 1.0], abs=0.01)
+        assert factors.mean(0) == pytest.approx([1, 1, 1], abs=0.02)
+        orders, counts = np.unique([jitter.order for jitter in jitters], axis=0, return_counts=True)
+        assert [tuple(order) for order in orders] == ORDERS
+        assert counts == pytest.approx(500, abs=100)  # five standard deviations
+        assert draw_jitter(rng(0), (2.0, 2.0, 2.0)).factors.min() >= 0
+
+    def test_both_views_are_jittered_alike(self):
+        """A picture of one colour has that colour in both views, before and after."""
+        torch.manual_seed(0)
+        colour = torch.randint(40, 200, (6, 3, 1, 1), dtype=torch.uint8)
+        batch = {
+            "image": colour.expand(-1, -1, 32, 32),
+            "token_image": colour.expand(-1, -1, 16, 16),
+            "jitter_factors": torch.empty(6, 3).uniform_(0.6, 1.4),
+            "jitter_order": torch.tensor(ORDERS),
+        }
+        image, token_image = jittered_views(batch)
+        assert torch.allclose(image[..., :16, :16], token_image, atol=1e-6)
+        assert (image[..., :1, :1] - colour / 255).abs().max() > 0.05
+
+    def test_grey_images_are_left_alone(self):
+        image = torch.rand(2, 1, 4, 4)
+        assert torch.equal(color_jitter(image, torch.full((2, 3), 1.4), torch.tensor(ORDERS[:2])), image)
+
+    def test_normalise(self):
+        image = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1)
+        assert normalise(image, HALF, HALF).flatten().tolist() == [-1, 0, 1]
+        assert normalise(image, (0, 0.25, 1), (1, 0.5, 2)).flatten().tolist() == [0, 0.5, 0]
+
+
+class TestClassificationViews:
+    @pytest.mark.parametrize(
+        ("size", "crop_ratio", "shorter"), [(32, None, 36), (32, 1.0, 32), (56, 0.875, 64), (384, None, 384)]
+    )
+    @pytest.mark.parametrize("source", [(120, 120), (120, 80), (40, 64)])
+    def test_evaluation_equals_torchvision(self, size, crop_ratio, shorter, source):
+        image = picture(*source)
+        view = centre_view(image, size, crop_ratio)
+        assert view.size == (size, size)
+        resized = F.resize(image, [shorter], InterpolationMode.BICUBIC)
+        whole = shorter * max(source) / min(source)
+        if whole == int(whole):  # torchvision rounds a longer side down where this rounds it to the nearest
+            assert np.array_equal(view, F.center_crop(resized, [size, size]))
+        evaluation = ClassificationViews(size, train=False, crop_ratio=crop_ratio)(image, rng(0))
+        assert np.array_equal(evaluation["image"], to_array(view))
+
+    def test_evaluation_of_a_large_jpeg_is_close_to_full_decoding(self):
+        view = np.asarray(centre_view(as_jpeg(picture(1000, 800)), 64), float)
+        full = np.asarray(centre_view(as_jpeg(picture(1000, 800)).convert("RGB"), 64), float)
+        assert np.abs(view - full).mean() < 1.5
+
+    def test_training_is_a_flipped_crop(self):
+        views = ClassificationViews(32)
+        for position in range(6):
+            numbers = rng(position)
+            crop = draw_crop(numbers, 90, 70, views.scale, views.ratio)
+            expected = torchvision_crop(picture(), crop, 32, InterpolationMode.BICUBIC)
+            expected = expected[:, :, ::-1] if numbers.random() < views.flip else expected
+            assert np.array_equal(views(picture(), rng(position))["image"], expected)
+
+    def test_randaugment_depends_on_the_position_alone(self):
+        policy = "rand-m9-mstd0.5-inc1"
+        views = ClassificationViews(32, auto_augment=policy)
+        random.seed(1)
+        np.random.seed(1)
+        first = [views(picture(), rng(position))["image"] for position in range(6)]
+        random.seed(2)
+        np.random.seed(2)
+        fresh = ClassificationViews(32, auto_augment=policy)  # as another worker builds it
+        again = [fresh(picture(), rng(position))["image"] for position in reversed(range(6))][::-1]
+        assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+        plain = [ClassificationViews(32)(picture(), rng(position))["image"] for position in range(6)]
+        assert sum(not np.array_equal(a, b) for a, b in zip(first, plain, strict=True)) >= 4
