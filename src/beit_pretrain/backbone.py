@@ -29,7 +29,9 @@ SIZES: dict[str, dict] = {
 
 def patch_grid(image_size: int, patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches. Raises UserError if the image does not divide into patches."""
-    if image_size <= 0 or patch_size <= 0 or image_size % patch_size:
+    if image_size < 1 or patch_size < 1:
+        raise UserError(f"image_size={image_size} and patch_size={patch_size} must be at least 1")
+    if image_size % patch_size:
         raise UserError(
             f"image_size={image_size} is not divisible by patch_size={patch_size}; "
             f"the nearest sizes are {max(1, image_size // patch_size) * patch_size} "

@@ -67,9 +67,8 @@ class Pretraining(TrainedModule):
         correct = (logits_BKV.argmax(-1) == target_BK).sum()
         self._masked = self._masked.to(self.device) + masked
         self._tokens_V.scatter_add_(0, tokens_BN.flatten(), torch.ones_like(tokens_BN, dtype=torch.float).flatten())
-        self.track(
-            loss=loss_sum / masked, masked_token_accuracy=correct / masked, masked_ratio=masked / tokens_BN.numel()
-        )
+        self.track(masked, loss=loss_sum / masked, masked_token_accuracy=correct / masked)
+        self.track(masked_ratio=masked / tokens_BN.numel())
         return loss_sum / target_BK.numel()
 
     def predict_masked(self, image_BCHW: Tensor, batch: dict) -> Tensor:

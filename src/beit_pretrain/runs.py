@@ -241,12 +241,17 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         done = open_loggers(cfg, trainer, task.module, last if resume else None)
     if trainer.is_global_zero:
         print(introduction + (f"\n  continuing {cfg.name} after step {done}" if resume else ""), flush=True)
+    if done >= steps:
+        print("  already finished; more steps would be another run: choose another name=, or resume=never")
+        return {}
     trainer.fit(task.module, task.data, ckpt_path=str(last) if resume else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     trainer.save_checkpoint(last, weights_only=False)
     if trainer.is_global_zero:
         print(f"saved {last}", flush=True)
+    if "val" in task.data.readers and steps % min(cfg.val_every, steps):
+        trainer.validate(task.module, task.data, verbose=False)  # a run ends with its final metrics, whatever val_every
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 

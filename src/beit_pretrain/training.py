@@ -35,8 +35,7 @@ class TrainedModule(LightningModule):
         self.optim = optim
         self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
         self.log_every = 50
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}  # (2,): sum of value x weight, sum of weights
 
     def configure_optimizers(self):
         depth = len(self.model.blocks) if hasattr(self.model, "blocks") else 0
@@ -51,12 +50,13 @@ class TrainedModule(LightningModule):
         """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""
         return 1.0
 
-    def track(self, **metrics: Tensor | float) -> None:
-        """Add values to the means that the next flush writes as `train/<name>`."""
+    def track(self, weight: Tensor | float = 1.0, **metrics: Tensor | float) -> None:
+        """Add values to the weighted means that the next flush writes as `train/<name>`."""
+        weight = torch.as_tensor(weight, device=self.device, dtype=torch.float64)
         for name, value in metrics.items():
             value = torch.as_tensor(value, device=self.device).detach().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            pair = torch.stack([value * weight, weight])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         step = self.trainer.global_step
@@ -69,10 +69,9 @@ class TrainedModule(LightningModule):
         names = sorted(self._sums)
         if not names:
             return
-        means = torch.stack([self._sums[n].to(self.device) / self._counts[n] for n in names])
-        values = self.sum_over_processes(means) / self.trainer.world_size
-        self._sums, self._counts = {}, {}
-        metrics = {f"train/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
+        sums, weights = self.sum_over_processes(torch.stack([self._sums[n] for n in names], dim=1))
+        self._sums = {}
+        metrics = {f"train/{name}": value for name, value in zip(names, (sums / weights).tolist(), strict=True)}
         bar = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
         self.log_dict(bar, prog_bar=True, logger=False)
         self.emit(metrics)
@@ -80,7 +79,7 @@ class TrainedModule(LightningModule):
     def log_validation(self, metrics: dict[str, Tensor | float]) -> None:
         """Write `val/<name>`: to the loggers, and to Lightning for callbacks that watch a metric."""
         values = {f"val/{name}": float(value) for name, value in metrics.items()}
-        self.log_dict(values, logger=False)
+        self.log_dict(values, logger=False, sync_dist=True)  # equal on all processes already; it silences a warning
         if not self.trainer.sanity_checking:
             self.emit(values)
 

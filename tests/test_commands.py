@@ -1,0 +1,108 @@
+"""predict, validate, show: what they write, and what they make of bad files."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+from conftest import seeded, write_checkpoint
+from PIL import Image
+
+from beit_pretrain.backbone import Classifier
+from beit_pretrain.views import HALF
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A classifier of the photos' three classes that knows nothing."""
+    model = seeded(Classifier, 3, image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    about = {"mean": list(HALF), "std": list(HALF), "classes": ["boats", "cats", "dogs"]}
+    return write_checkpoint(tmp_path_factory.mktemp("classifier") / "last.ckpt", "classifier", model, **about)
+
+
+def rows(path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predict_lists_every_image_and_its_top_classes(classifier, photos, run_cli, tmp_path):
+    code, stdout, stderr = run_cli("predict", f"init_from={classifier}", f"src={photos}", f"out={tmp_path / 'p.csv'}")
+    assert code == 0, stderr
+    table = rows(tmp_path / "p.csv")
+    assert len(table) == 18 * 3
+    assert len({row["file"] for row in table}) == 18
+    assert {row["class"] for row in table} == {"boats", "cats", "dogs"}
+    for name in {row["file"] for row in table}:
+        chances = [float(row["probability"]) for row in table if row["file"] == name]
+        assert sum(chances) == pytest.approx(1, abs=1e-4)
+        assert chances == sorted(chances, reverse=True)
+
+
+def test_predict_goes_on_after_bad_files(classifier, run_cli, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    Image.new("RGB", (40, 40), "red").save(folder / "good, with a comma.png")
+    (folder / "text.jpg").write_text("no image")
+    (folder / "cut.png").write_bytes((folder / "good, with a comma.png").read_bytes()[:60])
+    code, stdout, _ = run_cli("predict", f"init_from={classifier}", f"src={folder}", "out=p.csv", "top=1")
+    assert code == 0
+    assert "1 images, 2 could not be read" in stdout
+    assert "text.jpg" in stdout
+    assert [row["file"] for row in rows(tmp_path / "p.csv")] == ["good, with a comma.png"]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("src=nowhere", "nowhere"),
+        ("src={empty}", "holds no image"),
+        ("top=0", "top=0"),
+        ("src={text}", "could be read"),
+    ],
+)
+def test_predict_refuses(word, said, classifier, photos, run_cli, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jpg").write_text("no image")
+    given = word.format(empty=tmp_path / "empty", text=tmp_path / "text.jpg")
+    code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src={photos}", "out=p.csv", given)
+    assert code == 2
+    assert said in stderr
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_predict_takes_a_single_file(classifier, photos, run_cli, tmp_path):
+    file = next(photos.rglob("*.jpg"))
+    assert run_cli("predict", f"init_from={classifier}", f"src={file}", "out=p.csv", "top=1")[0] == 0
+    assert len(rows(tmp_path / "p.csv")) == 1
+
+
+def test_validate_and_show_a_run_whose_sources_are_gone(shards, dvae_checkpoint, mim_checkpoint, run_cli, tmp_path):
+    backbone = tmp_path / "moved.ckpt"
+    backbone.write_bytes(mim_checkpoint.read_bytes())
+    words = ["fit", "+experiment=demo_finetune", f"init_from={backbone}", "steps=1", "val_every=1", "global_batch=4"]
+    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0", "image_size=32"]
+    words += ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", f"run_dir={tmp_path / 'run'}"]
+    code, _, stderr = run_cli(*words)
+    assert code == 0, stderr
+    backbone.unlink()
+    code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}")
+    assert code == 0, stderr
+    assert "val/accuracy" in stdout
+    assert "draws backbones and tokenizers" in run_cli("show", f"run={tmp_path / 'run'}")[2]
+
+
+def test_shards_verify_and_show(shards, run_cli, tmp_path):
+    assert "fine" in run_cli("shards", "verify", f"src={shards / 'val'}")[1]
+    assert run_cli("shards", "show", f"src={shards / 'val'}", f"out={tmp_path / 'sheet.png'}")[0] == 0
+    assert Image.open(tmp_path / "sheet.png").width > 100
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (shards / "val").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tar = next(broken.glob("*.tar"))
+    data = bytearray(tar.read_bytes())
+    data[len(data) // 2] ^= 1
+    tar.write_bytes(data)
+    code, stdout, _ = run_cli("shards", "verify", f"src={broken}")
+    assert code == 2
+    assert tar.name in stdout

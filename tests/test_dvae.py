@@ -1,0 +1,110 @@
+"""The dVAE: its temperature, its divergences against torch.distributions, and that it learns."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+
+from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining, check_vocabulary, reconstruction_picture
+from beit_pretrain.errors import UserError
+from beit_pretrain.optim import Optim
+
+TINY = {"vocab_size": 16, "width": 8, "blocks": 1, "code_dim": 8}
+
+
+def training(relaxation: Relaxation | None = None, **settings) -> TokenizerTraining:
+    return TokenizerTraining(DiscreteVAE(**TINY | settings), Optim(lr=1e-3), relaxation or Relaxation())
+
+
+class TestTemperature:
+    @pytest.mark.parametrize(
+        ("progress", "expected"),
+        [(0.0, 1.0), (0.175, 0.5), (0.35, 0.25), (0.525, 0.125), (0.7, 1 / 16), (0.8, 1 / 16), (1.0, 1 / 16)],
+    )
+    def test_halves_in_equal_times(self, progress, expected):
+        assert Relaxation().temperature(progress) == pytest.approx(expected)
+
+    def test_over_the_whole_run(self):
+        relaxation = Relaxation(temperature_end=0.5, anneal=1.0)
+        assert relaxation.temperature(0.5) == pytest.approx(math.sqrt(0.5))
+
+
+class TestDivergences:
+    def test_equal_torchs(self):
+        torch.manual_seed(0)
+        logits = torch.randn(3, 16, 2, 4) * 3
+        kl, usage_kl = training().divergences(logits)
+        q = Categorical(logits=logits.permute(0, 2, 3, 1))
+        uniform = Categorical(probs=torch.full((16,), 1 / 16))
+        assert kl.item() == pytest.approx(kl_divergence(q, uniform).mean().item(), abs=1e-5)
+        mean = Categorical(probs=q.probs.mean((0, 1, 2)))
+        assert usage_kl.item() == pytest.approx(kl_divergence(mean, uniform).item(), abs=1e-5)
+
+    def test_at_the_ends(self):
+        undecided = torch.zeros(2, 16, 4, 4)
+        assert [value.item() for value in training().divergences(undecided)] == pytest.approx([0, 0], abs=1e-5)
+        collapsed = undecided.clone()
+        collapsed[:, 3] = 100
+        assert [v.item() for v in training().divergences(collapsed)] == pytest.approx([math.log(16)] * 2, abs=1e-5)
+        decided_but_even = 100 * torch.eye(16).view(1, 16, 4, 4)  # every patch another token
+        kl, usage_kl = training().divergences(decided_but_even)
+        assert kl.item() == pytest.approx(math.log(16), abs=1e-5)
+        assert usage_kl.item() == pytest.approx(0, abs=1e-5)
+
+
+class TestNetwork:
+    def test_shapes(self):
+        model = DiscreteVAE(**TINY)
+        logits = model.logits(torch.rand(2, 3, 32, 48))
+        assert logits.shape == (2, 16, 4, 6)
+        assert model.reconstruct(logits.softmax(1)).shape == (2, 3, 32, 48)
+        assert model.decode(logits.argmax(1)).shape == (2, 3, 32, 48)
+        assert DiscreteVAE(**TINY, in_chans=1).decode(torch.zeros(1, 2, 2, dtype=torch.long)).shape == (1, 1, 16, 16)
+
+    def test_decode_is_reconstruction_from_one_hot_codes(self):
+        model = DiscreteVAE(**TINY)
+        ids = torch.randint(16, (2, 4, 4))
+        one_hot = torch.nn.functional.one_hot(ids, 16).permute(0, 3, 1, 2).float()
+        assert torch.allclose(model.decode(ids), model.reconstruct(one_hot), atol=1e-5)
+
+    def test_config_builds_the_same_network(self):
+        model = DiscreteVAE(**TINY)
+        DiscreteVAE(**model.config).load_state_dict(model.state_dict())
+
+    def test_a_picture_of_reconstructions(self):
+        picture = reconstruction_picture(DiscreteVAE(**TINY), torch.rand(2, 3, 16, 16))
+        assert picture.width > 32
+        assert picture.height > 32
+
+    @pytest.mark.parametrize("vocab_size", [1, 0, -5])
+    def test_a_vocabulary_that_names_nothing(self, vocab_size):
+        with pytest.raises(UserError, match=r"model\.vocab_size must be at least 2"):
+            check_vocabulary(vocab_size)
+
+
+def test_overfits_a_few_colours():
+    """Four images of one colour each: the error of the decoded tokens falls, and it takes more than one token."""
+    torch.manual_seed(0)
+    colours = torch.tensor([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20]], dtype=torch.uint8)
+    batch = {"image": colours.view(4, 3, 1, 1).expand(-1, -1, 16, 16)}
+    module = training(Relaxation(usage_weight=0.01), width=16)
+    # training_step asks the trainer for nothing but the progress of the run.
+    module.trainer = run = SimpleNamespace(global_step=0, max_steps=400)
+    optimizer = torch.optim.Adam(module.model.parameters(), lr=2e-3)
+
+    @torch.no_grad()
+    def error() -> tuple[float, torch.Tensor]:
+        image = batch["image"].float() / 255
+        ids = module.model.logits(image).argmax(1)
+        return (module.model.decode(ids).clamp(0, 1) - image).square().mean().item(), ids
+
+    before, _ = error()
+    for run.global_step in range(run.max_steps):
+        optimizer.zero_grad()
+        module.training_step(batch, run.global_step).backward()
+        optimizer.step()
+    after, ids = error()
+    assert after < before / 5
+    assert len(ids.unique()) > 1

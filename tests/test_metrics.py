@@ -1,0 +1,98 @@
+"""metrics.csv: rows are appended, columns come as they come, and a resumed run cuts back to its checkpoint."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from beit_pretrain.metrics import CsvMetrics, curve, read_rows
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run" / "metrics.csv"
+
+
+def table(path) -> list[list[str]]:
+    return list(csv.reader(path.read_text().splitlines()))
+
+
+def test_rows_are_appended(path):
+    logger = CsvMetrics(path)
+    assert not path.exists()
+    logger.log_metrics({"train/loss": 2.5, "lr": 0.1}, step=1)
+    inode = path.stat().st_ino
+    logger.log_metrics({"train/loss": torch.tensor(1.5), "lr": 0.2}, step=2)
+    assert table(path) == [["step", "train/loss", "lr"], ["1", "2.5", "0.1"], ["2", "1.5", "0.2"]]
+    assert path.stat().st_ino == inode  # appended, not written anew
+
+
+def test_a_step_is_one_row(path):
+    logger = CsvMetrics(path)
+    logger.log_metrics({"train/loss": 2.5}, step=1)
+    logger.log_metrics({"val/loss": 3.5}, step=1)
+    logger.log_metrics({"train/loss": 2.25}, step=1)
+    assert table(path) == [["step", "train/loss", "val/loss"], ["1", "2.25", "3.5"]]
+
+
+def test_new_columns_leave_earlier_rows_empty(path):
+    logger = CsvMetrics(path)
+    logger.log_metrics({"a": 1}, step=1)
+    logger.log_metrics({"b": 2}, step=2)
+    logger.log_metrics({"a": 3}, step=3)
+    assert table(path) == [["step", "a", "b"], ["1", "1.0", ""], ["2", "", "2.0"], ["3", "3.0", ""]]
+    assert read_rows(path) == (["step", "a", "b"], {1: {"a": 1.0}, 2: {"b": 2.0}, 3: {"a": 3.0}})
+
+
+def test_a_new_logger_goes_on(path):
+    CsvMetrics(path).log_metrics({"a": 1}, step=1)
+    again = CsvMetrics(path)
+    again.log_metrics({"a": 2}, step=2)
+    again.log_metrics({"b": 3}, step=3)
+    assert curve(path, "a") == ([1, 2], [1.0, 2.0])
+    assert curve(path, "b") == ([3], [3.0])
+
+
+def test_cut_back(path):
+    """A run that died after its last checkpoint repeats steps: none may stand twice."""
+    logger = CsvMetrics(path)
+    for step in range(1, 6):
+        logger.log_metrics({"a": step}, step=step)
+    again = CsvMetrics(path)
+    again.cut_back(3)
+    assert curve(path, "a") == ([1, 2, 3], [1.0, 2.0, 3.0])
+    again.log_metrics({"a": 40}, step=4)
+    assert curve(path, "a") == ([1, 2, 3, 4], [1.0, 2.0, 3.0, 40.0])
+    assert [row[0] for row in table(path)] == ["step", "1", "2", "3", "4"]
+    assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
+
+
+def test_cut_back_to_the_beginning(path):
+    logger = CsvMetrics(path)
+    logger.log_metrics({"a": 1}, step=1)
+    logger.cut_back(0)
+    assert table(path) == [["step", "a"]]
+    assert curve(path, "a") == ([], [])
+
+
+def test_numbers_survive_to_the_last_bit(path):
+    numbers = [1 / 3, 1e-30, 1e30, math.pi, -0.1]
+    logger = CsvMetrics(path)
+    for step, number in enumerate(numbers):
+        logger.log_metrics({"a": number, "b": math.nan}, step=step)
+    assert curve(path, "a") == (list(range(5)), numbers)
+    assert all(math.isnan(value) for value in curve(path, "b")[1])
+
+
+def test_what_lightning_asks_of_a_logger(path):
+    logger = CsvMetrics(path)
+    assert (logger.name, logger.version) == ("csv", "")
+    assert logger.experiment is logger
+    logger.log_hyperparams({"lr": 1})
+    assert not path.exists()
+
+
+def test_a_metric_nobody_wrote(path):
+    CsvMetrics(path).log_metrics({"a": 1}, step=1)
+    assert curve(path, "other") == ([], [])

@@ -1,0 +1,153 @@
+"""Schedules by hand, parameter groups by name, layer decay, and the clip against torch's (RECIPE sections 4 and 5)."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from beit_pretrain.backbone import Classifier, MaskedImageModel
+from beit_pretrain.optim import Optim, clip_gradients, configure, layer_of, learning_rate, parameter_groups
+
+TINY = {"image_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
+
+
+def mim(**settings) -> MaskedImageModel:
+    return MaskedImageModel(**TINY, depth=2, vocab_size=8, **settings)
+
+
+def classifier() -> Classifier:
+    return Classifier(3, **TINY, depth=12, abs_pos_emb=True)
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize(
+        ("step", "expected"),
+        [
+            (0, 0.0),
+            (1, 0.25),
+            (2, 0.5),
+            (3, 0.75),
+            (4, 1.0),  # W - 1: the end of linspace(0, 1, 5)
+            (5, 1.0),  # W: the beginning of the cosine
+            (10, 0.1 + 0.45 * (1 + math.sqrt(0.5))),  # an eighth of a turn
+            (15, 0.55),  # half way down
+            (24, 0.1 + 0.45 * (1 + math.cos(0.95 * math.pi))),  # the last step is one step short of the end
+            (25, 0.1),
+            (1000, 0.1),
+        ],
+    )
+    def test_by_hand(self, step, expected):
+        assert learning_rate(step, total=25, warmup=5, peak=1.0, end=0.1) == pytest.approx(expected, abs=1e-12)
+
+    @pytest.mark.parametrize(("warmup", "expected"), [(0, [1, 1]), (1, [0, 1]), (2, [0, 1])])
+    def test_short_warm_ups(self, warmup, expected):
+        rates = [learning_rate(step, total=1000, warmup=warmup, peak=1.0, end=0.0) for step in (0, 1)]
+        assert rates == pytest.approx(expected, abs=1e-5)
+
+    def test_a_run_of_warm_up_alone(self):
+        rates = [learning_rate(step, total=3, warmup=3, peak=1.0, end=0.0) for step in range(4)]
+        assert rates == [0.0, 0.5, 1.0, 1.0]
+
+    def test_the_paper_s_run(self):
+        rates = [learning_rate(step, 1_040_000, 10_000, 1.5e-3, 1e-5) for step in (0, 1, 9_999, 10_000, 525_000)]
+        assert rates == pytest.approx([0, 1.5e-3 / 9_999, 1.5e-3, 1.5e-3, (1.5e-3 + 1e-5) / 2])
+
+    def test_the_optimiser_follows_it_in_every_group(self):
+        settings = Optim(lr=2e-3, min_lr=1e-4, warmup_steps=3, layer_decay=0.65)
+        configured = configure(classifier(), settings, total_steps=8, depth=12)
+        optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
+        assert schedule["interval"] == "step"
+        for step in range(8):
+            expected = learning_rate(step, 8, 3, 2e-3, 1e-4)
+            rates = [group["lr"] / group["lr_scale"] for group in optimizer.param_groups]
+            assert rates == pytest.approx([expected] * len(rates), abs=1e-12)
+            optimizer.step()
+            schedule["scheduler"].step()
+
+
+class TestGroups:
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_what_decays(self, shared):
+        model = mim(abs_pos_emb=True, shared_rel_pos_bias=shared)
+        groups = parameter_groups(model.named_parameters(), lr=1.0, weight_decay=0.05)
+        decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
+        expected = {"mask_token", "patch_embed.proj.weight", "lm_head.weight"}
+        expected |= {"rel_pos_bias.relative_position_bias_table"} if shared else set()
+        expected |= {f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+        assert decayed == expected
+        rest = {name for group in groups if not group["weight_decay"] for name in group["names"]}
+        assert rest == {name for name, _ in model.named_parameters()} - expected
+        assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.gamma_1", "blocks.0.attn.q_bias"} <= rest
+        assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+        assert {group["lr"] for group in groups} == {1.0}
+
+    def test_the_tables_of_fine_tuning_decay(self):
+        groups = parameter_groups(classifier().named_parameters(), 1.0, 0.05)
+        decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
+        assert {f"blocks.{i}.attn.relative_position_bias_table" for i in range(12)} <= decayed
+        assert "head.weight" in decayed
+        assert not decayed & {"fc_norm.weight", "head.bias", "pos_embed", "cls_token"}
+
+    def test_every_parameter_stands_in_one_group(self):
+        model = classifier()
+        groups = parameter_groups(model.named_parameters(), 1.0, 0.05, layer_decay=0.65, depth=12)
+        names = [name for group in groups for name in group["names"]]
+        assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+        own = dict(model.named_parameters())
+        for group in groups:
+            assert all(own[n] is p for n, p in zip(group["names"], group["params"], strict=True))
+
+    def test_layer_decay(self):
+        groups = parameter_groups(classifier().named_parameters(), 2.0, 0.05, layer_decay=0.65, depth=12)
+        scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
+        expected = {"cls_token": 13, "pos_embed": 13, "patch_embed.proj.weight": 13, "patch_embed.proj.bias": 13}
+        expected |= {f"blocks.{i}.attn.qkv.weight": 12 - i for i in range(12)}
+        expected |= {f"blocks.{i}.gamma_1": 12 - i for i in range(12)}
+        expected |= {"fc_norm.weight": 0, "fc_norm.bias": 0, "head.weight": 0, "head.bias": 0}
+        assert {name: scales[name] for name in expected} == pytest.approx({n: 0.65**e for n, e in expected.items()})
+        assert all(group["lr"] == pytest.approx(2.0 * group["lr_scale"]) for group in groups)
+
+    def test_what_only_pre_training_has(self):
+        assert layer_of("mask_token", 12) == 0
+        assert layer_of("rel_pos_bias.relative_position_bias_table", 12) == 13
+        assert layer_of("norm.weight", 12) == layer_of("lm_head.weight", 12) == 13
+
+    def test_frozen_parameters_are_left_out(self):
+        model = mim()
+        model.patch_embed.requires_grad_(False)
+        names = [n for group in parameter_groups(model.named_parameters(), 1.0, 0.05) for n in group["names"]]
+        assert "mask_token" in names
+        assert not [name for name in names if name.startswith("patch_embed")]
+
+    def test_adamw(self):
+        optimizer = configure(mim(), Optim(lr=1e-3, betas=(0.8, 0.9), eps=1e-6), 10)["optimizer"]
+        assert isinstance(optimizer, torch.optim.AdamW)
+        assert {(*group["betas"], group["eps"]) for group in optimizer.param_groups} == {(0.8, 0.9, 1e-6)}
+
+
+def parameters(seed: int = 0) -> list[nn.Parameter]:
+    torch.manual_seed(seed)
+    made = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2, 2, 2), (7,))]
+    for parameter in made[:-1]:  # the last one got no gradient
+        parameter.grad = torch.randn_like(parameter)
+    return made
+
+
+@pytest.mark.parametrize("clip", [None, 0.1, 3.0, 1e6])
+@pytest.mark.parametrize("scale", [1.0, 0.5, torch.tensor(20.0, dtype=torch.float64)])
+def test_clip_equals_torchs(clip, scale):
+    ours, theirs = parameters(), parameters()
+    norm = clip_gradients(ours, clip, scale)
+    for parameter in theirs[:-1]:
+        parameter.grad *= scale
+    expected = nn.utils.clip_grad_norm_(theirs, math.inf if clip is None else clip)
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+    for one, other in zip(ours[:-1], theirs[:-1], strict=True):
+        assert one.grad.dtype == torch.float32
+        assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-8)
+    assert ours[-1].grad is None
+
+
+def test_no_gradients_no_norm():
+    assert clip_gradients([nn.Parameter(torch.zeros(3))], 1.0) == 0

@@ -1,0 +1,227 @@
+"""Tokenizers: OpenAI's files are read, checked and never executed; a dVAE of one's own plugs in the same way."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from conftest import DVAE, write_checkpoint
+from dall_e import map_pixels, unmap_pixels
+
+from beit_pretrain.backbone import Classifier
+from beit_pretrain.dvae import DiscreteVAE, DVAETokenizer
+from beit_pretrain.errors import UserError
+from beit_pretrain.tokenizer import OpenAITokenizer, codebook_use, square_grid, view_size
+
+
+def images(side: int = 32, batch: int = 2) -> torch.Tensor:
+    torch.manual_seed(0)
+    coarse = torch.rand(batch, 3, 8, 8)
+    return torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")
+
+
+def refusal(folder) -> str:
+    with pytest.raises(UserError) as caught:
+        OpenAITokenizer(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class TestOpenAI:
+    def test_encode_is_the_argmax_of_the_packages_encoder(self, openai_files):
+        tokenizer = OpenAITokenizer(openai_files)
+        encoder = torch.load(openai_files / "encoder.pkl", weights_only=False)
+        with torch.no_grad():
+            expected = encoder(map_pixels(images())).argmax(1)
+        ids = tokenizer.encode(images())
+        assert torch.equal(ids, expected.flatten(1))
+        assert (ids.shape, ids.dtype) == ((2, 16), torch.int64)
+        assert len(ids.unique()) > 1
+        assert (tokenizer.vocab_size, tokenizer.downsample) == (512, 8)
+
+    def test_ids_are_row_major(self, openai_files):
+        """What changes at the bottom of the picture changes the last ids."""
+        tokenizer = OpenAITokenizer(openai_files)
+        image, other = images(64), images(64)
+        other[:, :, 56:] = 1 - other[:, :, 56:]
+        changed = (tokenizer.encode(image) != tokenizer.encode(other)).any(0).view(8, 8)
+        assert changed[-1].any()
+        assert not changed[:4].any()
+
+    def test_decode_is_the_packages_decoder(self, openai_files):
+        tokenizer = OpenAITokenizer(openai_files)
+        ids = tokenizer.encode(images())
+        decoder = torch.load(openai_files / "decoder.pkl", weights_only=False)
+        one_hot = torch.nn.functional.one_hot(ids.view(2, 4, 4), 512).permute(0, 3, 1, 2).float()
+        with torch.no_grad():
+            expected = unmap_pixels(torch.sigmoid(decoder(one_hot)[:, :3]))
+        decoded = tokenizer.decode(ids)
+        assert torch.allclose(decoded, expected, atol=1e-6)
+        assert decoded.shape == (2, 3, 32, 32)
+        assert decoded.min() >= 0
+        assert decoded.max() <= 1
+
+    def test_is_frozen_and_in_eval_mode(self, openai_files):
+        tokenizer = OpenAITokenizer(openai_files)
+        for module in (tokenizer.encoder, tokenizer.decoder):
+            assert not module.training
+            assert not any(p.requires_grad for p in module.parameters())
+        assert not isinstance(tokenizer, torch.nn.Module)
+        assert tokenizer.to(torch.device("cpu")) is tokenizer
+        assert not tokenizer.encode(images().requires_grad_()).requires_grad
+
+    def test_autocast_does_not_reach_it(self, openai_files):
+        tokenizer = OpenAITokenizer(openai_files)
+        with torch.autocast("cpu", torch.bfloat16):
+            under = tokenizer.encode(images())
+        assert torch.equal(under, tokenizer.encode(images()))
+
+    def test_training_needs_no_decoder(self, openai_files, tmp_path):
+        (tmp_path / "encoder.pkl").write_bytes((openai_files / "encoder.pkl").read_bytes())
+        tokenizer = OpenAITokenizer(tmp_path)
+        ids = tokenizer.encode(images())
+        with pytest.raises(UserError, match=r"decoder\.pkl does not exist"):
+            tokenizer.decode(ids)
+
+    def test_missing(self, tmp_path):
+        said = refusal(tmp_path)
+        assert "encoder.pkl does not exist" in said
+        assert "data/README.md" in said
+        assert "fit +experiment=tokenizer" in said
+        assert "does not exist" in refusal(tmp_path / "nowhere")
+
+    def test_the_decoder_in_the_encoders_place(self, openai_files, tmp_path):
+        (tmp_path / "encoder.pkl").write_bytes((openai_files / "decoder.pkl").read_bytes())
+        assert "holds a Decoder, not the Encoder of the dall_e package" in refusal(tmp_path)
+
+    @pytest.mark.parametrize("content", [b"", b"no pickle, but a text\n", b"\x80\x02"])
+    def test_no_pickle(self, content, tmp_path):
+        (tmp_path / "encoder.pkl").write_bytes(content)
+        assert "is not OpenAI's encoder.pkl" in refusal(tmp_path)
+
+    @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+    def test_truncated(self, share, openai_files, tmp_path):
+        whole = (openai_files / "encoder.pkl").read_bytes()
+        (tmp_path / "encoder.pkl").write_bytes(whole[: int(share * len(whole))])
+        assert "is not OpenAI's encoder.pkl" in refusal(tmp_path)
+
+    @pytest.mark.parametrize(
+        "content", [{"weight": torch.zeros(3)}, torch.zeros(3), torch.nn.Sequential(torch.nn.ReLU())]
+    )
+    def test_another_object(self, content, tmp_path):
+        torch.save(content, tmp_path / "encoder.pkl")
+        assert "not the Encoder of the dall_e package" in refusal(tmp_path)
+
+    def test_an_encoder_with_other_tensors(self, openai_files, tmp_path):
+        encoder = torch.load(openai_files / "encoder.pkl", weights_only=False)
+        del encoder.blocks.group_3
+        torch.save(encoder, tmp_path / "encoder.pkl")
+        assert "does not have the tensors of OpenAI's encoder" in refusal(tmp_path)
+
+    @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
+    def test_a_hostile_file_is_not_executed(self, save, tmp_path):
+        save(Hostile(tmp_path / "executed"), tmp_path / "encoder.pkl")
+        assert "is not OpenAI's encoder.pkl" in refusal(tmp_path)
+        assert not (tmp_path / "executed").exists()
+
+    def test_a_hostile_file_would_have_been_executed(self, tmp_path):
+        """The test above means something: a free unpickling runs the command."""
+        pickle.loads(pickle.dumps(Hostile(tmp_path / "executed")))
+        assert (tmp_path / "executed").exists()
+
+
+class Hostile:
+    """Runs a shell command when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.marker}'",)
+
+
+class TestDVAE:
+    def test_round_trip(self, dvae_checkpoint):
+        tokenizer = DVAETokenizer(dvae_checkpoint)
+        content = torch.load(dvae_checkpoint, weights_only=True)
+        model = DiscreteVAE(**content["beit_pretrain"]["model"])
+        model.load_state_dict({name.removeprefix("model."): t for name, t in content["state_dict"].items()})
+        with torch.no_grad():
+            expected = model.logits(images()).argmax(1)
+            decoded = model.decode(expected).clamp(0, 1)
+        ids = tokenizer.encode(images())
+        assert torch.equal(ids, expected.flatten(1))
+        assert torch.equal(tokenizer.decode(ids), decoded)
+        assert decoded.shape == (2, 3, 32, 32)
+        assert (tokenizer.vocab_size, tokenizer.downsample) == (32, 8)
+
+    def test_is_frozen_and_in_eval_mode(self, dvae_checkpoint):
+        tokenizer = DVAETokenizer(dvae_checkpoint)
+        assert not tokenizer.model.training
+        assert not any(p.requires_grad for p in tokenizer.model.parameters())
+        assert not isinstance(tokenizer, torch.nn.Module)
+        assert tokenizer.to(torch.device("cpu")) is tokenizer
+
+    def test_a_classifier_is_no_tokenizer(self, tmp_path):
+        model = Classifier(2, image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+        path = write_checkpoint(tmp_path / "last.ckpt", "classifier", model, classes=["cat", "dog"])
+        with pytest.raises(UserError, match=r"holds a fine-tuned classifier; a tokenizer \(dVAE\) is needed here"):
+            DVAETokenizer(path)
+
+    def test_openais_file_is_none_of_ours(self, openai_files):
+        with pytest.raises(UserError, match=r"encoder\.pkl cannot be read as a checkpoint"):
+            DVAETokenizer(openai_files / "encoder.pkl")
+
+
+class Eight:
+    """All that `view_size` asks of a tokenizer."""
+
+    downsample = 8
+
+
+class TestViewSize:
+    @pytest.mark.parametrize(("grid", "size"), [((14, 14), 112), ((16, 16), 128), ((8, 8), 64)])
+    def test_one_token_per_patch(self, grid, size):
+        assert view_size(grid, Eight()) == view_size(grid, Eight(), size) == size
+
+    def test_the_trap_of_the_full_view(self):
+        """The encoder fed 224 x 224 would give 28 x 28 tokens."""
+        with pytest.raises(UserError) as caught:
+            view_size((14, 14), Eight(), 224)
+        assert str(caught.value) == (
+            "data.token_image_size=224 gives 28 x 28 tokens for 14 x 14 patches; "
+            "one token per patch needs data.token_image_size=112"
+        )
+        with pytest.raises(UserError, match=r"gives 12\.5 x 12\.5 tokens"):
+            view_size((14, 14), Eight(), 100)
+
+
+class TestCodebookUse:
+    def test_even_use(self):
+        assert codebook_use(torch.full((64,), 3.0)) == {
+            "codebook_perplexity": pytest.approx(64),
+            "codebook_distinct": 64,
+        }
+
+    def test_one_token(self):
+        counts = torch.zeros(64)
+        counts[5] = 1e6
+        assert codebook_use(counts) == {"codebook_perplexity": pytest.approx(1), "codebook_distinct": 1}
+
+    def test_by_hand(self):
+        use = codebook_use(torch.tensor([2, 1, 1, 0]))
+        assert use == {"codebook_perplexity": pytest.approx(2**1.5), "codebook_distinct": 3}  # 1.5 bits
+
+    def test_nothing_counted_yet(self):
+        assert codebook_use(torch.zeros(8)) == {"codebook_perplexity": 1, "codebook_distinct": 0}
+
+
+def test_square_grid():
+    ids = torch.arange(18).view(2, 9)
+    assert square_grid(ids).tolist() == [[[0, 1, 2], [3, 4, 5], [6, 7, 8]], [[9, 10, 11], [12, 13, 14], [15, 16, 17]]]
+    with pytest.raises(ValueError, match="8 tokens are no square grid"):
+        square_grid(ids[:, :8])
+
+
+def test_the_fixture_is_small(dvae_checkpoint):
+    assert DVAETokenizer(dvae_checkpoint).model.config == DVAE
