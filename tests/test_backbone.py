@@ -1,4 +1,4 @@
-"""The backbone: parity with timm, what masking may and may not do, sizes, initial weights and names (RECIPE section 3)."""
+"""The backbone: parity with timm, what masking may and may not do, sizes, initial weights and names."""
 
 import itertools
 import math

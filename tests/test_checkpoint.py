@@ -1,4 +1,4 @@
-"""Checkpoints: what is refused and in which words, the way from pre-training to fine-tuning, and writing whole files."""
+"""Checkpoints: what is refused and in which words, from pre-training to fine-tuning, and writing whole files."""
 
 import os
 import pickle

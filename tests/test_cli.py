@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -165,3 +166,26 @@ def test_predict_refuses_what_is_no_classifier(run_cli, tmp_path, mim_checkpoint
     )
     assert "was not written by beit_pretrain" in said
     assert not (tmp_path / "p.csv").exists()
+
+
+def test_an_error_in_a_loader_worker_is_one_line_too(shards, run_cli, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in (shards / "train").iterdir():
+        data = path.read_bytes()
+        if path.suffix == ".tar":  # every image loses its head, the sizes stay: a shard that rotted on the disk
+            data = data.replace(b"\xff\xd8\xff", b"\x00\x00\x00")
+        (broken / path.name).write_bytes(data)
+    words = ["fit", "+experiment=demo_tokenizer", f"data.train={broken}", "data.workers=1", "steps=1", "global_batch=2"]
+    said = one_line(run_cli(*words, f"run_dir={tmp_path / 'run'}", "threads=1"))
+    assert "cannot be decoded" in said
+    assert ".tar" in said
+
+
+def test_images_without_a_class_cannot_be_classified(photos, run_cli, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(photos, mixed)
+    shutil.copy(next(photos.rglob("*.jpg")), mixed / "loose.jpg")
+    assert run_cli("shards", "make", f"src={mixed}", f"out={tmp_path / 'out'}", "workers=1")[0] == 0
+    words = ["fit", "+experiment=demo_finetune", "from_scratch=true", f"data.train={tmp_path / 'out/train'}"]
+    assert "1 images without a class" in one_line(run_cli(*words, f"run_dir={tmp_path / 'run'}"))

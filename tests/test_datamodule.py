@@ -21,6 +21,7 @@ from beit_pretrain.datamodule import (
 )
 from beit_pretrain.errors import UserError
 from beit_pretrain.masking import BlockwiseMask
+from beit_pretrain.order import MASK, VIEW, Order, generator
 from beit_pretrain.reader import ShardReader
 from beit_pretrain.views import ClassificationViews, PretrainViews
 
@@ -85,6 +86,18 @@ def test_mask_index_lists_the_masked_patches(expected):
         assert index.tolist() == masked + [-1] * (6 - len(masked))
         counts.add(len(masked))
     assert len(counts) > 1  # the cap is a cap: padding is really met
+
+
+def test_a_position_is_made_of_its_parts(shards, expected):
+    """Sample, view and mask of a position, each from its own module with its own random numbers."""
+    reader = ShardReader(shards / "train")
+    order = Order(reader.sizes, seed=3, window=16, streams=4)
+    for i, position in enumerate(expected[1]["position"].tolist()):
+        image, label = reader.open(order.sample_at(position))
+        parts = VIEWS(image, generator(3, position, VIEW))
+        parts |= {"mask": MASKING.draw(generator(3, position, MASK)).reshape(-1), "label": label}
+        for key, array in parts.items():
+            assert torch.equal(expected[1][key][i], torch.as_tensor(array))
 
 
 def test_workers_do_not_matter(shards, expected):
@@ -211,7 +224,7 @@ class TestErrors:
             pretrain_data(shards, per_class=0)
         with pytest.raises(UserError, match="does not exist"):
             pretrain_data(tmp_path / "nowhere")
-        with pytest.raises(UserError, match="give .*train"):
+        with pytest.raises(UserError, match=r"give .*train"):
             ShardReader(shards)
 
     def test_no_labels(self, shards):

@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining, check_vocabulary, reconstruction_picture
+from beit_pretrain.dvae import (
+    DiscreteVAE,
+    DVAETokenizer,
+    Relaxation,
+    TokenizerTraining,
+    check_vocabulary,
+    reconstruction_picture,
+)
 from beit_pretrain.errors import UserError
 from beit_pretrain.optim import Optim
 
@@ -101,10 +108,23 @@ def test_overfits_a_few_colours():
         return (module.model.decode(ids).clamp(0, 1) - image).square().mean().item(), ids
 
     before, _ = error()
-    for run.global_step in range(run.max_steps):
+    for run.global_step in range(400):
         optimizer.zero_grad()
         module.training_step(batch, run.global_step).backward()
         optimizer.step()
     after, ids = error()
     assert after < before / 5
     assert len(ids.unique()) > 1
+
+
+@pytest.mark.parametrize("bad", [{"anneal": 0}, {"temperature_end": 0}, {"temperature_end": 2}])
+def test_impossible_relaxations_are_refused(bad):
+    with pytest.raises(UserError, match="relaxation"):
+        Relaxation(**bad)
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    content = {"beit_pretrain": {"kind": "tokenizer", "model": {"colour": 3}}, "state_dict": {}}
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="cannot build"):
+        DVAETokenizer(tmp_path / "other.ckpt")

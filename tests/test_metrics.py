@@ -96,3 +96,11 @@ def test_what_lightning_asks_of_a_logger(path):
 def test_a_metric_nobody_wrote(path):
     CsvMetrics(path).log_metrics({"a": 1}, step=1)
     assert curve(path, "other") == ([], [])
+
+
+def test_a_line_torn_by_a_crash_is_forgotten(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for torn in ("1", "12,3.0e", "12,3.0"):
+        path.write_text("step,train/loss\n10,4.0\n11,3.5\n" + torn)
+        CsvMetrics(path).log_metrics({"train/loss": 3.0}, step=12)
+        assert path.read_text() == "step,train/loss\n10,4.0\n11,3.5\n12,3.0\n"

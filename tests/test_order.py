@@ -1,4 +1,4 @@
-"""Which sample stands at which position: exact epochs, fair streams, local reads, nothing but (seed, sizes, position)."""
+"""Which sample stands at which position: exact epochs, fair streams, local reads, no hidden state."""
 
 import itertools
 import pickle
@@ -108,7 +108,7 @@ def test_randomness_is_keyed_by_seed_position_and_purpose():
 
 
 def test_purposes_do_not_share_random_numbers():
-    """However much a view draws, the mask of its position stays what it is, and is no later part of the same numbers."""
+    """However much a view draws, its numbers never become those of the mask of its position."""
     view = generator(0, 5, VIEW).random(10_000)
     mask = generator(0, 5, MASK).random(10_000)
     assert not np.isin(mask, view).any()

@@ -159,7 +159,7 @@ def test_overfits_one_batch():
     target = masked_targets(pretraining.tokenizer.encode(image), index)
     assert len(target.unique()) > 12
     optimizer = torch.optim.AdamW(pretraining.model.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(250):
         optimizer.zero_grad()
         logits = pretraining.predict_masked(image, {"mask": mask, "mask_index": index})
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE)

@@ -34,8 +34,7 @@ def patch_grid(image_size: int, patch_size: int) -> tuple[int, int]:
     if image_size % patch_size:
         raise UserError(
             f"image_size={image_size} is not divisible by patch_size={patch_size}; "
-            f"the nearest sizes are {max(1, image_size // patch_size) * patch_size} "
-            f"and {(image_size // patch_size + 1) * patch_size}"
+            f"{(image_size // patch_size + 1) * patch_size} would be"
         )
     return image_size // patch_size, image_size // patch_size
 

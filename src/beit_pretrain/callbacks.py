@@ -146,11 +146,11 @@ class OnlineKNN(Callback):
 
     @torch.no_grad()
     def _features(self, module: Pretraining, split: str, count: int, views) -> tuple[Tensor, Tensor]:
-        dataset = self.data.eval_dataset(split, views=views)
+        dataset = self.data.eval_dataset(split, views=views, images=count)
         dataset.masking = None
         layer = max(1, round(len(module.model.blocks) * 0.75)) - 1
         features, labels = [], []
-        for i in range(-(-min(count, dataset.order.samples) // self.data.val_batch)):
+        for i in range(len(dataset)):
             batch = dataset[i]
             image = normalise(batch["image"].to(module.device).float() / 255, module.mean, module.std)
             features.append(module.model.hidden_states(image)[layer][:, 1:].mean(1).float())

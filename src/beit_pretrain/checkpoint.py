@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
 
+Module = TypeVar("Module", bound=nn.Module)
 KINDS = {
     "mim": "a pre-trained backbone with its token head",
     "classifier": "a fine-tuned classifier",
@@ -54,8 +57,21 @@ def read_own(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict
         raise UserError(
             f"{path} holds {KINDS.get(str(about.get('kind')), 'something else')}; {KINDS[kind]} is needed here"
         )
+    if not isinstance(about.get("model"), dict):
+        raise UserError(f"{path} does not say how its network is built (beit_pretrain.model is missing)")
     state = {name.removeprefix("model."): tensor for name, tensor in content["state_dict"].items()}
     return dict(about["model"]), state, about
+
+
+def rebuild(build: Callable[..., Module], path: str | Path, kind: str) -> tuple[Module, dict]:
+    """The frozen network of a checkpoint, in eval mode, and what else the file says. Raises UserError as `read_own`."""
+    config, state, about = read_own(path, kind)
+    try:
+        model = build(**config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} describes a network that this version cannot build: {error}") from error
+    load_exactly(model, state, path)
+    return model.eval().requires_grad_(False), about
 
 
 def kind_of(path: str | Path) -> str:

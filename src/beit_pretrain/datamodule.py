@@ -89,6 +89,11 @@ class ShardDataset(Dataset):
         samples = [self.sample(position) for position in self.plan.positions(micro_batch)]
         return {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]}
 
+    def __len__(self) -> int:
+        if isinstance(self.plan, EvalPlan):
+            return len(self.plan)
+        raise TypeError("training batches have no end; the sampler counts them")
+
     def sample(self, position: int) -> dict[str, np.ndarray]:
         """The arrays of one position; a pure function of the seed, the shards and the position."""
         address = self.order.sample_at(position)
@@ -190,10 +195,12 @@ class ShardData(LightningDataModule):
         order = Order(sizes, self.seed, self.window, self.streams)
         return ShardDataset(reader, order, plan, self.views("train"), self.masking, self.subset, self.seed)
 
-    def eval_dataset(self, split: str = "val", rank: int = 0, world: int = 1, views: Views | None = None):
-        """Every image of a split once and in order, with fixed views and masks."""
+    def eval_dataset(
+        self, split: str = "val", rank: int = 0, world: int = 1, views: Views | None = None, images: int | None = None
+    ) -> ShardDataset:
+        """Every image of a split (or its first `images`) once and in order, with fixed views and masks."""
         reader = self.readers[split]
-        samples = reader.samples if self.val_images is None else min(reader.samples, self.val_images)
+        samples = reader.samples if images is None else min(reader.samples, images)
         plan = EvalPlan(samples, self.val_batch, rank, world)
         order = Order(reader.sizes, shuffle=False)
         return ShardDataset(reader, order, plan, views or self.views("val"), self.masking, seed=self.VAL_SEED)
@@ -211,8 +218,8 @@ class ShardData(LightningDataModule):
             return []
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        dataset = self.eval_dataset("val", rank, world)
-        return self._loader(dataset, range(len(dataset.plan)))
+        dataset = self.eval_dataset("val", rank, world, images=self.val_images)
+        return self._loader(dataset, range(len(dataset)))
 
     test_dataloader = val_dataloader
 

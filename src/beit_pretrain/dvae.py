@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit_pretrain.checkpoint import read_own
+from beit_pretrain.checkpoint import rebuild
 from beit_pretrain.errors import UserError
 from beit_pretrain.optim import Optim
 from beit_pretrain.tokenizer import codebook_use, square_grid
@@ -102,10 +102,7 @@ class DVAETokenizer:
     downsample = DiscreteVAE.downsample
 
     def __init__(self, path: str | Path):
-        config, state, _ = read_own(path, "tokenizer")
-        self.model = DiscreteVAE(**config)
-        self.model.load_state_dict(state)
-        self.model.eval().requires_grad_(False)
+        self.model, _ = rebuild(DiscreteVAE, path, "tokenizer")
         self.vocab_size = self.model.vocab_size
 
     def to(self, device: torch.device) -> DVAETokenizer:
@@ -137,6 +134,13 @@ class Relaxation:
     anneal: float = 0.7
     kl_weight: float = 0.0
     usage_weight: float = 0.005
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature_end <= 1 or not 0 < self.anneal <= 1:
+            raise UserError(
+                f"relaxation.temperature_end={self.temperature_end} and relaxation.anneal={self.anneal} must be above 0"
+                " and at most 1"
+            )
 
     def temperature(self, progress: float) -> float:
         """Temperature at `progress` (0 to 1) of the run."""

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something the user can mend (a wrong path, a bad value): printed as `error: <one line>`, exit code 2."""
+
+    def __init__(self, message: str):
+        # A loader worker's error comes back as the text of its whole traceback: what was said stands at its end.
+        super().__init__(str(message).rsplit(f"{__name__}.UserError: ", 1)[-1].strip())

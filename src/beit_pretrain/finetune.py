@@ -17,7 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from beit_pretrain.backbone import Classifier
-from beit_pretrain.checkpoint import read_own
+from beit_pretrain.checkpoint import rebuild
 from beit_pretrain.optim import Optim
 from beit_pretrain.training import TrainedModule
 from beit_pretrain.views import centre_view, normalise, to_array
@@ -122,14 +122,12 @@ class ImageClassifier:
     """
 
     def __init__(self, path: str | Path):
-        config, state, about = read_own(path, "classifier")
-        self.model = Classifier(**config)
-        self.model.load_state_dict(state)
+        self.model, about = rebuild(Classifier, path, "classifier")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.eval().to(self.device)
+        self.model.to(self.device)
         self.classes: list[str] = about["classes"]
         self.mean, self.std = about["mean"], about["std"]
-        self.image_size: int = config["image_size"]
+        self.image_size: int = self.model.config["image_size"]
 
     def view(self, image: Image.Image) -> Tensor:
         """The evaluation view (C, H, W) uint8 of one image."""

@@ -7,6 +7,7 @@ the run resumes, so that no step stands twice.
 from __future__ import annotations
 
 import csv
+import io
 import os
 from pathlib import Path
 
@@ -28,6 +29,7 @@ class CsvMetrics(Logger):
         self.columns: list[str] = ["step"]
         if self.path.is_file():
             self.columns, self.rows = read_rows(self.path)
+            self._rewrite()
 
     @property
     def name(self) -> str:
@@ -81,7 +83,9 @@ class CsvMetrics(Logger):
 
 def read_rows(path: str | Path) -> tuple[list[str], dict[int, dict[str, float]]]:
     """Columns, and {step: {metric: value}} of a metrics file; empty cells are left out."""
-    with Path(path).open(newline="") as file:
+    text = Path(path).read_text()
+    whole = text[: text.rfind("\n") + 1]  # a last line without its end was torn by a crash
+    with io.StringIO(whole, newline="") as file:
         reader = csv.DictReader(file)
         rows = {int(r["step"]): {k: float(v) for k, v in r.items() if k != "step" and v} for r in reader if r["step"]}
         return list(reader.fieldnames or ["step"]), rows

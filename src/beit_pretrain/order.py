@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from beit_pretrain.errors import UserError
+
 # What the counter-based generator is drawn for: a purpose of its own for each, so that one more draw for the crop
 # can never move the mask.
 VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW = range(4)
@@ -26,7 +28,7 @@ VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW = range(4)
 
 def generator(seed: int, position: int, purpose: int) -> np.random.Generator:
     """The random numbers of one position for one purpose (Philox: counter-based, equal on every machine)."""
-    return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, purpose]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64), counter=[0, 0, 0, purpose]))
 
 
 class Sample(NamedTuple):
@@ -42,15 +44,17 @@ class Order:
     Args:
         sizes: samples of each shard, in the manifest's order.
         seed: the run's seed.
-        window: samples that are shuffled among each other (a few shards' worth). At most one shuffled window per
-            stream is kept in memory: 8 bytes a sample.
-        streams: canonical streams; at most one per shard are used.
+        window: samples that are shuffled among each other (a few shards' worth). Two shuffled windows per
+            stream are kept in memory: 8 bytes a sample.
+        streams: canonical streams (up to 4096); at most one per shard are used.
         shuffle: False gives the samples as they stand in the shards, every epoch alike (validation).
     """
 
     def __init__(self, sizes: list[int], seed: int = 0, window: int = 4096, streams: int = 64, shuffle: bool = True):
         if not sizes or min(sizes) < 0 or sum(sizes) == 0:
             raise ValueError("an order needs at least one sample")
+        if window < 1 or not 1 <= streams <= 4096:
+            raise UserError(f"data.window={window} must be 1 or more, data.streams={streams} between 1 and 4096")
         self.sizes = np.asarray(sizes, np.int64)
         self.seed, self.window, self.shuffle = seed, window, shuffle
         self.samples = int(self.sizes.sum())

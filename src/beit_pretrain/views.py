@@ -21,7 +21,6 @@ from torch import Tensor
 
 from beit_pretrain.images import to_rgb
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 
@@ -127,6 +126,7 @@ class ClassificationViews:
         train: which of the two.
         scale, ratio, flip: of the random resized crop.
         auto_augment: timm's name of a RandAugment policy, such as `rand-m9-mstd0.5-inc1`; None = none.
+        fill: colour in [0, 1] of what RandAugment moves in from outside: the mean of the normalisation.
         crop_ratio: evaluation resizes the shorter side to image_size / crop_ratio (None: .875 below 384, 1 from there).
     """
 
@@ -136,6 +136,7 @@ class ClassificationViews:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     auto_augment: str | None = None
+    fill: tuple[float, ...] = HALF
     crop_ratio: float | None = None
     _augment: list = field(default_factory=list, repr=False, compare=False)  # timm's transform, built at first use
 
@@ -155,9 +156,11 @@ class ClassificationViews:
         if not self._augment:
             from timm.data.auto_augment import rand_augment_transform
 
-            fill = tuple(round(255 * m) for m in IMAGENET_MEAN)
-            shift = int(self.image_size * 0.45)
-            self._augment.append(rand_augment_transform(policy, {"translate_const": shift, "img_mean": fill}))
+            fill = tuple(round(255 * m) for m in self.fill)
+            settings = {"translate_const": int(self.image_size * 0.45), "img_mean": fill}
+            self._augment.append(
+                rand_augment_transform(policy, {**settings, "interpolation": Image.Resampling.BICUBIC})
+            )
         # timm draws from the global generators: seed them by the position, so that workers cannot matter.
         seed = int(rng.integers(2**32))
         random.seed(seed)
@@ -174,9 +177,9 @@ def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None) 
     image.draft(None, (shorter * 2, shorter * 2)) if image.format == "JPEG" and min(image.size) > shorter * 2 else None
     image = to_rgb(image)
     width, height = image.size
-    factor = shorter / min(width, height)
+    short = min(width, height)
     image = image.resize(
-        (max(size, round(width * factor)), max(size, round(height * factor))), Image.Resampling.BICUBIC
+        (max(size, int(shorter * width / short)), max(size, int(shorter * height / short))), Image.Resampling.BICUBIC
     )
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
