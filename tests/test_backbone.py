@@ -245,7 +245,7 @@ def test_config_builds_the_same_network():
 
 
 @pytest.mark.parametrize(
-    ("image", "patch", "near"), [(225, 16, "224 and 240"), (20, 32, "32 and 32"), (30, 8, "24 and 32")]
+    ("image", "patch", "near"), [(225, 16, "240 would be"), (20, 32, "32 would be"), (30, 8, "32 would be")]
 )
 def test_an_image_that_does_not_divide_into_patches(image, patch, near):
     with pytest.raises(UserError, match=f"image_size={image} is not divisible by patch_size={patch}; .*{near}"):

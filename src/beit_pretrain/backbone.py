@@ -81,7 +81,7 @@ class MaskedImageModel(Beit):
             use_shared_rel_pos_bias=shared_rel_pos_bias,
             use_abs_pos_emb=abs_pos_emb,
         )
-        self.config = dict(
+        self.config: dict[str, Any] = dict(
             image_size=image_size,
             patch_size=patch_size,
             in_chans=in_chans,
@@ -156,7 +156,7 @@ class Classifier(Beit):
             use_rel_pos_bias=rel_pos_bias,
             use_abs_pos_emb=abs_pos_emb,
         )
-        self.config = dict(
+        self.config: dict[str, Any] = dict(
             num_classes=num_classes,
             image_size=image_size,
             patch_size=patch_size,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,9 @@ class DiscreteVAE(nn.Module):
         self, vocab_size: int = 8192, width: int = 64, blocks: int = 2, code_dim: int = 128, in_chans: int = 3
     ):
         super().__init__()
-        self.config = dict(vocab_size=vocab_size, width=width, blocks=blocks, code_dim=code_dim, in_chans=in_chans)
+        self.config: dict[str, Any] = dict(
+            vocab_size=vocab_size, width=width, blocks=blocks, code_dim=code_dim, in_chans=in_chans
+        )
         self.vocab_size = vocab_size
         self.encoder = nn.Sequential(
             nn.Conv2d(in_chans, width, 4, 2, 1),

@@ -78,6 +78,7 @@ def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trai
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         enable_model_summary=False,
+        log_every_n_steps=1,  # metrics have a rhythm of their own; this only keeps a warning away
         plugins=[checkpoint.AtomicCheckpointIO()],
     )
     accumulate = micro_batches(cfg.global_batch, cfg.batch_size, trainer.world_size)
@@ -89,8 +90,13 @@ def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trai
 def quieten() -> None:
     """Keep advertisements and warnings about what is so on purpose away from the lines that matter."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*Checkpoint directory .* exists.*"):
-        warnings.filterwarnings("ignore", message)
+    for message in (
+        "LeafSpec",
+        "does not have many workers",
+        "Checkpoint directory .* exists",
+        "dataloader is not resumable",
+    ):
+        warnings.filterwarnings("ignore", f".*{message}")
 
 
 @contextmanager
