@@ -189,3 +189,11 @@ def test_images_without_a_class_cannot_be_classified(photos, run_cli, tmp_path):
     assert run_cli("shards", "make", f"src={mixed}", f"out={tmp_path / 'out'}", "workers=1")[0] == 0
     words = ["fit", "+experiment=demo_finetune", "from_scratch=true", f"data.train={tmp_path / 'out/train'}"]
     assert "1 images without a class" in one_line(run_cli(*words, f"run_dir={tmp_path / 'run'}"))
+
+
+@pytest.mark.parametrize("name", ["plain", "two words", "a=b", "a,b", "it's", "für $5", "(x)", "[1]", "100%", "a:b"])
+def test_paths_with_odd_names(name, photos, run_cli, tmp_path):
+    shutil.copytree(photos, tmp_path / name)
+    code, _, stderr = run_cli("shards", "make", f"src={tmp_path / name}", f"out={tmp_path / 'out' / name}", "workers=1")
+    assert code == 0, stderr
+    assert (tmp_path / "out" / name / "train/manifest.json").is_file()

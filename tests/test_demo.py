@@ -9,6 +9,7 @@ import pytest
 from beit_pretrain import report
 from beit_pretrain.__main__ import compose
 from beit_pretrain.demo import demo
+from beit_pretrain.errors import UserError
 
 BRIEF = (
     "images=60 val_images=20 per_class=2 seeds=2 steps={tokenizer:3,pretrain:3,finetune:2} workers=0 threads=1".split()
@@ -100,3 +101,17 @@ GOOD = {
 def test_check_catches_every_broken_promise(bad, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(GOOD | bad))
     assert report.check(str(tmp_path / "report.json")) == bool(bad)
+
+
+def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="not from an earlier demo"):
+        run_demo(tmp_path)
+    assert (tmp_path / "data" / "precious.txt").read_text() == "mine"
+
+
+def test_a_bad_source_leaves_nothing_behind(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        run_demo(tmp_path / "run", "src=nowhere")
+    assert not (tmp_path / "run").exists()

@@ -74,6 +74,14 @@ def test_another_config_in_the_same_folder_is_refused(words, run_cli):
     assert run_cli(*words, "steps=2", "optim.lr=1e-3", "resume=never")[0] == 0
 
 
+def test_starting_over_touches_nothing_but_the_runs_own_files(words, run_cli, tmp_path):
+    precious = tmp_path / "run/pictures/holiday.png"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+    assert run_cli(*words, "steps=1", "resume=never")[0] == 0
+    assert precious.read_text() == "mine"
+
+
 def test_the_tokenizer_is_not_in_the_checkpoint_or_the_optimiser(words, run_cli, tmp_path):
     assert run_cli(*words, "steps=1")[0] == 0
     content = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")

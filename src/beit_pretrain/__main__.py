@@ -81,7 +81,7 @@ def compose(verb: str, overrides: list[str]):
 
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = hydra_compose(verb, overrides=overrides)
+            cfg = hydra_compose(verb, overrides=[readable(word) for word in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, verb)) from error
     if verb == "fit" and OmegaConf.is_missing(cfg, "task"):
@@ -99,6 +99,29 @@ def compose(verb: str, overrides: list[str]):
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error)) from error
     return cfg
+
+
+def readable(word: str) -> str:
+    """The setting as Hydra's grammar takes it: a path with '=', '$' or a comma is quoted."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, _, value = word.partition("=")
+    try:
+        plain = not OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        plain = value[:1] in ("", "[", "{", "'", '"')  # meant as Hydra's own syntax: let it say what is wrong
+    return word if plain else f"{key}={quoted(value)}"
+
+
+def quoted(value: object) -> str:
+    """A value as Hydra's grammar reads it back unchanged."""
+    if value is None:
+        return "null"
+    if not isinstance(value, (str, Path)):
+        return str(value)
+    escaped = str(value).replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _first_line(error: BaseException) -> str:

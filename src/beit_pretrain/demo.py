@@ -11,27 +11,27 @@ import time
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain import report
-from beit_pretrain.__main__ import compose
+from beit_pretrain.__main__ import compose, quoted
 from beit_pretrain.commands import show
 from beit_pretrain.datamodule import labels
+from beit_pretrain.errors import UserError
 from beit_pretrain.manifest import contact_sheet
 from beit_pretrain.metrics import read_rows
 from beit_pretrain.reader import ShardReader
 from beit_pretrain.runs import fit
 from beit_pretrain.shards import make_shards
 
+MARK = "demo.yaml"  # its config; says that the folder is a demo's
 STAGES = ("data", "tokenizer", "pretrain")
 
 
 def demo(cfg: DictConfig) -> dict:
     """Run all stages and write `report.html` and `report.json` into the run folder. Returns the report's numbers."""
     started = time.perf_counter()
-    run_dir = Path(cfg.run_dir)
-    for old in [run_dir / stage for stage in STAGES] + sorted(run_dir.glob("finetune-*")):
-        shutil.rmtree(old, ignore_errors=True)
+    run_dir = clean_folder(cfg)
     timings: dict[str, float] = {}
 
     def stage(title: str, name: str) -> None:
@@ -40,6 +40,7 @@ def demo(cfg: DictConfig) -> dict:
 
     stage("1/4 shards", "shards")
     data = write_shards(cfg, run_dir / "data")
+    OmegaConf.save(cfg, run_dir / MARK, resolve=True)
     stage("2/4 tokenizer: a dVAE", "tokenizer")
     tokenizer = fit(stage_config(cfg, "demo_tokenizer", f"{cfg.name}/tokenizer", steps=cfg.steps.tokenizer, **data))
     path = run_dir / "tokenizer/checkpoints/last.ckpt"
@@ -50,9 +51,10 @@ def demo(cfg: DictConfig) -> dict:
     classes = compare(cfg, run_dir, data)
     draw(run_dir)
     timings["end"] = time.perf_counter() - started
+    shards = ShardReader(data["data.train"])
     numbers = {
-        "source": "synthetic" if cfg.src == "synthetic" else Path(cfg.src).name,
-        "training_images": ShardReader(data["data.train"]).samples,
+        "source": shards.manifest["source"],
+        "training_images": shards.samples,
         "masked_token_accuracy": pretrained["val/masked_token_accuracy"],
         "majority_token_accuracy": pretrained["val/majority_token_accuracy"],
         "copy_token_accuracy": pretrained["val/copy_token_accuracy"],
@@ -73,13 +75,26 @@ def demo(cfg: DictConfig) -> dict:
     return numbers
 
 
+def clean_folder(cfg: DictConfig) -> Path:
+    """The run folder, without what an earlier demo left there. Raises UserError if it holds anything else."""
+    run_dir = Path(cfg.run_dir)
+    if (run_dir / MARK).is_file():
+        for old in [run_dir / stage for stage in STAGES] + sorted(run_dir.glob("finetune-*")):
+            shutil.rmtree(old, ignore_errors=True)
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"run_dir={run_dir} exists and is not from an earlier demo; choose another name=")
+    return run_dir
+
+
 def write_shards(cfg: DictConfig, out: Path) -> dict[str, Path]:
     """Make the shards; returns the settings that point to them."""
     if cfg.src == "synthetic":
         images = cfg.images + cfg.val_images
         make_shards("synthetic", out, images=images, val=cfg.val_images / images, seed=cfg.seed, size=cfg.resize)
     else:
-        make_shards(cfg.src, out, val=0.1, seed=cfg.seed, resize=cfg.resize)
+        make_shards(
+            cfg.src if isinstance(cfg.src, str) else list(cfg.src), out, val=0.1, seed=cfg.seed, resize=cfg.resize
+        )
     contact_sheet(out / "train", out / "contact-sheet.png")
     return {"data.train": out / "train", "data.val": out / "val"}
 
@@ -96,11 +111,6 @@ def stage_config(cfg: DictConfig, experiment: str, name: str, **settings) -> Dic
     }
     words = [f"{key}={quoted(value)}" for key, value in {**common, **settings}.items()]
     return compose("fit", [f"+experiment={experiment}", *words])
-
-
-def quoted(value) -> str:
-    """A value as Hydra's grammar reads it back unchanged, also a path with blanks, '=' or commas."""
-    return "null" if value is None else f"'{value}'" if isinstance(value, (str, Path)) else str(value)
 
 
 def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:

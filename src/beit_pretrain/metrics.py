@@ -27,7 +27,7 @@ class CsvMetrics(Logger):
         self.path = Path(path)
         self.rows: dict[int, dict[str, float]] = {}
         self.columns: list[str] = ["step"]
-        if self.path.is_file():
+        if is_first_process() and self.path.is_file():
             self.columns, self.rows = read_rows(self.path)
             self._rewrite()
 
@@ -79,6 +79,11 @@ class CsvMetrics(Logger):
             writer.writeheader()
             writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
         os.replace(temporary, self.path)
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, also before a trainer has launched its processes (and knows)."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def read_rows(path: str | Path) -> tuple[list[str], dict[int, dict[str, float]]]:

@@ -6,7 +6,6 @@ The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/` and `checkpo
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from beit_pretrain import checkpoint
 from beit_pretrain.callbacks import ProgressBar, Throughput
 from beit_pretrain.errors import UserError
-from beit_pretrain.metrics import CsvMetrics
+from beit_pretrain.metrics import CsvMetrics, is_first_process
 from beit_pretrain.tasks import TASKS, Task, plain
 from beit_pretrain.tokenizer import first_line
 from beit_pretrain.training import TrainedModule
@@ -129,9 +128,9 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         task.module.log_every = at_least_1("log_every", cfg.log_every)
         introduction = introduce(cfg, task, steps, trainer)
         done = open_loggers(cfg, trainer, task.module, last if resume else None)
-    if trainer.is_global_zero:
+    if is_first_process():
         print(introduction + (f"\n  continuing {cfg.name} after step {done}" if resume else ""), flush=True)
-    if done >= steps:
+    if resume and done >= steps:
         print("  already finished; more steps would be another run: choose another name=, or resume=never")
         return {}
     trainer.fit(task.module, task.data, ckpt_path=str(last) if resume else None, weights_only=True)
@@ -164,11 +163,11 @@ def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resum
     """Make the run's folder, write its config, attach the loggers. Returns the step from which the run goes on."""
     run_dir = Path(cfg.run_dir)
     content = checkpoint.read(resume) if resume else {}
-    if trainer.is_global_zero:
-        if resume is None:  # of an earlier run of this name nothing must remain
-            for what in ("checkpoints", "pictures"):
-                shutil.rmtree(run_dir / what, ignore_errors=True)
-            (run_dir / "metrics.csv").unlink(missing_ok=True)
+    if is_first_process():  # the trainer does not know its rank before it has launched its processes
+        if resume is None:  # nothing of an earlier run must remain; nothing else is touched, whatever run_dir is
+            for pattern in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "pictures/step-*.png", "metrics.csv"):
+                for file in run_dir.glob(pattern):
+                    file.unlink()
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     done = int(content.get("global_step", 0))
