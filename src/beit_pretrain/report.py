@@ -132,7 +132,11 @@ def table(numbers: dict) -> str:
     """Every number of report.json, as it stands there."""
 
     def shown(value) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else html.escape(str(value))
+        if isinstance(value, list):
+            return ", ".join(shown(v) for v in value)
+        if isinstance(value, dict):
+            return ", ".join(f"{html.escape(str(k))} {shown(v)}" for k, v in value.items())
+        return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
 
     rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{shown(value)}</td></tr>" for name, value in numbers.items())
     return f"<table>{rows}</table>"
