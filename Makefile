@@ -8,7 +8,7 @@ SRC ?= synthetic
 NAME ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format clean
+.PHONY: help demo test test-long test-all check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -19,8 +19,10 @@ demo: $(READY) ## the whole way in 15 minutes on 2 cores: shards, tokenizer, pre
 test: $(READY) ## the tests, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not long"
 
-test-all: $(READY) ## all tests, the long ones too
-	$(BIN)/python -m pytest
+test-long: $(READY) ## the tests that `make test` leaves out: whole processes, signals
+	$(BIN)/python -m pytest -m long
+
+test-all: test test-long ## all tests
 
 check: $(READY) ## lint, format, types
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Batches: bit-identical whatever the workers, processes, micro-batches and restarts; every held-out image once."""
 
+import io
 import itertools
 import json
 import pickle
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from beit_pretrain.datamodule import (
     ClassificationData,
@@ -93,7 +95,8 @@ def test_a_position_is_made_of_its_parts(shards, expected):
     reader = ShardReader(shards / "train")
     order = Order(reader.sizes, seed=3, window=16, streams=4)
     for i, position in enumerate(expected[1]["position"].tolist()):
-        image, label = reader.open(order.sample_at(position))
+        data, label = reader.read(order.sample_at(position))
+        image = Image.open(io.BytesIO(data))
         parts = VIEWS(image, generator(3, position, VIEW))
         parts |= {"mask": MASKING.draw(generator(3, position, MASK)).reshape(-1), "label": label}
         for key, array in parts.items():

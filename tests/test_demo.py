@@ -115,3 +115,11 @@ def test_a_bad_source_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         run_demo(tmp_path / "run", "src=nowhere")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_typo_does_not_cost_the_last_demo(finished):
+    folder, _ = finished
+    with pytest.raises(UserError, match="nowhere"):
+        run_demo(folder, "src=nowhere")
+    assert (folder / "report.html").is_file()
+    assert (folder / "pretrain/checkpoints/last.ckpt").is_file()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from lightning import Callback
 
 from beit_pretrain import checkpoint, runs
 from beit_pretrain.metrics import curve
+from beit_pretrain.pretrain import Pretraining
 
 TINY = (
     "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch=8 batch_size=4 data.workers=0 "
@@ -63,6 +70,75 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(words, run_cli, tmp_path, monk
     assert resumed == whole  # every step once, the same numbers to the last bit
     states = [checkpoint.read(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in ("whole", "run")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (8, 1)])
+def test_a_run_goes_on_with_other_micro_batches(before, after, words, run_cli, tmp_path, monkeypatch):
+    """The same global batches, whatever their parts: no position twice, none missing."""
+    words = [*words, "steps=6", "val_every=6", "save_every=1"]
+    seen: list[int] = []
+    step = Pretraining.training_step
+
+    def watching(self, batch, batch_idx):
+        seen.extend(batch["position"].tolist())
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Pretraining, "training_step", watching)
+    make = runs.make_trainer
+    monkeypatch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(3)]))
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_cli(*words, f"batch_size={before}")
+    monkeypatch.setattr(runs, "make_trainer", make)
+    assert run_cli(*words, f"batch_size={after}")[0] == 0
+    assert seen == list(range(6 * 8))
+    assert curve(tmp_path / "run/metrics.csv", "train/loss")[0] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("experiment", ["demo_pretrain", "demo_tokenizer", "demo_finetune"])
+def test_every_kind_of_run_in_every_precision(experiment, precision, shards, dvae_checkpoint, run_cli, tmp_path):
+    words = ["fit", f"+experiment={experiment}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
+    words += ["steps=2", "val_every=2", "global_batch=4", "data.workers=0", "image_size=32", "log_every=1", "threads=1"]
+    words += {
+        "demo_pretrain": [f"tokenizer.path={dvae_checkpoint}", "mask.max_patches=6", "mask.min_block=1"],
+        "demo_tokenizer": [],
+        "demo_finetune": ["from_scratch=true", "regularisation.mixup=.8", "regularisation.erasing=.5"],
+    }[experiment]
+    code, _, stderr = run_cli(*words, f"run_dir={tmp_path / 'run'}", f"trainer.precision={precision}")
+    assert code == 0, stderr
+    assert all(0 < loss < 10 for loss in curve(tmp_path / "run/metrics.csv", "train/loss")[1])
+
+
+def long_run(words: list[str], folder: Path, *more: str) -> subprocess.Popen:
+    """A run in a process of its own, as a person starts it (pytest's own SIGINT handling would be in the way)."""
+    command = [sys.executable, "-m", "beit_pretrain", *map(str, words), f"run_dir={folder}", *more]
+    log = (folder.parent / f"{folder.name}.log").open("w")
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_with_one_line_and_130(words, tmp_path):
+    process = long_run(words, tmp_path / "run", "steps=100000", "save_every=5")
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 90
+    while not last.is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    said = (tmp_path / "run.log").read_text()
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert checkpoint.read(last)["global_step"] >= 5
+
+
+@pytest.mark.long
+def test_two_processes_take_the_steps_of_one(words, tmp_path):
+    words = [*words, "steps=4", "val_every=4", "trainer.accelerator=cpu"]
+    assert long_run(words, tmp_path / "one").wait(120) == 0
+    assert long_run(words, tmp_path / "two", "trainer.devices=2", "trainer.strategy=ddp").wait(200) == 0
+    for metric in ("train/loss", "train/gradient_norm", "val/loss", "val/masked_token_accuracy"):
+        one, two = (curve(tmp_path / name / "metrics.csv", metric)[1] for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-4), metric
 
 
 def test_another_config_in_the_same_folder_is_refused(words, run_cli):

@@ -11,7 +11,7 @@ import importlib
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from beit_pretrain.errors import UserError
 
@@ -71,19 +71,31 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def compose(verb: str, overrides: list[str]):
-    """The verb's config with the user's overrides. Raises UserError, in one line, for whatever does not compose."""
+def compose_raw(verb: str, overrides: list[str]):
+    """The verb's config with the user's overrides, not yet resolved. Raises UserError for what does not compose."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = hydra_compose(verb, overrides=[readable(word) for word in overrides])
+            return hydra_compose(verb, overrides=[readable(word) for word in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, verb)) from error
+
+
+def compose(verb: str, overrides: list[str]):
+    """The verb's config with the user's overrides, complete and resolved, every value of its kind.
+
+    Raises UserError, in one line, for whatever does not compose, is missing, or breaks a rule of `settings`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from beit_pretrain.settings import check
+
+    cfg = compose_raw(verb, overrides)
     if verb == "fit" and OmegaConf.is_missing(cfg, "task"):
         raise UserError(f"say what to train: +experiment=NAME, one of {', '.join(experiments())}")
     missing = sorted(OmegaConf.missing_keys(cfg))
@@ -95,9 +107,12 @@ def compose(verb: str, overrides: list[str]):
             "; ".join(f"{key} is missing: {HINTS.get(key, 'set it with ' + key + '=...')}" for key in missing)
         )
     try:
-        OmegaConf.resolve(cfg)
+        plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(_first_line(error)) from error
+    check(plain)
+    cfg = OmegaConf.create(plain)
+    OmegaConf.set_struct(cfg, True)
     return cfg
 
 
@@ -141,6 +156,8 @@ def _explain(error: Exception, verb: str) -> str:
         return f"unknown experiment {name!r}; {guess}there are {', '.join(experiments())}"
     if "is not in struct" in text or "Could not override" in text:
         key = line.split("'")[1].split("=")[0].lstrip("+~") if "'" in line else line
+        if key == "experiment":
+            return "experiments are added with a plus: +experiment=NAME"
         return f"unknown key {key!r} for {verb}; {VERBS_HELP.format(verb=verb)}"
     return line
 
@@ -150,12 +167,9 @@ VERBS_HELP = "python -m beit_pretrain {verb} --help lists the settings"
 
 def show_config(verb: str, overrides: list[str]) -> str:
     """The composed config as YAML, with what is missing as ???."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return OmegaConf.to_yaml(hydra_compose(verb, overrides=overrides))
+    return OmegaConf.to_yaml(compose_raw(verb, overrides))
 
 
 def run(argv: list[str]) -> None:
@@ -177,11 +191,11 @@ def run(argv: list[str]) -> None:
         return
     if "-m" in rest or "--multirun" in rest:
         raise UserError("sweeps (-m) are not supported yet; start one run for each setting, each with its own name=")
+    if verb == "shards" and rest and "=" not in rest[0]:
+        rest = [f"action={rest[0]}", *rest[1:]]
     if "--cfg" in rest:
         print(show_config(verb, [word for word in rest if word not in ("--cfg", "job")]))
         return
-    if verb == "shards" and rest and "=" not in rest[0]:
-        rest = [f"action={rest[0]}", *rest[1:]]
     wrong = [word for word in rest if "=" not in word and not word.startswith("~")]
     if wrong:
         raise UserError(f"settings are given as key=value, not {wrong[0]!r}")
@@ -200,8 +214,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe, `head` say, has had enough
-        return 0
+    except OSError as error:  # a folder that cannot be written, a full disk, a file where a folder should be
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe, `head` say, has had enough
+            return 0
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
 
 

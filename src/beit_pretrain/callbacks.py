@@ -41,16 +41,14 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self._mark = self._waited = 0.0
         self._images = 0
-        self._ended: float | None = None
         self._started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module) -> None:
         self._mark = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module, batch: dict, batch_idx: int) -> None:
-        now = time.perf_counter()
-        if self._ended is not None:
-            self._waited += now - self._ended
+        if pl_module.batch_ended is not None:
+            self._waited += time.perf_counter() - pl_module.batch_ended
 
     def on_train_batch_end(self, trainer: Trainer, pl_module, outputs, batch: dict, batch_idx) -> None:
         self._images += len(batch["position"]) * trainer.world_size
@@ -61,14 +59,13 @@ class Throughput(Callback):
             elapsed = max(now - self._mark, 1e-9)
             pl_module.track(images_per_s=self._images / elapsed, data_wait=self._waited / elapsed)
             self._mark, self._waited, self._images = now, 0.0, 0
-        self._ended = now
 
     def on_validation_start(self, trainer: Trainer, pl_module) -> None:
         self._started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module) -> None:
         self._mark += time.perf_counter() - self._started  # validation is neither training nor waiting
-        self._ended = None
+        pl_module.batch_ended = None
 
 
 class MaskedPictures(Callback):
@@ -108,14 +105,14 @@ def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
     module.model.eval()
     image, token_image = jittered_views(batch)
     tokens_BN = module.tokenizer.encode(token_image)
-    masked_M = batch["mask"]
+    mask_BN = batch["mask"]
     predicted_BN = tokens_BN.clone()
-    logits_MV = module.model(normalise(image, module.mean, module.std), masked_M)
-    predicted_BN[masked_M] = logits_MV.argmax(-1)
+    logits_MV = module.model(normalise(image, module.mean, module.std), mask_BN)
+    predicted_BN[mask_BN] = logits_MV.argmax(-1)
     module.model.train(training)
     side = int(image.shape[-1])
     decoded = [F.interpolate(module.tokenizer.decode(t), (side, side)) for t in (predicted_BN, tokens_BN)]
-    columns = [pictures.hide(image, masked_M), *decoded, image]
+    columns = [pictures.hide(image, mask_BN), *decoded, image]
     return pictures.grid(columns, ["masked", "predicted", "tokens decoded", "original"])
 
 
@@ -140,6 +137,15 @@ class OnlineKNN(Callback):
         views = ClassificationViews(pl_module.model.patch_embed.img_size[0], train=False)
         bank, bank_labels = self._features(pl_module, "train", self.bank, views)
         queries, labels = self._features(pl_module, "val", self.queries, views)
+        known = (labels >= 0) & torch.isin(labels, bank_labels)  # a class that the bank lacks cannot be voted for
+        if not known.any():
+            return
+        bank, bank_labels, queries, labels = (
+            bank[bank_labels >= 0],
+            bank_labels[bank_labels >= 0],
+            queries[known],
+            labels[known],
+        )
         accuracy = knn_accuracy(bank, bank_labels, queries, labels, len(self.data.classes), self.k)
         for logger in trainer.loggers:
             logger.log_metrics({"val/knn_accuracy": accuracy}, step=trainer.global_step)

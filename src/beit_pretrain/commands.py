@@ -46,9 +46,10 @@ def show(cfg: DictConfig) -> None:
     from beit_pretrain.callbacks import first_images, masked_picture
     from beit_pretrain.dvae import TokenizerTraining, reconstruction_picture
     from beit_pretrain.pretrain import Pretraining
-    from beit_pretrain.runs import load_run
+    from beit_pretrain.runs import building, load_run
 
-    _, task = load_run(cfg.run)
+    with building():
+        _, task = load_run(cfg.run)
     if cfg.split not in task.data.readers:
         raise UserError(f"split={cfg.split}: the run has {', '.join(task.data.readers)}")
     module = task.module.eval()
@@ -60,6 +61,8 @@ def show(cfg: DictConfig) -> None:
     else:
         raise UserError(f"{cfg.run} is a classifier; show draws backbones and tokenizers")
     out = Path(cfg.out or Path(cfg.run) / "pictures" / "show.png")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"out={out} must end with .png, .jpg or .webp")
     pictures.save(picture, out)
     print(f"wrote {out}")
 
@@ -70,10 +73,10 @@ def predict(cfg: DictConfig) -> None:
     from beit_pretrain.images import opened, reason
     from beit_pretrain.sources import list_images, read_candidate
 
+    if Path(cfg.out).is_dir():
+        raise UserError(f"out={cfg.out} is a folder; a file is needed, such as predictions.csv")
     classifier = ImageClassifier(cfg.init_from)
     files = list_images(cfg.src)
-    if cfg.batch_size < 1 or cfg.top < 1:
-        raise UserError(f"batch_size={cfg.batch_size} and top={cfg.top} must be at least 1")
     rows, bad = [], []
     for start in tqdm(range(0, len(files), cfg.batch_size), desc="predicting", unit="batch"):
         images, names = [], []
@@ -98,6 +101,9 @@ def write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
     """Write a table under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.images import opened, reason
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.order import MASK, VIEW, Order, Sample, generator, positions
 from beit_pretrain.reader import ShardReader
@@ -100,11 +101,14 @@ class ShardDataset(Dataset):
         if self.subset is not None:
             address = Sample(*(int(i) for i in self.subset[address.row]))
         try:
-            image, label = self.reader.open(address)
-            arrays = self.views(image, generator(self.seed, position, VIEW))
-        except (OSError, ValueError, SyntaxError) as error:
+            data, label = self.reader.read(address)
+            with opened(data) as image:
+                arrays = self.views(image, generator(self.seed, position, VIEW))
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly everything on broken files
             shard = self.reader.folder / self.reader.names[address.shard]
-            raise UserError(f"sample {address.row} of {shard} cannot be decoded: {error}") from error
+            raise UserError(f"sample {address.row} of {shard} cannot be decoded: {reason(error)}") from error
         arrays |= {"label": np.asarray(label, np.int64), "position": np.asarray(position, np.int64)}
         if self.masking is not None:
             mask = self.masking.draw(generator(self.seed, position, MASK)).reshape(-1)

@@ -23,6 +23,7 @@ from beit_pretrain.metrics import read_rows
 from beit_pretrain.reader import ShardReader
 from beit_pretrain.runs import fit
 from beit_pretrain.shards import make_shards
+from beit_pretrain.sources import list_candidates
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's
 STAGES = ("data", "tokenizer", "pretrain")
@@ -31,6 +32,10 @@ STAGES = ("data", "tokenizer", "pretrain")
 def demo(cfg: DictConfig) -> dict:
     """Run all stages and write `report.html` and `report.json` into the run folder. Returns the report's numbers."""
     started = time.perf_counter()
+    if not isinstance(cfg.steps, DictConfig):
+        raise UserError("steps of the demo are given for each stage, such as steps.pretrain=1000")
+    src = cfg.src if isinstance(cfg.src, str) else list(cfg.src)
+    list_candidates([src] if isinstance(src, str) else src, cfg.images)  # a typo must not cost the last demo's results
     run_dir = clean_folder(cfg)
     timings: dict[str, float] = {}
 
@@ -39,8 +44,7 @@ def demo(cfg: DictConfig) -> dict:
         print(f"\n== {title} ({timings[name]:.0f} s since the start) ==", flush=True)
 
     stage("1/4 shards", "shards")
-    data = write_shards(cfg, run_dir / "data")
-    OmegaConf.save(cfg, run_dir / MARK, resolve=True)
+    data = write_shards(cfg, src, run_dir / "data")
     stage("2/4 tokenizer: a dVAE", "tokenizer")
     tokenizer = fit(stage_config(cfg, "demo_tokenizer", f"{cfg.name}/tokenizer", steps=cfg.steps.tokenizer, **data))
     path = run_dir / "tokenizer/checkpoints/last.ckpt"
@@ -81,20 +85,22 @@ def clean_folder(cfg: DictConfig) -> Path:
     if (run_dir / MARK).is_file():
         for old in [run_dir / stage for stage in STAGES] + sorted(run_dir.glob("finetune-*")):
             shutil.rmtree(old, ignore_errors=True)
+        for old in (run_dir / "report.json", run_dir / "report.html"):  # a demo that fails must not seem to have ended
+            old.unlink(missing_ok=True)
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"run_dir={run_dir} exists and is not from an earlier demo; choose another name=")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, run_dir / MARK, resolve=True)
     return run_dir
 
 
-def write_shards(cfg: DictConfig, out: Path) -> dict[str, Path]:
+def write_shards(cfg: DictConfig, src: str | list[str], out: Path) -> dict[str, Path]:
     """Make the shards; returns the settings that point to them."""
     if cfg.src == "synthetic":
         images = cfg.images + cfg.val_images
         make_shards("synthetic", out, images=images, val=cfg.val_images / images, seed=cfg.seed, size=cfg.resize)
     else:
-        make_shards(
-            cfg.src if isinstance(cfg.src, str) else list(cfg.src), out, val=0.1, seed=cfg.seed, resize=cfg.resize
-        )
+        make_shards(src, out, val=0.1, seed=cfg.seed, resize=cfg.resize)
     contact_sheet(out / "train", out / "contact-sheet.png")
     return {"data.train": out / "train", "data.val": out / "val"}
 
@@ -119,8 +125,10 @@ def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:
     classes = len(train.classes)
     nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0, "classes": classes}
     both = np.intersect1d(labels(train), labels(val))
-    if (both >= 0).sum() < 2:
-        note = "fewer than two classes have an image in both training and held-out images: nothing to fine-tune on"
+    loose = int((labels(train) < 0).sum() + (labels(val) < 0).sum())
+    if loose or (both >= 0).sum() < 2:
+        note = f"{loose} images have no class" if loose else "fewer than two classes have images in both splits"
+        note += ": nothing to fine-tune on"
         print(note)
         return {**nothing, "finetune_note": note}
     per_class = max(1, min(cfg.per_class, cfg.max_labelled // classes))

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +86,6 @@ class Finetuning(TrainedModule):
             return image_BCHW, target
         # timm draws from the global generators: keyed by the position, so that a resumed run repeats them.
         with torch.random.fork_rng(devices=[image_BCHW.device] if image_BCHW.is_cuda else []):
-            import random
-
             random.seed(position + self.seed)
             np.random.seed((position + self.seed) % 2**32)
             torch.manual_seed(position + self.seed)
@@ -128,10 +127,11 @@ class ImageClassifier:
         self.classes: list[str] = about["classes"]
         self.mean, self.std = about["mean"], about["std"]
         self.image_size: int = self.model.config["image_size"]
+        self.crop_ratio: float | None = about.get("crop_ratio")
 
     def view(self, image: Image.Image) -> Tensor:
         """The evaluation view (C, H, W) uint8 of one image."""
-        return torch.from_numpy(to_array(centre_view(image, self.image_size)))
+        return torch.from_numpy(to_array(centre_view(image, self.image_size, self.crop_ratio)))
 
     @torch.no_grad()
     def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[tuple[str, float]]]:

@@ -1,4 +1,4 @@
-"""Sample address -> bytes -> image, from a folder of local shards by their index.
+"""Sample address -> bytes of its image file, from a folder of local shards by their index.
 
 A shard is opened once per process and read with `pread`, so that the workers of a node share the page cache and no
 file position.
@@ -6,14 +6,12 @@ file position.
 
 from __future__ import annotations
 
-import io
 import os
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.manifest import read_manifest
@@ -75,11 +73,6 @@ class ShardReader:
         handle = self._file(str(self.folder / self.names[sample.shard]))
         data = os.pread(handle.fd, int(row["image_size"]), int(row["image_offset"]))
         return Record(data, int(row["label"]))
-
-    def open(self, sample: Sample) -> tuple[Image.Image, int]:
-        """The image, opened but not yet decoded (so that its size is known first), and the label."""
-        record = self.read(sample)
-        return Image.open(io.BytesIO(record.data)), record.label
 
 
 class _Handle:

@@ -22,14 +22,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain import checkpoint
 from beit_pretrain.callbacks import ProgressBar, Throughput
+from beit_pretrain.datamodule import Plan
 from beit_pretrain.errors import UserError
 from beit_pretrain.metrics import CsvMetrics, is_first_process
+from beit_pretrain.optim import configure
 from beit_pretrain.tasks import TASKS, Task, plain
 from beit_pretrain.tokenizer import first_line
 from beit_pretrain.training import TrainedModule
 
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
-FREE_TO_CHANGE = ("resume", "trainer", "logger", "batch_size", "threads", "log_every", "val_every", "save_every")
+FREE_TO_CHANGE = (
+    *("resume", "trainer", "logger", "batch_size", "threads", "log_every", "val_every", "save_every", "run_dir"),
+    *("pictures", "knn", "data.workers", "data.val_batch"),
+)
 
 
 def total_steps(cfg: DictConfig, samples: int) -> int:
@@ -105,7 +110,9 @@ def building() -> Iterator[None]:
         yield
     except InstantiationException as error:
         raise UserError(first_line(error.__cause__ or error)) from error
-    except (ValueError, TypeError, MisconfigurationException, OmegaConfBaseException) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise UserError(first_line(error)) from error
+    except (MisconfigurationException, OmegaConfBaseException) as error:
         raise UserError(first_line(error)) from error
 
 
@@ -127,21 +134,33 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         trainer = make_trainer(cfg, steps, [*common_callbacks(cfg, last.parent, task), *task.callbacks])
         task.module.log_every = at_least_1("log_every", cfg.log_every)
         introduction = introduce(cfg, task, steps, trainer)
+        rehearse(task)
         done = open_loggers(cfg, trainer, task.module, last if resume else None)
     if is_first_process():
         print(introduction + (f"\n  continuing {cfg.name} after step {done}" if resume else ""), flush=True)
     if resume and done >= steps:
         print("  already finished; more steps would be another run: choose another name=, or resume=never")
         return {}
-    trainer.fit(task.module, task.data, ckpt_path=str(last) if resume else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(task.module, task.data, ckpt_path=str(last) if resume else None, weights_only=True)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
     trainer.save_checkpoint(last, weights_only=False)
     if trainer.is_global_zero:
         print(f"saved {last}", flush=True)
     if "val" in task.data.readers and steps % min(cfg.val_every, steps):
         trainer.validate(task.module, task.data, verbose=False)  # a run ends with its final metrics, whatever val_every
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def rehearse(task: Task) -> None:
+    """Make one sample of each split and the optimiser, before the run's folder is touched: what fails, fails here."""
+    task.data.train_dataset(Plan(task.data.global_batch)).sample(0)
+    if "val" in task.data.readers:
+        task.data.eval_dataset("val").sample(0)
+    configure(task.module.model, task.module.optim, total_steps=1)
 
 
 def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback]:
@@ -169,7 +188,8 @@ def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resum
                 for file in run_dir.glob(pattern):
                     file.unlink()
         run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+        OmegaConf.save(cfg, run_dir / ".config.yaml.partial", resolve=True)
+        (run_dir / ".config.yaml.partial").replace(run_dir / "config.yaml")  # other processes may read it just now
     done = int(content.get("global_step", 0))
     metrics = CsvMetrics(run_dir / "metrics.csv")
     if resume:
@@ -220,7 +240,7 @@ def to_resume(cfg: DictConfig, last: Path) -> bool:
 
 def differences(old, new, path: str = "") -> list[str]:
     """Settings that differ, as "key: old -> new", less those that are free to change."""
-    if path in FREE_TO_CHANGE or path == "data.workers":
+    if path in FREE_TO_CHANGE:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
@@ -254,7 +274,8 @@ def validate(cfg: DictConfig) -> dict[str, float]:
     if "val" not in task.data.readers:
         raise UserError("the run has no held-out images; give data.val=FOLDER")
     run_cfg.trainer = cfg.trainer
-    trainer = make_trainer(run_cfg, 1, [ProgressBar()])
+    with building():
+        trainer = make_trainer(run_cfg, 1, [ProgressBar()])
     trainer.validate(task.module, task.data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name, value in sorted(metrics.items()):

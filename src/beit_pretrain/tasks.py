@@ -38,6 +38,8 @@ class Task:
 def pretrain_task(cfg: DictConfig) -> Task:
     """Masked image modelling."""
     grid = patch_grid(cfg.image_size, cfg.patch_size)
+    if cfg.tokenizer is None:
+        raise UserError("pre-training needs a tokenizer: tokenizer=openai or tokenizer=dvae, and tokenizer.path=")
     tokenizer = instantiate(cfg.tokenizer)
     views = PretrainViews(
         image_size=cfg.image_size,
@@ -80,18 +82,27 @@ def finetune_task(cfg: DictConfig) -> Task:
     """Classification."""
     patch_grid(cfg.image_size, cfg.patch_size)
     source = None if cfg.from_scratch else checkpoint.read_own(cfg.init_from, "mim")
-    data = classification_data(cfg)
+    about = source[2] if source else {}
+    mean, std = (tuple(cfg[name] or about.get(name) or HALF) for name in ("mean", "std"))
+    data = classification_data(cfg, fill=mean)
     if len(data.classes) < 2:
         raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; fine-tuning needs at least 2")
     for split, reader in data.readers.items():
         if without := int((labels(reader) < 0).sum()):
             raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
+    if (cfg.regularisation.mixup or cfg.regularisation.cutmix) and cfg.batch_size % 2:
+        raise UserError(f"mixup and cutmix pair images: batch_size={cfg.batch_size} must be even")
     model = Classifier(len(data.classes), **network(cfg, "image_size", "patch_size"))
     if source is not None:
         checkpoint.load_backbone(model, source[1], len(model.blocks), cfg.init_from)
     settings = optim(cfg, data.samples)
-    module = Finetuning(model, settings, Regularisation(**cfg.regularisation), cfg.mean, cfg.std, cfg.seed)
-    module.about = {"mean": list(cfg.mean), "std": list(cfg.std), "classes": list(data.classes)}
+    module = Finetuning(model, settings, Regularisation(**cfg.regularisation), mean, std, cfg.seed)
+    module.about = {
+        "mean": list(mean),
+        "std": list(std),
+        "classes": list(data.classes),
+        "crop_ratio": cfg.data.crop_ratio,
+    }
     return Task(module, data, [])
 
 
@@ -112,10 +123,9 @@ def data_settings(cfg: DictConfig) -> dict:
     }
 
 
-def classification_data(cfg: DictConfig) -> ClassificationData:
+def classification_data(cfg: DictConfig, fill: tuple[float, ...] = HALF) -> ClassificationData:
     """One view an image (a tokenizer trains on such views too, without the labels)."""
     data, size = cfg.data, cfg.image_size
-    fill = tuple(cfg.get("mean") or HALF)
     crop = {"scale": tuple(data.scale), "ratio": tuple(data.ratio), "flip": data.flip}
     return ClassificationData(
         train_views=ClassificationViews(size, True, **crop, auto_augment=data.get("auto_augment"), fill=fill),
@@ -135,7 +145,15 @@ def network(cfg: DictConfig, *names: str) -> dict:
     size = settings.pop("size", None)
     if size is not None and size not in SIZES:
         raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
-    return {**SIZES.get(size, {}), **settings, **{name: cfg[name] for name in names}}
+    arguments = {**SIZES.get(size, {}), **settings, **{name: cfg[name] for name in names}}
+    for name in ("embed_dim", "depth", "num_heads"):
+        if name not in arguments:
+            raise UserError(f"model.size=null needs model.{name}")
+    if arguments["embed_dim"] % arguments["num_heads"]:
+        raise UserError(
+            f"model.embed_dim={arguments['embed_dim']} is not divisible by model.num_heads={arguments['num_heads']}"
+        )
+    return arguments
 
 
 def optim(cfg: DictConfig, samples: int) -> Optim:

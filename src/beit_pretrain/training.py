@@ -6,6 +6,7 @@ processes since then, so that the training loop never waits for the device to pr
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class TrainedModule(LightningModule):
         self.optim = optim
         self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
         self.log_every = 50
+        self.batch_ended: float | None = None
         self._sums: dict[str, Tensor] = {}  # (2,): sum of value x weight, sum of weights
 
     def configure_optimizers(self):
@@ -63,6 +65,7 @@ class TrainedModule(LightningModule):
         last_micro_batch = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if last_micro_batch and (step % self.log_every == 0 or step == self.trainer.max_steps):
             self.flush()
+        self.batch_ended = time.perf_counter()  # the last thing of a step: from here on it waits for data
 
     def flush(self) -> None:
         """Write the means since the last flush to the loggers and the progress bar."""
@@ -92,6 +95,14 @@ class TrainedModule(LightningModule):
         """The sum over all processes (the tensor itself in a run of one)."""
         assert values is not None
         return self.trainer.strategy.reduce(values, reduce_op="sum")
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with."""
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        if progress:
+            done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+            for counts in (progress["total"], progress["current"]):
+                counts.update(dict.fromkeys(counts, done))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Say in plain containers what the file holds, so that `checkpoint.read_own` can rebuild the network."""

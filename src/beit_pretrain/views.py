@@ -174,7 +174,8 @@ def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None) 
         crop_ratio = 0.875 if size < 384 else 1.0
     shorter = math.floor(size / crop_ratio)
     # Decode JPEGs at twice the size that is needed: the bicubic filter then still sees every detail that counts.
-    image.draft(None, (shorter * 2, shorter * 2)) if image.format == "JPEG" and min(image.size) > shorter * 2 else None
+    if image.format == "JPEG" and min(image.size) > shorter * 2:
+        image.draft(None, (shorter * 2, shorter * 2))
     image = to_rgb(image)
     width, height = image.size
     short = min(width, height)
@@ -222,7 +223,7 @@ def color_jitter(image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor) -> Te
     for slot in range(3):
         operation_B111 = order_B3[:, slot].view(-1, 1, 1, 1)
         factor_B111 = factors_B3.gather(1, order_B3[:, slot : slot + 1]).to(image_BCHW.dtype).view(-1, 1, 1, 1)
-        grey_B1HW = torch.einsum("bchw,c->bhw", image_BCHW, weight_3).unsqueeze(1)
+        grey_B1HW = (image_BCHW * weight_3.view(1, 3, 1, 1)).sum(1, keepdim=True)  # no matmul: autocast would round it
         mean_B111 = grey_B1HW.mean(dim=(1, 2, 3), keepdim=True)
         reference = torch.where(operation_B111 == CONTRAST, mean_B111, grey_B1HW)
         reference = torch.where(operation_B111 == BRIGHTNESS, torch.zeros_like(reference), reference)

@@ -1,0 +1,156 @@
+"""What values the settings of the command line may have: checked before anything is read or written.
+
+Hydra knows which settings exist, not what they may be. Here stands a rule for each, for all verbs together; what a rule
+refuses gets one line. Relations between settings are checked where they matter (patches that divide an image, say).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from beit_pretrain.errors import UserError
+
+Rule = tuple[str, Callable[[Any], bool]]
+
+
+def whole(low: int, high: float = 2**63) -> Rule:
+    """A whole number from `low` to below `high`."""
+    return f"a whole number of at least {low}", lambda v: type(v) is int and low <= v < high
+
+
+def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
+    """A finite number from `low` (or above it) to `high`."""
+    text = f"a number {'above' if above else 'of at least'} {low:g}" + (
+        f" and at most {high:g}" if high < math.inf else ""
+    )
+    return text, lambda v: is_number(v) and (low < v if above else low <= v) and v <= high
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no truth value."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def numbers(count: int | None, rule: Rule) -> Rule:
+    """A list of so many values of a rule."""
+    text, fits = rule
+    how_many = f"a list of {count}, each" if count else "a list, each"
+    return (
+        f"{how_many} {text}",
+        lambda v: isinstance(v, list) and len(v) == (count or len(v)) and len(v) > 0 and all(map(fits, v)),
+    )
+
+
+def rising(rule: Rule) -> Rule:
+    """A pair of values of a rule, the second not below the first."""
+    text, fits = numbers(2, rule)
+    return f"{text}, the second not below the first", lambda v: fits(v) and v[0] <= v[1]
+
+
+def optional(rule: Rule) -> Rule:
+    """null, or a value of the rule."""
+    text, fits = rule
+    return f"null or {text}", lambda v: v is None or fits(v)
+
+
+def one_of(*words: str | None) -> Rule:
+    """One of some words."""
+    return f"one of {', '.join('null' if w is None else w for w in words)}", lambda v: v in words
+
+
+POSITIVE = number(0, above=True)
+SHARE = number(0, 1)
+TEXT: Rule = ("a text", lambda v: isinstance(v, str) and v != "")
+SWITCH: Rule = ("true or false", lambda v: isinstance(v, bool))
+TEXTS = numbers(None, TEXT)
+PATHS: Rule = ("a path, or a list of paths", lambda v: TEXT[1](v) or TEXTS[1](v))
+
+# Settings that are paths or names: a folder called 2024 is not a number.
+NAMES = ("src", "out", "run", "name", "run_dir", "split", "init_from", "data.train", "data.val", "tokenizer.path")
+
+RULES: dict[str, Rule] = {
+    **{name: optional(TEXT) for name in NAMES},
+    "src": PATHS,
+    "seed": whole(0, 2**32),
+    "resume": one_of("auto", "never"),
+    "epochs": optional(POSITIVE),
+    "steps": optional(whole(1)),
+    **{name: whole(1) for name in ("global_batch", "batch_size", "log_every", "val_every", "save_every")},
+    "threads": optional(whole(1)),
+    "image_size": whole(1, 2**16),
+    "patch_size": whole(1, 2**16),
+    "mean": optional(numbers(None, number(-math.inf))),
+    "std": optional(numbers(None, POSITIVE)),
+    "from_scratch": SWITCH,
+    "pictures": whole(0),
+    **{f"knn.{name}": whole(1) for name in ("bank", "queries", "k")},
+    "optim.lr": POSITIVE,
+    **{f"optim.{name}": number(0) for name in ("min_lr", "weight_decay", "eps")},
+    "optim.warmup_epochs": optional(number(0)),
+    "optim.warmup_steps": whole(0),
+    "optim.betas": numbers(2, ("a number of at least 0 and below 1", lambda v: is_number(v) and 0 <= v < 1)),
+    "optim.clip": optional(POSITIVE),
+    "optim.layer_decay": optional(number(0, 1, above=True)),
+    **{f"model.{name}": whole(1, 2**20) for name in ("embed_dim", "depth", "num_heads", "width", "code_dim")},
+    "model.vocab_size": whole(2, 2**31),
+    "model.blocks": whole(0, 2**10),
+    "model.drop_path_rate": ("a number of at least 0 and below 1", lambda v: is_number(v) and 0 <= v < 1),
+    "model.init_values": optional(POSITIVE),
+    **{f"model.{name}": SWITCH for name in ("shared_rel_pos_bias", "rel_pos_bias", "abs_pos_emb")},
+    "relaxation.temperature_end": number(0, 1, above=True),
+    "relaxation.anneal": number(0, 1, above=True),
+    "relaxation.kl_weight": number(0),
+    "relaxation.usage_weight": number(0),
+    "regularisation.label_smoothing": SHARE,
+    "regularisation.mixup": number(0),
+    "regularisation.cutmix": number(0),
+    "regularisation.erasing": SHARE,
+    "mask.max_patches": whole(1),
+    "mask.min_block": whole(1),
+    "mask.min_aspect": number(0, 1, above=True),
+    "data.token_image_size": optional(whole(1, 2**16)),
+    "data.scale": rising(number(0, 1, above=True)),
+    "data.ratio": rising(POSITIVE),
+    "data.flip": SHARE,
+    "data.jitter": numbers(3, number(0)),
+    "data.exact": SWITCH,
+    "data.workers": whole(0),
+    "data.window": whole(1),
+    "data.streams": whole(1, 4097),
+    "data.val_batch": whole(1),
+    "data.val_images": optional(whole(1)),
+    "data.per_class": optional(whole(1)),
+    "data.auto_augment": optional(TEXT),
+    "data.crop_ratio": optional(number(0, 1, above=True)),
+    "logger.kind": one_of("csv", "wandb"),
+    "logger.mode": one_of(None, "online", "offline", "disabled", "shared"),
+    # shards, predict, show, demo
+    "val": number(0, 1),
+    "samples_per_shard": whole(1),
+    "resize": optional(whole(1)),
+    "quality": whole(1, 101),
+    "workers": optional(whole(0)),
+    "images": whole(1),
+    "size": whole(16),
+    "top": whole(1),
+    "val_images": whole(1),
+    "per_class": whole(1),
+    "max_labelled": whole(1),
+    "seeds": whole(1),
+    **{f"steps.{name}": whole(1) for name in ("tokenizer", "pretrain", "finetune")},
+}
+
+
+def check(settings: dict[str, Any], prefix: str = "") -> None:
+    """Raise UserError for the first setting that breaks its rule; numbers that are names become texts, in place."""
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            check(value, f"{name}.")
+            continue
+        if name in NAMES and type(value) in (int, float):
+            settings[key] = value = str(value)
+        if name in RULES and not RULES[name][1](value):
+            raise UserError(f"{name} must be {RULES[name][0]}, got {'null' if value is None else value!r}")

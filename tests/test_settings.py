@@ -1,0 +1,99 @@
+"""Every setting that is shipped keeps its own rule, and every wrong value is one line, before anything is written."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from beit_pretrain.__main__ import compose_raw, experiments
+from beit_pretrain.errors import UserError
+from beit_pretrain.settings import NAMES, RULES, check
+
+PLACES = ["data.train=x", "data.val=x"]
+NEEDED = {"shards": ["src=x", "out=y"], "demo": [], "predict": ["src=x", "init_from=z"], "show": ["run=w"]}
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_the_experiments_keep_the_rules(name):
+    words = [f"+experiment={name}", *PLACES]
+    cfg = compose_raw("fit", words)
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        OmegaConf.update(cfg, key, "x")
+    check(OmegaConf.to_container(cfg, resolve=True))
+
+
+@pytest.mark.parametrize("verb", ["shards", "demo", "predict", "show"])
+def test_the_verbs_keep_the_rules(verb):
+    cfg = compose_raw(verb, [])
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        OmegaConf.update(cfg, key, "x")
+    check(OmegaConf.to_container(cfg, resolve=True))
+
+
+def test_every_rule_is_of_a_setting_that_exists():
+    """A rule whose setting was renamed would check nothing."""
+    found: set[str] = set()
+
+    def walk(settings: dict, prefix: str = "") -> None:
+        for key, value in settings.items():
+            found.add(f"{prefix}{key}")
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+
+    for name in experiments():
+        walk(OmegaConf.to_container(compose_raw("fit", [f"+experiment={name}"])))
+    for verb in ("shards", "demo", "predict", "show", "validate"):
+        walk(OmegaConf.to_container(compose_raw(verb, [])))
+    assert not sorted(RULES.keys() - found)
+
+
+@pytest.mark.parametrize(
+    "word",
+    "seed=null seed=1.7 seed=-1 steps=1.5 steps=abc steps=true epochs=0 global_batch=0 batch_size=abc threads=0 "
+    "mean=abc std=[0,0,0] optim.betas=[2,3] optim.betas=[0.9] optim.lr=0 optim.lr=fast "
+    "optim.clip=-1 optim.layer_decay=2 "
+    "data.jitter=abc data.jitter=[1,2] data.flip=abc data.flip=2 data.val_batch=0 data.val_images=0 "
+    "data.window=abc data.streams=0 data.scale=[-1,-.5] data.scale=[1,.5] data.ratio=[0,1] data.workers=-1 "
+    "data.exact=maybe knn.bank=0 knn.k=abc pictures=-1 model.depth=0 model.drop_path_rate=2 model.embed_dim=-4 mask.min_aspect=0 "
+    "logger.kind=paper resume=sometimes optim.warmup_steps=1.5".split(),
+)
+def test_wrong_values_of_a_pre_training_run(word, run_cli, tmp_path):
+    words = ["fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", f"run_dir={tmp_path / 'run'}"]
+    code, _, stderr = run_cli(*words, word)
+    assert code == 2
+    assert stderr.startswith(f"error: {word.split('=')[0]} must be ")
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "word"),
+    [
+        ("shards", "val=abc"),
+        ("shards", "images=abc"),
+        ("shards", "resize=0"),
+        ("shards", "quality=null"),
+        ("shards", "samples_per_shard=1.5"),
+        ("demo", "seeds=0"),
+        ("demo", "threads=abc"),
+        ("demo", "steps.pretrain=0"),
+        ("predict", "top=0"),
+        ("show", "images=0"),
+    ],
+)
+def test_wrong_values_of_the_other_verbs(verb, word, run_cli, tmp_path):
+    code, _, stderr = run_cli(verb, *NEEDED[verb], word)
+    assert code == 2
+    assert f"{word.split('=')[0]} must be " in stderr
+
+
+def test_names_may_be_numbers():
+    settings = {"src": 2024, "data": {"train": 1.5}}
+    check(settings)
+    assert settings == {"src": "2024", "data": {"train": "1.5"}}
+    assert set(NAMES) <= RULES.keys()
+
+
+def test_texts_are_said_as_they_were_given():
+    with pytest.raises(UserError, match="steps must be null or a whole number of at least 1, got 'many'"):
+        check({"steps": "many"})
