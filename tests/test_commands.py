@@ -56,7 +56,7 @@ def test_predict_goes_on_after_bad_files(classifier, run_cli, tmp_path):
     [
         ("src=nowhere", "nowhere"),
         ("src={empty}", "holds no image"),
-        ("top=0", "top=0"),
+        ("top=0", "top must be"),
         ("src={text}", "could be read"),
     ],
 )

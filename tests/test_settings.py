@@ -54,7 +54,8 @@ def test_every_rule_is_of_a_setting_that_exists():
     "optim.clip=-1 optim.layer_decay=2 "
     "data.jitter=abc data.jitter=[1,2] data.flip=abc data.flip=2 data.val_batch=0 data.val_images=0 "
     "data.window=abc data.streams=0 data.scale=[-1,-.5] data.scale=[1,.5] data.ratio=[0,1] data.workers=-1 "
-    "data.exact=maybe knn.bank=0 knn.k=abc pictures=-1 model.depth=0 model.drop_path_rate=2 model.embed_dim=-4 mask.min_aspect=0 "
+    "data.exact=maybe knn.bank=0 knn.k=abc pictures=-1 model.depth=0 model.drop_path_rate=2 "
+    "model.embed_dim=-4 mask.min_aspect=0 "
     "logger.kind=paper resume=sometimes optim.warmup_steps=1.5".split(),
 )
 def test_wrong_values_of_a_pre_training_run(word, run_cli, tmp_path):

@@ -81,7 +81,7 @@ def compose_raw(verb: str, overrides: list[str]):
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra_compose(verb, overrides=[readable(word) for word in overrides])
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, verb)) from error
 
 
@@ -131,8 +131,8 @@ def readable(word: str) -> str:
 
 def quoted(value: object) -> str:
     """A value as Hydra's grammar reads it back unchanged."""
-    if value is None:
-        return "null"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     if not isinstance(value, (str, Path)):
         return str(value)
     escaped = str(value).replace("'", "\\'")

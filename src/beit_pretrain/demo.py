@@ -138,7 +138,7 @@ def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:
         for kind, extra in (
             ("finetune", {"init_from": run_dir / "pretrain/checkpoints/last.ckpt"}),
             # From scratch there is nothing for a layer decay to protect: without it the baseline is stronger.
-            ("scratch", {"from_scratch": "true", "optim.layer_decay": None}),
+            ("scratch", {"from_scratch": True, "optim.layer_decay": None}),
         ):
             settings = {**data, **extra, "data.per_class": per_class, "data.val_images": cfg.val_images}
             settings |= {"steps": cfg.steps.finetune, "seed": seed}

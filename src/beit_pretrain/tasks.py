@@ -38,8 +38,6 @@ class Task:
 def pretrain_task(cfg: DictConfig) -> Task:
     """Masked image modelling."""
     grid = patch_grid(cfg.image_size, cfg.patch_size)
-    if cfg.tokenizer is None:
-        raise UserError("pre-training needs a tokenizer: tokenizer=openai or tokenizer=dvae, and tokenizer.path=")
     tokenizer = instantiate(cfg.tokenizer)
     views = PretrainViews(
         image_size=cfg.image_size,
