@@ -12,7 +12,6 @@ from beit_pretrain.dvae import (
     DVAETokenizer,
     Relaxation,
     TokenizerTraining,
-    check_vocabulary,
     reconstruction_picture,
 )
 from beit_pretrain.errors import UserError
@@ -84,11 +83,6 @@ class TestNetwork:
         picture = reconstruction_picture(DiscreteVAE(**TINY), torch.rand(2, 3, 16, 16))
         assert picture.width > 32
         assert picture.height > 32
-
-    @pytest.mark.parametrize("vocab_size", [1, 0, -5])
-    def test_a_vocabulary_that_names_nothing(self, vocab_size):
-        with pytest.raises(UserError, match=r"model\.vocab_size must be at least 2"):
-            check_vocabulary(vocab_size)
 
 
 def test_overfits_a_few_colours():

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, first_line
 
 
 class Verb(NamedTuple):
@@ -109,7 +109,7 @@ def compose(verb: str, overrides: list[str]):
     try:
         plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error)) from error
+        raise UserError(first_line(error)) from error
     check(plain)
     cfg = OmegaConf.create(plain)
     OmegaConf.set_struct(cfg, True)
@@ -139,14 +139,10 @@ def quoted(value: object) -> str:
     return f"'{escaped}'"
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 def _explain(error: Exception, verb: str) -> str:
     """One line for an error of Hydra, whose own messages run over several."""
     text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
-    line = _first_line(error)
+    line = first_line(error)
     if override := getattr(error, "override", None):
         return f"cannot read the setting {override!r}: {line}"
     if found := re.search(r"Could not find 'experiment/([^']*)'", text):

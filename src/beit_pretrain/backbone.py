@@ -66,6 +66,7 @@ class MaskedImageModel(Beit):
         shared_rel_pos_bias: bool = True,
         abs_pos_emb: bool = False,
     ):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         patch_grid(image_size, patch_size)
         super().__init__(
             img_size=image_size,
@@ -81,19 +82,7 @@ class MaskedImageModel(Beit):
             use_shared_rel_pos_bias=shared_rel_pos_bias,
             use_abs_pos_emb=abs_pos_emb,
         )
-        self.config: dict[str, Any] = dict(
-            image_size=image_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            vocab_size=vocab_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            init_values=init_values,
-            drop_path_rate=drop_path_rate,
-            shared_rel_pos_bias=shared_rel_pos_bias,
-            abs_pos_emb=abs_pos_emb,
-        )
+        self.config: dict[str, Any] = arguments
         self.vocab_size = vocab_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.lm_head = nn.Linear(embed_dim, vocab_size)
@@ -141,6 +130,7 @@ class Classifier(Beit):
         rel_pos_bias: bool = True,
         abs_pos_emb: bool = False,
     ):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         patch_grid(image_size, patch_size)
         super().__init__(
             img_size=image_size,
@@ -156,19 +146,7 @@ class Classifier(Beit):
             use_rel_pos_bias=rel_pos_bias,
             use_abs_pos_emb=abs_pos_emb,
         )
-        self.config: dict[str, Any] = dict(
-            num_classes=num_classes,
-            image_size=image_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            init_values=init_values,
-            drop_path_rate=drop_path_rate,
-            rel_pos_bias=rel_pos_bias,
-            abs_pos_emb=abs_pos_emb,
-        )
+        self.config: dict[str, Any] = arguments
         init_for_finetuning(self)
 
     def hidden_states(self, image_BCHW: Tensor) -> list[Tensor]:

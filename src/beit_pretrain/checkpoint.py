@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, first_line
 
 Module = TypeVar("Module", bound=nn.Module)
 KINDS = {
@@ -37,8 +37,7 @@ def read(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged, foreign and hostile files raise many things
-        message = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{path} cannot be read as a checkpoint: {message[:160]}") from error
+        raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)[:160]}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -72,14 +71,6 @@ def rebuild(build: Callable[..., Module], path: str | Path, kind: str) -> tuple[
         raise UserError(f"{path} describes a network that this version cannot build: {error}") from error
     load_exactly(model, state, path)
     return model.eval().requires_grad_(False), about
-
-
-def kind_of(path: str | Path) -> str:
-    """ "mim", "classifier" or "tokenizer". Raises UserError if the file is not one of ours."""
-    about = read(path).get("beit_pretrain")
-    if not isinstance(about, dict) or about.get("kind") not in KINDS:
-        raise UserError(f"{path} was not written by beit_pretrain fit")
-    return about["kind"]
 
 
 def _looks_like(content: dict) -> str:

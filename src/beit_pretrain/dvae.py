@@ -203,12 +203,6 @@ class TokenizerTraining(TrainedModule):
             )
 
 
-def check_vocabulary(vocab_size: int) -> None:
-    """Raise UserError for a codebook that cannot name anything."""
-    if vocab_size < 2:
-        raise UserError(f"model.vocab_size must be at least 2, got {vocab_size}")
-
-
 @torch.no_grad()
 def reconstruction_picture(model: DiscreteVAE, image_BCHW: Tensor):
     """Grid of original | decoded from its tokens, one row an image (a PIL image)."""

@@ -7,3 +7,8 @@ class UserError(Exception):
     def __init__(self, message: str):
         # A loader worker's error comes back as the text of its whole traceback: what was said stands at its end.
         super().__init__(str(message).rsplit(f"{__name__}.UserError: ", 1)[-1].strip())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message (torch's and Hydra's run over pages)."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -15,7 +15,7 @@ from beit_pretrain import checkpoint
 from beit_pretrain.backbone import SIZES, Classifier, MaskedImageModel, patch_grid
 from beit_pretrain.callbacks import MaskedPictures, OnlineKNN
 from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData, labels
-from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining, check_vocabulary
+from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining
 from beit_pretrain.errors import UserError
 from beit_pretrain.finetune import Finetuning, Regularisation
 from beit_pretrain.masking import BlockwiseMask
@@ -66,7 +66,6 @@ def pretrain_task(cfg: DictConfig) -> Task:
 
 def tokenizer_task(cfg: DictConfig) -> Task:
     """Training a dVAE."""
-    check_vocabulary(cfg.model.vocab_size)
     if cfg.image_size % DiscreteVAE.downsample:
         raise UserError(
             f"image_size={cfg.image_size} is not divisible by {DiscreteVAE.downsample}, the pixels per token"

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, first_line
 
 
 class Tokenizer(Protocol):
@@ -185,8 +185,3 @@ def _build(tensors: dict[str, Tensor], kind: str, file: Path) -> nn.Module:
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{file} does not have the tensors of OpenAI's {kind}: {first_line(error)}") from error
     return module.eval().requires_grad_(False)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message (torch's run over pages)."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
