@@ -123,3 +123,12 @@ def test_a_typo_does_not_cost_the_last_demo(finished):
         run_demo(folder, "src=nowhere")
     assert (folder / "report.html").is_file()
     assert (folder / "pretrain/checkpoints/last.ckpt").is_file()
+
+
+def test_a_source_that_does_not_decode_leaves_nothing_behind(tmp_path):
+    (tmp_path / "cats").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "cats" / name).write_text("no image")
+    with pytest.raises(UserError):
+        run_demo(tmp_path / "run", f"src='{tmp_path / 'cats'}'")
+    assert not (tmp_path / "run").exists()

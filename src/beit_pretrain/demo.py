@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +45,20 @@ def demo(cfg: DictConfig) -> dict:
         print(f"\n== {title} ({timings[name]:.0f} s since the start) ==", flush=True)
 
     stage("1/4 shards", "shards")
-    data = write_shards(cfg, src, run_dir / "data")
+    try:
+        data = write_shards(cfg, src, run_dir / "data")
+    except UserError:  # sources that list but do not decode: leave nothing behind
+        (run_dir / MARK).unlink()
+        with suppress(OSError):
+            run_dir.rmdir()
+        raise
     stage("2/4 tokenizer: a dVAE", "tokenizer")
-    tokenizer = fit(stage_config(cfg, "demo_tokenizer", f"{cfg.name}/tokenizer", steps=cfg.steps.tokenizer, **data))
+    tokenizer_cfg = stage_config(cfg, "demo_tokenizer", "tokenizer", steps=cfg.steps.tokenizer, **data)
+    tokenizer = fit(tokenizer_cfg)
     path = run_dir / "tokenizer/checkpoints/last.ckpt"
     stage("3/4 pre-training: predict the tokens of masked patches", "pretrain")
     steps = {"steps": cfg.steps.pretrain, "tokenizer.path": path}
-    pretrained = fit(stage_config(cfg, "demo_pretrain", f"{cfg.name}/pretrain", **steps, **data))
+    pretrained = fit(stage_config(cfg, "demo_pretrain", "pretrain", **steps, **data))
     stage("4/4 fine-tuning on few labels, and the same from scratch", "finetune")
     classes = compare(cfg, run_dir, data)
     draw(run_dir)
@@ -64,7 +72,7 @@ def demo(cfg: DictConfig) -> dict:
         "copy_token_accuracy": pretrained["val/copy_token_accuracy"],
         "codebook_perplexity": pretrained["val/codebook_perplexity"],
         "codebook_distinct": int(pretrained["val/codebook_distinct"]),
-        "vocab_size": int(read_vocabulary(path)),
+        "vocab_size": int(tokenizer_cfg.model.vocab_size),
         "reconstruction_mse": tokenizer["val/reconstruction"],
         "knn_accuracy": last_value(run_dir / "pretrain/metrics.csv", "val/knn_accuracy"),
         **classes,
@@ -105,11 +113,11 @@ def write_shards(cfg: DictConfig, src: str | list[str], out: Path) -> dict[str, 
     return {"data.train": out / "train", "data.val": out / "val"}
 
 
-def stage_config(cfg: DictConfig, experiment: str, name: str, **settings) -> DictConfig:
-    """The composed config of one stage."""
+def stage_config(cfg: DictConfig, experiment: str, stage: str, **settings) -> DictConfig:
+    """The composed config of one stage, with a folder of its own inside the demo's."""
     common = {
-        "name": name,
-        "run_dir": Path(cfg.run_dir) / name.removeprefix(f"{cfg.name}/"),
+        "name": f"{cfg.name}/{stage}",
+        "run_dir": Path(cfg.run_dir) / stage,
         "seed": cfg.seed,
         "threads": cfg.threads,
         "data.workers": cfg.workers,
@@ -124,15 +132,15 @@ def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:
     train, val = (ShardReader(data[f"data.{split}"]) for split in ("train", "val"))
     classes = len(train.classes)
     nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0, "classes": classes}
-    both = np.intersect1d(labels(train), labels(val))
-    loose = int((labels(train) < 0).sum() + (labels(val) < 0).sum())
-    if loose or (both >= 0).sum() < 2:
+    train_labels, val_labels = labels(train), labels(val)
+    loose = int((train_labels < 0).sum() + (val_labels < 0).sum())
+    if loose or len(np.intersect1d(train_labels, val_labels)) < 2:
         note = f"{loose} images have no class" if loose else "fewer than two classes have images in both splits"
         note += ": nothing to fine-tune on"
         print(note)
         return {**nothing, "finetune_note": note}
     per_class = max(1, min(cfg.per_class, cfg.max_labelled // classes))
-    labelled = int(np.minimum(np.bincount(labels(train)[labels(train) >= 0], minlength=classes), per_class).sum())
+    labelled = int(np.minimum(np.bincount(train_labels, minlength=classes), per_class).sum())
     accuracies: dict[str, list[float]] = {"finetune": [], "scratch": []}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for kind, extra in (
@@ -142,8 +150,8 @@ def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:
         ):
             settings = {**data, **extra, "data.per_class": per_class, "data.val_images": cfg.val_images}
             settings |= {"steps": cfg.steps.finetune, "seed": seed}
-            name = f"{cfg.name}/finetune-{kind}-{seed}"
-            accuracies[kind].append(fit(stage_config(cfg, "demo_finetune", name, **settings))["val/accuracy"])
+            run = stage_config(cfg, "demo_finetune", f"finetune-{kind}-{seed}", **settings)
+            accuracies[kind].append(fit(run)["val/accuracy"])
     return {
         **{f"{kind}_accuracy": float(np.mean(values)) for kind, values in accuracies.items()},
         **{f"{kind}_accuracies": values for kind, values in accuracies.items()},
@@ -158,13 +166,6 @@ def draw(run_dir: Path) -> None:
     """The pictures of the report that no run has drawn by itself."""
     for name in ("tokenizer", "pretrain"):
         show(compose("show", [f"run={quoted(run_dir / name)}", "images=6"]))
-
-
-def read_vocabulary(path: Path) -> int:
-    """Size of the trained codebook."""
-    from beit_pretrain.checkpoint import read_own
-
-    return read_own(path, "tokenizer")[0]["vocab_size"]
 
 
 def last_value(path: Path, metric: str) -> float | None:
