@@ -103,7 +103,7 @@ OPTIONS = list(itertools.product((True, False), (True, False), (0.1, None)))
 @pytest.mark.parametrize(("shared", "absolute", "scale"), OPTIONS)
 class TestMasking:
     def test_without_a_mask_it_is_timms(self, shared, absolute, scale):
-        model = mim(shared_rel_pos_bias=shared, abs_pos_emb=absolute, init_values=scale)
+        model = mim(rel_pos_bias="shared" if shared else "none", abs_pos_emb=absolute, init_values=scale)
         options = {"use_shared_rel_pos_bias": shared, "use_abs_pos_emb": absolute, "init_values": scale}
         reference = Beit(**TIMM, num_classes=0, global_pool="", **options).eval()
         missing, unexpected = reference.load_state_dict(model.state_dict(), strict=False)
@@ -116,7 +116,7 @@ class TestMasking:
             assert torch.equal(model.encode(image, torch.zeros(3, N, dtype=torch.bool)), expected)
 
     def test_masked_pixels_have_no_influence(self, shared, absolute, scale):
-        model = mim(shared_rel_pos_bias=shared, abs_pos_emb=absolute, init_values=scale)
+        model = mim(rel_pos_bias="shared" if shared else "none", abs_pos_emb=absolute, init_values=scale)
         image, mask = image_and_mask()
         pixels = mask.view(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
         with torch.no_grad():
@@ -128,7 +128,7 @@ class TestMasking:
             assert not torch.equal(model.encode(image), expected)
 
     def test_visible_pixels_have_influence(self, shared, absolute, scale):
-        model = mim(shared_rel_pos_bias=shared, abs_pos_emb=absolute, init_values=scale)
+        model = mim(rel_pos_bias="shared" if shared else "none", abs_pos_emb=absolute, init_values=scale)
         image, mask = image_and_mask()
         assert not mask[0, 5]
         changed = image.clone()
@@ -158,8 +158,8 @@ def test_the_mask_token_is_the_only_thing_at_a_masked_patch():
     """With all patches masked and no positions, all patches look alike; with absolute positions they do not."""
     image, everything = torch.randn(1, 3, 32, 32), torch.ones(1, N, dtype=torch.bool)
     with torch.no_grad():
-        alike = mim(shared_rel_pos_bias=False).encode(image, everything)[0, 1:]
-        placed = mim(shared_rel_pos_bias=False, abs_pos_emb=True).encode(image, everything)[0, 1:]
+        alike = mim(rel_pos_bias="none").encode(image, everything)[0, 1:]
+        placed = mim(rel_pos_bias="none", abs_pos_emb=True).encode(image, everything)[0, 1:]
     assert torch.allclose(alike, alike[:1].expand_as(alike), atol=1e-5)
     assert not torch.allclose(placed, placed[:1].expand_as(placed), atol=1e-1)
 
@@ -174,7 +174,7 @@ def test_hidden_states_are_the_blocks_outputs():
 
 @pytest.mark.parametrize(("relative", "absolute"), [(True, False), (False, True), (True, True)])
 def test_classifier_equals_timm_with_mean_pooling(relative, absolute):
-    model = scrambled(Classifier(7, **TINY, rel_pos_bias=relative, abs_pos_emb=absolute))
+    model = scrambled(Classifier(7, **TINY, rel_pos_bias="per_layer" if relative else "none", abs_pos_emb=absolute))
     options = {"use_rel_pos_bias": relative, "use_abs_pos_emb": absolute, "init_values": 0.1}
     reference = Beit(**TIMM, num_classes=7, global_pool="avg", **options).eval()
     reference.load_state_dict(model.state_dict())

@@ -69,7 +69,7 @@ def test_no_verb_is_help(run_cli):
         (["fit", "+experiment=base_22k", "verbose"], "key=value"),
         (["fit", "+experiment=base_22k"], HINTS["data.train"]),
         (["fit", "+experiment=base_22k", "data.train=x"], "encoder.pkl"),
-        (["fit", "+experiment=finetune_1k", "data.train=x"], "init_from is missing"),
+        (["fit", "+experiment=finetune_base_1k", "data.train=x"], "init_from is missing"),
         (["fit", "-m", "+experiment=base_22k"], "sweeps"),
         (["shards", "make", "src=nowhere"], "out is missing"),
         (["shards", "make", "out=x"], "src is missing"),
@@ -111,7 +111,7 @@ def pretrain_words(shards, dvae_checkpoint, tmp_path):
         ("tokenizer.path=nowhere.ckpt", "does not exist"),
         ("tokenizer.path={mim}", "a tokenizer (dVAE) is needed"),
         ("tokenizer.path={text}", "cannot be read as a checkpoint"),
-        ("init_from={dvae}", "a pre-trained backbone with its token head is needed"),
+        ("init_from={dvae}", "holds a tokenizer (dVAE), not a backbone"),
         ("model.size=huge", "tiny, small, base, large"),
         ("mask.max_patches=400", "max_patches"),
         ("steps=null", "steps=N or epochs=N"),
@@ -145,7 +145,8 @@ def test_bad_settings(word, said, pretrain_words, run_cli, tmp_path, mim_checkpo
 def test_a_classifier_needs_a_backbone_of_its_size(shards, mim_checkpoint, run_cli, tmp_path):
     words = ["fit", "+experiment=demo_finetune", f"data.train={shards / 'train'}", f"run_dir={tmp_path / 'run'}"]
     said = one_line(run_cli(*words, f"init_from={mim_checkpoint}", "data.workers=0"))
-    assert "does not fit this network" in said
+    assert "2 blocks of width 32" in said
+    assert "but model.embed_dim asks for embed_dim=128" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -162,12 +163,12 @@ def test_images_that_are_none(run_cli, tmp_path):
 
 def test_predict_refuses_what_is_no_classifier(run_cli, tmp_path, mim_checkpoint, photos):
     said = one_line(run_cli("predict", f"init_from={mim_checkpoint}", f"src={photos}", f"out={tmp_path / 'p.csv'}"))
-    assert "a fine-tuned classifier is needed" in said
+    assert "holds a mim without classes" in said
     torch.save({"foo": torch.zeros(2)}, tmp_path / "foreign.pt")
     said = one_line(
         run_cli("predict", f"init_from={tmp_path / 'foreign.pt'}", f"src={photos}", f"out={tmp_path / 'p.csv'}")
     )
-    assert "was not written by beit_pretrain" in said
+    assert "is no BEiT: it seems to be something else, with tensors such as foo" in said
     assert not (tmp_path / "p.csv").exists()
 
 

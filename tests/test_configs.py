@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from beit_pretrain.__main__ import compose, config_dir, experiments
-from beit_pretrain.runs import total_steps
-from beit_pretrain.tasks import TASKS, optim
+from beit_pretrain.runs import off_recipe, total_steps
+from beit_pretrain.tasks import TASKS, network, optim
 
 NAMES = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 
@@ -16,18 +16,22 @@ NAMES = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"
 def words(name: str, shards, dvae_checkpoint, mim_checkpoint) -> list[str]:
     text = (config_dir() / "experiment" / f"{name}.yaml").read_text()
     result = [f"+experiment={name}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0"]
-    if "tasks: pretrain" in text:
+    if "tokenizer.path=" in text:
         result += ["tokenizer=dvae", f"tokenizer.path={dvae_checkpoint}"]
-    if "tasks: finetune" in text:
+    if name == "continue_own":
+        result += [f"init_from={mim_checkpoint}", "image_size=32", "mask.max_patches=6", "mask.min_block=1"]
+    elif "init_from=" in text:
         result += ["from_scratch=true", f"init_from={mim_checkpoint}"]
+    if name == "finetune_own":
+        result += ["model.size=small"]
     return result
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_composes_and_builds(name, shards, dvae_checkpoint, mim_checkpoint):
     cfg = compose("fit", words(name, shards, dvae_checkpoint, mim_checkpoint))
-    if OmegaConf.select(cfg, "model.size") == "large":
-        OmegaConf.update(cfg, "model.depth", 2, force_add=True)  # its real width; 24 blocks would only cost time
+    if OmegaConf.select(cfg, "model.size") in ("base", "large"):
+        OmegaConf.update(cfg, "model.depth", 2, force_add=True)  # its real width; more blocks would only cost time
     task = TASKS[cfg.task](cfg)
     assert total_steps(cfg, 1_281_167) > 0
     with torch.no_grad():
@@ -43,22 +47,99 @@ def test_has_a_header_and_is_a_small_diff(name):
     assert experiments()[name]
 
 
-def test_the_papers_runs_have_the_recipes_numbers():
-    def composed(name: str, **extra: str):
-        given = {"data.train": "x", "tokenizer.path": "x", "init_from": "x"} | extra
-        keys = ("data.train", "init_from") if name.startswith("finetune") else ("data.train", "tokenizer.path")
-        return compose("fit", [f"+experiment={name}", *(f"{key}={given[key]}" for key in keys)])
+def composed(name: str, *words: str):
+    text = (config_dir() / "experiment" / f"{name}.yaml").read_text()
+    keys = ["data.train", "init_from"] if "init_from=" in text else ["data.train", "tokenizer.path"]
+    return compose("fit", [f"+experiment={name}", *(f"{key}=x" for key in keys), *words])
 
-    cfg = composed("base_22k")
-    assert (cfg.global_batch, cfg.epochs, cfg.mask.max_patches, cfg.mask.min_block) == (2048, 150, 75, 16)
-    settings = optim(cfg, 14_197_122)
-    assert (settings.lr, settings.min_lr, settings.warmup_steps, settings.clip) == (1.5e-3, 1e-5, 10_000, 3.0)
+
+# RECIPE section 4: clip, layer scale; and section 5's table, a row for each run.
+PRETRAINING = {
+    "base_22k": (768, 3.0, 150, 14_197_122, 10_000),
+    "base_22k_24gb": (768, 3.0, 150, 14_197_122, 10_000),
+    "large_22k": (1024, 1.0, 150, 14_197_122, 10_000),
+    "base_1k": (768, 3.0, 800, 1_281_167, 6256),  # 10 epochs
+    "base_1k_paper": (768, 3.0, 800, 1_281_167, 6256),
+    "large_1k": (1024, 1.0, 800, 1_281_167, 6256),
+}
+FINETUNING = {  # lr, batch, epochs, warm-up epochs, layer decay, drop path, weight decay, mixup, cutmix, clip, erasing
+    "finetune_base_1k": (4e-3, 1024, 100, 20, 0.65, 0.1, 0.05, 0.8, 1.0, None, 0.25),
+    "finetune_large_1k": (1e-3, 1024, 50, 5, 0.75, 0.2, 0.05, 0.8, 1.0, None, 0.25),
+    "finetune_base_1k_22kft": (2e-5, 512, 30, 5, 0.85, 0.1, 1e-8, 0, 0, None, 0.25),
+    "finetune_large_1k_22kft": (2e-5, 512, 30, 5, 0.9, 0.4, 1e-8, 0, 0, None, 0.25),
+    "intermediate_base_22k": (3e-3, 4096, 90, 5, 0.65, 0.2, 0.05, 0, 0, 3.0, 0.25),
+    "intermediate_large_22k": (2e-3, 2048, 90, 5, 0.75, 0.2, 0.05, 0, 0, 1.0, 0.25),
+    "finetune_cifar100": (3e-3, 512, 150, 20, 0.65, 0.1, 0.3, 0.8, 1.0, None, 0),
+}
+SAME_BUT_SIZE = {
+    "finetune_base_1k_384": ("finetune_base_1k", 384),
+    "finetune_large_1k_384": ("finetune_large_1k", 384),
+    "finetune_base_1k_22kft_384": ("finetune_base_1k_22kft", 384),
+    "finetune_large_1k_22kft_384": ("finetune_large_1k_22kft", 384),
+    "finetune_large_1k_22kft_512": ("finetune_large_1k_22kft", 512),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_pretraining_has_the_recipes_numbers(name):
+    width, clip, epochs, images, warmup = PRETRAINING[name]
+    cfg = composed(name)
+    settings = optim(cfg, images)
+    assert (settings.lr, settings.min_lr, settings.warmup_steps, settings.clip) == (1.5e-3, 1e-5, warmup, clip)
     assert (settings.weight_decay, settings.layer_decay, tuple(settings.betas)) == (0.05, None, (0.9, 0.999))
-    assert total_steps(cfg, 14_197_122) == 1_039_828  # 150 x 14,197,122 / 2048
-    assert optim(composed("base_1k"), 1_281_167).warmup_steps == 6256  # 10 epochs
-    assert composed("large_22k").optim.clip == 1.0
-    cfg = composed("finetune_1k")
-    assert (cfg.optim.lr, cfg.optim.layer_decay, cfg.optim.min_lr, cfg.global_batch) == (4e-3, 0.65, 1e-6, 1024)
-    assert (cfg.regularisation.mixup, cfg.regularisation.cutmix, cfg.regularisation.erasing) == (0.8, 1.0, 0.25)
-    cfg = composed("finetune_cifar100")
-    assert (cfg.optim.weight_decay, cfg.regularisation.erasing, cfg.epochs) == (0.3, 0.0, 150)
+    assert settings.eps == 1e-8
+    assert (cfg.global_batch, cfg.epochs, cfg.mask.max_patches, cfg.mask.min_block) == (2048, epochs, 75, 16)
+    assert (cfg.recipe.global_batch, cfg.recipe.lr) == (2048, 1.5e-3)
+    assert total_steps(cfg, images) == int(epochs * images / 2048)
+    arguments = network(cfg)
+    paper = name == "base_1k_paper"
+    assert arguments["embed_dim"] == width
+    assert arguments["init_values"] == (None if paper else 0.1 if width == 768 else 1e-5)
+    assert (arguments["rel_pos_bias"], arguments["abs_pos_emb"]) == (("none", True) if paper else ("shared", False))
+    assert arguments["drop_path_rate"] == 0.1
+    assert (cfg.data.jitter, cfg.data.flip, cfg.data.scale) == ([0.4, 0.4, 0.4], 0.5, [0.08, 1.0])
+    assert cfg.mean == ([0.485, 0.456, 0.406] if "1k" in name else None)  # null: .5
+
+
+@pytest.mark.parametrize("name", FINETUNING)
+def test_finetuning_has_the_recipes_numbers(name):
+    cfg = composed(name)
+    o, r = cfg.optim, cfg.regularisation
+    found = (o.lr, cfg.global_batch, cfg.epochs, o.warmup_epochs, o.layer_decay, cfg.model.drop_path_rate)
+    assert (*found, o.weight_decay, r.mixup, r.cutmix, o.clip, r.erasing) == FINETUNING[name]
+    assert (o.min_lr, r.label_smoothing, cfg.data.auto_augment) == (1e-6, 0.1, "rand-m9-mstd0.5-inc1")
+    assert cfg.image_size == 224
+    assert (cfg.recipe.global_batch, cfg.recipe.lr) == (cfg.global_batch, o.lr)
+
+
+@pytest.mark.parametrize("name", SAME_BUT_SIZE)
+def test_higher_resolutions_differ_in_nothing_else(name):
+    base, size = SAME_BUT_SIZE[name]
+    high, low = composed(name), composed(base)
+    assert high.image_size == size
+    for cfg in (high, low):
+        for key in ("image_size", "batch_size", "name", "run_dir"):
+            OmegaConf.update(cfg, key, None)
+    assert high == low
+
+
+def test_every_experiment_of_the_recipe_is_checked_above():
+    own = {"tokenizer", "small_own", "finetune_own", "continue_own"}
+    rest = {name for name in NAMES if not name.startswith("demo_")} - own
+    assert rest == PRETRAINING.keys() | FINETUNING.keys() | SAME_BUT_SIZE.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], None),
+        (["global_batch=512"], "suggested: optim.lr=0.000375 (linear rule; square root: 0.00075)"),
+        (["global_batch=512", "optim.lr=3.75e-4"], None),
+        (["global_batch=4096"], "suggested: optim.lr=0.003 (linear"),
+        (["global_batch=512", "recipe=null"], None),
+    ],
+)
+def test_a_global_batch_off_the_recipe_is_pointed_out(words, said):
+    lines = off_recipe(composed("base_22k", *words))
+    assert len(lines) == (said is not None)
+    assert said is None or said in lines[0]

@@ -69,7 +69,7 @@ class TestLearningRate:
 class TestGroups:
     @pytest.mark.parametrize("shared", [True, False])
     def test_what_decays(self, shared):
-        model = mim(abs_pos_emb=True, shared_rel_pos_bias=shared)
+        model = mim(abs_pos_emb=True, rel_pos_bias="shared" if shared else "none")
         groups = parameter_groups(model.named_parameters(), lr=1.0, weight_decay=0.05)
         decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
         expected = {"mask_token", "patch_embed.proj.weight", "lm_head.weight"}

@@ -9,10 +9,12 @@ State-dict names are timm's and the authors': `blocks.N.attn.qkv.weight`, `mask_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import torch
+from timm.layers import LayerNorm
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
@@ -27,65 +29,109 @@ SIZES: dict[str, dict] = {
 }
 
 
-def patch_grid(image_size: int, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches. Raises UserError if the image does not divide into patches."""
-    if image_size < 1 or patch_size < 1:
+def patch_grid(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches of an image (its side, or height and width, in pixels).
+
+    Raises UserError if the image does not divide into patches.
+    """
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or min(*sides, patch_size) < 1:
         raise UserError(f"image_size={image_size} and patch_size={patch_size} must be at least 1")
-    if image_size % patch_size:
-        raise UserError(
-            f"image_size={image_size} is not divisible by patch_size={patch_size}; "
-            f"{(image_size // patch_size + 1) * patch_size} would be"
-        )
-    return image_size // patch_size, image_size // patch_size
+    for side in sides:
+        if side % patch_size:
+            raise UserError(
+                f"image_size={image_size} is not divisible by patch_size={patch_size}; "
+                f"{(side // patch_size + 1) * patch_size} would be"
+            )
+    return sides[0] // patch_size, sides[1] // patch_size
 
 
-class MaskedImageModel(Beit):
-    """Beit with a mask token and a token head: predicts the visual token of every masked patch.
+class Architecture(TypedDict, total=False):
+    """Arguments that every network here takes.
 
-    Args:
-        image_size: side of the square images, pixels.
-        patch_size: side of a patch, pixels.
-        vocab_size: V, size of the tokenizer's codebook.
-        embed_dim, depth, num_heads, init_values: see `SIZES`.
-        drop_path_rate: stochastic depth of the last block; linear from 0 over the depth.
-        shared_rel_pos_bias: one relative position bias table for all blocks (pre-training, RECIPE section 3).
-        abs_pos_emb: learned absolute positions (the released ImageNet-1k 800-epoch model).
+    image_size: side of square images, or (height, width), pixels. patch_size: side of a patch, pixels.
+    embed_dim, depth, num_heads, init_values (initial layer scale; None = no layer scale): see `SIZES`.
+    drop_path_rate: stochastic depth of the last block; linear from 0 over the depth.
+    rel_pos_bias: "shared", one relative position bias table for all blocks (pre-training, RECIPE section 3);
+    "per_layer", one for each (fine-tuning); "none".
+    abs_pos_emb: learned absolute positions (the released ImageNet-1k 800-epoch model).
+    norm_eps: of every LayerNorm (Hugging Face's files say 1e-12).
     """
 
-    def __init__(
-        self,
-        image_size: int = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        vocab_size: int = 8192,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        init_values: float | None = 0.1,
-        drop_path_rate: float = 0.1,
-        shared_rel_pos_bias: bool = True,
-        abs_pos_emb: bool = False,
-    ):
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        patch_grid(image_size, patch_size)
+    image_size: int | Sequence[int]
+    patch_size: int
+    in_chans: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    init_values: float | None
+    drop_path_rate: float
+    rel_pos_bias: str
+    abs_pos_emb: bool
+    norm_eps: float
+
+
+DEFAULTS: Architecture = {
+    "image_size": 224,
+    "patch_size": 16,
+    "in_chans": 3,
+    "embed_dim": 768,
+    "depth": 12,
+    "num_heads": 12,
+    "mlp_ratio": 4.0,
+    "init_values": 0.1,
+    "drop_path_rate": 0.1,
+    "rel_pos_bias": "shared",
+    "abs_pos_emb": False,
+    "norm_eps": 1e-6,
+}
+BIASES = ("shared", "per_layer", "none")
+
+
+class Backbone(Beit):
+    """timm's Beit with the options of every BEiT checkpoint; `config` holds the arguments that build it again."""
+
+    def __init__(self, pool: str, num_classes: int, **architecture: Unpack[Architecture]):
+        if unknown := sorted(architecture.keys() - DEFAULTS.keys()):
+            raise TypeError(f"unknown arguments of the network: {', '.join(unknown)}")
+        config: dict[str, Any] = {**DEFAULTS, **architecture}
+        self.grid = patch_grid(config["image_size"], config["patch_size"])
+        if config["rel_pos_bias"] not in BIASES:
+            raise UserError(f"model.rel_pos_bias={config['rel_pos_bias']} is not one of {', '.join(BIASES)}")
+        size = config["image_size"]
+        config["image_size"] = size if isinstance(size, int) else size[0] if size[0] == size[1] else list(size)
+        own = ("image_size", "rel_pos_bias", "abs_pos_emb", "norm_eps")
         super().__init__(
-            img_size=image_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            num_classes=0,
-            global_pool="",  # keeps the final LayerNorm before the token head
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            init_values=init_values,
-            drop_path_rate=drop_path_rate,
-            use_shared_rel_pos_bias=shared_rel_pos_bias,
-            use_abs_pos_emb=abs_pos_emb,
+            img_size=size if isinstance(size, int) else (size[0], size[1]),
+            num_classes=num_classes,
+            global_pool=pool,  # "" keeps the final LayerNorm over all tokens
+            use_rel_pos_bias=config["rel_pos_bias"] == "per_layer",
+            use_shared_rel_pos_bias=config["rel_pos_bias"] == "shared",
+            use_abs_pos_emb=config["abs_pos_emb"],
+            norm_layer=cast(type[nn.Module], partial(LayerNorm, eps=config["norm_eps"])),
+            **{name: value for name, value in config.items() if name not in own},
         )
-        self.config: dict[str, Any] = arguments
-        self.vocab_size = vocab_size
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.lm_head = nn.Linear(embed_dim, vocab_size)
+        self.config = config
+        # Plain facts that a checkpoint or a file of others says beside its tensors: mean, std, classes, ...
+        self.about: dict[str, Any] = {}
+
+    def hidden_states(self, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> list[Tensor]:
+        """Raw outputs (B, 1 + N, D) of every block, [CLS] first, without the final LayerNorm."""
+        return block_outputs(self, embed(self, image_BCHW, mask_BN))
+
+
+class MaskedImageModel(Backbone):
+    """Beit with a mask token and a token head: predicts the visual token of every masked patch.
+
+    `vocab_size` is V, the size of the tokenizer's codebook; the other arguments are those of `Architecture`.
+    """
+
+    def __init__(self, vocab_size: int = 8192, **architecture: Unpack[Architecture]):
+        super().__init__("", 0, **architecture)
+        self.config["vocab_size"] = self.vocab_size = vocab_size
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+        self.lm_head = nn.Linear(self.embed_dim, vocab_size)
         init_for_pretraining(self)
 
     def forward(self, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:  # type: ignore[override]
@@ -105,53 +151,44 @@ class MaskedImageModel(Beit):
         """Features (B, 1 + N, D) after the final LayerNorm, [CLS] first; equal to timm's without a mask."""
         return self.norm(self.hidden_states(image_BCHW, mask_BN)[-1])
 
-    def hidden_states(self, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> list[Tensor]:
-        """Raw outputs (B, 1 + N, D) of every block, without the final LayerNorm."""
-        return block_outputs(self, embed(self, image_BCHW, mask_BN))
 
+class Classifier(Backbone):
+    """Beit for classification, by default with a bias table for every block (RECIPE section 5).
 
-class Classifier(Beit):
-    """Beit for classification: mean of the patch tokens -> new LayerNorm -> linear head; one bias table per block.
-
-    Args as of `MaskedImageModel`; `num_classes` is the number of classes (RECIPE section 5).
+    Args:
+        num_classes: number of classes.
+        pool: "avg", the mean of the patch tokens -> a new LayerNorm -> linear head; "token", the final LayerNorm of
+            pre-training -> [CLS] -> linear head.
+        architecture: see `Architecture`.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        image_size: int = 224,
-        patch_size: int = 16,
-        in_chans: int = 3,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        init_values: float | None = 0.1,
-        drop_path_rate: float = 0.1,
-        rel_pos_bias: bool = True,
-        abs_pos_emb: bool = False,
-    ):
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        patch_grid(image_size, patch_size)
-        super().__init__(
-            img_size=image_size,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool="avg",
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            init_values=init_values,
-            drop_path_rate=drop_path_rate,
-            use_rel_pos_bias=rel_pos_bias,
-            use_abs_pos_emb=abs_pos_emb,
-        )
-        self.config: dict[str, Any] = arguments
+    def __init__(self, num_classes: int, pool: str = "avg", **architecture: Unpack[Architecture]):
+        if pool not in ("avg", "token"):
+            raise UserError(f"model.pool={pool} is not one of avg, token")
+        architecture.setdefault("rel_pos_bias", "per_layer")
+        super().__init__(pool, num_classes, **architecture)
+        self.config |= {"num_classes": num_classes, "pool": pool}
         init_for_finetuning(self)
 
-    def hidden_states(self, image_BCHW: Tensor) -> list[Tensor]:
-        """Raw outputs (B, 1 + N, D) of every block."""
-        return block_outputs(self, embed(self, image_BCHW))
+
+class Features(NamedTuple):
+    """Raw outputs of every block, the first one first."""
+
+    cls: list[Tensor]  # (B, D) each
+    patches: list[Tensor]  # (B, N, D) each, row-major over the grid
+
+
+class FeatureExtractor(Backbone):
+    """Beit without a head: features of every layer, without the final LayerNorm (RECIPE section 6)."""
+
+    def __init__(self, **architecture: Unpack[Architecture]):
+        super().__init__("", 0, **architecture)
+        self.norm = nn.Identity()
+
+    def forward(self, image_BCHW: Tensor) -> Features:  # type: ignore[override]
+        """[CLS] and patch features of every layer, for normalised images."""
+        states = self.hidden_states(image_BCHW)
+        return Features([x[:, 0] for x in states], [x[:, 1:] for x in states])
 
 
 def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
@@ -20,13 +25,45 @@ KINDS = {
     "classifier": "a fine-tuned classifier",
     "tokenizer": "a tokenizer (dVAE)",
 }
-# What fine-tuning leaves behind: the token head, and the final norm, whose place the new one over the mean takes.
-LEFT_BEHIND = ("mask_token", "lm_head.weight", "lm_head.bias", "norm.weight", "norm.bias")
-SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
 def read(path: str | Path) -> dict:
     """The dictionary in a torch file, read with `weights_only=True`. Raises UserError for anything else."""
+    path = existing(path)
+    try:
+        # Training checkpoints of the authors' scripts hold their arguments: a Namespace is data and runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, when a file is refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged, foreign and hostile files raise many things
+        raise UserError(f"{path} cannot be read as a checkpoint: {_why(path, error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def read_tensors(path: str | Path) -> tuple[dict, dict]:
+    """(what the file holds, what a safetensors header of ours says) of a torch or safetensors file.
+
+    Told apart by their content, whatever they are called. Raises UserError for anything else.
+    """
+    path = existing(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:9] != b"{":
+        return read(path), {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = (file.metadata() or {}).get("beit_pretrain", "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        known = json.loads(said)
+    except Exception as error:  # safetensors' own, and broken JSON
+        raise UserError(f"{path} cannot be read as safetensors: {first_line(error)[:160]}") from error
+    return tensors, known if isinstance(known, dict) else {}
+
+
+def existing(path: str | Path) -> Path:
+    """The path of a file that is there. Raises UserError, with what may be meant."""
     path = Path(path)
     if path.is_dir():
         found = sorted(path.rglob("*.ckpt"))
@@ -34,13 +71,24 @@ def read(path: str | Path) -> dict:
         raise UserError(f"{path} is a folder, a checkpoint file is needed{hint}")
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged, foreign and hostile files raise many things
-        raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)[:160]}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    return content
+    return path
+
+
+def _why(path: Path, error: Exception) -> str:
+    """Why a file is refused. torch's own message advises to unpickle freely: not repeated."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is the pointer that git-lfs leaves in place of a file"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page"
+    if found := re.search(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", str(error)):
+        return f"it holds code or objects ({found[1]}), not only tensors; nothing of it was executed"
+    if start[:2] == b"PK" or "PytorchStreamReader" in str(error):
+        return "it is damaged or incomplete"
+    return "it is no file of torch or safetensors, or damaged"
 
 
 def read_own(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
@@ -81,45 +129,38 @@ def _looks_like(content: dict) -> str:
     return f"its keys are {', '.join(sorted(keys)[:4])}{', ...' if len(keys) > 4 else ''}" if keys else "it is empty"
 
 
-def load_backbone(classifier: nn.Module, state: dict[str, Tensor], depth: int, source: str | Path) -> None:
-    """Put pre-trained weights under a new classification head (RECIPE section 5).
-
-    The shared bias table starts every block's own. Raises UserError with the sorted names if anything but the new
-    head is missing, anything but the old one is left over, or a shape differs.
-    """
-    state = {name: tensor for name, tensor in state.items() if name not in LEFT_BEHIND}
-    table = state.pop(SHARED_TABLE, None)
-    if table is not None:
-        state |= {f"blocks.{i}.attn.relative_position_bias_table": table.clone() for i in range(depth)}
-    own = classifier.state_dict()
-    expected = {name for name in own if not name.startswith(("head.", "fc_norm."))}
-    missing, unexpected = sorted(expected - state.keys()), sorted(state.keys() - expected)
-    other = sorted(
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in expected & state.keys()
-        if state[name].shape != own[name].shape
-    )
-    if missing or unexpected or other:
-        parts = {"missing": missing, "unexpected": unexpected, "other shape": other}
-        raise UserError(
-            f"init_from={source} does not fit this network ("
-            + "; ".join(
-                f"{what}: {', '.join(names[:3])}, {len(names)} in all" for what, names in parts.items() if names
-            )
-            + "); image_size, patch_size and model must be those of its pre-training"
-        )
-    classifier.load_state_dict(state, strict=False)
-
-
 def load_exactly(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """`load_state_dict` whose error is one line. Raises UserError if a name or a shape differs."""
+    """`load_state_dict` whose error is one line with every name. Raises UserError if a name or a shape differs."""
     own = model.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) + sorted(
-        n for n in own.keys() & state.keys() if own[n].shape != state[n].shape
-    )
-    if wrong:
-        raise UserError(f"{source} does not fit this network: {', '.join(wrong[:3])} ({len(wrong)} tensors differ)")
+    parts = {
+        "missing": compact(own.keys() - state.keys()),
+        "unexpected": compact(state.keys() - own.keys()),
+        "of another shape": ", ".join(
+            f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & state.keys())
+            if own[name].shape != state[name].shape
+        ),
+    }
+    if any(parts.values()):
+        named = "; ".join(f"{what}: {names}" for what, names in parts.items() if names)
+        raise UserError(f"{source} does not fit this network ({named})")
     model.load_state_dict(state)
+
+
+def compact(names: Iterable[str]) -> str:
+    """Sorted names in one line, those of consecutive blocks as one: blocks.0-11.attn.q_bias."""
+    blocks: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        found = re.fullmatch(r"(.*?\bblocks\.)(\d+)(\..*)", name)
+        head, number, tail = found.groups() if found else (name, "", "")
+        blocks.setdefault((head, tail), set()).update([int(number)] if number else [])
+    lines = []
+    for (head, tail), numbers in sorted(blocks.items()):
+        firsts = sorted(n for n in numbers if n - 1 not in numbers)
+        lasts = sorted(n for n in numbers if n + 1 not in numbers)
+        spans = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+        lines.append(f"{head}{spans}{tail}")
+    return ", ".join(lines)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

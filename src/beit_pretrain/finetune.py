@@ -18,10 +18,12 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from beit_pretrain.backbone import Classifier
-from beit_pretrain.checkpoint import rebuild
+from beit_pretrain.errors import UserError
+from beit_pretrain.formats import read_checkpoint
 from beit_pretrain.optim import Optim
+from beit_pretrain.pretrained import classifier
 from beit_pretrain.training import TrainedModule
-from beit_pretrain.views import centre_view, normalise, to_array
+from beit_pretrain.views import HALF, centre_view, normalise, to_array
 
 
 @dataclass
@@ -114,19 +116,22 @@ class Finetuning(TrainedModule):
 
 
 class ImageClassifier:
-    """A fine-tuned checkpoint, ready for PIL images.
+    """A fine-tuned classifier, ready for PIL images.
 
     Args:
-        path: checkpoint of a fine-tuning run of ours.
+        path: a classifier in any format that `load_pretrained` reads.
     """
 
     def __init__(self, path: str | Path):
-        self.model, about = rebuild(Classifier, path, "classifier")
+        self.model = classifier(read_checkpoint(path)).requires_grad_(False)
+        about = self.model.about
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
-        self.classes: list[str] = about["classes"]
-        self.mean, self.std = about["mean"], about["std"]
+        self.classes: list[str] = about.get("classes") or [str(i) for i in range(self.model.num_classes)]
+        self.mean, self.std = about.get("mean", HALF), about.get("std", HALF)
         self.image_size: int = self.model.config["image_size"]
+        if not isinstance(self.image_size, int):
+            raise UserError(f"{path} is for images of {self.image_size} pixels; square ones are needed here")
         self.crop_ratio: float | None = about.get("crop_ratio")
 
     def view(self, image: Image.Image) -> Tensor:

@@ -6,6 +6,7 @@ The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/` and `checkpo
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,9 +119,9 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
         seed_everything(cfg.seed, workers=True, verbose=False)
-        task = TASKS[cfg.task](cfg)
-        steps = total_steps(cfg, task.data.samples)
         resume = to_resume(cfg, last)
+        task = TASKS[cfg.task](from_checkpoint(cfg, last) if resume else cfg)
+        steps = total_steps(cfg, task.data.samples)
         trainer = make_trainer(cfg, steps, [*common_callbacks(cfg, last.parent, task), *task.callbacks])
         task.module.log_every = cfg.log_every
         introduction = introduce(cfg, task, steps, trainer)
@@ -205,9 +206,26 @@ def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
             f", {steps * cfg.global_batch / task.data.samples:.4g} epochs, precision {trainer.precision}",
             f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
             f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",
+            *([f"  from {task.origin}"] if task.origin else []),
             f"  folder {cfg.run_dir}",
+            *off_recipe(cfg),
         )
     )
+
+
+def off_recipe(cfg: DictConfig) -> list[str]:
+    """A line about a global batch that is not the recipe's, with the rate that it would suggest; else none."""
+    recipe = cfg.get("recipe")
+    if recipe is None or cfg.global_batch == recipe.global_batch:
+        return []
+    ratio = cfg.global_batch / recipe.global_batch
+    if math.isclose(cfg.optim.lr, recipe.lr * ratio, rel_tol=0.01):
+        return []
+    return [
+        f"  note: the recipe's global batch is {recipe.global_batch} (learning rate {recipe.lr:g}), this one is "
+        f"{cfg.global_batch}; suggested: optim.lr={recipe.lr * ratio:.3g} (linear rule; square root: "
+        f"{recipe.lr * math.sqrt(ratio):.3g})"
+    ]
 
 
 def to_resume(cfg: DictConfig, last: Path) -> bool:
@@ -242,14 +260,16 @@ def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[Dict
         raise UserError(f"{run} is not the folder of a run (it has no config.yaml)")
     cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.load(run / "config.yaml"), overrides or {}))
     last = run / "checkpoints" / "last.ckpt"
-    if "init_from" in cfg:  # the run's own weights follow: where they once came from need not exist any more
-        cfg.init_from = None
-    if "from_scratch" in cfg:
-        cfg.from_scratch = True
-    task = TASKS[cfg.task](cfg)
+    task = TASKS[cfg.task](from_checkpoint(cfg, last))
     _, state, _ = checkpoint.read_own(last, task.module.kind)
     checkpoint.load_exactly(task.module.model, state, last)
     return cfg, task
+
+
+def from_checkpoint(cfg: DictConfig, last: Path) -> DictConfig:
+    """The config with the network of the run's own checkpoint: what it once started from need not exist any more."""
+    own = {"init_from": str(last), "from_scratch": False, "new_head": False}
+    return cast(DictConfig, OmegaConf.merge(cfg, {name: value for name, value in own.items() if name in cfg}))
 
 
 def validate(cfg: DictConfig) -> dict[str, float]:

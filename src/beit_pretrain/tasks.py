@@ -11,16 +11,17 @@ from hydra.utils import instantiate
 from lightning import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from beit_pretrain import checkpoint
-from beit_pretrain.backbone import SIZES, Classifier, MaskedImageModel, patch_grid
+from beit_pretrain.backbone import SIZES, Architecture, Classifier, MaskedImageModel, patch_grid
 from beit_pretrain.callbacks import MaskedPictures, OnlineKNN
 from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData, labels
 from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining
 from beit_pretrain.errors import UserError
 from beit_pretrain.finetune import Finetuning, Regularisation
+from beit_pretrain.formats import Checkpoint, read_checkpoint, sizes
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
+from beit_pretrain.pretrained import classifier, mim
 from beit_pretrain.tokenizer import view_size
 from beit_pretrain.training import TrainedModule
 from beit_pretrain.views import HALF, ClassificationViews, PretrainViews
@@ -33,11 +34,14 @@ class Task:
     module: TrainedModule
     data: ShardData
     callbacks: list[Callback]
+    origin: str = ""  # what the network started from, in words
 
 
 def pretrain_task(cfg: DictConfig) -> Task:
     """Masked image modelling."""
-    grid = patch_grid(cfg.image_size, cfg.patch_size)
+    source = read_source(cfg)
+    patch_size = source.architecture["patch_size"] if source else cfg.patch_size or 16
+    grid = patch_grid(cfg.image_size, patch_size)
     tokenizer = instantiate(cfg.tokenizer)
     views = PretrainViews(
         image_size=cfg.image_size,
@@ -49,19 +53,20 @@ def pretrain_task(cfg: DictConfig) -> Task:
         exact=cfg.data.exact,
     )
     data = PretrainData(views=views, masking=BlockwiseMask(grid, **cfg.mask), **data_settings(cfg))
-    arguments = {**network(cfg, "image_size", "patch_size"), "vocab_size": tokenizer.vocab_size}
-    module = Pretraining(MaskedImageModel(**arguments), tokenizer, optim(cfg, data.samples), cfg.mean, cfg.std)
-    if cfg.init_from:
-        arguments, state, _ = checkpoint.read_own(cfg.init_from, "mim")
-        checkpoint.load_exactly(module.model, state, cfg.init_from)
-    module.about = {"mean": list(cfg.mean), "std": list(cfg.std), "tokenizer": str(cfg.tokenizer.path)}
+    if source is None:
+        model = MaskedImageModel(tokenizer.vocab_size, **network(cfg))
+    else:
+        model = continued(cfg, source, tokenizer.vocab_size).train()
+    mean, std = normalisation(cfg, model.about)
+    module = Pretraining(model, tokenizer, optim(cfg, data.samples), mean, std)
+    module.about = {"mean": list(mean), "std": list(std), "tokenizer": str(cfg.tokenizer.path)}
     callbacks: list[Callback] = []
     if "val" in data.readers:
         if cfg.pictures:
             callbacks.append(MaskedPictures(Path(cfg.run_dir) / "pictures", data, cfg.pictures))
         if len(data.classes) > 1:
             callbacks.append(OnlineKNN(data, **cfg.knn))
-    return Task(module, data, callbacks)
+    return Task(module, data, callbacks, origin(source))
 
 
 def tokenizer_task(cfg: DictConfig) -> Task:
@@ -77,10 +82,9 @@ def tokenizer_task(cfg: DictConfig) -> Task:
 
 def finetune_task(cfg: DictConfig) -> Task:
     """Classification."""
-    patch_grid(cfg.image_size, cfg.patch_size)
-    source = None if cfg.from_scratch else checkpoint.read_own(cfg.init_from, "mim")
-    about = source[2] if source else {}
-    mean, std = (tuple(cfg[name] or about.get(name) or HALF) for name in ("mean", "std"))
+    source = None if cfg.from_scratch else read_source(cfg)
+    patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
+    mean, std = normalisation(cfg, source.about if source else {})
     data = classification_data(cfg, fill=mean)
     if len(data.classes) < 2:
         raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; fine-tuning needs at least 2")
@@ -89,9 +93,13 @@ def finetune_task(cfg: DictConfig) -> Task:
             raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
     if (cfg.regularisation.mixup or cfg.regularisation.cutmix) and cfg.batch_size % 2:
         raise UserError(f"mixup and cutmix pair images: batch_size={cfg.batch_size} must be even")
-    model = Classifier(len(data.classes), **network(cfg, "image_size", "patch_size"))
-    if source is not None:
-        checkpoint.load_backbone(model, source[1], len(model.blocks), cfg.init_from)
+    if source is None:
+        model = Classifier(len(data.classes), cfg.model.pool or "avg", **network(cfg))
+    else:
+        same = source.about.get("classes") in (None, list(data.classes))  # a head of other classes is of no use
+        drop = cfg.model.drop_path_rate
+        model = classifier(source, cfg.image_size, len(data.classes), drop, cfg.model.pool, new_head=not same)
+        model.train()
     settings = optim(cfg, data.samples)
     module = Finetuning(model, settings, Regularisation(**cfg.regularisation), mean, std, cfg.seed)
     module.about = {
@@ -100,7 +108,52 @@ def finetune_task(cfg: DictConfig) -> Task:
         "classes": list(data.classes),
         "crop_ratio": cfg.data.crop_ratio,
     }
-    return Task(module, data, [])
+    return Task(module, data, [], origin(source))
+
+
+def origin(source: Checkpoint | None) -> str:
+    """What a run starts from, in words, for its first lines."""
+    return f"{source.path} ({source.format} {source.kind}: {sizes(source.architecture)})" if source else ""
+
+
+def read_source(cfg: DictConfig) -> Checkpoint | None:
+    """The checkpoint that a run starts from (`init_from`), if any; its architecture is the run's.
+
+    Raises UserError where the config asks for another size: its learning rates would be for another network.
+    """
+    if not cfg.init_from:
+        return None
+    source = read_checkpoint(cfg.init_from)
+    size = cfg.model.get("size")
+    if size is not None and size not in SIZES:
+        raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
+    asked = {**SIZES.get(size, {}), **plain(cfg.model), "patch_size": cfg.patch_size}
+    for name in ("embed_dim", "depth", "num_heads", "patch_size"):
+        if asked.get(name) not in (None, source.architecture[name]):
+            setting = "patch_size" if name == "patch_size" else f"model.size={size}" if size else f"model.{name}"
+            raise UserError(
+                f"init_from={cfg.init_from} has {sizes(source.architecture)}, but {setting} asks for "
+                f"{name}={asked[name]}; take an experiment of its size, or "
+                f"{'patch_size' if name == 'patch_size' else 'model.size'}=null to go ahead"
+            )
+    return source
+
+
+def continued(cfg: DictConfig, source: Checkpoint, vocab_size: int) -> MaskedImageModel:
+    """A pre-trained backbone to go on with; its token head only if that is for this tokenizer."""
+    own = source.architecture.get("vocab_size")
+    if own not in (None, vocab_size) and not cfg.new_head:
+        raise UserError(
+            f"init_from={cfg.init_from} predicts {own} tokens, the tokenizer has {vocab_size}; "
+            "new_head=true starts a new token head"
+        )
+    return mim(source, cfg.image_size, cfg.model.drop_path_rate, vocab_size if cfg.new_head else None)
+
+
+def normalisation(cfg: DictConfig, about: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std): the config's, else those of the checkpoint, else .5."""
+    mean, std = (tuple(cfg[name] or about.get(name) or HALF) for name in ("mean", "std"))
+    return mean, std
 
 
 TASKS: dict[str, Callable[[DictConfig], Task]] = {
@@ -136,13 +189,15 @@ def plain(cfg: DictConfig | ListConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
-def network(cfg: DictConfig, *names: str) -> dict:
-    """Arguments of the network: those of the named size, then what the group `model` sets by itself."""
+def network(cfg: DictConfig) -> Architecture:
+    """Arguments of a new network: those of the named size, then what the group `model` sets by itself."""
     settings = plain(cfg.model)
     size = settings.pop("size", None)
+    settings.pop("pool", None)
     if size is not None and size not in SIZES:
         raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
-    arguments = {**SIZES.get(size, {}), **settings, **{name: cfg[name] for name in names}}
+    shape = {"image_size": cfg.image_size, "patch_size": cfg.patch_size or 16}
+    arguments = {**SIZES.get(size, {}), **settings, **shape}
     for name in ("embed_dim", "depth", "num_heads"):
         if name not in arguments:
             raise UserError(f"model.size=null needs model.{name}")
@@ -150,7 +205,7 @@ def network(cfg: DictConfig, *names: str) -> dict:
         raise UserError(
             f"model.embed_dim={arguments['embed_dim']} is not divisible by model.num_heads={arguments['num_heads']}"
         )
-    return arguments
+    return cast(Architecture, arguments)
 
 
 def optim(cfg: DictConfig, samples: int) -> Optim:

@@ -1,0 +1,151 @@
+"""Hugging Face's names for BEiT, both ways: as they stand in files (`BeitFor...`, transformers 4 and 5 alike)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit_pretrain.errors import UserError, first_line
+
+TABLE = "relative_position_bias_table"
+# Ours -> theirs, inside a block and outside. q, k, v are one matrix here and three there.
+BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+BLOCK_NAMES = {
+    f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in BLOCK.items() for part in ("weight", "bias")
+} | {
+    "gamma_1": "lambda_1",
+    "gamma_2": "lambda_2",
+    "attn.q_bias": "attention.attention.query.bias",
+    "attn.v_bias": "attention.attention.value.bias",
+    f"attn.{TABLE}": f"attention.attention.relative_position_bias.{TABLE}",
+}
+STEM = {
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    f"rel_pos_bias.{TABLE}": f"encoder.relative_position_bias.{TABLE}",
+    "fc_norm.weight": "pooler.layernorm.weight",
+    "fc_norm.bias": "pooler.layernorm.bias",
+}
+QKV = ("query", "key", "value")
+SEGMENTATION = ("decode_head.", "auxiliary_head.", "fpn", "neck.")
+
+
+def is_hf(state: dict[str, Tensor]) -> bool:
+    """Whether the names are Hugging Face's BEiT's."""
+    return any(name.removeprefix("beit.").startswith("embeddings.patch_embeddings.") for name in state)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's dictionary; empty if there is no such file. Raises UserError if it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, not settings by name")
+    return content
+
+
+def translate(
+    state: dict[str, Tensor], folder: Path, path: Path
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """(tensors in our names, what config.json says of the architecture, facts) of a Hugging Face BEiT.
+
+    Raises UserError if config.json is missing or describes something else.
+    """
+    config = read_json(folder / "config.json")
+    if not config:
+        raise UserError(f"{path} has the names of Hugging Face's BEiT; its config.json is missing in {folder}")
+    if config.get("model_type") != "beit":
+        raise UserError(f"{folder}/config.json is of a {config.get('model_type', 'nameless')} model, not of a beit")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{folder}/config.json: hidden_act={config['hidden_act']}, BEiT has gelu")
+    state = {n: t for n, t in state.items() if not n.removeprefix("beit.").startswith(SEGMENTATION)}
+    mim = "lm_head.weight" in state
+    theirs = {"classifier.weight": "head.weight", "classifier.bias": "head.bias"}
+    theirs |= {f"{name}.{part}": f"{name}.{part}" for name in ("lm_head",) for part in ("weight", "bias")}
+    theirs |= {f"{'' if mim else 'beit.'}layernorm.{part}": f"norm.{part}" for part in ("weight", "bias")}
+    theirs |= {f"beit.{name}": ours for ours, name in STEM.items()}
+    if not any(name.startswith("beit.") for name in state):  # a BeitModel by itself
+        state = {name if name.startswith(("lm_head", "classifier")) else f"beit.{name}": t for name, t in state.items()}
+    if mim:  # a leftover of some versions; the token head does not look at it
+        state = {name: t for name, t in state.items() if not name.startswith("beit.pooler.")}
+    else:  # a classifier has no use for it
+        state.pop("beit.embeddings.mask_token", None)
+    inside = {name: ours for ours, name in BLOCK_NAMES.items()}
+    renamed: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if found := re.fullmatch(r"beit\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.weight", name):
+            parts.setdefault(found[1], {})[found[2]] = tensor
+        elif (found := re.fullmatch(r"beit\.encoder\.layer\.(\d+)\.(.+)", name)) and found[2] in inside:
+            renamed[f"blocks.{found[1]}.{inside[found[2]]}"] = tensor
+        else:
+            renamed[theirs.get(name, name)] = tensor
+    for block, three in parts.items():
+        if len(three) == 3:
+            renamed[f"blocks.{block}.attn.qkv.weight"] = torch.cat([three[part] for part in QKV])
+    return renamed, architecture(config), facts(config, folder)
+
+
+def architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """What tensors cannot tell, from config.json."""
+    size = config.get("image_size", 224)
+    return {
+        "image_size": size if isinstance(size, int) else [int(side) for side in size],
+        "num_heads": config.get("num_attention_heads"),
+        "init_values": config.get("layer_scale_init_value"),
+        "drop_path_rate": float(config.get("drop_path_rate", 0.1)),
+        "norm_eps": float(config.get("layer_norm_eps", 1e-12)),
+    }
+
+
+def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Class names, and the normalisation of preprocessor_config.json."""
+    found: dict[str, Any] = {}
+    names = config.get("id2label") or {}
+    if names and not all(str(label).startswith("LABEL_") for label in names.values()):
+        found["classes"] = [str(names[key]) for key in sorted(names, key=int)]
+    processor = read_json(folder / "preprocessor_config.json")
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if theirs in processor:
+            found[ours] = [float(value) for value in processor[theirs]]
+    size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
+    if processor.get("do_center_crop") and "shortest_edge" in size and "height" in crop:
+        found["crop_ratio"] = crop["height"] / size["shortest_edge"]
+    return found
+
+
+def to_names(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Our tensors under the names of a `BeitForMaskedImageModeling` (kind "mim") or `...ImageClassification` file."""
+    named: dict[str, Tensor] = {}
+    outside = {ours: f"beit.{theirs}" for ours, theirs in STEM.items()}
+    for part in ("weight", "bias"):
+        outside[f"norm.{part}"] = f"layernorm.{part}" if kind == "mim" else f"beit.layernorm.{part}"
+        outside[f"head.{part}"] = f"classifier.{part}"
+    for name, tensor in state.items():
+        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        if found is None:
+            named[outside.get(name, name)] = tensor
+        elif found[2] == "attn.qkv.weight":
+            for part, third in zip(QKV, tensor.chunk(3), strict=True):
+                named[f"beit.encoder.layer.{found[1]}.attention.attention.{part}.weight"] = third.clone()
+        else:
+            named[f"beit.encoder.layer.{found[1]}.{BLOCK_NAMES[found[2]]}"] = tensor
+    return named

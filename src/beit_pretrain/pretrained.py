@@ -1,0 +1,153 @@
+"""A ready network from any BEiT checkpoint: `load_pretrained`, and the steps between a file and a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from beit_pretrain.backbone import Backbone, Classifier, FeatureExtractor, MaskedImageModel, patch_grid
+from beit_pretrain.checkpoint import load_exactly
+from beit_pretrain.errors import UserError
+from beit_pretrain.formats import SHARED_TABLE, TABLE, Checkpoint, read_checkpoint, seems
+from beit_pretrain.resize import resize_state
+
+HEADS = ("mim", "classify", "features")
+# What a network with another head leaves behind. The rest of a file must fit to the last tensor.
+TOKEN_HEAD = ("mask_token", "lm_head.")
+CLASS_HEAD = ("head.", "fc_norm.")
+AGGREGATION = ("cls_pt_layers.", "cls_pt_norm.")  # BEiT v2's branch for [CLS], of its pre-training alone
+
+
+def load_pretrained(
+    path: str | Path,
+    head: str = "features",
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    *,
+    drop_path_rate: float = 0.0,
+) -> MaskedImageModel | Classifier | FeatureExtractor:
+    """A network in eval mode from any BEiT checkpoint (RECIPE section 8).
+
+    Args:
+        path: the authors' `.pth`, a timm `beit*` file, a Hugging Face BEiT folder, a `.ckpt` of `fit`, or what
+            `export` wrote (ONNX excepted). The architecture is inferred.
+        head: "mim": `model(image_BCHW, mask_BN)` gives logits (M, V) of the masked patches (True = masked);
+            "classify": `model(image_BCHW)` gives logits (B, classes);
+            "features": `model(image_BCHW)` gives `Features`, [CLS] and patches of every layer.
+            Images are normalised by the caller with `model.about["mean"]` and `["std"]`, where the file says them.
+        image_size: side, or (height, width), in pixels; other than the file's, position tables are resized
+            (RECIPE section 5). None = the file's.
+        num_classes: of a new head where the file has none, or one of another size. None = the file's.
+        drop_path_rate: stochastic depth of the last block, for those who train the network.
+
+    Raises UserError, in one line, for what cannot be read or does not fit; nothing in a file is executed.
+    """
+    if head not in HEADS:
+        raise UserError(f"head={head} is not one of {', '.join(HEADS)}")
+    source = read_checkpoint(path)
+    if head == "mim":
+        return mim(source, image_size, drop_path_rate)
+    if head == "classify":
+        return classifier(source, image_size, num_classes, drop_path_rate)
+    return features(source, image_size)
+
+
+def mim(
+    source: Checkpoint,
+    image_size: int | Sequence[int] | None = None,
+    drop_path_rate: float = 0.0,
+    new_vocab_size: int | None = None,
+) -> MaskedImageModel:
+    """The backbone with its token head; with `new_vocab_size`, with a new head for another tokenizer."""
+    if source.kind != "mim":
+        raise UserError(f"{source.path} holds a {source.kind} without a token head: it cannot predict tokens")
+    leave = (*CLASS_HEAD, *AGGREGATION, *(("lm_head.",) if new_vocab_size else ()))
+    architecture, state = prepared(source, image_size, drop_path_rate, leave)
+    model = MaskedImageModel(new_vocab_size or source.architecture["vocab_size"], **architecture)
+    return finished(model, state, source, new=("lm_head.",) if new_vocab_size else ())
+
+
+def classifier(
+    source: Checkpoint,
+    image_size: int | Sequence[int] | None = None,
+    num_classes: int | None = None,
+    drop_path_rate: float = 0.0,
+    pool: str | None = None,
+    new_head: bool = False,
+) -> Classifier:
+    """The backbone under a classification head: the file's own if it has one of `num_classes`, else a new one.
+
+    Without one of the file's, the shared bias table starts every block's own, and with pool="avg" (the default) a new
+    LayerNorm over the mean takes the place of the final one (RECIPE section 5).
+    """
+    own = source.architecture.get("num_classes")
+    classes = num_classes if num_classes is not None else own
+    if classes is None:
+        raise UserError(f"{source.path} holds a {source.kind} without classes: num_classes is needed for a new head")
+    kept = source.kind == "classifier" and classes == own and not new_head
+    pool = pool or source.architecture.get("pool", "avg")
+    norm, other_norm = ("fc_norm.", "norm.") if pool == "avg" else ("norm.", "fc_norm.")
+    new = (*(() if kept else ("head.",)), *(() if has(source.state, norm) else (norm,)))
+    leave = (*TOKEN_HEAD, *AGGREGATION, other_norm, *(() if kept else ("head.",)))
+    architecture, state = prepared(source, image_size, drop_path_rate, leave)
+    if architecture["rel_pos_bias"] == "shared" and source.kind != "classifier":
+        table = state.pop(SHARED_TABLE)
+        state |= {f"blocks.{i}.attn.{TABLE}": table.clone() for i in range(architecture["depth"])}
+        architecture["rel_pos_bias"] = "per_layer"
+    return finished(Classifier(classes, pool, **architecture), state, source, new)
+
+
+def features(
+    source: Checkpoint, image_size: int | Sequence[int] | None = None, drop_path_rate: float = 0.0
+) -> FeatureExtractor:
+    """The backbone without any head."""
+    leave = (*TOKEN_HEAD, *CLASS_HEAD, *AGGREGATION, "norm.", "decode_head.", "auxiliary_head.", "fpn")
+    architecture, state = prepared(source, image_size, drop_path_rate, leave)
+    return finished(FeatureExtractor(**architecture), state, source)
+
+
+def prepared(
+    source: Checkpoint, image_size: int | Sequence[int] | None, drop_path_rate: float, leave: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(architecture, tensors) for another image size, without what is left behind."""
+    heads = ("num_classes", "pool", "vocab_size")
+    architecture = {name: value for name, value in source.architecture.items() if name not in heads}
+    architecture["drop_path_rate"] = drop_path_rate
+    if image_size is not None:
+        architecture["image_size"] = image_size
+    patch = architecture["patch_size"]
+    old, new = patch_grid(source.architecture["image_size"], patch), patch_grid(architecture["image_size"], patch)
+    return architecture, resize_state(without(source.state, leave), old, new)
+
+
+def finished(model: Backbone, state: dict[str, Tensor], source: Checkpoint, new: tuple[str, ...] = ()) -> Any:
+    """The network with the file's tensors, in eval mode. Only names in `new` may keep their initial values.
+
+    Raises UserError with the sorted names of whatever is missing, left over or of another shape.
+    """
+    fresh = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(new)} if new else {}
+    try:
+        load_exactly(model, {**fresh, **state}, source.path)
+    except UserError as error:
+        raise UserError(f"{error}; it seems to be {guess(source)}") from None
+    model.about = dict(source.about)
+    return model.eval()
+
+
+def guess(source: Checkpoint) -> str:
+    """What a BEiT-like file that does not fit seems to be."""
+    said = seems(source.state)
+    return f"a {source.kind} in the format of {source.format}" if said.startswith("something") else said
+
+
+def without(state: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors whose names start with none of the prefixes."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(prefixes)}
+
+
+def has(state: dict[str, Tensor], prefix: str) -> bool:
+    """Whether any name starts with the prefix."""
+    return any(name.startswith(prefix) for name in state)
