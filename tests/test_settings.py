@@ -42,7 +42,7 @@ def test_every_rule_is_of_a_setting_that_exists():
 
     for name in experiments():
         walk(OmegaConf.to_container(compose_raw("fit", [f"+experiment={name}"])))
-    for verb in ("shards", "demo", "predict", "show", "validate"):
+    for verb in ("shards", "demo", "predict", "show", "validate", "export"):
         walk(OmegaConf.to_container(compose_raw(verb, [])))
     assert not sorted(RULES.keys() - found)
 

@@ -28,6 +28,7 @@ VERBS = {
     "fit": Verb("train: a tokenizer, a backbone, a classifier; the experiment says which", "beit_pretrain.runs:fit"),
     "validate": Verb("metrics of a run on held-out images", "beit_pretrain.runs:validate"),
     "predict": Verb("class probabilities for a folder of images", "beit_pretrain.commands:predict"),
+    "export": Verb("a checkpoint for the authors' code, timm, Hugging Face or ONNX", "beit_pretrain.export:export"),
     "show": Verb("pictures of what a run learned", "beit_pretrain.commands:show"),
     "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.demo:demo"),
 }
@@ -43,6 +44,7 @@ HINTS = {
     "src": "where the images are: a folder, a tar file, or synthetic",
     "out": "where to write",
     "run": "the folder of a run, such as runs/base_22k",
+    "to": "one of unilm, timm, hf, onnx",
     "task": "an experiment says it: +experiment=NAME",
 }
 

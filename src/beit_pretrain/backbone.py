@@ -34,6 +34,8 @@ def patch_grid(image_size: int | Sequence[int], patch_size: int) -> tuple[int, i
 
     Raises UserError if the image does not divide into patches.
     """
+    if image_size is None:
+        raise UserError("image_size is null; a number of pixels is needed here")
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(sides) != 2 or min(*sides, patch_size) < 1:
         raise UserError(f"image_size={image_size} and patch_size={patch_size} must be at least 1")

@@ -168,11 +168,16 @@ class ClassificationViews:
         return self._augment[0](view)
 
 
-def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None) -> Image.Image:
-    """Evaluation view: shorter side to size / crop_ratio (bicubic), then the central (size, size) crop."""
+def shorter_side(size: int, crop_ratio: float | None = None) -> int:
+    """What evaluation resizes an image's shorter side to; ratio .875 below 384 pixels and 1 from there by default."""
     if crop_ratio is None:
         crop_ratio = 0.875 if size < 384 else 1.0
-    shorter = math.floor(size / crop_ratio)
+    return math.floor(size / crop_ratio)
+
+
+def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None) -> Image.Image:
+    """Evaluation view: shorter side to size / crop_ratio (bicubic), then the central (size, size) crop."""
+    shorter = shorter_side(size, crop_ratio)
     # Decode JPEGs at twice the size that is needed: the bicubic filter then still sees every detail that counts.
     if image.format == "JPEG" and min(image.size) > shorter * 2:
         image.draft(None, (shorter * 2, shorter * 2))

@@ -1,0 +1,73 @@
+"""A model card (README.md) for an exported model: what it is, how it was trained, what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from beit_pretrain.backbone import Classifier, MaskedImageModel
+from beit_pretrain.formats import sizes
+from beit_pretrain.metrics import read_rows
+
+RECIPE = ("task", "epochs", "steps", "global_batch", "image_size", "optim", "mask", "regularisation", "seed")
+
+
+def card(model: MaskedImageModel | Classifier, checkpoint: Path) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    Recipe and metrics come from the run's folder, where `checkpoint` lies in one; otherwise the card says that it has
+    none.
+    """
+    masked = isinstance(model, MaskedImageModel)
+    run = checkpoint.parent.parent
+    settings, metrics = recipe(run / "config.yaml"), measured(run / "metrics.csv")
+    head = (
+        f"a token head of {model.config['vocab_size']} visual tokens"
+        if masked
+        else f"a classifier of {model.config['num_classes']} classes"
+    )
+    tag, opens = (
+        ("image-feature-extraction", "BeitForMaskedImageModeling")
+        if masked
+        else ("image-classification", "BeitForImageClassification")
+    )
+    normalised = f"mean {model.about.get('mean', [0.5] * 3)}, std {model.about.get('std', [0.5] * 3)}"
+    lines = [
+        "---",
+        *("library_name: transformers", f"pipeline_tag: {tag}", "tags: [beit, vision]"),
+        "---",
+        *("", "# BEiT with " + head, ""),
+        f"{sizes(model.config)}. Trained with beit_pretrain, after BEiT (Bao et al. 2021, arXiv 2106.08254).",
+        *("", "```python", f"from transformers import BeitImageProcessor, {opens}", ""),
+        *('processor = BeitImageProcessor.from_pretrained("FOLDER")', f'model = {opens}.from_pretrained("FOLDER")'),
+        *("```", "", f"Images are normalised by {normalised}.", ""),
+        *("## Recipe", "", settings or "Not known: the checkpoint did not lie in the folder of a run.", ""),
+        *("## Measured on held-out images", "", metrics or "Nothing is on record.", ""),
+        *("## Licence and data", "", "Whoever publishes this model says here what it was trained on, and its licence."),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def recipe(config: Path) -> str:
+    """The settings that matter, as YAML in a code block; empty without a config."""
+    if not config.is_file():
+        return ""
+    said: dict[str, Any] = yaml.safe_load(config.read_text())
+    chosen = {name: said[name] for name in RECIPE if said.get(name) is not None}
+    return f"```yaml\n{yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None)}```"
+
+
+def measured(metrics: Path) -> str:
+    """The last validation of a run as a table; empty without one."""
+    if not metrics.is_file():
+        return ""
+    _, rows = read_rows(metrics)
+    last = {step: row for step, row in rows.items() if any(name.startswith("val/") for name in row)}
+    if not last:
+        return ""
+    step = max(last)
+    values = sorted((name, value) for name, value in last[step].items() if name.startswith("val/"))
+    table = [f"| {name.removeprefix('val/')} | {value:.4g} |" for name, value in values]
+    return "\n".join(["| metric | value |", "|---|---|", *table, "", f"After {step} optimiser steps."])
