@@ -12,14 +12,13 @@ import json
 import os
 import re
 import ssl
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import sleep
 from typing import Any
-from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -68,10 +67,12 @@ def download(
     if not re.match(r"https?://[^/]|file:///", url):
         raise UserError(f"{url!r} is no address to download from; it starts with http://, https:// or file:///")
     with alone(path.with_name(f".{path.name}.lock")):
-        if path.exists():
-            return
         partial = Partial(path.with_name(f".{path.name}.partial"))
-        _receive(url, partial, timeout, attempts)
+        if path.exists():
+            partial.discard()  # of an attempt before someone put the file there
+            return
+        with tqdm(desc=path.name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+            _receive(url, partial, timeout, attempts, bar)
         try:
             if check is not None:
                 check(partial.path)
@@ -143,21 +144,19 @@ class Partial:
         self.note_file.unlink(missing_ok=True)
 
 
-def _receive(url: str, partial: Partial, timeout: float, attempts: int) -> None:
+def _receive(url: str, partial: Partial, timeout: float, attempts: int, bar: tqdm) -> None:
     """Attempts until the file is whole. Those that brought the file further than any before do not count."""
     furthest, failed = partial.size(), 0
-    name = os.path.basename(urlsplit(url).path)
-    with tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
-        while True:
-            try:
-                return _attempt(url, partial, timeout, bar)
-            except Interrupted as error:
-                failed = 0 if partial.size() > furthest else failed + 1
-                furthest = max(furthest, partial.size())
-                if failed >= attempts:
-                    raise Unreachable(f"{url} cannot be downloaded: {error} ({failed} attempts)") from error
-                bar.set_postfix_str(str(error))
-                time.sleep(min(max(2.0 ** max(failed - 1, 0), error.pause), LONGEST_PAUSE))
+    while True:
+        try:
+            return _attempt(url, partial, timeout, bar)
+        except Interrupted as error:
+            failed = 0 if partial.size() > furthest else failed + 1
+            furthest = max(furthest, partial.size())
+            if failed >= attempts:
+                raise Unreachable(f"{url} cannot be downloaded: {error} ({failed} attempts)") from error
+            bar.set_postfix_str(str(error))
+            sleep(min(max(2.0 ** min(max(failed - 1, 0), 6), error.pause), LONGEST_PAUSE))
 
 
 def _attempt(url: str, partial: Partial, timeout: float, bar: tqdm) -> None:

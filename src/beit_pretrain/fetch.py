@@ -76,15 +76,16 @@ def _obtain(out: Path, kind: str, addresses: dict[str, str], cfg: DictConfig) ->
         if known and hashlib.sha256(data).hexdigest() != known["sha256"]:
             raise UserError(f"{url} is not the {file.name} that {out / RECORD} tells of; delete that file to take it")
 
-    if not file.exists():
-        try:
-            download(url, file, check=check, timeout=cfg.timeout, attempts=cfg.attempts)
-        except Unreachable as error:
-            wanted = " and ".join(addresses[k] for k in KINDS if not (out / f"{k}.pkl").exists())
-            raise UserError(
-                f"{error}; without a network: download {wanted} on another machine, put both files into {out} here, "
-                f"and run the same command again"
-            ) from error
+    there = file.exists()
+    try:
+        download(url, file, check=check, timeout=cfg.timeout, attempts=cfg.attempts)
+    except Unreachable as error:
+        wanted = " and ".join(addresses[k] for k in KINDS if not (out / f"{k}.pkl").exists())
+        raise UserError(
+            f"{error}; without a network: download {wanted} on another machine, put what you got into {out} here, "
+            f"and run the same command again"
+        ) from error
+    if not there:
         _record(out, file.name, file.read_bytes(), url)
 
 

@@ -141,8 +141,9 @@ def read_module(folder: Path, kind: str) -> nn.Module:
             f"out={folder} (data/README.md says more), or train a tokenizer of your own with: fit +experiment=tokenizer"
         )
     module = build(pickled_tensors(read_verified(file), kind, file), kind, file)
-    hint = f"convert it once to safetensors with: python -m beit_pretrain fetch out={folder}"
-    print(f"{file} was read as a pickle, nothing in it was executed; {hint}", file=sys.stderr, flush=True)
+    if kind == "encoder":  # said once for the folder
+        hint = f"convert it once to safetensors with: python -m beit_pretrain fetch out={folder}"
+        print(f"{file} was read as a pickle, nothing in it was executed; {hint}", file=sys.stderr, flush=True)
     return module
 
 
