@@ -137,6 +137,22 @@ class TestFetch:
         assert run_cli("fetch", f"out={out}", *addresses(server))[0] == 0
         assert sorted(os.listdir(out)) == WHOLE
 
+    def test_what_a_killed_process_left_is_swept_up(self, openai_files, out, run_cli):
+        out.mkdir()
+        for name in ("fetch.lock", "encoder.pkl.lock", "encoder.pkl.partial", "encoder.pkl.partial.json"):
+            (out / f".{name}").write_text("left over")
+        for name in ("encoder.safetensors.partial", "weights.json.partial"):
+            (out / f".{name}").write_text("half")
+        assert run_cli("fetch", f"out={out}", f"src={openai_files}")[0] == 0
+        assert sorted(os.listdir(out)) == WHOLE
+
+    def test_what_is_in_the_way(self, openai_files, out, run_cli, tmp_path):
+        (tmp_path / "file").write_text("")
+        one_line(run_cli("fetch", f"out={tmp_path / 'file'}", f"src={openai_files}"))
+        (out / "encoder.pkl").mkdir(parents=True)
+        assert "encoder.pkl" in one_line(run_cli("fetch", f"out={out}", f"src={openai_files}"))
+        assert os.listdir(out) == ["encoder.pkl"]
+
     def test_without_a_network(self, out, run_cli, monkeypatch):
         monkeypatch.setattr(download_module, "sleep", lambda seconds: None)
         nowhere = [f"{kind}=http://127.0.0.1:9/{kind}.pkl" for kind in module.KINDS]  # port 9: discard
