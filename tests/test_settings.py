@@ -5,12 +5,18 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from beit_pretrain.__main__ import compose_raw, experiments
+from beit_pretrain.__main__ import VERBS, compose_raw, experiments
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import NAMES, RULES, check
 
 PLACES = ["data.train=x", "data.val=x"]
-NEEDED = {"shards": ["src=x", "out=y"], "demo": [], "predict": ["src=x", "init_from=z"], "show": ["run=w"]}
+NEEDED = {
+    "fetch": ["out=y"],
+    "shards": ["src=x", "out=y"],
+    "demo": [],
+    "predict": ["src=x", "init_from=z"],
+    "show": ["run=w"],
+}
 
 
 @pytest.mark.parametrize("name", experiments())
@@ -22,7 +28,7 @@ def test_the_experiments_keep_the_rules(name):
     check(OmegaConf.to_container(cfg, resolve=True))
 
 
-@pytest.mark.parametrize("verb", ["shards", "demo", "predict", "show"])
+@pytest.mark.parametrize("verb", ["fetch", "shards", "demo", "predict", "show"])
 def test_the_verbs_keep_the_rules(verb):
     cfg = compose_raw(verb, [])
     for key in sorted(OmegaConf.missing_keys(cfg)):
@@ -42,7 +48,7 @@ def test_every_rule_is_of_a_setting_that_exists():
 
     for name in experiments():
         walk(OmegaConf.to_container(compose_raw("fit", [f"+experiment={name}"])))
-    for verb in ("shards", "demo", "predict", "show", "validate", "export"):
+    for verb in VERBS.keys() - {"fit"}:
         walk(OmegaConf.to_container(compose_raw(verb, [])))
     assert not sorted(RULES.keys() - found)
 
@@ -70,6 +76,10 @@ def test_wrong_values_of_a_pre_training_run(word, run_cli, tmp_path):
 @pytest.mark.parametrize(
     ("verb", "word"),
     [
+        ("fetch", "encoder=ftp://host/encoder.pkl"),
+        ("fetch", "decoder=null"),
+        ("fetch", "timeout=0"),
+        ("fetch", "attempts=0"),
         ("shards", "val=abc"),
         ("shards", "images=abc"),
         ("shards", "resize=0"),

@@ -24,6 +24,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "fetch": Verb("OpenAI's dVAE, for tokenizer.path: download, check, convert", "beit_pretrain.fetch:fetch"),
     "shards": Verb("make, verify or show shards (make|verify|show)", "beit_pretrain.commands:shards"),
     "fit": Verb("train: a tokenizer, a backbone, a classifier; the experiment says which", "beit_pretrain.runs:fit"),
     "validate": Verb("metrics of a run on held-out images", "beit_pretrain.runs:validate"),
@@ -37,8 +38,9 @@ VERBS = {
 HINTS = {
     "data.train": "shards of training images; make them with: python -m beit_pretrain shards make src=FOLDER out=DATA, "
     "then data.train=DATA/train",
-    "tokenizer.path": "OpenAI's encoder.pkl and decoder.pkl (a folder; data/README.md), or a tokenizer of your own: "
-    "fit +experiment=tokenizer, then tokenizer=dvae tokenizer.path=runs/tokenizer/checkpoints/last.ckpt",
+    "tokenizer.path": "the folder of OpenAI's dVAE (encoder.pkl, decoder.pkl); get it with: "
+    "python -m beit_pretrain fetch out=FOLDER; or a tokenizer of your own: fit +experiment=tokenizer, "
+    "then tokenizer=dvae tokenizer.path=runs/tokenizer/checkpoints/last.ckpt",
     "init_from": "the checkpoint of a pre-training run, such as runs/base_22k/checkpoints/last.ckpt "
     "(or from_scratch=true)",
     "src": "where the images are: a folder, a tar file, or synthetic",

@@ -7,6 +7,7 @@ refuses gets one line. Relations between settings are checked where they matter 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,10 @@ PATHS: Rule = ("a path, or a list of paths", lambda v: TEXT[1](v) or TEXTS[1](v)
 
 # Settings that are paths or names: a folder called 2024 is not a number.
 NAMES = ("src", "out", "run", "name", "run_dir", "split", "init_from", "data.train", "data.val", "tokenizer.path")
+ADDRESS: Rule = (
+    "an address that starts with http://, https:// or file:///",
+    lambda v: isinstance(v, str) and re.match(r"https?://[^/]|file:///", v) is not None,
+)
 
 RULES: dict[str, Rule] = {
     **{name: optional(TEXT) for name in NAMES},
@@ -133,7 +138,11 @@ RULES: dict[str, Rule] = {
     "data.crop_ratio": optional(number(0, 1, above=True)),
     "logger.kind": one_of("csv", "wandb"),
     "logger.mode": one_of(None, "online", "offline", "disabled", "shared"),
-    # shards, predict, show, demo
+    # fetch, shards, predict, show, demo
+    "encoder": ADDRESS,
+    "decoder": ADDRESS,
+    "timeout": number(0, 86_400, above=True),
+    "attempts": whole(1),
     "val": number(0, 1),
     "samples_per_shard": whole(1),
     "resize": optional(whole(1)),

@@ -7,15 +7,22 @@ so Lightning puts it neither into the checkpoint, nor into the optimiser, nor in
 from __future__ import annotations
 
 import collections
+import hashlib
+import io
+import json
 import math
 import re
+import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
+
+RECORD = "weights.json"  # size and SHA-256 of the files beside it, as `fetch` first saw them
 
 
 class Tokenizer(Protocol):
@@ -70,23 +77,23 @@ def codebook_use(counts_V: Tensor) -> dict[str, float]:
 
 
 class OpenAITokenizer:
-    """OpenAI's dVAE of DALL-E (8192 tokens, 8 pixels a token each way), from its `encoder.pkl` and `decoder.pkl`.
+    """OpenAI's dVAE of DALL-E (8192 tokens, 8 pixels a token each way).
 
-    The files are pickled modules. Only tensors are taken from them, through `torch.load(weights_only=True)` with an
-    allow-list of the `dall_e` package's classes; the modules are built anew, so that old pickles work with new torch.
+    `encoder.safetensors` and `decoder.safetensors` are what `fetch` makes of OpenAI's `encoder.pkl` and `decoder.pkl`;
+    where they are, nothing else is read. Without them the pickled modules are read, each through `pickled_tensors`.
+    Files that `fetch` recorded must still have the size and SHA-256 that they had then.
     Convolutions run in fp16 on CUDA, as in the release, and in fp32 on a CPU; the output convolution is always fp32.
 
     Args:
-        path: folder with `encoder.pkl` and, for decoding to pictures, `decoder.pkl`.
+        path: folder with the encoder and, for decoding to pictures, the decoder.
     """
 
     downsample = 8
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        tensors = _pickled_tensors(self.path / "encoder.pkl", "Encoder")
-        self.encoder = _build(tensors, "encoder", self.path / "encoder.pkl")
-        self.vocab_size = int(tensors["blocks.output.conv.w"].shape[0])
+        self.path = Path(path).expanduser()
+        self.encoder = read_module(self.path, "encoder")
+        self.vocab_size = int(self.encoder.get_parameter("blocks.output.conv.w").shape[0])
         self._decoder: nn.Module | None = None
         self.device = torch.device("cpu")
 
@@ -118,18 +125,76 @@ class OpenAITokenizer:
     def decoder(self) -> nn.Module:
         """The decoder, read at first use: training needs the encoder alone."""
         if self._decoder is None:
-            file = self.path / "decoder.pkl"
-            self._decoder = _build(_pickled_tensors(file, "Decoder"), "decoder", file).to(self.device)
+            self._decoder = read_module(self.path, "decoder").to(self.device)
         return self._decoder
 
 
-def _pickled_tensors(file: Path, kind: str) -> dict[str, Tensor]:
-    """Names and tensors of the module pickled in `file`; nothing in the file is executed."""
+def read_module(folder: Path, kind: str) -> nn.Module:
+    """The frozen "encoder" or "decoder" of a folder. Raises UserError if it is missing, changed or not what it says."""
+    file = folder / f"{kind}.safetensors"
+    if file.exists():
+        return build(safe_tensors(read_verified(file), kind, file), kind, file)
+    file = folder / f"{kind}.pkl"
     if not file.is_file():
         raise UserError(
-            f"tokenizer.path: {file} does not exist; put OpenAI's encoder.pkl and decoder.pkl there (data/README.md "
-            "says where they come from), or train a tokenizer of your own with: fit +experiment=tokenizer"
+            f"tokenizer.path: {file} does not exist; get OpenAI's files with: python -m beit_pretrain fetch "
+            f"out={folder} (data/README.md says more), or train a tokenizer of your own with: fit +experiment=tokenizer"
         )
+    module = build(pickled_tensors(read_verified(file), kind, file), kind, file)
+    if kind == "encoder":  # said once for the folder
+        hint = f"convert it once to safetensors with: python -m beit_pretrain fetch out={folder}"
+        print(f"{file} was read as a pickle, nothing in it was executed; {hint}", file=sys.stderr, flush=True)
+    return module
+
+
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> {"bytes", "sha256", "source"} of the folder's record; empty without one."""
+    file = folder / RECORD
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_text())
+        if all(type(entry["bytes"]) is int and isinstance(entry["sha256"], str) for entry in record.values()):
+            return record
+        reason = "a size or checksum is none"
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
+        reason = first_line(error)
+    raise UserError(f"{file} is no record of weights ({reason}); delete it and run: fetch out={folder}")
+
+
+def read_verified(file: Path) -> bytes:
+    """The bytes of a file, which are those that the folder's record tells of, if it does. Raises UserError."""
+    entry = recorded(file.parent).get(file.name)
+    size = file.stat().st_size
+    if entry and size != entry["bytes"]:
+        raise UserError(f"{_changed(file)}: {size} bytes, not {entry['bytes']}; {_mend(file)}")
+    data = file.read_bytes()  # what is checked is what is used, whatever happens to the file
+    if entry and hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise UserError(f"{_changed(file)}: another SHA-256; {_mend(file)}")
+    return data
+
+
+def _changed(file: Path) -> str:
+    return f"{file} has changed since it was recorded in {RECORD}"
+
+
+def _mend(file: Path) -> str:
+    return f"delete it and run: python -m beit_pretrain fetch out={file.parent}"
+
+
+def safe_tensors(data: bytes, kind: str, source: Path | str) -> dict[str, Tensor]:
+    """Names and tensors of a safetensors file's bytes."""
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:  # a damaged header may raise anything
+        raise UserError(f"{source} is not a safetensors file of the {kind}: {first_line(error)}") from error
+
+
+def pickled_tensors(data: bytes, kind: str, source: Path | str) -> dict[str, Tensor]:
+    """Names and tensors of OpenAI's pickled "encoder" or "decoder"; nothing in the pickle is executed.
+
+    They are read with `torch.load(weights_only=True)` and an allow-list of the `dall_e` package's classes.
+    """
     import dall_e.decoder
     import dall_e.encoder
     import dall_e.utils
@@ -143,14 +208,24 @@ def _pickled_tensors(file: Path, kind: str) -> dict[str, Tensor]:
         collections.OrderedDict,
         *(nn.Sequential, nn.ReLU, nn.MaxPool2d, nn.Upsample, nn.Identity, nn.Parameter),
     ]
+    wrong = f"{source} is not OpenAI's {kind}.pkl"
+    if not data:
+        raise UserError(f"{wrong}: it is empty")
+    if data[:512].lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{wrong}: it is a web page")
     try:
         with torch.serialization.safe_globals(allowed):
-            module = torch.load(file, map_location="cpu", weights_only=True)
+            module = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        found = type(module).__name__
+        tensors = dict(_walk(module)) if found == kind.capitalize() else {}
+        stored = sum(t.nbytes for t in tensors.values())
     except Exception as error:  # a damaged or hostile pickle may raise anything
-        raise UserError(f"{file} is not OpenAI's {kind.lower()}.pkl: {first_line(error)}") from error
-    if type(module).__name__ != kind:
-        raise UserError(f"{file} holds a {type(module).__name__}, not the {kind} of the dall_e package")
-    return dict(_walk(module))
+        raise UserError(f"{wrong}: {first_line(error)}") from error
+    if not tensors:
+        raise UserError(f"{source} holds a {found}, not the {kind.capitalize()} of the dall_e package")
+    if stored > len(data):
+        raise UserError(f"{wrong}: it names more numbers than it holds")
+    return tensors
 
 
 def _walk(module: nn.Module, prefix: str = ""):
@@ -161,17 +236,23 @@ def _walk(module: nn.Module, prefix: str = ""):
         yield from _walk(child, f"{prefix}{name}.")
 
 
-def _build(tensors: dict[str, Tensor], kind: str, file: Path) -> nn.Module:
+def build(tensors: dict[str, Tensor], kind: str, source: Path | str) -> nn.Module:
     """A fresh frozen module of the `dall_e` package with the given tensors; sizes are read off their shapes."""
     from dall_e.decoder import Decoder
     from dall_e.encoder import Encoder
 
+    # Without memory: shapes that only claim to be large cost nothing, and no weights are drawn to be thrown away.
+    meta = {"device": torch.device("meta")}
     try:
-        blocks = max(int(m[1]) for name in tensors if (m := re.search(r"group_1\.block_(\d+)\.", name)))
+        blocks = len({m[1] for name in tensors if (m := re.search(r"group_1\.block_(\d+)\.", name))})
         w_in, w_out = tensors["blocks.input.w"], tensors["blocks.output.conv.w"]
         if kind == "encoder":
             module: nn.Module = Encoder(
-                n_hid=w_in.shape[0], n_blk_per_group=blocks, input_channels=w_in.shape[1], vocab_size=w_out.shape[0]
+                n_hid=w_in.shape[0],
+                n_blk_per_group=blocks,
+                input_channels=w_in.shape[1],
+                vocab_size=w_out.shape[0],
+                **meta,
             )
         else:
             module = Decoder(
@@ -180,8 +261,10 @@ def _build(tensors: dict[str, Tensor], kind: str, file: Path) -> nn.Module:
                 n_blk_per_group=blocks,
                 output_channels=w_out.shape[0] // 2,
                 vocab_size=w_in.shape[1],
+                **meta,
             )
-        module.load_state_dict(tensors)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{file} does not have the tensors of OpenAI's {kind}: {first_line(error)}") from error
+        module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    except Exception as error:  # shapes and names may be anything
+        missing = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{source} does not have the tensors of OpenAI's {kind}: {missing}") from error
     return module.eval().requires_grad_(False)

@@ -1,0 +1,106 @@
+"""A web server on this machine for the tests of downloads, which does what a test tells it to."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Answer:
+    """What to do for one request. By default the file is sent, from where it was asked for."""
+
+    status: int | None = None  # an error instead of the file
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None  # close the connection after so many bytes of the body
+    reset: bool = False  # close it without an answer
+    slow: float = 0.0  # seconds to wait after each kilobyte
+    chunked: bool = False  # without a Content-Length
+
+
+@dataclass
+class Server:
+    """Files by path, and what to do for the next requests; `asked` has path, Range and If-Range of those that came."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    etag: str | None = '"1"'
+    modified: str | None = None
+    ranges: bool = True
+    heeds_if_range: bool = True
+    length: bool = True
+    next: list[Answer] = field(default_factory=list)
+    asked: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    url: str = ""
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        """Carry out the next answer, or send the file."""
+        given = handler.headers
+        self.asked.append((handler.path, given["Range"], given["If-Range"]))
+        todo = self.next.pop(0) if self.next else Answer()
+        data = self.files.get(handler.path)
+        if todo.reset:
+            return
+        if todo.status or data is None:
+            handler.send_response(todo.status or 404)
+            for name, value in todo.headers.items():
+                handler.send_header(name, value)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+        body = self._head(handler, data, todo)
+        for start in range(0, len(body[: todo.cut]), 1024):
+            part = body[start : min(start + 1024, todo.cut or len(body))]
+            handler.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if todo.chunked else part)
+            time.sleep(todo.slow)
+        if todo.chunked and todo.cut is None:
+            handler.wfile.write(b"0\r\n\r\n")
+
+    def _head(self, handler: BaseHTTPRequestHandler, data: bytes, todo: Answer) -> bytes:
+        """Status and headers; returns the body that belongs to them."""
+        given = handler.headers
+        same = given["If-Range"] in (None, self.etag, self.modified) or not self.heeds_if_range
+        start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", given["Range"] or "")) else 0
+        partly = self.ranges and same and given["Range"] is not None
+        if partly and start >= len(data):
+            handler.send_response(416)
+            body = b""
+        else:
+            handler.send_response(206 if partly else 200)
+            body = data[start:] if partly else data
+            if partly:
+                handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        lengths = {"Transfer-Encoding": "chunked"} if todo.chunked else {"Content-Length": str(len(body))}
+        tags = {"ETag": self.etag, "Last-Modified": self.modified}
+        for name, value in {**(lengths if self.length else {}), **tags, **todo.headers}.items():
+            if value is not None:
+                handler.send_header(name, value)
+        handler.end_headers()
+        return body
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """A server at `url`, for the length of a `with` block."""
+    server = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            self.close_connection = True
+            with suppress(ConnectionError):  # whoever asked has gone
+                server.answer(self)
+
+        def log_message(self, *words):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+        server.url = f"http://127.0.0.1:{http.server_port}"
+        yield server
+        http.shutdown()
