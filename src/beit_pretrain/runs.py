@@ -268,6 +268,8 @@ def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[Dict
 
 def from_checkpoint(cfg: DictConfig, last: Path) -> DictConfig:
     """The config with the network of the run's own checkpoint: what it once started from need not exist any more."""
+    if cfg.task == "probe":  # it holds the probes alone; their backbone stays where it was
+        return cfg
     own = {"init_from": str(last), "from_scratch": False, "new_head": False}
     return cast(DictConfig, OmegaConf.merge(cfg, {name: value for name, value in own.items() if name in cfg}))
 

@@ -109,6 +109,8 @@ RULES: dict[str, Rule] = {
     "model.pool": optional(one_of("avg", "token")),
     "model.size": optional(TEXT),
     "new_head": SWITCH,
+    "probe.layer": optional(whole(1)),
+    "probe.pool": one_of("cls_avg", "avg", "cls"),
     "recipe.global_batch": whole(1),
     "recipe.lr": POSITIVE,
     "relaxation.temperature_end": number(0, 1, above=True),

@@ -21,7 +21,8 @@ from beit_pretrain.formats import Checkpoint, read_checkpoint, sizes
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
-from beit_pretrain.pretrained import classifier, mim
+from beit_pretrain.pretrained import classifier, features, mim
+from beit_pretrain.probe import LayerProbes, Probing
 from beit_pretrain.tokenizer import view_size
 from beit_pretrain.training import TrainedModule
 from beit_pretrain.views import HALF, ClassificationViews, PretrainViews
@@ -85,12 +86,7 @@ def finetune_task(cfg: DictConfig) -> Task:
     source = None if cfg.from_scratch else read_source(cfg)
     patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
     mean, std = normalisation(cfg, source.about if source else {})
-    data = classification_data(cfg, fill=mean)
-    if len(data.classes) < 2:
-        raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; fine-tuning needs at least 2")
-    for split, reader in data.readers.items():
-        if without := int((labels(reader) < 0).sum()):
-            raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
+    data = labelled_data(cfg, mean)
     if (cfg.regularisation.mixup or cfg.regularisation.cutmix) and cfg.batch_size % 2:
         raise UserError(f"mixup and cutmix pair images: batch_size={cfg.batch_size} must be even")
     if source is None:
@@ -109,6 +105,17 @@ def finetune_task(cfg: DictConfig) -> Task:
         "crop_ratio": cfg.data.crop_ratio,
     }
     return Task(module, data, [], origin(source))
+
+
+def labelled_data(cfg: DictConfig, fill: tuple[float, ...]) -> ClassificationData:
+    """Images that all have a class, of at least two. Raises UserError if not."""
+    data = classification_data(cfg, fill)
+    if len(data.classes) < 2:
+        raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; {cfg.task} needs at least 2")
+    for split, reader in data.readers.items():
+        if without := int((labels(reader) < 0).sum()):
+            raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
+    return data
 
 
 def origin(source: Checkpoint | None) -> str:
@@ -156,10 +163,28 @@ def normalisation(cfg: DictConfig, about: dict) -> tuple[tuple[float, ...], tupl
     return mean, std
 
 
+def probe_task(cfg: DictConfig) -> Task:
+    """Linear classifiers on frozen features."""
+    source = read_source(cfg)
+    assert source is not None  # a config without init_from does not get here
+    mean, std = normalisation(cfg, source.about)
+    data = labelled_data(cfg, mean)
+    backbone = features(source, cfg.image_size)
+    depth = len(backbone.blocks)
+    if cfg.probe.layer is not None and cfg.probe.layer > depth:
+        raise UserError(f"probe.layer={cfg.probe.layer}, but {cfg.init_from} has {depth} blocks")
+    layers = [cfg.probe.layer] if cfg.probe.layer is not None else list(range(1, depth + 1))
+    probes = LayerProbes(layers, backbone.embed_dim, len(data.classes), cfg.probe.pool)
+    module = Probing(probes, backbone, optim(cfg, data.samples), mean, std)
+    module.about = {"mean": list(mean), "std": list(std), "classes": list(data.classes), "init_from": cfg.init_from}
+    return Task(module, data, [], origin(source))
+
+
 TASKS: dict[str, Callable[[DictConfig], Task]] = {
     "pretrain": pretrain_task,
     "tokenizer": tokenizer_task,
     "finetune": finetune_task,
+    "probe": probe_task,
 }
 
 

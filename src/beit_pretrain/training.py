@@ -28,7 +28,7 @@ class TrainedModule(LightningModule):
     """
 
     model: Any
-    kind: str  # what a checkpoint of this module holds: "mim", "classifier" or "tokenizer"
+    kind: str  # what a checkpoint of this module holds: "mim", "classifier", "probe" or "tokenizer"
 
     def __init__(self, model: nn.Module, optim: Optim):
         super().__init__()
