@@ -217,31 +217,43 @@ def block_outputs(model: Beit, x: Tensor) -> list[Tensor]:
     return outputs
 
 
-@torch.no_grad()
 def init_for_pretraining(model: MaskedImageModel) -> None:
     """The release's initial weights of pre-training: truncated normal of std .02 cut at +-.02, that is at one sigma."""
+    _init(model, _draw_cut, patch_conv=True)
+    _draw_cut(model.mask_token)
+    init_token_head(model.lm_head)
 
-    def draw(weight: Tensor) -> None:
-        nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
 
-    _init(model, draw, patch_conv=True)
-    draw(model.mask_token)
-    draw(model.lm_head.weight)
+def init_for_finetuning(model: Classifier) -> None:
+    """The release's initial weights of fine-tuning: std .02 (cut at an absolute +-2), head x .001, patch conv as is."""
+    _init(model, _draw, patch_conv=False)
+    if isinstance(model.head, nn.Linear):
+        init_class_head(model.head)
+
+
+def init_token_head(head: nn.Linear) -> None:
+    """A new head over the tokens of a codebook."""
+    _draw_cut(head.weight)
+    nn.init.zeros_(head.bias)
 
 
 @torch.no_grad()
-def init_for_finetuning(model: Classifier) -> None:
-    """The release's initial weights of fine-tuning: std .02 (cut at an absolute +-2), head x .001, patch conv as is."""
-
-    def draw(weight: Tensor) -> None:
-        nn.init.trunc_normal_(weight, std=0.02, a=-2.0, b=2.0)
-
-    _init(model, draw, patch_conv=False)
-    if isinstance(model.head, nn.Linear):
-        model.head.weight.mul_(0.001)
-        model.head.bias.mul_(0.001)
+def init_class_head(head: nn.Linear) -> None:
+    """A new head over classes: nearly nothing at first."""
+    _draw(head.weight)
+    head.weight.mul_(0.001)
+    nn.init.zeros_(head.bias)
 
 
+def _draw_cut(weight: Tensor) -> None:
+    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
+
+
+def _draw(weight: Tensor) -> None:
+    nn.init.trunc_normal_(weight, std=0.02, a=-2.0, b=2.0)
+
+
+@torch.no_grad()
 def _init(model: Beit, draw: Callable[[Tensor], None], patch_conv: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and patch_conv):

@@ -69,7 +69,11 @@ def export(cfg: DictConfig) -> Path:
 
 def publish(partial: Path, out: Path) -> None:
     """Give a finished export its name; of a folder, file by file, and nothing else in it is touched."""
-    if not partial.is_dir():
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [partial] if partial.is_file() else partial.iterdir():
+        file.chmod(0o666 & ~umask)  # safetensors writes files for their owner alone
+    if partial.is_file():
         os.replace(partial, out)
         return
     out.mkdir(exist_ok=True)
@@ -146,6 +150,8 @@ def timm_arguments(model: Model) -> tuple[str, dict[str, Any]]:
 def to_hf(model: Model, path: Path) -> str:
     """A folder for `from_pretrained`: config.json, model.safetensors, preprocessor_config.json."""
     transformers = needed("transformers")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # that a BeitModel leaves the head behind is no news
     masked = isinstance(model, MaskedImageModel)
     if model.grid[0] != model.grid[1]:
         raise UserError(
@@ -170,6 +176,7 @@ def to_hf(model: Model, path: Path) -> str:
     same_network(model, path)
     theirs = getattr(transformers, architecture).from_pretrained(path).eval()
     transformers.BeitModel.from_pretrained(path)
+    transformers.logging.set_verbosity(verbosity)
     image, mask = probe(model)
     with torch.no_grad():
         if isinstance(model, MaskedImageModel):

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from beit_pretrain.backbone import Backbone, Classifier, FeatureExtractor, MaskedImageModel, patch_grid
+from beit_pretrain.backbone import (
+    Backbone,
+    Classifier,
+    FeatureExtractor,
+    MaskedImageModel,
+    init_class_head,
+    init_token_head,
+    patch_grid,
+)
 from beit_pretrain.checkpoint import load_exactly
 from beit_pretrain.errors import UserError
 from beit_pretrain.formats import SHARED_TABLE, TABLE, Checkpoint, read_checkpoint, seems
 from beit_pretrain.resize import resize_state
 
+Network = TypeVar("Network", bound=Backbone)
 HEADS = ("mim", "classify", "features")
 # What a network with another head leaves behind. The rest of a file must fit to the last tensor.
 TOKEN_HEAD = ("mask_token", "lm_head.")
@@ -66,8 +76,9 @@ def mim(
         raise UserError(f"{source.path} holds a {source.kind} without a token head: it cannot predict tokens")
     leave = (*CLASS_HEAD, *AGGREGATION, *(("lm_head.",) if new_vocab_size else ()))
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
-    model = MaskedImageModel(new_vocab_size or source.architecture["vocab_size"], **architecture)
-    return finished(model, state, source, new=("lm_head.",) if new_vocab_size else ())
+    vocab_size = new_vocab_size or source.architecture["vocab_size"]
+    new = ("lm_head.",) if new_vocab_size else ()
+    return finished(lambda: MaskedImageModel(vocab_size, **architecture), state, source, new)
 
 
 def classifier(
@@ -97,7 +108,7 @@ def classifier(
         table = state.pop(SHARED_TABLE)
         state |= {f"blocks.{i}.attn.{TABLE}": table.clone() for i in range(architecture["depth"])}
         architecture["rel_pos_bias"] = "per_layer"
-    return finished(Classifier(classes, pool, **architecture), state, source, new)
+    return finished(lambda: Classifier(classes, pool, **architecture), state, source, new)
 
 
 def features(
@@ -106,7 +117,7 @@ def features(
     """The backbone without any head."""
     leave = (*TOKEN_HEAD, *CLASS_HEAD, *AGGREGATION, "norm.", "decode_head.", "auxiliary_head.", "fpn")
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
-    return finished(FeatureExtractor(**architecture), state, source)
+    return finished(lambda: FeatureExtractor(**architecture), state, source)
 
 
 def prepared(
@@ -123,11 +134,25 @@ def prepared(
     return architecture, resize_state(without(source.state, leave), old, new)
 
 
-def finished(model: Backbone, state: dict[str, Tensor], source: Checkpoint, new: tuple[str, ...] = ()) -> Any:
-    """The network with the file's tensors, in eval mode. Only names in `new` may keep their initial values.
+def finished(
+    build: Callable[[], Network], state: dict[str, Tensor], source: Checkpoint, new: tuple[str, ...] = ()
+) -> Network:
+    """The network with the file's tensors, in eval mode; the modules named in `new` start afresh.
 
     Raises UserError with the sorted names of whatever is missing, left over or of another shape.
     """
+    with torch.device("meta"):  # draws no weights that the file's would replace: seconds for a large network
+        model = build()
+    model.to_empty(device="cpu")
+    for part in model.modules():
+        if hasattr(part, "init_non_persistent_buffers"):  # timm's: position indices, the zero bias of k
+            cast(Any, part).init_non_persistent_buffers()
+    for prefix in new:
+        module = model.get_submodule(prefix.removesuffix("."))
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            (init_token_head if prefix == "lm_head." else init_class_head)(module)
     fresh = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(new)} if new else {}
     try:
         load_exactly(model, {**fresh, **state}, source.path)
