@@ -17,6 +17,7 @@ import torch
 from timm.layers import LayerNorm
 from timm.models.beit import Beit
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from beit_pretrain.errors import UserError
 
@@ -212,7 +213,10 @@ def block_outputs(model: Beit, x: Tensor) -> list[Tensor]:
     bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
     outputs = []
     for block in model.blocks:
-        x = block(x, shared_rel_pos_bias=bias)
+        if model.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, bias, use_reentrant=False)
+        else:
+            x = block(x, shared_rel_pos_bias=bias)
         outputs.append(x)
     return outputs
 

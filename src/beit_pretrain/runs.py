@@ -32,6 +32,7 @@ from beit_pretrain.training import TrainedModule
 
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
 FREE_TO_CHANGE = (
+    "activation_checkpointing",
     *("resume", "trainer", "logger", "batch_size", "threads", "log_every", "val_every", "save_every", "run_dir"),
     *("pictures", "knn", "data.workers", "data.val_batch"),
 )
@@ -139,6 +140,8 @@ def fit(cfg: DictConfig) -> dict[str, float]:
             raise KeyboardInterrupt from None
         raise
     trainer.save_checkpoint(last, weights_only=False)
+    if trainer.global_step < steps:
+        print(f"stopped early after step {trainer.global_step} of {steps}", flush=True)
     if trainer.is_global_zero:
         print(f"saved {last}", flush=True)
     if "val" in task.data.readers and steps % min(cfg.val_every, steps):

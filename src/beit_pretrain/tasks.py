@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from hydra.utils import instantiate
 from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from beit_pretrain.backbone import SIZES, Architecture, Classifier, MaskedImageModel, patch_grid
@@ -58,6 +59,7 @@ def pretrain_task(cfg: DictConfig) -> Task:
         model = MaskedImageModel(tokenizer.vocab_size, **network(cfg))
     else:
         model = continued(cfg, source, tokenizer.vocab_size).train()
+    model.set_grad_checkpointing(cfg.activation_checkpointing)
     mean, std = normalisation(cfg, model.about)
     module = Pretraining(model, tokenizer, optim(cfg, data.samples), mean, std)
     module.about = {"mean": list(mean), "std": list(std), "tokenizer": str(cfg.tokenizer.path)}
@@ -96,6 +98,7 @@ def finetune_task(cfg: DictConfig) -> Task:
         drop = cfg.model.drop_path_rate
         model = classifier(source, cfg.image_size, len(data.classes), drop, cfg.model.pool, new_head=not same)
         model.train()
+    model.set_grad_checkpointing(cfg.activation_checkpointing)
     settings = optim(cfg, data.samples)
     module = Finetuning(model, settings, Regularisation(**cfg.regularisation), mean, std, cfg.seed)
     module.about = {
@@ -104,7 +107,19 @@ def finetune_task(cfg: DictConfig) -> Task:
         "classes": list(data.classes),
         "crop_ratio": cfg.data.crop_ratio,
     }
-    return Task(module, data, [], origin(source))
+    return Task(module, data, finetune_callbacks(cfg, data), origin(source))
+
+
+def finetune_callbacks(cfg: DictConfig, data: ShardData) -> list[Callback]:
+    """Averaged weights and early stopping, where they are asked for."""
+    callbacks: list[Callback] = []
+    if cfg.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=cfg.ema))
+    if cfg.early_stopping is not None:
+        if "val" not in data.readers:
+            raise UserError("early_stopping watches the held-out accuracy: data.val is needed")
+        callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=cfg.early_stopping, strict=False))
+    return callbacks
 
 
 def labelled_data(cfg: DictConfig, fill: tuple[float, ...]) -> ClassificationData:
