@@ -57,8 +57,8 @@ class Finetuning(TrainedModule):
         std: tuple[float, ...],
         seed: int = 0,
     ):
-        super().__init__(model, optim)
-        self.regularisation, self.mean, self.std, self.seed = regularisation, tuple(mean), tuple(std), seed
+        super().__init__(model, optim, seed)
+        self.regularisation, self.mean, self.std = regularisation, tuple(mean), tuple(std)
         self._erase = RandomErasing(probability=regularisation.erasing, mode="pixel", device="cpu")
         self._mix: Mixup | None = None
         if regularisation.mixup or regularisation.cutmix:
@@ -75,7 +75,7 @@ class Finetuning(TrainedModule):
         """Cross-entropy with smoothed, possibly mixed labels."""
         image = normalise(batch["image"].float() / 255, self.mean, self.std)
         image, target_BK = self.regularise(image, batch["label"], int(batch["position"][0]))
-        logits = self.model(image).float()
+        logits = self.model(image, self.drop(batch)).float()
         loss = F.cross_entropy(logits, target_BK)
         self.track(loss=loss, accuracy=(logits.argmax(1) == target_BK.argmax(1)).float().mean())
         return loss

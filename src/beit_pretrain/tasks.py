@@ -61,7 +61,7 @@ def pretrain_task(cfg: DictConfig) -> Task:
         model = continued(cfg, source, tokenizer.vocab_size).train()
     model.set_grad_checkpointing(cfg.activation_checkpointing)
     mean, std = normalisation(cfg, model.about)
-    module = Pretraining(model, tokenizer, optim(cfg, data.samples), mean, std)
+    module = Pretraining(model, tokenizer, optim(cfg, data.samples), mean, std, cfg.seed)
     module.about = {"mean": list(mean), "std": list(std), "tokenizer": str(cfg.tokenizer.path)}
     callbacks: list[Callback] = []
     if "val" in data.readers:
