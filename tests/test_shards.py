@@ -14,7 +14,7 @@ from PIL import Image
 from test_images import bomb, encoded
 from test_sources import CLASSES, class_files, damaged_tar, tar_bytes, write_folder
 
-from beit_pretrain import shards
+from beit_pretrain import packing, shards
 from beit_pretrain.errors import UserError
 from beit_pretrain.images import to_rgb
 from beit_pretrain.manifest import read_manifest, verify_shards
@@ -170,7 +170,7 @@ def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
         opened.append(image.size)
         return to_rgb(image)
 
-    monkeypatch.setattr(shards, "to_rgb", watched)
+    monkeypatch.setattr(packing, "to_rgb", watched)
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -354,7 +354,7 @@ def test_targets(source, tmp_path):
     assert contents(tmp_path) == {"out/val/mine.txt": b"x"}
     with pytest.raises(UserError, match="cannot write"):
         make(source, tmp_path / "out" / "val" / "mine.txt")
-    write_folder(tmp_path / "out", {".train.partial/shard-000000.tar": b"left by a killed run"})
+    write_folder(tmp_path / "out", {".making/train/shard-000000.tar": b"left by a run killed before its plan"})
     (tmp_path / "out" / "train").mkdir()
     folder = make(source, tmp_path / "out")
     assert verify_shards(folder, progress=False) == []
@@ -364,7 +364,7 @@ def test_targets(source, tmp_path):
 @pytest.mark.parametrize(
     "failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"]
 )
-def test_a_failure_on_the_way_leaves_nothing(failure, source, tmp_path, monkeypatch):
+def test_a_failure_on_the_way_publishes_nothing_and_is_gone_on_with(failure, source, tmp_path, monkeypatch):
     write = shards.write_manifest
 
     def fail_on_val(folder: Path, *rest, **more) -> None:
@@ -372,8 +372,12 @@ def test_a_failure_on_the_way_leaves_nothing(failure, source, tmp_path, monkeypa
             raise failure
         write(folder, *rest, **more)
 
-    monkeypatch.setattr(shards, "write_manifest", fail_on_val)
-    with pytest.raises((UserError, KeyboardInterrupt)) as caught:
-        make(source, tmp_path / "out", val=0.5)
-    assert os.listdir(tmp_path) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_manifest", fail_on_val)
+        with pytest.raises((UserError, KeyboardInterrupt)) as caught:
+            make(source, tmp_path / "out", val=0.5)
+    assert os.listdir(tmp_path / "out") == [".making"]
     assert isinstance(failure, KeyboardInterrupt) or "No space left" in str(caught.value)
+    monkeypatch.setattr(shards, "write_shard", None)  # all are there
+    make(source, tmp_path / "out", val=0.5)
+    assert sorted(os.listdir(tmp_path / "out")) == ["train", "val"]

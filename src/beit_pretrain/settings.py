@@ -49,6 +49,12 @@ def rising(rule: Rule) -> Rule:
     return f"{text}, the second not below the first", lambda v: fits(v) and v[0] <= v[1]
 
 
+def ascending(rule: Rule) -> Rule:
+    """A pair of values of a rule, the second above the first."""
+    text, fits = numbers(2, rule)
+    return f"{text}, the second above the first", lambda v: fits(v) and v[0] < v[1]
+
+
 def optional(rule: Rule) -> Rule:
     """null, or a value of the rule."""
     text, fits = rule
@@ -68,7 +74,7 @@ TEXTS = numbers(None, TEXT)
 PATHS: Rule = ("a path, or a list of paths", lambda v: TEXT[1](v) or TEXTS[1](v))
 
 # Settings that are paths or names: a folder called 2024 is not a number.
-NAMES = ("src", "out", "run", "name", "run_dir", "split", "init_from", "data.train", "data.val", "tokenizer.path")
+NAMES = ("src", "out", "run", "name", "run_dir", "split", "init_from", "labels", "data.train", "data.val", "tokenizer.path")
 
 RULES: dict[str, Rule] = {
     **{name: optional(TEXT) for name in NAMES},
@@ -129,6 +135,8 @@ RULES: dict[str, Rule] = {
     # shards, predict, show, demo
     "val": number(0, 1),
     "samples_per_shard": whole(1),
+    "window": optional(ascending(number(-math.inf))),
+    "percentiles": ascending(number(0, 100)),
     "resize": optional(whole(1)),
     "quality": whole(1, 101),
     "workers": optional(whole(0)),
