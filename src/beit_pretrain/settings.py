@@ -122,6 +122,7 @@ RULES: dict[str, Rule] = {
     "data.flip": SHARE,
     "data.jitter": numbers(3, number(0)),
     "data.exact": SWITCH,
+    "data.channels": ("1, 3 or 4", lambda v: type(v) is int and v in (1, 3, 4)),
     "data.workers": whole(0),
     "data.window": whole(1),
     "data.streams": whole(1, 4097),

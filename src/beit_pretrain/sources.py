@@ -97,8 +97,8 @@ def rows(unit: Unit) -> Rows:
         found = {name: (0, size) for name, size in unit.files}
     else:
         for name, offset, size in _tar_members(Path(unit.path), *unit.span):
-            key = PurePosixPath(name).as_posix()
-            if size == OUTSIDE or not (_ignored(key) or NOT_IMAGES.fullmatch(PurePosixPath(key).suffix.lower())):
+            key = PurePosixPath(name).as_posix() if "./" in name or "//" in name else name
+            if size == OUTSIDE or not (_ignored(key) or NOT_IMAGES.fullmatch(os.path.splitext(key)[1].lower())):
                 found[key] = offset, size
     names = sorted(found)
     places = np.array([found[name] for name in names], np.int64).reshape(-1, 2)
@@ -296,9 +296,9 @@ def _refuse_compressed(path: Path) -> NoReturn:
 
 def _ignored(key: str) -> bool:
     """Whether a file or one of its folders is hidden, or (`._x`, `__MACOSX`) a macOS archive's by-product."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(key).parts)
+    return any((part[:1] == "." and part != ".") or part == "__MACOSX" for part in key.split("/"))
 
 
 def _class_of(key: str) -> str | None:
     """The name of the folder that holds the file, or of the tar in a folder (or tar) of tars."""
-    return PurePosixPath(key).parent.name.removesuffix(".tar") or None
+    return key.rpartition("/")[0].rpartition("/")[2].removesuffix(".tar") or None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 from beit_pretrain.errors import UserError
@@ -47,7 +47,7 @@ def scan_tar(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[tup
 
 def inside(name: str) -> bool:
     """Whether a member's name stays within the archive's folder."""
-    return not name.startswith("/") and ".." not in PurePosixPath(name).parts and "\0" not in name
+    return not name.startswith("/") and "\0" not in name and (".." not in name or ".." not in name.split("/"))
 
 
 def _place(member: tarfile.TarInfo) -> tuple[int, int]:

@@ -21,9 +21,9 @@ from beit_pretrain.finetune import Finetuning, Regularisation
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
-from beit_pretrain.tokenizer import view_size
+from beit_pretrain.tokenizer import check_channels, view_size
 from beit_pretrain.training import TrainedModule
-from beit_pretrain.views import HALF, ClassificationViews, PretrainViews
+from beit_pretrain.views import HALF, ClassificationViews, PretrainViews, per_channel
 
 
 @dataclass
@@ -39,6 +39,9 @@ def pretrain_task(cfg: DictConfig) -> Task:
     """Masked image modelling."""
     grid = patch_grid(cfg.image_size, cfg.patch_size)
     tokenizer = instantiate(cfg.tokenizer)
+    channels = cfg.data.get("channels", 3)
+    check_channels(tokenizer, channels)
+    mean, std = per_channel(cfg.mean, channels, "mean"), per_channel(cfg.std, channels, "std")
     views = PretrainViews(
         image_size=cfg.image_size,
         token_image_size=view_size(grid, tokenizer, cfg.data.token_image_size),
@@ -47,14 +50,15 @@ def pretrain_task(cfg: DictConfig) -> Task:
         flip=cfg.data.flip,
         jitter=tuple(cfg.data.jitter),
         exact=cfg.data.exact,
+        channels=channels,
     )
     data = PretrainData(views=views, masking=BlockwiseMask(grid, **cfg.mask), **data_settings(cfg))
     arguments = {**network(cfg, "image_size", "patch_size"), "vocab_size": tokenizer.vocab_size}
-    module = Pretraining(MaskedImageModel(**arguments), tokenizer, optim(cfg, data.samples), cfg.mean, cfg.std)
+    module = Pretraining(MaskedImageModel(**arguments), tokenizer, optim(cfg, data.samples), mean, std)
     if cfg.init_from:
         arguments, state, _ = checkpoint.read_own(cfg.init_from, "mim")
         checkpoint.load_exactly(module.model, state, cfg.init_from)
-    module.about = {"mean": list(cfg.mean), "std": list(cfg.std), "tokenizer": str(cfg.tokenizer.path)}
+    module.about = {"mean": list(mean), "std": list(std), "tokenizer": str(cfg.tokenizer.path)}
     callbacks: list[Callback] = []
     if "val" in data.readers:
         if cfg.pictures:
@@ -71,7 +75,8 @@ def tokenizer_task(cfg: DictConfig) -> Task:
             f"image_size={cfg.image_size} is not divisible by {DiscreteVAE.downsample}, the pixels per token"
         )
     data = classification_data(cfg)
-    module = TokenizerTraining(DiscreteVAE(**cfg.model), optim(cfg, data.samples), Relaxation(**cfg.relaxation))
+    model = DiscreteVAE(**cfg.model, in_chans=cfg.data.get("channels", 3))
+    module = TokenizerTraining(model, optim(cfg, data.samples), Relaxation(**cfg.relaxation))
     return Task(module, data, [])
 
 
@@ -80,7 +85,8 @@ def finetune_task(cfg: DictConfig) -> Task:
     patch_grid(cfg.image_size, cfg.patch_size)
     source = None if cfg.from_scratch else checkpoint.read_own(cfg.init_from, "mim")
     about = source[2] if source else {}
-    mean, std = (tuple(cfg[name] or about.get(name) or HALF) for name in ("mean", "std"))
+    channels = cfg.data.get("channels", 3)
+    mean, std = (per_channel(cfg[name] or about.get(name) or HALF, channels, name) for name in ("mean", "std"))
     data = classification_data(cfg, fill=mean)
     if len(data.classes) < 2:
         raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; fine-tuning needs at least 2")
@@ -122,11 +128,15 @@ def data_settings(cfg: DictConfig) -> dict:
 
 def classification_data(cfg: DictConfig, fill: tuple[float, ...] = HALF) -> ClassificationData:
     """One view an image (a tokenizer trains on such views too, without the labels)."""
-    data, size = cfg.data, cfg.image_size
+    data, size, channels = cfg.data, cfg.image_size, cfg.data.get("channels", 3)
+    if channels == 4 and data.get("auto_augment"):
+        raise UserError("RandAugment takes images of 1 or 3 channels: data.channels=4 needs data.auto_augment=null")
     crop = {"scale": tuple(data.scale), "ratio": tuple(data.ratio), "flip": data.flip}
     return ClassificationData(
-        train_views=ClassificationViews(size, True, **crop, auto_augment=data.get("auto_augment"), fill=fill),
-        val_views=ClassificationViews(size, False, crop_ratio=data.get("crop_ratio")),
+        train_views=ClassificationViews(
+            size, True, **crop, auto_augment=data.get("auto_augment"), fill=fill, channels=channels
+        ),
+        val_views=ClassificationViews(size, False, crop_ratio=data.get("crop_ratio"), channels=channels),
         **data_settings(cfg),
     )
 
@@ -143,6 +153,7 @@ def network(cfg: DictConfig, *names: str) -> dict:
     if size is not None and size not in SIZES:
         raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
     arguments = {**SIZES.get(size, {}), **settings, **{name: cfg[name] for name in names}}
+    arguments["in_chans"] = cfg.data.get("channels", 3)
     for name in ("embed_dim", "depth", "num_heads"):
         if name not in arguments:
             raise UserError(f"model.size=null needs model.{name}")
