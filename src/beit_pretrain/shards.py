@@ -21,7 +21,7 @@ from beit_pretrain import synthetic
 from beit_pretrain.errors import UserError
 from beit_pretrain.images import MAX_PIXELS
 from beit_pretrain.labels import segmentation_names
-from beit_pretrain.listing import Listing, build_listing, source_units
+from beit_pretrain.listing import Listing, build_listing, opened_listing, source_units
 from beit_pretrain.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
 from beit_pretrain.packing import (
     Job,
@@ -88,6 +88,7 @@ def make_shards(
     _check_arguments(sources, split, workers, settings)
     _check_sources(sources, out)
     workers = workers or cores()
+    opened_listing.cache_clear()  # this process may have made others in the same folder
     with work_folder(out) as work:
         plan = _settings_plan(sources, split, labels, settings)
         if before := read_plan(work):
