@@ -201,6 +201,40 @@ def test_formats_and_resize(tmp_path):
         assert (image.format, image.size) == ("JPEG", (21, 16))
 
 
+def test_grey_images_of_more_than_8_bits_are_stored_with_their_contrast(tmp_path):
+    ramp = np.linspace(1000, 5000, 40 * 40).reshape(40, 40)
+    src = tmp_path / "src"
+    src.mkdir()
+    Image.fromarray(ramp.astype(np.uint16)).save(src / "deep.tif")
+    Image.fromarray(ramp.astype(np.float32)).save(src / "float.tif")
+    Image.fromarray(ramp.astype(np.int32)).save(src / "integer.tif")
+    Image.fromarray((ramp / 20).astype(np.uint8)).save(src / "grey.png")
+    for name, options, low, high in (("own", {}, 1020, 4980), ("window", {"window": [2000, 3000]}, 2000, 3000)):
+        samples = {s["about"]["source"]: s for s in read_back(make(src, tmp_path / name, **options))}
+        for file in ("deep.tif", "float.tif", "integer.tif"):
+            pixels = np.asarray(Image.open(io.BytesIO(samples[file]["png"])))  # as any reader sees it
+            np.testing.assert_allclose(pixels, np.clip((ramp - low) / (high - low), 0, 1) * 255, atol=1)
+            np.testing.assert_allclose(samples[file]["about"]["window"], [low, high], atol=2)
+        if not options:
+            assert samples["grey.png"]["png"] == (src / "grey.png").read_bytes()
+    dark = {s["about"]["source"]: s for s in read_back(make(src, tmp_path / "grey", window=[50, 100]))}
+    pixels = np.asarray(Image.open(io.BytesIO(dark["grey.png"]["png"])))
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+def test_a_window_of_samples_is_a_fair_mix_of_classes(tmp_path):
+    src = tmp_path / "src"
+    for c in range(10):  # class-sorted on disk, as ImageNet comes
+        write_folder(src, {f"class{c}.tar": tar_bytes({f"{i}.png": encoded(i, (1, 1), "PNG") for i in range(100)})})
+    folder = make(src, tmp_path / "out", samples_per_shard=100)
+    for entry in read_manifest(folder)["shards"]:
+        labels = np.load(folder / entry["name"].replace(".tar", ".index.npy"))["label"]
+        counts = np.bincount(labels, minlength=10)
+        # 100 draws without replacement of 10 classes: 10 +- 2.9 each; chi-square over 9 classes stays below 30.
+        assert ((counts - 10) ** 2 / 10).sum() < 30
+        assert counts.min() > 0
+
+
 def test_validation_split(tmp_path):
     sizes = {"ant": 1, "bee": 2, "cat": 20, "dog": 7}
     files = {f"{c}/{c}{i}.jpg": encoded(100 * k + i) for k, (c, n) in enumerate(sizes.items()) for i in range(n)}
@@ -283,6 +317,9 @@ BAD_OPTIONS = [
     {"resize": 0},
     {"quality": 0},
     {"workers": 0},
+    {"window": [5, 5]},
+    {"percentiles": [99, 1]},
+    {"percentiles": [-1, 50]},
     {"max_pixels": 0},
 ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,10 @@ def _check_unchanged(work: Path, sources: list[str], split: str, images: int) ->
     listed = iter(Listing(work / "listing").units)
     for unit in source_units(sources, split, images):
         before = next(listed, None)
-        place = unit.prefix or unit.path
+        if before is not None and unit.path != before.path and before.path and not os.path.exists(before.path):
+            raise UserError(f"{before.path} is missing {advice}")
         if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
-            raise UserError(f"the files of src have changed, by {place}, {advice}")
+            raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
         if before.stamp != unit.stamp:
             raise UserError(f"{unit.path} has changed {advice}")
     if (gone := next(listed, None)) is not None:
