@@ -39,7 +39,10 @@ def test_index(foreign, elsewhere, tmp_path):
 
 def test_class_names(foreign, tmp_path):
     (tmp_path / "names").write_text("ant\nbee\ncat\ndog\n")
-    assert read_manifest(index_shards(foreign, tmp_path / "out", tmp_path / "names", 1))["classes"][2:] == ["cat", "dog"]
+    assert read_manifest(index_shards(foreign, tmp_path / "out", tmp_path / "names", 1))["classes"][2:] == [
+        "cat",
+        "dog",
+    ]
     (tmp_path / "names").write_text("ant\n")
     with pytest.raises(UserError, match="names 1 classes, but the shards have the number 2"):
         index_shards(foreign, tmp_path / "other", tmp_path / "names", 1)

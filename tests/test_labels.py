@@ -92,6 +92,8 @@ def test_an_image_without_a_label(tmp_path):
 
 
 def test_segmentation_names(tmp_path):
-    (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t2\t3\twall\n2\t0\t0\t0\tsky, air\n")
+    (tmp_path / "objectInfo150.txt").write_text(
+        "Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t2\t3\twall\n2\t0\t0\t0\tsky, air\n"
+    )
     assert segmentation_names(tmp_path) == segmentation_names(tmp_path / "inside") == ["wall", "sky, air"]
     assert segmentation_names(tmp_path / "else" / "where") == []

@@ -45,8 +45,18 @@ def test_tokenizer_backbone_classifier(channels, deep_grey, run_cli, tmp_path):
 
 def test_channels_that_do_not_fit(deep_grey, dvae_checkpoint, run_cli):
     assert run_cli("shards", "make", f"src={deep_grey}", "out=data", "workers=1")[0] == 0
-    words = ["fit", "+experiment=demo_pretrain", "data.train=data/train", *TINY, *SMALL, f"tokenizer.path={dvae_checkpoint}"]
-    for word, said in (("data.channels=2", "data.channels must be 1, 3 or 4"), ("mean=[.1,.2]", "mean=[0.1, 0.2] has 2")):
+    words = [
+        "fit",
+        "+experiment=demo_pretrain",
+        "data.train=data/train",
+        *TINY,
+        *SMALL,
+        f"tokenizer.path={dvae_checkpoint}",
+    ]
+    for word, said in (
+        ("data.channels=2", "data.channels must be 1, 3 or 4"),
+        ("mean=[.1,.2]", "mean=[0.1, 0.2] has 2"),
+    ):
         code, _, stderr = run_cli(*words, word)
         assert code == 2
         assert said in stderr

@@ -12,7 +12,13 @@ from dall_e import map_pixels, unmap_pixels
 from beit_pretrain.backbone import Classifier
 from beit_pretrain.dvae import DiscreteVAE, DVAETokenizer
 from beit_pretrain.errors import UserError
-from beit_pretrain.tokenizer import OpenAITokenizer, check_channels, codebook_use, square_grid, check_channels, view_size
+from beit_pretrain.tokenizer import (
+    OpenAITokenizer,
+    check_channels,
+    codebook_use,
+    square_grid,
+    view_size,
+)
 
 
 def images(side: int = 32, batch: int = 2) -> torch.Tensor:
@@ -203,7 +209,9 @@ class TestChannels:
         assert tokenizer.in_chans == 3
         expected = tokenizer.encode(grey.expand(-1, 3, -1, -1))
         assert torch.equal(tokenizer.encode(grey), expected)
-        assert torch.equal(tokenizer.encode(torch.cat([grey.expand(-1, 3, -1, -1), torch.rand(1, 1, 16, 16)], 1)), expected)
+        assert torch.equal(
+            tokenizer.encode(torch.cat([grey.expand(-1, 3, -1, -1), torch.rand(1, 1, 16, 16)], 1)), expected
+        )
 
     @pytest.mark.parametrize(("takes", "channels", "fits"), [(3, 1, True), (3, 4, True), (1, 1, True), (1, 3, False)])
     def test_check(self, takes, channels, fits):

@@ -90,7 +90,8 @@ class _Inert:
     """Stands for numpy's types while a pickle is read: keeps what it is given and does nothing."""
 
     def __init__(self, *args: Any):
-        self.args, self.state = args, ()
+        self.args: tuple[Any, ...] = args
+        self.state: tuple[Any, ...] = ()
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -113,7 +114,7 @@ ALLOWED |= {(f"numpy.{core}.multiarray", "_reconstruct"): _Inert for core in ("c
 
 
 # The C unpickler reserves memory for whatever memo number a pickle names; the one in Python does not.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
             return ALLOWED[module, name]

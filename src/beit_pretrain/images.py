@@ -1,4 +1,4 @@
-"""File bytes -> image: which formats are read, size limits before decoding, conversion to 8 bits of grey, RGB or RGBA."""
+"""File bytes -> image: which formats are read, size limits before decoding, conversion to grey, RGB or RGBA of 8 bits."""
 
 from __future__ import annotations
 
@@ -53,12 +53,13 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
 
 
-def to_grey8(image: Image.Image, levels: Levels = Levels()) -> tuple[Image.Image, tuple[float, float]]:
+def to_grey8(image: Image.Image, levels: Levels | None = None) -> tuple[Image.Image, tuple[float, float]]:
     """A grey image as 8 bits by a linear map of `levels` to 0 ... 255, and the values that became 0 and 255.
 
     Pillow would clip at 255 instead (and turn X-rays white). NaN becomes black, infinities the nearer end.
     """
     image.load()
+    levels = levels or Levels()
     values = np.asarray(image).astype(np.float32)
     if levels.window is not None:
         low, high = levels.window
@@ -75,7 +76,7 @@ def to_grey8(image: Image.Image, levels: Levels = Levels()) -> tuple[Image.Image
 
 
 def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
-    """Decode an image (an animation's current frame) and convert it to 8 bits in 1 (grey), 3 (RGB) or 4 (RGBA) channels.
+    """Decode an image (an animation's current frame) and convert it to 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits.
 
     As `PIL.Image.convert` does, but for grey images of more than 8 bits (`to_grey8`) and LAB (by colour profile). RGB
     is without the alpha channel, not blended with it. Raises what Pillow raises for broken files.

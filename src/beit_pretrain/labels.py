@@ -31,7 +31,9 @@ def read_labels(path: str | Path) -> dict[str, str]:
     except OSError as error:
         raise UserError(f"labels={path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # scipy raises nearly anything on what is no .mat file
-        raise UserError(f"labels={path} is neither ImageNet's devkit nor a list of names: {first_line(error)}") from None
+        raise UserError(
+            f"labels={path} is neither ImageNet's devkit nor a list of names: {first_line(error)}"
+        ) from None
 
 
 def stem(key: str) -> str:
@@ -43,7 +45,9 @@ def _text_labels(text: str) -> dict[str, str]:
     lines = [line for line in text.splitlines() if line.strip()]
     kaggle = bool(lines) and lines[0].replace(" ", "") == "ImageId,PredictionString"
     found: dict[str, str] = {}
-    for fields in csv.reader(lines[kaggle:]) if any("," in line for line in lines) else (s.split(None, 1) for s in lines):
+    for fields in (
+        csv.reader(lines[kaggle:]) if any("," in line for line in lines) else (s.split(None, 1) for s in lines)
+    ):
         if len(fields) < 2 or not fields[0].strip() or not fields[1].strip():
             raise ValueError(f"the line {' '.join(fields)[:60]!r} has no class")
         name, class_name = stem(fields[0].strip()), fields[1].strip()

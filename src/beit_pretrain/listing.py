@@ -24,7 +24,12 @@ from beit_pretrain.labels import read_labels, stem
 from beit_pretrain.processes import in_order
 from beit_pretrain.sources import Candidate, Rows, Unit, rows, units
 
-COLUMNS = {"end": np.dtype("<u8"), "offset": np.dtype("<i8"), "size": np.dtype("<i8"), "class": np.dtype("<i4")}
+COLUMNS: dict[str, np.dtype[Any]] = {
+    "end": np.dtype("<u8"),
+    "offset": np.dtype("<i8"),
+    "size": np.dtype("<i8"),
+    "class": np.dtype("<i4"),
+}
 FEW = 16  # units that are not worth starting processes
 
 

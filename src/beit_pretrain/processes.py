@@ -26,7 +26,9 @@ def cores() -> int:
 
 
 @contextmanager
-def in_order(workers: int, inline: int = 0) -> Iterator[Callable[[Callable[[Job], Result], Iterable[Job]], Iterator[Result]]]:
+def in_order(
+    workers: int, inline: int = 0
+) -> Iterator[Callable[[Callable[[Job], Result], Iterable[Job]], Iterator[Result]]]:
     """Lend a `map` over `workers` processes: results in the order of the jobs, at most four jobs a worker ahead.
 
     The first `inline` jobs are done in this process, since a few small ones are not worth starting others.

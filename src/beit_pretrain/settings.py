@@ -74,7 +74,19 @@ TEXTS = numbers(None, TEXT)
 PATHS: Rule = ("a path, or a list of paths", lambda v: TEXT[1](v) or TEXTS[1](v))
 
 # Settings that are paths or names: a folder called 2024 is not a number.
-NAMES = ("src", "out", "run", "name", "run_dir", "split", "init_from", "labels", "data.train", "data.val", "tokenizer.path")
+NAMES = (
+    "src",
+    "out",
+    "run",
+    "name",
+    "run_dir",
+    "split",
+    "init_from",
+    "labels",
+    "data.train",
+    "data.val",
+    "tokenizer.path",
+)
 
 RULES: dict[str, Rule] = {
     **{name: optional(TEXT) for name in NAMES},

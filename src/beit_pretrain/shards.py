@@ -30,11 +30,11 @@ from beit_pretrain.packing import (
     labels_path,
     order_path,
     read_report,
-    report_path,
     shard_path,
     write_shard,
 )
 from beit_pretrain.processes import cores, in_order
+from beit_pretrain.splitting import class_names, permutation, validation_part
 from beit_pretrain.workfolder import (
     check_same,
     close,
@@ -159,7 +159,7 @@ def _check_sources(sources: list[str], out: Path) -> None:
 
 def _settings_plan(sources: list[str], split: str, labels: str | Path | None, settings: Settings) -> dict[str, Any]:
     """What a half-done run must agree in to be gone on with. Raises UserError for labels that cannot be read."""
-    plan = {"src": sources, "split": split, "labels": None, "format": FORMAT, "Pillow": PIL.__version__}
+    plan: dict[str, Any] = {"src": sources, "split": split, "labels": None, "format": FORMAT, "Pillow": PIL.__version__}
     if labels is not None:
         file = Path(labels).expanduser()
         plan["labels"] = f"{file.absolute()}"
@@ -185,9 +185,7 @@ def _check_unchanged(work: Path, sources: list[str], split: str, images: int) ->
         raise UserError(f"{gone.path} is missing {advice}")
 
 
-def _check_targets(
-    out: Path, names: list[str], settings: Settings, sources: list[str], half_done: bool
-) -> bool:
+def _check_targets(out: Path, names: list[str], settings: Settings, sources: list[str], half_done: bool) -> bool:
     """Whether the targets hold finished shards of the same settings. Raises UserError if they hold anything else."""
     advice = "choose another out=, or delete it first"
     finished = []
@@ -201,7 +199,9 @@ def _check_targets(
         made = {"seed": manifest["seed"], "source": manifest["source"], **manifest["settings"]}
         for key in now:
             if made.get(key) != now[key]:
-                raise UserError(f"{target} holds shards with {key}={show(made.get(key))}, not {show(now[key])}; {advice}")
+                raise UserError(
+                    f"{target} holds shards with {key}={show(made.get(key))}, not {show(now[key])}; {advice}"
+                )
         finished.append(target)
     if 0 < len(finished) < len(names):
         raise UserError(f"{finished[0]} exists and is not empty; {advice}")
@@ -213,7 +213,9 @@ def _check_same_listing(out: Path, names: list[str], about: dict[str, Any]) -> N
     for name in names:
         manifest = read_manifest(out / name)
         if any(manifest.get(key) != value for key, value in about.items()):
-            raise UserError(f"{out / name} holds shards of other files or classes; choose another out=, or delete it first")
+            raise UserError(
+                f"{out / name} holds shards of other files or classes; choose another out=, or delete it first"
+            )
 
 
 def _prepare(
@@ -224,54 +226,15 @@ def _prepare(
         (work / folder).mkdir()
     build_listing(work / "listing", sources, names[0], settings.images, labels, workers)
     listing = Listing(work / "listing")
-    classes = _class_names(listing, sources, out, names[0])
+    classes = class_names(listing, sources, out, names[0])
     label = listing.labels(classes)
     np.save(labels_path(work), label)
-    order = _permutation(len(listing), settings.seed)
-    in_val = _validation_part(label[order], settings.val)
+    order = permutation(len(listing), settings.seed)
+    in_val = validation_part(label[order], settings.val)
     for name in names:
         np.save(order_path(work, name), order[in_val == (settings.val > 0 and name == "val")].astype(np.uint32))
     about = {"classes": classes, "listing_sha256": listing.digest()}
     (work / "listing" / "about.json").write_text(json.dumps(about), "utf-8")
-
-
-def _class_names(listing: Listing, sources: list[str], out: Path, split: str) -> list[str]:
-    """Sorted names; for a split added beside `train`, those of `train`, so that labels agree. Raises UserError."""
-    if sources == ["synthetic"]:
-        return list(synthetic.TEXTURES)  # all of them, however few the images: the masks' values rest on them
-    names = sorted(listing.classes)
-    if split == "train" or not names or not (out / "train" / MANIFEST).exists():
-        return names
-    known: list[str] = read_manifest(out / "train")["classes"]
-    if unknown := sorted(set(names).difference(known)):
-        raise UserError(f"class {unknown[0]!r} of {split} is not among the {len(known)} classes of {out / 'train'}")
-    return known
-
-
-def _permutation(count: int, seed: int) -> np.ndarray:
-    """A seeded order of 0 ... count - 1."""
-    # By sorting raw draws: numpy promises these for ever, but not what Generator.permutation makes of them.
-    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
-
-
-def _validation_part(labels: np.ndarray, val: float) -> np.ndarray:
-    """Mark the first `val` of each class, one image or more, but never a class's last. Raises UserError if none is.
-
-    Images without a class (-1) or alone in theirs are pooled as if of one class, which need not give any if others do.
-    """
-    chosen = np.zeros(len(labels), bool)
-    if val == 0:
-        return chosen
-    _, inverse, count = np.unique(labels, return_inverse=True, return_counts=True)
-    labels = np.where(count[inverse] > 1, labels, -1)
-    by_class = np.argsort(labels, kind="stable")
-    names, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
-    least = (names >= 0) | (len(names) == 1)
-    quota = np.minimum(np.maximum(np.rint(count * val), least), count - 1)
-    chosen[by_class] = np.arange(len(labels)) - np.repeat(start, count) < np.repeat(quota, count)
-    if not chosen.any():
-        raise UserError(f"val={val} leaves nothing to validate on: there is only one image")
-    return chosen
 
 
 def _jobs(work: Path, name: str, settings: Settings) -> list[Job]:
@@ -349,4 +312,3 @@ def _segmentation_classes(sources: list[str]) -> list[str]:
     if sources == ["synthetic"]:
         return list(synthetic.TEXTURES)
     return next((names for source in sources if (names := segmentation_names(Path(source)))), [])
-

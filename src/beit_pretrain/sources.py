@@ -217,7 +217,7 @@ def _folders(root: Path) -> Iterator[tuple[str, str, list[str]]]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-        names, inner = [], []
+        names, inner = list[str](), list[tuple[str, str]]()
         for entry in (entry for entry in entries if not _ignored(entry.name)):
             linked = entry.is_symlink()
             if os.path.isdir(entry.path) if linked else entry.is_dir():
@@ -266,7 +266,7 @@ def _inner_tars(unit: Unit) -> list[Unit]:
 
     Tars between images are listed by `rows`, which one process does.
     """
-    inner = []
+    inner: list[Unit] = []
     for name, offset, size in scan_tar(Path(unit.path)):
         if not name.lower().endswith(".tar") or not inside(name):
             return []

@@ -76,7 +76,7 @@ def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
     try:
         with open(path, "rb") as file:
             file.seek(start)
-            with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
                 before = -1
                 for member in tar:
                     if member.offset >= stop:  # an inner tar without an end mark

@@ -61,7 +61,7 @@ def with_channels(image_BCHW: Tensor, channels: int) -> Tensor:
 
 def check_channels(tokenizer: Tokenizer, channels: int) -> None:
     """Raise UserError if the tokenizer cannot see images of so many channels."""
-    if channels != 1 and channels < tokenizer.in_chans or tokenizer.in_chans == 1 < channels:
+    if (channels != 1 and channels < tokenizer.in_chans) or tokenizer.in_chans == 1 < channels:
         raise UserError(f"the tokenizer takes images of {tokenizer.in_chans} channels, but data.channels={channels}")
 
 

@@ -1,10 +1,10 @@
 """The hidden folder in which shards are made: what a killed run left there is gone on with, and published whole.
 
-    OUT/.making/lock          held while a process works
-    OUT/.making/plan.json     settings and sources; written once everything is listed
-    OUT/.making/listing/      what is to be read, and in which order (listing.py)
-    OUT/.making/reports-*/    a report per finished shard
-    OUT/.making/train/, val/  the shards; become OUT/train, OUT/val when all are finished
+OUT/.making/lock          held while a process works
+OUT/.making/plan.json     settings and sources; written once everything is listed
+OUT/.making/listing/      what is to be read, and in which order (listing.py)
+OUT/.making/reports-*/    a report per finished shard
+OUT/.making/train/, val/  the shards; become OUT/train, OUT/val when all are finished
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def work_folder(out: Path) -> Iterator[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another process is making shards in {out}; wait for it, or choose another out=") from None
+                raise UserError(
+                    f"another process is making shards in {out}; wait for it, or choose another out="
+                ) from None
             except OSError:  # a file system without locks
                 pass
             try:
