@@ -33,7 +33,7 @@ def test_index(foreign, elsewhere, tmp_path):
     reader = ShardReader(folder)
     assert reader.read(Sample(0, 0))[:2] == (encoded(0), 2)
     assert reader.read(Sample(1, 0))[:2] == (encoded(2), -1)
-    with pytest.raises(UserError, match="has a manifest.json already"):
+    with pytest.raises(UserError, match=r"has a manifest\.json already"):
         index_shards(foreign, tmp_path / "out" if elsewhere else None, workers=1)
 
 

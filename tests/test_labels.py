@@ -54,7 +54,7 @@ def test_devkit_as_a_folder(tmp_path):
 
 def test_lists(tmp_path):
     for text in (
-        "ImageId,PredictionString\nILSVRC2012_val_00000001,n03 1 2 3 4 n03 5 6 7 8\nILSVRC2012_val_00000002,n02 1 2 3 4\n",
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n03 1 2 3 4 n03 5 6\nILSVRC2012_val_00000002,n02 1 2 3 4\n",
         "val/ILSVRC2012_val_00000001.JPEG n03\r\n\nval/ILSVRC2012_val_00000002.JPEG n02",
         "\ufeffILSVRC2012_val_00000001.JPEG,n03\nILSVRC2012_val_00000002.JPEG,n02\n",
     ):

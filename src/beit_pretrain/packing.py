@@ -179,7 +179,7 @@ def _add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes], label
     for extension in sorted(members):
         info = tarfile.TarInfo(f"{key}.{extension}")  # owner, mode and time are constants
         info.size = len(members[extension])
-        place = tar.offset + tarfile.BLOCKSIZE, info.size  # type: ignore[attr-defined]
+        place = tar.offset + tarfile.BLOCKSIZE, info.size
         tar.addfile(info, io.BytesIO(members[extension]))
         if extension == "seg.png":
             mask = place

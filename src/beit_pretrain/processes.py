@@ -60,7 +60,7 @@ def in_order(
 
 
 def _attach_to_parent() -> None:
-    """Ctrl-C is the parent's to handle; a parent that is killed takes its workers along, or they would wait for ever."""
+    """Leave Ctrl-C to the parent, and end with it if it is killed: workers would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -11,7 +11,7 @@ import math
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from beit_pretrain.errors import UserError
 
@@ -76,7 +76,7 @@ def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
     try:
         with open(path, "rb") as file:
             file.seek(start)
-            with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
                 before = -1
                 for member in tar:
                     if member.offset >= stop:  # an inner tar without an end mark
@@ -84,7 +84,7 @@ def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
                     if member.size < 0 or member.offset <= before or tar.offset <= member.offset:
                         raise tarfile.ReadError(f"runs backwards at byte {member.offset}")
                     before = member.offset
-                    tar.members = []  # type: ignore[attr-defined]  # else each member keeps about 1 kB
+                    tar.members = []  # else each member keeps about 1 kB
                     yield member
                 # tarfile takes a damaged header for the end of the archive and would drop the rest in silence.
                 file.seek(tar.offset)

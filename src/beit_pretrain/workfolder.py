@@ -80,8 +80,8 @@ def check_same(work: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     for key in sorted(before.keys() | now.keys()):
         if (old := before.get(key)) != (new := now.get(key)):
             raise UserError(
-                f"{work} holds a half-done run with {key}={show(old)}, not {show(new)}; give the same settings to go on "
-                "with it, or delete that folder to start anew"
+                f"{work} holds a half-done run with {key}={show(old)}, not {show(new)}; give the same settings to go "
+                "on with it, or delete that folder to start anew"
             )
 
 
