@@ -1,4 +1,4 @@
-"""File bytes -> image: which formats are read, size limits before decoding, conversion to grey, RGB or RGBA of 8 bits."""
+"""File bytes -> image: formats that are read, size limits before decoding, conversion to grey, RGB or RGBA."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def to_grey8(image: Image.Image, levels: Levels | None = None) -> tuple[Image.Im
 
 
 def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
-    """Decode an image (an animation's current frame) and convert it to 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits.
+    """Decode an image (an animation's current frame), convert it to 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits.
 
     As `PIL.Image.convert` does, but for grey images of more than 8 bits (`to_grey8`) and LAB (by colour profile). RGB
     is without the alpha channel, not blended with it. Raises what Pillow raises for broken files.

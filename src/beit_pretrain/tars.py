@@ -84,7 +84,7 @@ def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
                     if member.size < 0 or member.offset <= before or tar.offset <= member.offset:
                         raise tarfile.ReadError(f"runs backwards at byte {member.offset}")
                     before = member.offset
-                    tar.members = []  # else each member keeps about 1 kB
+                    tar.members = []  # type: ignore[attr-defined]  # else each member keeps about 1 kB
                     yield member
                 # tarfile takes a damaged header for the end of the archive and would drop the rest in silence.
                 file.seek(tar.offset)
