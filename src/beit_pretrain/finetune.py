@@ -132,11 +132,12 @@ class ImageClassifier:
         self.image_size: int = self.model.config["image_size"]
         if not isinstance(self.image_size, int):
             raise UserError(f"{path} is for images of {self.image_size} pixels; square ones are needed here")
+        self.channels: int = self.model.config["in_chans"]
         self.crop_ratio: float | None = about.get("crop_ratio")
 
     def view(self, image: Image.Image) -> Tensor:
         """The evaluation view (C, H, W) uint8 of one image."""
-        return torch.from_numpy(to_array(centre_view(image, self.image_size, self.crop_ratio)))
+        return torch.from_numpy(to_array(centre_view(image, self.image_size, self.crop_ratio, self.channels)))
 
     @torch.no_grad()
     def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[tuple[str, float]]]:

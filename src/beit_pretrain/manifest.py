@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,9 @@ from tqdm import tqdm
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.images import IMAGE_EXTENSIONS, opened, to_rgb
-from beit_pretrain.sources import read_bytes, scan_tar
+from beit_pretrain.processes import cores, in_order
+from beit_pretrain.sources import read_bytes
+from beit_pretrain.tars import scan_tar
 
 FORMAT = "beit_pretrain-shards/1"
 MANIFEST = "manifest.json"
@@ -47,6 +51,8 @@ def index_shard(path: str | Path) -> np.ndarray:
     rows: dict[str, list[int]] = {}
     path = Path(path)
     for name, offset, size in scan_tar(path):
+        if size < 0:  # a link or a device: no sample's
+            continue
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         row, extension = rows.setdefault(f"{folder}/{stem}", [0, 0, -1, 0, 0]), extension.lower()
@@ -88,11 +94,14 @@ def write_manifest(
     seed: int,
     source: str,
     settings: dict[str, Any],
+    segmentation_classes: Sequence[str] = (),
+    listing_sha256: str | None = None,
 ) -> None:
     """Write manifest.json of a folder that is complete but for it.
 
     `shards`: an entry each, in order; `labels`: the class index of every sample, -1 = none; `segmentation`: whether
-    there are masks; `seed`, `source`, `settings`: what the shards were made from.
+    there are masks; `seed`, `source`, `settings`: what the shards were made from; `segmentation_classes`: names of the
+    masks' values 1, 2, ...; `listing_sha256`: over keys, sizes and classes of what was read, rejected files included.
     """
     manifest = {
         "format": FORMAT,
@@ -102,12 +111,16 @@ def write_manifest(
         "classes": classes,
         "class_counts": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
         "segmentation": segmentation,
+        "segmentation_classes": list(segmentation_classes),
         "seed": seed,
         "source": source,
+        "listing_sha256": listing_sha256,
         "settings": settings,
         "shards": shards,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    temporary = folder / f"{MANIFEST}.partial"
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    temporary.replace(folder / MANIFEST)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -127,6 +140,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             raise UserError(f"{path} has format {manifest['format']!r}, this version reads {FORMAT!r}; {advice}")
         if missing := MANIFEST_KEYS - manifest.keys():
             raise KeyError(min(missing))
+        for entry in manifest["shards"]:
+            _check_entry(entry)
+        if not all(isinstance(name, str) for name in manifest["classes"]):
+            raise ValueError("a class name is no text")
         for key in ("samples", "bytes"):
             if sum(entry[key] for entry in manifest["shards"]) != manifest[key]:
                 raise ValueError(f"its shards do not add up to its {key}")
@@ -135,25 +152,55 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_shards(folder: str | Path, progress: bool = True) -> list[str]:
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Raise ValueError for a shard that a manifest must not name: a manifest may come from anyone."""
+    name = entry["name"]
+    if not isinstance(name, str) or name != PurePosixPath(name).name or "\\" in name or not name.endswith(".tar"):
+        raise ValueError(f"{name!r} is no name of a shard in its own folder")
+    for key in ("samples", "bytes"):
+        if type(entry[key]) is not int or entry[key] < 0:
+            raise ValueError(f"{key} of {name} is {entry[key]!r}")
+    if not isinstance(entry["sha256"], str):
+        raise ValueError(f"sha256 of {name} is {entry['sha256']!r}")
+
+
+def verify_shards(folder: str | Path, progress: bool = True, workers: int | None = 1) -> list[str]:
     """Read every shard of a split again and return what is wrong, a line each: nothing if all is well.
 
-    Raises UserError if there is no usable manifest.
+    `workers`: None = all cores. Raises UserError if there is no usable manifest.
     """
     manifest = read_manifest(folder)
     folder = Path(folder).expanduser()
+    shards = manifest["shards"]
     problems: list[str] = []
     counts = np.zeros(len(manifest["classes"]), np.int64)
-    for entry in tqdm(manifest["shards"], unit=" shards", desc="verify", disable=not progress):
-        try:
-            labels = _checked_index(folder / entry["name"], entry)["label"]
-            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-        except (UserError, OSError, ValueError, EOFError) as error:
-            problems.append(f"{entry['name']}: {error}")
+    with in_order(min(workers or cores(), len(shards))) as run:
+        for found in tqdm(
+            run(partial(_checked_counts, folder, len(counts)), shards),
+            total=len(shards),
+            unit=" shards",
+            desc="verify",
+            disable=not progress,
+        ):
+            if isinstance(found, str):
+                problems.append(found)
+            else:
+                counts += found
     if not problems and counts.tolist() != manifest["class_counts"]:
         problems.append(f"{MANIFEST}: its class_counts differ from the labels in the shards")
-    extra = {path.name for path in folder.glob("*.tar")} - {entry["name"] for entry in manifest["shards"]}
+    extra = {path.name for path in folder.glob("*.tar")} - {entry["name"] for entry in shards}
     return problems + [f"{name}: not in {MANIFEST}" for name in sorted(extra)]
+
+
+def _checked_counts(folder: Path, classes: int, entry: dict[str, Any]) -> np.ndarray | str:
+    """Samples of each class in a shard that is as the manifest says, or what is wrong with it."""
+    try:
+        labels = _checked_index(folder / entry["name"], entry)["label"]
+        if labels.size and (labels.min() < -1 or labels.max() >= classes):
+            raise UserError(f"has labels beyond the {classes} classes of {MANIFEST}")
+        return np.bincount(labels[labels >= 0], minlength=classes)
+    except (UserError, OSError, ValueError, EOFError) as error:
+        return f"{entry['name']}: {error}"
 
 
 def _checked_index(path: Path, entry: dict[str, Any]) -> np.ndarray:

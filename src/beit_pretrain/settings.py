@@ -50,6 +50,12 @@ def rising(rule: Rule) -> Rule:
     return f"{text}, the second not below the first", lambda v: fits(v) and v[0] <= v[1]
 
 
+def ascending(rule: Rule) -> Rule:
+    """A pair of values of a rule, the second above the first."""
+    text, fits = numbers(2, rule)
+    return f"{text}, the second above the first", lambda v: fits(v) and v[0] < v[1]
+
+
 def optional(rule: Rule) -> Rule:
     """null, or a value of the rule."""
     text, fits = rule
@@ -69,7 +75,19 @@ TEXTS = numbers(None, TEXT)
 PATHS: Rule = ("a path, or a list of paths", lambda v: TEXT[1](v) or TEXTS[1](v))
 
 # Settings that are paths or names: a folder called 2024 is not a number.
-NAMES = ("src", "out", "run", "name", "run_dir", "split", "init_from", "data.train", "data.val", "tokenizer.path")
+NAMES = (
+    "src",
+    "out",
+    "run",
+    "name",
+    "run_dir",
+    "split",
+    "init_from",
+    "labels",
+    "data.train",
+    "data.val",
+    "tokenizer.path",
+)
 ADDRESS: Rule = (
     "an address that starts with http://, https:// or file:///",
     lambda v: isinstance(v, str) and re.match(r"https?://[^/]|file:///", v) is not None,
@@ -133,6 +151,7 @@ RULES: dict[str, Rule] = {
     "data.flip": SHARE,
     "data.jitter": numbers(3, number(0)),
     "data.exact": SWITCH,
+    "data.channels": ("1, 3 or 4", lambda v: type(v) is int and v in (1, 3, 4)),
     "data.workers": whole(0),
     "data.window": whole(1),
     "data.streams": whole(1, 4097),
@@ -150,6 +169,8 @@ RULES: dict[str, Rule] = {
     "attempts": whole(1),
     "val": number(0, 1),
     "samples_per_shard": whole(1),
+    "window": optional(ascending(number(-math.inf))),
+    "percentiles": ascending(number(0, 100)),
     "resize": optional(whole(1)),
     "quality": whole(1, 101),
     "workers": optional(whole(0)),

@@ -24,9 +24,9 @@ from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
 from beit_pretrain.pretrained import classifier, features, mim
 from beit_pretrain.probe import LayerProbes, Probing
-from beit_pretrain.tokenizer import view_size
+from beit_pretrain.tokenizer import check_channels, view_size
 from beit_pretrain.training import TrainedModule
-from beit_pretrain.views import HALF, ClassificationViews, PretrainViews
+from beit_pretrain.views import HALF, ClassificationViews, PretrainViews, per_channel
 
 
 @dataclass
@@ -45,6 +45,9 @@ def pretrain_task(cfg: DictConfig) -> Task:
     patch_size = source.architecture["patch_size"] if source else cfg.patch_size or 16
     grid = patch_grid(cfg.image_size, patch_size)
     tokenizer = instantiate(cfg.tokenizer)
+    channels = cfg.data.channels
+    check_channels(tokenizer, channels)
+    mean, std = normalisation(cfg, source.about if source else {})
     views = PretrainViews(
         image_size=cfg.image_size,
         token_image_size=view_size(grid, tokenizer, cfg.data.token_image_size),
@@ -53,6 +56,7 @@ def pretrain_task(cfg: DictConfig) -> Task:
         flip=cfg.data.flip,
         jitter=tuple(cfg.data.jitter),
         exact=cfg.data.exact,
+        channels=channels,
     )
     data = PretrainData(views=views, masking=BlockwiseMask(grid, **cfg.mask), **data_settings(cfg))
     if source is None:
@@ -60,7 +64,6 @@ def pretrain_task(cfg: DictConfig) -> Task:
     else:
         model = continued(cfg, source, tokenizer.vocab_size).train()
     model.set_grad_checkpointing(cfg.activation_checkpointing)
-    mean, std = normalisation(cfg, model.about)
     module = Pretraining(model, tokenizer, optim(cfg, data.samples), mean, std, cfg.seed)
     module.about = {"mean": list(mean), "std": list(std), "tokenizer": str(cfg.tokenizer.path)}
     callbacks: list[Callback] = []
@@ -79,7 +82,8 @@ def tokenizer_task(cfg: DictConfig) -> Task:
             f"image_size={cfg.image_size} is not divisible by {DiscreteVAE.downsample}, the pixels per token"
         )
     data = classification_data(cfg)
-    module = TokenizerTraining(DiscreteVAE(**cfg.model), optim(cfg, data.samples), Relaxation(**cfg.relaxation))
+    model = DiscreteVAE(**cfg.model, in_chans=cfg.data.get("channels", 3))
+    module = TokenizerTraining(model, optim(cfg, data.samples), Relaxation(**cfg.relaxation))
     return Task(module, data, [])
 
 
@@ -149,6 +153,9 @@ def read_source(cfg: DictConfig) -> Checkpoint | None:
     size = cfg.model.get("size")
     if size is not None and size not in SIZES:
         raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
+    channels = source.architecture["in_chans"]
+    if cfg.data.channels != channels:
+        raise UserError(f"init_from={cfg.init_from} sees {channels} channels: set data.channels={channels}")
     asked = {**SIZES.get(size, {}), **plain(cfg.model), "patch_size": cfg.patch_size}
     for name in ("embed_dim", "depth", "num_heads", "patch_size"):
         if asked.get(name) not in (None, source.architecture[name]):
@@ -174,7 +181,7 @@ def continued(cfg: DictConfig, source: Checkpoint, vocab_size: int) -> MaskedIma
 
 def normalisation(cfg: DictConfig, about: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std): the config's, else those of the checkpoint, else .5."""
-    mean, std = (tuple(cfg[name] or about.get(name) or HALF) for name in ("mean", "std"))
+    mean, std = (per_channel(cfg[name] or about.get(name) or HALF, cfg.data.channels, name) for name in ("mean", "std"))
     return mean, std
 
 
@@ -215,11 +222,15 @@ def data_settings(cfg: DictConfig) -> dict:
 
 def classification_data(cfg: DictConfig, fill: tuple[float, ...] = HALF) -> ClassificationData:
     """One view an image (a tokenizer trains on such views too, without the labels)."""
-    data, size = cfg.data, cfg.image_size
+    data, size, channels = cfg.data, cfg.image_size, cfg.data.get("channels", 3)
+    if channels == 4 and data.get("auto_augment"):
+        raise UserError("RandAugment takes images of 1 or 3 channels: data.channels=4 needs data.auto_augment=null")
     crop = {"scale": tuple(data.scale), "ratio": tuple(data.ratio), "flip": data.flip}
     return ClassificationData(
-        train_views=ClassificationViews(size, True, **crop, auto_augment=data.get("auto_augment"), fill=fill),
-        val_views=ClassificationViews(size, False, crop_ratio=data.get("crop_ratio")),
+        train_views=ClassificationViews(
+            size, True, **crop, auto_augment=data.get("auto_augment"), fill=fill, channels=channels
+        ),
+        val_views=ClassificationViews(size, False, crop_ratio=data.get("crop_ratio"), channels=channels),
         **data_settings(cfg),
     )
 
@@ -236,7 +247,7 @@ def network(cfg: DictConfig) -> Architecture:
     settings.pop("pool", None)
     if size is not None and size not in SIZES:
         raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
-    shape = {"image_size": cfg.image_size, "patch_size": cfg.patch_size or 16}
+    shape = {"image_size": cfg.image_size, "patch_size": cfg.patch_size or 16, "in_chans": cfg.data.channels}
     arguments = {**SIZES.get(size, {}), **settings, **shape}
     for name in ("embed_dim", "depth", "num_heads"):
         if name not in arguments:
