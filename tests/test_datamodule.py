@@ -12,12 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from beit_pretrain.batches import EvalPlan, Plan, StepSampler
 from beit_pretrain.datamodule import (
     ClassificationData,
-    EvalPlan,
-    Plan,
     PretrainData,
-    StepSampler,
     first_of_each_class,
     labels,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +14,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from beit_pretrain import checkpoint
 from beit_pretrain.backbone import SIZES, Classifier, MaskedImageModel, patch_grid
 from beit_pretrain.callbacks import MaskedPictures, OnlineKNN
-from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData, labels
+from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData
 from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining
 from beit_pretrain.errors import UserError
 from beit_pretrain.finetune import Finetuning, Regularisation
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
+from beit_pretrain.reader import Access
 from beit_pretrain.tokenizer import view_size
 from beit_pretrain.training import TrainedModule
 from beit_pretrain.views import HALF, ClassificationViews, PretrainViews
@@ -82,11 +83,15 @@ def finetune_task(cfg: DictConfig) -> Task:
     about = source[2] if source else {}
     mean, std = (tuple(cfg[name] or about.get(name) or HALF) for name in ("mean", "std"))
     data = classification_data(cfg, fill=mean)
+    if data.readers["train"].classes_differ:
+        raise UserError(f"data.train={cfg.data.train}: data sets of different classes cannot be fine-tuned on together")
     if len(data.classes) < 2:
         raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; fine-tuning needs at least 2")
     for split, reader in data.readers.items():
-        if without := int((labels(reader) < 0).sum()):
-            raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
+        if reader.without_class:
+            raise UserError(
+                f"data.{split} has {reader.without_class} images without a class; make shards of class folders alone"
+            )
     if (cfg.regularisation.mixup or cfg.regularisation.cutmix) and cfg.batch_size % 2:
         raise UserError(f"mixup and cutmix pair images: batch_size={cfg.batch_size} must be even")
     model = Classifier(len(data.classes), **network(cfg, "image_size", "patch_size"))
@@ -112,11 +117,13 @@ TASKS: dict[str, Callable[[DictConfig], Task]] = {
 
 def data_settings(cfg: DictConfig) -> dict:
     """The settings that every data module takes, from the group `data`."""
-    names = ("train", "val", "workers", "window", "streams", "val_batch", "val_images", "per_class")
+    names = ("train", "val", "workers", "window", "streams", "val_batch", "val_images", "per_class", "weights")
+    data = plain(cfg.data)
     return {
         "global_batch": cfg.global_batch,
         "seed": cfg.seed,
-        **{name: cfg.data[name] for name in names if name in cfg.data},
+        "access": Access(**{field.name: data[field.name] for field in fields(Access) if field.name in data}),
+        **{name: data[name] for name in names if name in data},
     }
 
 
