@@ -77,11 +77,13 @@ class Mixture:
 
     def shards_ahead(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
         """Shards that are read soon. A data set's places fall to any rank: all ranks read from all of them."""
+        block, offset = divmod(position, self.block)
+        passed = self._pattern(block)[0][:offset]
         ahead = []
-        for number, order in enumerate(self.orders):
-            own = position // self.block * int(self.counts[number])
-            ahead.append([shard + int(self._first_shard[number]) for shard in order.shards_ahead(own, windows=windows)])
-        return [shard for shards in ahead for shard in shards]
+        for number, (order, first) in enumerate(zip(self.orders, self._first_shard.tolist())):
+            own = block * int(self.counts[number]) + int((passed == number).sum())
+            ahead += [first + shard for shard in order.shards_ahead(own, windows=windows)]
+        return ahead
 
     def _shuffled(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Data set of each place of a block, and how many places of that data set come before it in the block."""

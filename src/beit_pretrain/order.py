@@ -125,12 +125,10 @@ class Order:
         begin = number * self.window
         # Epoch, stream and window share the 64-bit half of the key: 24, 12 and 28 bits of it.
         key = (epoch << 40) | (stream << 28) | number
-        windows, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-        by_window = np.argsort(inverse, kind="stable")
+        windows, first, inverse, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+        by_window = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))
         moved = np.empty_like(offset)
-        for window, i, members in zip(
-            windows, first, np.split(by_window, np.cumsum(np.bincount(inverse))[:-1]), strict=True
-        ):
+        for window, i, members in zip(windows, first, by_window):
             permutation = self._window(int(window) % 2**64, int(min(self.window, length[i] - begin[i])))
             moved[members] = permutation[offset[members]]
         return start + begin + moved
