@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,7 +77,7 @@ class TestBadImages:
         code, stderr = fit(folder)
         assert code == 2
         (line,) = errors(stderr)
-        assert "training images could not be decoded, more than data.max_bad=0.001 allows" in line
+        assert "training images had to be replaced, more than data.max_bad=0.001 allows" in line
         assert "shard-0000" in line
         assert len(listed(tmp_path)) > 3
         assert fit(folder, "data.max_bad=.5", "resume=never")[0] == 0
@@ -115,11 +117,11 @@ class TestBadImages:
         trainer = SimpleNamespace(
             global_step=0, max_steps=10**9, accumulate_grad_batches=1, world_size=1, is_global_zero=True
         )
-        record = {"position": 0, "shard": "s", "key": "k", "reason": "r", "replaced_by": "n"}
+        record = {"shard": "s", "key": "k", "reason": "r", "replaced_by": "n"}
 
         def step(bad: int, images: int = 250_000) -> None:
             trainer.global_step += 1
-            batch = {"position": range(images), "bad": [record] * bad}
+            batch = {"position": range(images), "bad": [{"position": k, **record} for k in range(bad)]}
             calls.on_train_batch_end(trainer, module, None, batch, 0)
 
         for _ in range(40):
@@ -127,6 +129,35 @@ class TestBadImages:
         with pytest.raises(UserError, match="400 of 250,000"):
             step(400)
         assert len((tmp_path / "list").read_text().splitlines()) == 40 * 240 + 400
+
+    def test_neighbours_that_are_bad_too_count_once(self, folder, fit, tmp_path):
+        spoil(folder, 1, [4, 5, 6])
+        code, stderr = fit(folder, "data.max_bad=.2")
+        assert code == 0, stderr
+        shares = curve(tmp_path / "run/metrics.csv", "train/replaced")[1]
+        assert sum(shares) * 16 == pytest.approx(len({r["position"] for r in listed(tmp_path)}))
+        assert len(listed(tmp_path)) == 2 * (3 + 2 + 1)
+
+    @pytest.mark.long
+    def test_two_processes_list_what_one_does(self, folder, serve, dvae_checkpoint, tmp_path):
+        """Both through one cache, from a server; each process lists its own, the first one writes."""
+        spoil(folder, 1, [4])
+        spoil(folder, 3, [0, 7])
+        server = serve(folder)
+        lists = []
+        for devices in (1, 2):
+            words = ["fit", "+experiment=demo_pretrain", f"data.train={server.url}", *TINY, "data.workers=1"]
+            words += [f"tokenizer.path={dvae_checkpoint}", f"data.cache_dir={tmp_path / str(devices)}", "steps=12"]
+            words += [f"run_dir={tmp_path / f'run{devices}'}", "data.max_bad=.2", f"trainer.devices={devices}"]
+            words += ["trainer.accelerator=cpu", "resume=never", *["trainer.strategy=ddp"] * (devices - 1)]
+            server.requests.clear()
+            subprocess.run([sys.executable, "-m", "beit_pretrain", *words], check=True, timeout=200)
+            path = tmp_path / f"run{devices}"
+            lists.append((path / "replaced.jsonl").read_text())
+            assert {count for name, count in server.requests.items() if "shard" in name} == {1}
+            shares = curve(path / "metrics.csv", "train/replaced")[1]
+            assert sum(shares) * 16 == pytest.approx(len(lists[-1].splitlines()))
+        assert lists[0] == lists[1]
 
 
 class TestServers:

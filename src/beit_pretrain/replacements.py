@@ -38,11 +38,11 @@ class Replacements(Callback):
         self._seen = self._seen_bad = 0  # in this window, of all
 
     def on_train_batch_end(self, trainer: Trainer, pl_module, outputs, batch: dict, batch_idx: int) -> None:
-        bad = batch.get("bad", [])
-        self._images += len(batch["position"])
-        self._bad += len(bad)
-        self._new += [{"step": trainer.global_step, "split": "train", **record} for record in bad]
-        pl_module.track(len(batch["position"]), replaced=len(bad) / len(batch["position"]))
+        records, images = batch.get("bad", []), len(batch["position"])
+        replaced = len({record["position"] for record in records})  # a neighbour may be bad too
+        self._images, self._bad = self._images + images, self._bad + replaced
+        self._new += [{"step": trainer.global_step, "split": "train", **record} for record in records]
+        pl_module.track(images, replaced=replaced / images)
         step, last_micro_batch = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if last_micro_batch and (step % pl_module.log_every == 0 or step == trainer.max_steps):
             self._report(trainer, pl_module)
@@ -72,7 +72,7 @@ class Replacements(Callback):
             if self._seen_bad > allowed(self.max_bad, self._seen):
                 last = records[-1]
                 raise UserError(
-                    f"{self._seen_bad:,} of {self._seen:,} training images could not be decoded, more than "
+                    f"{self._seen_bad:,} of {self._seen:,} training images had to be replaced, more than "
                     f"data.max_bad={self.max_bad:g} allows; the last: {last['key']} of {last['shard']} "
                     f"({last['reason']}){self._where()}"
                 )
