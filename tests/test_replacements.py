@@ -52,10 +52,10 @@ def errors(stderr: str) -> list[str]:
 
 
 class TestBadImages:
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_a_run_goes_on_and_lists_them(self, folder, fit, tmp_path, workers):
+    @pytest.mark.parametrize(("workers", "batch_size"), [(0, 8), (2, 2)])
+    def test_a_run_goes_on_and_lists_them(self, folder, fit, tmp_path, workers, batch_size):
         spoil(folder, 1, [4])
-        code, stderr = fit(folder, "data.max_bad=.05", f"data.workers={workers}")
+        code, stderr = fit(folder, "data.max_bad=.05", f"data.workers={workers}", f"batch_size={batch_size}")
         assert code == 0, stderr
         records = listed(tmp_path)
         assert [set(r) for r in records] == [

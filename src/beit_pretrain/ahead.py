@@ -12,7 +12,6 @@ from typing import Protocol
 
 from torch.utils.data import get_worker_info
 
-from beit_pretrain.errors import UserError
 from beit_pretrain.reader import ShardReader
 
 ROUND = 5.0  # seconds between two looks at what is needed
@@ -64,6 +63,6 @@ def _run(state: _State, reader: ShardReader, order: Ahead, rank: int, world: int
             if shard % workers == worker and time.monotonic() - failed.get(shard, -AFTER_FAILURE) >= AFTER_FAILURE:
                 try:
                     reader.fetch_ahead(shard)
-                except (UserError, OSError):  # whoever needs the shard will meet the error, and say it
+                except Exception:  # whoever needs the shard will meet the error, and say it
                     failed[shard] = time.monotonic()
         state.ended.wait(ROUND)

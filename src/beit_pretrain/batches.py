@@ -136,7 +136,8 @@ class ShardDataset(Dataset):
             bad += [self._record(position, failed, why, sample) for failed, why in failures]
             return {**arrays, **self._common(position, label)}
         (first, why), where = failures[0], self.reader.where(failures[0][0].shard)
-        raise UserError(f"{len(failures)} samples in a row, from {self.reader.key(first)} of {where}, fail: {why}")
+        others = f" and the {len(failures) - 1} images after it" if len(failures) > 1 else ""
+        raise UserError(f"sample {self.reader.key(first)} of {where}{others} cannot be decoded: {why}")
 
     def _neighbour(self, address: Sample, distance: int) -> Sample:
         """The sample so many places after an address, in the same shard, round its end."""

@@ -41,9 +41,10 @@ class Replacements(Callback):
         records, images = batch.get("bad", []), len(batch["position"])
         replaced = len({record["position"] for record in records})  # a neighbour may be bad too
         self._images, self._bad = self._images + images, self._bad + replaced
-        self._new += [{"step": trainer.global_step, "split": "train", **record} for record in records]
+        step = batch_idx // trainer.accumulate_grad_batches + 1  # the one that this batch is a part of
+        self._new += [{"step": step, "split": "train", **record} for record in records]
         pl_module.track(images, replaced=replaced / images)
-        step, last_micro_batch = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        last_micro_batch = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if last_micro_batch and (step % pl_module.log_every == 0 or step == trainer.max_steps):
             self._report(trainer, pl_module)
 
