@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 MANIFEST_KEYS = frozenset(("rejected", "classes", "class_counts", "segmentation", "seed", "source", "settings"))
 REJECTED = "rejected.jsonl"
 # A plain file name: a manifest may come from anywhere, and must not lead out of its folder or to another host.
-SHARD_NAME = re.compile(r"\w[\w.+=@,-]*\.tar")
+SHARD_NAME = re.compile(r"\w[^/\\:\x00-\x1f\x7f]*\.tar")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # Offsets and sizes in bytes, from the start of the tar to the member's data. label -1: no class; size 0: no mask.
 INDEX_DTYPE = np.dtype(
