@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from beit_pretrain import pictures
-from beit_pretrain.datamodule import ShardData, ShardDataset
+from beit_pretrain.batches import ShardDataset
+from beit_pretrain.datamodule import ShardData
 from beit_pretrain.pretrain import Pretraining
 from beit_pretrain.views import ClassificationViews, jittered_views, normalise
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ FORMAT = "beit_pretrain-shards/1"
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = frozenset(("rejected", "classes", "class_counts", "segmentation", "seed", "source", "settings"))
 REJECTED = "rejected.jsonl"
+# A plain file name: a manifest may come from anywhere, and must not lead out of its folder or to another host.
+SHARD_NAME = re.compile(r"\w[^/\\:\x00-\x1f\x7f]*\.tar")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 # Offsets and sizes in bytes, from the start of the tar to the member's data. label -1: no class; size 0: no mask.
 INDEX_DTYPE = np.dtype(
     [
@@ -135,33 +139,49 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             raise UserError(f"{folder} has no {MANIFEST}, but its folder train has: give {folder / 'train'}")
         raise UserError(f"{folder} has no {MANIFEST}; {advice}")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {advice}") from None
+    return parse_manifest(text, path, advice)
+
+
+def parse_manifest(text: str, path: str | Path, advice: str) -> dict[str, Any]:
+    """The manifest that a file at `path` holds. Raises UserError, with the advice, if it is damaged or hostile."""
+    try:
+        manifest: dict[str, Any] = json.loads(text)
         if manifest["format"] != FORMAT:
             raise UserError(f"{path} has format {manifest['format']!r}, this version reads {FORMAT!r}; {advice}")
         if missing := MANIFEST_KEYS - manifest.keys():
             raise KeyError(min(missing))
         for entry in manifest["shards"]:
             _check_entry(entry)
-        if not all(isinstance(name, str) for name in manifest["classes"]):
-            raise ValueError("a class name is no text")
+        if len({entry["name"] for entry in manifest["shards"]}) < len(manifest["shards"]):
+            raise ValueError("two of its shards have the same name")
+        counts, classes = manifest["class_counts"], manifest["classes"]
+        if len(counts) != len(classes) or not all(
+            type(n) is int and isinstance(c, str) for n, c in zip(counts, classes)
+        ):
+            raise ValueError("its class_counts do not fit its classes")
         for key in ("samples", "bytes"):
             if sum(entry[key] for entry in manifest["shards"]) != manifest[key]:
                 raise ValueError(f"its shards do not add up to its {key}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {advice}") from None
     return manifest
 
 
 def _check_entry(entry: dict[str, Any]) -> None:
-    """Raise ValueError for a shard that a manifest must not name: a manifest may come from anyone."""
-    name = entry["name"]
-    if not isinstance(name, str) or name != PurePosixPath(name).name or "\\" in name or not name.endswith(".tar"):
-        raise ValueError(f"{name!r} is no name of a shard in its own folder")
+    """Raise ValueError, LookupError or TypeError for an entry that is no shard in the manifest's own folder.
+
+    A manifest may come from anyone.
+    """
+    if not isinstance(entry["name"], str) or not SHARD_NAME.fullmatch(entry["name"]):
+        raise ValueError(f"shard name {str(entry['name'])[:80]!r} is not a plain file name that ends with .tar")
+    if not SHA256.fullmatch(entry["sha256"]):
+        raise ValueError(f"the SHA-256 of {entry['name']} is not one")
     for key in ("samples", "bytes"):
-        if type(entry[key]) is not int or entry[key] < 0:
-            raise ValueError(f"{key} of {name} is {entry[key]!r}")
-    if not isinstance(entry["sha256"], str):
-        raise ValueError(f"sha256 of {name} is {entry['sha256']!r}")
+        if type(entry[key]) is not int or not 0 <= entry[key] < 2**53:
+            raise ValueError(f"{key} of {entry['name']} is {entry[key]!r}")
 
 
 def verify_shards(folder: str | Path, progress: bool = True, workers: int | None = 1) -> list[str]:

@@ -1,6 +1,7 @@
 """From a composed config to a finished run: trainer, folder, loggers; fit, validate.
 
-The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/` and `checkpoints/last.ckpt`.
+The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/`, `checkpoints/last.ckpt`, and, if there were bad
+images, `replaced.jsonl`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain import checkpoint
+from beit_pretrain.batches import Plan
 from beit_pretrain.callbacks import ProgressBar, Throughput
-from beit_pretrain.datamodule import Plan
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.metrics import CsvMetrics, is_first_process
 from beit_pretrain.optim import configure
+from beit_pretrain.replacements import Replacements, cut_back
 from beit_pretrain.tasks import TASKS, Task, plain
 from beit_pretrain.training import TrainedModule
 
@@ -34,8 +36,12 @@ from beit_pretrain.training import TrainedModule
 FREE_TO_CHANGE = (
     "activation_checkpointing",
     *("resume", "trainer", "logger", "batch_size", "threads", "log_every", "val_every", "save_every", "run_dir"),
-    *("pictures", "knn", "data.workers", "data.val_batch"),
+    *("pictures", "knn", "data.workers", "data.val_batch", "data.max_bad"),
+    *(f"data.{name}" for name in ("cache_dir", "cache_gb", "retries", "timeout")),
 )
+
+
+REPLACED = "replaced.jsonl"  # of a run: images that could not be decoded
 
 
 def total_steps(cfg: DictConfig, samples: int) -> int:
@@ -162,6 +168,7 @@ def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback
     callbacks: list[Callback] = [
         ProgressBar(refresh_rate=10),
         Throughput(),
+        Replacements(folder.parent / REPLACED, cfg.data.get("max_bad", 0.001)),
         ModelCheckpoint(folder, "last", every_n_train_steps=cfg.save_every, enable_version_counter=False),
     ]
     if task.module.kind == "classifier" and "val" in task.data.readers:
@@ -177,7 +184,13 @@ def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resum
     content = checkpoint.read(resume) if resume else {}
     if is_first_process():  # the trainer does not know its rank before it has launched its processes
         if resume is None:  # nothing of an earlier run must remain; nothing else is touched, whatever run_dir is
-            for pattern in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "pictures/step-*.png", "metrics.csv"):
+            for pattern in (
+                "checkpoints/last.ckpt",
+                "checkpoints/best.ckpt",
+                "pictures/step-*.png",
+                "metrics.csv",
+                REPLACED,
+            ):
                 for file in run_dir.glob(pattern):
                     file.unlink()
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -187,6 +200,8 @@ def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resum
     metrics = CsvMetrics(run_dir / "metrics.csv")
     if resume:
         metrics.cut_back(done)
+        if is_first_process():
+            cut_back(run_dir / REPLACED, done)
     trainer.loggers = [metrics]
     if cfg.logger.kind == "wandb":
         from beit_pretrain.weights_and_biases import new_id, wandb_logger
@@ -287,7 +302,7 @@ def validate(cfg: DictConfig) -> dict[str, float]:
         raise UserError("the run has no held-out images; give data.val=FOLDER")
     run_cfg.trainer = cfg.trainer
     with building():
-        trainer = make_trainer(run_cfg, 1, [ProgressBar()])
+        trainer = make_trainer(run_cfg, 1, [ProgressBar(), Replacements(None, 1)])
     trainer.validate(task.module, task.data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name, value in sorted(metrics.items()):

@@ -76,17 +76,8 @@ PATHS: Rule = ("a path, or a list of paths", lambda v: TEXT[1](v) or TEXTS[1](v)
 
 # Settings that are paths or names: a folder called 2024 is not a number.
 NAMES = (
-    "src",
-    "out",
-    "run",
-    "name",
-    "run_dir",
-    "split",
-    "init_from",
-    "labels",
-    "data.train",
-    "data.val",
-    "tokenizer.path",
+    *("src", "out", "run", "name", "run_dir", "split", "init_from", "labels", "tokenizer.path"),
+    *("data.train", "data.val", "data.cache_dir"),
 )
 ADDRESS: Rule = (
     "an address that starts with http://, https:// or file:///",
@@ -96,6 +87,14 @@ ADDRESS: Rule = (
 RULES: dict[str, Rule] = {
     **{name: optional(TEXT) for name in NAMES},
     "src": PATHS,
+    "data.train": PATHS,
+    "data.val": optional(PATHS),
+    "data.weights": optional(numbers(None, POSITIVE)),
+    "data.max_bad": SHARE,
+    "data.cache_dir": optional(TEXT),
+    "data.cache_gb": POSITIVE,
+    "data.retries": whole(0, 101),
+    "data.timeout": POSITIVE,
     "seed": whole(0, 2**32),
     "resume": one_of("auto", "never"),
     "epochs": optional(POSITIVE),
@@ -185,6 +184,13 @@ RULES: dict[str, Rule] = {
 }
 
 
+def as_name(value: Any) -> Any:
+    """A number that is a name as a text; so too in a list of names."""
+    if isinstance(value, list):
+        return [as_name(item) for item in value]
+    return str(value) if type(value) in (int, float) else value
+
+
 def check(settings: dict[str, Any], prefix: str = "") -> None:
     """Raise UserError for the first setting that breaks its rule; numbers that are names become texts, in place."""
     for key, value in settings.items():
@@ -192,7 +198,7 @@ def check(settings: dict[str, Any], prefix: str = "") -> None:
         if isinstance(value, dict):
             check(value, f"{name}.")
             continue
-        if name in NAMES and type(value) in (int, float):
-            settings[key] = value = str(value)
+        if name in NAMES:
+            settings[key] = value = as_name(value)
         if name in RULES and not RULES[name][1](value):
             raise UserError(f"{name} must be {RULES[name][0]}, got {'null' if value is None else value!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from beit_pretrain.backbone import SIZES, Architecture, Classifier, MaskedImageModel, patch_grid
 from beit_pretrain.callbacks import MaskedPictures, OnlineKNN
-from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData, labels
+from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData
 from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining
 from beit_pretrain.errors import UserError
 from beit_pretrain.finetune import Finetuning, Regularisation
@@ -24,6 +24,7 @@ from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
 from beit_pretrain.pretrained import classifier, features, mim
 from beit_pretrain.probe import LayerProbes, Probing
+from beit_pretrain.reader import Access
 from beit_pretrain.tokenizer import check_channels, view_size
 from beit_pretrain.training import TrainedModule
 from beit_pretrain.views import HALF, ClassificationViews, PretrainViews, per_channel
@@ -129,10 +130,12 @@ def finetune_callbacks(cfg: DictConfig, data: ShardData) -> list[Callback]:
 def labelled_data(cfg: DictConfig, fill: tuple[float, ...]) -> ClassificationData:
     """Images that all have a class, of at least two. Raises UserError if not."""
     data = classification_data(cfg, fill)
+    if data.readers["train"].classes_differ:
+        raise UserError(f"data.train={cfg.data.train}: data sets of different classes cannot be used together")
     if len(data.classes) < 2:
         raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; {cfg.task} needs at least 2")
     for split, reader in data.readers.items():
-        if without := int((labels(reader) < 0).sum()):
+        if without := reader.without_class:
             raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
     return data
 
@@ -212,11 +215,13 @@ TASKS: dict[str, Callable[[DictConfig], Task]] = {
 
 def data_settings(cfg: DictConfig) -> dict:
     """The settings that every data module takes, from the group `data`."""
-    names = ("train", "val", "workers", "window", "streams", "val_batch", "val_images", "per_class")
+    names = ("train", "val", "workers", "window", "streams", "val_batch", "val_images", "per_class", "weights")
+    data = plain(cfg.data)
     return {
         "global_batch": cfg.global_batch,
         "seed": cfg.seed,
-        **{name: cfg.data[name] for name in names if name in cfg.data},
+        "access": Access(**{field.name: data[field.name] for field in fields(Access) if field.name in data}),
+        **{name: data[name] for name in names if name in data},
     }
 
 
