@@ -76,7 +76,8 @@ def seeded(build: Callable, *args, **settings):
 def write_checkpoint(path: Path, kind: str, model: torch.nn.Module, **about) -> Path:
     """The part of a checkpoint of `fit` that `checkpoint.read_own` reads."""
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"beit_pretrain": {"kind": kind, "model": dict(model.config), **about}, "state_dict": state}, path)
+    said = {"kind": kind, "model": dict(model.config), **about}
+    torch.save({"beit_pretrain": said, "state_dict": state, "global_step": 10}, path)
     return path
 
 

@@ -127,6 +127,26 @@ class TestFineTuning:
         assert f"model.size=base asks for embed_dim={SIZES['base']['embed_dim']}" in stderr
         assert stderr.count("\n") == 1
 
+    @pytest.mark.parametrize(
+        ("setting", "fits"),
+        [
+            ("model.rel_pos_bias=none", False),
+            ("model.rel_pos_bias=per_layer", True),
+            ("model.abs_pos_emb=true", False),
+            ("model.abs_pos_emb=false", True),
+            ("+model.init_values=null", False),
+            ("+model.init_values=0.1", True),
+            ("patch_size=16", False),
+            ("data.channels=1", False),
+        ],
+    )
+    def test_a_setting_that_the_checkpoint_does_not_have(self, setting, fits, finetune_words, authors_file, run_cli):
+        code, _, stderr = run_cli(*finetune_words, f"init_from={authors_file}", setting)
+        assert (code == 0) == fits, stderr
+        if not fits:
+            assert setting.split("=")[0].lstrip("+").split(".")[-1] in stderr
+            assert stderr.count("\n") == 1
+
     def test_drop_path_and_pooling_are_the_configs(self, finetune_words, authors_file):
         settings = [f"init_from={authors_file}", "model.drop_path_rate=0.3", "model.pool=token"]
         model = started([*finetune_words, *settings]).module.model

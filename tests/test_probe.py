@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from conftest import MIM, write_checkpoint
+from foreign import scrambled
 
-from beit_pretrain.backbone import Features
+from beit_pretrain.backbone import Features, MaskedImageModel
 from beit_pretrain.errors import UserError
 from beit_pretrain.metrics import read_rows
 from beit_pretrain.optim import Optim
@@ -90,6 +94,33 @@ def test_a_run(words, run_cli, tmp_path):
     code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu")
     assert code == 0, stderr
     assert f"{last['val/accuracy']:.4f}" in stdout
+
+
+def test_probes_are_never_put_on_another_backbone(words, mim_checkpoint, run_cli, tmp_path):
+    other = tmp_path / "source.ckpt"
+    shutil.copy(mim_checkpoint, other)
+    words = [*words, f"init_from={other}"]
+    assert run_cli(*words)[0] == 0
+    write_checkpoint(other, "mim", scrambled(MaskedImageModel(**MIM)))
+    for again in (["validate", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu"], [*words, "resume=auto"]):
+        code, _, stderr = run_cli(*again)
+        assert code == 2
+        assert "was trained on another backbone" in stderr
+
+
+@pytest.mark.parametrize("verb", ["predict", "export", "show"])
+def test_what_probes_are_no_good_for(verb, words, run_cli, tmp_path, photos):
+    assert run_cli(*words)[0] == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    more = {
+        "predict": [f"init_from={last}", f"src={photos}"],
+        "export": [f"init_from={last}", "to=hf", "out=x"],
+        "show": [f"run={tmp_path / 'run'}"],
+    }[verb]
+    code, _, stderr = run_cli(verb, *more)
+    assert code == 2
+    assert "probes" in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_a_layer_that_is_not_there(words, run_cli, tmp_path):

@@ -23,7 +23,7 @@ from beit_pretrain.formats import read_checkpoint
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrained import classifier
 from beit_pretrain.training import TrainedModule
-from beit_pretrain.views import HALF, centre_view, normalise, to_array
+from beit_pretrain.views import HALF, centre_view, normalise, per_channel, to_array
 
 
 @dataclass
@@ -128,7 +128,8 @@ class ImageClassifier:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         self.classes: list[str] = about.get("classes") or [str(i) for i in range(self.model.num_classes)]
-        self.mean, self.std = about.get("mean", HALF), about.get("std", HALF)
+        half = per_channel(HALF, self.model.config["in_chans"], "mean")
+        self.mean, self.std = about.get("mean", half), about.get("std", half)
         self.image_size: int = self.model.config["image_size"]
         if not isinstance(self.image_size, int):
             raise UserError(f"{path} is for images of {self.image_size} pixels; square ones are needed here")

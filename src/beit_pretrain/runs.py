@@ -197,6 +197,8 @@ def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resum
         OmegaConf.save(cfg, run_dir / ".config.yaml.partial", resolve=True)
         (run_dir / ".config.yaml.partial").replace(run_dir / "config.yaml")  # other processes may read it just now
     done = int(content.get("global_step", 0))
+    if resume:
+        same_backbone(module, content.get("beit_pretrain", {}), resume)
     metrics = CsvMetrics(run_dir / "metrics.csv")
     if resume:
         metrics.cut_back(done)
@@ -227,6 +229,7 @@ def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
             *([f"  from {task.origin}"] if task.origin else []),
             f"  folder {cfg.run_dir}",
             *off_recipe(cfg),
+            *(["  note: the run is shorter than its warm-up"] if settings.warmup_steps >= steps else []),
         )
     )
 
@@ -279,9 +282,16 @@ def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[Dict
     cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.load(run / "config.yaml"), overrides or {}))
     last = run / "checkpoints" / "last.ckpt"
     task = TASKS[cfg.task](from_checkpoint(cfg, last))
-    _, state, _ = checkpoint.read_own(last, task.module.kind)
+    _, state, about = checkpoint.read_own(last, task.module.kind)
+    same_backbone(task.module, about, last)
     checkpoint.load_exactly(task.module.model, state, last)
     return cfg, task
+
+
+def same_backbone(module: TrainedModule, about: dict, last: Path) -> None:
+    """Raise UserError if probes were trained on another backbone than they are put on now."""
+    if about.get("backbone") != module.about.get("backbone"):
+        raise UserError(f"{last} was trained on another backbone than {module.about.get('init_from')} holds now")
 
 
 def from_checkpoint(cfg: DictConfig, last: Path) -> DictConfig:

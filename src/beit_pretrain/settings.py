@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from beit_pretrain.errors import UserError
 
@@ -23,13 +23,12 @@ def whole(low: int, high: float = 2**63) -> Rule:
 
 def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
     """A finite number from `low` (or above it) to `high`."""
-    text = f"a number {'above' if above else 'of at least'} {low:g}" + (
-        f" and at most {high:g}" if high < math.inf else ""
-    )
+    text = "a number" if low == -math.inf else f"a number {'above' if above else 'of at least'} {low:g}"
+    text += f" and at most {high:g}" if high < math.inf else ""
     return text, lambda v: is_number(v) and (low < v if above else low <= v) and v <= high
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number, and no truth value."""
     return type(value) in (int, float) and math.isfinite(value)
 
@@ -121,8 +120,8 @@ RULES: dict[str, Rule] = {
     "model.blocks": whole(0, 2**10),
     "model.drop_path_rate": ("a number of at least 0 and below 1", lambda v: is_number(v) and 0 <= v < 1),
     "model.init_values": optional(POSITIVE),
-    "model.abs_pos_emb": SWITCH,
-    "model.rel_pos_bias": one_of("shared", "per_layer", "none"),
+    "model.abs_pos_emb": optional(SWITCH),
+    "model.rel_pos_bias": optional(one_of("shared", "per_layer", "none")),
     "model.pool": optional(one_of("avg", "token")),
     "model.size": optional(TEXT),
     "new_head": SWITCH,

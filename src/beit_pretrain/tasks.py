@@ -18,7 +18,7 @@ from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData
 from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining
 from beit_pretrain.errors import UserError
 from beit_pretrain.finetune import Finetuning, Regularisation
-from beit_pretrain.formats import Checkpoint, read_checkpoint, sizes
+from beit_pretrain.formats import Checkpoint, digest, read_checkpoint, sizes
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
@@ -159,6 +159,20 @@ def read_source(cfg: DictConfig) -> Checkpoint | None:
     channels = source.architecture["in_chans"]
     if cfg.data.channels != channels:
         raise UserError(f"init_from={cfg.init_from} sees {channels} channels: set data.channels={channels}")
+    scale = ("init_values" in cfg.model, cfg.model.get("init_values"), source.architecture["init_values"])
+    if scale[0] and (scale[1] is None) != (scale[2] is None):
+        raise UserError(
+            f"init_from={cfg.init_from} has {sizes(source.architecture)}, but the experiment asks for "
+            f"model.init_values={'null' if scale[1] is None else scale[1]}"
+        )
+    bias = source.architecture["rel_pos_bias"]
+    expanded = "per_layer" if bias == "shared" and cfg.task == "finetune" else bias
+    for name, own in (("rel_pos_bias", (bias, expanded)), ("abs_pos_emb", (source.architecture["abs_pos_emb"],))):
+        if cfg.model.get(name) not in (None, *own):
+            raise UserError(
+                f"init_from={cfg.init_from} has {sizes(source.architecture)}, but the experiment asks for "
+                f"model.{name}={cfg.model[name]}"
+            )
     asked = {**SIZES.get(size, {}), **plain(cfg.model), "patch_size": cfg.patch_size}
     for name in ("embed_dim", "depth", "num_heads", "patch_size"):
         if asked.get(name) not in (None, source.architecture[name]):
@@ -201,7 +215,8 @@ def probe_task(cfg: DictConfig) -> Task:
     layers = [cfg.probe.layer] if cfg.probe.layer is not None else list(range(1, depth + 1))
     probes = LayerProbes(layers, backbone.embed_dim, len(data.classes), cfg.probe.pool)
     module = Probing(probes, backbone, optim(cfg, data.samples), mean, std)
-    module.about = {"mean": list(mean), "std": list(std), "classes": list(data.classes), "init_from": cfg.init_from}
+    module.about = {"mean": list(mean), "std": list(std), "classes": list(data.classes)}
+    module.about |= {"init_from": str(Path(cfg.init_from).absolute()), "backbone": digest(source.state)}
     return Task(module, data, [], origin(source))
 
 
@@ -250,6 +265,9 @@ def network(cfg: DictConfig) -> Architecture:
     settings = plain(cfg.model)
     size = settings.pop("size", None)
     settings.pop("pool", None)
+    for name in ("rel_pos_bias", "abs_pos_emb"):
+        if settings.get(name) is None:  # the network's own default
+            settings.pop(name, None)
     if size is not None and size not in SIZES:
         raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
     shape = {"image_size": cfg.image_size, "patch_size": cfg.patch_size or 16, "in_chans": cfg.data.channels}
