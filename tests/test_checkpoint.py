@@ -106,7 +106,9 @@ class TestAtomicWriting:
         assert read(path)["step"] == 3
         AtomicCheckpointIO().save_checkpoint({"step": 4}, str(path))
         assert read(path) == {"step": 4}
-        assert list(path.parent.iterdir()) == [path]
+        previous = path.with_name("previous.ckpt")
+        assert read(previous)["step"] == 3
+        assert sorted(path.parent.iterdir()) == [path, previous]
 
     @pytest.fixture
     def path(self, tmp_path):
@@ -138,7 +140,7 @@ class TestAtomicWriting:
             said = refusal(AtomicCheckpointIO().save_checkpoint, {"weight": torch.zeros(100_000)}, path)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert said == f"checkpoint {path} cannot be written: File too large"
+        assert said == f"checkpoint {path} cannot be written: File too large; the one before is intact"
 
     def test_a_file_in_the_folders_place(self, path):
         said = refusal(AtomicCheckpointIO().save_checkpoint, {"step": 2}, path / "last.ckpt")

@@ -89,7 +89,7 @@ def test_overfits_a_few_colours():
     """Four images of one colour each: the error of the decoded tokens falls, and it takes more than one token."""
     torch.manual_seed(0)
     colours = torch.tensor([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20]], dtype=torch.uint8)
-    batch = {"image": colours.view(4, 3, 1, 1).expand(-1, -1, 16, 16)}
+    batch = {"image": colours.view(4, 3, 1, 1).expand(-1, -1, 16, 16), "position": torch.zeros(4, dtype=torch.long)}
     module = training(Relaxation(usage_weight=0.01), width=16)
     # training_step asks the trainer for nothing but the progress of the run.
     module.trainer = run = SimpleNamespace(global_step=0, max_steps=400)

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -170,6 +171,17 @@ def compact(names: Iterable[str]) -> str:
     return ", ".join(lines)
 
 
+def link(path: Path, other: Path) -> None:
+    """Give a file a second name, which may be taken; a copy where the file system knows no links."""
+    temporary = other.with_name(f".{other.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copy2(path, temporary)
+    os.replace(temporary, other)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, flushes it to the disk and renames it: a name never holds half a file."""
 
@@ -182,6 +194,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if path.name == "last.ckpt" and path.exists():
+                link(path, path.with_name("previous.ckpt"))
             os.replace(temporary, path)
         except BaseException as error:
             with suppress(OSError):
@@ -189,5 +203,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # torch.save turns the OSError of a full disk into a RuntimeError about its own position.
             cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, OSError):
-                raise UserError(f"checkpoint {path} cannot be written: {cause.strerror or cause}") from error
+                raise UserError(
+                    f"checkpoint {path} cannot be written: {cause.strerror or cause}; the one before is intact"
+                ) from error
             raise

@@ -158,8 +158,8 @@ class TokenizerTraining(TrainedModule):
     kind = "tokenizer"
     model: DiscreteVAE
 
-    def __init__(self, model: DiscreteVAE, optim: Optim, relaxation: Relaxation):
-        super().__init__(model, optim)
+    def __init__(self, model: DiscreteVAE, optim: Optim, relaxation: Relaxation, seed: int = 0):
+        super().__init__(model, optim, seed)
         self.relaxation = relaxation
         self._totals: Tensor | None = None
 
@@ -168,6 +168,8 @@ class TokenizerTraining(TrainedModule):
         image = batch["image"].float() / 255
         temperature = self.relaxation.temperature(self.trainer.global_step / max(1, self.trainer.max_steps))
         logits = self.model.logits(image).float()
+        # The noise belongs to the batch: a run that goes on draws what it would have drawn.
+        torch.manual_seed(self.seed * 1_000_003 + int(batch["position"][0]))
         weights = F.gumbel_softmax(logits, temperature, dim=1)
         reconstruction = F.mse_loss(self.model.reconstruct(weights), image)
         kl, usage_kl = self.divergences(logits)

@@ -97,6 +97,21 @@ class Pretraining(TrainedModule):
         self.track(codebook_perplexity=use["codebook_perplexity"])
         super().flush()
 
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        total_V = self.sum_over_processes(self._tokens_V)
+        self._tokens_V = total_V if self.trainer.is_global_zero else torch.zeros_like(total_V)
+        checkpoint["unwritten_tokens"] = total_V.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.trainer.is_global_zero and "unwritten_tokens" in checkpoint:
+            self._tokens_V = checkpoint["unwritten_tokens"].clone()
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._tokens_V = self._tokens_V.to(self.device)
+
     def on_validation_epoch_start(self) -> None:
         # Loss, hits, hits of copying, masked patches; then histograms of masked and of all tokens.
         self._totals = torch.zeros(4 + 2 * self.model.vocab_size, dtype=torch.float64, device=self.device)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import cast
 import torch
 from hydra.errors import InstantiationException
 from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -26,18 +29,22 @@ from beit_pretrain import checkpoint
 from beit_pretrain.batches import Plan
 from beit_pretrain.callbacks import ProgressBar, Throughput
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.guards import Guard
+from beit_pretrain.keeping import LAST, PREEMPTED, Keeper, Stopped, check_space, newest_good
 from beit_pretrain.metrics import CsvMetrics, is_first_process
 from beit_pretrain.optim import configure
+from beit_pretrain.pretrain import Pretraining
 from beit_pretrain.replacements import Replacements, cut_back
 from beit_pretrain.tasks import TASKS, Task, plain
 from beit_pretrain.training import TrainedModule
+from beit_pretrain.views import jittered_views
 
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
 FREE_TO_CHANGE = (
-    "activation_checkpointing",
-    *("resume", "trainer", "logger", "batch_size", "threads", "log_every", "val_every", "save_every", "run_dir"),
-    *("pictures", "knn", "data.workers", "data.val_batch", "data.max_bad"),
-    *(f"data.{name}" for name in ("cache_dir", "cache_gb", "retries", "timeout")),
+    *("activation_checkpointing", "resume", "preflight", "trainer", "logger", "batch_size", "threads", "run_dir"),
+    *("log_every", "val_every", "save_every", "save_minutes", "keep_every", "max_skipped", "pictures", "knn"),
+    *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
+    "data.max_bad",
 )
 
 
@@ -118,7 +125,7 @@ def building() -> Iterator[None]:
 
 def fit(cfg: DictConfig) -> dict[str, float]:
     """Train what the config describes; returns the last validation metrics."""
-    last = Path(cfg.run_dir) / "checkpoints" / "last.ckpt"
+    folder = Path(cfg.run_dir) / "checkpoints"
     quieten()
     with building():
         if cfg.task not in TASKS:
@@ -126,33 +133,93 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
         seed_everything(cfg.seed, workers=True, verbose=False)
-        resume = to_resume(cfg, last)
-        task = TASKS[cfg.task](from_checkpoint(cfg, last) if resume else cfg)
+        resume = to_resume(cfg, folder)
+        task = TASKS[cfg.task](from_checkpoint(cfg, resume) if resume else cfg)
         steps = total_steps(cfg, task.data.samples)
-        trainer = make_trainer(cfg, steps, [*common_callbacks(cfg, last.parent, task), *task.callbacks])
-        task.module.log_every = cfg.log_every
+        trainer = make_trainer(cfg, steps, [*common_callbacks(cfg, folder, task), *task.callbacks])
         introduction = introduce(cfg, task, steps, trainer)
-        rehearse(task)
-        done = open_loggers(cfg, trainer, task.module, last if resume else None)
+        checks = preflight(cfg, task, trainer)
+        if cfg.preflight == "only":
+            print("\n".join([introduction, *checks, "ready: the same command without preflight=only starts the run"]))
+            return {}
+        prepare(cfg, task, folder)
+        done = open_loggers(cfg, trainer, task.module, resume)
     if is_first_process():
         print(introduction + (f"\n  continuing {cfg.name} after step {done}" if resume else ""), flush=True)
     if resume and done >= steps:
         print("  already finished; more steps would be another run: choose another name=, or resume=never")
         return {}
+    train(task, trainer, resume)
+    return finish(cfg, task, trainer, steps)
+
+
+def prepare(cfg: DictConfig, task: Task, folder: Path) -> None:
+    """What watches over the run: its rhythm, its checkpoints, its guard."""
+    module = task.module
+    module.log_every = cfg.log_every
+    module.keeper = Keeper(folder, cfg.save_every, cfg.save_minutes, cfg.keep_every)
+    module.guard = Guard(Path(cfg.run_dir) / "skipped.jsonl", cfg.max_skipped, cfg.global_batch)
+
+
+def train(task: Task, trainer: Trainer, resume: Path | None) -> None:
+    """Run the loop. Raises KeyboardInterrupt after Ctrl-C and SystemExit(75) after SIGTERM, both with all saved."""
+    keeper = task.module.keeper
+    assert keeper is not None
     try:
-        trainer.fit(task.module, task.data, ckpt_path=str(last) if resume else None, weights_only=True)
-    except SystemExit:  # Lightning's answer to Ctrl-C
+        trainer.fit(task.module, task.data, ckpt_path=str(resume) if resume else None, weights_only=True)
+    except Stopped as stopped:
+        if trainer.is_global_zero:
+            print(f"{stopped}, saved {keeper.folder / LAST}; the same command goes on from there", flush=True)
+        if stopped.signum == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(PREEMPTED) from None
+    except SystemExit:  # Lightning's answer to a Ctrl-C that came twice
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
-    trainer.save_checkpoint(last, weights_only=False)
-    if trainer.global_step < steps:
-        print(f"stopped early after step {trainer.global_step} of {steps}", flush=True)
+    finally:
+        keeper.end()
+
+
+def finish(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> dict[str, float]:
+    """Save the last checkpoint and measure it, whatever `save_every` and `val_every` are."""
+    assert task.module.keeper is not None
+    task.module.keeper.save(task.module)
     if trainer.is_global_zero:
-        print(f"saved {last}", flush=True)
-    if "val" in task.data.readers and steps % min(cfg.val_every, steps):
-        trainer.validate(task.module, task.data, verbose=False)  # a run ends with its final metrics, whatever val_every
+        early = f" (stopped early after step {trainer.global_step} of {steps})" if trainer.global_step < steps else ""
+        print(f"saved {task.module.keeper.folder / LAST}{early}", flush=True)
+    if "val" in task.data.readers and trainer.global_step % min(cfg.val_every, steps):
+        trainer.validate(task.module, task.data, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def preflight(cfg: DictConfig, task: Task, trainer: Trainer) -> list[str]:
+    """Try everything that a run needs before its folder is touched; a line for each check, for people.
+
+    Raises UserError for what would end the run later.
+    """
+    rehearse(task)
+    lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
+    if isinstance(task.module, Pretraining):
+        lines.append(f"  tokenizer: {try_tokenizer(task)}")
+    parameters = sum(p.numel() for p in task.module.model.parameters())
+    lines.append(f"  disk: {check_space(Path(cfg.run_dir), parameters)}")
+    on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
+    if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
+    lines.append(f"  precision: {trainer.precision} on {type(trainer.accelerator).__name__}")
+    return lines
+
+
+def try_tokenizer(task: Task) -> str:
+    """Encode a few images; how many different tokens came out."""
+    dataset = task.data.train_dataset(Plan(task.data.global_batch))
+    samples = [dataset.sample(position) for position in range(min(4, task.data.samples))]
+    batch = {key: torch.stack([torch.as_tensor(s[key]) for s in samples]) for key in samples[0] if key != "bad"}
+    tokens = cast(Pretraining, task.module).tokenizer.encode(jittered_views(batch)[1])
+    if tokens.shape[1] != batch["mask"].shape[1]:
+        raise UserError(f"the tokenizer gives {tokens.shape[1]} tokens for {batch['mask'].shape[1]} patches")
+    return f"{len(tokens.unique())} different tokens in {len(tokens)} images"
 
 
 def rehearse(task: Task) -> None:
@@ -169,7 +236,6 @@ def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback
         ProgressBar(refresh_rate=10),
         Throughput(),
         Replacements(folder.parent / REPLACED, cfg.data.get("max_bad", 0.001)),
-        ModelCheckpoint(folder, "last", every_n_train_steps=cfg.save_every, enable_version_counter=False),
     ]
     if task.module.kind == "classifier" and "val" in task.data.readers:
         callbacks.append(
@@ -249,11 +315,14 @@ def off_recipe(cfg: DictConfig) -> list[str]:
     ]
 
 
-def to_resume(cfg: DictConfig, last: Path) -> bool:
-    """Whether the run goes on from its last checkpoint. Raises UserError if the folder has a run of other settings."""
+def to_resume(cfg: DictConfig, folder: Path) -> Path | None:
+    """The checkpoint that the run goes on from: the newest good one of its folder; None = a new run.
+
+    Raises UserError if the folder has a run of other settings, or checkpoints that cannot be read.
+    """
     config = Path(cfg.run_dir) / "config.yaml"
-    if cfg.resume == "never" or not last.is_file():
-        return False
+    if cfg.resume == "never" or not any(folder.glob("*.ckpt")):
+        return None
     if config.is_file():
         different = differences(plain(OmegaConf.load(config)), plain(cfg))
         if different:
@@ -261,7 +330,10 @@ def to_resume(cfg: DictConfig, last: Path) -> bool:
                 f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
                 f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
             )
-    return True
+    newest, problems = newest_good(folder)
+    for problem in problems if is_first_process() else []:
+        print(f"warning: {problem}; going on from {newest}", file=sys.stderr, flush=True)
+    return newest
 
 
 def differences(old, new, path: str = "") -> list[str]:
@@ -280,7 +352,7 @@ def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[Dict
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not the folder of a run (it has no config.yaml)")
     cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.load(run / "config.yaml"), overrides or {}))
-    last = run / "checkpoints" / "last.ckpt"
+    last = run / "checkpoints" / LAST
     task = TASKS[cfg.task](from_checkpoint(cfg, last))
     _, state, about = checkpoint.read_own(last, task.module.kind)
     same_backbone(task.module, about, last)

@@ -61,9 +61,11 @@ def optional(rule: Rule) -> Rule:
     return f"null or {text}", lambda v: v is None or fits(v)
 
 
-def one_of(*words: str | None) -> Rule:
+def one_of(*words: str | bool | None) -> Rule:
     """One of some words."""
-    return f"one of {', '.join('null' if w is None else w for w in words)}", lambda v: v in words
+    said = {None: "null", True: "true", False: "false"}
+    text = ", ".join(said[w] if w is None or isinstance(w, bool) else w for w in words)
+    return f"one of {text}", lambda v: any(v is w or (isinstance(v, str) and v == w) for w in words)
 
 
 POSITIVE = number(0, above=True)
@@ -100,6 +102,10 @@ RULES: dict[str, Rule] = {
     "steps": optional(whole(1)),
     **{name: whole(1) for name in ("global_batch", "batch_size", "log_every", "val_every", "save_every")},
     "threads": optional(whole(1)),
+    "save_minutes": optional(POSITIVE),
+    "keep_every": optional(whole(1)),
+    "max_skipped": whole(1),
+    "preflight": one_of(True, "only"),
     "image_size": optional(whole(1, 2**16)),
     "to": one_of("unilm", "timm", "onnx", "hf"),
     "patch_size": optional(whole(1, 2**16)),

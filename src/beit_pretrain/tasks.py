@@ -84,7 +84,7 @@ def tokenizer_task(cfg: DictConfig) -> Task:
         )
     data = classification_data(cfg)
     model = DiscreteVAE(**cfg.model, in_chans=cfg.data.get("channels", 3))
-    module = TokenizerTraining(model, optim(cfg, data.samples), Relaxation(**cfg.relaxation))
+    module = TokenizerTraining(model, optim(cfg, data.samples), Relaxation(**cfg.relaxation), cfg.seed)
     return Task(module, data, [])
 
 

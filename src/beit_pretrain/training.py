@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from beit_pretrain import optim as optimisation
 from beit_pretrain.drop_path import uniforms
+from beit_pretrain.guards import Guard
+from beit_pretrain.keeping import Keeper
 from beit_pretrain.optim import Optim
 
 PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
@@ -40,6 +43,8 @@ class TrainedModule(LightningModule):
         self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
         self.log_every = 50
         self.batch_ended: float | None = None
+        self.keeper: Keeper | None = None
+        self.guard: Guard | None = None
         self._sums: dict[str, Tensor] = {}  # (2,): sum of value x weight, sum of weights
 
     def configure_optimizers(self):
@@ -50,6 +55,8 @@ class TrainedModule(LightningModule):
         """Rescale and clip here and not by Lightning: its clip refuses fused AdamW under bf16, and knows no scale."""
         norm = optimisation.clip_gradients(self.model.parameters(), self.optim.clip, self.gradient_scale())
         self.track(gradient_norm=norm, lr=optimizer.param_groups[-1]["lr"])
+        if self.guard is not None:
+            self.track(skipped=self.guard.examine(norm, optimizer, self.trainer.global_step))
 
     def drop(self, batch: dict) -> Tensor | None:
         """Drop path's numbers (B, R) for the positions of a batch; None where nothing would be dropped."""
@@ -66,7 +73,8 @@ class TrainedModule(LightningModule):
         weight = torch.as_tensor(weight, device=self.device, dtype=torch.float64)
         for name, value in metrics.items():
             value = torch.as_tensor(value, device=self.device).detach().double()
-            pair = torch.stack([value * weight, weight])
+            finite = value.isfinite()  # a skipped step is counted, and does not hide the others' mean
+            pair = torch.stack([torch.where(finite, value * weight, 0.0), torch.where(finite, weight, 0.0)])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
@@ -74,6 +82,11 @@ class TrainedModule(LightningModule):
         last_micro_batch = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if last_micro_batch and (step % self.log_every == 0 or step == self.trainer.max_steps):
             self.flush()
+        if last_micro_batch and self.keeper is not None:
+            data = getattr(self.trainer, "datamodule", None)
+            every = int(self.trainer.val_check_interval)
+            validates = "val" in getattr(data, "readers", ()) and (batch_idx + 1) % every == 0
+            self.keeper.after_step(self, validates)
         self.batch_ended = time.perf_counter()  # the last thing of a step: from here on it waits for data
 
     def flush(self) -> None:
@@ -87,6 +100,20 @@ class TrainedModule(LightningModule):
         bar = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
         self.log_dict(bar, prog_bar=True, logger=False)
         self.emit(metrics)
+        if self.guard is not None:
+            vocab_size = getattr(self.model, "vocab_size", None)
+            self.guard.look(metrics, self.trainer.global_step, vocab_size, self.trainer.is_global_zero)
+
+    def on_fit_start(self) -> None:
+        self._sums = {name: pair.to(self.device) for name, pair in self._sums.items()}
+
+    def on_train_start(self) -> None:
+        if self.keeper is not None:  # later than Lightning, which takes SIGTERM for itself before
+            self.keeper.begin()
+
+    def on_validation_end(self) -> None:
+        if self.keeper is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.keeper.after_validation(self)
 
     def log_validation(self, metrics: dict[str, Tensor | float]) -> None:
         """Write `val/<name>`: to the loggers, and to Lightning for callbacks that watch a metric."""
@@ -112,7 +139,23 @@ class TrainedModule(LightningModule):
             done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
             for counts in (progress["total"], progress["current"]):
                 counts.update(dict.fromkeys(counts, done))
+        if self.trainer.is_global_zero:
+            self._sums = dict(checkpoint.get("unwritten", {}))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Say in plain containers what the file holds, so that `checkpoint.read_own` can rebuild the network."""
         checkpoint["beit_pretrain"] = {"kind": self.kind, "model": dict(self.model.config), **self.about}
+        checkpoint["unwritten"] = self.unwritten()
+
+    def unwritten(self) -> dict[str, Tensor]:
+        """Sums since the last flush, over all processes: a checkpoint between two flushes loses none of them.
+
+        From here on the first process holds them for all, as it will after a restart.
+        """
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        total = self.sum_over_processes(torch.stack([self._sums[name] for name in names]))
+        mine = total if self.trainer.is_global_zero else torch.zeros_like(total)
+        self._sums = dict(zip(names, mine.unbind(0), strict=True))
+        return {name: pair.cpu() for name, pair in zip(names, total.unbind(0), strict=True)}
