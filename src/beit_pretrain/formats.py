@@ -25,6 +25,8 @@ DERIVED = ("relative_position_index", "attn.k_bias", "position_ids")
 # What the networks of RECIPE section 8 may be called, and in which entry a file keeps their tensors.
 ENTRIES = ("state_dict", "model", "module")
 PREFIXES = ("module.", "model.", "backbone.")
+# The tensor that tells what a file holds.
+HEADS = {"mim": "lm_head.weight", "segmenter": "decode_head.classifier.weight", "classifier": "head.weight"}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 # Names that give away what a file is, when it is no BEiT: (pattern, what it seems to be).
@@ -42,7 +44,7 @@ FOREIGN = (
         "the state dict of a transformers 5 model in memory; give its save_pretrained() folder",
     ),
     (r"^blocks\.\d+\.attn\.qkv\.bias", "a ViT or DeiT (its k has a bias), no BEiT"),
-    (r"decode_head\.", "a segmentation model"),
+    (r"decode_head\.", "a segmentation model of another kind"),
 )
 
 
@@ -53,9 +55,9 @@ class Checkpoint:
     Attributes:
         path: where it was read.
         format: "beit_pretrain", "unilm or timm", or "hf".
-        kind: "mim" (mask token and token head), "classifier", or "backbone" (neither).
+        kind: "mim" (mask token and token head), "classifier", "segmenter", or "backbone" (none of these).
         architecture: arguments of `backbone.Backbone`; of a mim also `vocab_size`, of a classifier also
-            `num_classes` and `pool`.
+            `num_classes` and `pool`, of a segmenter also `num_classes` and `decoder`.
         state: tensors by the names of `backbone.py`.
         about: plain facts beside them, as far as the file has them: mean, std, classes, crop_ratio, ...
     """
@@ -86,9 +88,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         about = {name: value for name, value in known.items() if name not in ("kind", "model")}
         about = {**timm_facts(folder if file != path else None), **about}
         found = "beit_pretrain" if known else "unilm or timm"
+        state = {name.replace(".conv_seg.", ".classifier."): tensor for name, tensor in state.items()}
     if not {"patch_embed.proj.weight", "cls_token"} <= state.keys():
         raise UserError(f"{path} is no BEiT: it seems to be {seems(state)}")
-    kind = "mim" if "lm_head.weight" in state else "classifier" if "head.weight" in state else "backbone"
+    kind = next((kind for kind, name in HEADS.items() if name in state), "backbone")
     return Checkpoint(path, found, kind, infer(state, kind, architecture, path), state, about)
 
 
@@ -165,7 +168,26 @@ def infer(state: dict[str, Tensor], kind: str, said: dict[str, Any], path: Path)
     if kind == "classifier":
         architecture["num_classes"] = len(state["head.weight"])
         architecture["pool"] = "avg" if "fc_norm.weight" in state else "token"
+    if kind == "segmenter":
+        architecture["num_classes"] = len(state[HEADS["segmenter"]])
+        architecture["decoder"] = decoder(state, said.get("decoder") or {}, path)
     return architecture
+
+
+def decoder(state: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Arguments of a segmenter's heads (`upernet.Decoder`); `said` has the blocks and the pool scales, if anything."""
+    merged = state.get("decode_head.fpn_bottleneck.conv.weight")
+    if merged is None:
+        raise UserError(f"{path} holds a segmentation model of another kind; UPerNet can be read")
+    auxiliary = state.get(HEADS["segmenter"].replace("decode_", "auxiliary_"))
+    convs = {name.split(".")[2] for name in state if name.startswith("auxiliary_head.convs.")}
+    return {
+        "layers": said.get("layers"),
+        "channels": len(merged),
+        "pool_scales": list(said.get("pool_scales") or (1, 2, 3, 6)),
+        "aux_channels": None if auxiliary is None else int(auxiliary.shape[1]),
+        "aux_convs": len(convs) or 1,
+    }
 
 
 def image_size(state: dict[str, Tensor], tables: list[Tensor], patch: int, path: Path) -> int:
