@@ -48,23 +48,27 @@ def shards(cfg: DictConfig) -> None:
 def show(cfg: DictConfig) -> None:
     """Write a picture of what a run learned."""
     from beit_pretrain import pictures
-    from beit_pretrain.callbacks import first_images, masked_picture
+    from beit_pretrain.callbacks import first_images, masked_picture, segmentation_picture
     from beit_pretrain.dvae import TokenizerTraining, reconstruction_picture
     from beit_pretrain.pretrain import Pretraining
     from beit_pretrain.runs import building, load_run
+    from beit_pretrain.segment import Segmentation
 
     with building():
         _, task = load_run(cfg.run)
     if cfg.split not in task.data.readers:
         raise UserError(f"split={cfg.split}: the run has {', '.join(task.data.readers)}")
     module = task.module.eval()
-    batch = first_images(task.data.eval_dataset(cfg.split), cfg.images, torch.device("cpu"))
-    if isinstance(module, Pretraining):
-        picture = masked_picture(module, batch)
-    elif isinstance(module, TokenizerTraining):
-        picture = reconstruction_picture(module.model, batch["image"].float() / 255)
+    if isinstance(module, Segmentation):
+        picture = segmentation_picture(module, task.data, cfg.images, cfg.split)
+    elif isinstance(module, (Pretraining, TokenizerTraining)):
+        batch = first_images(task.data.eval_dataset(cfg.split), cfg.images, torch.device("cpu"))
+        if isinstance(module, Pretraining):
+            picture = masked_picture(module, batch)
+        else:
+            picture = reconstruction_picture(module.model, batch["image"].float() / 255)
     else:
-        raise UserError(f"{cfg.run} is a classifier; show draws backbones and tokenizers")
+        raise UserError(f"{cfg.run} is a {module.kind}; show draws backbones, tokenizers and segmenters")
     out = Path(cfg.out or Path(cfg.run) / "pictures" / "show.png")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"out={out} must end with .png, .jpg or .webp")
