@@ -41,6 +41,11 @@ STEM = {
     "fc_norm.bias": "pooler.layernorm.bias",
 }
 QKV = ("query", "key", "value")
+ARCHITECTURES = {
+    "mim": "BeitForMaskedImageModeling",
+    "classifier": "BeitForImageClassification",
+    "segmenter": "BeitForSemanticSegmentation",
+}
 # Of our exports: the blocks that are BEiT's. transformers' segmentation cannot look at the last block, so one more,
 # which nothing looks at, follows it.
 USED = "beit_pretrain_blocks"
@@ -151,6 +156,8 @@ def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in processor:
             found[ours] = [float(value) for value in processor[theirs]]
+    if isinstance(reduced := processor.get("do_reduce_labels", processor.get("reduce_labels")), bool):
+        found["reduce_labels"] = reduced
     size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
     if processor.get("do_center_crop") and "shortest_edge" in size and "height" in crop:
         found["crop_ratio"] = crop["height"] / size["shortest_edge"]
@@ -158,7 +165,7 @@ def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def to_names(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Our tensors under the names of a `BeitForMaskedImageModeling` (kind "mim") or `...ImageClassification` file."""
+    """Our tensors under the names of a `BeitForMaskedImageModeling` (kind "mim") or another `ARCHITECTURES` file."""
     named: dict[str, Tensor] = {}
     outside = {ours: f"beit.{theirs}" for ours, theirs in STEM.items()}
     for part in ("weight", "bias"):
