@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 import torch
 from conftest import seeded, spoil, write_checkpoint
 from PIL import Image
+from test_finetune import Crash
 
+from beit_pretrain import runs
 from beit_pretrain.metrics import curve
 from beit_pretrain.optim import Optim
+from beit_pretrain.predict_maps import free_name
 from beit_pretrain.segment import (
     ImageSegmenter,
     Segmentation,
@@ -110,7 +114,7 @@ class TestWindows:
         places = starts(length, 32, stride)
         assert places[0] == 0
         assert places[-1] == length - 32
-        assert all(0 < b - a <= max(1, int(32 * stride)) for a, b in zip(places, places[1:], strict=False))
+        assert all(0 < b - a <= max(1, int(32 * stride)) for a, b in itertools.pairwise(places))
 
     def test_the_recipe_s(self):
         assert starts(683, 512, 2 / 3) == [0, 171]
@@ -199,12 +203,19 @@ class TestRuns:
         assert code == 0, stderr
         assert "val/miou" in stdout
 
-    def test_a_resumed_run_takes_the_same_steps(self, shards, run_cli, tmp_path):
-        settings = ["steps=4", "optim.warmup_steps=2"]
+    def test_a_resumed_run_takes_the_same_steps(self, shards, run_cli, tmp_path, monkeypatch):
+        settings = ["steps=4", "optim.warmup_steps=2", "save_every=1"]
         assert run_cli(*words(shards, tmp_path / "whole", *settings))[0] == 0
-        assert run_cli(*words(shards, tmp_path / "again", *settings, "save_every=2"))[0] == 0
+        make = runs.make_trainer
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "make_trainer", lambda cfg, steps, callbacks: make(cfg, steps, [*callbacks, Crash(3)]))
+            with pytest.raises(RuntimeError, match="power cut"):
+                run_cli(*words(shards, tmp_path / "died", *settings))
+        code, stdout, stderr = run_cli(*words(shards, tmp_path / "died", *settings))
+        assert code == 0, stderr
+        assert "after step 3" in stdout
         whole = state_of(tmp_path / "whole")
-        assert all(torch.equal(t, whole[n]) for n, t in state_of(tmp_path / "again").items())
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in state_of(tmp_path / "died").items())
 
     def test_batches_of_whole_images_do_not_matter(self, shards, run_cli, tmp_path):
         for batch in (1, 5):
@@ -239,7 +250,7 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("more", "said"),
         [
-            (["num_classes=5"], "beyond the 5 classes"),
+            (["num_classes=5"], "num_classes=5, but"),
             (["num_classes=1"], "num_classes must be null or a whole number of at least 2"),
             (["decoder.layers=[1,2]"], "decoder.layers must be"),
             (["decoder.layers=[1,1,2,3]"], "must be four numbers up to 2"),
@@ -275,6 +286,60 @@ class TestRuns:
         assert "test.flip is of segmentation" in stderr
 
 
+class TestPredict:
+    @pytest.fixture(scope="class")
+    def checkpoint(self, tmp_path_factory):
+        path = tmp_path_factory.mktemp("segmenter") / "a.ckpt"
+        about = {"classes": ["a", "b, c", "d"], "mean": [0.5] * 3, "std": [0.5] * 3}
+        return write_checkpoint(path, "segmenter", seeded(Segmenter, 3, dict(SMALL), **SIZE), **about)
+
+    def test_a_folder(self, checkpoint, photos, run_cli, tmp_path):
+        (tmp_path / "src").mkdir()
+        for file in [*(photos / "cats").iterdir()][:2]:
+            (tmp_path / "src" / file.name).write_bytes(file.read_bytes())
+        Image.new("RGB", (40, 50)).save(tmp_path / "src/twice.png")
+        Image.new("RGB", (50, 40)).save(tmp_path / "src/twice.jpg")
+        (tmp_path / "src/broken.jpg").write_bytes(b"no image")
+        code, stdout, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={tmp_path / 'src'}", "out=maps")
+        assert code == 0, stderr
+        assert "4 label maps, 1 files could not be read" in stdout
+        assert "broken.jpg: not an image" in stdout
+        names = {path.name for path in (tmp_path / "maps/labels").iterdir()}
+        assert len(names) == 4
+        assert names == {path.name for path in (tmp_path / "maps/overlays").iterdir()}
+        segmenter = ImageSegmenter(checkpoint)
+        for name in names:
+            with Image.open(tmp_path / "maps/labels" / name) as found:
+                assert found.mode == "P"
+                original = next(p for p in (tmp_path / "src").iterdir() if p.name in (name, *variants(name)))
+                with Image.open(original) as image:
+                    expected = segmenter.segment(image).numpy() + 1
+                assert np.array_equal(np.asarray(found), expected)
+        rows = (tmp_path / "maps/classes.csv").read_text().splitlines()
+        assert rows[0] == "id,class,red,green,blue"
+        assert rows[2].startswith('2,"b, c",')
+
+    def test_wrong_outputs(self, checkpoint, photos, run_cli, tmp_path):
+        (tmp_path / "file").touch()
+        for out in ("file", "predictions.csv"):
+            code, _, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={photos}", f"out={out}")
+            assert code == 2
+            assert "a folder of label maps" in stderr
+
+    def test_names_stay_inside_the_folder(self):
+        taken: set[Path] = set()
+        keys = ("../../etc/passwd", "/a/b.jpg", "a/b.png", "a/b.png", "a/b.png", "..")
+        names = [free_name(key, taken) for key in keys]
+        assert len(set(names)) == len(names)
+        assert not any(name.is_absolute() or ".." in name.parts for name in names)
+
+
+def variants(name: str) -> list[str]:
+    """What an image may have been called whose label map has this name."""
+    stem = name.removesuffix(".png")
+    return [stem, f"{stem}.jpg"]
+
+
 def test_overfits_one_batch():
     model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
     image = torch.rand(4, 3, 32, 32)
@@ -282,7 +347,7 @@ def test_overfits_one_batch():
     target[:, :16] = 1
     target[:, :, :16] += 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(120):
         maps = model(image)
         loss = pixel_loss(maps.main, target) + 0.4 * pixel_loss(maps.auxiliary, target)
         optimizer.zero_grad()

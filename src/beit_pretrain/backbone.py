@@ -226,9 +226,7 @@ def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tens
     return model.pos_drop(x_BND)
 
 
-def block_outputs(
-    model: Backbone, x: Tensor, drop_BR: Tensor | None = None, blocks: int | None = None
-) -> list[Tensor]:
+def block_outputs(model: Backbone, x: Tensor, drop_BR: Tensor | None = None, blocks: int | None = None) -> list[Tensor]:
     """Outputs of every block (or of the first `blocks`) on embeddings `x` (B, 1 + N, D).
 
     The shared bias table is gathered once.

@@ -77,14 +77,24 @@ def show(cfg: DictConfig) -> None:
 
 
 def predict(cfg: DictConfig) -> None:
-    """Write the top classes of every image as CSV: file, rank, class, probability. Bad files are listed, not fatal."""
+    """Write the top classes of every image as CSV: file, rank, class, probability. Bad files are listed, not fatal.
+
+    With a segmentation model, label maps instead.
+    """
     from beit_pretrain.finetune import ImageClassifier
+    from beit_pretrain.formats import read_checkpoint
     from beit_pretrain.images import opened, reason
+    from beit_pretrain.predict_maps import predict_maps
     from beit_pretrain.sources import list_images, read_candidate
 
-    if Path(cfg.out).is_dir():
-        raise UserError(f"out={cfg.out} is a folder; a file is needed, such as predictions.csv")
-    classifier = ImageClassifier(cfg.init_from)
+    source = read_checkpoint(cfg.init_from)
+    if source.kind == "segmenter":
+        predict_maps(cfg, source)
+        return
+    out = Path(cfg.out or "predictions.csv")
+    if out.is_dir():
+        raise UserError(f"out={out} is a folder; a file is needed, such as predictions.csv")
+    classifier = ImageClassifier(source)
     files = list_images(cfg.src)
     rows, bad = [], []
     for start in tqdm(range(0, len(files), cfg.batch_size), desc="predicting", unit="batch"):
@@ -101,8 +111,8 @@ def predict(cfg: DictConfig) -> None:
                 rows += [(name, rank, label, f"{p:.6f}") for rank, (label, p) in enumerate(best, start=1)]
     if not rows:
         raise UserError(f"none of the {len(files)} files in {cfg.src} could be read as an image ({bad[0]})")
-    write_csv(Path(cfg.out), ("file", "rank", "class", "probability"), rows)
-    print(f"wrote {cfg.out}: {len(files) - len(bad)} images" + (f", {len(bad)} could not be read:" if bad else ""))
+    write_csv(out, ("file", "rank", "class", "probability"), rows)
+    print(f"wrote {out}: {len(files) - len(bad)} images" + (f", {len(bad)} could not be read:" if bad else ""))
     print("\n".join(bad[:20]))
 
 

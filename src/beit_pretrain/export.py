@@ -241,6 +241,8 @@ def decoder_config(ours: dict[str, Any]) -> dict[str, Any]:
             f"to=hf: the decoder has {decoder['channels']} channels; transformers' has as many as the backbone is "
             f"wide ({ours['embed_dim']})"
         )
+    if len(set(decoder["layers"])) < 4:
+        raise UserError(f"to=hf: transformers refuses decoder.layers={decoder['layers']}, with a block twice")
     return {
         "num_hidden_layers": max(depth, decoder["layers"][-1] + 1),
         hf.USED: depth,

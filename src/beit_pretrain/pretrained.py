@@ -132,7 +132,9 @@ def segmenter(
     classes = num_classes if num_classes is not None else own
     if classes is None:
         raise UserError(f"{source.path} holds a {source.kind} without a decoder: num_classes is needed for a new one")
-    fresh: tuple[str, ...] = () if kept and classes == own and not new_head else CLASSIFIERS if kept else SEGMENTATION_HEADS
+    fresh: tuple[str, ...] = (
+        () if kept and classes == own and not new_head else CLASSIFIERS if kept else SEGMENTATION_HEADS
+    )
     settings: Decoder = {**(decoder or {})}
     if kept:
         settings = {**source.architecture["decoder"]}

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit_pretrain.drop_path import uniforms
-from beit_pretrain.formats import read_checkpoint
+from beit_pretrain.formats import Checkpoint, read_checkpoint
 from beit_pretrain.images import to_channels
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrained import segmenter
@@ -195,13 +195,16 @@ class ImageSegmenter:
     """A segmenter, ready for PIL images.
 
     Args:
-        path: a segmenter in any format that `load_pretrained` reads.
+        source: a segmenter in any format that `load_pretrained` reads, or a checkpoint that is read already.
         windows: how it is tested; None = single windows' mean, not mirrored.
         scales: factors of the network's size that the shorter side is brought to.
     """
 
-    def __init__(self, path: str | Path, windows: Windows | None = None, scales: Sequence[float] = (1.0,)):
-        self.model = segmenter(read_checkpoint(path)).requires_grad_(False)
+    def __init__(
+        self, source: str | Path | Checkpoint, windows: Windows | None = None, scales: Sequence[float] = (1.0,)
+    ):
+        source = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+        self.model = segmenter(source).requires_grad_(False)
         about: dict[str, Any] = self.model.about
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)

@@ -139,9 +139,7 @@ class SegmentationImages:
     def scaled(self, image: Image.Image) -> dict[str, np.ndarray]:
         """The image (already of the right channels) at every scale."""
         sizes = [fitted(image.size, self.size * scale) for scale in self.scales]
-        return {
-            f"scale_{i}": to_array(image.resize(size, Image.Resampling.BILINEAR)) for i, size in enumerate(sizes)
-        }
+        return {f"scale_{i}": to_array(image.resize(size, Image.Resampling.BILINEAR)) for i, size in enumerate(sizes)}
 
 
 def distorted(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -219,8 +219,7 @@ def segment_task(cfg: DictConfig) -> Task:
     data, names = segmentation_data(cfg, mean)
     decoder = cast(Decoder, plain(cfg.decoder))
     if source is None:
-        arguments = network(cfg)
-        model = Segmenter(len(names), decoder, **arguments)
+        model = Segmenter(len(names), decoder, **network(cfg))
     else:
         same = source.about.get("classes") in (None, names)
         drop = cfg.model.drop_path_rate
@@ -245,7 +244,9 @@ def segmentation_data(cfg: DictConfig, fill: tuple[float, ...]) -> tuple[Segment
         raise UserError(f"data.train={data.train}: the label maps of these data sets have different classes")
     names = named[0] if data.reduce_labels or not named[0] else ["background", *named[0]]
     if cfg.num_classes is not None:
-        names = [*names[: cfg.num_classes], *map(str, range(len(names), cfg.num_classes))]
+        if cfg.num_classes < len(names):
+            raise UserError(f"num_classes={cfg.num_classes}, but {reader.folders[0]} names {len(names)} classes")
+        names = [*names, *map(str, range(len(names), cfg.num_classes))]
     if len(names) < 2:
         raise UserError(f"{reader.folders[0]} does not name the classes of its label maps: num_classes=N is needed")
     common = {"classes": len(names), "reduce_labels": data.reduce_labels, "channels": data.channels}
