@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +249,34 @@ class TestRuns:
         assert code == 0, stderr
         assert "not an image" in (tmp_path / "run/replaced.jsonl").read_text()
 
+    @pytest.mark.long
+    def test_any_number_of_processes(self, shards, run_cli, tmp_path):
+        """The same counts of pixels on 1, 2 and 3 processes, to the last digit; 12 images, and 5 of them."""
+        assert run_cli(*words(shards, tmp_path / "run", "trainer.accelerator=cpu", "data.val_images=5"))[0] == 0
+        printed = []
+        for processes in (1, 2, 3):
+            command = [sys.executable, "-m", "beit_pretrain", "validate", f"run={tmp_path / 'run'}"]
+            command += ["trainer.accelerator=cpu", f"trainer.devices={processes}"]
+            command += ["trainer.strategy=ddp"] if processes > 1 else []
+            out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+            lines = out.replace("\r", "\n").splitlines()
+            printed.append({line for line in lines if line.startswith("val/")})
+        assert len(printed[0]) == 3
+        assert printed[0] == printed[1] == printed[2]
+
+    @pytest.mark.long
+    def test_the_shipped_config_at_512(self, run_cli, tmp_path):
+        """Two steps of the real thing: base, crops of 512, 150 classes, and a whole image segmented by windows."""
+        make_shards("synthetic", tmp_path / "data", images=4, size=560, val=0.25, workers=1)
+        settings = ["fit", "+experiment=segment_ade20k_base", "from_scratch=true", "steps=2", "global_batch=2"]
+        settings += [f"data.train={tmp_path / 'data/train'}", f"data.val={tmp_path / 'data/val'}", "num_classes=150"]
+        settings += ["logger=csv", "data.workers=0", "log_every=1", "pictures=1", "optim.warmup_steps=0"]
+        code, _, stderr = run_cli(*settings, "data.val_images=1", f"run_dir={tmp_path / 'run'}")
+        assert code == 0, stderr
+        losses = curve(tmp_path / "run/metrics.csv", "train/decode_loss")[1]
+        assert 2 < losses[0] <= math.log(150) + 0.1  # less than ln 150 by the share of pixels that do not count
+        assert losses[1] < losses[0]
+
     @pytest.mark.parametrize(
         ("more", "said"),
         [
@@ -261,6 +291,7 @@ class TestRuns:
             (["data.resize=[2,1]"], "data.resize must be"),
             (["test.scales=[]"], "test.scales must be"),
             (["test.stride=0"], "test.stride must be"),
+            (["test.scales=null"], "test.scales must not be null"),
             (["data.max_share=2"], "data.max_share must be"),
         ],
     )
@@ -359,7 +390,7 @@ def test_overfits_one_batch():
 def test_image_segmenter(tmp_path):
     model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
     path = write_checkpoint(tmp_path / "a.ckpt", "segmenter", model, classes=["a", "b", "c"], mean=[0.5] * 3)
-    segmenter = ImageSegmenter(path, Windows(flip=True), scales=(1.0, 2.0))
+    segmenter = ImageSegmenter(path, Windows(flip=True, scales=(1.0, 2.0)))
     for mode, size in (("RGB", (50, 70)), ("L", (31, 33)), ("CMYK", (200, 9))):
         found = segmenter.segment(Image.new(mode, size))
         assert found.shape == size[::-1]

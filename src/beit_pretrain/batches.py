@@ -80,8 +80,9 @@ class EvalPlan:
 class ShardDataset(Dataset):
     """Item m is the collated micro-batch m of the plan.
 
-    Keys: those of the views, stacked (a list where shapes differ), and `label` (B,), `position` (B,); with masking `mask` (B, N) bool and
-    `mask_index` (B, K) int64, the masked patches in ascending order padded with -1 (K = the cap: static shapes).
+    Keys: those of the views, stacked (a list where shapes differ), and `label` (B,), `position` (B,); with masking
+    `mask` (B, N) bool and `mask_index` (B, K) int64, the masked patches in ascending order padded with -1 (K = the cap:
+    static shapes).
     If images had to be replaced, and only then, `bad` is a list of dictionaries: position, shard, key, reason and
     replaced_by (the key of the image that stands in).
     With `label_maps` the views are `LabelMapViews`; a sample without a usable label map is a bad one.

@@ -54,8 +54,8 @@ def export(cfg: DictConfig) -> Path:
     if source.kind == "segmenter" and cfg.to != "hf":
         raise UserError(f"{cfg.init_from} is a segmentation model; it can be written with to=hf alone")
     drop = source.architecture.get("drop_path_rate", 0.0)  # idle here, but part of what the files say
-    build: Callable[..., Model] = {"mim": mim, "classifier": classifier, "segmenter": segmenter}[source.kind]
-    model = build(source, cfg.image_size, drop_path_rate=drop)
+    builders: dict[str, Callable[..., Model]] = {"mim": mim, "classifier": classifier, "segmenter": segmenter}
+    model = builders[source.kind](source, cfg.image_size, drop_path_rate=drop)
     write: Callable[[Model, Path], str] = {"unilm": to_unilm, "timm": to_timm, "onnx": to_onnx, "hf": to_hf}[cfg.to]
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".partial-{out.name}")

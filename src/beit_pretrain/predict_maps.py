@@ -27,7 +27,7 @@ def predict_maps(cfg: DictConfig, source: Checkpoint) -> None:
     out = Path(cfg.out or "predictions")
     if out.is_file() or out.suffix in (".csv", ".json", ".jsonl"):
         raise UserError(f"out={out}: a segmentation model writes a folder of label maps, such as out=predictions")
-    segmenter = ImageSegmenter(source, Windows(flip=cfg.test.flip), tuple(cfg.test.scales))
+    segmenter = ImageSegmenter(source, Windows(**cfg.test))
     files = list_images(cfg.src)
     bad: list[str] = []
     taken: set[Path] = set()

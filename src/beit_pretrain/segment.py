@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit_pretrain.drop_path import uniforms
+from beit_pretrain.errors import UserError
 from beit_pretrain.formats import Checkpoint, read_checkpoint
 from beit_pretrain.images import to_channels
 from beit_pretrain.optim import Optim
@@ -37,10 +38,17 @@ class Windows:
     Args:
         stride: of the sliding window, as a share of its side.
         flip: whether mirrored images are averaged in.
+        scales: factors of the network's size that the shorter side is brought to.
     """
 
     stride: float = 2 / 3
     flip: bool = False
+    scales: Sequence[float] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is None:  # only `validate` has a run whose setting could be meant
+                raise UserError(f"test.{name} must not be null here")
 
 
 class Segmentation(TrainedModule):
@@ -99,7 +107,7 @@ class Segmentation(TrainedModule):
         return segmented(self.model, normalised, size, self.windows)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_validation(scores(self.sum_over_processes(self._confusion)))
+        self.log_validation({**scores(self.sum_over_processes(self._confusion))})
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
@@ -196,13 +204,10 @@ class ImageSegmenter:
 
     Args:
         source: a segmenter in any format that `load_pretrained` reads, or a checkpoint that is read already.
-        windows: how it is tested; None = single windows' mean, not mirrored.
-        scales: factors of the network's size that the shorter side is brought to.
+        windows: how it is tested; None = at one scale, not mirrored.
     """
 
-    def __init__(
-        self, source: str | Path | Checkpoint, windows: Windows | None = None, scales: Sequence[float] = (1.0,)
-    ):
+    def __init__(self, source: str | Path | Checkpoint, windows: Windows | None = None):
         source = source if isinstance(source, Checkpoint) else read_checkpoint(source)
         self.model = segmenter(source).requires_grad_(False)
         about: dict[str, Any] = self.model.about
@@ -214,7 +219,7 @@ class ImageSegmenter:
         self.channels: int = self.model.config["in_chans"]
         self.windows = windows or Windows()
         side = min(self.model.grid) * self.model.config["patch_size"]
-        self.views = SegmentationImages(side, self.model.num_classes, scales=scales, channels=self.channels)
+        self.views = SegmentationImages(side, self.model.num_classes, scales=self.windows.scales, channels=self.channels)
 
     def segment(self, image: Image.Image) -> Tensor:
         """Classes (H, W) int64, on the CPU, at the image's own size."""

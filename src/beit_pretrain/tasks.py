@@ -216,7 +216,8 @@ def segment_task(cfg: DictConfig) -> Task:
     if cfg.batch_size == 1 and torch.cuda.device_count() < 2:  # over several GPUs the norms see all their images
         raise UserError("batch_size=1: the decoder's batch norms need at least 2 images at once")
     mean, std = normalisation(cfg, source.about if source else {})
-    data, names = segmentation_data(cfg, mean)
+    windows = Windows(**plain(cfg.test))
+    data, names = segmentation_data(cfg, mean, windows)
     decoder = cast(Decoder, plain(cfg.decoder))
     if source is None:
         model = Segmenter(len(names), decoder, **network(cfg))
@@ -226,7 +227,6 @@ def segment_task(cfg: DictConfig) -> Task:
         model = segmenter(source, cfg.image_size, len(names), drop, decoder, new_head=not same)
         model.train()
     model.set_grad_checkpointing(cfg.activation_checkpointing)
-    windows = Windows(cfg.test.stride, cfg.test.flip)
     module = Segmentation(model, optim(cfg, data.samples), mean, std, cfg.seed, windows)
     module.about = {"mean": list(mean), "std": list(std), "classes": names, "reduce_labels": cfg.data.reduce_labels}
     callbacks: list[Callback] = []
@@ -235,7 +235,9 @@ def segment_task(cfg: DictConfig) -> Task:
     return Task(module, data, callbacks, origin(source))
 
 
-def segmentation_data(cfg: DictConfig, fill: tuple[float, ...]) -> tuple[SegmentationData, list[str]]:
+def segmentation_data(
+    cfg: DictConfig, fill: tuple[float, ...], windows: Windows
+) -> tuple[SegmentationData, list[str]]:
     """Images with label maps, and the names of their classes. Raises UserError if nothing says how many there are."""
     data, size = cfg.data, cfg.image_size
     reader = ShardReader(data.train if isinstance(data.train, str) else list(data.train))
@@ -259,7 +261,7 @@ def segmentation_data(cfg: DictConfig, fill: tuple[float, ...]) -> tuple[Segment
         fill=fill,
         **common,
     )
-    images = SegmentationImages(size, scales=tuple(cfg.test.scales), **common)
+    images = SegmentationImages(size, scales=windows.scales, **common)
     return SegmentationData(train_views=crops, val_views=images, **data_settings(cfg)), names
 
 
