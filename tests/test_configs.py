@@ -22,7 +22,7 @@ def words(name: str, shards, dvae_checkpoint, mim_checkpoint) -> list[str]:
         result += [f"init_from={mim_checkpoint}", "image_size=32", "mask.max_patches=6", "mask.min_block=1"]
     elif name.startswith("probe"):
         result += [f"init_from={mim_checkpoint}", "image_size=32"] + (["probe.layer=2"] if "paper" in name else [])
-    elif "init_from=" in text:
+    elif "init_from=" in text or "from_scratch=true" in text:
         result += ["from_scratch=true", f"init_from={mim_checkpoint}"]
     if name == "finetune_own":
         result += ["model.size=small"]
@@ -72,6 +72,11 @@ FINETUNING = {  # lr, batch, epochs, warm-up epochs, layer decay, drop path, wei
     "intermediate_base_22k": (3e-3, 4096, 90, 5, 0.65, 0.2, 0.05, 0, 0, 3.0, 0.25),
     "intermediate_large_22k": (2e-3, 2048, 90, 5, 0.75, 0.2, 0.05, 0, 0, 1.0, 0.25),
     "finetune_cifar100": (3e-3, 512, 150, 20, 0.65, 0.1, 0.3, 0.8, 1.0, None, 0),
+}
+SEGMENTATION = {  # lr, layer decay, drop path, image size, width
+    "segment_ade20k_base": (7e-4, 0.65, 0.1, 512, 768),
+    "segment_ade20k_base_640": (3e-5, 0.9, 0.1, 640, 768),
+    "segment_ade20k_large_640": (2e-5, 0.95, 0.2, 640, 1024),
 }
 SAME_BUT_SIZE = {
     "finetune_base_1k_384": ("finetune_base_1k", 384),
@@ -136,11 +141,27 @@ def test_the_probes_are_the_recipes():
         assert cfg.data.auto_augment is None
 
 
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation_has_the_recipes_numbers(name):
+    cfg = composed(name)
+    settings = optim(cfg, 20_210)
+    found = (settings.lr, settings.layer_decay, cfg.model.drop_path_rate, cfg.image_size, network(cfg)["embed_dim"])
+    assert found == SEGMENTATION[name]
+    assert (settings.schedule, settings.warmup_steps, settings.warmup_start, settings.min_lr) == ("poly", 1500, 1e-6, 0)
+    assert (settings.weight_decay, tuple(settings.betas), settings.clip) == (0.05, (0.9, 0.999), None)
+    assert (cfg.steps, cfg.global_batch, cfg.recipe.lr) == (160_000, 16, settings.lr)
+    assert (cfg.decoder.pool_scales, cfg.decoder.channels, cfg.decoder.aux_channels) == ([1, 2, 3, 6], None, 256)
+    assert (cfg.data.resize, cfg.data.max_share, cfg.data.flip, cfg.data.distort) == ([0.5, 2.0], 0.75, 0.5, True)
+    assert (cfg.mean, cfg.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert cfg.data.reduce_labels
+    assert (cfg.test.stride, cfg.test.scales, cfg.test.flip) == (pytest.approx(2 / 3), [1.0], False)
+
+
 def test_every_experiment_of_the_recipe_is_checked_above():
     own = {"probe_1k", "probe_base_1k_paper", "probe_large_1k_paper"}  # test_the_probes_are_the_recipes
     own |= {"tokenizer", "small_own", "finetune_own", "continue_own"}
     rest = {name for name in NAMES if not name.startswith("demo_")} - own
-    assert rest == PRETRAINING.keys() | FINETUNING.keys() | SAME_BUT_SIZE.keys()
+    assert rest == PRETRAINING.keys() | FINETUNING.keys() | SAME_BUT_SIZE.keys() | SEGMENTATION.keys()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from torch import nn
 
 from beit_pretrain.__main__ import compose
 from beit_pretrain.backbone import Classifier, MaskedImageModel
-from beit_pretrain.optim import Optim, clip_gradients, configure, layer_of, learning_rate, parameter_groups
+from beit_pretrain.errors import UserError
+from beit_pretrain.optim import Optim, clip_gradients, configure, layer_of, learning_rate, parameter_groups, poly_rate
 from beit_pretrain.runs import total_steps
 from beit_pretrain.tasks import optim
+from beit_pretrain.upernet import Segmenter
 
 TINY = {"image_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
 
@@ -21,6 +23,46 @@ def mim(**settings) -> MaskedImageModel:
 
 def classifier() -> Classifier:
     return Classifier(3, **TINY, depth=12, abs_pos_emb=True)
+
+
+class TestPoly:
+    @pytest.mark.parametrize(
+        ("step", "expected"),
+        [
+            (0, 1e-6 * 1.0),  # 1e-6 of the rate of step 0
+            (1, 0.9 * (1 - 0.75 * (1 - 1e-6))),  # a quarter of the warm-up, of the rate of step 1
+            (3, 0.7 * (1 - 0.25 * (1 - 1e-6))),
+            (4, 0.6),  # on the line from here on
+            (9, 0.1),
+            (10, 0.0),
+            (99, 0.0),
+        ],
+    )
+    def test_by_hand(self, step, expected):
+        assert poly_rate(step, 10, 4, 1.0, 0.0, 1e-6) == pytest.approx(expected, abs=1e-12)
+
+    def test_an_end_and_no_warm_up(self):
+        assert [poly_rate(s, 4, 0, 1.0, 0.2, 0.0) for s in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+    def test_the_recipe_s_run(self):
+        settings = Optim(lr=7e-4, min_lr=0.0, warmup_steps=1500, schedule="poly", warmup_start=1e-6)
+        rates = [settings.rate(step, 160_000) for step in (0, 750, 1500, 80_000, 159_999)]
+        half = 7e-4 * (1 - 750 / 160_000) * 0.5000005
+        assert rates == pytest.approx([7e-10, half, 7e-4 * (1 - 1500 / 160_000), 3.5e-4, 7e-4 / 160_000])
+
+    def test_every_group_follows_it(self):
+        settings = Optim(lr=1.0, min_lr=0.0, warmup_steps=2, schedule="poly", layer_decay=0.5)
+        found = configure(classifier(), settings, total_steps=4, depth=12)
+        optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+        for step in range(4):
+            for group in optimizer.param_groups:
+                assert group["lr"] == pytest.approx(group["lr_scale"] * settings.rate(step, 4))
+            optimizer.step()
+            schedule.step()
+
+    def test_an_unknown_schedule(self):
+        with pytest.raises(UserError, match=r"optim\.schedule=step is not one of cosine, poly"):
+            Optim(lr=1.0, schedule="step")
 
 
 class TestLearningRate:
@@ -204,3 +246,21 @@ def test_clip_equals_torchs(clip, scale):
 
 def test_no_gradients_no_norm():
     assert clip_gradients([nn.Parameter(torch.zeros(3))], 1.0) == 0
+
+
+def test_layers_of_a_segmenter():
+    """The decoder learns at the top rate, everything of the backbone by its depth (RECIPE section 7)."""
+    model = Segmenter(3, {"aux_channels": 8, "channels": 8}, **TINY, depth=12)
+    groups = parameter_groups(model.named_parameters(), 1.0, 0.05, 0.65, 12)
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    for name, factor in scale.items():
+        if name.startswith(("fpn", "decode_head.", "auxiliary_head.")):
+            assert factor == 1
+        elif name.startswith("blocks."):
+            assert factor == pytest.approx(0.65 ** (12 - int(name.split(".")[1])))
+        else:
+            assert factor == pytest.approx(0.65**13)
+    decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
+    assert "decode_head.bottleneck.conv.weight" in decayed
+    assert "decode_head.bottleneck.bn.weight" not in decayed
+    assert {name for name, _ in model.named_parameters()} == scale.keys()

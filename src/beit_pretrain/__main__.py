@@ -26,9 +26,11 @@ class Verb(NamedTuple):
 VERBS = {
     "fetch": Verb("OpenAI's dVAE, for tokenizer.path: download, check, convert", "beit_pretrain.fetch:fetch"),
     "shards": Verb("make, index, verify or show shards (make|index|verify|show)", "beit_pretrain.commands:shards"),
-    "fit": Verb("train: a tokenizer, a backbone, a classifier; the experiment says which", "beit_pretrain.runs:fit"),
+    "fit": Verb(
+        "train: a tokenizer, a backbone, a classifier, a segmenter; +experiment= says", "beit_pretrain.runs:fit"
+    ),
     "validate": Verb("metrics of a run on held-out images", "beit_pretrain.runs:validate"),
-    "predict": Verb("class probabilities for a folder of images", "beit_pretrain.commands:predict"),
+    "predict": Verb("class probabilities or label maps for a folder of images", "beit_pretrain.commands:predict"),
     "export": Verb("a checkpoint for the authors' code, timm, Hugging Face or ONNX", "beit_pretrain.export:export"),
     "show": Verb("pictures of what a run learned", "beit_pretrain.commands:show"),
     "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.demo:demo"),

@@ -226,11 +226,14 @@ def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tens
     return model.pos_drop(x_BND)
 
 
-def block_outputs(model: Backbone, x: Tensor, drop_BR: Tensor | None = None) -> list[Tensor]:
-    """Outputs of every block on embeddings `x` (B, 1 + N, D); the shared bias table is gathered once."""
+def block_outputs(model: Backbone, x: Tensor, drop_BR: Tensor | None = None, blocks: int | None = None) -> list[Tensor]:
+    """Outputs of every block (or of the first `blocks`) on embeddings `x` (B, 1 + N, D).
+
+    The shared bias table is gathered once.
+    """
     bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
     outputs = []
-    for number, block in enumerate(model.blocks):
+    for number, block in enumerate(model.blocks[:blocks]):
         drop_B2 = drop_BR[:, 2 * number : 2 * number + 2] if drop_BR is not None else None
         if model.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint(run_block, block, x, bias, drop_B2, use_reentrant=False)
@@ -263,7 +266,7 @@ def init_for_pretraining(model: MaskedImageModel) -> None:
     init_token_head(model.lm_head)
 
 
-def init_for_finetuning(model: Classifier) -> None:
+def init_for_finetuning(model: Backbone) -> None:
     """The release's initial weights of fine-tuning: std .02 (cut at an absolute +-2), head x .001, patch conv as is."""
     _init(model, _draw, patch_conv=False)
     if isinstance(model.head, nn.Linear):

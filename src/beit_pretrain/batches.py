@@ -36,6 +36,14 @@ class Views(Protocol):
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]: ...
 
 
+class LabelMapViews(Protocol):
+    """The same of an image and its label map."""
+
+    def __call__(
+        self, image: Image.Image, rng: np.random.Generator, label_map: Image.Image
+    ) -> dict[str, np.ndarray]: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which positions stand in micro-batch m of a process: global batches, dealt to ranks, cut into micro-batches."""
@@ -72,10 +80,12 @@ class EvalPlan:
 class ShardDataset(Dataset):
     """Item m is the collated micro-batch m of the plan.
 
-    Keys: those of the views, stacked, and `label` (B,), `position` (B,); with masking `mask` (B, N) bool and
-    `mask_index` (B, K) int64, the masked patches in ascending order padded with -1 (K = the cap: static shapes).
+    Keys: those of the views, stacked (a list where shapes differ), and `label` (B,), `position` (B,); with masking
+    `mask` (B, N) bool and `mask_index` (B, K) int64, the masked patches in ascending order padded with -1 (K = the cap:
+    static shapes).
     If images had to be replaced, and only then, `bad` is a list of dictionaries: position, shard, key, reason and
     replaced_by (the key of the image that stands in).
+    With `label_maps` the views are `LabelMapViews`; a sample without a usable label map is a bad one.
     """
 
     def __init__(
@@ -83,13 +93,15 @@ class ShardDataset(Dataset):
         reader: ShardReader,
         order: Order | Mixture,
         plan: Plan | EvalPlan,
-        views: Views,
+        views: Views | LabelMapViews,
         masking: BlockwiseMask | None = None,
         subset: np.ndarray | None = None,
         seed: int = 0,
+        label_maps: bool = False,
     ):
         self.reader, self.order, self.plan = reader, order, plan
-        self.views, self.masking, self.subset, self.seed = views, masking, subset, seed
+        self.views: Any = views
+        self.masking, self.subset, self.seed, self.label_maps = masking, subset, seed, label_maps
         self._ahead: FetchAhead | None = None
 
     def __getstate__(self) -> dict:
@@ -104,7 +116,7 @@ class ShardDataset(Dataset):
         bad: list[dict[str, Any]] = []
         addresses = self.order.samples_at(positions).tolist()
         samples = [self._made(p, Sample(*address), bad) for p, address in zip(positions, addresses, strict=True)]
-        batch: dict[str, Any] = {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]}
+        batch: dict[str, Any] = {key: stacked([s[key] for s in samples]) for key in samples[0]}
         return {**batch, "bad": bad} if bad else batch
 
     def __len__(self) -> int:
@@ -128,8 +140,9 @@ class ShardDataset(Dataset):
                 break
             data, label = self.reader.read(sample)
             try:
-                with opened(data) as image:
-                    arrays = self.views(image, generator(self.seed, position, VIEW))
+                arrays = self._seen(data, sample, generator(self.seed, position, VIEW))
+            except UserError:
+                raise  # the shard itself
             except Exception as error:  # Pillow's decoders raise nearly everything on broken files
                 failures.append((sample, reason(error)))
                 continue
@@ -138,6 +151,14 @@ class ShardDataset(Dataset):
         (first, why), where = failures[0], self.reader.where(failures[0][0].shard)
         others = f" and the {len(failures) - 1} images after it" if len(failures) > 1 else ""
         raise UserError(f"sample {self.reader.key(first)} of {where}{others} cannot be decoded: {why}")
+
+    def _seen(self, data: bytes, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The views of an image file's bytes."""
+        with opened(data) as image:
+            if not self.label_maps:
+                return self.views(image, rng)
+            with opened(self.reader.label_map(sample)) as label_map:
+                return self.views(image, rng, label_map)
 
     def _neighbour(self, address: Sample, distance: int) -> Sample:
         """The sample so many places after an address, in the same shard, round its end."""
@@ -159,6 +180,13 @@ class ShardDataset(Dataset):
         masked = np.flatnonzero(mask)
         index[: len(masked)] = masked
         return {**arrays, "mask": mask, "mask_index": index}
+
+
+def stacked(arrays: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
+    """Arrays of one shape as one tensor; of several shapes (whole images) as a list."""
+    if all(array.shape == arrays[0].shape for array in arrays):
+        return torch.from_numpy(np.stack(arrays))
+    return [torch.from_numpy(array) for array in arrays]
 
 
 class StepSampler(Sampler[int]):

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from PIL import Image
 from torch import Tensor
 
 from beit_pretrain import pictures
 from beit_pretrain.batches import ShardDataset
 from beit_pretrain.datamodule import ShardData
+from beit_pretrain.overlays import comparison, stack
 from beit_pretrain.pretrain import Pretraining
+from beit_pretrain.segment import Segmentation
 from beit_pretrain.views import ClassificationViews, jittered_views, normalise
 
 
@@ -85,12 +88,45 @@ class MaskedPictures(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         batch = first_images(self.data.eval_dataset("val"), self.images, pl_module.device)
-        picture = masked_picture(pl_module, batch)
-        path = self.folder / f"step-{trainer.global_step:06d}.png"
-        pictures.save(picture, path)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B
-                logger.log_image("pictures/masked", [str(path)], step=trainer.global_step)
+        publish(trainer, masked_picture(pl_module, batch), self.folder, "masked")
+
+
+def publish(trainer: Trainer, picture: Image.Image, folder: Path, name: str) -> None:
+    """Write a picture of the current step and hand it to the loggers that take pictures."""
+    path = folder / f"step-{trainer.global_step:06d}.png"
+    pictures.save(picture, path)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):  # W&B
+            logger.log_image(f"pictures/{name}", [str(path)], step=trainer.global_step)
+
+
+class SegmentationPictures(Callback):
+    """Writes image | annotated | found, in colour, of held-out images after every validation.
+
+    Arguments as of `MaskedPictures`.
+    """
+
+    def __init__(self, folder: Path, data: ShardData, images: int = 6):
+        self.folder, self.data, self.images = folder, data, images
+
+    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            publish(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder, "segmentation")
+
+
+def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str = "val") -> Image.Image:
+    """A row for each of the first images of a split: image, overlay of its label map, overlay of what is found."""
+    training, dataset, rows = module.model.training, data.eval_dataset(split), []
+    module.model.eval()
+    for position in range(min(images, dataset.order.samples)):
+        sample = dataset.sample(position)
+        scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
+        target = sample["target"]
+        found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
+        image = pictures.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
+        rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
+    module.model.train(training)
+    return stack(rows)
 
 
 def first_images(dataset: ShardDataset, count: int, device: torch.device) -> dict[str, Tensor]:

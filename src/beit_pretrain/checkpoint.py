@@ -24,6 +24,7 @@ Module = TypeVar("Module", bound=nn.Module)
 KINDS = {
     "mim": "a pre-trained backbone with its token head",
     "classifier": "a fine-tuned classifier",
+    "segmenter": "a segmentation model",
     "probe": "linear probes",
     "tokenizer": "a tokenizer (dVAE)",
 }

@@ -48,23 +48,27 @@ def shards(cfg: DictConfig) -> None:
 def show(cfg: DictConfig) -> None:
     """Write a picture of what a run learned."""
     from beit_pretrain import pictures
-    from beit_pretrain.callbacks import first_images, masked_picture
+    from beit_pretrain.callbacks import first_images, masked_picture, segmentation_picture
     from beit_pretrain.dvae import TokenizerTraining, reconstruction_picture
     from beit_pretrain.pretrain import Pretraining
     from beit_pretrain.runs import building, load_run
+    from beit_pretrain.segment import Segmentation
 
     with building():
         _, task = load_run(cfg.run)
     if cfg.split not in task.data.readers:
         raise UserError(f"split={cfg.split}: the run has {', '.join(task.data.readers)}")
     module = task.module.eval()
-    batch = first_images(task.data.eval_dataset(cfg.split), cfg.images, torch.device("cpu"))
-    if isinstance(module, Pretraining):
-        picture = masked_picture(module, batch)
-    elif isinstance(module, TokenizerTraining):
-        picture = reconstruction_picture(module.model, batch["image"].float() / 255)
+    if isinstance(module, Segmentation):
+        picture = segmentation_picture(module, task.data, cfg.images, cfg.split)
+    elif isinstance(module, (Pretraining, TokenizerTraining)):
+        batch = first_images(task.data.eval_dataset(cfg.split), cfg.images, torch.device("cpu"))
+        if isinstance(module, Pretraining):
+            picture = masked_picture(module, batch)
+        else:
+            picture = reconstruction_picture(module.model, batch["image"].float() / 255)
     else:
-        raise UserError(f"{cfg.run} is a classifier; show draws backbones and tokenizers")
+        raise UserError(f"{cfg.run} is a {module.kind}; show draws backbones, tokenizers and segmenters")
     out = Path(cfg.out or Path(cfg.run) / "pictures" / "show.png")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"out={out} must end with .png, .jpg or .webp")
@@ -73,14 +77,24 @@ def show(cfg: DictConfig) -> None:
 
 
 def predict(cfg: DictConfig) -> None:
-    """Write the top classes of every image as CSV: file, rank, class, probability. Bad files are listed, not fatal."""
+    """Write the top classes of every image as CSV: file, rank, class, probability. Bad files are listed, not fatal.
+
+    With a segmentation model, label maps instead.
+    """
     from beit_pretrain.finetune import ImageClassifier
+    from beit_pretrain.formats import read_checkpoint
     from beit_pretrain.images import opened, reason
+    from beit_pretrain.predict_maps import predict_maps
     from beit_pretrain.sources import list_images, read_candidate
 
-    if Path(cfg.out).is_dir():
-        raise UserError(f"out={cfg.out} is a folder; a file is needed, such as predictions.csv")
-    classifier = ImageClassifier(cfg.init_from)
+    source = read_checkpoint(cfg.init_from)
+    if source.kind == "segmenter":
+        predict_maps(cfg, source)
+        return
+    out = Path(cfg.out or "predictions.csv")
+    if out.is_dir():
+        raise UserError(f"out={out} is a folder; a file is needed, such as predictions.csv")
+    classifier = ImageClassifier(source)
     files = list_images(cfg.src)
     rows, bad = [], []
     for start in tqdm(range(0, len(files), cfg.batch_size), desc="predicting", unit="batch"):
@@ -97,8 +111,8 @@ def predict(cfg: DictConfig) -> None:
                 rows += [(name, rank, label, f"{p:.6f}") for rank, (label, p) in enumerate(best, start=1)]
     if not rows:
         raise UserError(f"none of the {len(files)} files in {cfg.src} could be read as an image ({bad[0]})")
-    write_csv(Path(cfg.out), ("file", "rank", "class", "probability"), rows)
-    print(f"wrote {cfg.out}: {len(files) - len(bad)} images" + (f", {len(bad)} could not be read:" if bad else ""))
+    write_csv(out, ("file", "rank", "class", "probability"), rows)
+    print(f"wrote {out}: {len(files) - len(bad)} images" + (f", {len(bad)} could not be read:" if bad else ""))
     print("\n".join(bad[:20]))
 
 

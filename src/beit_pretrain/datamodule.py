@@ -10,7 +10,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from beit_pretrain.batches import EvalPlan, Plan, ShardDataset, StepSampler, Views
+from beit_pretrain.batches import EvalPlan, LabelMapViews, Plan, ShardDataset, StepSampler, Views
 from beit_pretrain.errors import UserError
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.mixture import Mixture
@@ -83,17 +83,19 @@ class ShardData(LightningDataModule):
         """Training images."""
         return self.readers["train"].samples if self.subset is None else len(self.subset)
 
-    def views(self, split: str) -> Views:
+    def views(self, split: str) -> Views | LabelMapViews:
         """How the images of "train" or "val" are seen."""
         raise NotImplementedError
 
     masking: BlockwiseMask | None = None
+    label_maps = False
 
     def train_dataset(self, plan: Plan) -> ShardDataset:
         """The training batches that `plan` lays out."""
         views = self.views("train")
         return ShardDataset(
-            self.readers["train"], self.train_order(), plan, views, self.masking, self.subset, self.seed
+            *(self.readers["train"], self.train_order(), plan, views, self.masking, self.subset, self.seed),
+            label_maps=self.label_maps,
         )
 
     def train_order(self) -> Order | Mixture:
@@ -107,14 +109,20 @@ class ShardData(LightningDataModule):
         return Mixture(orders, self.weights, self.seed)
 
     def eval_dataset(
-        self, split: str = "val", rank: int = 0, world: int = 1, views: Views | None = None, images: int | None = None
+        self,
+        split: str = "val",
+        rank: int = 0,
+        world: int = 1,
+        views: Views | LabelMapViews | None = None,
+        images: int | None = None,
     ) -> ShardDataset:
         """Every image of a split (or its first `images`) once and in order, with fixed views and masks."""
         reader = self.readers[split]
         samples = reader.samples if images is None else min(reader.samples, images)
         plan = EvalPlan(samples, self.val_batch, rank, world)
         order = Order(reader.sizes, shuffle=False)
-        return ShardDataset(reader, order, plan, views or self.views("val"), self.masking, seed=self.VAL_SEED)
+        views = views or self.views("val")
+        return ShardDataset(reader, order, plan, views, self.masking, seed=self.VAL_SEED, label_maps=self.label_maps)
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
@@ -182,6 +190,23 @@ class ClassificationData(ShardData):
         self._views = {"train": train_views, "val": val_views}
 
     def views(self, split: str) -> Views:
+        return self._views[split]
+
+
+class SegmentationData(ShardData):
+    """Images with label maps. Raises UserError if a shard folder has none."""
+
+    label_maps = True
+
+    def __init__(self, train, val=None, *, train_views: LabelMapViews, val_views: LabelMapViews, **settings):
+        super().__init__(train, val, **settings)
+        self._views = {"train": train_views, "val": val_views}
+        for reader in self.readers.values():
+            for folder in reader.folders:
+                if not folder.about["segmentation"]:
+                    raise UserError(f"{folder} has no label maps (.seg.png); segmentation needs them")
+
+    def views(self, split: str) -> LabelMapViews:
         return self._views[split]
 
 

@@ -31,12 +31,13 @@ from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.formats import read_checkpoint
 from beit_pretrain.inference import TABLE
 from beit_pretrain.model_card import MARK, card
-from beit_pretrain.pretrained import classifier, load_pretrained, mim
-from beit_pretrain.views import HALF, per_channel, shorter_side
+from beit_pretrain.pretrained import classifier, load_pretrained, mim, segmenter
+from beit_pretrain.upernet import Segmenter
+from beit_pretrain.views import HALF, shorter_side
 
 SUFFIXES = {"unilm": ".pth", "timm": ".safetensors", "onnx": ".onnx", "hf": ""}
 TOLERANCE = 1e-4  # of the largest output: other software sums in another order
-Model = MaskedImageModel | Classifier
+Model = MaskedImageModel | Classifier | Segmenter
 
 
 def export(cfg: DictConfig) -> Path:
@@ -57,8 +58,11 @@ def export(cfg: DictConfig) -> Path:
     source = read_checkpoint(cfg.init_from)
     if source.kind == "backbone":
         raise UserError(f"{cfg.init_from} has neither a token head nor classes; there is nothing to export")
+    if source.kind == "segmenter" and cfg.to != "hf":
+        raise UserError(f"{cfg.init_from} is a segmentation model; it can be written with to=hf alone")
     drop = source.architecture.get("drop_path_rate", 0.0)  # idle here, but part of what the files say
-    model: Model = (mim if source.kind == "mim" else classifier)(source, cfg.image_size, drop_path_rate=drop)
+    builders: dict[str, Callable[..., Model]] = {"mim": mim, "classifier": classifier, "segmenter": segmenter}
+    model = builders[source.kind](source, cfg.image_size, drop_path_rate=drop)
     write: Callable[[Model, Path], str] = {"unilm": to_unilm, "timm": to_timm, "onnx": to_onnx, "hf": to_hf}[cfg.to]
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".partial-{out.name}")
@@ -103,8 +107,14 @@ def quiet():
 
 def label(model: Model) -> dict[str, Any]:
     """What our own files say beside the tensors."""
-    kind = "mim" if isinstance(model, MaskedImageModel) else "classifier"
-    return {"kind": kind, "model": dict(model.config), **model.about}
+    return {"kind": kind_of(model), "model": dict(model.config), **model.about}
+
+
+def kind_of(model: Model) -> str:
+    """What a checkpoint of a network holds, as in `formats.Checkpoint`."""
+    if isinstance(model, Segmenter):
+        return "segmenter"
+    return "mim" if isinstance(model, MaskedImageModel) else "classifier"
 
 
 def to_unilm(model: Model, path: Path) -> str:
@@ -164,27 +174,25 @@ def to_hf(model: Model, path: Path) -> str:
     transformers = needed("transformers")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # that a BeitModel leaves the head behind is no news
-    masked = isinstance(model, MaskedImageModel)
     if model.grid[0] != model.grid[1]:
         raise UserError(
             "to=hf: transformers swaps height and width on grids that are not square; to=timm or unilm keeps them"
         )
-    classes = None if masked else model.about.get("classes") or [f"LABEL_{i}" for i in range(model.num_classes)]
-    architecture = "BeitForMaskedImageModeling" if masked else "BeitForImageClassification"
+    kind = kind_of(model)
+    count = 0 if isinstance(model, MaskedImageModel) else model.num_classes
+    classes = (model.about.get("classes") or [f"LABEL_{i}" for i in range(count)]) if count else None
+    architecture = hf.ARCHITECTURES[kind]
     path.mkdir(exist_ok=True)
     config = transformers.BeitConfig(**hf_config(model, classes), architectures=[architecture], dtype="float32")
     config.save_pretrained(path)
-    named = hf.to_names({name: tensor.detach() for name, tensor in model.state_dict().items()}, label(model)["kind"])
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if config.num_hidden_layers > len(model.blocks):  # see hf.USED
+        first = {n: t for n, t in state.items() if n.startswith("blocks.0.")}
+        last = f"blocks.{len(model.blocks)}."
+        state |= {n.replace("blocks.0.", last): torch.zeros_like(t) for n, t in first.items()}
+    named = hf.to_names(state, kind)
     save_file({n: t.contiguous() for n, t in named.items()}, path / "model.safetensors", metadata={"format": "pt"})
-    size, half = model.config["image_size"], per_channel(HALF, model.config["in_chans"], "mean")
-    processor = transformers.BeitImageProcessor(
-        size={"shortest_edge": shorter_side(size, model.about.get("crop_ratio"))},
-        crop_size={"height": size, "width": size},
-        do_center_crop=True,
-        image_mean=list(model.about.get("mean", half)),
-        image_std=list(model.about.get("std", half)),
-    )
-    processor.save_pretrained(path)
+    transformers.BeitImageProcessor(**processor_settings(model)).save_pretrained(path)
     same_network(model, path)
     theirs = getattr(transformers, architecture).from_pretrained(path).eval()
     transformers.BeitModel.from_pretrained(path)
@@ -194,8 +202,22 @@ def to_hf(model: Model, path: Path) -> str:
         if isinstance(model, MaskedImageModel):
             compare(model(image, mask), theirs(image, bool_masked_pos=mask).logits[mask], "transformers")
         else:
-            compare(model(image), theirs(image).logits, "transformers")
+            ours = model(image).main if isinstance(model, Segmenter) else model(image)
+            compare(ours, theirs(image).logits, "transformers")
     return f"transformers.{architecture}.from_pretrained('{{out}}')"
+
+
+def processor_settings(model: Model) -> dict[str, Any]:
+    """How images are prepared: the evaluation view; for a segmenter, the whole image squeezed into a square."""
+    size = model.config["image_size"]
+    square = {"height": size, "width": size}
+    half = per_channel(HALF, model.config["in_chans"], "mean")
+    levels = {"image_mean": list(model.about.get("mean", half)), "image_std": list(model.about.get("std", half))}
+    if isinstance(model, Segmenter):
+        reduce_labels = bool(model.about.get("reduce_labels", True))
+        return {**levels, "size": square, "do_center_crop": False, "do_reduce_labels": reduce_labels}
+    shorter = shorter_side(size, model.about.get("crop_ratio"))
+    return {**levels, "size": {"shortest_edge": shorter}, "crop_size": square, "do_center_crop": True}
 
 
 def hf_config(model: Model, classes: list[str] | None) -> dict[str, Any]:
@@ -219,7 +241,31 @@ def hf_config(model: Model, classes: list[str] | None) -> dict[str, Any]:
     if classes is None:
         return said | {"use_mask_token": True, "vocab_size": ours["vocab_size"], "use_mean_pooling": True}
     names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    if "decoder" in ours:
+        return said | names | decoder_config(ours)
     return said | {"use_mean_pooling": ours["pool"] == "avg", **names}
+
+
+def decoder_config(ours: dict[str, Any]) -> dict[str, Any]:
+    """A segmenter's heads in the words of `BeitConfig`. Raises UserError for what transformers does not have."""
+    decoder, depth = ours["decoder"], ours["depth"]
+    if decoder["channels"] != ours["embed_dim"]:
+        raise UserError(
+            f"to=hf: the decoder has {decoder['channels']} channels; transformers' has as many as the backbone is "
+            f"wide ({ours['embed_dim']})"
+        )
+    if len(set(decoder["layers"])) < 4:
+        raise UserError(f"to=hf: transformers refuses decoder.layers={decoder['layers']}, with a block twice")
+    return {
+        "num_hidden_layers": max(depth, decoder["layers"][-1] + 1),
+        hf.USED: depth,
+        "out_indices": [layer + 1 for layer in decoder["layers"]],
+        "pool_scales": decoder["pool_scales"],
+        "use_auxiliary_head": decoder["aux_channels"] is not None,
+        "auxiliary_channels": decoder["aux_channels"] or 256,
+        "auxiliary_num_convs": decoder["aux_convs"],
+        "use_mean_pooling": True,
+    }
 
 
 class AllTokens(nn.Module):
@@ -288,7 +334,8 @@ def probe(model: Model) -> tuple[Tensor, Tensor]:
 
 def same_network(model: Model, path: Path) -> None:
     """Raise UserError unless `load_pretrained` reads every tensor back bit by bit."""
-    again = load_pretrained(path, "mim" if isinstance(model, MaskedImageModel) else "classify")
+    head = {"mim": "mim", "classifier": "classify", "segmenter": "segment"}[kind_of(model)]
+    again = load_pretrained(path, head)
     theirs = again.state_dict()
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor, theirs[name]):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from beit_pretrain.backbone import Classifier
 from beit_pretrain.errors import UserError
-from beit_pretrain.formats import read_checkpoint
+from beit_pretrain.formats import Checkpoint, read_checkpoint
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrained import classifier
 from beit_pretrain.training import TrainedModule
@@ -119,11 +119,12 @@ class ImageClassifier:
     """A fine-tuned classifier, ready for PIL images.
 
     Args:
-        path: a classifier in any format that `load_pretrained` reads.
+        source: a classifier in any format that `load_pretrained` reads, or a checkpoint that is read already.
     """
 
-    def __init__(self, path: str | Path):
-        self.model = classifier(read_checkpoint(path)).requires_grad_(False)
+    def __init__(self, source: str | Path | Checkpoint):
+        source = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+        self.model = classifier(source).requires_grad_(False)
         about = self.model.about
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
@@ -132,7 +133,7 @@ class ImageClassifier:
         self.mean, self.std = about.get("mean", half), about.get("std", half)
         self.image_size: int = self.model.config["image_size"]
         if not isinstance(self.image_size, int):
-            raise UserError(f"{path} is for images of {self.image_size} pixels; square ones are needed here")
+            raise UserError(f"{source.path} is for images of {self.image_size} pixels; square ones are needed here")
         self.channels: int = self.model.config["in_chans"]
         self.crop_ratio: float | None = about.get("crop_ratio")
 

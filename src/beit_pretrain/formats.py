@@ -19,7 +19,7 @@ from torch import Tensor
 from beit_pretrain import hf
 from beit_pretrain.checkpoint import KINDS, read_tensors
 from beit_pretrain.errors import UserError
-from beit_pretrain.inference import believed_facts, floats, infer
+from beit_pretrain.inference import HEADS, believed_facts, floats, infer
 
 # Buffers that follow from the architecture; some files hold them.
 DERIVED = ("relative_position_index", "attn.k_bias", "position_ids")
@@ -44,7 +44,7 @@ FOREIGN = (
         "the state dict of a transformers 5 model in memory; give its save_pretrained() folder",
     ),
     (r"^blocks\.\d+\.attn\.qkv\.bias", "a ViT or DeiT (its k has a bias), no BEiT"),
-    (r"decode_head\.", "a segmentation model"),
+    (r"decode_head\.", "a segmentation model of another kind"),
 )
 
 
@@ -55,9 +55,9 @@ class Checkpoint:
     Attributes:
         path: where it was read.
         format: "beit_pretrain", "unilm or timm", or "hf".
-        kind: "mim" (mask token and token head), "classifier", or "backbone" (neither).
+        kind: "mim" (mask token and token head), "classifier", "segmenter", or "backbone" (none of these).
         architecture: arguments of `backbone.Backbone`; of a mim also `vocab_size`, of a classifier also
-            `num_classes` and `pool`.
+            `num_classes` and `pool`, of a segmenter also `num_classes` and `decoder`.
         state: tensors by the names of `backbone.py`.
         about: plain facts beside them, as far as the file has them: mean, std, classes, crop_ratio, ...
     """
@@ -96,9 +96,10 @@ def read_checkpoint(path: str | Path, image_size: Sequence[int] | None = None) -
         if isinstance(content.get("global_step"), int):
             about["step"] = content["global_step"]
         found = "beit_pretrain" if known else "unilm or timm"
+        state = {name.replace(".conv_seg.", ".classifier."): tensor for name, tensor in state.items()}
     if not {"patch_embed.proj.weight", "cls_token"} <= state.keys():
         raise UserError(f"{path} is no BEiT: it seems to be {seems(state)}")
-    kind = "mim" if "lm_head.weight" in state else "classifier" if "head.weight" in state else "backbone"
+    kind = next((kind for kind, name in HEADS.items() if name in state), "backbone")
     state = floats(state, path)
     architecture = infer(state, kind, architecture, path, image_size)
     about = believed_facts(about, architecture["in_chans"], architecture.get("num_classes"), path)

@@ -42,7 +42,14 @@ STEM = {
     "fc_norm.bias": "pooler.layernorm.bias",
 }
 QKV = ("query", "key", "value")
-SEGMENTATION = ("decode_head.", "auxiliary_head.", "fpn", "neck.")
+ARCHITECTURES = {
+    "mim": "BeitForMaskedImageModeling",
+    "classifier": "BeitForImageClassification",
+    "segmenter": "BeitForSemanticSegmentation",
+}
+# Of our exports: the blocks that are BEiT's. transformers' segmentation cannot look at the last block, so one more,
+# which nothing looks at, follows it.
+USED = "beit_pretrain_blocks"
 
 
 def is_hf(state: dict[str, Tensor]) -> bool:
@@ -77,7 +84,8 @@ def translate(
         raise UserError(f"{folder}/config.json is of a {config.get('model_type', 'nameless')} model, not of a beit")
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{folder}/config.json: hidden_act={config['hidden_act']}, BEiT has gelu")
-    state = {n: t for n, t in state.items() if not n.removeprefix("beit.").startswith(SEGMENTATION)}
+    if any(name.startswith("decode_head.") for name in state):
+        refuse_other_segmenters(config, folder)
     mim = "lm_head.weight" in state
     theirs = {"classifier.weight": "head.weight", "classifier.bias": "head.bias"}
     theirs |= {f"{'' if mim else 'beit.'}layernorm.{part}": f"norm.{part}" for part in ("weight", "bias")}
@@ -88,6 +96,9 @@ def translate(
         state = {name: t for name, t in state.items() if not name.startswith("beit.pooler.")}
     else:  # a classifier has no use for it
         state.pop("beit.embeddings.mask_token", None)
+    if isinstance(used := config.get(USED), int):
+        idle = re.compile(r"beit\.encoder\.layer\.(\d+)\.")
+        state = {n: t for n, t in state.items() if not ((found := idle.match(n)) and int(found[1]) >= used)}
     inside = {name: ours for ours, name in BLOCK_NAMES.items()}
     renamed: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -112,7 +123,26 @@ def architecture(config: dict[str, Any]) -> dict[str, Any]:
         "init_values": config.get("layer_scale_init_value"),
         "drop_path_rate": config.get("drop_path_rate", 0.1),
         "norm_eps": config.get("layer_norm_eps", 1e-12),
+        "decoder": decoder(config),
     }
+
+
+def decoder(config: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of a segmentation head, as far as tensors cannot tell.
+
+    transformers counts the embeddings as 1: its layer i is the output of block i - 1.
+    """
+    indices = config.get("out_indices") or config.get("segmentation_indices")  # that of transformers below 4.37
+    layers = [int(i) - 1 for i in indices] if isinstance(indices, list) and len(indices) == 4 else None
+    return {"layers": layers, "pool_scales": list(config.get("pool_scales") or (1, 2, 3, 6))}
+
+
+def refuse_other_segmenters(config: dict[str, Any], folder: Path) -> None:
+    """Raise UserError for a segmentation head with options that no released BEiT has."""
+    if config.get("auxiliary_concat_input"):
+        raise UserError(f"{folder}/config.json: auxiliary_concat_input=true is not supported")
+    if config.get("add_fpn"):
+        raise UserError(f"{folder}/config.json: add_fpn=true is of a backbone, not of a segmentation model")
 
 
 def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -127,6 +157,8 @@ def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in processor:
             found[ours] = processor[theirs]
+    if isinstance(reduced := processor.get("do_reduce_labels", processor.get("reduce_labels")), bool):
+        found["reduce_labels"] = reduced
     size, crop = processor.get("size"), processor.get("crop_size")
     if processor.get("do_center_crop") and isinstance(size, dict) and isinstance(crop, dict):
         shorter, height = size.get("shortest_edge"), crop.get("height")
@@ -136,7 +168,7 @@ def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def to_names(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Our tensors under the names of a `BeitForMaskedImageModeling` (kind "mim") or `...ImageClassification` file."""
+    """Our tensors under the names of a `BeitForMaskedImageModeling` (kind "mim") or another `ARCHITECTURES` file."""
     named: dict[str, Tensor] = {}
     outside = {ours: f"beit.{theirs}" for ours, theirs in STEM.items()}
     for part in ("weight", "bias"):

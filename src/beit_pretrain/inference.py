@@ -20,10 +20,12 @@ from beit_pretrain.settings import POSITIVE, SHARE, TEXTS, Rule, number, numbers
 TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 MOST_BLOCKS = 1000
+# The tensor that tells what a file holds.
+HEADS = {"mim": "lm_head.weight", "segmenter": "decode_head.classifier.weight", "classifier": "head.weight"}
 PIXELS = whole(1, 2**16)
 # Dimensions of the tensors that the architecture is read from.
 DIMENSIONS = {"patch_embed.proj.weight": 4, "cls_token": 3, "mask_token": 3, "pos_embed": 3, SHARED_TABLE: 2}
-DIMENSIONS |= {"head.weight": 2, "lm_head.weight": 2}
+DIMENSIONS |= {"head.weight": 2, "lm_head.weight": 2, HEADS["segmenter"]: 4}
 BLOCK_DIMENSIONS = {f"attn.{TABLE}": 2, "mlp.fc1.weight": 2}
 
 # What a config beside the tensors may say.
@@ -119,7 +121,26 @@ def infer(
     if kind == "classifier":
         architecture["num_classes"] = len(state["head.weight"])
         architecture["pool"] = "avg" if "fc_norm.weight" in state else "token"
+    if kind == "segmenter":
+        architecture["num_classes"] = len(state[HEADS["segmenter"]])
+        architecture["decoder"] = decoder(state, said.get("decoder") or {}, path)
     return architecture
+
+
+def decoder(state: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Arguments of a segmenter's heads (`upernet.Decoder`); `said` has the blocks and the pool scales, if anything."""
+    merged = state.get("decode_head.fpn_bottleneck.conv.weight")
+    if merged is None:
+        raise UserError(f"{path} holds a segmentation model of another kind; UPerNet can be read")
+    auxiliary = state.get(HEADS["segmenter"].replace("decode_", "auxiliary_"))
+    convs = {name.split(".")[2] for name in state if name.startswith("auxiliary_head.convs.")}
+    return {
+        "layers": said.get("layers"),
+        "channels": len(merged),
+        "pool_scales": list(said.get("pool_scales") or (1, 2, 3, 6)),
+        "aux_channels": None if auxiliary is None else int(auxiliary.shape[1]),
+        "aux_convs": len(convs) or 1,
+    }
 
 
 def number_of_blocks(state: dict[str, Tensor], path: Path) -> int:

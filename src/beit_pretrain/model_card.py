@@ -10,12 +10,21 @@ import yaml
 from beit_pretrain.backbone import Classifier, MaskedImageModel
 from beit_pretrain.formats import Checkpoint, sizes
 from beit_pretrain.metrics import read_rows
+from beit_pretrain.upernet import Segmenter
 
 MARK = "<!-- written by beit_pretrain export -->"  # an export overwrites no other README
 RECIPE = ("task", "epochs", "steps", "global_batch", "image_size", "optim", "mask", "regularisation", "seed")
 
 
-def card(model: MaskedImageModel | Classifier, source: Checkpoint) -> str:
+# Class of a network -> what hubs call its task, and transformers' class.
+TAGS = {
+    "MaskedImageModel": ("image-feature-extraction", "BeitForMaskedImageModeling"),
+    "Classifier": ("image-classification", "BeitForImageClassification"),
+    "Segmenter": ("image-segmentation", "BeitForSemanticSegmentation"),
+}
+
+
+def card(model: MaskedImageModel | Classifier | Segmenter, source: Checkpoint) -> str:
     """Markdown with the front matter that model hubs read.
 
     Recipe and metrics come from the run's folder, where the checkpoint lies in one; otherwise the card says that it
@@ -32,11 +41,9 @@ def card(model: MaskedImageModel | Classifier, source: Checkpoint) -> str:
         if masked
         else f"a classifier of {model.config['num_classes']} classes"
     )
-    tag, opens = (
-        ("image-feature-extraction", "BeitForMaskedImageModeling")
-        if masked
-        else ("image-classification", "BeitForImageClassification")
-    )
+    if isinstance(model, Segmenter):
+        head = f"UPerNet for {model.config['num_classes']} classes of pixels"
+    tag, opens = TAGS[type(model).__name__]
     normalised = f"mean {model.about.get('mean', [0.5] * 3)}, std {model.about.get('std', [0.5] * 3)}"
     lines = [
         "---",

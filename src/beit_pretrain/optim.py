@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from beit_pretrain.errors import UserError
 
 NO_DECAY = ("pos_embed", "cls_token")
+SCHEDULES = ("cosine", "poly")
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Optim:
         warmup_steps: length of the linear warm-up from 0, in optimiser steps.
         clip: largest gradient norm over all parameters; None = no clipping.
         layer_decay: factor of the learning rate from a block to the one below; None = one rate for all.
+        schedule: "cosine", or "poly", linear from the first step to the last (RECIPE section 7).
+        warmup_start: with "poly", the share of the (already decaying) rate from which the warm-up rises.
     """
 
     lr: float
@@ -37,6 +40,8 @@ class Optim:
     eps: float = 1e-8
     clip: float | None = None
     layer_decay: float | None = None
+    schedule: str = "cosine"
+    warmup_start: float = 0.0
 
     def __post_init__(self) -> None:
         numbers = {"lr": self.lr, "min_lr": self.min_lr, "weight_decay": self.weight_decay, "eps": self.eps}
@@ -48,6 +53,14 @@ class Optim:
                 raise UserError(f"optim.{name} must be null or a number above 0, got {optional!r}")
         if self.lr == 0:
             raise UserError("optim.lr must be above 0")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optim.schedule={self.schedule} is not one of {', '.join(SCHEDULES)}")
+
+    def rate(self, step: int, total: int) -> float:
+        """Learning rate of optimiser step `step` (from 0) of `total`."""
+        if self.schedule == "poly":
+            return poly_rate(step, total, self.warmup_steps, self.lr, self.min_lr, self.warmup_start)
+        return learning_rate(step, total, self.warmup_steps, self.lr, self.min_lr)
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, end: float) -> float:
@@ -59,6 +72,15 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, end: float) -
         return peak * step / (warmup - 1) if warmup > 1 else 0.0
     progress = (step - warmup) / max(1, total - warmup)
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def poly_rate(step: int, total: int, warmup: int, peak: float, end: float, start: float) -> float:
+    """Linear decay from `peak` to `end` over the whole run, times a linear warm-up from `start` to 1 (segmentation).
+
+    Decay and warm-up begin together, so the peak itself is never reached: step `warmup` is already on the line.
+    """
+    rate = end + (peak - end) * max(0.0, 1 - step / total)
+    return rate * (1 - (1 - step / warmup) * (1 - start)) if step < warmup else rate
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -105,7 +127,7 @@ def configure(model: nn.Module, optim: Optim, total_steps: int, depth: int = 0) 
     )
 
     def factor(step: int) -> float:
-        return learning_rate(step, total_steps, optim.warmup_steps, optim.lr, optim.min_lr) / optim.lr
+        return optim.rate(step, total_steps) / optim.lr
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

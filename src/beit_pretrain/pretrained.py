@@ -23,10 +23,12 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.formats import Checkpoint, read_checkpoint, seems
 from beit_pretrain.inference import SHARED_TABLE, TABLE
 from beit_pretrain.resize import resize_state
+from beit_pretrain.upernet import CLASSIFIERS, Decoder, Segmenter, init_heads
+from beit_pretrain.upernet import HEADS as SEGMENTATION_HEADS
 
 Network = TypeVar("Network", bound=Backbone)
 MOST_PATCHES = 2**14  # the position indices of more would fill gigabytes
-HEADS = ("mim", "classify", "features")
+HEADS = ("mim", "classify", "segment", "features")
 # What a network with another head leaves behind. The rest of a file must fit to the last tensor.
 TOKEN_HEAD = ("mask_token", "lm_head.")
 CLASS_HEAD = ("head.", "fc_norm.")
@@ -40,7 +42,7 @@ def load_pretrained(
     num_classes: int | None = None,
     *,
     drop_path_rate: float = 0.0,
-) -> MaskedImageModel | Classifier | FeatureExtractor:
+) -> MaskedImageModel | Classifier | Segmenter | FeatureExtractor:
     """A network in eval mode from any BEiT checkpoint (RECIPE section 8).
 
     Args:
@@ -48,6 +50,7 @@ def load_pretrained(
             `export` wrote (ONNX excepted). The architecture is inferred.
         head: "mim": `model(image_BCHW, mask_BN)` gives logits (M, V) of the masked patches (True = masked);
             "classify": `model(image_BCHW)` gives logits (B, classes);
+            "segment": `model(image_BCHW).main` gives logits (B, classes, 4h, 4w) over h x w patches;
             "features": `model(image_BCHW)` gives `Features`, [CLS] and patches of every layer.
             Images are normalised by the caller with `model.about["mean"]` and `["std"]`, where the file says them.
         image_size: side, or (height, width), in pixels; other than the file's, position tables are resized
@@ -68,6 +71,8 @@ def load_pretrained(
         return mim(source, image_size, drop_path_rate)
     if head == "classify":
         return classifier(source, image_size, num_classes, drop_path_rate)
+    if head == "segment":
+        return segmenter(source, image_size, num_classes, drop_path_rate)
     return features(source, image_size)
 
 
@@ -90,7 +95,7 @@ def mim(
     """The backbone with its token head; with `new_vocab_size`, with a new head for another tokenizer."""
     if source.kind != "mim":
         raise UserError(f"{source.path} holds a {source.kind} without a token head: it cannot predict tokens")
-    leave = (*CLASS_HEAD, *AGGREGATION, *(("lm_head.",) if new_vocab_size else ()))
+    leave = (*CLASS_HEAD, *AGGREGATION, *SEGMENTATION_HEADS, *(("lm_head.",) if new_vocab_size else ()))
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
     vocab_size = new_vocab_size or source.architecture["vocab_size"]
     new = ("lm_head.",) if new_vocab_size else ()
@@ -110,7 +115,7 @@ def classifier(
     Without one of the file's, the shared bias table starts every block's own, and with pool="avg" (the default) a new
     LayerNorm over the mean takes the place of the final one (RECIPE section 5).
     """
-    own = source.architecture.get("num_classes")
+    own = source.architecture.get("num_classes") if source.kind == "classifier" else None
     classes = num_classes if num_classes is not None else own
     if classes is None:
         raise UserError(f"{source.path} holds a {source.kind} without classes: num_classes is needed for a new head")
@@ -118,20 +123,60 @@ def classifier(
     pool = pool or source.architecture.get("pool", "avg")
     norm, other_norm = ("fc_norm.", "norm.") if pool == "avg" else ("norm.", "fc_norm.")
     new = (*(() if kept else ("head.",)), *(() if has(source.state, norm) else (norm,)))
-    leave = (*TOKEN_HEAD, *AGGREGATION, other_norm, *(() if kept else ("head.",)))
+    leave = (*TOKEN_HEAD, *AGGREGATION, *SEGMENTATION_HEADS, other_norm, *(() if kept else ("head.",)))
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
-    if architecture["rel_pos_bias"] == "shared" and source.kind != "classifier":
+    if source.kind not in ("classifier", "segmenter"):
+        spread_table(architecture, state)
+    return finished(lambda: Classifier(classes, pool, **architecture), state, source, new)
+
+
+def segmenter(
+    source: Checkpoint,
+    image_size: int | Sequence[int] | None = None,
+    num_classes: int | None = None,
+    drop_path_rate: float = 0.0,
+    decoder: Decoder | None = None,
+    new_head: bool = False,
+) -> Segmenter:
+    """The backbone under UPerNet: the file's own decoder if it has one, else a new one (`decoder` says of which kind).
+
+    With `new_head`, or another number of classes than the file's, its two classifiers start afresh. Of the file's own
+    decoder, `decoder` may only change the blocks that it looks at.
+    """
+    kept = source.kind == "segmenter"
+    own = source.architecture.get("num_classes") if kept else None
+    classes = num_classes if num_classes is not None else own
+    if classes is None:
+        raise UserError(f"{source.path} holds a {source.kind} without a decoder: num_classes is needed for a new one")
+    fresh: tuple[str, ...] = (
+        () if kept and classes == own and not new_head else CLASSIFIERS if kept else SEGMENTATION_HEADS
+    )
+    settings: Decoder = {**(decoder or {})}
+    if kept:
+        settings = {**source.architecture["decoder"]}
+        if decoder and decoder.get("layers"):
+            settings["layers"] = decoder["layers"]
+    leave = (*TOKEN_HEAD, *CLASS_HEAD, *AGGREGATION, "norm.", *fresh)
+    architecture, state = prepared(source, image_size, drop_path_rate, leave)
+    if source.kind not in ("classifier", "segmenter"):
+        spread_table(architecture, state)
+    fresh = tuple(name for name in fresh if settings.get("aux_channels", True) or "auxiliary" not in name)
+    return finished(lambda: Segmenter(classes, settings, **architecture), state, source, fresh)
+
+
+def spread_table(architecture: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Start a bias table for every block from the shared one, in place (RECIPE section 3)."""
+    if architecture["rel_pos_bias"] == "shared":
         table = state.pop(SHARED_TABLE)
         state |= {f"blocks.{i}.attn.{TABLE}": table.clone() for i in range(architecture["depth"])}
         architecture["rel_pos_bias"] = "per_layer"
-    return finished(lambda: Classifier(classes, pool, **architecture), state, source, new)
 
 
 def features(
     source: Checkpoint, image_size: int | Sequence[int] | None = None, drop_path_rate: float = 0.0
 ) -> FeatureExtractor:
     """The backbone without any head."""
-    leave = (*TOKEN_HEAD, *CLASS_HEAD, *AGGREGATION, "norm.", "decode_head.", "auxiliary_head.", "fpn")
+    leave = (*TOKEN_HEAD, *CLASS_HEAD, *AGGREGATION, *SEGMENTATION_HEADS, "norm.")
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
     return finished(lambda: FeatureExtractor(**architecture), state, source)
 
@@ -140,7 +185,7 @@ def prepared(
     source: Checkpoint, image_size: int | Sequence[int] | None, drop_path_rate: float, leave: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(architecture, tensors) for another image size, without what is left behind."""
-    heads = ("num_classes", "pool", "vocab_size")
+    heads = ("num_classes", "pool", "vocab_size", "decoder")
     architecture = {name: value for name, value in source.architecture.items() if name not in heads}
     architecture["drop_path_rate"] = drop_path_rate
     if image_size is not None:
@@ -179,6 +224,8 @@ def finished(
             module.reset_parameters()
         elif isinstance(module, nn.Linear):
             (init_token_head if prefix == "lm_head." else init_class_head)(module)
+        else:
+            init_heads(module)
     model.load_state_dict(state, strict=False)
     model.about = {name: value for name, value in source.about.items() if not (name == "classes" and "head." in new)}
     return model.eval()

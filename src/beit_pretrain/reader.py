@@ -118,6 +118,13 @@ class ShardReader:
         offset, size = int(row["image_offset"]), int(row["image_size"])
         return Record(self._bytes(sample.shard, offset, size), int(row["label"]))
 
+    def label_map(self, sample: Sample) -> bytes:
+        """The bytes of a sample's label map (PNG). Raises ValueError if it has none."""
+        row = self._index(sample.shard)[sample.row]
+        if not row["segmentation_size"]:
+            raise ValueError("it has no label map")
+        return self._bytes(sample.shard, int(row["segmentation_offset"]), int(row["segmentation_size"]))
+
     def key(self, sample: Sample) -> str:
         """The key of a sample: the name of its image in the tar, without the extension."""
         row = self._index(sample.shard)[sample.row]
@@ -146,9 +153,11 @@ class ShardReader:
         entry, index = folder.shards[number], folder.index(number)
         if index.dtype != INDEX_DTYPE or index.shape != (entry.samples,):
             raise UserError(f"the index of {self.where(shard)} does not fit its manifest; see: shards verify")
-        offset, size = index["image_offset"], index["image_size"]
-        if (offset > entry.bytes).any() or (size > entry.bytes - offset).any() or (offset < 512).any():
-            raise UserError(f"the index of {self.where(shard)} points outside the shard; see: shards verify")
+        for part in ("image", "segmentation"):
+            here = index[f"{part}_size"] > 0 if part == "segmentation" else slice(None)
+            offset, size = index[f"{part}_offset"][here], index[f"{part}_size"][here]
+            if (offset > entry.bytes).any() or (size > entry.bytes - offset).any() or (offset < 512).any():
+                raise UserError(f"the index of {self.where(shard)} points outside the shard; see: shards verify")
         classes = len(folder.about["classes"])
         if not self.classes:
             index = index.copy()

@@ -42,12 +42,13 @@ from beit_pretrain.views import jittered_views
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
 FREE_TO_CHANGE = (
     *("activation_checkpointing", "resume", "preflight", "trainer", "logger", "batch_size", "threads", "run_dir"),
-    *("log_every", "val_every", "save_every", "save_minutes", "keep_every", "max_skipped", "pictures", "knn"),
+    *("log_every", "val_every", "save_every", "save_minutes", "keep_every", "max_skipped", "pictures", "knn", "test"),
     *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
     "data.max_bad",
 )
 
 
+BEST_BY = {"classifier": "val/accuracy", "segmenter": "val/miou"}  # kind of checkpoint -> the larger the better
 REPLACED = "replaced.jsonl"  # of a run: images that could not be decoded
 
 
@@ -75,9 +76,10 @@ def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trai
     """Lightning's Trainer: it runs the loop; gradients, batches and metrics are the modules' own."""
     settings = dict(cfg.trainer)
     if settings["precision"] == "auto":
-        wanted = settings["accelerator"] in ("auto", "gpu", "cuda")
-        gpu = wanted and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        gpu = wanted_gpu(settings["accelerator"]) and torch.cuda.is_bf16_supported()
         settings["precision"] = "bf16-mixed" if gpu else "32-true"
+    # A decoder's batch norms see few images a GPU: statistics over all of them, as in the release. CPUs have no such.
+    settings["sync_batchnorm"] = cfg.task == "segment" and wanted_gpu(settings["accelerator"])
     trainer = Trainer(
         **settings,
         max_steps=steps,
@@ -95,6 +97,11 @@ def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trai
     trainer.accumulate_grad_batches = accumulate
     trainer.val_check_interval = min(cfg.val_every, steps) * accumulate
     return trainer
+
+
+def wanted_gpu(accelerator: str) -> bool:
+    """Whether a run with this accelerator is on a GPU of CUDA."""
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def quieten() -> None:
@@ -231,16 +238,15 @@ def rehearse(task: Task) -> None:
 
 
 def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback]:
-    """Progress, throughput and checkpoints: the last one, and for a classifier the best one."""
+    """Progress, throughput and checkpoints: the last one, and the best one where a metric says which."""
     callbacks: list[Callback] = [
         ProgressBar(refresh_rate=10),
         Throughput(),
         Replacements(folder.parent / REPLACED, cfg.data.get("max_bad", 0.001)),
     ]
-    if task.module.kind == "classifier" and "val" in task.data.readers:
-        callbacks.append(
-            ModelCheckpoint(folder, "best", monitor="val/accuracy", mode="max", enable_version_counter=False)
-        )
+    watched = BEST_BY.get(task.module.kind)
+    if watched and "val" in task.data.readers:
+        callbacks.append(ModelCheckpoint(folder, "best", monitor=watched, mode="max", enable_version_counter=False))
     return callbacks
 
 
@@ -377,9 +383,14 @@ def from_checkpoint(cfg: DictConfig, last: Path) -> DictConfig:
 def validate(cfg: DictConfig) -> dict[str, float]:
     """Metrics of a run's last checkpoint on held-out images; prints and returns them."""
     quieten()
-    overrides = OmegaConf.create({"data": {"val": cfg.data.val}} if cfg.data.val else {})
+    given = {name: value for name, value in cfg.test.items() if value is not None}
+    overrides = OmegaConf.create(
+        {**({"data": {"val": cfg.data.val}} if cfg.data.val else {}), **({"test": given} if given else {})}
+    )
     with building():
         run_cfg, task = load_run(cfg.run, overrides)
+    if given and run_cfg.task != "segment":
+        raise UserError(f"test.{next(iter(given))} is of segmentation; {cfg.run} is a run of task {run_cfg.task}")
     if "val" not in task.data.readers:
         raise UserError("the run has no held-out images; give data.val=FOLDER")
     run_cfg.trainer = cfg.trainer

@@ -7,14 +7,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from beit_pretrain.backbone import SIZES, Architecture, Classifier, MaskedImageModel, patch_grid
-from beit_pretrain.callbacks import MaskedPictures, OnlineKNN
-from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData
+from beit_pretrain.callbacks import MaskedPictures, OnlineKNN, SegmentationPictures
+from beit_pretrain.datamodule import ClassificationData, PretrainData, SegmentationData, ShardData
 from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining
 from beit_pretrain.errors import UserError
 from beit_pretrain.finetune import Finetuning, Regularisation
@@ -22,11 +23,14 @@ from beit_pretrain.formats import Checkpoint, digest, read_checkpoint, sizes
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
-from beit_pretrain.pretrained import classifier, features, mim
+from beit_pretrain.pretrained import classifier, features, mim, segmenter
 from beit_pretrain.probe import LayerProbes, Probing
-from beit_pretrain.reader import Access
+from beit_pretrain.reader import Access, ShardReader
+from beit_pretrain.segment import Segmentation, Windows
+from beit_pretrain.segment_views import SegmentationCrops, SegmentationImages
 from beit_pretrain.tokenizer import check_channels, view_size
 from beit_pretrain.training import TrainedModule
+from beit_pretrain.upernet import Decoder, Segmenter
 from beit_pretrain.views import HALF, ClassificationViews, PretrainViews, per_channel
 
 
@@ -166,7 +170,7 @@ def read_source(cfg: DictConfig) -> Checkpoint | None:
             f"model.init_values={'null' if scale[1] is None else scale[1]}"
         )
     bias = source.architecture["rel_pos_bias"]
-    expanded = "per_layer" if bias == "shared" and cfg.task == "finetune" else bias
+    expanded = "per_layer" if bias == "shared" and cfg.task in ("finetune", "segment") else bias
     for name, own in (("rel_pos_bias", (bias, expanded)), ("abs_pos_emb", (source.architecture["abs_pos_emb"],))):
         if cfg.model.get(name) not in (None, *own):
             raise UserError(
@@ -220,11 +224,66 @@ def probe_task(cfg: DictConfig) -> Task:
     return Task(module, data, [], origin(source))
 
 
+def segment_task(cfg: DictConfig) -> Task:
+    """Semantic segmentation."""
+    source = None if cfg.from_scratch else read_source(cfg)
+    patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
+    if cfg.batch_size == 1 and torch.cuda.device_count() < 2:  # over several GPUs the norms see all their images
+        raise UserError("batch_size=1: the decoder's batch norms need at least 2 images at once")
+    mean, std = normalisation(cfg, source.about if source else {})
+    windows = Windows(**plain(cfg.test))
+    data, names = segmentation_data(cfg, mean, windows)
+    decoder = cast(Decoder, plain(cfg.decoder))
+    if source is None:
+        model = Segmenter(len(names), decoder, **network(cfg))
+    else:
+        same = source.about.get("classes") in (None, names)
+        drop = cfg.model.drop_path_rate
+        model = segmenter(source, cfg.image_size, len(names), drop, decoder, new_head=not same)
+        model.train()
+    model.set_grad_checkpointing(cfg.activation_checkpointing)
+    module = Segmentation(model, optim(cfg, data.samples), mean, std, cfg.seed, windows)
+    module.about = {"mean": list(mean), "std": list(std), "classes": names, "reduce_labels": cfg.data.reduce_labels}
+    callbacks: list[Callback] = []
+    if "val" in data.readers and cfg.pictures:
+        callbacks.append(SegmentationPictures(Path(cfg.run_dir) / "pictures", data, cfg.pictures))
+    return Task(module, data, callbacks, origin(source))
+
+
+def segmentation_data(cfg: DictConfig, fill: tuple[float, ...], windows: Windows) -> tuple[SegmentationData, list[str]]:
+    """Images with label maps, and the names of their classes. Raises UserError if nothing says how many there are."""
+    data, size = cfg.data, cfg.image_size
+    reader = ShardReader(data.train if isinstance(data.train, str) else list(data.train))
+    named = [list(folder.about.get("segmentation_classes") or []) for folder in reader.folders]
+    if any(names != named[0] for names in named):
+        raise UserError(f"data.train={data.train}: the label maps of these data sets have different classes")
+    names = named[0] if data.reduce_labels or not named[0] else ["background", *named[0]]
+    if cfg.num_classes is not None:
+        if cfg.num_classes < len(names):
+            raise UserError(f"num_classes={cfg.num_classes}, but {reader.folders[0]} names {len(names)} classes")
+        names = [*names, *map(str, range(len(names), cfg.num_classes))]
+    if len(names) < 2:
+        raise UserError(f"{reader.folders[0]} does not name the classes of its label maps: num_classes=N is needed")
+    common = {"classes": len(names), "reduce_labels": data.reduce_labels, "channels": data.channels}
+    crops = SegmentationCrops(
+        size,
+        ratio=tuple(data.resize),
+        max_share=data.max_share,
+        flip=data.flip,
+        distort=data.distort,
+        fill=fill,
+        **common,
+    )
+    images = SegmentationImages(size, scales=windows.scales, **common)
+    return SegmentationData(train_views=crops, val_views=images, **data_settings(cfg)), names
+
+
 TASKS: dict[str, Callable[[DictConfig], Task]] = {
     "pretrain": pretrain_task,
     "tokenizer": tokenizer_task,
     "finetune": finetune_task,
     "probe": probe_task,
+    "segment": segment_task,
 }
 
 

@@ -33,7 +33,7 @@ class TrainedModule(LightningModule):
     """
 
     model: Any
-    kind: str  # what a checkpoint of this module holds: "mim", "classifier", "probe" or "tokenizer"
+    kind: str  # what a checkpoint of this module holds: "mim", "classifier", "segmenter", "probe" or "tokenizer"
 
     def __init__(self, model: nn.Module, optim: Optim, seed: int = 0):
         super().__init__()

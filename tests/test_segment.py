@@ -1,0 +1,423 @@
+"""Segmentation by the command line, metrics against an independent count, windows, and the real ADE20K pairs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import seeded, spoil, write_checkpoint
+from PIL import Image
+from test_finetune import Crash
+
+from beit_pretrain import runs
+from beit_pretrain.metrics import curve
+from beit_pretrain.optim import Optim
+from beit_pretrain.predict_maps import free_name
+from beit_pretrain.segment import (
+    ImageSegmenter,
+    Segmentation,
+    Windows,
+    confusion,
+    pixel_loss,
+    scores,
+    segmented,
+    slide,
+    starts,
+)
+from beit_pretrain.segment_views import IGNORE
+from beit_pretrain.shards import make_shards
+from beit_pretrain.upernet import Maps, Segmenter
+
+SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}
+SMALL = {"aux_channels": 8, "channels": 16}
+ADE = Path(os.environ.get("ADE20K_MINI", Path(__file__).parents[2] / "shared/data/ade20k-mini"))
+
+
+def words(shards, run_dir, *more: str) -> list[str]:
+    result = ["fit", "+experiment=demo_segment", "from_scratch=true", "steps=2", "val_every=2", "global_batch=4"]
+    result += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0", "log_every=1"]
+    result += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "optim.warmup_steps=0"]
+    return [*result, "decoder.channels=16", "decoder.aux_channels=8", "pictures=2", f"run_dir={run_dir}", *more]
+
+
+def state_of(run) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("seed", range(5))
+    def test_equals_a_count_class_by_class(self, seed):
+        """Another way to the same numbers: sets of pixels, no matrix; the last class occurs nowhere."""
+        rng = np.random.default_rng(seed)
+        target = rng.choice([0, 1, 2, 3, IGNORE], (7, 30, 40), p=[0.5, 0.2, 0.1, 0.05, 0.15])
+        found = np.where(rng.random(target.shape) < 0.6, target % 5, rng.integers(0, 5, target.shape))
+        total = sum(confusion(torch.tensor(f), torch.tensor(t), 6) for f, t in zip(found, target, strict=True))
+        measured = scores(total)
+        flat = [(t, f) for t, f in zip(target.ravel().tolist(), found.ravel().tolist(), strict=True) if t != IGNORE]
+        ious, accuracies = [], []
+        for c in range(6):
+            true, said = {i for i, p in enumerate(flat) if p[0] == c}, {i for i, p in enumerate(flat) if p[1] == c}
+            if true | said:
+                ious.append(len(true & said) / len(true | said))
+            if true:
+                accuracies.append(len(true & said) / len(true))
+        assert measured["miou"] == pytest.approx(sum(ious) / len(ious), abs=1e-12)
+        assert measured["macc"] == pytest.approx(sum(accuracies) / len(accuracies), abs=1e-12)
+        assert measured["aacc"] == pytest.approx(sum(t == f for t, f in flat) / len(flat), abs=1e-12)
+
+    def test_by_hand(self):
+        target, found = torch.tensor([0, 0, 1, 1, IGNORE]), torch.tensor([0, 1, 1, 1, 0])
+        assert confusion(found, target, 3).tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
+        measured = scores(confusion(found, target, 3))
+        assert measured == pytest.approx({"miou": (1 / 2 + 2 / 3) / 2, "macc": 0.75, "aacc": 0.75})
+
+    def test_nothing_counts(self):
+        assert all(math.isnan(value) for value in scores(torch.zeros(3, 3, dtype=torch.int64)).values())
+
+    def test_more_pixels_than_a_float32_can_count(self):
+        huge = torch.tensor([[2**40 + 1, 0], [1, 2**40]])
+        assert scores(huge)["aacc"] == (2**41 + 1) / (2**41 + 2)
+
+
+def test_the_loss_counts_ignored_pixels_as_zero():
+    logits = torch.randn(2, 3, 4, 4)
+    target = torch.randint(0, 3, (2, 4, 4))
+    whole = torch.nn.functional.cross_entropy(logits, target)
+    assert pixel_loss(logits, target) == pytest.approx(float(whole), abs=1e-6)
+    target[0] = IGNORE
+    half = torch.nn.functional.cross_entropy(logits[1:], target[1:]) / 2
+    assert pixel_loss(logits, target) == pytest.approx(float(half), abs=1e-6)
+
+
+class Painter(Segmenter):
+    """Logits of a pixel are its own colours, at a quarter of the patch: what a window says does not depend on it."""
+
+    def __init__(self, size=32):
+        super().__init__(3, dict(SMALL), **{**SIZE, "image_size": size})
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, image_BCHW, drop_BR=None, keep_BF=None):
+        self.sizes.append(tuple(image_BCHW.shape))
+        rows, columns = self.grid
+        return Maps(torch.nn.functional.adaptive_avg_pool2d(image_BCHW, (rows * 4, columns * 4)), None)
+
+
+class TestWindows:
+    @pytest.mark.parametrize("length", [32, 33, 40, 64, 85, 500])
+    @pytest.mark.parametrize("stride", [2 / 3, 1.0, 0.25])
+    def test_cover_everything(self, length, stride):
+        places = starts(length, 32, stride)
+        assert places[0] == 0
+        assert places[-1] == length - 32
+        assert all(0 < b - a <= max(1, int(32 * stride)) for a, b in itertools.pairwise(places))
+
+    def test_the_recipe_s(self):
+        assert starts(683, 512, 2 / 3) == [0, 171]
+        assert starts(1024, 512, 2 / 3) == [0, 341, 512]
+
+    @pytest.mark.parametrize("shape", [(32, 32), (32, 75), (90, 40), (64, 96)])
+    def test_any_shape(self, shape):
+        model = Painter()
+        coarse = torch.rand(1, 3, 2, 2)
+        image = torch.nn.functional.interpolate(coarse, shape, mode="bilinear")
+        logits = slide(model, image)
+        assert logits.shape == (1, 3, *shape)
+        assert (logits - image).abs().max() < 0.15  # the windows' resizing blurs
+        assert all(size[-2:] == (32, 32) for size in model.sizes)
+
+    @pytest.mark.parametrize("shape", [(8, 8), (1, 200), (33, 5)])
+    def test_images_smaller_than_a_window(self, shape):
+        assert slide(Painter(), torch.rand(1, 3, *shape)).shape == (1, 3, *shape)
+
+    def test_one_window_is_the_network_itself(self):
+        model = seeded(Segmenter, 3, dict(SMALL), **SIZE).eval()
+        image = torch.randn(1, 3, 32, 32)
+        with torch.no_grad():
+            whole = torch.nn.functional.interpolate(model(image).main, (32, 32), mode="bilinear")
+            assert torch.allclose(slide(model, image), whole, atol=1e-6)
+
+    def test_overlaps_are_means(self):
+        """By hand: every window on its own, summed and divided pixel by pixel."""
+        model = seeded(Segmenter, 3, dict(SMALL), **SIZE).eval()
+        image, total, seen = torch.randn(1, 3, 50, 40), torch.zeros(3, 50, 40), torch.zeros(50, 40)
+        with torch.no_grad():
+            for top in (0, 18):
+                for left in (0, 8):
+                    crop = image[..., top : top + 32, left : left + 32]
+                    one = torch.nn.functional.interpolate(model(crop).main, (32, 32), mode="bilinear")[0]
+                    total[:, top : top + 32, left : left + 32] += one
+                    seen[top : top + 32, left : left + 32] += 1
+            assert torch.allclose(slide(model, image)[0], total / seen, atol=1e-5)
+
+    def test_scales_and_mirrors_are_averaged_as_probabilities(self):
+        model = seeded(Segmenter, 3, dict(SMALL), **SIZE).eval()
+        with torch.no_grad():
+            model.decode_head.classifier.weight.mul_(100)
+            images = [torch.randn(1, 3, 32, 40), torch.randn(1, 3, 48, 60)]
+            size = (30, 41)
+            total = torch.zeros(3, *size)
+            for image in images:
+                for mirror in (False, True):
+                    logits = slide(model, image.flip(-1) if mirror else image)
+                    logits = logits.flip(-1) if mirror else logits
+                    total += torch.nn.functional.interpolate(logits, size, mode="bilinear")[0].softmax(0)
+            found = segmented(model, images, size, Windows(flip=True))
+        assert (found == total.argmax(0)).float().mean() > 0.999
+
+
+def test_dropout_and_drop_path_belong_to_positions():
+    model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
+    module = Segmentation(model, Optim(lr=1e-3), (0.5,) * 3, (0.5,) * 3, seed=1)
+    keep = module.keep(torch.arange(2000))
+    assert torch.equal(keep[7], module.keep(torch.tensor([7]))[0])
+    assert keep.shape == (2000, 16 + 8)
+    assert keep.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert keep.mean().item() == pytest.approx(1, abs=0.01)
+
+
+class TestRuns:
+    def test_trains_validates_and_shows(self, shards, run_cli, tmp_path):
+        code, stdout, stderr = run_cli(*words(shards, tmp_path / "run"))
+        assert code == 0, stderr
+        run = tmp_path / "run"
+        assert (run / "checkpoints/best.ckpt").is_file()
+        assert (run / "pictures/step-000002.png").is_file()
+        steps, rates = curve(run / "metrics.csv", "train/lr")
+        assert rates == pytest.approx([1e-3, 0.5e-3])
+        about = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["beit_pretrain"]
+        assert about["kind"] == "segmenter"
+        assert about["classes"][:2] == ["background", "bricks"]
+        code, stdout, stderr = run_cli("validate", f"run={run}")
+        assert code == 0, stderr
+        for name in ("miou", "macc", "aacc"):
+            printed = next(line.split()[1] for line in stdout.splitlines() if line.startswith(f"val/{name} "))
+            assert float(printed) == pytest.approx(curve(run / "metrics.csv", f"val/{name}")[1][-1], abs=1e-4)
+        assert run_cli("show", f"run={run}", "images=2")[0] == 0
+        assert Image.open(run / "pictures/show.png").width > 900
+        code, stdout, stderr = run_cli("validate", f"run={run}", "test.scales=[0.5,1,1.5]", "test.flip=true")
+        assert code == 0, stderr
+        assert "val/miou" in stdout
+
+    def test_a_resumed_run_takes_the_same_steps(self, shards, run_cli, tmp_path, monkeypatch):
+        settings = ["steps=4", "optim.warmup_steps=2", "save_every=1"]
+        assert run_cli(*words(shards, tmp_path / "whole", *settings))[0] == 0
+        make = runs.make_trainer
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "make_trainer", lambda cfg, steps, callbacks: make(cfg, steps, [*callbacks, Crash(3)]))
+            with pytest.raises(RuntimeError, match="power cut"):
+                run_cli(*words(shards, tmp_path / "died", *settings))
+        code, stdout, stderr = run_cli(*words(shards, tmp_path / "died", *settings))
+        assert code == 0, stderr
+        assert "after step 3" in stdout
+        whole = state_of(tmp_path / "whole")
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in state_of(tmp_path / "died").items())
+
+    def test_batches_of_whole_images_do_not_matter(self, shards, run_cli, tmp_path):
+        for batch in (1, 5):
+            run = tmp_path / str(batch)
+            assert run_cli(*words(shards, run, "data.val_images=null", f"data.val_batch={batch}"))[0] == 0
+        one, other = (curve(tmp_path / b / "metrics.csv", "val/aacc")[1] for b in ("1", "5"))
+        assert one == other
+
+    def test_from_a_backbone_and_from_a_segmenter(self, shards, mim_checkpoint, run_cli, tmp_path):
+        more = [f"init_from={mim_checkpoint}", "from_scratch=false", "image_size=48"]
+        code, stdout, stderr = run_cli(*words(shards, tmp_path / "a", *more))
+        assert code == 0, stderr
+        assert "hf" not in stdout
+        assert "mim: 2 blocks" in stdout
+        more[0] = f"init_from={tmp_path / 'a/checkpoints/last.ckpt'}"
+        code, stdout, stderr = run_cli(*words(shards, tmp_path / "b", *more, "optim.lr=1e-9"))
+        assert code == 0, stderr
+        first, second = state_of(tmp_path / "a"), state_of(tmp_path / "b")
+        name = "model.decode_head.classifier.weight"
+        assert torch.allclose(first[name], second[name], atol=1e-6)
+
+    def test_bad_label_maps_are_replaced_and_listed(self, shards, run_cli, tmp_path):
+        import shutil
+
+        shutil.copytree(shards / "train", tmp_path / "train")
+        spoil(tmp_path / "train", 0, [1])
+        more = [f"data.train={tmp_path / 'train'}", "data.max_bad=1", "global_batch=12", "steps=4"]
+        code, _, stderr = run_cli(*words(shards, tmp_path / "run", *more))
+        assert code == 0, stderr
+        assert "not an image" in (tmp_path / "run/replaced.jsonl").read_text()
+
+    @pytest.mark.long
+    def test_any_number_of_processes(self, shards, run_cli, tmp_path):
+        """The same counts of pixels on 1, 2 and 3 processes, to the last digit; 12 images, and 5 of them."""
+        assert run_cli(*words(shards, tmp_path / "run", "trainer.accelerator=cpu", "data.val_images=5"))[0] == 0
+        printed = []
+        for processes in (1, 2, 3):
+            command = [sys.executable, "-m", "beit_pretrain", "validate", f"run={tmp_path / 'run'}"]
+            command += ["trainer.accelerator=cpu", f"trainer.devices={processes}"]
+            command += ["trainer.strategy=ddp"] if processes > 1 else []
+            out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+            lines = out.replace("\r", "\n").splitlines()
+            printed.append({line for line in lines if line.startswith("val/")})
+        assert len(printed[0]) == 3
+        assert printed[0] == printed[1] == printed[2]
+
+    @pytest.mark.long
+    def test_the_shipped_config_at_512(self, run_cli, tmp_path):
+        """Two steps of the real thing: base, crops of 512, 150 classes, and a whole image segmented by windows."""
+        make_shards("synthetic", tmp_path / "data", images=4, size=560, val=0.25, workers=1)
+        settings = ["fit", "+experiment=segment_ade20k_base", "from_scratch=true", "steps=2", "global_batch=2"]
+        settings += [f"data.train={tmp_path / 'data/train'}", f"data.val={tmp_path / 'data/val'}", "num_classes=150"]
+        settings += ["logger=csv", "data.workers=0", "log_every=1", "pictures=1", "optim.warmup_steps=0"]
+        code, _, stderr = run_cli(*settings, "data.val_images=1", f"run_dir={tmp_path / 'run'}")
+        assert code == 0, stderr
+        losses = curve(tmp_path / "run/metrics.csv", "train/decode_loss")[1]
+        assert 2 < losses[0] <= math.log(150) + 0.1  # less than ln 150 by the share of pixels that do not count
+        assert losses[1] < losses[0]
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            (["num_classes=5"], "num_classes=5, but"),
+            (["num_classes=1"], "num_classes must be null or a whole number of at least 2"),
+            (["decoder.layers=[1,2]"], "decoder.layers must be"),
+            (["decoder.layers=[1,1,2,3]"], "must be four numbers up to 2"),
+            (["decoder.layers=[2,1,1,1]"], "in ascending order"),
+            (["batch_size=1"], "at least 2 images at once"),
+            (["image_size=30"], "not divisible"),
+            (["optim.schedule=step"], "optim.schedule must be one of cosine, poly"),
+            (["data.resize=[2,1]"], "data.resize must be"),
+            (["test.scales=[]"], "test.scales must be"),
+            (["test.stride=0"], "test.stride must be"),
+            (["test.scales=null"], "test.scales must not be null"),
+            (["data.max_share=2"], "data.max_share must be"),
+        ],
+    )
+    def test_bad_settings(self, more, said, shards, run_cli, tmp_path):
+        code, _, stderr = run_cli(*words(shards, tmp_path / "run", *more))
+        assert code == 2
+        assert said in stderr
+        assert stderr.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+    def test_shards_without_label_maps(self, photos, run_cli, tmp_path):
+        make_shards(photos, tmp_path / "data", val=0.2, workers=1)
+        code, _, stderr = run_cli(*words(tmp_path / "data", tmp_path / "run", "num_classes=3"))
+        assert code == 2
+        assert "has no label maps" in stderr
+
+    def test_test_settings_are_of_segmentation(self, shards, run_cli, tmp_path):
+        tuned = ["fit", "+experiment=demo_finetune", "from_scratch=true", "steps=1", "global_batch=4", "image_size=32"]
+        tuned += ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", f"data.train={shards / 'train'}"]
+        assert run_cli(*tuned, f"data.val={shards / 'val'}", "data.workers=0", f"run_dir={tmp_path / 'run'}")[0] == 0
+        code, _, stderr = run_cli("validate", f"run={tmp_path / 'run'}", "test.flip=true")
+        assert code == 2
+        assert "test.flip is of segmentation" in stderr
+
+
+class TestPredict:
+    @pytest.fixture(scope="class")
+    def checkpoint(self, tmp_path_factory):
+        path = tmp_path_factory.mktemp("segmenter") / "a.ckpt"
+        about = {"classes": ["a", "b, c", "d"], "mean": [0.5] * 3, "std": [0.5] * 3}
+        return write_checkpoint(path, "segmenter", seeded(Segmenter, 3, dict(SMALL), **SIZE), **about)
+
+    def test_a_folder(self, checkpoint, photos, run_cli, tmp_path):
+        (tmp_path / "src").mkdir()
+        for file in [*(photos / "cats").iterdir()][:2]:
+            (tmp_path / "src" / file.name).write_bytes(file.read_bytes())
+        Image.new("RGB", (40, 50)).save(tmp_path / "src/twice.png")
+        Image.new("RGB", (50, 40)).save(tmp_path / "src/twice.jpg")
+        (tmp_path / "src/broken.jpg").write_bytes(b"no image")
+        code, stdout, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={tmp_path / 'src'}", "out=maps")
+        assert code == 0, stderr
+        assert "4 label maps, 1 files could not be read" in stdout
+        assert "broken.jpg: not an image" in stdout
+        names = {path.name for path in (tmp_path / "maps/labels").iterdir()}
+        assert len(names) == 4
+        assert names == {path.name for path in (tmp_path / "maps/overlays").iterdir()}
+        segmenter = ImageSegmenter(checkpoint)
+        for name in names:
+            with Image.open(tmp_path / "maps/labels" / name) as found:
+                assert found.mode == "P"
+                original = next(p for p in (tmp_path / "src").iterdir() if p.name in (name, *variants(name)))
+                with Image.open(original) as image:
+                    expected = segmenter.segment(image).numpy() + 1
+                assert np.array_equal(np.asarray(found), expected)
+        rows = (tmp_path / "maps/classes.csv").read_text().splitlines()
+        assert rows[0] == "id,class,red,green,blue"
+        assert rows[2].startswith('2,"b, c",')
+
+    def test_wrong_outputs(self, checkpoint, photos, run_cli, tmp_path):
+        (tmp_path / "file").touch()
+        for out in ("file", "predictions.csv"):
+            code, _, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={photos}", f"out={out}")
+            assert code == 2
+            assert "a folder of label maps" in stderr
+
+    def test_names_stay_inside_the_folder(self):
+        taken: set[Path] = set()
+        keys = ("../../etc/passwd", "/a/b.jpg", "a/b.png", "a/b.png", "a/b.png", "..")
+        names = [free_name(key, taken) for key in keys]
+        assert len(set(names)) == len(names)
+        assert not any(name.is_absolute() or ".." in name.parts for name in names)
+
+
+def variants(name: str) -> list[str]:
+    """What an image may have been called whose label map has this name."""
+    stem = name.removesuffix(".png")
+    return [stem, f"{stem}.jpg"]
+
+
+def test_overfits_one_batch():
+    model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
+    image = torch.rand(4, 3, 32, 32)
+    target = torch.zeros(4, 32, 32, dtype=torch.long)
+    target[:, :16] = 1
+    target[:, :, :16] += 1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        maps = model(image)
+        loss = pixel_loss(maps.main, target) + 0.4 * pixel_loss(maps.auxiliary, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.25
+
+
+def test_image_segmenter(tmp_path):
+    model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
+    path = write_checkpoint(tmp_path / "a.ckpt", "segmenter", model, classes=["a", "b", "c"], mean=[0.5] * 3)
+    segmenter = ImageSegmenter(path, Windows(flip=True, scales=(1.0, 2.0)))
+    for mode, size in (("RGB", (50, 70)), ("L", (31, 33)), ("CMYK", (200, 9))):
+        found = segmenter.segment(Image.new(mode, size))
+        assert found.shape == size[::-1]
+        assert found.max() < 3
+
+
+@pytest.mark.skipif(not ADE.is_dir(), reason="ADE20K_MINI names no folder with the three ADE20K pairs")
+def test_the_real_pairs_of_ade20k(tmp_path):
+    """Names and numbers against the files themselves, read here without any code of the project."""
+    from beit_pretrain.datamodule import SegmentationData
+    from beit_pretrain.segment_views import SegmentationCrops, SegmentationImages
+
+    make_shards(str(ADE / "sampleData"), tmp_path / "data", workers=1)
+    views = SegmentationCrops(64, 150), SegmentationImages(512, 150)
+    train = tmp_path / "data" / "train"
+    data = SegmentationData(train, train, train_views=views[0], val_views=views[1], global_batch=2)
+    names = data.readers["train"].manifest["segmentation_classes"]
+    table = [line.split("\t") for line in (ADE / "objectInfo150.txt").read_text().splitlines()[1:]]
+    assert [(names[0], names[2], names[149])] == [("wall", "sky", "flag")]
+    assert len(names) == len(table) == 150
+    dataset = data.eval_dataset("val")
+    originals = {path.stem: np.asarray(Image.open(path)) for path in (ADE / "sampleData/annotations").glob("*.png")}
+    found = [dataset.sample(position) for position in range(3)]
+    for sample in found:
+        target = sample["target"].astype(int)
+        (same,) = (o for o in originals.values() if o.shape == target.shape and ((target + 1) % 256 == o).all())
+        assert (target == IGNORE).sum() == (same == 0).sum()
+        assert min(sample["scale_0"].shape[1:]) == 512
+    assert {int(i) for s in found for i in np.unique(s["target"])} - {IGNORE} <= set(range(150))
+    assert data.train_dataset  # crops are tested on their own
