@@ -26,6 +26,7 @@ from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.mixture import Mixture
 from beit_pretrain.order import MASK, VIEW, Order, Sample, generator, positions
 from beit_pretrain.reader import ShardReader
+from beit_pretrain.tokens import CachedTokens
 
 NEIGHBOURS = 16  # images in a row that may be bad
 
@@ -72,8 +73,9 @@ class EvalPlan:
 class ShardDataset(Dataset):
     """Item m is the collated micro-batch m of the plan.
 
-    Keys: those of the views, stacked, and `label` (B,), `position` (B,); with masking `mask` (B, N) bool and
-    `mask_index` (B, K) int64, the masked patches in ascending order padded with -1 (K = the cap: static shapes).
+    Keys: those of the views, stacked (with cached tokens: `tokens` (B, N) int64 in place of the tokenizer's view), and
+    `label` (B,), `position` (B,); with masking `mask` (B, N) bool and `mask_index` (B, K) int64, the masked patches in
+    ascending order padded with -1 (K = the cap: static shapes).
     If images had to be replaced, and only then, `bad` is a list of dictionaries: position, shard, key, reason and
     replaced_by (the key of the image that stands in).
     """
@@ -87,9 +89,11 @@ class ShardDataset(Dataset):
         masking: BlockwiseMask | None = None,
         subset: np.ndarray | None = None,
         seed: int = 0,
+        tokens: CachedTokens | None = None,
     ):
         self.reader, self.order, self.plan = reader, order, plan
         self.views, self.masking, self.subset, self.seed = views, masking, subset, seed
+        self.tokens = tokens
         self._ahead: FetchAhead | None = None
 
     def __getstate__(self) -> dict:
@@ -127,9 +131,10 @@ class ShardDataset(Dataset):
             if failures and sample == failures[0][0]:  # once round the shard
                 break
             data, label = self.reader.read(sample)
+            cached = self.tokens.view(sample, self.order.epoch_of(position)) if self.tokens else None
             try:
                 with opened(data) as image:
-                    arrays = self.views(image, generator(self.seed, position, VIEW))
+                    arrays = cached(image) if cached else self.views(image, generator(self.seed, position, VIEW))
             except Exception as error:  # Pillow's decoders raise nearly everything on broken files
                 failures.append((sample, reason(error)))
                 continue
