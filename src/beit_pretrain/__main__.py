@@ -197,6 +197,7 @@ def run(argv: list[str]) -> None:
         raise UserError("sweeps (-m) are not supported yet; start one run for each setting, each with its own name=")
     if verb == "shards" and rest and "=" not in rest[0]:
         rest = [f"action={rest[0]}", *rest[1:]]
+    rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a group cannot be null
     if verb == "tokenize":  # `data` is a group of configs to Hydra
         rest = [f"src={word[5:]}" if word.startswith("data=") else word for word in rest]
     if "--cfg" in rest:

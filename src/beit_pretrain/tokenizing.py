@@ -66,6 +66,8 @@ def tokenize(cfg: DictConfig) -> None:
             raise UserError(f"{source} is on another machine: out= must say where its tokens go, such as out=FOLDER")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    if cfg.get("tokenizer") is None or not cfg.tokenizer.get("_target_"):
+        raise UserError("a tokenizer is needed: tokenizer=openai or tokenizer=dvae, with tokenizer.path=")
     with building():
         tokenizer: Tokenizer = instantiate(cfg.tokenizer)
         check_channels(tokenizer, cfg.channels)
@@ -183,7 +185,8 @@ class TokenViews(Dataset):
                 records[here : here + self.count] = np.zeros((), records.dtype)
                 made = [self._nothing()] * self.count
             arrays += made
-        batch = {name: torch.from_numpy(np.stack([a[name] for a in arrays])) for name in arrays[0]}
+        # Arrays, not tensors: they come through a pipe, where tensors would need shared memory, which may be short.
+        batch = {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
         return {**batch, "records": records, "bad": bad}
 
     def _made(self, data: bytes, sample: Sample, view: int, record: np.void) -> dict[str, np.ndarray]:
@@ -226,7 +229,6 @@ def _write_part(
         sampler=chunks,
         num_workers=min(how.workers, len(chunks)),
         collate_fn=_as_it_is,  # type: ignore[arg-type]
-        pin_memory=how.device.type == "cuda",
     )
     records: list[np.ndarray] = []
     bad: list[tuple[str, str]] = []
@@ -262,7 +264,8 @@ def encoded(tokenizer: Tokenizer, batch: dict[str, Any], dtype: np.dtype, device
     for name in batch["records"].dtype.names:
         if name != "tokens":
             records[name] = batch["records"][name]
-    on_device = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    views = ("token_image", "jitter_factors", "jitter_order")
+    on_device = {name: torch.from_numpy(batch[name]).to(device) for name in views}
     records["tokens"] = tokenizer.encode(jittered_view(on_device, "token_image")).cpu().numpy()
     records["tokens"][records["crop"][:, 2] == 0] = 0
     return records
