@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,6 +25,18 @@ from beit_pretrain.packing import write_atomically
 from beit_pretrain.reader import ShardReader
 from beit_pretrain.tokens import HEADER, TOKENS, TokenFolder, record_dtype, tokens_name
 from beit_pretrain.workfolder import check_same, publish, show
+
+_held: set[IO] = set()  # locks of this process
+
+
+def _let_go() -> None:
+    """In a forked child: it must not hold its parent's locks, which it would for seconds after a kill of that."""
+    for lock in _held:
+        lock.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -43,7 +55,11 @@ def work_folder(out: Path, part: tuple[int, int]) -> Iterator[Path]:
                 raise UserError(f"another process is making this part of {out}; wait for it") from None
             except OSError:  # a file system without locks
                 pass
-            yield work
+            _held.add(lock)
+            try:
+                yield work
+            finally:
+                _held.discard(lock)
     except OSError as error:
         raise UserError(
             f"cannot write tokens to {out}: {error.strerror or error}; what is finished is kept: give the same "
