@@ -15,6 +15,7 @@ NEEDED = {
     "shards": ["src=x", "out=y"],
     "demo": [],
     "predict": ["src=x", "init_from=z"],
+    "tokenize": ["data=x", "tokenizer.path=y"],
     "show": ["run=w"],
 }
 
@@ -28,7 +29,7 @@ def test_the_experiments_keep_the_rules(name):
     check(OmegaConf.to_container(cfg, resolve=True))
 
 
-@pytest.mark.parametrize("verb", ["fetch", "shards", "demo", "predict", "show"])
+@pytest.mark.parametrize("verb", ["fetch", "shards", "demo", "predict", "show", "tokenize"])
 def test_the_verbs_keep_the_rules(verb):
     cfg = compose_raw(verb, [])
     for key in sorted(OmegaConf.missing_keys(cfg)):

@@ -26,6 +26,7 @@ class Verb(NamedTuple):
 VERBS = {
     "fetch": Verb("OpenAI's dVAE, for tokenizer.path: download, check, convert", "beit_pretrain.fetch:fetch"),
     "shards": Verb("make, index, verify or show shards (make|index|verify|show)", "beit_pretrain.commands:shards"),
+    "tokenize": Verb("tokens of shards, computed once for data.tokens", "beit_pretrain.tokenizing:tokenize"),
     "fit": Verb(
         "train: a tokenizer, a backbone, a classifier, a segmenter; +experiment= says", "beit_pretrain.runs:fit"
     ),
@@ -108,6 +109,9 @@ def compose(verb: str, overrides: list[str]):
     if "init_from" in missing and cfg.get("from_scratch"):
         cfg.init_from = None
         missing.remove("init_from")
+    if "tokenizer.path" in missing and OmegaConf.select(cfg, "data.tokens") is not None:
+        cfg.tokenizer = {"_target_": None, "path": None}  # cached tokens need none
+        missing.remove("tokenizer.path")
     if missing:
         raise UserError(
             "; ".join(f"{key} is missing: {HINTS.get(key, 'set it with ' + key + '=...')}" for key in missing)
@@ -195,6 +199,9 @@ def run(argv: list[str]) -> None:
         raise UserError("sweeps (-m) are not supported yet; start one run for each setting, each with its own name=")
     if verb == "shards" and rest and "=" not in rest[0]:
         rest = [f"action={rest[0]}", *rest[1:]]
+    rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a group cannot be null
+    if verb == "tokenize":  # `data` is a group of configs to Hydra
+        rest = [f"src={word[5:]}" if word.startswith("data=") else word for word in rest]
     if "--cfg" in rest:
         print(show_config(verb, [word for word in rest if word not in ("--cfg", "job")]))
         return

@@ -26,6 +26,7 @@ from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.mixture import Mixture
 from beit_pretrain.order import MASK, VIEW, Order, Sample, generator, positions
 from beit_pretrain.reader import ShardReader
+from beit_pretrain.tokens import CachedTokens
 
 NEIGHBOURS = 16  # images in a row that may be bad
 
@@ -80,9 +81,9 @@ class EvalPlan:
 class ShardDataset(Dataset):
     """Item m is the collated micro-batch m of the plan.
 
-    Keys: those of the views, stacked (a list where shapes differ), and `label` (B,), `position` (B,); with masking
-    `mask` (B, N) bool and `mask_index` (B, K) int64, the masked patches in ascending order padded with -1 (K = the cap:
-    static shapes).
+    Keys: those of the views, stacked (a list where shapes differ; with cached tokens, `tokens` (B, N) int64 in place of
+    the tokenizer's view), and `label` (B,), `position` (B,); with masking `mask` (B, N) bool and `mask_index` (B, K)
+    int64, the masked patches in ascending order padded with -1 (K = the cap: static shapes).
     If images had to be replaced, and only then, `bad` is a list of dictionaries: position, shard, key, reason and
     replaced_by (the key of the image that stands in).
     With `label_maps` the views are `LabelMapViews`; a sample without a usable label map is a bad one.
@@ -98,10 +99,12 @@ class ShardDataset(Dataset):
         subset: np.ndarray | None = None,
         seed: int = 0,
         label_maps: bool = False,
+        tokens: CachedTokens | None = None,
     ):
         self.reader, self.order, self.plan = reader, order, plan
         self.views: Any = views
         self.masking, self.subset, self.seed, self.label_maps = masking, subset, seed, label_maps
+        self.tokens = tokens
         self._ahead: FetchAhead | None = None
 
     def __getstate__(self) -> dict:
@@ -140,7 +143,7 @@ class ShardDataset(Dataset):
                 break
             data, label = self.reader.read(sample)
             try:
-                arrays = self._seen(data, sample, generator(self.seed, position, VIEW))
+                arrays = self._seen(data, sample, position)
             except UserError:
                 raise  # the shard itself
             except Exception as error:  # Pillow's decoders raise nearly everything on broken files
@@ -152,9 +155,13 @@ class ShardDataset(Dataset):
         others = f" and the {len(failures) - 1} images after it" if len(failures) > 1 else ""
         raise UserError(f"sample {self.reader.key(first)} of {where}{others} cannot be decoded: {why}")
 
-    def _seen(self, data: bytes, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def _seen(self, data: bytes, sample: Sample, position: int) -> dict[str, np.ndarray]:
         """The views of an image file's bytes."""
+        cached = self.tokens.view(sample, self.order.epoch_of(position)) if self.tokens else None
         with opened(data) as image:
+            if cached is not None:
+                return cached(image)
+            rng = generator(self.seed, position, VIEW)
             if not self.label_maps:
                 return self.views(image, rng)
             with opened(self.reader.label_map(sample)) as label_map:

@@ -15,10 +15,11 @@ from torch import Tensor
 from beit_pretrain import pictures
 from beit_pretrain.batches import ShardDataset
 from beit_pretrain.datamodule import ShardData
+from beit_pretrain.errors import UserError
 from beit_pretrain.overlays import comparison, stack
 from beit_pretrain.pretrain import Pretraining
 from beit_pretrain.segment import Segmentation
-from beit_pretrain.views import ClassificationViews, jittered_views, normalise
+from beit_pretrain.views import ClassificationViews, normalise
 
 
 class ProgressBar(TQDMProgressBar):
@@ -137,11 +138,15 @@ def first_images(dataset: ShardDataset, count: int, device: torch.device) -> dic
 
 @torch.no_grad()
 def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
-    """Grid of masked | predicted tokens decoded | original tokens decoded | original, one row an image."""
+    """Grid of masked | predicted tokens decoded | original tokens decoded | original, one row an image.
+
+    Raises UserError without a tokenizer, which is what turns tokens into pictures.
+    """
+    if module.tokenizer is None:
+        raise UserError("the run trains from cached tokens alone; only a tokenizer can draw them")
     training = module.model.training
     module.model.eval()
-    image, token_image = jittered_views(batch)
-    tokens_BN = module.tokenizer.encode(token_image)
+    image, tokens_BN = module.image_and_tokens(batch)
     mask_BN = batch["mask"]
     predicted_BN = tokens_BN.clone()
     logits_MV = module.model(normalise(image, module.mean, module.std), mask_BN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.mixture import Mixture
 from beit_pretrain.order import Order
 from beit_pretrain.reader import Access, ShardReader
+from beit_pretrain.tokens import CachedTokens, TokenFolder
 from beit_pretrain.views import ClassificationViews, PretrainViews
 
 Source = str | Path | Sequence[str | Path]
@@ -57,6 +58,7 @@ class ShardData(LightningDataModule):
         access: Access | None = None,
     ):
         super().__init__()
+        self.tokens: dict[str, CachedTokens] = {}  # of the splits that have them: their views are fixed
         self.readers = {"train": ShardReader(train, access)}
         if val is not None:
             self.readers["val"] = ShardReader(val, access)
@@ -96,6 +98,7 @@ class ShardData(LightningDataModule):
         return ShardDataset(
             *(self.readers["train"], self.train_order(), plan, views, self.masking, self.subset, self.seed),
             label_maps=self.label_maps,
+            tokens=self.tokens.get("train"),
         )
 
     def train_order(self) -> Order | Mixture:
@@ -121,8 +124,11 @@ class ShardData(LightningDataModule):
         samples = reader.samples if images is None else min(reader.samples, images)
         plan = EvalPlan(samples, self.val_batch, rank, world)
         order = Order(reader.sizes, shuffle=False)
+        tokens = None if views else self.tokens.get(split)
         views = views or self.views("val")
-        return ShardDataset(reader, order, plan, views, self.masking, seed=self.VAL_SEED, label_maps=self.label_maps)
+        return ShardDataset(
+            *(reader, order, plan, views, self.masking, None, self.VAL_SEED), label_maps=self.label_maps, tokens=tokens
+        )
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
@@ -170,11 +176,26 @@ class ShardData(LightningDataModule):
 
 
 class PretrainData(ShardData):
-    """Two views and a mask of every image. `views` and `mask` are settings of `PretrainViews` and `BlockwiseMask`."""
+    """Two views and a mask of every image, or one view and its cached tokens.
 
-    def __init__(self, train, val=None, *, views: PretrainViews, masking: BlockwiseMask, **settings):
+    `tokens`: of "train", "val" or both, a token folder for each shard folder.
+    """
+
+    def __init__(
+        self,
+        train,
+        val=None,
+        *,
+        views: PretrainViews,
+        masking: BlockwiseMask,
+        tokens: Mapping[str, Sequence[TokenFolder]] | None = None,
+        **settings,
+    ):
         super().__init__(train, val, **settings)
         self._views, self.masking = views, masking
+        for split, folders in (tokens or {}).items():
+            if split in self.readers:
+                self.tokens[split] = CachedTokens(folders, self.readers[split], views, masking.grid, split)
 
     def views(self, split: str) -> Views:
         return self._views

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from beit_pretrain.checkpoint import rebuild
 from beit_pretrain.errors import UserError
 from beit_pretrain.optim import Optim
-from beit_pretrain.tokenizer import codebook_use, square_grid, with_channels
+from beit_pretrain.tokenizer import codebook_use, square_grid, weights_digest, with_channels
 from beit_pretrain.training import TrainedModule
 
 
@@ -113,6 +113,9 @@ class DVAETokenizer:
     def to(self, device: torch.device) -> DVAETokenizer:
         self.model.to(device)
         return self
+
+    def digest(self) -> str:
+        return weights_digest(self.model)
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from beit_pretrain.inference import TABLE
 from beit_pretrain.model_card import MARK, card
 from beit_pretrain.pretrained import classifier, load_pretrained, mim, segmenter
 from beit_pretrain.upernet import Segmenter
-from beit_pretrain.views import HALF, shorter_side
+from beit_pretrain.views import HALF, per_channel, shorter_side
 
 SUFFIXES = {"unilm": ".pth", "timm": ".safetensors", "onnx": ".onnx", "hf": ""}
 TOLERANCE = 1e-4  # of the largest output: other software sums in another order

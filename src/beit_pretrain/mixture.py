@@ -64,6 +64,11 @@ class Mixture:
             addresses[here, 0] += self._first_shard[number]
         return addresses
 
+    def epoch_of(self, position: int) -> int:
+        """How often the sample at `position` has come before."""
+        dataset, own = self.places(range(position, position + 1))
+        return int(own[0]) // self.orders[int(dataset[0])].samples
+
     def places(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Number of the data set of each position, and the position in that data set's own order."""
         block, offset = np.divmod(as_array(positions), self.block)

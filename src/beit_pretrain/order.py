@@ -28,7 +28,7 @@ from beit_pretrain.errors import UserError
 
 # What the counter-based generator is drawn for: a purpose of its own for each, so that one more draw for the crop
 # can never move the mask.
-VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW, SHUFFLE_MIXTURE = range(5)
+VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW, SHUFFLE_MIXTURE, CACHED_VIEW = range(6)
 
 
 def generator(seed: int, position: int, purpose: int) -> np.random.Generator:
@@ -94,6 +94,10 @@ class Order:
             addresses[here, 0] = shards[i]
             addresses[here, 1] = k[here] - (ends[i] - self.sizes[shards[i]])
         return addresses
+
+    def epoch_of(self, position: int) -> int:
+        """How often the sample at `position` has come before."""
+        return position // self.samples if self.shuffle else 0
 
     def shards_ahead(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
         """Shards that `rank` of `world` reads in the windows it is in at `position`, then in the following ones."""

@@ -17,7 +17,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.optim import Optim
 from beit_pretrain.tokenizer import Tokenizer, codebook_use
 from beit_pretrain.training import TrainedModule
-from beit_pretrain.views import jittered_views, normalise
+from beit_pretrain.views import jittered_view, jittered_views, normalise
 
 IGNORE = -100
 
@@ -27,7 +27,7 @@ class Pretraining(TrainedModule):
 
     Args:
         model: backbone with token head.
-        tokenizer: frozen; gives one id per patch.
+        tokenizer: frozen; gives one id per patch. None where the batches bring the ids (`tokens`).
         optim: optimiser settings.
         mean, std: normalisation of the backbone's view.
     """
@@ -38,14 +38,14 @@ class Pretraining(TrainedModule):
     def __init__(
         self,
         model: MaskedImageModel,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         optim: Optim,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         seed: int = 0,
     ):
         super().__init__(model, optim, seed)
-        if model.vocab_size != tokenizer.vocab_size:
+        if tokenizer is not None and model.vocab_size != tokenizer.vocab_size:
             raise UserError(f"model.vocab_size={model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens")
         self.tokenizer = tokenizer
         self.mean, self.std = tuple(mean), tuple(std)
@@ -54,13 +54,13 @@ class Pretraining(TrainedModule):
         self._totals = torch.zeros(0)
 
     def setup(self, stage: str) -> None:
-        self.tokenizer.to(self.device)
+        if self.tokenizer is not None:
+            self.tokenizer.to(self.device)
         self._tokens_V = self._tokens_V.to(self.device)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Equation (1): cross-entropy of the visual tokens at the masked positions."""
-        image, token_image = jittered_views(batch)
-        tokens_BN = self.tokenizer.encode(token_image)
+        image, tokens_BN = self.image_and_tokens(batch)
         logits_BKV = self.predict_masked(image, batch, self.drop(batch))
         target_BK = masked_targets(tokens_BN, batch["mask_index"])
         loss_sum = F.cross_entropy(logits_BKV.flatten(0, 1).float(), target_BK.flatten(), reduction="sum")
@@ -71,6 +71,14 @@ class Pretraining(TrainedModule):
         self.track(masked, loss=loss_sum / masked, masked_token_accuracy=correct / masked)
         self.track(masked_ratio=masked / tokens_BN.numel())
         return loss_sum / target_BK.numel()
+
+    def image_and_tokens(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The backbone's view in [0, 1], and the tokens (B, N): cached ones, or those of the tokenizer's view."""
+        if "tokens" in batch:
+            return jittered_view(batch, "image"), batch["tokens"]
+        assert self.tokenizer is not None
+        image, token_image = jittered_views(batch)
+        return image, self.tokenizer.encode(token_image)
 
     def predict_masked(self, image_BCHW: Tensor, batch: dict, drop_BR: Tensor | None = None) -> Tensor:
         """Logits (B, K, V) at the masked positions of images in [0, 1]."""
@@ -118,8 +126,7 @@ class Pretraining(TrainedModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The same on held-out images with fixed views and masks, and two guesses that any model must beat."""
-        image, token_image = jittered_views(batch)
-        tokens_BN = self.tokenizer.encode(token_image)
+        image, tokens_BN = self.image_and_tokens(batch)
         logits_BKV = self.predict_masked(image, batch)
         target_BK = masked_targets(tokens_BN, batch["mask_index"])
         copied_BN = tokens_BN.gather(1, nearest_visible(batch["mask"]))

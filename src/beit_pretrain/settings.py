@@ -78,23 +78,34 @@ PATHS: Rule = ("a path, or a list of paths", lambda v: TEXT[1](v) or TEXTS[1](v)
 # Settings that are paths or names: a folder called 2024 is not a number.
 NAMES = (
     *("src", "out", "run", "name", "run_dir", "split", "init_from", "labels", "tokenizer.path"),
-    *("data.train", "data.val", "data.cache_dir"),
+    *("data.train", "data.val", "data.cache_dir", "data.tokens", "data.val_tokens", "cache_dir"),
 )
 ADDRESS: Rule = (
     "an address that starts with http://, https:// or file:///",
     lambda v: isinstance(v, str) and re.match(r"https?://[^/]|file:///", v) is not None,
 )
 
+# Of the pre-training's views; `tokenize` has them too.
+VIEWS: dict[str, Rule] = {
+    "token_image_size": optional(whole(1, 2**16)),
+    "scale": rising(number(0, 1, above=True)),
+    "ratio": rising(POSITIVE),
+    "flip": SHARE,
+    "jitter": numbers(3, number(0)),
+    "exact": SWITCH,
+    "channels": ("1, 3 or 4", lambda v: type(v) is int and v in (1, 3, 4)),
+}
+
 RULES: dict[str, Rule] = {
     **{name: optional(TEXT) for name in NAMES},
     "src": PATHS,
     "data.train": PATHS,
     "data.val": optional(PATHS),
+    **{name: optional(PATHS) for name in ("data.tokens", "data.val_tokens")},
     "data.weights": optional(numbers(None, POSITIVE)),
     "data.max_bad": SHARE,
-    "data.cache_dir": optional(TEXT),
-    "data.cache_gb": POSITIVE,
-    "data.retries": whole(0, 101),
+    **{f"{place}cache_gb": POSITIVE for place in ("data.", "")},
+    **{f"{place}retries": whole(0, 101) for place in ("data.", "")},
     "data.timeout": POSITIVE,
     "seed": whole(0, 2**32),
     "resume": one_of("auto", "never"),
@@ -159,13 +170,7 @@ RULES: dict[str, Rule] = {
     "mask.max_patches": whole(1),
     "mask.min_block": whole(1),
     "mask.min_aspect": number(0, 1, above=True),
-    "data.token_image_size": optional(whole(1, 2**16)),
-    "data.scale": rising(number(0, 1, above=True)),
-    "data.ratio": rising(POSITIVE),
-    "data.flip": SHARE,
-    "data.jitter": numbers(3, number(0)),
-    "data.exact": SWITCH,
-    "data.channels": ("1, 3 or 4", lambda v: type(v) is int and v in (1, 3, 4)),
+    **{f"data.{name}": rule for name, rule in VIEWS.items()},
     "data.workers": whole(0),
     "data.window": whole(1),
     "data.streams": whole(1, 4097),
@@ -180,6 +185,14 @@ RULES: dict[str, Rule] = {
     "data.crop_ratio": optional(number(0, 1, above=True)),
     "logger.kind": one_of("csv", "wandb"),
     "logger.mode": one_of(None, "online", "offline", "disabled", "shared"),
+    # tokenize
+    **VIEWS,
+    "jitter": optional(VIEWS["jitter"]),
+    "views": whole(1, 1025),
+    "part": optional(
+        ("of the form 3/16", lambda v: isinstance(v, str) and re.fullmatch(r"\d{1,6}/\d{1,6}", v) is not None)
+    ),
+    "accelerator": one_of("auto", "cpu", "cuda"),
     # fetch, shards, predict, show, demo
     "encoder": ADDRESS,
     "decoder": ADDRESS,

@@ -28,7 +28,8 @@ from beit_pretrain.probe import LayerProbes, Probing
 from beit_pretrain.reader import Access, ShardReader
 from beit_pretrain.segment import Segmentation, Windows
 from beit_pretrain.segment_views import SegmentationCrops, SegmentationImages
-from beit_pretrain.tokenizer import check_channels, view_size
+from beit_pretrain.tokenizer import Tokenizer, check_channels, view_size
+from beit_pretrain.tokens import OPTIONS, TokenFolder, same_tokenizer
 from beit_pretrain.training import TrainedModule
 from beit_pretrain.upernet import Decoder, Segmenter
 from beit_pretrain.views import HALF, ClassificationViews, PretrainViews, per_channel
@@ -49,35 +50,79 @@ def pretrain_task(cfg: DictConfig) -> Task:
     source = read_source(cfg)
     patch_size = source.architecture["patch_size"] if source else cfg.patch_size or 16
     grid = patch_grid(cfg.image_size, patch_size)
-    tokenizer = instantiate(cfg.tokenizer)
-    channels = cfg.data.channels
-    check_channels(tokenizer, channels)
+    targets = read_targets(cfg)
     mean, std = normalisation(cfg, source.about if source else {})
     views = PretrainViews(
         image_size=cfg.image_size,
-        token_image_size=view_size(grid, tokenizer, cfg.data.token_image_size),
+        token_image_size=targets.view_size(grid, cfg.data.token_image_size),
         scale=tuple(cfg.data.scale),
         ratio=tuple(cfg.data.ratio),
         flip=cfg.data.flip,
         jitter=tuple(cfg.data.jitter),
         exact=cfg.data.exact,
-        channels=channels,
+        channels=cfg.data.channels,
     )
-    data = PretrainData(views=views, masking=BlockwiseMask(grid, **cfg.mask), **data_settings(cfg))
+    masking = BlockwiseMask(grid, **cfg.mask)
+    data = PretrainData(views=views, masking=masking, tokens=targets.cached, **data_settings(cfg))
     if source is None:
-        model = MaskedImageModel(tokenizer.vocab_size, **network(cfg))
+        model = MaskedImageModel(targets.vocab_size, **network(cfg))
     else:
-        model = continued(cfg, source, tokenizer.vocab_size).train()
+        model = continued(cfg, source, targets).train()
     model.set_grad_checkpointing(cfg.activation_checkpointing)
-    module = Pretraining(model, tokenizer, optim(cfg, data.samples), mean, std, cfg.seed)
-    module.about = {"mean": list(mean), "std": list(std), "tokenizer": str(cfg.tokenizer.path)}
+    module = Pretraining(model, targets.tokenizer, optim(cfg, data.samples), mean, std, cfg.seed)
+    known = {"tokenizer": targets.name, "tokenizer_sha256": targets.sha256}
+    module.about = {"mean": list(mean), "std": list(std), **known}
     callbacks: list[Callback] = []
     if "val" in data.readers:
-        if cfg.pictures:
+        if cfg.pictures and targets.tokenizer is not None:
             callbacks.append(MaskedPictures(Path(cfg.run_dir) / "pictures", data, cfg.pictures))
         if len(data.classes) > 1:
             callbacks.append(OnlineKNN(data, **cfg.knn))
     return Task(module, data, callbacks, origin(source))
+
+
+@dataclass
+class Targets:
+    """Where the tokens to be predicted come from: a tokenizer, or token folders by split, or both."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    cached: dict[str, list[TokenFolder]]
+
+    def view_size(self, grid: tuple[int, int], asked: int | None) -> int:
+        """Side in pixels of the tokenizer's view; cached tokens were made with one."""
+        if self.tokenizer is not None:
+            return view_size(grid, self.tokenizer, asked)
+        return asked or self.cached["train"][0].view["token_image_size"]
+
+
+def read_targets(cfg: DictConfig) -> Targets:
+    """The tokenizer and the token folders of the config, which belong together. Raises UserError if not."""
+    cached = {}
+    for split, option in OPTIONS.items():
+        if (paths := cfg.data[option.removeprefix("data.")]) is not None and cfg.data[split] is not None:
+            cached[split] = [TokenFolder(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    folders = [folder for some in cached.values() for folder in some]
+    asked = cfg.get("tokenizer")
+    if asked is not None and asked.get("_target_"):
+        tokenizer: Tokenizer = instantiate(asked)
+        check_channels(tokenizer, cfg.data.channels)
+        name, sha256 = str(asked.get("path")), tokenizer.digest()
+        if folders:
+            same_tokenizer(folders, f"tokenizer.path={name}", sha256)
+        return Targets(name, sha256, tokenizer.vocab_size, tokenizer, cached)
+    if "train" not in cached:
+        raise UserError("tokenizer=none needs data.tokens=FOLDER, as made by: python -m beit_pretrain tokenize")
+    if cfg.data.val is not None and "val" not in cached:
+        raise UserError(
+            f"data.val={cfg.data.val} needs tokens too: data.val_tokens=FOLDER, as made by: python -m beit_pretrain "
+            "tokenize; or a tokenizer that makes them: tokenizer.path="
+        )
+    same_tokenizer(folders)
+    made_by = folders[0].tokenizer
+    return Targets(f"{made_by['name']} (cached)", made_by["sha256"], folders[0].vocab_size, None, cached)
 
 
 def tokenizer_task(cfg: DictConfig) -> Task:
@@ -189,13 +234,20 @@ def read_source(cfg: DictConfig) -> Checkpoint | None:
     return source
 
 
-def continued(cfg: DictConfig, source: Checkpoint, vocab_size: int) -> MaskedImageModel:
+def continued(cfg: DictConfig, source: Checkpoint, targets: Targets) -> MaskedImageModel:
     """A pre-trained backbone to go on with; its token head only if that is for this tokenizer."""
-    own = source.architecture.get("vocab_size")
+    own, vocab_size = source.architecture.get("vocab_size"), targets.vocab_size
     if own not in (None, vocab_size) and not cfg.new_head:
         raise UserError(
             f"init_from={cfg.init_from} predicts {own} tokens, the tokenizer has {vocab_size}; "
             "new_head=true starts a new token head"
+        )
+    known = source.about.get("tokenizer_sha256")  # of our own checkpoints
+    if own is not None and known not in (None, targets.sha256) and not cfg.new_head:
+        raise UserError(
+            f"init_from={cfg.init_from} predicts the tokens of another tokenizer ({source.about.get('tokenizer')}, "
+            f"SHA-256 {known[:12]}...) than {targets.name} (SHA-256 {targets.sha256[:12]}...); new_head=true starts a "
+            "new token head"
         )
     return mim(source, cfg.image_size, cfg.model.drop_path_rate, vocab_size if cfg.new_head else None)
 

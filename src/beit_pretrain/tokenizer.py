@@ -44,6 +44,20 @@ class Tokenizer(Protocol):
         """Move the weights; returns itself."""
         ...
 
+    def digest(self) -> str:
+        """SHA-256 of what its ids depend on: equal for equal weights, whatever file they came from."""
+        ...
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 over names, shapes and float32 values of a network's tensors."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        values = tensor.detach().float().cpu().contiguous().numpy()
+        sha.update(f"{name} {list(values.shape)} ".encode())
+        sha.update(values.data)
+    return sha.hexdigest()
+
 
 def view_size(grid: tuple[int, int], tokenizer: Tokenizer, asked: int | None = None) -> int:
     """Side in pixels of the tokenizer's view such that every patch of `grid` has one token.
@@ -118,6 +132,9 @@ class OpenAITokenizer:
         if self._decoder is not None:
             self._decoder.to(device)
         return self
+
+    def digest(self) -> str:
+        return weights_digest(self.encoder)
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:

@@ -43,6 +43,14 @@ class Jitter(NamedTuple):
     order: np.ndarray  # (3,) int64, a permutation of BRIGHTNESS, CONTRAST, SATURATION
 
 
+class View(NamedTuple):
+    """What was drawn for one view of an image: with the image's file and the settings, all that the view depends on."""
+
+    crop: Crop
+    flip: bool
+    jitter: Jitter
+
+
 def draw_crop(
     rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Crop:
@@ -105,21 +113,31 @@ class PretrainViews:
 
         With `exact` the jitter has been applied and the factors are 1.
         """
+        return self.seen(image, self.draw(image.size, rng))
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> View:
+        """A random view of an image of (width, height)."""
         jitter = draw_jitter(rng, self.jitter)
         flip = bool(rng.random() < self.flip)
-        crop = draw_crop(rng, *image.size, self.scale, self.ratio)
+        return View(draw_crop(rng, *size, self.scale, self.ratio), flip, jitter)
+
+    def seen(
+        self, image: Image.Image, view: View, names: Sequence[str] = ("image", "token_image")
+    ) -> dict[str, np.ndarray]:
+        """What `__call__` gives, for a view drawn before; of `image` and `token_image` only those in `names`."""
+        crop, flip, jitter = view
         if self.exact:
             image = _pil_jitter(to_channels(image, self.channels), jitter)
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
             jitter, flip = jitter._replace(factors=np.ones(3, np.float32)), False
         else:
             image, crop = scaled_decode(image, crop, max(self.image_size, self.token_image_size), self.channels)
-        return {
-            "image": to_array(resized_crop(image, crop, self.image_size, Image.Resampling.BICUBIC), flip),
-            "token_image": to_array(resized_crop(image, crop, self.token_image_size, Image.Resampling.LANCZOS), flip),
-            "jitter_factors": jitter.factors,
-            "jitter_order": jitter.order,
+        filters = {
+            "image": (self.image_size, Image.Resampling.BICUBIC),
+            "token_image": (self.token_image_size, Image.Resampling.LANCZOS),
         }
+        arrays = {name: to_array(resized_crop(image, crop, *filters[name]), flip) for name in names}
+        return {**arrays, "jitter_factors": jitter.factors, "jitter_order": jitter.order}
 
 
 @dataclass(frozen=True)
@@ -265,6 +283,9 @@ def normalise(image_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...
 
 def jittered_views(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Both views of a batch in [0, 1] float32 on the batch's device, jittered alike: (backbone's, tokenizer's)."""
-    views = (batch["image"].float() / 255, batch["token_image"].float() / 255)
-    image, token_image = (color_jitter(v, batch["jitter_factors"], batch["jitter_order"]) for v in views)
-    return image, token_image
+    return jittered_view(batch, "image"), jittered_view(batch, "token_image")
+
+
+def jittered_view(batch: dict[str, Any], name: str) -> Tensor:
+    """One of the two views, `image` or `token_image`."""
+    return color_jitter(batch[name].float() / 255, batch["jitter_factors"], batch["jitter_order"])
