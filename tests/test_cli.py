@@ -116,7 +116,7 @@ def pretrain_words(shards, dvae_checkpoint, tmp_path):
         ("mask.max_patches=400", "max_patches"),
         ("steps=null", "steps=N or epochs=N"),
         ("model.num_heads=3", "not divisible by model.num_heads=3"),
-        ("tokenizer=null", "needs data.tokens=FOLDER"),
+        ("tokenizer=null", "tokenizer=none needs data.tokens=FOLDER"),
         ("run_dir={text}", "text.ckpt"),
         ("global_batch=5 batch_size=2", "not a multiple"),
         ("data.workers=-1", "workers"),

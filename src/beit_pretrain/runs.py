@@ -224,7 +224,7 @@ def try_tokenizer(task: Task) -> str:
     samples = [dataset.sample(position) for position in range(min(4, task.data.samples))]
     batch = {key: torch.stack([torch.as_tensor(s[key]) for s in samples]) for key in samples[0] if key != "bad"}
     tokenizer = cast(Pretraining, task.module).tokenizer
-    tokens = tokenizer.encode(jittered_views(batch)[1]) if tokenizer is not None else batch["tokens"]
+    tokens = batch["tokens"] if tokenizer is None or "tokens" in batch else tokenizer.encode(jittered_views(batch)[1])
     if tokens.shape[1] != batch["mask"].shape[1]:
         raise UserError(f"the tokenizer gives {tokens.shape[1]} tokens for {batch['mask'].shape[1]} patches")
     return f"{len(tokens.unique())} different tokens in {len(tokens)} images"
