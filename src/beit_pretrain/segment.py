@@ -219,7 +219,9 @@ class ImageSegmenter:
         self.channels: int = self.model.config["in_chans"]
         self.windows = windows or Windows()
         side = min(self.model.grid) * self.model.config["patch_size"]
-        self.views = SegmentationImages(side, self.model.num_classes, scales=self.windows.scales, channels=self.channels)
+        self.views = SegmentationImages(
+            side, self.model.num_classes, scales=self.windows.scales, channels=self.channels
+        )
 
     def segment(self, image: Image.Image) -> Tensor:
         """Classes (H, W) int64, on the CPU, at the image's own size."""

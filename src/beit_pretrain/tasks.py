@@ -235,9 +235,7 @@ def segment_task(cfg: DictConfig) -> Task:
     return Task(module, data, callbacks, origin(source))
 
 
-def segmentation_data(
-    cfg: DictConfig, fill: tuple[float, ...], windows: Windows
-) -> tuple[SegmentationData, list[str]]:
+def segmentation_data(cfg: DictConfig, fill: tuple[float, ...], windows: Windows) -> tuple[SegmentationData, list[str]]:
     """Images with label maps, and the names of their classes. Raises UserError if nothing says how many there are."""
     data, size = cfg.data, cfg.image_size
     reader = ShardReader(data.train if isinstance(data.train, str) else list(data.train))
