@@ -61,7 +61,10 @@ def drawn(views: PretrainViews, size: tuple[int, int], position: int):
     """Jitter, flip and crop that the views draw at a position: the order of the draws is part of a run's identity."""
     numbers = rng(position)
     jitter = draw_jitter(numbers, views.jitter)
-    return jitter, numbers.random() < views.flip, draw_crop(numbers, *size, views.scale, views.ratio)
+    flip, crop = numbers.random() < views.flip, draw_crop(numbers, *size, views.scale, views.ratio)
+    if flip and not views.exact:  # the box is drawn in the flipped image
+        crop = crop._replace(left=size[0] - crop.left - crop.width)
+    return jitter, flip, crop
 
 
 def torchvision_crop(image: Image.Image, crop: Crop, size: int, how: InterpolationMode) -> np.ndarray:

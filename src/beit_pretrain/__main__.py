@@ -31,6 +31,7 @@ VERBS = {
     "predict": Verb("class probabilities for a folder of images", "beit_pretrain.commands:predict"),
     "export": Verb("a checkpoint for the authors' code, timm, Hugging Face or ONNX", "beit_pretrain.export:export"),
     "show": Verb("pictures of what a run learned", "beit_pretrain.commands:show"),
+    "bench": Verb("measure views or loader (views|loader)", "beit_pretrain.bench:bench"),
     "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.demo:demo"),
 }
 
@@ -47,6 +48,7 @@ HINTS = {
     "out": "where to write",
     "run": "the folder of a run, such as runs/base_22k",
     "to": "one of unilm, timm, hf, onnx",
+    "action": "what to measure: bench views or bench loader",
     "task": "an experiment says it: +experiment=NAME",
 }
 
@@ -191,7 +193,7 @@ def run(argv: list[str]) -> None:
         return
     if "-m" in rest or "--multirun" in rest:
         raise UserError("sweeps (-m) are not supported yet; start one run for each setting, each with its own name=")
-    if verb == "shards" and rest and "=" not in rest[0]:
+    if verb in ("shards", "bench") and rest and "=" not in rest[0] and not rest[0].startswith("-"):
         rest = [f"action={rest[0]}", *rest[1:]]
     if "--cfg" in rest:
         print(show_config(verb, [word for word in rest if word not in ("--cfg", "job")]))

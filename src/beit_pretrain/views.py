@@ -41,6 +41,19 @@ class Jitter(NamedTuple):
     order: np.ndarray  # (3,) int64, a permutation of BRIGHTNESS, CONTRAST, SATURATION
 
 
+class Draw(NamedTuple):
+    """What one position draws for its view."""
+
+    jitter: Jitter
+    flip: bool
+    crop: Crop
+
+    def mirrored(self, width: int) -> Draw:
+        """The draw with the box in an unflipped image of `width`, where ours is cropped before it is flipped."""
+        top, left, height, side = self.crop
+        return self._replace(crop=Crop(top, width - left - side, height, side)) if self.flip else self
+
+
 def draw_crop(
     rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Crop:
@@ -95,19 +108,29 @@ class PretrainViews:
     jitter: tuple[float, float, float] = (0.4, 0.4, 0.4)
     exact: bool = False
 
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Draw:
+        """Jitter, flip and crop of an image of `size` (width, height), the same whatever is `exact`.
+
+        The box lies in the flipped image, since the authors flip before they crop: so both show the same part.
+        """
+        jitter = draw_jitter(rng, self.jitter)
+        return Draw(jitter, bool(rng.random() < self.flip), draw_crop(rng, *size, self.scale, self.ratio))
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """`image` and `token_image` as uint8 (C, H, W), `jitter_factors` (3,) and `jitter_order` (3,).
 
         With `exact` the jitter has been applied and the factors are 1.
         """
-        jitter = draw_jitter(rng, self.jitter)
-        flip = bool(rng.random() < self.flip)
-        crop = draw_crop(rng, *image.size, self.scale, self.ratio)
+        return self.views(image, self.draw(image.size, rng))
+
+    def views(self, image: Image.Image, draw: Draw) -> dict[str, np.ndarray]:
+        """The arrays of an image (opened, perhaps not decoded) for a given draw."""
         if self.exact:
-            image = _pil_jitter(to_rgb(image), jitter)
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-            jitter, flip = jitter._replace(factors=np.ones(3, np.float32)), False
+            image = pil_jitter(to_rgb(image), draw.jitter)
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image
+            jitter, flip, crop = draw.jitter._replace(factors=np.ones(3, np.float32)), False, draw.crop
         else:
+            jitter, flip, crop = draw.mirrored(image.width)
             image, crop = scaled_decode(image, crop, max(self.image_size, self.token_image_size))
         return {
             "image": to_array(resized_crop(image, crop, self.image_size, Image.Resampling.BICUBIC), flip),
@@ -208,7 +231,8 @@ def scaled_decode(image: Image.Image, crop: Crop, size: int) -> tuple[Image.Imag
     return to_rgb(image), crop
 
 
-def _pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
+def pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
+    """Colour jitter of a PIL image, rounded to 8 bits after each operation, as the authors' loader applies it."""
     from torchvision.transforms import functional as F  # an exact view only: torchvision is slow to import
 
     adjust = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
