@@ -22,19 +22,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from beit_pretrain.bench import read_photos, table
+from beit_pretrain.decoding import Crop, resized, scaled_decode
 from beit_pretrain.errors import UserError
 from beit_pretrain.images import opened, to_rgb
 from beit_pretrain.order import VIEW, generator
 from beit_pretrain.tokenizer import Tokenizer
 from beit_pretrain.views import (
-    Crop,
     Draw,
     Jitter,
     PretrainViews,
     jittered_views,
     pil_jitter,
     resized_crop,
-    scaled_decode,
     to_array,
 )
 
@@ -108,6 +107,15 @@ def scaled(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     return pil_views(image, crop, sides, draw.flip)
 
 
+def other_filter(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
+    """Without jitter, decoded in full, resized by torch: bicubic for both views."""
+    top, left, height, width = draw.mirrored(image.width).crop
+    array = np.array(to_rgb(image))[top : top + height, left : left + width]
+    views = (resized(array, side) for side in sides)
+    large, small = ((view.flip(-1) if draw.flip else view).numpy() for view in views)
+    return on_device(large, small)
+
+
 def ours(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     """What training sees by default: all departures at once."""
     views = PretrainViews(*sides).views(image, draw)
@@ -139,6 +147,7 @@ VARIANTS: dict[str, Variant] = {
     "fast: all departures": Variant(EXACT, ours),
     "only jitter after the crop": Variant(EXACT, jitter_after),
     "only scaled decoding": Variant(PLAIN, scaled),
+    "only the resizing filter": Variant(PLAIN, other_filter),
     "control: half a pixel": Variant(EXACT, half_a_pixel),
     "control: JPEG at quality 92": Variant(EXACT, encoded_again),
     "control: another jitter": Variant(EXACT, authors, other=True),

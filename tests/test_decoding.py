@@ -1,0 +1,112 @@
+"""Decoding what a crop needs: enough pixels, the right place, the same with and without simplejpeg."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_views import PAPER_CROP, as_jpeg, picture, rng
+
+from beit_pretrain import decoding
+from beit_pretrain.decoding import Crop, cropped_array, resized, scaled_decode
+from beit_pretrain.views import PretrainViews, draw_crop
+
+
+class TestScaledDecoding:
+    WHOLE = Crop(0, 0, 512, 640)
+
+    @pytest.mark.parametrize(
+        ("crop", "decoded"),
+        [
+            (WHOLE, (80, 64)),  # 512 / 64 = 8: an eighth
+            (Crop(100, 200, 300, 300), (160, 128)),  # 300 / 64 = 4.7: a quarter
+            (Crop(11, 13, 128, 190), (320, 256)),  # exactly half
+            (Crop(11, 13, 127, 190), (640, 512)),  # half of 127 is less than 64: whole
+        ],
+    )
+    def test_keeps_enough_pixels(self, crop, decoded):
+        image, scaled = scaled_decode(as_jpeg(picture(640, 512)), crop, 64)
+        assert image.size == decoded
+        assert min(scaled.height, scaled.width) >= 64
+        assert 0 <= scaled.top <= image.height - scaled.height
+        assert 0 <= scaled.left <= image.width - scaled.width
+
+    @pytest.mark.parametrize("position", range(6))
+    def test_stays_close_to_full_decoding(self, position):
+        views = PretrainViews(image_size=64, token_image_size=32, scale=(0.3, 1.0))
+        scaled = views(as_jpeg(picture(640, 512)), rng(position))
+        full = views(as_jpeg(picture(640, 512)).convert("RGB"), rng(position))
+        for name in ("image", "token_image"):
+            assert not np.array_equal(scaled[name], full[name])
+            assert np.abs(scaled[name].astype(float) - full[name]).mean() < 2.5
+
+    def test_only_jpegs_are_scaled(self):
+        image, crop = scaled_decode(picture(640, 512), self.WHOLE, 64)
+        assert (image.size, crop) == ((640, 512), self.WHOLE)
+
+    @pytest.mark.parametrize("size", [(641, 513), (639, 511), (127, 1001)])
+    def test_crops_stay_inside_odd_images(self, size):
+        for position in range(20):
+            crop = draw_crop(rng(position), *size, *PAPER_CROP)
+            image, scaled = scaled_decode(as_jpeg(Image.new("RGB", size)), crop, 16)
+            assert 0 <= scaled.top <= image.height - scaled.height
+            assert 0 <= scaled.left <= image.width - scaled.width
+
+
+@pytest.fixture
+def without_turbo(monkeypatch):
+    monkeypatch.setattr(decoding, "simplejpeg", None)
+
+
+class TestCroppedArray:
+    SIZES = [(640, 512), (641, 513), (639, 511), (127, 1001), (64, 64), (20, 30)]
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_is_the_crop_of_the_scaled_image(self, size, without_turbo):
+        for position in range(8):
+            crop = draw_crop(rng(position), *size, *PAPER_CROP)
+            image, box = scaled_decode(as_jpeg(picture(*size)), crop, 64)
+            expected = np.asarray(image)[box.top : box.top + box.height, box.left : box.left + box.width]
+            assert np.array_equal(cropped_array(as_jpeg(picture(*size)), crop, 64), expected)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_simplejpeg_gives_the_same_pixels(self, size, monkeypatch):
+        pytest.importorskip("simplejpeg", reason="needs the extra `fast`")
+        for position in range(8):
+            crop = draw_crop(rng(position), *size, *PAPER_CROP)
+            fast = cropped_array(as_jpeg(picture(*size)), crop, 32)
+            with monkeypatch.context() as patch:
+                patch.setattr(decoding, "simplejpeg", None)
+                assert np.array_equal(fast, cropped_array(as_jpeg(picture(*size)), crop, 32))
+
+    def test_what_simplejpeg_refuses_is_pillows(self, monkeypatch):
+        def refuse(*args, **settings):
+            raise ValueError("corrupt")
+
+        monkeypatch.setattr(decoding, "simplejpeg", type("Refusing", (), {"decode_jpeg": staticmethod(refuse)}))
+        crop = Crop(3, 5, 40, 50)
+        expected = np.asarray(as_jpeg(picture()))[3:43, 5:55]
+        assert np.array_equal(cropped_array(as_jpeg(picture()), crop, 32), expected)
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK"])
+    def test_other_jpegs_are_pillows(self, mode):
+        buffer = io.BytesIO()
+        picture().convert(mode).save(buffer, "JPEG")
+        expected = np.asarray(Image.open(buffer).convert("RGB"))
+        assert np.array_equal(cropped_array(Image.open(buffer), Crop(0, 0, 70, 90), 64), expected)
+
+    def test_truncated_jpegs_are_refused(self):
+        buffer = io.BytesIO()
+        picture(300, 200).save(buffer, "JPEG")
+        with pytest.raises(OSError, match="truncated"):
+            cropped_array(Image.open(io.BytesIO(buffer.getvalue()[:-800])), Crop(0, 0, 200, 300), 32)
+
+
+@pytest.mark.parametrize(("side", "furthest"), [(16, 9), (32, 9), (100, 9)])
+def test_resizing_is_pillows_within_rounding(side, furthest):
+    array = np.array(picture())[3:60, 7:80]
+    expected = np.asarray(Image.fromarray(array).resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    difference = np.abs(resized(array, side).numpy() - expected.astype(float))
+    assert difference.max() <= furthest
+    assert difference.mean() < 0.1
+    assert resized(array, side).is_contiguous()
