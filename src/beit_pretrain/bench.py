@@ -19,9 +19,11 @@ from beit_pretrain.manifest import MANIFEST
 from beit_pretrain.order import Order
 from beit_pretrain.reader import ShardReader
 from beit_pretrain.sources import list_images, read_candidate
+from beit_pretrain.tokenizer import Tokenizer
 
 ACTIONS = {  # action -> module:function, taking the composed config
     "views": "beit_pretrain.bench_views:bench_views",
+    "loader": "beit_pretrain.bench_loader:bench_loader",
 }
 
 
@@ -33,6 +35,13 @@ def bench(cfg: DictConfig) -> None:
         raise UserError("bench takes one src=: a folder, a tar or a shard folder")
     module, function = ACTIONS[cfg.action].split(":")
     getattr(importlib.import_module(module), function)(cfg)
+
+
+class Sides(NamedTuple):
+    """Sides in pixels of the backbone's and the tokenizer's view."""
+
+    image: int
+    token_image: int
 
 
 class Photos(NamedTuple):
@@ -73,6 +82,16 @@ def read_photos(src: str | Path, limit: int) -> Photos:
     if not files:
         raise UserError(f"none of the {len(places)} files in {src} is a usable image ({why})")
     return Photos(files, len(places) - len(files))
+
+
+def sides_for(cfg: DictConfig, tokenizer: Tokenizer | None) -> Sides:
+    """Raises UserError if the tokenizer's view cannot be cut into whole tokens."""
+    token_image = cfg.token_image_size or max(1, cfg.image_size // 2)
+    if tokenizer is not None and token_image % tokenizer.downsample:
+        raise UserError(
+            f"token_image_size={token_image} is not divisible by {tokenizer.downsample}, the tokenizer's pixels a token"
+        )
+    return Sides(cfg.image_size, token_image)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -21,9 +21,8 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from tqdm import tqdm
 
-from beit_pretrain.bench import read_photos, table
+from beit_pretrain.bench import Sides, read_photos, sides_for, table
 from beit_pretrain.decoding import Crop, resized, scaled_decode
-from beit_pretrain.errors import UserError
 from beit_pretrain.images import opened, to_rgb
 from beit_pretrain.order import VIEW, generator
 from beit_pretrain.tokenizer import Tokenizer
@@ -47,13 +46,6 @@ class Pair(NamedTuple):
 
     image: Tensor
     token_image: Tensor
-
-
-class Sides(NamedTuple):
-    """Sides in pixels of the backbone's and the tokenizer's view."""
-
-    image: int
-    token_image: int
 
 
 Recipe = Callable[[Image.Image, Draw, Sides], Pair]
@@ -210,16 +202,6 @@ def _pair(data: bytes, views: PretrainViews, variant: Variant, seed: int, positi
             other = views.draw(image.size, generator(seed + OTHER_JITTER, position, VIEW))
             draw = draw._replace(jitter=other.jitter)
         return variant.make(image, draw, sides)
-
-
-def sides_for(cfg: DictConfig, tokenizer: Tokenizer | None) -> Sides:
-    """Raises UserError if the tokenizer's view cannot be cut into whole tokens."""
-    token_image = cfg.token_image_size or max(1, cfg.image_size // 2)
-    if tokenizer is not None and token_image % tokenizer.downsample:
-        raise UserError(
-            f"token_image_size={token_image} is not divisible by {tokenizer.downsample}, the tokenizer's pixels a token"
-        )
-    return Sides(cfg.image_size, token_image)
 
 
 def bench_views(cfg: DictConfig) -> None:

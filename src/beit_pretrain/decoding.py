@@ -2,7 +2,8 @@
 
 JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop allows it. Resizing is torch's antialiased bicubic
 on uint8, vectorised: Pillow's filter within rounding, at a quarter of its time. With the extra `fast` (simplejpeg),
-JPEGs go straight into an array; the pixels are the same, since both are libjpeg-turbo with the same settings.
+JPEGs go straight into an array, of those with restart markers only the rows that the crop needs; the pixels are the
+same, since both are libjpeg-turbo with the same settings.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit_pretrain.images import to_rgb
+from beit_pretrain.jpeg_rows import cut_rows
 
 try:
     import simplejpeg
@@ -39,9 +41,8 @@ def cropped_array(image: Image.Image, crop: Crop, size: int) -> np.ndarray:
 
     Raises what Pillow raises for broken files.
     """
-    if (array := _turbo(image, crop, size)) is not None:
-        crop = crop_in(crop, image.size, (array.shape[1], array.shape[0]))
-        return array[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    if (found := _turbo(image, crop, size)) is not None:
+        return found
     image, crop = scaled_decode(image, crop, size)
     # A copy, since torch warns of arrays that cannot be written to.
     return np.array(image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)))
@@ -80,19 +81,27 @@ def crop_in(crop: Crop, image_size: tuple[int, int], decoded_size: tuple[int, in
 
 
 def _turbo(image: Image.Image, crop: Crop, size: int) -> np.ndarray | None:
-    """The whole JPEG at the scale that the crop allows, uint8 (H, W, 3); None if simplejpeg cannot or should not.
+    """`cropped_array` by simplejpeg; None if it cannot or should not.
 
     What it objects to, damaged files above all, is left to Pillow, whose judgement counts everywhere else.
     """
     stream = getattr(image, "fp", None)
     if simplejpeg is None or image.format != "JPEG" or image.mode != "RGB" or not isinstance(stream, io.BytesIO):
         return None
-    scale = decoding_scale(image.size, crop, size)
-    width, height = (math.ceil(side / scale) for side in image.size) if scale > 1 else (0, 0)
+    data, size_WH = stream.getvalue(), image.size
+    scale = decoding_scale(size_WH, crop, size)
     try:
-        return simplejpeg.decode_jpeg(stream.getbuffer(), "RGB", min_height=height, min_width=width)
+        if scale > 1:
+            width, height = (math.ceil(side / scale) for side in size_WH)
+            array = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
+            crop = crop_in(crop, size_WH, (array.shape[1], array.shape[0]))
+        else:
+            data, first = cut_rows(data, crop.top, crop.top + crop.height) or (data, 0)
+            array = simplejpeg.decode_jpeg(data, "RGB")
+            crop = crop._replace(top=crop.top - first)
     except ValueError:
         return None
+    return array[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
 
 
 def resized(array_HWC: np.ndarray, size: int) -> Tensor:

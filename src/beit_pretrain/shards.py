@@ -296,7 +296,8 @@ def _image(candidate: Candidate, settings: _Settings) -> tuple[str, bytes]:
             return EXTENSIONS[image.format or ""], data
     width, height = (round(side * settings.resize / shorter) for side in rgb.size)
     buffer = io.BytesIO()
-    rgb.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=settings.quality)
+    smaller = rgb.resize((width, height), Image.Resampling.LANCZOS)
+    smaller.save(buffer, "JPEG", quality=settings.quality, restart_marker_rows=1)  # jpeg_rows.py cuts there
     return "jpg", buffer.getvalue()
 
 
