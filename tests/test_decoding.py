@@ -8,7 +8,7 @@ from PIL import Image
 from test_views import PAPER_CROP, as_jpeg, picture, rng
 
 from beit_pretrain import decoding
-from beit_pretrain.decoding import Crop, cropped_array, resized, scaled_decode
+from beit_pretrain.decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
 from beit_pretrain.views import PretrainViews, draw_crop
 
 
@@ -53,31 +53,35 @@ class TestScaledDecoding:
             assert 0 <= scaled.left <= image.width - scaled.width
 
 
-@pytest.fixture
-def without_turbo(monkeypatch):
-    monkeypatch.setattr(decoding, "simplejpeg", None)
+VIEWS = PretrainViews(32, 16)
+
+
+def as_bytes(image: Image.Image, extension: str = "JPEG", **settings) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, extension, **settings)
+    return buffer.getvalue()
 
 
 class TestCroppedArray:
     SIZES = [(640, 512), (641, 513), (639, 511), (127, 1001), (64, 64), (20, 30)]
 
     @pytest.mark.parametrize("size", SIZES)
-    def test_is_the_crop_of_the_scaled_image(self, size, without_turbo):
+    def test_is_the_crop_of_the_scaled_image(self, size):
         for position in range(8):
             crop = draw_crop(rng(position), *size, *PAPER_CROP)
             image, box = scaled_decode(as_jpeg(picture(*size)), crop, 64)
             expected = np.asarray(image)[box.top : box.top + box.height, box.left : box.left + box.width]
             assert np.array_equal(cropped_array(as_jpeg(picture(*size)), crop, 64), expected)
 
+    @pytest.mark.parametrize("marks", [{}, {"restart_marker_rows": 1}])
     @pytest.mark.parametrize("size", SIZES)
-    def test_simplejpeg_gives_the_same_pixels(self, size, monkeypatch):
+    def test_simplejpeg_gives_the_same_pixels(self, size, marks):
         pytest.importorskip("simplejpeg", reason="needs the extra `fast`")
+        data = as_bytes(picture(*size), quality=95, **marks)
         for position in range(8):
             crop = draw_crop(rng(position), *size, *PAPER_CROP)
-            fast = cropped_array(as_jpeg(picture(*size)), crop, 32)
-            with monkeypatch.context() as patch:
-                patch.setattr(decoding, "simplejpeg", None)
-                assert np.array_equal(fast, cropped_array(as_jpeg(picture(*size)), crop, 32))
+            fast = cropped_array(turbo_jpeg(data), crop, 32)
+            assert np.array_equal(fast, cropped_array(Image.open(io.BytesIO(data)), crop, 32))
 
     def test_what_simplejpeg_refuses_is_pillows(self, monkeypatch):
         def refuse(*args, **settings):
@@ -85,8 +89,26 @@ class TestCroppedArray:
 
         monkeypatch.setattr(decoding, "simplejpeg", type("Refusing", (), {"decode_jpeg": staticmethod(refuse)}))
         crop = Crop(3, 5, 40, 50)
-        expected = np.asarray(as_jpeg(picture()))[3:43, 5:55]
-        assert np.array_equal(cropped_array(as_jpeg(picture()), crop, 32), expected)
+        image = TurboJpeg(as_bytes(picture(), quality=95), (90, 70))
+        assert np.array_equal(cropped_array(image, crop, 32), np.asarray(as_jpeg(picture()))[3:43, 5:55])
+
+    def test_damaged_jpegs_are_refused_or_pillows(self):
+        pytest.importorskip("simplejpeg", reason="needs the extra `fast`")
+        data = as_bytes(picture(300, 200))
+        with pytest.raises(OSError, match="truncated"):
+            VIEWS.of_bytes(data[:-800], rng(0))
+        for broken in (b"", data[:3], data[:100], b"\xff\xd8\xff" + bytes(50)):
+            assert turbo_jpeg(broken) is None
+            with pytest.raises((OSError, SyntaxError)):  # as Pillow has it
+                VIEWS.of_bytes(broken, rng(0))
+
+    @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+    def test_views_of_bytes_are_those_of_the_opened_image(self, mode):
+        for extension in ("JPEG", "TIFF"):
+            data = as_bytes(picture(300, 200).convert(mode), extension)
+            for position in range(4):
+                one, other = VIEWS.of_bytes(data, rng(position)), VIEWS(Image.open(io.BytesIO(data)), rng(position))
+                assert all(np.array_equal(one[name], other[name]) for name in one)
 
     @pytest.mark.parametrize("mode", ["L", "CMYK"])
     def test_other_jpegs_are_pillows(self, mode):

@@ -34,6 +34,7 @@ from torchvision.transforms import functional as F
 from tqdm import tqdm
 
 from beit_pretrain import decoding
+from beit_pretrain.backbone import patch_grid
 from beit_pretrain.bench import read_photos, sides_for, table
 from beit_pretrain.datamodule import Plan, ShardDataset
 from beit_pretrain.masking import BlockwiseMask
@@ -44,6 +45,7 @@ from beit_pretrain.views import PretrainViews
 
 RESIZE = 288  # shorter side in the shards of `resized` and `cached`, pixels
 BATCH = 32
+PATCH = 16  # pixels
 REFERENCE = "reference"
 
 
@@ -97,8 +99,9 @@ def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed
     (folder / "files").mkdir()
     for i, data in enumerate(files):
         (folder / "files" / f"{i:06d}.image").write_bytes(data)
-    grid = (sides[0] // 16, sides[0] // 16)
-    masking = BlockwiseMask(grid, max(1, round(0.3827 * grid[0] * grid[1])), min_block=min(16, grid[0]))
+    grid = patch_grid(sides[0], PATCH)
+    cap = round(75 / 196 * grid[0] * grid[1])
+    masking = BlockwiseMask(grid, cap, min_block=min(16, cap))
     np.save(folder / "tokens.npy", np.zeros((len(files), grid[0] * grid[1]), np.uint16))
     common = []
     for name, resize in (("plain", None), ("resized", RESIZE)):

@@ -102,8 +102,12 @@ class ShardDataset(Dataset):
             address = Sample(*(int(i) for i in self.subset[address.row]))
         try:
             data, label = self.reader.read(address)
-            with opened(data) as image:
-                arrays = self.views(image, generator(self.seed, position, VIEW))
+            numbers = generator(self.seed, position, VIEW)
+            if isinstance(self.views, PretrainViews):
+                arrays = self.views.of_bytes(data, numbers)
+            else:
+                with opened(data) as image:
+                    arrays = self.views(image, numbers)
         except UserError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly everything on broken files

@@ -8,7 +8,6 @@ same, since both are libjpeg-turbo with the same settings.
 
 from __future__ import annotations
 
-import io
 import math
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from beit_pretrain.images import to_rgb
+from beit_pretrain.images import MAX_PIXELS, opened, to_rgb
 from beit_pretrain.jpeg_rows import cut_rows
 
 try:
@@ -36,13 +35,16 @@ class Crop(NamedTuple):
     width: int
 
 
-def cropped_array(image: Image.Image, crop: Crop, size: int) -> np.ndarray:
+def cropped_array(image: Image.Image | TurboJpeg, crop: Crop, size: int) -> np.ndarray:
     """The crop of an opened image as RGB, uint8 (h, w, 3), of at least `size` pixels a side where the image has them.
 
     Raises what Pillow raises for broken files.
     """
-    if (found := _turbo(image, crop, size)) is not None:
-        return found
+    if isinstance(image, TurboJpeg):
+        if (array := turbo_crop(image, crop, size)) is not None:
+            return array
+        with opened(image.data) as judged:
+            return cropped_array(judged, crop, size)
     image, crop = scaled_decode(image, crop, size)
     # A copy, since torch warns of arrays that cannot be written to.
     return np.array(image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)))
@@ -80,21 +82,36 @@ def crop_in(crop: Crop, image_size: tuple[int, int], decoded_size: tuple[int, in
     )
 
 
-def _turbo(image: Image.Image, crop: Crop, size: int) -> np.ndarray | None:
-    """`cropped_array` by simplejpeg; None if it cannot or should not.
+class TurboJpeg(NamedTuple):
+    """A JPEG whose header alone was read: what the fast views need of a PIL image, without opening one."""
 
-    What it objects to, damaged files above all, is left to Pillow, whose judgement counts everywhere else.
-    """
-    stream = getattr(image, "fp", None)
-    if simplejpeg is None or image.format != "JPEG" or image.mode != "RGB" or not isinstance(stream, io.BytesIO):
+    data: bytes
+    size: tuple[int, int]  # width, height
+
+    @property
+    def width(self) -> int:
+        return self.size[0]
+
+
+def turbo_jpeg(data: bytes) -> TurboJpeg | None:
+    """The JPEG in `data` if simplejpeg is there and its colours are YCbCr; None: open it with Pillow."""
+    if simplejpeg is None or data[:3] != b"\xff\xd8\xff":
         return None
-    data, size_WH = stream.getvalue(), image.size
-    scale = decoding_scale(size_WH, crop, size)
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return TurboJpeg(data, (width, height)) if colours == "YCbCr" and 0 < width * height <= MAX_PIXELS else None
+
+
+def turbo_crop(image: TurboJpeg, crop: Crop, size: int) -> np.ndarray | None:
+    """`cropped_array` by simplejpeg; None for what it objects to: of damaged files Pillow is the judge."""
+    data, scale = image.data, decoding_scale(image.size, crop, size)
     try:
         if scale > 1:
-            width, height = (math.ceil(side / scale) for side in size_WH)
+            width, height = (math.ceil(side / scale) for side in image.size)
             array = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
-            crop = crop_in(crop, size_WH, (array.shape[1], array.shape[0]))
+            crop = crop_in(crop, image.size, (array.shape[1], array.shape[0]))
         else:
             data, first = cut_rows(data, crop.top, crop.top + crop.height) or (data, 0)
             array = simplejpeg.decode_jpeg(data, "RGB")

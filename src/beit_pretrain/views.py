@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit_pretrain.decoding import Crop, cropped_array, resized, scaled_decode
-from beit_pretrain.images import to_rgb
+from beit_pretrain.decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
+from beit_pretrain.images import opened, to_rgb
 
 HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -104,6 +104,13 @@ class PretrainViews:
     jitter: tuple[float, float, float] = (0.4, 0.4, 0.4)
     exact: bool = False
 
+    def of_bytes(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The same of an image file's bytes. Raises what Pillow raises for broken files."""
+        if not self.exact and (jpeg := turbo_jpeg(data)) is not None:
+            return self._fast_views(jpeg, self.draw(jpeg.size, rng))
+        with opened(data) as image:
+            return self(image, rng)
+
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Draw:
         """Jitter, flip and crop of an image of `size` (width, height), the same whatever is `exact`.
 
@@ -132,7 +139,7 @@ class PretrainViews:
             views["token_image"] = to_array(small)
         return views | {"jitter_factors": np.ones(3, np.float32), "jitter_order": draw.jitter.order}
 
-    def _fast_views(self, image: Image.Image, draw: Draw) -> dict[str, np.ndarray]:
+    def _fast_views(self, image: Image.Image | TurboJpeg, draw: Draw) -> dict[str, np.ndarray]:
         sizes = {"image": self.image_size, "token_image": self.token_image_size}
         crop = draw.mirrored(image.width).crop
         array = cropped_array(image, crop, max(size for size in sizes.values() if size is not None))
