@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from beit_pretrain import bench_loader
 from beit_pretrain.bench_loader import REFERENCE, make_variants, measure
+from beit_pretrain.order import Sample
 
 NAMES = {REFERENCE, "reference_uint8", "exact", "fast", "resized", "cached"}
 
@@ -42,8 +45,11 @@ def test_the_batches_are_what_they_are_said_to_be(variants):
 def test_resized_shards_are_smaller_images(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_loader, "RESIZE", 32)
     files = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
-    made = make_variants(files, tmp_path, (16, 8), seed=0)
-    assert made["resized"].reader.manifest["bytes"] < made["fast"].reader.manifest["bytes"]
+    made = make_variants(files, tmp_path, (32, 16), seed=0)
+    for name, shorter in (("fast", 40), ("resized", 32)):
+        data = [made[name].reader.read(Sample(0, row)).data for row in range(len(files))]
+        assert max(min(Image.open(io.BytesIO(d)).size) for d in data) >= shorter
+        assert (min(min(Image.open(io.BytesIO(d)).size) for d in data) > 32) == (name == "fast")
     assert made["resized"].reader.samples == made["fast"].reader.samples == len(files)
 
 
@@ -75,7 +81,10 @@ def test_the_command(run_cli, photos):
     assert last["images_per_s_core"].keys() == NAMES
 
 
-@pytest.mark.parametrize("words", [["src=nowhere"], ["src=x", "rounds=0"], ["src={photos}", "image_size=50"]])
+@pytest.mark.parametrize(
+    "words",
+    [["src=nowhere"], ["src=x", "rounds=0"], ["src={photos}", "image_size=50"], ["src={photos}", "image_size=16"]],
+)
 def test_wrong_words(words, run_cli, photos):
     code, _, stderr = run_cli("bench", "loader", *(word.format(photos=photos) for word in words))
     assert code == 2

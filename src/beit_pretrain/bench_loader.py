@@ -37,6 +37,7 @@ from beit_pretrain import decoding
 from beit_pretrain.backbone import patch_grid
 from beit_pretrain.bench import read_photos, sides_for, table
 from beit_pretrain.datamodule import Plan, ShardDataset
+from beit_pretrain.errors import UserError
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.order import MASK, Order, generator
 from beit_pretrain.reader import ShardReader
@@ -142,6 +143,8 @@ def bench_loader(cfg: DictConfig) -> None:
     """Print images per second and core of every variant, as a table and as JSON."""
     torch.set_num_threads(cfg.threads)
     sides = sides_for(cfg, None)
+    if min(patch_grid(sides.image, PATCH)) < 2:
+        raise UserError(f"image_size={sides.image} is one patch; a mask needs at least 2 x 2, image_size={2 * PATCH}")
     files, bad = read_photos(cfg.src, cfg.images)
     with tempfile.TemporaryDirectory(prefix="beit_pretrain-bench-") as folder:
         variants = make_variants(files, Path(folder), sides, cfg.seed)

@@ -56,7 +56,7 @@ def scaled_decode(image: Image.Image, crop: Crop, size: int) -> tuple[Image.Imag
     Returns the image and the crop in its pixels. The DCT's own averaging stands for the first halvings of the resize.
     """
     width, height = image.size
-    if image.format == "JPEG" and (scale := decoding_scale(image.size, crop, size)) > 1:
+    if image.format in ("JPEG", "MPO") and (scale := decoding_scale(image.size, crop, size)) > 1:
         image.draft(None, (max(1, width // scale), max(1, height // scale)))
         crop = crop_in(crop, (width, height), image.size)
     return to_rgb(image), crop
