@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +76,8 @@ def seeded(build: Callable, *args, **settings):
 def write_checkpoint(path: Path, kind: str, model: torch.nn.Module, **about) -> Path:
     """The part of a checkpoint of `fit` that `checkpoint.read_own` reads."""
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"beit_pretrain": {"kind": kind, "model": dict(model.config), **about}, "state_dict": state}, path)
+    said = {"kind": kind, "model": dict(model.config), **about}
+    torch.save({"beit_pretrain": said, "state_dict": state, "global_step": 10}, path)
     return path
 
 
@@ -127,3 +135,110 @@ def run_cli(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]
         return code, captured.out, captured.err
 
     return run
+
+
+class ShardServer:
+    """Files of a folder over http on the loopback, with the troubles of real servers.
+
+    `trouble(name, number)`: what goes wrong with the number-th request (from 0) for a file, or None: "drop" (nothing
+    comes), "half" (half of what was asked for), "stall" (half, then silence), "drip" (a byte now and then), "flip" (a
+    wrong byte), "long" (more than there is), or an HTTP status.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.trouble: Callable[[str, int], str | int | None] = lambda name, number: None
+        self.ranges, self.delay = True, 0.0
+        self.requests: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                server.answer(self)
+
+            def log_message(self, *args) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.handle_error = lambda *args: None  # readers that hang up are part of the tests
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self._ended.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        name = request.path.partition("?")[0].lstrip("/")
+        with self._lock:
+            number = self.requests[name]
+            self.requests[name] += 1
+        trouble, path = self.trouble(name, number), self.folder / name
+        time.sleep(self.delay)
+        request.close_connection = True
+        if trouble == "drop":
+            return
+        if isinstance(trouble, int) or not path.is_file():
+            request.send_response(trouble if isinstance(trouble, int) else 404)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        data, start = path.read_bytes(), 0
+        if self.ranges and (wanted := re.match(r"bytes=(\d+)-", request.headers.get("Range", ""))):
+            start = int(wanted[1])
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        else:
+            request.send_response(200)
+        data = data[start:]
+        if trouble == "flip":
+            data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+        if trouble == "long":
+            data += b"more"
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        if trouble in ("half", "stall"):
+            data = data[: len(data) // 2]
+        if trouble == "drip":
+            while data and not self._ended.wait(0.02):
+                request.wfile.write(data[:1])
+                data = data[1:]
+        request.wfile.write(data)
+        if trouble == "stall":
+            request.wfile.flush()
+            self._ended.wait(60)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Path], ShardServer]]:
+    """`serve(folder)`: a server of a folder that ends with the test."""
+    servers: list[ShardServer] = []
+
+    def start(folder: Path) -> ShardServer:
+        servers.append(ShardServer(folder))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def spoil(folder: Path, shard: int, rows: list[int]) -> None:
+    """Overwrite images of a shard with what is none, and let the manifest say so."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["shards"][shard]
+    path = folder / entry["name"]
+    index = np.load(path.with_suffix(".index.npy"))
+    data = bytearray(path.read_bytes())
+    for row in rows:
+        offset = int(index[row]["image_offset"])
+        data[offset : offset + 8] = b"no image"
+    path.write_bytes(data)
+    entry["sha256"] = sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))

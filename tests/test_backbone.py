@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -60,18 +61,7 @@ class TestBase:
         assert F.cross_entropy(logits, uniform).item() == pytest.approx(9.056, abs=0.03)
 
     def test_initial_weights(self, base):
-        """Normal of std .02 cut at one sigma has std .0108."""
-        cut = [base.patch_embed.proj.weight, base.lm_head.weight, base.cls_token, base.mask_token]
-        cut += [weight for b in base.blocks for weight in (b.attn.qkv.weight, b.mlp.fc1.weight)]
-        for layer, block in enumerate(base.blocks, start=1):
-            cut += [w * math.sqrt(2 * layer) for w in (block.attn.proj.weight, block.mlp.fc2.weight)]
-        for weight in cut:
-            few = weight.numel() < 1000
-            assert weight.std().item() == pytest.approx(0.0108, abs=0.001 if few else 0.0001)
-            assert weight.abs().max().item() <= 0.02 * (1 + 1e-6)
-        biases = [p for name, p in base.named_parameters() if name.endswith("bias") and "norm" not in name]
-        assert all((bias == 0).all() for bias in biases)
-        assert all((block.gamma_1 == 0.1).all() and (block.gamma_2 == 0.1).all() for block in base.blocks)
+        check_initial_weights(base, 0.1)
 
     def test_one_bias_table_for_all_blocks(self, base):
         tables = {name: p for name, p in base.named_parameters() if "table" in name}
@@ -88,6 +78,40 @@ class TestBase:
         norms = [m for m in base.modules() if isinstance(m, torch.nn.LayerNorm)]
         assert len(norms) == 25
         assert {norm.eps for norm in norms} == {1e-6}
+
+
+def check_initial_weights(model: MaskedImageModel, layer_scale: float) -> None:
+    """Mean, standard deviation and maximum of every tensor: a normal of std .02 cut at one sigma has std .010791."""
+    for name, tensor in model.named_parameters():
+        if "norm" in name or name.endswith(("bias", "bias_table")):
+            assert (tensor == (1.0 if name.endswith("weight") else 0.0)).all(), name
+            continue
+        if "gamma" in name:
+            assert (tensor == layer_scale).all(), name
+            continue
+        found = re.match(r"blocks\.(\d+)\.(attn\.proj|mlp\.fc2)", name)
+        factor = math.sqrt(2 * (int(found[1]) + 1)) if found else 1.0
+        count = tensor.numel()
+        error = 5 / math.sqrt(count)  # five standard errors
+        assert tensor.std().item() * factor == pytest.approx(0.010791, rel=max(error, 1e-3)), name
+        assert tensor.mean().abs().item() * factor <= 0.0108 * error, name
+        largest = tensor.abs().max().item() * factor
+        assert largest <= 0.02 * (1 + 1e-6), name
+        assert largest >= 0.02 * (1 - 20 / count), name
+
+
+@pytest.mark.long
+def test_initial_weights_of_large():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        large = MaskedImageModel(**SIZES["large"])
+    check_initial_weights(large, 1e-5)
+    norms, rates = (
+        [m for m in large.modules() if isinstance(m, torch.nn.LayerNorm)],
+        [getattr(block.drop_path1, "drop_prob", 0.0) for block in large.blocks],
+    )
+    assert len(norms) == 49
+    assert rates == pytest.approx([0.1 * i / 23 for i in range(24)])
 
 
 def test_sizes():

@@ -73,7 +73,7 @@ def test_no_verb_is_help(run_cli):
         (["fit", "-m", "+experiment=base_22k"], "sweeps"),
         (["shards", "make", "src=nowhere"], "out is missing"),
         (["shards", "make", "out=x"], "src is missing"),
-        (["shards", "mend", "src=x"], "make, verify and show"),
+        (["shards", "mend", "src=x"], "make, index, verify and show"),
         (["validate"], "run is missing"),
         (["predict", "src=x"], "init_from is missing"),
         (["show", "run=nowhere"], "not the folder of a run"),

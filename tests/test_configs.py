@@ -20,6 +20,8 @@ def words(name: str, shards, dvae_checkpoint, mim_checkpoint) -> list[str]:
         result += ["tokenizer=dvae", f"tokenizer.path={dvae_checkpoint}"]
     if name == "continue_own":
         result += [f"init_from={mim_checkpoint}", "image_size=32", "mask.max_patches=6", "mask.min_block=1"]
+    elif name.startswith("probe"):
+        result += [f"init_from={mim_checkpoint}", "image_size=32"] + (["probe.layer=2"] if "paper" in name else [])
     elif "init_from=" in text:
         result += ["from_scratch=true", f"init_from={mim_checkpoint}"]
     if name == "finetune_own":
@@ -35,7 +37,7 @@ def test_composes_and_builds(name, shards, dvae_checkpoint, mim_checkpoint):
     task = TASKS[cfg.task](cfg)
     assert total_steps(cfg, 1_281_167) > 0
     with torch.no_grad():
-        assert sum(p.numel() for p in task.module.model.parameters()) > 10_000
+        assert sum(p.numel() for p in task.module.model.parameters()) > 300
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,7 +97,8 @@ def test_pretraining_has_the_recipes_numbers(name):
     paper = name == "base_1k_paper"
     assert arguments["embed_dim"] == width
     assert arguments["init_values"] == (None if paper else 0.1 if width == 768 else 1e-5)
-    assert (arguments["rel_pos_bias"], arguments["abs_pos_emb"]) == (("none", True) if paper else ("shared", False))
+    bias = (arguments.get("rel_pos_bias", "shared"), arguments.get("abs_pos_emb", False))
+    assert bias == (("none", True) if paper else ("shared", False))
     assert arguments["drop_path_rate"] == 0.1
     assert (cfg.data.jitter, cfg.data.flip, cfg.data.scale) == ([0.4, 0.4, 0.4], 0.5, [0.08, 1.0])
     assert cfg.mean == ([0.485, 0.456, 0.406] if "1k" in name else None)  # null: .5
@@ -123,8 +126,19 @@ def test_higher_resolutions_differ_in_nothing_else(name):
     assert high == low
 
 
+def test_the_probes_are_the_recipes():
+    release, base, large = (composed(f"probe_{name}") for name in ("1k", "base_1k_paper", "large_1k_paper"))
+    assert (release.probe.layer, release.probe.pool, release.epochs) == (None, "cls_avg", 100)
+    assert (base.probe.layer, base.probe.pool, base.epochs) == (9, "avg", 50)
+    assert (large.probe.layer, large.probe.pool, large.epochs) == (14, "avg", 50)
+    for cfg in (release, base, large):
+        assert (cfg.optim.lr, cfg.global_batch, cfg.optim.weight_decay) == (4e-3, 1024, 1e-4)
+        assert cfg.data.auto_augment is None
+
+
 def test_every_experiment_of_the_recipe_is_checked_above():
-    own = {"tokenizer", "small_own", "finetune_own", "continue_own"}
+    own = {"probe_1k", "probe_base_1k_paper", "probe_large_1k_paper"}  # test_the_probes_are_the_recipes
+    own |= {"tokenizer", "small_own", "finetune_own", "continue_own"}
     rest = {name for name in NAMES if not name.startswith("demo_")} - own
     assert rest == PRETRAINING.keys() | FINETUNING.keys() | SAME_BUT_SIZE.keys()
 

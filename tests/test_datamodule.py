@@ -12,12 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from beit_pretrain.batches import EvalPlan, Plan, StepSampler
 from beit_pretrain.datamodule import (
     ClassificationData,
-    EvalPlan,
-    Plan,
     PretrainData,
-    StepSampler,
     first_of_each_class,
     labels,
 )
@@ -243,22 +241,6 @@ class TestErrors:
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(UserError, match="has other classes"):
             PretrainData(shards / "train", folder, views=VIEWS, masking=MASKING, global_batch=8)
-
-    @pytest.mark.parametrize("damage", ["no image", "breaks off"])
-    def test_a_damaged_image(self, shards, tmp_path, damage):
-        """The error names the sample and its shard."""
-        folder = shutil.copytree(shards / "val", tmp_path / "val")
-        data = PretrainData(folder, views=VIEWS, masking=MASKING, global_batch=1)
-        index = np.load(folder / "shard-000000.index.npy")
-        if damage == "no image":
-            with (folder / "shard-000000.tar").open("r+b") as tar:
-                tar.seek(int(index[0]["image_offset"]))
-                tar.write(b"no image")
-        else:
-            index[0]["image_size"] //= 2
-            np.save(folder / "shard-000000.index.npy", index)
-        with pytest.raises(UserError, match=r"sample 0 of .*shard-000000\.tar cannot be decoded"):
-            data.eval_dataset("train")[0]
 
     def test_shards_and_manifest_must_belong_together(self, shards, tmp_path):
         folder = shutil.copytree(shards / "val", tmp_path / "val")

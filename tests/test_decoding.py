@@ -73,11 +73,14 @@ class TestCroppedArray:
             expected = np.asarray(image)[box.top : box.top + box.height, box.left : box.left + box.width]
             assert np.array_equal(cropped_array(as_jpeg(picture(*size)), crop, 64), expected)
 
-    @pytest.mark.parametrize("marks", [{}, {"restart_marker_rows": 1}])
+    @pytest.mark.parametrize(
+        "marks", [{}, {"restart_marker_rows": 1}, {"mode": "L"}, {"keep_rgb": True}, {"progressive": True}]
+    )
     @pytest.mark.parametrize("size", SIZES)
     def test_simplejpeg_gives_the_same_pixels(self, size, marks):
         pytest.importorskip("simplejpeg", reason="needs the extra `fast`")
-        data = as_bytes(picture(*size), quality=95, **marks)
+        settings = dict(marks)
+        data = as_bytes(picture(*size).convert(settings.pop("mode", "RGB")), quality=95, **settings)
         for position in range(8):
             crop = draw_crop(rng(position), *size, *PAPER_CROP)
             fast = cropped_array(turbo_jpeg(data), crop, 32)
@@ -102,12 +105,15 @@ class TestCroppedArray:
             with pytest.raises((OSError, SyntaxError)):  # as Pillow has it
                 VIEWS.of_bytes(broken, rng(0))
 
+    @pytest.mark.parametrize("channels", [1, 3, 4])
     @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
-    def test_views_of_bytes_are_those_of_the_opened_image(self, mode):
+    def test_views_of_bytes_are_those_of_the_opened_image(self, mode, channels):
+        views = PretrainViews(32, 16, channels=channels)
         for extension in ("JPEG", "TIFF"):
             data = as_bytes(picture(300, 200).convert(mode), extension)
             for position in range(4):
-                one, other = VIEWS.of_bytes(data, rng(position)), VIEWS(Image.open(io.BytesIO(data)), rng(position))
+                one, other = views.of_bytes(data, rng(position)), views(Image.open(io.BytesIO(data)), rng(position))
+                assert one["image"].shape == (channels, 32, 32)
                 assert all(np.array_equal(one[name], other[name]) for name in one)
 
     @pytest.mark.parametrize("mode", ["L", "CMYK"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def trained(tmp_path_factory):
         run = folder / kind
         (run / "checkpoints").mkdir(parents=True)
         write_checkpoint(run / "checkpoints" / "last.ckpt", kind, model, **about)
-        (run / "config.yaml").write_text("task: x\nglobal_batch: 64\noptim: {lr: 0.001}\nsteps: 10\n")
+        (run / "config.yaml").write_text("task: finetune\nglobal_batch: 64\noptim: {lr: 0.001}\nsteps: 10\n")
         (run / "metrics.csv").write_text("step,train/loss,val/accuracy\n5,1.0,\n10,0.5,0.875\n")
     return folder
 
@@ -131,7 +133,7 @@ def test_round_trip_from_timm(run_cli, tmp_path):
 def test_other_classifiers(changes, to, run_cli, tmp_path):
     settings = {**NETWORK, **changes}
     pool = settings.pop("pool", "avg")
-    write_checkpoint(tmp_path / "a.ckpt", "classifier", scrambled(Classifier(3, pool, **settings)), **ABOUT)
+    write_checkpoint(tmp_path / "a.ckpt", "classifier", scrambled(Classifier(3, pool, **settings)))
     exported(run_cli, tmp_path / "a.ckpt", to, tmp_path / OUT[to])
 
 
@@ -195,6 +197,60 @@ def test_an_export_that_differs_is_not_published(trained, run_cli, tmp_path, mon
     assert code == 2
     assert re.search("outputs differ from ours by .* of their size", stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_never_replaces_what_it_reads(trained, run_cli, tmp_path):
+    shutil.copy(checkpoint(trained, "mim"), tmp_path / "a.pth")
+    before = (tmp_path / "a.pth").read_bytes()
+    for to, out in (("unilm", tmp_path / "a.pth"), ("hf", tmp_path), ("hf", ".")):
+        code, _, stderr = run_cli(
+            "export", f"init_from={tmp_path / 'a.pth'}", f"to={to}", f"out={out}", "image_size=64"
+        )
+        assert code == 2
+        assert "is where init_from=" in stderr
+    assert (tmp_path / "a.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json"])
+def test_a_folder_of_someone_else(name, trained, run_cli, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("# my notes")
+    code, _, stderr = run_cli("export", f"init_from={checkpoint(trained, 'mim')}", "to=hf", f"out={tmp_path / 'mine'}")
+    assert code == 2
+    assert f"has a {name} that no export wrote" in stderr
+    assert (tmp_path / "mine" / name).read_text() == "# my notes"
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{broken", "task: [", "name: x"])
+def test_a_config_beside_that_is_none(text, trained, run_cli, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(checkpoint(trained, "mim"), tmp_path / "run" / "checkpoints" / "last.ckpt")
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    exported(run_cli, tmp_path / "run" / "checkpoints" / "last.ckpt", "hf", tmp_path / "hf")
+    assert "Not known" in (tmp_path / "hf" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("to", ["unilm", "timm", "hf", "onnx"])
+def test_no_space_left(to, trained, tmp_path):
+    """The shell's limit on file sizes, in a process of its own: one line, nothing half-written."""
+    command = f"ulimit -f 20; exec '{sys.executable}' -m beit_pretrain export to={to} out={OUT[to]}"
+    result = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; {command} init_from='{checkpoint(trained, 'classifier')}'"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metrics_are_those_of_the_checkpoints_own_step(trained, run_cli, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "classifier", run)
+    (run / "metrics.csv").write_text("step,val/accuracy\n10,0.5\n20,0.9\n")
+    exported(run_cli, run / "checkpoints" / "last.ckpt", "hf", tmp_path / "hf", "image_size=64")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| accuracy | 0.5 |" in card
+    assert "Images of 32 pixels." in card
 
 
 def test_nothing_else_in_a_folder_is_touched(trained, run_cli, tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import seeded, write_checkpoint
+from lightning import Callback
 from PIL import Image
 
+from beit_pretrain import runs
 from beit_pretrain.backbone import Classifier
 from beit_pretrain.finetune import Finetuning, ImageClassifier, Regularisation
 from beit_pretrain.metrics import curve
@@ -75,3 +77,110 @@ def test_image_classifier(tmp_path):
     assert [len(b) for b in best] == [3, 3, 3]
     assert sum(p for _, p in best[0]) == pytest.approx(1, abs=1e-5)
     assert best[0][0][1] >= best[0][1][1]
+
+
+class Crash(Callback):
+    """Dies after a given optimiser step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+def finetune_words(shards, run_dir, *more: str) -> list[str]:
+    words = ["fit", "+experiment=demo_finetune", "from_scratch=true", "global_batch=8", "val_every=2", "save_every=1"]
+    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0", "log_every=1"]
+    words += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "data.per_class=null"]
+    return [*words, "optim.warmup_steps=0", "threads=1", f"run_dir={run_dir}", *more]
+
+
+def state_of(run, name="state_dict") -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)[name]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixed_targets_by_hand(smoothing):
+    """Image and label are mixed by the same share, with the reversed batch; timm's rectangles, our arithmetic."""
+    image, label = torch.rand(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
+    mixed, target = module(mixup=0.8, label_smoothing=smoothing).regularise(image.clone(), label, 8)
+    off, on = smoothing / 10, 1 - smoothing + smoothing / 10
+    share = ((target[0, 1] - off) / (on - off)).item()
+    assert 0 < share < 1
+    assert torch.allclose(mixed, share * image + (1 - share) * image.flip(0), atol=1e-5)
+    for i, (own, other) in enumerate([(1, 4), (2, 3), (3, 2), (4, 1)]):
+        expected = torch.full((10,), off)
+        expected[own] += share * (on - off)
+        expected[other] += (1 - share) * (on - off)
+        assert torch.allclose(target[i], expected, atol=1e-5)
+    pasted, target = module(cutmix=1.0, label_smoothing=smoothing).regularise(image.clone(), label, 8)
+    kept = (pasted == image).all(1)
+    assert torch.equal(pasted[0][:, ~kept[0]], image[3][:, ~kept[0]])  # the rest is the partner's
+    assert target[0, 1].item() == pytest.approx(off + kept[0].float().mean().item() * (on - off), abs=1e-5)
+
+
+def test_averaged_weights_by_hand(shards, run_cli, tmp_path):
+    """decay x average + (1 - decay) x weights after every step; torch starts the average at the first step's."""
+    constant = ["optim.min_lr=2e-3", "model.drop_path_rate=0"]
+    states = []
+    for steps in (1, 2, 3):
+        assert run_cli(*finetune_words(shards, tmp_path / f"plain{steps}", f"steps={steps}", *constant))[0] == 0
+        states.append(state_of(tmp_path / f"plain{steps}"))
+    code, _, stderr = run_cli(*finetune_words(shards, tmp_path / "ema", "steps=3", "ema=0.75", *constant))
+    assert code == 0, stderr
+    averaged = state_of(tmp_path / "ema")
+    for name, tensor in averaged.items():
+        expected = states[0][name]
+        for state in states[1:]:
+            expected = 0.75 * expected + 0.25 * state[name]
+        assert torch.allclose(tensor, expected, atol=1e-6), name
+    assert any(not torch.equal(averaged[n], states[-1][n]) for n in averaged)
+
+
+def test_a_run_with_averaged_weights_goes_on(shards, run_cli, tmp_path, monkeypatch):
+    more = ["steps=4", "ema=0.9", "model.drop_path_rate=0"]
+    assert run_cli(*finetune_words(shards, tmp_path / "whole", *more))[0] == 0
+    words = finetune_words(shards, tmp_path / "died", *more)
+    with monkeypatch.context() as patch:
+        make = runs.make_trainer
+        patch.setattr(runs, "make_trainer", lambda cfg, steps, callbacks: make(cfg, steps, [*callbacks, Crash(3)]))
+        with pytest.raises(RuntimeError, match="power cut"):
+            run_cli(*words)
+    code, stdout, stderr = run_cli(*words)
+    assert code == 0, stderr
+    assert "after step 3" in stdout
+    one, other = state_of(tmp_path / "whole"), state_of(tmp_path / "died")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_accumulation_takes_the_steps_of_one_batch(batch_size, shards, run_cli, tmp_path):
+    more = ["steps=3", "global_batch=16", "model.drop_path_rate=0"]
+    assert run_cli(*finetune_words(shards, tmp_path / "one", *more))[0] == 0
+    assert run_cli(*finetune_words(shards, tmp_path / "many", *more, f"batch_size={batch_size}"))[0] == 0
+    losses = [curve(tmp_path / run / "metrics.csv", "train/loss")[1] for run in ("one", "many")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    one, many = state_of(tmp_path / "one"), state_of(tmp_path / "many")
+    assert max((one[name] - many[name]).abs().max().item() for name in one) < 1e-5
+
+
+def test_activation_checkpointing_changes_nothing(shards, run_cli, tmp_path):
+    more = ["steps=2", "model.drop_path_rate=0.5"]
+    assert run_cli(*finetune_words(shards, tmp_path / "plain", *more))[0] == 0
+    assert run_cli(*finetune_words(shards, tmp_path / "saving", *more, "activation_checkpointing=true"))[0] == 0
+    one, other = state_of(tmp_path / "plain"), state_of(tmp_path / "saving")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_early_stopping(shards, run_cli, tmp_path):
+    words = finetune_words(shards, tmp_path / "run", "steps=40", "early_stopping=2", "optim.lr=1e-9", "val_every=2")
+    code, stdout, stderr = run_cli(*words, "optim.min_lr=0")
+    assert code == 0, stderr
+    steps, _ = curve(tmp_path / "run" / "metrics.csv", "val/accuracy")
+    assert steps == [2, 4, 6]  # nothing is learned: the first is the best, two more are waited for
+    assert "stopped early after step 6 of 40" in stdout
+    code, _, stderr = run_cli(*finetune_words(shards, tmp_path / "no", "steps=2", "early_stopping=2", "data.val=null"))
+    assert code == 2
+    assert "data.val is needed" in stderr

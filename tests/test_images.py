@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_pretrain.images import opened, reason, to_rgb
+from beit_pretrain.images import Levels, opened, reason, to_channels, to_grey8, to_rgb
 
 
 def encoded(number: int, size: tuple[int, int] = (24, 18), kind: str = "JPEG", mode: str = "RGB") -> bytes:
@@ -64,7 +64,32 @@ def test_deep_grey_keeps_its_contrast(mode):
     assert rgb.shape == (64, 64, 3)
     assert rgb.min() == 0
     assert rgb.max() == 255
-    np.testing.assert_allclose(rgb[..., 0], (ramp - 1000) / 4000 * 255, atol=1)
+    np.testing.assert_allclose(rgb[..., 0], np.clip((ramp - 1020) / 3960, 0, 1) * 255, atol=1)
+
+
+def test_levels():
+    ramp = Image.fromarray(np.linspace(0, 4095, 100 * 100).astype(np.uint16).reshape(100, 100))  # 12 bits in 16
+    grey, (low, high) = to_grey8(ramp, Levels(window=(1000, 2000)))
+    assert (grey.mode, low, high) == ("L", 1000, 2000)
+    values = np.asarray(ramp).astype(float)
+    np.testing.assert_allclose(np.asarray(grey), np.clip((values - 1000) / 1000, 0, 1) * 255, atol=0.51)
+    outlier = np.asarray(ramp).copy()
+    outlier[0, 0] = 65535  # a hot pixel must not darken the rest
+    kept = np.asarray(to_grey8(Image.fromarray(outlier))[0]).astype(int)
+    assert np.abs(kept - np.asarray(to_grey8(ramp)[0]).astype(int))[0, 1:].max() <= 1
+    nearly_flat = np.full((100, 100), 7, np.uint16)
+    nearly_flat[50, 50] = 9
+    assert np.asarray(to_grey8(Image.fromarray(nearly_flat))[0]).max() == 255
+    assert to_grey8(Image.fromarray(np.array([[-5, 5]], np.int32)), Levels((-5, 5)))[0].getpixel((1, 0)) == 255
+
+
+def test_channels():
+    colours = Image.open(io.BytesIO(encoded(0, kind="PNG", mode="RGBA")))
+    deep = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    for channels, mode in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+        np.testing.assert_array_equal(to_channels(colours, channels), colours.convert(mode))
+        assert to_channels(deep, channels).mode == mode
+        assert np.asarray(to_channels(deep, 1)).std() > 50
 
 
 def test_deep_grey_without_range():

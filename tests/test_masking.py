@@ -49,10 +49,8 @@ def released_generator(rng: np.random.Generator) -> np.ndarray:
                 top, left = int((15 - h) * rng.random()), int((15 - w) * rng.random())  # uniform, both ends inclusive
                 already = mask[top : top + h, left : left + w].sum()
                 if 0 < h * w - already <= left_over:
-                    for i in range(top, top + h):
-                        for j in range(left, left + w):
-                            delta += mask[i, j] == 0
-                            mask[i, j] = 1
+                    delta += h * w - already
+                    mask[top : top + h, left : left + w] = 1
                 if delta > 0:
                     break
         if delta == 0:
@@ -65,6 +63,21 @@ def test_equals_the_release_draw_by_draw():
     for position in range(200):
         expected = released_generator(generator(7, position, MASK))
         assert np.array_equal(PAPER.draw(generator(7, position, MASK)), expected)
+
+
+@pytest.fixture(scope="module")
+def independent() -> np.ndarray:
+    """20,000 masks of the release's loops on random numbers of their own (another generator, another seed)."""
+    rng = np.random.Generator(np.random.PCG64(12345))
+    return np.stack([released_generator(rng) for _ in range(20_000)])
+
+
+def test_every_cell_is_masked_as_often_as_in_an_independent_count(draws, independent):
+    counts = independent.sum((1, 2))
+    assert counts.mean() == pytest.approx(74.47, abs=0.1)
+    assert (counts == 75).mean() == pytest.approx(0.666, abs=0.02)
+    assert np.abs(draws.mean(0) - independent.mean(0)).max() < 0.02
+    assert abs((draws.sum((1, 2)) == 75).mean() - (counts == 75).mean()) < 0.02
 
 
 def test_a_mask_is_a_function_of_its_random_numbers():

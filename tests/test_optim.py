@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from beit_pretrain.__main__ import compose
 from beit_pretrain.backbone import Classifier, MaskedImageModel
 from beit_pretrain.optim import Optim, clip_gradients, configure, layer_of, learning_rate, parameter_groups
+from beit_pretrain.runs import total_steps
+from beit_pretrain.tasks import optim
 
 TINY = {"image_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
 
@@ -52,6 +55,33 @@ class TestLearningRate:
     def test_the_paper_s_run(self):
         rates = [learning_rate(step, 1_040_000, 10_000, 1.5e-3, 1e-5) for step in (0, 1, 9_999, 10_000, 525_000)]
         assert rates == pytest.approx([0, 1.5e-3 / 9_999, 1.5e-3, 1.5e-3, (1.5e-3 + 1e-5) / 2])
+
+    @pytest.mark.parametrize(
+        ("name", "images", "points"),
+        [
+            # 1,039,828 steps, 10,000 of warm-up from 0: 1.5e-3 x 5000/9999; half way down after 10,000 + 514,914 steps.
+            ("base_22k", 14_197_122, {0: 0, 5000: 7.5007501e-4, 9999: 1.5e-3, 10_000: 1.5e-3, 524_914: 7.55e-4}),
+            ("large_22k", 14_197_122, {9_998: 1.49985e-3, 10_000: 1.5e-3, 1_039_828: 1e-5}),
+            # 500,455 steps, 6,256 of warm-up; a quarter of the way down: 1e-5 + 1.49e-3 x (2 + sqrt 2) / 4.
+            ("base_1k", 1_281_167, {1: 2.3980815e-7, 6255: 1.5e-3, 6256 + 123_549.75: 1.28179455e-3, 500_455: 1e-5}),
+            # 125,113 steps, 25,023 of warm-up; ends at 1e-6.
+            (
+                "finetune_base_1k",
+                1_281_167,
+                {0: 0, 25_022: 4e-3, 25_023: 4e-3, 25_023 + 50_045: 2.0005e-3, 125_113: 1e-6},
+            ),
+            # 62,556 steps, 6,256 of warm-up.
+            ("finetune_large_1k", 1_281_167, {6_255: 1e-3, 6_256 + 28_150: 5.005e-4, 62_556: 1e-6}),
+            # 75,068 steps, 12,511 of warm-up.
+            ("finetune_large_1k_22kft", 1_281_167, {12_510: 2e-5, 12_511 + 31_278.5: 1.05e-5, 75_068: 1e-6}),
+        ],
+    )
+    def test_the_recipes_runs_at_points_by_hand(self, name, images, points):
+        given = ["data.train=x", "init_from=x" if "finetune" in name else "tokenizer.path=x"]
+        cfg = compose("fit", [f"+experiment={name}", *given])
+        settings, total = optim(cfg, images), total_steps(cfg, images)
+        rates = {s: learning_rate(s, total, settings.warmup_steps, settings.lr, settings.min_lr) for s in points}
+        assert rates == pytest.approx(points, rel=2e-6)
 
     def test_the_optimiser_follows_it_in_every_group(self):
         settings = Optim(lr=2e-3, min_lr=1e-4, warmup_steps=3, layer_decay=0.65)
@@ -107,6 +137,29 @@ class TestGroups:
         expected |= {"fc_norm.weight": 0, "fc_norm.bias": 0, "head.weight": 0, "head.bias": 0}
         assert {name: scales[name] for name in expected} == pytest.approx({n: 0.65**e for n, e in expected.items()})
         assert all(group["lr"] == pytest.approx(2.0 * group["lr_scale"]) for group in groups)
+
+    @pytest.mark.parametrize(
+        ("depth", "decay", "by_hand"),
+        [
+            # base, .65 ** (13 - layer): embeddings, first, sixth, last block, head
+            (12, 0.65, {"patch_embed.proj.weight": 3.69720e-3, "blocks.0.norm1.weight": 5.68800e-3,
+                        "blocks.5.mlp.fc1.weight": 4.90222790e-2, "blocks.11.attn.qkv.weight": 0.65, "head.weight": 1}),
+            # large, .75 ** (25 - layer)
+            (24, 0.75, {"patch_embed.proj.weight": 7.52540e-4, "blocks.0.norm1.weight": 1.00339e-3,
+                        "blocks.11.gamma_1": 2.37573e-2, "blocks.23.mlp.fc2.bias": 0.75, "fc_norm.bias": 1}),
+            (24, 0.9, {"cls_token": 7.17898e-2, "blocks.23.attn.proj.weight": 0.9, "head.bias": 1}),
+        ],
+    )  # fmt: skip
+    def test_layer_decay_of_base_and_large_by_hand(self, depth, decay, by_hand):
+        model = Classifier(3, **TINY, depth=depth)
+        groups = parameter_groups(model.named_parameters(), 1.0, 0.05, layer_decay=decay, depth=depth)
+        scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
+        assert {name: scales[name] for name in by_hand} == pytest.approx(by_hand, rel=1e-5)
+        decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
+        matrices = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+        tables = ("attn.relative_position_bias_table",)
+        expected = {f"blocks.{i}.{name}" for i in range(depth) for name in (*matrices, *tables)}
+        assert decayed == expected | {"patch_embed.proj.weight", "head.weight"}
 
     def test_what_only_pre_training_has(self):
         assert layer_of("mask_token", 12) == 0

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from beit_pretrain.order import MASK, VIEW, Order, Sample, generator, positions
+from beit_pretrain.order import MASK, VIEW, Order, Sample, generator, positions, positions_of_epoch
 
 UNEVEN = [5, 7, 3, 12, 1, 9, 0, 4]
 
@@ -98,6 +98,61 @@ def test_a_far_position_of_a_large_set_is_found_at_once():
     assert time.perf_counter() - start < 0.5
     assert 0 <= sample.shard < 14_200
     assert 0 <= sample.row < 1000
+
+
+@pytest.mark.parametrize("streams", [1, 3, 64])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_many_positions_at_once_are_those_one_by_one(streams, shuffle):
+    order = Order(UNEVEN, seed=1, window=4, streams=streams, shuffle=shuffle)
+    for some in (range(0, 130), range(100, 3, -7), np.array([5, 5, 400, 0]), range(0)):
+        assert order.samples_at(some).tolist() == [list(order.sample_at(int(k))) for k in some]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_positions_of_an_epoch(world, number):
+    """As the steps deal them, the tail of an epoch carried into a batch that the next one begins."""
+    samples, batch = 41, 12
+    shares = [positions_of_epoch(number, samples, rank, world, batch) for rank in range(world)]
+    assert sorted(itertools.chain(*shares)) == list(range(number * samples, (number + 1) * samples))
+    for rank, share in enumerate(shares):
+        steps = range(number * samples // batch, (number + 1) * samples // batch + 1)
+        dealt = [k for step in steps for k in positions(step, rank, world, batch) if k // samples == number]
+        assert list(share) == dealt
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("position", [0, 77, 155, 163, 10**6])
+def test_what_is_read_was_announced(world, position):
+    """The shards of the next window of every stream, and nothing that is far away."""
+    order = Order([5] * 32, seed=2, window=10, streams=4)
+    for rank in range(world):
+        first = position + (rank - position) % world
+        soon = order.samples_at(range(first, position + 40, world))[:, 0]
+        ahead = order.shards_ahead(position, rank, world)
+        assert set(soon) <= set(ahead)
+        assert len(ahead) == len(set(ahead)) <= 2 * 4 * 4 // world
+        now = order.shards_ahead(position, rank, world, windows=1)
+        assert ahead[: len(now)] == now  # soonest first
+        assert order.sample_at(first).shard in now
+
+
+def test_shuffling_quality():
+    """As docs/design.md states it, at a tenth of its size: how far a sample moves, and what becomes of neighbours."""
+    order = Order([100] * 1420, seed=0)
+    n, batch = order.samples, 2048
+    place = [order.samples_at(range(e * n, (e + 1) * n)) @ [100, 1] for e in (0, 1)]
+    for flat in place:
+        assert np.abs(flat - np.arange(n)).mean() / n == pytest.approx(1 / 3, abs=0.02)  # as of a perfect shuffle
+        assert abs(np.corrcoef(flat[:-1], flat[1:])[0, 1]) < 0.05
+    at = [np.argsort(flat) for flat in place]
+    assert abs(np.corrcoef(*at)[0, 1]) < 0.05
+    assert np.abs(at[0] - at[1]).mean() / n == pytest.approx(1 / 3, abs=0.02)
+    # Of two images in one batch, how many are in one batch again: hardly more than by chance.
+    again = np.mean(
+        [(np.bincount(at[1][place[0][b : b + batch]] // batch) ** 2).sum() - batch for b in range(0, n, batch)]
+    )
+    assert again / (batch * (batch - 1)) < 2 * batch / n
 
 
 def test_randomness_is_keyed_by_seed_position_and_purpose():

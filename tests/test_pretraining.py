@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from lightning import Trainer
 
 from beit_pretrain.backbone import MaskedImageModel
-from beit_pretrain.datamodule import Plan, PretrainData
+from beit_pretrain.batches import Plan
+from beit_pretrain.datamodule import PretrainData
 from beit_pretrain.dvae import DVAETokenizer
 from beit_pretrain.errors import UserError
 from beit_pretrain.masking import BlockwiseMask

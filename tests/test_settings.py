@@ -61,6 +61,8 @@ def test_every_rule_is_of_a_setting_that_exists():
     "optim.clip=-1 optim.layer_decay=2 "
     "data.jitter=abc data.jitter=[1,2] data.flip=abc data.flip=2 data.val_batch=0 data.val_images=0 "
     "data.window=abc data.streams=0 data.scale=[-1,-.5] data.scale=[1,.5] data.ratio=[0,1] data.workers=-1 "
+    "data.weights=1 data.weights=[1,0] data.weights=[a] data.max_bad=2 data.max_bad=-1 data.cache_gb=0 data.retries=-1 "
+    "data.timeout=0 data.timeout=soon data.train=[] data.val=[1,[2]] "
     "data.exact=maybe knn.bank=0 knn.k=abc pictures=-1 model.depth=0 model.drop_path_rate=2 "
     "model.embed_dim=-4 mask.min_aspect=0 "
     "logger.kind=paper resume=sometimes optim.warmup_steps=1.5".split(),
@@ -102,9 +104,9 @@ def test_wrong_values_of_the_other_verbs(verb, word, run_cli, tmp_path):
 
 
 def test_names_may_be_numbers():
-    settings = {"src": 2024, "data": {"train": 1.5}}
+    settings = {"src": 2024, "data": {"train": [1.5, "a"], "val": 3}}
     check(settings)
-    assert settings == {"src": "2024", "data": {"train": "1.5"}}
+    assert settings == {"src": "2024", "data": {"train": ["1.5", "a"], "val": "3"}}
     assert set(NAMES) <= RULES.keys()
 
 

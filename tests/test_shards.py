@@ -14,7 +14,7 @@ from PIL import Image
 from test_images import bomb, encoded
 from test_sources import CLASSES, class_files, damaged_tar, tar_bytes, write_folder
 
-from beit_pretrain import shards
+from beit_pretrain import packing, shards
 from beit_pretrain.errors import UserError
 from beit_pretrain.images import to_rgb
 from beit_pretrain.manifest import read_manifest, verify_shards
@@ -170,7 +170,7 @@ def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
         opened.append(image.size)
         return to_rgb(image)
 
-    monkeypatch.setattr(shards, "to_rgb", watched)
+    monkeypatch.setattr(packing, "to_rgb", watched)
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,6 +199,40 @@ def test_formats_and_resize(tmp_path):
     for name in ("a.jpg", "b.JPG"):
         image = Image.open(io.BytesIO(shrunk[name]["jpg"]))
         assert (image.format, image.size) == ("JPEG", (21, 16))
+
+
+def test_grey_images_of_more_than_8_bits_are_stored_with_their_contrast(tmp_path):
+    ramp = np.linspace(1000, 5000, 40 * 40).reshape(40, 40)
+    src = tmp_path / "src"
+    src.mkdir()
+    Image.fromarray(ramp.astype(np.uint16)).save(src / "deep.tif")
+    Image.fromarray(ramp.astype(np.float32)).save(src / "float.tif")
+    Image.fromarray(ramp.astype(np.int32)).save(src / "integer.tif")
+    Image.fromarray((ramp / 20).astype(np.uint8)).save(src / "grey.png")
+    for name, options, low, high in (("own", {}, 1020, 4980), ("window", {"window": [2000, 3000]}, 2000, 3000)):
+        samples = {s["about"]["source"]: s for s in read_back(make(src, tmp_path / name, **options))}
+        for file in ("deep.tif", "float.tif", "integer.tif"):
+            pixels = np.asarray(Image.open(io.BytesIO(samples[file]["png"])))  # as any reader sees it
+            np.testing.assert_allclose(pixels, np.clip((ramp - low) / (high - low), 0, 1) * 255, atol=1)
+            np.testing.assert_allclose(samples[file]["about"]["window"], [low, high], atol=2)
+        if not options:
+            assert samples["grey.png"]["png"] == (src / "grey.png").read_bytes()
+    dark = {s["about"]["source"]: s for s in read_back(make(src, tmp_path / "grey", window=[50, 100]))}
+    pixels = np.asarray(Image.open(io.BytesIO(dark["grey.png"]["png"])))
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+def test_a_window_of_samples_is_a_fair_mix_of_classes(tmp_path):
+    src = tmp_path / "src"
+    for c in range(10):  # class-sorted on disk, as ImageNet comes
+        write_folder(src, {f"class{c}.tar": tar_bytes({f"{i}.png": encoded(i, (1, 1), "PNG") for i in range(100)})})
+    folder = make(src, tmp_path / "out", samples_per_shard=100)
+    for entry in read_manifest(folder)["shards"]:
+        labels = np.load(folder / entry["name"].replace(".tar", ".index.npy"))["label"]
+        counts = np.bincount(labels, minlength=10)
+        # 100 draws without replacement of 10 classes: 10 +- 2.9 each; chi-square over 9 classes stays below 30.
+        assert ((counts - 10) ** 2 / 10).sum() < 30
+        assert counts.min() > 0
 
 
 def test_validation_split(tmp_path):
@@ -283,6 +317,9 @@ BAD_OPTIONS = [
     {"resize": 0},
     {"quality": 0},
     {"workers": 0},
+    {"window": [5, 5]},
+    {"percentiles": [99, 1]},
+    {"percentiles": [-1, 50]},
     {"max_pixels": 0},
 ]
 
@@ -354,7 +391,7 @@ def test_targets(source, tmp_path):
     assert contents(tmp_path) == {"out/val/mine.txt": b"x"}
     with pytest.raises(UserError, match="cannot write"):
         make(source, tmp_path / "out" / "val" / "mine.txt")
-    write_folder(tmp_path / "out", {".train.partial/shard-000000.tar": b"left by a killed run"})
+    write_folder(tmp_path / "out", {".making/train/shard-000000.tar": b"left by a run killed before its plan"})
     (tmp_path / "out" / "train").mkdir()
     folder = make(source, tmp_path / "out")
     assert verify_shards(folder, progress=False) == []
@@ -364,7 +401,7 @@ def test_targets(source, tmp_path):
 @pytest.mark.parametrize(
     "failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"]
 )
-def test_a_failure_on_the_way_leaves_nothing(failure, source, tmp_path, monkeypatch):
+def test_a_failure_on_the_way_publishes_nothing_and_is_gone_on_with(failure, source, tmp_path, monkeypatch):
     write = shards.write_manifest
 
     def fail_on_val(folder: Path, *rest, **more) -> None:
@@ -372,8 +409,12 @@ def test_a_failure_on_the_way_leaves_nothing(failure, source, tmp_path, monkeypa
             raise failure
         write(folder, *rest, **more)
 
-    monkeypatch.setattr(shards, "write_manifest", fail_on_val)
-    with pytest.raises((UserError, KeyboardInterrupt)) as caught:
-        make(source, tmp_path / "out", val=0.5)
-    assert os.listdir(tmp_path) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_manifest", fail_on_val)
+        with pytest.raises((UserError, KeyboardInterrupt)) as caught:
+            make(source, tmp_path / "out", val=0.5)
+    assert os.listdir(tmp_path / "out") == [".making"]
     assert isinstance(failure, KeyboardInterrupt) or "No space left" in str(caught.value)
+    monkeypatch.setattr(shards, "write_shard", None)  # all are there
+    make(source, tmp_path / "out", val=0.5)
+    assert sorted(os.listdir(tmp_path / "out")) == ["train", "val"]

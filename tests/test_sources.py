@@ -10,7 +10,7 @@ from test_images import encoded
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.images import opened
-from beit_pretrain.sources import list_candidates, list_images, read_candidate
+from beit_pretrain.sources import Candidate, list_images, read_candidate, rows, units
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -34,6 +34,18 @@ def tar_bytes(files: dict[str, bytes]) -> bytes:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def list_candidates(sources: list[Path], split: str = "train") -> list[Candidate]:
+    """The candidates of all units of the sources, by key."""
+    found = []
+    for unit in (unit for source in sources for unit in units(source, split=split)):
+        for name, class_name, offset, size in zip(*rows(unit), strict=True):
+            path = str(Path(unit.path, name)) if unit.kind == "files" else unit.path
+            key = unit.top + unit.prefix + name
+            mask = str(Path(unit.masks, name).with_suffix(".png")) if unit.masks else ""
+            found.append(Candidate(key, class_name, path, int(offset), int(size), mask=mask))
+    return sorted(found)
 
 
 def damaged_tar() -> bytes:
@@ -79,8 +91,11 @@ def test_hard_links_and_repeated_members_of_a_tar(tmp_path):
             info.type = tarfile.LNKTYPE if link else tarfile.REGTYPE
             info.linkname, info.size = link or "", 0 if link else len(encoded(0))
             tar.addfile(info, io.BytesIO(encoded(0)))
-    read = {c.key: read_candidate(c) for c in list_candidates([path])}
-    assert read == {"ant/a.jpg": encoded(0), "bee/b.jpg": encoded(0)}
+    up, *others = list_candidates([path])
+    assert {c.key: read_candidate(c) for c in others} == {"ant/a.jpg": encoded(0), "bee/b.jpg": encoded(0)}
+    assert (up.key, up.class_name) == ("../up.jpg", None)
+    with pytest.raises(ValueError, match="leads outside"):
+        read_candidate(up)
 
 
 @pytest.mark.parametrize(("others", "words"), [([], "devkit.tar.gz:"), (["z.tgz", "sub/y.TAR.XZ"], "and 2 more:")])

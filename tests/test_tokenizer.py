@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from dall_e import map_pixels, unmap_pixels
 from beit_pretrain.backbone import Classifier
 from beit_pretrain.dvae import DiscreteVAE, DVAETokenizer
 from beit_pretrain.errors import UserError
-from beit_pretrain.tokenizer import OpenAITokenizer, codebook_use, square_grid, view_size
+from beit_pretrain.tokenizer import (
+    OpenAITokenizer,
+    check_channels,
+    codebook_use,
+    square_grid,
+    view_size,
+)
 
 
 def images(side: int = 32, batch: int = 2) -> torch.Tensor:
@@ -194,6 +201,26 @@ class TestViewSize:
         )
         with pytest.raises(UserError, match=r"gives 12\.5 x 12\.5 tokens"):
             view_size((14, 14), Eight(), 100)
+
+
+class TestChannels:
+    def test_grey_is_repeated_and_more_are_cut(self, openai_files):
+        tokenizer, grey = OpenAITokenizer(openai_files), torch.rand(1, 1, 16, 16)
+        assert tokenizer.in_chans == 3
+        expected = tokenizer.encode(grey.expand(-1, 3, -1, -1))
+        assert torch.equal(tokenizer.encode(grey), expected)
+        assert torch.equal(
+            tokenizer.encode(torch.cat([grey.expand(-1, 3, -1, -1), torch.rand(1, 1, 16, 16)], 1)), expected
+        )
+
+    @pytest.mark.parametrize(("takes", "channels", "fits"), [(3, 1, True), (3, 4, True), (1, 1, True), (1, 3, False)])
+    def test_check(self, takes, channels, fits):
+        tokenizer = SimpleNamespace(in_chans=takes)
+        if fits:
+            check_channels(tokenizer, channels)
+        else:
+            with pytest.raises(UserError, match=f"takes images of {takes} channels, but data.channels={channels}"):
+                check_channels(tokenizer, channels)
 
 
 class TestCodebookUse:

@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 from beit_pretrain.decoding import Crop
+from beit_pretrain.errors import UserError
 from beit_pretrain.order import VIEW, generator
 from beit_pretrain.views import (
     BRIGHTNESS,
@@ -26,6 +27,7 @@ from beit_pretrain.views import (
     draw_jitter,
     jittered_views,
     normalise,
+    per_channel,
     to_array,
 )
 
@@ -219,9 +221,37 @@ class TestJitter:
         assert torch.allclose(image[..., :16, :16], token_image, atol=1e-6)
         assert (image[..., :1, :1] - colour / 255).abs().max() > 0.05
 
-    def test_grey_images_are_left_alone(self):
-        image = torch.rand(2, 1, 4, 4)
-        assert torch.equal(color_jitter(image, torch.full((2, 3), 1.4), torch.tensor(ORDERS[:2])), image)
+    def test_one_channel_is_jittered_as_grey_rgb(self):
+        grey = torch.rand(6, 1, 8, 8)
+        factors, order = torch.empty(6, 3).uniform_(0.6, 1.4), torch.tensor(ORDERS)
+        rgb = color_jitter(grey.expand(-1, 3, -1, -1), factors, order)
+        torch.testing.assert_close(color_jitter(grey, factors, order).expand(-1, 3, -1, -1), rgb, atol=1e-3, rtol=0)
+
+    def test_saturation_means_nothing_to_one_channel_and_a_fourth_is_left_alone(self):
+        grey, order = torch.rand(1, 1, 8, 8), torch.tensor(ORDERS[:1])
+        torch.testing.assert_close(color_jitter(grey, torch.tensor([[1.0, 1.0, 0.2]]), order), grey)
+        four = torch.rand(1, 4, 8, 8)
+        jittered = color_jitter(four, torch.tensor([[1.3, 0.7, 0.2]]), order)
+        assert torch.equal(jittered[:, 3], four[:, 3])
+        assert (jittered[:, :3] - four[:, :3]).abs().max() > 0.1
+
+    @pytest.mark.parametrize("channels", [1, 3, 4])
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_views_have_the_channels_asked_for(self, channels, exact):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8), "RGBA")
+        views = PretrainViews(16, 8, exact=exact, channels=channels)(image, np.random.default_rng(0))
+        assert views["image"].shape == (channels, 16, 16)
+        assert views["token_image"].shape == (channels, 8, 8)
+        for train in (False, True):
+            policy = "rand-m9-mstd0.5-inc1" if channels < 4 else None
+            view = ClassificationViews(16, train, auto_augment=policy, channels=channels)
+            assert view(image, np.random.default_rng(0))["image"].shape == (channels, 16, 16)
+
+    def test_mean_per_channel(self):
+        assert per_channel([0.5, 0.5, 0.5], 1, "mean") == (0.5,)
+        assert per_channel([0.1, 0.2, 0.3], 3, "mean") == (0.1, 0.2, 0.3)
+        with pytest.raises(UserError, match=r"mean=\[0.1, 0.2, 0.3\] has 3 values for data.channels=4"):
+            per_channel([0.1, 0.2, 0.3], 4, "mean")
 
     def test_normalise(self):
         image = torch.tensor([0.0, 0.5, 1.0]).view(1, 3, 1, 1)

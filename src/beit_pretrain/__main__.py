@@ -25,7 +25,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "fetch": Verb("OpenAI's dVAE, for tokenizer.path: download, check, convert", "beit_pretrain.fetch:fetch"),
-    "shards": Verb("make, verify or show shards (make|verify|show)", "beit_pretrain.commands:shards"),
+    "shards": Verb("make, index, verify or show shards (make|index|verify|show)", "beit_pretrain.commands:shards"),
     "fit": Verb("train: a tokenizer, a backbone, a classifier; the experiment says which", "beit_pretrain.runs:fit"),
     "validate": Verb("metrics of a run on held-out images", "beit_pretrain.runs:validate"),
     "predict": Verb("class probabilities for a folder of images", "beit_pretrain.commands:predict"),

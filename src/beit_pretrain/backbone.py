@@ -17,7 +17,9 @@ import torch
 from timm.layers import LayerNorm
 from timm.models.beit import Beit
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from beit_pretrain.drop_path import residual
 from beit_pretrain.errors import UserError
 
 # Named sizes: width, depth, heads and the initial layer scale of RECIPE section 3 (tiny and small as in DeiT).
@@ -118,9 +120,20 @@ class Backbone(Beit):
         # Plain facts that a checkpoint or a file of others says beside its tensors: mean, std, classes, ...
         self.about: dict[str, Any] = {}
 
-    def hidden_states(self, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> list[Tensor]:
-        """Raw outputs (B, 1 + N, D) of every block, [CLS] first, without the final LayerNorm."""
-        return block_outputs(self, embed(self, image_BCHW, mask_BN))
+    def hidden_states(
+        self, image_BCHW: Tensor, mask_BN: Tensor | None = None, drop_BR: Tensor | None = None
+    ) -> list[Tensor]:
+        """Raw outputs (B, 1 + N, D) of every block, [CLS] first, without the final LayerNorm.
+
+        `drop_BR`, numbers in [0, 1) for each image and residual branch, decides about drop path (`drop_path.uniforms`);
+        without it nothing is dropped.
+        """
+        return block_outputs(self, embed(self, image_BCHW, mask_BN), drop_BR)
+
+    @property
+    def branches(self) -> int:
+        """R, the number of residual branches."""
+        return 2 * len(self.blocks)
 
 
 class MaskedImageModel(Backbone):
@@ -140,18 +153,20 @@ class MaskedImageModel(Backbone):
         """Logits (M, V) of the masked patches, row-major over the batch (as in `logits = model(image)[mask]`)."""
         return self.lm_head(self.encode(image_BCHW, mask_BN)[:, 1:][mask_BN])
 
-    def forward_at(self, image_BCHW: Tensor, mask_BN: Tensor, position_BK: Tensor) -> Tensor:
+    def forward_at(
+        self, image_BCHW: Tensor, mask_BN: Tensor, position_BK: Tensor, drop_BR: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, K, V) at the given patch numbers: static shapes and no wait for the device, unlike `forward`.
 
         `position_BK` lists the masked patches of each image, padded by any valid number (the caller ignores those).
         """
-        hidden = self.encode(image_BCHW, mask_BN)[:, 1:]
+        hidden = self.encode(image_BCHW, mask_BN, drop_BR)[:, 1:]
         index = position_BK.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         return self.lm_head(hidden.gather(1, index))
 
-    def encode(self, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+    def encode(self, image_BCHW: Tensor, mask_BN: Tensor | None = None, drop_BR: Tensor | None = None) -> Tensor:
         """Features (B, 1 + N, D) after the final LayerNorm, [CLS] first; equal to timm's without a mask."""
-        return self.norm(self.hidden_states(image_BCHW, mask_BN)[-1])
+        return self.norm(self.hidden_states(image_BCHW, mask_BN, drop_BR)[-1])
 
 
 class Classifier(Backbone):
@@ -171,6 +186,10 @@ class Classifier(Backbone):
         super().__init__(pool, num_classes, **architecture)
         self.config |= {"num_classes": num_classes, "pool": pool}
         init_for_finetuning(self)
+
+    def forward(self, image_BCHW: Tensor, drop_BR: Tensor | None = None) -> Tensor:
+        """Logits (B, classes)."""
+        return self.forward_head(self.norm(self.hidden_states(image_BCHW, drop_BR=drop_BR)[-1]))
 
 
 class Features(NamedTuple):
@@ -207,41 +226,73 @@ def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tens
     return model.pos_drop(x_BND)
 
 
-def block_outputs(model: Beit, x: Tensor) -> list[Tensor]:
+def block_outputs(model: Backbone, x: Tensor, drop_BR: Tensor | None = None) -> list[Tensor]:
     """Outputs of every block on embeddings `x` (B, 1 + N, D); the shared bias table is gathered once."""
     bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
     outputs = []
-    for block in model.blocks:
-        x = block(x, shared_rel_pos_bias=bias)
+    for number, block in enumerate(model.blocks):
+        drop_B2 = drop_BR[:, 2 * number : 2 * number + 2] if drop_BR is not None else None
+        if model.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(run_block, block, x, bias, drop_B2, use_reentrant=False)
+        else:
+            x = run_block(block, x, bias, drop_B2)
         outputs.append(x)
     return outputs
 
 
-@torch.no_grad()
+def run_block(block: Any, x: Tensor, bias: Tensor | None, drop_B2: Tensor | None) -> Tensor:
+    """timm's Block, with the decisions about drop path (B, 2) given from outside."""
+
+    def attend(x: Tensor) -> Tensor:
+        out = block.attn(block.norm1(x), shared_rel_pos_bias=bias)
+        return out if block.gamma_1 is None else block.gamma_1 * out
+
+    def think(x: Tensor) -> Tensor:
+        out = block.mlp(block.norm2(x))
+        return out if block.gamma_2 is None else block.gamma_2 * out
+
+    rate = getattr(block.drop_path1, "drop_prob", 0.0)
+    first, second = drop_B2.unbind(1) if drop_B2 is not None else (None, None)
+    return residual(residual(x, attend, rate, first), think, rate, second)
+
+
 def init_for_pretraining(model: MaskedImageModel) -> None:
     """The release's initial weights of pre-training: truncated normal of std .02 cut at +-.02, that is at one sigma."""
+    _init(model, _draw_cut, patch_conv=True)
+    _draw_cut(model.mask_token)
+    init_token_head(model.lm_head)
 
-    def draw(weight: Tensor) -> None:
-        nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
 
-    _init(model, draw, patch_conv=True)
-    draw(model.mask_token)
-    draw(model.lm_head.weight)
+def init_for_finetuning(model: Classifier) -> None:
+    """The release's initial weights of fine-tuning: std .02 (cut at an absolute +-2), head x .001, patch conv as is."""
+    _init(model, _draw, patch_conv=False)
+    if isinstance(model.head, nn.Linear):
+        init_class_head(model.head)
+
+
+def init_token_head(head: nn.Linear) -> None:
+    """A new head over the tokens of a codebook."""
+    _draw_cut(head.weight)
+    nn.init.zeros_(head.bias)
 
 
 @torch.no_grad()
-def init_for_finetuning(model: Classifier) -> None:
-    """The release's initial weights of fine-tuning: std .02 (cut at an absolute +-2), head x .001, patch conv as is."""
-
-    def draw(weight: Tensor) -> None:
-        nn.init.trunc_normal_(weight, std=0.02, a=-2.0, b=2.0)
-
-    _init(model, draw, patch_conv=False)
-    if isinstance(model.head, nn.Linear):
-        model.head.weight.mul_(0.001)
-        model.head.bias.mul_(0.001)
+def init_class_head(head: nn.Linear) -> None:
+    """A new head over classes: nearly nothing at first."""
+    _draw(head.weight)
+    head.weight.mul_(0.001)
+    nn.init.zeros_(head.bias)
 
 
+def _draw_cut(weight: Tensor) -> None:
+    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
+
+
+def _draw(weight: Tensor) -> None:
+    nn.init.trunc_normal_(weight, std=0.02, a=-2.0, b=2.0)
+
+
+@torch.no_grad()
 def _init(model: Beit, draw: Callable[[Tensor], None], patch_conv: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and patch_conv):

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from beit_pretrain import decoding
 from beit_pretrain.backbone import patch_grid
+from beit_pretrain.batches import Plan, ShardDataset
 from beit_pretrain.bench import read_photos, sides_for, table
-from beit_pretrain.datamodule import Plan, ShardDataset
 from beit_pretrain.errors import UserError
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.order import MASK, Order, generator
@@ -91,8 +91,8 @@ class CachedTokens(ShardDataset):
         super().__init__(*args, **settings)
         self.tokens = np.load(file, mmap_mode="r")
 
-    def sample(self, position: int) -> dict[str, np.ndarray]:
-        return super().sample(position) | {"tokens": self.tokens[position % len(self.tokens)].astype(np.int64)}
+    def _made(self, position: int, *args) -> dict[str, np.ndarray]:
+        return super()._made(position, *args) | {"tokens": self.tokens[position % len(self.tokens)].astype(np.int64)}
 
 
 def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed: int) -> dict[str, ShardDataset]:

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from beit_pretrain import pictures
-from beit_pretrain.datamodule import ShardData, ShardDataset
+from beit_pretrain.batches import ShardDataset
+from beit_pretrain.datamodule import ShardData
 from beit_pretrain.pretrain import Pretraining
 from beit_pretrain.views import ClassificationViews, jittered_views, normalise
 
@@ -134,7 +135,10 @@ class OnlineKNN(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or len(self.data.classes) < 2:
             return
-        views = ClassificationViews(pl_module.model.patch_embed.img_size[0], train=False)
+        model = pl_module.model
+        views = ClassificationViews(
+            model.patch_embed.img_size[0], train=False, channels=model.patch_embed.proj.in_channels
+        )
         bank, bank_labels = self._features(pl_module, "train", self.bank, views)
         queries, labels = self._features(pl_module, "val", self.queries, views)
         known = (labels >= 0) & torch.isin(labels, bank_labels)  # a class that the bank lacks cannot be voted for

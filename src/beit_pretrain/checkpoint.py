@@ -23,6 +23,7 @@ Module = TypeVar("Module", bound=nn.Module)
 KINDS = {
     "mim": "a pre-trained backbone with its token head",
     "classifier": "a fine-tuned classifier",
+    "probe": "linear probes",
     "tokenizer": "a tokenizer (dVAE)",
 }
 
@@ -86,6 +87,8 @@ def _why(path: Path, error: Exception) -> str:
         return "it is a web page"
     if found := re.search(r"(?:GLOBAL|global:?) ([\w.]+\.[\w.]+)", str(error)):
         return f"it holds code or objects ({found[1]}), not only tensors; nothing of it was executed"
+    if path.suffix == ".onnx":
+        return "an ONNX graph is for running elsewhere; give the checkpoint that it was exported from"
     if start[:2] == b"PK" or "PytorchStreamReader" in str(error):
         return "it is damaged or incomplete"
     return "it is no file of torch or safetensors, or damaged"
@@ -131,20 +134,24 @@ def _looks_like(content: dict) -> str:
 
 def load_exactly(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """`load_state_dict` whose error is one line with every name. Raises UserError if a name or a shape differs."""
-    own = model.state_dict()
+    check_fit(model.state_dict(), state, source)
+    model.load_state_dict(state)
+
+
+def check_fit(expected: dict[str, Tensor], state: dict[str, Tensor], source: str | Path) -> None:
+    """Raise UserError with the sorted names that are missing, left over, or of another shape."""
     parts = {
-        "missing": compact(own.keys() - state.keys()),
-        "unexpected": compact(state.keys() - own.keys()),
+        "missing": compact(expected.keys() - state.keys()),
+        "unexpected": compact(state.keys() - expected.keys()),
         "of another shape": ", ".join(
-            f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-            for name in sorted(own.keys() & state.keys())
-            if own[name].shape != state[name].shape
+            f"{name} {tuple(state[name].shape)} for {tuple(expected[name].shape)}"
+            for name in sorted(expected.keys() & state.keys())
+            if expected[name].shape != state[name].shape
         ),
     }
     if any(parts.values()):
         named = "; ".join(f"{what}: {names}" for what, names in parts.items() if names)
         raise UserError(f"{source} does not fit this network ({named})")
-    model.load_state_dict(state)
 
 
 def compact(names: Iterable[str]) -> str:

@@ -14,19 +14,24 @@ from beit_pretrain.errors import UserError
 
 
 def shards(cfg: DictConfig) -> None:
-    """make: write shards; verify: check them, exit code 2 if anything is wrong; show: summary and contact sheet."""
+    """make: write shards; index: take over existing ones; verify: check them, exit code 2 if anything is wrong; show:
+    summary and contact sheet."""
+    from beit_pretrain.adopt import index_shards
     from beit_pretrain.manifest import contact_sheet, summary, verify_shards
     from beit_pretrain.shards import make_shards
 
     if cfg.action == "make":
         if not cfg.out:
             raise UserError("out is missing: the folder for the shards, such as out=data/mine")
-        names = ("val", "split", "samples_per_shard", "seed", "resize", "quality", "workers", "images", "size")
+        settings = {str(name): value for name, value in cfg.items() if name not in ("action", "src", "out")}
         src = cfg.src if isinstance(cfg.src, str) else list(cfg.src)
-        for folder in make_shards(src, cfg.out, **{name: cfg[name] for name in names}):
-            print(f"wrote {folder}\n{summary(folder)}")
+        for folder in make_shards(src, cfg.out, **settings):
+            print(f"made {folder}\n{summary(folder)}")
+    elif cfg.action == "index":
+        folder = index_shards(cfg.src, cfg.out, cfg.labels, cfg.workers)
+        print(f"indexed {folder}\n{summary(folder)}")
     elif cfg.action == "verify":
-        problems = verify_shards(cfg.src)
+        problems = verify_shards(cfg.src, workers=cfg.workers)
         if problems:
             print("\n".join(problems))
             raise UserError(f"{cfg.src}: {len(problems)} problem(s)")
@@ -37,7 +42,7 @@ def shards(cfg: DictConfig) -> None:
         contact_sheet(cfg.src, sheet)
         print(f"wrote {sheet}")
     else:
-        raise UserError(f"shards {cfg.action}: there are make, verify and show")
+        raise UserError(f"shards {cfg.action}: there are make, index, verify and show")
 
 
 def show(cfg: DictConfig) -> None:

@@ -1,147 +1,32 @@
-"""LightningDataModules: shards -> order -> reader -> views and masks -> batches.
-
-One loader item is one micro-batch of one process, made whole in a worker: the sampler counts micro-batches, `Plan`
-says which positions of the run stand in each, and everything about a position is a function of (seed, position). So
-the order needs no distributed sampler, and resuming starts the sampler elsewhere.
-"""
+"""LightningDataModules: shards -> order -> reader -> views and masks -> batches (batches.py makes them)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
+from beit_pretrain.batches import EvalPlan, Plan, ShardDataset, StepSampler, Views
 from beit_pretrain.errors import UserError
-from beit_pretrain.images import opened, reason
 from beit_pretrain.masking import BlockwiseMask
-from beit_pretrain.order import MASK, VIEW, Order, Sample, generator, positions
-from beit_pretrain.reader import ShardReader
+from beit_pretrain.mixture import Mixture
+from beit_pretrain.order import Order
+from beit_pretrain.reader import Access, ShardReader
 from beit_pretrain.views import ClassificationViews, PretrainViews
 
-
-class Views(Protocol):
-    """Arrays of one sample from its image (opened, not decoded) and the random numbers of its position."""
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]: ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which positions stand in micro-batch m of a process: global batches, dealt to ranks, cut into micro-batches."""
-
-    global_batch: int
-    rank: int = 0
-    world: int = 1
-    micro_batches: int = 1
-
-    def positions(self, micro_batch: int) -> range:
-        """Positions of the process's micro-batch number `micro_batch`, counted from the beginning of the run."""
-        step, part = divmod(micro_batch, self.micro_batches)
-        share = positions(step, self.rank, self.world, self.global_batch)
-        size = len(share) // self.micro_batches
-        return share[part * size : (part + 1) * size]
-
-
-@dataclass(frozen=True)
-class EvalPlan:
-    """Every sample once: rank r takes every world-th, in batches; the last ones may be smaller."""
-
-    samples: int
-    batch_size: int
-    rank: int = 0
-    world: int = 1
-
-    def positions(self, batch: int) -> range:
-        return range(self.rank, self.samples, self.world)[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-    def __len__(self) -> int:
-        return -(-len(range(self.rank, self.samples, self.world)) // self.batch_size)
-
-
-class ShardDataset(Dataset):
-    """Item m is the collated micro-batch m of the plan.
-
-    Keys: those of the views, stacked, and `label` (B,), `position` (B,); with masking `mask` (B, N) bool and
-    `mask_index` (B, K) int64, the masked patches in ascending order padded with -1 (K = the cap: static shapes).
-    """
-
-    def __init__(
-        self,
-        reader: ShardReader,
-        order: Order,
-        plan: Plan | EvalPlan,
-        views: Views,
-        masking: BlockwiseMask | None = None,
-        subset: np.ndarray | None = None,
-        seed: int = 0,
-    ):
-        self.reader, self.order, self.plan = reader, order, plan
-        self.views, self.masking, self.subset, self.seed = views, masking, subset, seed
-
-    def __getitem__(self, micro_batch: int) -> dict[str, Tensor]:
-        samples = [self.sample(position) for position in self.plan.positions(micro_batch)]
-        return {key: torch.from_numpy(np.stack([s[key] for s in samples])) for key in samples[0]}
-
-    def __len__(self) -> int:
-        if isinstance(self.plan, EvalPlan):
-            return len(self.plan)
-        raise TypeError("training batches have no end; the sampler counts them")
-
-    def sample(self, position: int) -> dict[str, np.ndarray]:
-        """The arrays of one position; a pure function of the seed, the shards and the position."""
-        address = self.order.sample_at(position)
-        if self.subset is not None:
-            address = Sample(*(int(i) for i in self.subset[address.row]))
-        try:
-            data, label = self.reader.read(address)
-            numbers = generator(self.seed, position, VIEW)
-            if isinstance(self.views, PretrainViews):
-                arrays = self.views.of_bytes(data, numbers)
-            else:
-                with opened(data) as image:
-                    arrays = self.views(image, numbers)
-        except UserError:
-            raise
-        except Exception as error:  # Pillow's decoders raise nearly everything on broken files
-            shard = self.reader.folder / self.reader.names[address.shard]
-            raise UserError(f"sample {address.row} of {shard} cannot be decoded: {reason(error)}") from error
-        arrays |= {"label": np.asarray(label, np.int64), "position": np.asarray(position, np.int64)}
-        if self.masking is not None:
-            mask = self.masking.draw(generator(self.seed, position, MASK)).reshape(-1)
-            index = np.full(self.masking.max_patches, -1, np.int64)
-            masked = np.flatnonzero(mask)
-            index[: len(masked)] = masked
-            arrays |= {"mask": mask, "mask_index": index}
-        return arrays
-
-
-class StepSampler(Sampler[int]):
-    """Counts micro-batches from `start` to `total`; its length is always the whole run's, as Lightning's count is."""
-
-    def __init__(self, total: int, start: int = 0):
-        self.total, self.start = total, start
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.total))
-
-    def __len__(self) -> int:
-        return self.total
+Source = str | Path | Sequence[str | Path]
 
 
 class ShardData(LightningDataModule):
     """Training and validation loaders over shard folders. The classes below say which views and masks.
 
     Args:
-        train: shard folder of the training images.
-        val: shard folder of held-out images; None = no validation.
+        train: shard folder or location of the training images, or a list of them.
+        val: the same of held-out images; None = no validation.
         global_batch: images of one optimiser step over all processes and micro-batches.
         seed: of order, views and masks.
         workers: loader processes per training process; 0 = none.
@@ -149,14 +34,16 @@ class ShardData(LightningDataModule):
         val_batch: images of a validation batch.
         val_images: at most so many validation images.
         per_class: train on so many images of each class only (the first ones in the shards' order).
+        weights: how often each of several training sets is drawn from; None = every image of all of them once an epoch.
+        access: how remote shards are had.
     """
 
     VAL_SEED = 1_000_003  # views and masks of held-out images never change, whatever the run's seed
 
     def __init__(
         self,
-        train: str | Path,
-        val: str | Path | None = None,
+        train: Source,
+        val: Source | None = None,
         *,
         global_batch: int,
         seed: int = 0,
@@ -166,13 +53,19 @@ class ShardData(LightningDataModule):
         val_batch: int = 64,
         val_images: int | None = None,
         per_class: int | None = None,
+        weights: Sequence[float] | None = None,
+        access: Access | None = None,
     ):
         super().__init__()
-        self.readers = {"train": ShardReader(train)}
+        self.readers = {"train": ShardReader(train, access)}
         if val is not None:
-            self.readers["val"] = ShardReader(val)
-            if self.readers["val"].classes and self.readers["val"].classes != self.readers["train"].classes:
+            self.readers["val"] = ShardReader(val, access)
+            classes, known = self.readers["val"].classes, self.classes
+            if classes and classes != known and not self.readers["train"].classes_differ:
                 raise UserError(f"data.val={val} has other classes than data.train={train}; make both in one go")
+        if weights is not None and per_class is not None:
+            raise UserError("data.weights and data.per_class exclude each other")
+        self.weights, self.access = weights, access or Access()
         if workers < 0:
             raise UserError(f"data.workers must be 0 or more, got {workers}")
         self.global_batch, self.seed, self.workers = global_batch, seed, workers
@@ -198,10 +91,20 @@ class ShardData(LightningDataModule):
 
     def train_dataset(self, plan: Plan) -> ShardDataset:
         """The training batches that `plan` lays out."""
+        views = self.views("train")
+        return ShardDataset(
+            self.readers["train"], self.train_order(), plan, views, self.masking, self.subset, self.seed
+        )
+
+    def train_order(self) -> Order | Mixture:
+        """Which training image stands at which position."""
         reader = self.readers["train"]
-        sizes = reader.sizes if self.subset is None else [len(self.subset)]
-        order = Order(sizes, self.seed, self.window, self.streams)
-        return ShardDataset(reader, order, plan, self.views("train"), self.masking, self.subset, self.seed)
+        if self.weights is None:
+            sizes = reader.sizes if self.subset is None else [len(self.subset)]
+            return Order(sizes, self.seed, self.window, self.streams)
+        # Each set has an order of its own: with one seed for all, equal sets would be read in step.
+        orders = [Order(s, self.seed + i, self.window, self.streams) for i, s in enumerate(reader.parts())]
+        return Mixture(orders, self.weights, self.seed)
 
     def eval_dataset(
         self, split: str = "val", rank: int = 0, world: int = 1, views: Views | None = None, images: int | None = None
@@ -218,8 +121,24 @@ class ShardData(LightningDataModule):
         assert trainer is not None
         micro_batches = trainer.accumulate_grad_batches
         plan = Plan(self.global_batch, trainer.global_rank, trainer.world_size, micro_batches)
+        if self.readers["train"].remote:
+            ranks = range(trainer.node_rank * trainer.num_devices, (trainer.node_rank + 1) * trainer.num_devices)
+            self.check_cache(trainer.global_step * self.global_batch, ranks, trainer.world_size)
         sampler = StepSampler(int(trainer.max_steps) * micro_batches, start=trainer.global_step * micro_batches)
         return self._loader(self.train_dataset(plan), sampler)
+
+    def check_cache(self, position: int, ranks: Sequence[int], world: int) -> None:
+        """Raise UserError if the cache cannot hold the shards that this node's processes read from at once."""
+        reader, order, limit = self.readers["train"], self.train_order(), self.access.cache_gb * 1e9
+        if self.subset is not None:
+            return
+        here = {shard for rank in ranks for shard in order.shards_ahead(position, rank, world, windows=1)}
+        needed = sum(reader.shards[shard].bytes for shard in here if reader.is_remote(shard))
+        if needed > limit:
+            raise UserError(
+                f"data.cache_gb={self.access.cache_gb:g} is too small: this node reads from {len(here):,} shards of "
+                f"{needed / 1e9:.3g} GB at once; set it higher, or data.window or data.streams lower"
+            )
 
     def val_dataloader(self) -> DataLoader | list:
         if "val" not in self.readers:
@@ -283,5 +202,5 @@ def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
                 taken[label] += 1
                 chosen.append((shard, index))
     if not chosen:
-        raise UserError(f"{reader.folder} has no labels; data.per_class needs images in class folders")
+        raise UserError(f"{reader.folders[0]} has no labels; data.per_class needs images in class folders")
     return np.asarray(chosen, np.int64)

@@ -17,13 +17,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from beit_pretrain.images import MAX_PIXELS, opened, to_rgb
+from beit_pretrain.images import MAX_PIXELS, opened, to_channels
 from beit_pretrain.jpeg_rows import cut_rows
 
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
+
+
+SAME_RGB = ("YCbCr", "Gray", "RGB")  # colours of a JPEG; CMYK's two kinds differ
 
 
 class Crop(NamedTuple):
@@ -35,8 +38,8 @@ class Crop(NamedTuple):
     width: int
 
 
-def cropped_array(image: Image.Image | TurboJpeg, crop: Crop, size: int) -> np.ndarray:
-    """The crop of an opened image as RGB, uint8 (h, w, 3), of at least `size` pixels a side where the image has them.
+def cropped_array(image: Image.Image | TurboJpeg, crop: Crop, size: int, channels: int = 3) -> np.ndarray:
+    """The crop of an opened image, uint8 (h, w, channels), of at least `size` pixels a side where the image has them.
 
     Raises what Pillow raises for broken files.
     """
@@ -44,14 +47,15 @@ def cropped_array(image: Image.Image | TurboJpeg, crop: Crop, size: int) -> np.n
         if (array := turbo_crop(image, crop, size)) is not None:
             return array
         with opened(image.data) as judged:
-            return cropped_array(judged, crop, size)
-    image, crop = scaled_decode(image, crop, size)
+            return cropped_array(judged, crop, size, channels)
+    image, crop = scaled_decode(image, crop, size, channels)
     # A copy, since torch warns of arrays that cannot be written to.
-    return np.array(image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)))
+    array = np.array(image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)))
+    return array.reshape(crop.height, crop.width, channels)
 
 
-def scaled_decode(image: Image.Image, crop: Crop, size: int) -> tuple[Image.Image, Crop]:
-    """Decode to RGB, JPEGs at 1/2, 1/4 or 1/8 of their size where the crop still keeps `size` pixels a side.
+def scaled_decode(image: Image.Image, crop: Crop, size: int, channels: int = 3) -> tuple[Image.Image, Crop]:
+    """Decode to `channels`, JPEGs at 1/2, 1/4 or 1/8 of their size where the crop still keeps `size` pixels a side.
 
     Returns the image and the crop in its pixels. The DCT's own averaging stands for the first halvings of the resize.
     """
@@ -59,7 +63,7 @@ def scaled_decode(image: Image.Image, crop: Crop, size: int) -> tuple[Image.Imag
     if image.format in ("JPEG", "MPO") and (scale := decoding_scale(image.size, crop, size)) > 1:
         image.draft(None, (max(1, width // scale), max(1, height // scale)))
         crop = crop_in(crop, (width, height), image.size)
-    return to_rgb(image), crop
+    return to_channels(image, channels), crop
 
 
 def decoding_scale(image_size: tuple[int, int], crop: Crop, size: int) -> int:
@@ -94,14 +98,14 @@ class TurboJpeg(NamedTuple):
 
 
 def turbo_jpeg(data: bytes) -> TurboJpeg | None:
-    """The JPEG in `data` if simplejpeg is there and its colours are YCbCr; None: open it with Pillow."""
+    """The JPEG in `data` if simplejpeg is there and both make the same RGB of it; None: open it with Pillow."""
     if simplejpeg is None or data[:3] != b"\xff\xd8\xff":
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    return TurboJpeg(data, (width, height)) if colours == "YCbCr" and 0 < width * height <= MAX_PIXELS else None
+    return TurboJpeg(data, (width, height)) if colours in SAME_RGB and 0 < width * height <= MAX_PIXELS else None
 
 
 def turbo_crop(image: TurboJpeg, crop: Crop, size: int) -> np.ndarray | None:
@@ -122,6 +126,9 @@ def turbo_crop(image: TurboJpeg, crop: Crop, size: int) -> np.ndarray | None:
 
 
 def resized(array_HWC: np.ndarray, size: int) -> Tensor:
-    """Antialiased bicubic resize of an RGB array: uint8 (3, size, size)."""
+    """Antialiased bicubic resize of an array of 8 bits a channel: uint8 (C, size, size)."""
+    if array_HWC.shape[2] == 4:  # Pillow weighs colours by alpha, as it does in the authors' order
+        image = Image.fromarray(array_HWC, "RGBA").resize((size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
     image_CHW = torch.from_numpy(array_HWC).permute(2, 0, 1)
     return F.interpolate(image_CHW[None], (size, size), mode="bicubic", antialias=True)[0].contiguous()

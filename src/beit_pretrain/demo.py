@@ -24,7 +24,7 @@ from beit_pretrain.metrics import read_rows
 from beit_pretrain.reader import ShardReader
 from beit_pretrain.runs import fit
 from beit_pretrain.shards import make_shards
-from beit_pretrain.sources import list_candidates
+from beit_pretrain.sources import check_sources
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's
 STAGES = ("data", "tokenizer", "pretrain")
@@ -36,7 +36,7 @@ def demo(cfg: DictConfig) -> dict:
     if not isinstance(cfg.steps, DictConfig):
         raise UserError("steps of the demo are given for each stage, such as steps.pretrain=1000")
     src = cfg.src if isinstance(cfg.src, str) else list(cfg.src)
-    list_candidates([src] if isinstance(src, str) else src, cfg.images)  # a typo must not cost the last demo's results
+    check_sources([src] if isinstance(src, str) else src)  # a typo must not cost the last demo's results
     run_dir = clean_folder(cfg)
     timings: dict[str, float] = {}
 

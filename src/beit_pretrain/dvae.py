@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from beit_pretrain.checkpoint import rebuild
 from beit_pretrain.errors import UserError
 from beit_pretrain.optim import Optim
-from beit_pretrain.tokenizer import codebook_use, square_grid
+from beit_pretrain.tokenizer import codebook_use, square_grid, with_channels
 from beit_pretrain.training import TrainedModule
 
 
@@ -46,6 +46,7 @@ class DiscreteVAE(nn.Module):
         width: channels after the first of three halvings (then twice, then four times as many).
         blocks: residual blocks at the lowest resolution, in the encoder and in the decoder.
         code_dim: length of a codebook vector.
+        in_chans: channels of the images.
     """
 
     downsample = 8
@@ -107,6 +108,7 @@ class DVAETokenizer:
     def __init__(self, path: str | Path):
         self.model, _ = rebuild(DiscreteVAE, path, "tokenizer")
         self.vocab_size = self.model.vocab_size
+        self.in_chans = int(self.model.config["in_chans"])
 
     def to(self, device: torch.device) -> DVAETokenizer:
         self.model.to(device)
@@ -115,7 +117,7 @@ class DVAETokenizer:
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
         with torch.autocast(image_BCHW.device.type, enabled=False):
-            return self.model.logits(image_BCHW.float()).argmax(1).flatten(1)
+            return self.model.logits(with_channels(image_BCHW.float(), self.in_chans)).argmax(1).flatten(1)
 
     @torch.no_grad()
     def decode(self, ids_BN: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
@@ -27,10 +28,11 @@ from torch import Tensor, nn
 from beit_pretrain import hf
 from beit_pretrain.backbone import Classifier, MaskedImageModel
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.formats import TABLE, read_checkpoint
-from beit_pretrain.model_card import card
+from beit_pretrain.formats import read_checkpoint
+from beit_pretrain.inference import TABLE
+from beit_pretrain.model_card import MARK, card
 from beit_pretrain.pretrained import classifier, load_pretrained, mim
-from beit_pretrain.views import HALF, shorter_side
+from beit_pretrain.views import HALF, per_channel, shorter_side
 
 SUFFIXES = {"unilm": ".pth", "timm": ".safetensors", "onnx": ".onnx", "hf": ""}
 TOLERANCE = 1e-4  # of the largest output: other software sums in another order
@@ -39,7 +41,7 @@ Model = MaskedImageModel | Classifier
 
 def export(cfg: DictConfig) -> Path:
     """Write `cfg.init_from` as `cfg.out` in the format `cfg.to`. Raises UserError for what cannot be, or differs."""
-    out = Path(cfg.out)
+    out = Path(cfg.out).absolute()
     suffix = SUFFIXES[cfg.to]
     if suffix and out.suffix != suffix:
         raise UserError(f"out={out} must end with {suffix} for to={cfg.to}")
@@ -47,6 +49,11 @@ def export(cfg: DictConfig) -> Path:
         raise UserError(f"out={out} is a file; to=hf writes a folder")
     if suffix and out.is_dir():
         raise UserError(f"out={out} is a folder; to={cfg.to} writes a file")
+    if out.resolve() in (Path(cfg.init_from).resolve(), Path(cfg.init_from).resolve().parent):
+        raise UserError(f"out={cfg.out} is where init_from={cfg.init_from} is read from; choose another place")
+    foreign = [name for name in ("config.json", "README.md") if (out / name).exists()]
+    if foreign and not ((out / "README.md").exists() and MARK in (out / "README.md").read_text(errors="replace")):
+        raise UserError(f"out={cfg.out} has a {foreign[0]} that no export wrote; choose another folder")
     source = read_checkpoint(cfg.init_from)
     if source.kind == "backbone":
         raise UserError(f"{cfg.init_from} has neither a token head nor classes; there is nothing to export")
@@ -55,21 +62,30 @@ def export(cfg: DictConfig) -> Path:
     write: Callable[[Model, Path], str] = {"unilm": to_unilm, "timm": to_timm, "onnx": to_onnx, "hf": to_hf}[cfg.to]
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".partial-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         with quiet():
             how_to_open = write(model, partial)
             if cfg.to == "hf":
-                (partial / "README.md").write_text(card(model, Path(cfg.init_from)))
+                (partial / "README.md").write_text(card(model, source))
         publish(partial, out)
+    except (RuntimeError, ValueError, SafetensorError) as error:  # a full disk, in the words of torch and safetensors
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{out} cannot be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
-    print(f"wrote {out}; opened again and compared: the same numbers\n{how_to_open.format(out=out)}")
+    print(f"wrote {cfg.out}; opened again and compared: the same numbers\n{how_to_open.format(out=cfg.out)}")
     return out
 
 
 def publish(partial: Path, out: Path) -> None:
     """Give a finished export its name; of a folder, file by file, and nothing else in it is touched."""
-    if not partial.is_dir():
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [partial] if partial.is_file() else partial.iterdir():
+        file.chmod(0o666 & ~umask)  # safetensors writes files for their owner alone
+    if partial.is_file():
         os.replace(partial, out)
         return
     out.mkdir(exist_ok=True)
@@ -146,6 +162,8 @@ def timm_arguments(model: Model) -> tuple[str, dict[str, Any]]:
 def to_hf(model: Model, path: Path) -> str:
     """A folder for `from_pretrained`: config.json, model.safetensors, preprocessor_config.json."""
     transformers = needed("transformers")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # that a BeitModel leaves the head behind is no news
     masked = isinstance(model, MaskedImageModel)
     if model.grid[0] != model.grid[1]:
         raise UserError(
@@ -158,18 +176,19 @@ def to_hf(model: Model, path: Path) -> str:
     config.save_pretrained(path)
     named = hf.to_names({name: tensor.detach() for name, tensor in model.state_dict().items()}, label(model)["kind"])
     save_file({n: t.contiguous() for n, t in named.items()}, path / "model.safetensors", metadata={"format": "pt"})
-    size = model.config["image_size"]
+    size, half = model.config["image_size"], per_channel(HALF, model.config["in_chans"], "mean")
     processor = transformers.BeitImageProcessor(
         size={"shortest_edge": shorter_side(size, model.about.get("crop_ratio"))},
         crop_size={"height": size, "width": size},
         do_center_crop=True,
-        image_mean=list(model.about.get("mean", HALF)),
-        image_std=list(model.about.get("std", HALF)),
+        image_mean=list(model.about.get("mean", half)),
+        image_std=list(model.about.get("std", half)),
     )
     processor.save_pretrained(path)
     same_network(model, path)
     theirs = getattr(transformers, architecture).from_pretrained(path).eval()
     transformers.BeitModel.from_pretrained(path)
+    transformers.logging.set_verbosity(verbosity)
     image, mask = probe(model)
     with torch.no_grad():
         if isinstance(model, MaskedImageModel):

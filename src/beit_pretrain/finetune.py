@@ -23,7 +23,7 @@ from beit_pretrain.formats import read_checkpoint
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrained import classifier
 from beit_pretrain.training import TrainedModule
-from beit_pretrain.views import HALF, centre_view, normalise, to_array
+from beit_pretrain.views import HALF, centre_view, normalise, per_channel, to_array
 
 
 @dataclass
@@ -57,8 +57,8 @@ class Finetuning(TrainedModule):
         std: tuple[float, ...],
         seed: int = 0,
     ):
-        super().__init__(model, optim)
-        self.regularisation, self.mean, self.std, self.seed = regularisation, tuple(mean), tuple(std), seed
+        super().__init__(model, optim, seed)
+        self.regularisation, self.mean, self.std = regularisation, tuple(mean), tuple(std)
         self._erase = RandomErasing(probability=regularisation.erasing, mode="pixel", device="cpu")
         self._mix: Mixup | None = None
         if regularisation.mixup or regularisation.cutmix:
@@ -75,7 +75,7 @@ class Finetuning(TrainedModule):
         """Cross-entropy with smoothed, possibly mixed labels."""
         image = normalise(batch["image"].float() / 255, self.mean, self.std)
         image, target_BK = self.regularise(image, batch["label"], int(batch["position"][0]))
-        logits = self.model(image).float()
+        logits = self.model(image, self.drop(batch)).float()
         loss = F.cross_entropy(logits, target_BK)
         self.track(loss=loss, accuracy=(logits.argmax(1) == target_BK.argmax(1)).float().mean())
         return loss
@@ -128,15 +128,17 @@ class ImageClassifier:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         self.classes: list[str] = about.get("classes") or [str(i) for i in range(self.model.num_classes)]
-        self.mean, self.std = about.get("mean", HALF), about.get("std", HALF)
+        half = per_channel(HALF, self.model.config["in_chans"], "mean")
+        self.mean, self.std = about.get("mean", half), about.get("std", half)
         self.image_size: int = self.model.config["image_size"]
         if not isinstance(self.image_size, int):
             raise UserError(f"{path} is for images of {self.image_size} pixels; square ones are needed here")
+        self.channels: int = self.model.config["in_chans"]
         self.crop_ratio: float | None = about.get("crop_ratio")
 
     def view(self, image: Image.Image) -> Tensor:
         """The evaluation view (C, H, W) uint8 of one image."""
-        return torch.from_numpy(to_array(centre_view(image, self.image_size, self.crop_ratio)))
+        return torch.from_numpy(to_array(centre_view(image, self.image_size, self.crop_ratio, self.channels)))
 
     @torch.no_grad()
     def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[tuple[str, float]]]:

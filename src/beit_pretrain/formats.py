@@ -6,25 +6,27 @@ architecture from the tensors, or from the config that lies beside them. Nothing
 
 from __future__ import annotations
 
-import math
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from beit_pretrain import hf
-from beit_pretrain.checkpoint import read_tensors
+from beit_pretrain.checkpoint import KINDS, read_tensors
 from beit_pretrain.errors import UserError
+from beit_pretrain.inference import believed_facts, floats, infer
 
-TABLE = "relative_position_bias_table"
-SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 # Buffers that follow from the architecture; some files hold them.
 DERIVED = ("relative_position_index", "attn.k_bias", "position_ids")
 # What the networks of RECIPE section 8 may be called, and in which entry a file keeps their tensors.
 ENTRIES = ("state_dict", "model", "module")
-PREFIXES = ("module.", "model.", "backbone.")
+PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
+SEGMENTATION = ("decode_head.", "auxiliary_head.")  # without a prefix beside a backbone that has one
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 # Names that give away what a file is, when it is no BEiT: (pattern, what it seems to be).
@@ -68,35 +70,55 @@ class Checkpoint:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint of any known format. Raises UserError, in one line, for anything else."""
+def read_checkpoint(path: str | Path, image_size: Sequence[int] | None = None) -> Checkpoint:
+    """Read a checkpoint of any known format. Raises UserError, in one line, for anything else.
+
+    `image_size`, (height, width), says of which grid its position tables are, should they be of no square one.
+    """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    file = weights_file(path) if path.is_dir() and (path / "config.json").is_file() else path
-    content, about = read_tensors(file)
-    state, known = unwrap(content, about, path)
-    if known.get("kind") == "tokenizer":
-        raise UserError(f"{path} holds a tokenizer (dVAE), not a backbone")
-    state = {name: floats(tensor) for name, tensor in state.items() if not name.endswith(DERIVED)}
+    in_folder = path.is_dir() and (path / "config.json").is_file()
+    content, said = read_folder(path) if in_folder else read_tensors(path)
+    state, known = unwrap(content, said, path)
+    if known.get("kind") in ("tokenizer", "probe"):
+        raise UserError(f"{path} holds {KINDS[known['kind']]}, not a backbone")
+    for name in [name for name in state if name.endswith(DERIVED)]:
+        if name.endswith("k_bias") and state[name].any():
+            raise UserError(f"{path}: {name} is not zero; BEiT's k has no bias")
+        del state[name]
     if hf.is_hf(state):
         state, architecture, about = hf.translate(state, folder, path)
         found = "hf"
     else:
         architecture = dict(known["model"]) if isinstance(known.get("model"), dict) else {}
         about = {name: value for name, value in known.items() if name not in ("kind", "model")}
-        about = {**timm_facts(folder if file != path else None), **about}
+        about = {**timm_facts(folder if in_folder else None), **about}
+        if isinstance(content.get("global_step"), int):
+            about["step"] = content["global_step"]
         found = "beit_pretrain" if known else "unilm or timm"
     if not {"patch_embed.proj.weight", "cls_token"} <= state.keys():
         raise UserError(f"{path} is no BEiT: it seems to be {seems(state)}")
     kind = "mim" if "lm_head.weight" in state else "classifier" if "head.weight" in state else "backbone"
-    return Checkpoint(path, found, kind, infer(state, kind, architecture, path), state, about)
+    state = floats(state, path)
+    architecture = infer(state, kind, architecture, path, image_size)
+    about = believed_facts(about, architecture["in_chans"], architecture.get("num_classes"), path)
+    return Checkpoint(path, found, kind, architecture, state, about)
 
 
-def weights_file(folder: Path) -> Path:
-    """The file with the tensors in a folder with a config.json. Raises UserError if there is none."""
+def read_folder(folder: Path) -> tuple[dict, dict]:
+    """What `read_tensors` gives, of the weights in a folder with a config.json, in one file or in several."""
     for name in WEIGHTS:
         if (folder / name).is_file():
-            return folder / name
+            return read_tensors(folder / name)
+    for name in WEIGHTS:
+        parts = hf.read_json(folder / f"{name}.index.json").get("weight_map")
+        if isinstance(parts, dict):
+            content: dict = {}
+            for part in sorted({str(part) for part in parts.values()}):
+                if part != Path(part).name:
+                    raise UserError(f"{folder / name}.index.json names {part!r}, which is no file beside it")
+                content |= read_tensors(folder / part)[0]
+            return content, {}
     raise UserError(f"{folder} has a config.json, but neither {' nor '.join(WEIGHTS)}")
 
 
@@ -110,78 +132,27 @@ def unwrap(content: dict, known: dict[str, Any], path: Path) -> tuple[dict[str, 
         keys = sorted(map(str, content))
         listed = f"its keys are {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}" if keys else "it is empty"
         raise UserError(f"{path} holds no tensors by name ({listed})")
-    for prefix in PREFIXES:
-        if all(name.startswith((prefix, "decode_head.", "auxiliary_head.")) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    while prefix := next((p for p in PREFIXES if all(name.startswith((p, *SEGMENTATION)) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state, known
-
-
-def floats(tensor: Tensor) -> Tensor:
-    """float32, in which networks are built and trained; files of half precision lose nothing."""
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def timm_facts(folder: Path | None) -> dict[str, Any]:
     """Normalisation and crop of a timm model's folder (config.json with `pretrained_cfg`)."""
     if folder is None:
         return {}
-    said = hf.read_json(folder / "config.json").get("pretrained_cfg", {})
-    facts = {name: [float(x) for x in said[name]] for name in ("mean", "std") if name in said}
-    return facts | ({"crop_ratio": float(said["crop_pct"])} if "crop_pct" in said else {})
+    said = hf.read_json(folder / "config.json").get("pretrained_cfg")
+    names = {"mean": "mean", "std": "std", "crop_ratio": "crop_pct"}
+    return {ours: said[name] for ours, name in names.items() if name in said} if isinstance(said, dict) else {}
 
 
-def infer(state: dict[str, Tensor], kind: str, said: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The architecture, from the tensors; what tensors cannot tell comes from `said`, the file's own config.
-
-    Heads without any bias table: 64 numbers each, as in every BEiT. Raises UserError for what no BEiT has.
-    """
-    conv = state["patch_embed.proj.weight"]
-    if conv.ndim != 4 or conv.shape[2] != conv.shape[3]:
-        raise UserError(f"{path} has patches of shape {tuple(conv.shape)}; square patches are needed")
-    width, patch = int(conv.shape[0]), int(conv.shape[2])
-    blocks = [int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))]
-    tables = [tensor for name, tensor in state.items() if name.endswith(TABLE)]
-    shared = SHARED_TABLE in state
-    if shared and len(tables) > 1:
-        raise UserError(f"{path} has a shared bias table and one in each block; one or the other can be read")
-    hidden = state.get("blocks.0.mlp.fc1.weight")
-    scale = 1e-5 if width >= 1024 else 0.1
-    architecture: dict[str, Any] = {
-        "norm_eps": 1e-6,
-        **{name: said[name] for name in ("norm_eps", "drop_path_rate") if name in said},
-        "image_size": said.get("image_size") or image_size(state, tables, patch, path),
-        "patch_size": patch,
-        "in_chans": int(conv.shape[1]),
-        "embed_dim": width,
-        "depth": max(blocks, default=-1) + 1,
-        "num_heads": int(tables[0].shape[1]) if tables else said.get("num_heads") or max(1, width // 64),
-        "mlp_ratio": hidden.shape[0] / width if hidden is not None else 4.0,
-        "init_values": (said.get("init_values") or scale) if "blocks.0.gamma_1" in state else None,
-        "rel_pos_bias": "shared" if shared else "per_layer" if tables else "none",
-        "abs_pos_emb": "pos_embed" in state,
-    }
-    if kind == "mim":
-        architecture["vocab_size"] = len(state["lm_head.weight"])
-    if kind == "classifier":
-        architecture["num_classes"] = len(state["head.weight"])
-        architecture["pool"] = "avg" if "fc_norm.weight" in state else "token"
-    return architecture
-
-
-def image_size(state: dict[str, Tensor], tables: list[Tensor], patch: int, path: Path) -> int:
-    """Side of the (square) images that the position tables are for, pixels; 224 or so if there are none."""
-    if tables:
-        side = (math.isqrt(max(0, len(tables[0]) - 3)) + 1) // 2
-        fits = len(tables[0]) == (2 * side - 1) ** 2 + 3
-    elif "pos_embed" in state:
-        patches = state["pos_embed"].shape[1] - 1
-        side = math.isqrt(max(0, patches))
-        fits = side * side == patches
-    else:
-        side, fits = max(1, 224 // patch), True
-    if not fits or side < 1:
-        raise UserError(f"{path} has position tables of no square grid, and says nowhere of which grid they are")
-    return side * patch
+def digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names and numbers: whether two files hold the same network."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(name.encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def seems(names: Any) -> str:

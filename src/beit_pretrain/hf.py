@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.settings import is_number
 
 TABLE = "relative_position_bias_table"
 # Ours -> theirs, inside a block and outside. q, k, v are one matrix here and three there.
@@ -55,7 +56,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is no JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not settings by name")
@@ -79,7 +80,6 @@ def translate(
     state = {n: t for n, t in state.items() if not n.removeprefix("beit.").startswith(SEGMENTATION)}
     mim = "lm_head.weight" in state
     theirs = {"classifier.weight": "head.weight", "classifier.bias": "head.bias"}
-    theirs |= {f"{name}.{part}": f"{name}.{part}" for name in ("lm_head",) for part in ("weight", "bias")}
     theirs |= {f"{'' if mim else 'beit.'}layernorm.{part}": f"norm.{part}" for part in ("weight", "bias")}
     theirs |= {f"beit.{name}": ours for ours, name in STEM.items()}
     if not any(name.startswith("beit.") for name in state):  # a BeitModel by itself
@@ -106,13 +106,12 @@ def translate(
 
 def architecture(config: dict[str, Any]) -> dict[str, Any]:
     """What tensors cannot tell, from config.json."""
-    size = config.get("image_size", 224)
     return {
-        "image_size": size if isinstance(size, int) else [int(side) for side in size],
+        "image_size": config.get("image_size", 224),
         "num_heads": config.get("num_attention_heads"),
         "init_values": config.get("layer_scale_init_value"),
-        "drop_path_rate": float(config.get("drop_path_rate", 0.1)),
-        "norm_eps": float(config.get("layer_norm_eps", 1e-12)),
+        "drop_path_rate": config.get("drop_path_rate", 0.1),
+        "norm_eps": config.get("layer_norm_eps", 1e-12),
     }
 
 
@@ -120,15 +119,19 @@ def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Class names, and the normalisation of preprocessor_config.json."""
     found: dict[str, Any] = {}
     names = config.get("id2label") or {}
+    if not isinstance(names, dict) or not all(re.fullmatch(r"\d{1,9}", str(key)) for key in names):
+        raise UserError(f"{folder}/config.json: id2label must name classes by number")
     if names and not all(str(label).startswith("LABEL_") for label in names.values()):
         found["classes"] = [str(names[key]) for key in sorted(names, key=int)]
     processor = read_json(folder / "preprocessor_config.json")
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         if theirs in processor:
-            found[ours] = [float(value) for value in processor[theirs]]
-    size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
-    if processor.get("do_center_crop") and "shortest_edge" in size and "height" in crop:
-        found["crop_ratio"] = crop["height"] / size["shortest_edge"]
+            found[ours] = processor[theirs]
+    size, crop = processor.get("size"), processor.get("crop_size")
+    if processor.get("do_center_crop") and isinstance(size, dict) and isinstance(crop, dict):
+        shorter, height = size.get("shortest_edge"), crop.get("height")
+        if is_number(shorter) and is_number(height) and 0 < height <= shorter:
+            found["crop_ratio"] = height / shorter
     return found
 
 

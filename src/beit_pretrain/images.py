@@ -1,4 +1,4 @@
-"""File bytes -> image: which formats are read, size limits before decoding, conversion to RGB."""
+"""File bytes -> image: formats that are read, size limits before decoding, conversion to grey, RGB or RGBA."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -15,6 +16,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 EXTENSIONS |= {"JPEG2000": "jp2", "AVIF": "avif", "PPM": "ppm", "ICO": "ico", "TGA": "tga", "PCX": "pcx", "SGI": "sgi"}
 IMAGE_EXTENSIONS = frozenset(EXTENSIONS.values()) | {"jpeg", "tif", "pgm", "pbm"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for so many channels
 MAX_PIXELS = 179_000_000  # of an image; about where Pillow, too, refuses one as a decompression bomb
 
 
@@ -46,27 +48,63 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image (an animation's current frame) and convert it to 8-bit RGB, without its alpha channel.
+class Levels(NamedTuple):
+    """Which grey values become black and white: those of `window`, or else these percentiles of an image's own."""
 
-    Grey images of 16 bits or more, integer or float, are scaled from their own minimum and maximum to 0 ... 255, where
-    Pillow would clip at 255 (and turn X-rays white). Raises what Pillow raises for broken files.
+    window: tuple[float, float] | None = None
+    percentiles: tuple[float, float] = (0.5, 99.5)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image is grey with more than 8 bits a pixel (12 and 16 bits, integer or float)."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def to_grey8(image: Image.Image, levels: Levels | None = None) -> tuple[Image.Image, tuple[float, float]]:
+    """A grey image as 8 bits by a linear map of `levels` to 0 ... 255, and the values that became 0 and 255.
+
+    Pillow would clip at 255 instead (and turn X-rays white). NaN becomes black, infinities the nearer end.
     """
     image.load()
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        finite = values[np.isfinite(values)]
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-        values = np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low
-        return Image.fromarray(np.rint(values * (255 / ((high - low) or 1))).astype(np.uint8)).convert("RGB")
+    levels = levels or Levels()
+    values = np.asarray(image).astype(np.float32)
+    if levels.window is not None:
+        low, high = levels.window
+    else:
+        # Of a large image every n-th value: percentiles hardly differ, and memory stays bounded.
+        sample = values.reshape(-1)[:: 1 + values.size // 2**22]
+        sample = sample[np.isfinite(sample)].astype(np.float64)
+        low, high = (float(v) for v in np.percentile(sample, levels.percentiles)) if sample.size else (0.0, 0.0)
+        if low == high and sample.size:  # nearly all of one value: what differs must stay to be seen
+            low, high = float(sample.min()), float(sample.max())
+    scaled = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    scaled = (np.clip(scaled, low, high) - low) * np.float32(255 / ((high - low) or 1))
+    return Image.fromarray(np.rint(scaled).astype(np.uint8)), (low, high)
+
+
+def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
+    """Decode an image (an animation's current frame), convert it to 1 (grey), 3 (RGB) or 4 (RGBA) channels of 8 bits.
+
+    As `PIL.Image.convert` does, but for grey images of more than 8 bits (`to_grey8`) and LAB (by colour profile). RGB
+    is without the alpha channel, not blended with it. Raises what Pillow raises for broken files.
+    """
+    image.load()
+    mode = MODES[channels]
+    if is_deep(image):
+        image, _ = to_grey8(image)
     if image.mode == "LAB":  # Pillow converts it by colour profile only
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert converted is not None  # it is None for in-place conversion only
-        return converted
+        return converted.convert(mode)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours as straight to RGB, but without a warning per image
-    return image.convert("RGB")
+    return image.convert(mode)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`to_channels` with three."""
+    return to_channels(image, 3)
 
 
 def reason(error: Exception) -> str:

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,17 @@ from tqdm import tqdm
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.images import IMAGE_EXTENSIONS, opened, to_rgb
-from beit_pretrain.sources import read_bytes, scan_tar
+from beit_pretrain.processes import cores, in_order
+from beit_pretrain.sources import read_bytes
+from beit_pretrain.tars import scan_tar
 
 FORMAT = "beit_pretrain-shards/1"
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = frozenset(("rejected", "classes", "class_counts", "segmentation", "seed", "source", "settings"))
 REJECTED = "rejected.jsonl"
+# A plain file name: a manifest may come from anywhere, and must not lead out of its folder or to another host.
+SHARD_NAME = re.compile(r"\w[^/\\:\x00-\x1f\x7f]*\.tar")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 # Offsets and sizes in bytes, from the start of the tar to the member's data. label -1: no class; size 0: no mask.
 INDEX_DTYPE = np.dtype(
     [
@@ -47,6 +55,8 @@ def index_shard(path: str | Path) -> np.ndarray:
     rows: dict[str, list[int]] = {}
     path = Path(path)
     for name, offset, size in scan_tar(path):
+        if size < 0:  # a link or a device: no sample's
+            continue
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         row, extension = rows.setdefault(f"{folder}/{stem}", [0, 0, -1, 0, 0]), extension.lower()
@@ -88,11 +98,14 @@ def write_manifest(
     seed: int,
     source: str,
     settings: dict[str, Any],
+    segmentation_classes: Sequence[str] = (),
+    listing_sha256: str | None = None,
 ) -> None:
     """Write manifest.json of a folder that is complete but for it.
 
     `shards`: an entry each, in order; `labels`: the class index of every sample, -1 = none; `segmentation`: whether
-    there are masks; `seed`, `source`, `settings`: what the shards were made from.
+    there are masks; `seed`, `source`, `settings`: what the shards were made from; `segmentation_classes`: names of the
+    masks' values 1, 2, ...; `listing_sha256`: over keys, sizes and classes of what was read, rejected files included.
     """
     manifest = {
         "format": FORMAT,
@@ -102,12 +115,16 @@ def write_manifest(
         "classes": classes,
         "class_counts": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
         "segmentation": segmentation,
+        "segmentation_classes": list(segmentation_classes),
         "seed": seed,
         "source": source,
+        "listing_sha256": listing_sha256,
         "settings": settings,
         "shards": shards,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    temporary = folder / f"{MANIFEST}.partial"
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    temporary.replace(folder / MANIFEST)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -122,38 +139,88 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             raise UserError(f"{folder} has no {MANIFEST}, but its folder train has: give {folder / 'train'}")
         raise UserError(f"{folder} has no {MANIFEST}; {advice}")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {advice}") from None
+    return parse_manifest(text, path, advice)
+
+
+def parse_manifest(text: str, path: str | Path, advice: str) -> dict[str, Any]:
+    """The manifest that a file at `path` holds. Raises UserError, with the advice, if it is damaged or hostile."""
+    try:
+        manifest: dict[str, Any] = json.loads(text)
         if manifest["format"] != FORMAT:
             raise UserError(f"{path} has format {manifest['format']!r}, this version reads {FORMAT!r}; {advice}")
         if missing := MANIFEST_KEYS - manifest.keys():
             raise KeyError(min(missing))
+        for entry in manifest["shards"]:
+            _check_entry(entry)
+        if len({entry["name"] for entry in manifest["shards"]}) < len(manifest["shards"]):
+            raise ValueError("two of its shards have the same name")
+        counts, classes = manifest["class_counts"], manifest["classes"]
+        if len(counts) != len(classes) or not all(
+            type(n) is int and isinstance(c, str) for n, c in zip(counts, classes)
+        ):
+            raise ValueError("its class_counts do not fit its classes")
         for key in ("samples", "bytes"):
             if sum(entry[key] for entry in manifest["shards"]) != manifest[key]:
                 raise ValueError(f"its shards do not add up to its {key}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {advice}") from None
     return manifest
 
 
-def verify_shards(folder: str | Path, progress: bool = True) -> list[str]:
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Raise ValueError, LookupError or TypeError for an entry that is no shard in the manifest's own folder.
+
+    A manifest may come from anyone.
+    """
+    if not isinstance(entry["name"], str) or not SHARD_NAME.fullmatch(entry["name"]):
+        raise ValueError(f"shard name {str(entry['name'])[:80]!r} is not a plain file name that ends with .tar")
+    if not SHA256.fullmatch(entry["sha256"]):
+        raise ValueError(f"the SHA-256 of {entry['name']} is not one")
+    for key in ("samples", "bytes"):
+        if type(entry[key]) is not int or not 0 <= entry[key] < 2**53:
+            raise ValueError(f"{key} of {entry['name']} is {entry[key]!r}")
+
+
+def verify_shards(folder: str | Path, progress: bool = True, workers: int | None = 1) -> list[str]:
     """Read every shard of a split again and return what is wrong, a line each: nothing if all is well.
 
-    Raises UserError if there is no usable manifest.
+    `workers`: None = all cores. Raises UserError if there is no usable manifest.
     """
     manifest = read_manifest(folder)
     folder = Path(folder).expanduser()
+    shards = manifest["shards"]
     problems: list[str] = []
     counts = np.zeros(len(manifest["classes"]), np.int64)
-    for entry in tqdm(manifest["shards"], unit=" shards", desc="verify", disable=not progress):
-        try:
-            labels = _checked_index(folder / entry["name"], entry)["label"]
-            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
-        except (UserError, OSError, ValueError, EOFError) as error:
-            problems.append(f"{entry['name']}: {error}")
+    with in_order(min(workers or cores(), len(shards))) as run:
+        for found in tqdm(
+            run(partial(_checked_counts, folder, len(counts)), shards),
+            total=len(shards),
+            unit=" shards",
+            desc="verify",
+            disable=not progress,
+        ):
+            if isinstance(found, str):
+                problems.append(found)
+            else:
+                counts += found
     if not problems and counts.tolist() != manifest["class_counts"]:
         problems.append(f"{MANIFEST}: its class_counts differ from the labels in the shards")
-    extra = {path.name for path in folder.glob("*.tar")} - {entry["name"] for entry in manifest["shards"]}
+    extra = {path.name for path in folder.glob("*.tar")} - {entry["name"] for entry in shards}
     return problems + [f"{name}: not in {MANIFEST}" for name in sorted(extra)]
+
+
+def _checked_counts(folder: Path, classes: int, entry: dict[str, Any]) -> np.ndarray | str:
+    """Samples of each class in a shard that is as the manifest says, or what is wrong with it."""
+    try:
+        labels = _checked_index(folder / entry["name"], entry)["label"]
+        if labels.size and (labels.min() < -1 or labels.max() >= classes):
+            raise UserError(f"has labels beyond the {classes} classes of {MANIFEST}")
+        return np.bincount(labels[labels >= 0], minlength=classes)
+    except (UserError, OSError, ValueError, EOFError) as error:
+        return f"{entry['name']}: {error}"
 
 
 def _checked_index(path: Path, entry: dict[str, Any]) -> np.ndarray:

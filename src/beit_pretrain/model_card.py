@@ -8,21 +8,25 @@ from typing import Any
 import yaml
 
 from beit_pretrain.backbone import Classifier, MaskedImageModel
-from beit_pretrain.formats import sizes
+from beit_pretrain.formats import Checkpoint, sizes
 from beit_pretrain.metrics import read_rows
 
+MARK = "<!-- written by beit_pretrain export -->"  # an export overwrites no other README
 RECIPE = ("task", "epochs", "steps", "global_batch", "image_size", "optim", "mask", "regularisation", "seed")
 
 
-def card(model: MaskedImageModel | Classifier, checkpoint: Path) -> str:
+def card(model: MaskedImageModel | Classifier, source: Checkpoint) -> str:
     """Markdown with the front matter that model hubs read.
 
-    Recipe and metrics come from the run's folder, where `checkpoint` lies in one; otherwise the card says that it has
-    none.
+    Recipe and metrics come from the run's folder, where the checkpoint lies in one; otherwise the card says that it
+    has none. Metrics are those of the checkpoint's own step.
     """
     masked = isinstance(model, MaskedImageModel)
-    run = checkpoint.parent.parent
-    settings, metrics = recipe(run / "config.yaml"), measured(run / "metrics.csv")
+    run = source.path.parent.parent
+    settings = recipe(run / "config.yaml")
+    metrics = measured(run / "metrics.csv", source.about.get("step"))
+    if metrics:
+        metrics += f" Images of {source.architecture['image_size']} pixels."
     head = (
         f"a token head of {model.config['vocab_size']} visual tokens"
         if masked
@@ -38,7 +42,7 @@ def card(model: MaskedImageModel | Classifier, checkpoint: Path) -> str:
         "---",
         *("library_name: transformers", f"pipeline_tag: {tag}", "tags: [beit, vision]"),
         "---",
-        *("", "# BEiT with " + head, ""),
+        *("", MARK, "", "# BEiT with " + head, ""),
         f"{sizes(model.config)}. Trained with beit_pretrain, after BEiT (Bao et al. 2021, arXiv 2106.08254).",
         *("", "```python", f"from transformers import BeitImageProcessor, {opens}", ""),
         *('processor = BeitImageProcessor.from_pretrained("FOLDER")', f'model = {opens}.from_pretrained("FOLDER")'),
@@ -54,20 +58,23 @@ def recipe(config: Path) -> str:
     """The settings that matter, as YAML in a code block; empty without a config."""
     if not config.is_file():
         return ""
-    said: dict[str, Any] = yaml.safe_load(config.read_text())
+    try:
+        said: Any = yaml.safe_load(config.read_text())
+    except (yaml.YAMLError, ValueError, OSError):
+        said = None
+    if not isinstance(said, dict) or "task" not in said:
+        return ""
     chosen = {name: said[name] for name in RECIPE if said.get(name) is not None}
     return f"```yaml\n{yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None)}```"
 
 
-def measured(metrics: Path) -> str:
-    """The last validation of a run as a table; empty without one."""
-    if not metrics.is_file():
+def measured(metrics: Path, step: int | None) -> str:
+    """The validation of a run after optimiser step `step` as a table; empty without one."""
+    if not metrics.is_file() or step is None:
         return ""
     _, rows = read_rows(metrics)
-    last = {step: row for step, row in rows.items() if any(name.startswith("val/") for name in row)}
-    if not last:
+    values = sorted((name, value) for name, value in rows.get(step, {}).items() if name.startswith("val/"))
+    if not values:
         return ""
-    step = max(last)
-    values = sorted((name, value) for name, value in last[step].items() if name.startswith("val/"))
     table = [f"| {name.removeprefix('val/')} | {value:.4g} |" for name, value in values]
     return "\n".join(["| metric | value |", "|---|---|", *table, "", f"After {step} optimiser steps."])

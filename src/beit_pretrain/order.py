@@ -10,10 +10,15 @@ A run consumes positions 0, 1, 2, ...; everything about position k is a pure fun
 So batches are bit-identical whatever the number of workers, processes or restarts, an epoch has every sample exactly
 once, and resuming is arithmetic. A global batch of G holds positions [step * G, (step + 1) * G); of these rank r of W
 takes every W-th, beginning with the r-th, which are whole streams when W divides `streams`.
+
+Positions are ranges and addresses are arrays: no position is a Python object of its own. `mixture.Mixture` mixes the
+orders of several data sets by weights.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,7 +28,7 @@ from beit_pretrain.errors import UserError
 
 # What the counter-based generator is drawn for: a purpose of its own for each, so that one more draw for the crop
 # can never move the mask.
-VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW = range(4)
+VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW, SHUFFLE_MIXTURE = range(5)
 
 
 def generator(seed: int, position: int, purpose: int) -> np.random.Generator:
@@ -72,20 +77,61 @@ class Order:
 
     def sample_at(self, position: int) -> Sample:
         """The sample at `position` (>= 0, endless: epoch e holds positions [e * samples, (e + 1) * samples))."""
-        epoch, k = divmod(position, self.samples)
+        return Sample(*self.samples_at(range(position, position + 1))[0].tolist())
+
+    def samples_at(self, positions: range | np.ndarray) -> np.ndarray:
+        """Addresses (n, 2) int64, shard and row, of the samples at n positions."""
+        epoch, k = np.divmod(as_array(positions), self.samples)
         if self.shuffle:
-            stream, k = k % self.streams, k // self.streams
-            # The first `samples % streams` streams are one sample longer than the others.
-            base, longer = divmod(self.samples, self.streams)
-            start = stream * base + min(stream, longer)
-            length = base + (stream < longer)
-            number, offset = divmod(k, self.window)
-            begin = number * self.window
-            k = start + begin + int(self._window(epoch, stream, number, min(self.window, length - begin))[offset])
-        shards, ends = self._shards_of_epoch(epoch if self.shuffle else 0)
-        i = int(np.searchsorted(ends, k, side="right"))
-        shard = int(shards[i])
-        return Sample(shard, int(k - (ends[i] - self.sizes[shard])))
+            k = self._unshuffled(epoch, k)
+        else:
+            epoch = np.zeros_like(epoch)
+        addresses = np.empty((len(k), 2), np.int64)
+        for number in np.unique(epoch):
+            here = epoch == number
+            shards, ends = self._shards_of_epoch(int(number))
+            i = np.searchsorted(ends, k[here], side="right")
+            addresses[here, 0] = shards[i]
+            addresses[here, 1] = k[here] - (ends[i] - self.sizes[shards[i]])
+        return addresses
+
+    def shards_ahead(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
+        """Shards that `rank` of `world` reads in the windows it is in at `position`, then in the following ones."""
+        first = position + (rank - position) % world
+        one_of_each_stream = range(first, first + math.lcm(self.streams, world), world)
+        found: dict[int, None] = {}  # a set that keeps its order
+        for number in range(windows):
+            for k in one_of_each_stream:
+                epoch, k = divmod(k + number * self.window * self.streams, self.samples)
+                stream, window = k % self.streams, k // self.streams // self.window
+                start, length = (int(v) for v in self._stream(np.asarray(stream)))
+                begin, end = window * self.window, min((window + 1) * self.window, length)
+                shards, ends = self._shards_of_epoch(epoch if self.shuffle else 0)
+                i, j = np.searchsorted(ends, [start + begin, start + end - 1], side="right")
+                found |= dict.fromkeys(shards[i : j + 1].tolist())
+        return [shard for shard in found if self.sizes[shard]]
+
+    def _stream(self, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where streams begin in the epoch's concatenation, and their lengths."""
+        # The first `samples % streams` streams are one sample longer than the others.
+        base, longer = divmod(self.samples, self.streams)
+        return stream * base + np.minimum(stream, longer), base + (stream < longer)
+
+    def _unshuffled(self, epoch: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """Places in the epochs' concatenations of shards of the k-th samples of epochs."""
+        stream, k = k % self.streams, k // self.streams
+        start, length = self._stream(stream)
+        number, offset = np.divmod(k, self.window)
+        begin = number * self.window
+        # Epoch, stream and window share the 64-bit half of the key: 24, 12 and 28 bits of it.
+        key = (epoch << 40) | (stream << 28) | number
+        windows, first, inverse, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
+        by_window = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))
+        moved = np.empty_like(offset)
+        for window, i, members in zip(windows, first, by_window):
+            permutation = self._window(int(window) % 2**64, int(min(self.window, length[i] - begin[i])))
+            moved[members] = permutation[offset[members]]
+        return start + begin + moved
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the epoch's order, and where each ends in the concatenation."""
@@ -94,10 +140,15 @@ class Order:
             generator(self.seed, epoch, SHUFFLE_SHARDS).shuffle(shards)
         return shards, np.cumsum(self.sizes[shards])
 
-    def _permute_window(self, epoch: int, stream: int, number: int, length: int) -> np.ndarray:
-        # Epoch, stream and window share the 64-bit half of the key: 24, 12 and 28 bits of it.
-        key = (epoch << 40) | (stream << 28) | number
+    def _permute_window(self, key: int, length: int) -> np.ndarray:
         return generator(self.seed, key, SHUFFLE_WINDOW).permutation(length)
+
+
+def as_array(positions: range | Sequence[int] | np.ndarray) -> np.ndarray:
+    """Positions as int64, without a Python object for each of a range."""
+    if isinstance(positions, range):
+        return np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
+    return np.asarray(positions, np.int64)
 
 
 def positions(step: int, rank: int, world: int, global_batch: int) -> range:
@@ -105,3 +156,13 @@ def positions(step: int, rank: int, world: int, global_batch: int) -> range:
     if global_batch % world:
         raise ValueError(f"the global batch {global_batch} cannot be dealt evenly to {world} processes")
     return range(step * global_batch + rank, (step + 1) * global_batch, world)
+
+
+def positions_of_epoch(epoch: int, samples: int, rank: int, world: int, global_batch: int) -> range:
+    """Positions of epoch `epoch`, of so many samples, that `rank` of `world` processes consumes, over all steps.
+
+    The epoch's first and last global batch may hold positions of its neighbours: the tail is carried over.
+    """
+    positions(0, rank, world, global_batch)  # which then is dealt evenly: every W-th position, over steps too
+    first = epoch * samples
+    return range(first + (rank - first) % world, first + samples, world)

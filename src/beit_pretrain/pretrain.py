@@ -42,8 +42,9 @@ class Pretraining(TrainedModule):
         optim: Optim,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        seed: int = 0,
     ):
-        super().__init__(model, optim)
+        super().__init__(model, optim, seed)
         if model.vocab_size != tokenizer.vocab_size:
             raise UserError(f"model.vocab_size={model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens")
         self.tokenizer = tokenizer
@@ -60,7 +61,7 @@ class Pretraining(TrainedModule):
         """Equation (1): cross-entropy of the visual tokens at the masked positions."""
         image, token_image = jittered_views(batch)
         tokens_BN = self.tokenizer.encode(token_image)
-        logits_BKV = self.predict_masked(image, batch)
+        logits_BKV = self.predict_masked(image, batch, self.drop(batch))
         target_BK = masked_targets(tokens_BN, batch["mask_index"])
         loss_sum = F.cross_entropy(logits_BKV.flatten(0, 1).float(), target_BK.flatten(), reduction="sum")
         masked = (target_BK != IGNORE).sum()
@@ -71,10 +72,10 @@ class Pretraining(TrainedModule):
         self.track(masked_ratio=masked / tokens_BN.numel())
         return loss_sum / target_BK.numel()
 
-    def predict_masked(self, image_BCHW: Tensor, batch: dict) -> Tensor:
+    def predict_masked(self, image_BCHW: Tensor, batch: dict, drop_BR: Tensor | None = None) -> Tensor:
         """Logits (B, K, V) at the masked positions of images in [0, 1]."""
         image_BCHW = normalise(image_BCHW, self.mean, self.std)
-        return self.model.forward_at(image_BCHW, batch["mask"], batch["mask_index"].clamp(min=0))
+        return self.model.forward_at(image_BCHW, batch["mask"], batch["mask_index"].clamp(min=0), drop_BR)
 
     def gradient_scale(self) -> Tensor:
         """Makes the loss a mean over the masked patches of the *global* batch.

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from beit_pretrain.backbone import Backbone, Classifier, FeatureExtractor, MaskedImageModel, patch_grid
-from beit_pretrain.checkpoint import load_exactly
+from beit_pretrain.backbone import (
+    Backbone,
+    Classifier,
+    FeatureExtractor,
+    MaskedImageModel,
+    init_class_head,
+    init_token_head,
+    patch_grid,
+)
+from beit_pretrain.checkpoint import check_fit
 from beit_pretrain.errors import UserError
-from beit_pretrain.formats import SHARED_TABLE, TABLE, Checkpoint, read_checkpoint, seems
+from beit_pretrain.formats import Checkpoint, read_checkpoint, seems
+from beit_pretrain.inference import SHARED_TABLE, TABLE
 from beit_pretrain.resize import resize_state
 
+Network = TypeVar("Network", bound=Backbone)
+MOST_PATCHES = 2**14  # the position indices of more would fill gigabytes
 HEADS = ("mim", "classify", "features")
 # What a network with another head leaves behind. The rest of a file must fit to the last tensor.
 TOKEN_HEAD = ("mask_token", "lm_head.")
@@ -47,12 +59,26 @@ def load_pretrained(
     """
     if head not in HEADS:
         raise UserError(f"head={head} is not one of {', '.join(HEADS)}")
-    source = read_checkpoint(path)
+    if image_size is not None and not (is_pixels(image_size) or is_pair(image_size)):
+        raise UserError(f"image_size={image_size!r} must be a number of pixels or (height, width)")
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise UserError(f"num_classes={num_classes!r} must be a whole number of at least 1")
+    source = read_checkpoint(path, (image_size, image_size) if isinstance(image_size, int) else image_size)
     if head == "mim":
         return mim(source, image_size, drop_path_rate)
     if head == "classify":
         return classifier(source, image_size, num_classes, drop_path_rate)
     return features(source, image_size)
+
+
+def is_pixels(value: object) -> bool:
+    """Whether a value is a number of pixels."""
+    return type(value) is int and 0 < value < 2**16
+
+
+def is_pair(value: object) -> bool:
+    """Whether a value is a height and a width in pixels."""
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_pixels, value))
 
 
 def mim(
@@ -66,8 +92,9 @@ def mim(
         raise UserError(f"{source.path} holds a {source.kind} without a token head: it cannot predict tokens")
     leave = (*CLASS_HEAD, *AGGREGATION, *(("lm_head.",) if new_vocab_size else ()))
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
-    model = MaskedImageModel(new_vocab_size or source.architecture["vocab_size"], **architecture)
-    return finished(model, state, source, new=("lm_head.",) if new_vocab_size else ())
+    vocab_size = new_vocab_size or source.architecture["vocab_size"]
+    new = ("lm_head.",) if new_vocab_size else ()
+    return finished(lambda: MaskedImageModel(vocab_size, **architecture), state, source, new)
 
 
 def classifier(
@@ -97,7 +124,7 @@ def classifier(
         table = state.pop(SHARED_TABLE)
         state |= {f"blocks.{i}.attn.{TABLE}": table.clone() for i in range(architecture["depth"])}
         architecture["rel_pos_bias"] = "per_layer"
-    return finished(Classifier(classes, pool, **architecture), state, source, new)
+    return finished(lambda: Classifier(classes, pool, **architecture), state, source, new)
 
 
 def features(
@@ -106,7 +133,7 @@ def features(
     """The backbone without any head."""
     leave = (*TOKEN_HEAD, *CLASS_HEAD, *AGGREGATION, "norm.", "decode_head.", "auxiliary_head.", "fpn")
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
-    return finished(FeatureExtractor(**architecture), state, source)
+    return finished(lambda: FeatureExtractor(**architecture), state, source)
 
 
 def prepared(
@@ -120,20 +147,40 @@ def prepared(
         architecture["image_size"] = image_size
     patch = architecture["patch_size"]
     old, new = patch_grid(source.architecture["image_size"], patch), patch_grid(architecture["image_size"], patch)
+    if new[0] * new[1] > MOST_PATCHES:
+        raise UserError(
+            f"image_size={architecture['image_size']} has {new[0] * new[1]} patches; {MOST_PATCHES} at most"
+        )
     return architecture, resize_state(without(source.state, leave), old, new)
 
 
-def finished(model: Backbone, state: dict[str, Tensor], source: Checkpoint, new: tuple[str, ...] = ()) -> Any:
-    """The network with the file's tensors, in eval mode. Only names in `new` may keep their initial values.
+def finished(
+    build: Callable[[], Network], state: dict[str, Tensor], source: Checkpoint, new: tuple[str, ...] = ()
+) -> Network:
+    """The network with the file's tensors, in eval mode; the modules named in `new` start afresh.
 
     Raises UserError with the sorted names of whatever is missing, left over or of another shape.
     """
-    fresh = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(new)} if new else {}
+    with torch.device("meta"):  # draws no weights that the file's would replace: seconds for a large network
+        model = build()
+    left = {name for name in model.state_dict() if name.startswith(new)} if new else set()
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in left}
     try:
-        load_exactly(model, {**fresh, **state}, source.path)
+        check_fit(expected, state, source.path)  # before memory is taken
     except UserError as error:
         raise UserError(f"{error}; it seems to be {guess(source)}") from None
-    model.about = dict(source.about)
+    model.to_empty(device="cpu")
+    for part in model.modules():
+        if hasattr(part, "init_non_persistent_buffers"):  # timm's: position indices, the zero bias of k
+            cast(Any, part).init_non_persistent_buffers()
+    for prefix in new:
+        module = model.get_submodule(prefix.removesuffix("."))
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            (init_token_head if prefix == "lm_head." else init_class_head)(module)
+    model.load_state_dict(state, strict=False)
+    model.about = {name: value for name, value in source.about.items() if not (name == "classes" and "head." in new)}
     return model.eval()
 
 

@@ -1,6 +1,7 @@
 """From a composed config to a finished run: trainer, folder, loggers; fit, validate.
 
-The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/` and `checkpoints/last.ckpt`.
+The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/`, `checkpoints/last.ckpt`, and, if there were bad
+images, `replaced.jsonl`.
 """
 
 from __future__ import annotations
@@ -22,19 +23,25 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain import checkpoint
+from beit_pretrain.batches import Plan
 from beit_pretrain.callbacks import ProgressBar, Throughput
-from beit_pretrain.datamodule import Plan
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.metrics import CsvMetrics, is_first_process
 from beit_pretrain.optim import configure
+from beit_pretrain.replacements import Replacements, cut_back
 from beit_pretrain.tasks import TASKS, Task, plain
 from beit_pretrain.training import TrainedModule
 
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
 FREE_TO_CHANGE = (
+    "activation_checkpointing",
     *("resume", "trainer", "logger", "batch_size", "threads", "log_every", "val_every", "save_every", "run_dir"),
-    *("pictures", "knn", "data.workers", "data.val_batch"),
+    *("pictures", "knn", "data.workers", "data.val_batch", "data.max_bad"),
+    *(f"data.{name}" for name in ("cache_dir", "cache_gb", "retries", "timeout")),
 )
+
+
+REPLACED = "replaced.jsonl"  # of a run: images that could not be decoded
 
 
 def total_steps(cfg: DictConfig, samples: int) -> int:
@@ -139,6 +146,8 @@ def fit(cfg: DictConfig) -> dict[str, float]:
             raise KeyboardInterrupt from None
         raise
     trainer.save_checkpoint(last, weights_only=False)
+    if trainer.global_step < steps:
+        print(f"stopped early after step {trainer.global_step} of {steps}", flush=True)
     if trainer.is_global_zero:
         print(f"saved {last}", flush=True)
     if "val" in task.data.readers and steps % min(cfg.val_every, steps):
@@ -159,6 +168,7 @@ def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback
     callbacks: list[Callback] = [
         ProgressBar(refresh_rate=10),
         Throughput(),
+        Replacements(folder.parent / REPLACED, cfg.data.get("max_bad", 0.001)),
         ModelCheckpoint(folder, "last", every_n_train_steps=cfg.save_every, enable_version_counter=False),
     ]
     if task.module.kind == "classifier" and "val" in task.data.readers:
@@ -174,16 +184,26 @@ def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resum
     content = checkpoint.read(resume) if resume else {}
     if is_first_process():  # the trainer does not know its rank before it has launched its processes
         if resume is None:  # nothing of an earlier run must remain; nothing else is touched, whatever run_dir is
-            for pattern in ("checkpoints/last.ckpt", "checkpoints/best.ckpt", "pictures/step-*.png", "metrics.csv"):
+            for pattern in (
+                "checkpoints/last.ckpt",
+                "checkpoints/best.ckpt",
+                "pictures/step-*.png",
+                "metrics.csv",
+                REPLACED,
+            ):
                 for file in run_dir.glob(pattern):
                     file.unlink()
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, run_dir / ".config.yaml.partial", resolve=True)
         (run_dir / ".config.yaml.partial").replace(run_dir / "config.yaml")  # other processes may read it just now
     done = int(content.get("global_step", 0))
+    if resume:
+        same_backbone(module, content.get("beit_pretrain", {}), resume)
     metrics = CsvMetrics(run_dir / "metrics.csv")
     if resume:
         metrics.cut_back(done)
+        if is_first_process():
+            cut_back(run_dir / REPLACED, done)
     trainer.loggers = [metrics]
     if cfg.logger.kind == "wandb":
         from beit_pretrain.weights_and_biases import new_id, wandb_logger
@@ -209,6 +229,7 @@ def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
             *([f"  from {task.origin}"] if task.origin else []),
             f"  folder {cfg.run_dir}",
             *off_recipe(cfg),
+            *(["  note: the run is shorter than its warm-up"] if settings.warmup_steps >= steps else []),
         )
     )
 
@@ -261,13 +282,22 @@ def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[Dict
     cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.load(run / "config.yaml"), overrides or {}))
     last = run / "checkpoints" / "last.ckpt"
     task = TASKS[cfg.task](from_checkpoint(cfg, last))
-    _, state, _ = checkpoint.read_own(last, task.module.kind)
+    _, state, about = checkpoint.read_own(last, task.module.kind)
+    same_backbone(task.module, about, last)
     checkpoint.load_exactly(task.module.model, state, last)
     return cfg, task
 
 
+def same_backbone(module: TrainedModule, about: dict, last: Path) -> None:
+    """Raise UserError if probes were trained on another backbone than they are put on now."""
+    if about.get("backbone") != module.about.get("backbone"):
+        raise UserError(f"{last} was trained on another backbone than {module.about.get('init_from')} holds now")
+
+
 def from_checkpoint(cfg: DictConfig, last: Path) -> DictConfig:
     """The config with the network of the run's own checkpoint: what it once started from need not exist any more."""
+    if cfg.task == "probe":  # it holds the probes alone; their backbone stays where it was
+        return cfg
     own = {"init_from": str(last), "from_scratch": False, "new_head": False}
     return cast(DictConfig, OmegaConf.merge(cfg, {name: value for name, value in own.items() if name in cfg}))
 
@@ -282,7 +312,7 @@ def validate(cfg: DictConfig) -> dict[str, float]:
         raise UserError("the run has no held-out images; give data.val=FOLDER")
     run_cfg.trainer = cfg.trainer
     with building():
-        trainer = make_trainer(run_cfg, 1, [ProgressBar()])
+        trainer = make_trainer(run_cfg, 1, [ProgressBar(), Replacements(None, 1)])
     trainer.validate(task.module, task.data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name, value in sorted(metrics.items()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from beit_pretrain.errors import UserError
 
@@ -23,13 +23,12 @@ def whole(low: int, high: float = 2**63) -> Rule:
 
 def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
     """A finite number from `low` (or above it) to `high`."""
-    text = f"a number {'above' if above else 'of at least'} {low:g}" + (
-        f" and at most {high:g}" if high < math.inf else ""
-    )
+    text = "a number" if low == -math.inf else f"a number {'above' if above else 'of at least'} {low:g}"
+    text += f" and at most {high:g}" if high < math.inf else ""
     return text, lambda v: is_number(v) and (low < v if above else low <= v) and v <= high
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number, and no truth value."""
     return type(value) in (int, float) and math.isfinite(value)
 
@@ -48,6 +47,12 @@ def rising(rule: Rule) -> Rule:
     """A pair of values of a rule, the second not below the first."""
     text, fits = numbers(2, rule)
     return f"{text}, the second not below the first", lambda v: fits(v) and v[0] <= v[1]
+
+
+def ascending(rule: Rule) -> Rule:
+    """A pair of values of a rule, the second above the first."""
+    text, fits = numbers(2, rule)
+    return f"{text}, the second above the first", lambda v: fits(v) and v[0] < v[1]
 
 
 def optional(rule: Rule) -> Rule:
@@ -69,7 +74,10 @@ TEXTS = numbers(None, TEXT)
 PATHS: Rule = ("a path, or a list of paths", lambda v: TEXT[1](v) or TEXTS[1](v))
 
 # Settings that are paths or names: a folder called 2024 is not a number.
-NAMES = ("src", "out", "run", "name", "run_dir", "split", "init_from", "data.train", "data.val", "tokenizer.path")
+NAMES = (
+    *("src", "out", "run", "name", "run_dir", "split", "init_from", "labels", "tokenizer.path"),
+    *("data.train", "data.val", "data.cache_dir"),
+)
 ADDRESS: Rule = (
     "an address that starts with http://, https:// or file:///",
     lambda v: isinstance(v, str) and re.match(r"https?://[^/]|file:///", v) is not None,
@@ -78,6 +86,14 @@ ADDRESS: Rule = (
 RULES: dict[str, Rule] = {
     **{name: optional(TEXT) for name in NAMES},
     "src": PATHS,
+    "data.train": PATHS,
+    "data.val": optional(PATHS),
+    "data.weights": optional(numbers(None, POSITIVE)),
+    "data.max_bad": SHARE,
+    "data.cache_dir": optional(TEXT),
+    "data.cache_gb": POSITIVE,
+    "data.retries": whole(0, 101),
+    "data.timeout": POSITIVE,
     "seed": whole(0, 2**32),
     "resume": one_of("auto", "never"),
     "epochs": optional(POSITIVE),
@@ -104,11 +120,16 @@ RULES: dict[str, Rule] = {
     "model.blocks": whole(0, 2**10),
     "model.drop_path_rate": ("a number of at least 0 and below 1", lambda v: is_number(v) and 0 <= v < 1),
     "model.init_values": optional(POSITIVE),
-    "model.abs_pos_emb": SWITCH,
-    "model.rel_pos_bias": one_of("shared", "per_layer", "none"),
+    "model.abs_pos_emb": optional(SWITCH),
+    "model.rel_pos_bias": optional(one_of("shared", "per_layer", "none")),
     "model.pool": optional(one_of("avg", "token")),
     "model.size": optional(TEXT),
     "new_head": SWITCH,
+    "activation_checkpointing": SWITCH,
+    "ema": optional(("a number above 0 and below 1", lambda v: is_number(v) and 0 < v < 1)),
+    "early_stopping": optional(whole(1)),
+    "probe.layer": optional(whole(1)),
+    "probe.pool": one_of("cls_avg", "avg", "cls"),
     "recipe.global_batch": whole(1),
     "recipe.lr": POSITIVE,
     "relaxation.temperature_end": number(0, 1, above=True),
@@ -128,6 +149,7 @@ RULES: dict[str, Rule] = {
     "data.flip": SHARE,
     "data.jitter": numbers(3, number(0)),
     "data.exact": SWITCH,
+    "data.channels": ("1, 3 or 4", lambda v: type(v) is int and v in (1, 3, 4)),
     "data.workers": whole(0),
     "data.window": whole(1),
     "data.streams": whole(1, 4097),
@@ -145,6 +167,8 @@ RULES: dict[str, Rule] = {
     "attempts": whole(1),
     "val": number(0, 1),
     "samples_per_shard": whole(1),
+    "window": optional(ascending(number(-math.inf))),
+    "percentiles": ascending(number(0, 100)),
     "resize": optional(whole(1)),
     "quality": whole(1, 101),
     "workers": optional(whole(0)),
@@ -163,6 +187,13 @@ RULES: dict[str, Rule] = {
 }
 
 
+def as_name(value: Any) -> Any:
+    """A number that is a name as a text; so too in a list of names."""
+    if isinstance(value, list):
+        return [as_name(item) for item in value]
+    return str(value) if type(value) in (int, float) else value
+
+
 def check(settings: dict[str, Any], prefix: str = "") -> None:
     """Raise UserError for the first setting that breaks its rule; numbers that are names become texts, in place."""
     for key, value in settings.items():
@@ -170,7 +201,7 @@ def check(settings: dict[str, Any], prefix: str = "") -> None:
         if isinstance(value, dict):
             check(value, f"{name}.")
             continue
-        if name in NAMES and type(value) in (int, float):
-            settings[key] = value = str(value)
+        if name in NAMES:
+            settings[key] = value = as_name(value)
         if name in RULES and not RULES[name][1](value):
             raise UserError(f"{name} must be {RULES[name][0]}, got {'null' if value is None else value!r}")

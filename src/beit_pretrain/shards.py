@@ -1,76 +1,53 @@
-"""Write image collections as WebDataset shards with an index for random access (manifest.py has the layout).
+"""Make shards: images of any source -> WebDataset tars with an index for random access (manifest.py has the layout).
 
-A sample is the run of members that share a key, its position in the permuted split: `000000017.jpg` (or another image
-extension), `.cls` (class index as text, if labelled), `.json` ({"source": original path, ...}) and `.seg.png` (the
-synthetic set only). The order is a seeded permutation of the whole split, so every shard is a fair mix of the classes.
-The same source and seed give the same bytes whatever the number of workers.
+Everything is listed first (listing.py); the order is a seeded permutation of the whole split, so every shard is a fair
+mix of the classes; each shard is then written by itself (packing.py). Killed at any moment and started again, a make
+goes on (workfolder.py) and ends with the same bytes, whatever the number of workers.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
-import multiprocessing
 import os
-import shutil
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import PIL
 from tqdm import tqdm
 
 from beit_pretrain import synthetic
 from beit_pretrain.errors import UserError
-from beit_pretrain.images import EXTENSIONS, MAX_PIXELS, opened, reason, to_rgb
-from beit_pretrain.manifest import (
-    MANIFEST,
-    REJECTED,
-    index_path,
-    index_shard,
-    read_manifest,
-    shard_entry,
-    write_manifest,
+from beit_pretrain.images import MAX_PIXELS
+from beit_pretrain.labels import segmentation_names
+from beit_pretrain.listing import Listing, build_listing, opened_listing, source_units
+from beit_pretrain.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
+from beit_pretrain.packing import (
+    Job,
+    Settings,
+    labels_path,
+    order_path,
+    read_report,
+    shard_path,
+    write_shard,
 )
-from beit_pretrain.sources import Candidate, list_candidates, read_candidate
+from beit_pretrain.processes import cores, in_order
+from beit_pretrain.splitting import class_names, permutation, validation_part
+from beit_pretrain.workfolder import (
+    check_same,
+    close,
+    discard,
+    is_published,
+    publish,
+    read_plan,
+    show,
+    work_folder,
+    write_plan,
+)
 
-
-@dataclass(frozen=True)
-class _Settings:
-    """What determines the bytes of the shards, apart from the source."""
-
-    samples_per_shard: int
-    seed: int
-    val: float
-    resize: int | None
-    quality: int
-    max_pixels: int
-    images: int
-    size: int
-
-
-class _Job(NamedTuple):
-    """One shard to write: candidates and their class indices, the first at position `first` of the split."""
-
-    path: Path
-    first: int
-    samples: list[tuple[Candidate, int]]
-    settings: _Settings
-
-
-class _Report(NamedTuple):
-    """What came of a job: the manifest's entry, one label per sample, whether there are masks, and what was refused."""
-
-    entry: dict[str, Any]
-    labels: np.ndarray
-    segmentation: bool
-    rejected: list[dict[str, str]]
+FORMAT = 1  # of plan.json
 
 
 def make_shards(
@@ -79,47 +56,74 @@ def make_shards(
     *,
     val: float = 0.0,
     split: str = "train",
+    labels: str | Path | None = None,
     samples_per_shard: int = 1000,
     seed: int = 0,
     resize: int | None = None,
     quality: int = 92,
+    window: Sequence[float] | None = None,
+    percentiles: Sequence[float] = (0.5, 99.5),
     workers: int | None = None,
     images: int = 10000,
     size: int = 96,
     max_pixels: int = MAX_PIXELS,
 ) -> list[Path]:
-    """Write `out/split/`, or with `val` > 0 `out/train/` and `out/val/`, and return the folders written.
+    """Write `out/split/`, or with `val` > 0 `out/train/` and `out/val/`, and return the folders.
 
     `src`: "synthetic" (`images` images, `size` pixels a side), a folder (of class folders, tars, or images), a tar, or
-    a list of folders and tars; the class is the name of the folder (or inner tar) that holds the image. `val`: the
-    fraction of every class set apart, counted before decoding; images without a class, or alone in theirs, count as one
-    class. `resize`: images whose shorter side has more pixels are shrunk to it and stored as JPEG of `quality`, without
-    EXIF; others keep their bytes. `workers`: None = all cores.
+    a list of folders and tars; the class is the name of the folder (or inner tar) that holds the image. `split`: name
+    of the folder, and the part of a source that has parts. `val`: the fraction of every class set apart, counted before
+    decoding; images without a class, or alone in theirs, count as one class. `labels`: see labels.py. `resize`: images
+    whose shorter side has more pixels are shrunk to it and stored as JPEG of `quality`, without EXIF; others keep their
+    bytes. `window`, `percentiles`: grey values that become 0 and 255; percentiles are for images of more than 8 bits, a
+    window is for every grey image. `workers`: None = all cores.
 
-    Raises UserError, and leaves nothing behind, for a bad argument, source or target, or if no image can be decoded.
+    A half-done run of the same call in `out` is gone on with; a finished one is left as it is.
+    Raises UserError for a bad argument, source or target, or if no image can be decoded.
     """
-    settings = _Settings(samples_per_shard, seed, val, resize, quality, max_pixels, images, size)
-    sources = [src] if isinstance(src, str | Path) else list(src)
+    low_high = None if window is None else [float(v) for v in window]
+    grey = ([float(v) for v in percentiles], max_pixels, images, size)
+    settings = Settings(samples_per_shard, seed, val, resize, quality, low_high, *grey)
+    sources = _resolved(src)
     out, names = Path(out).expanduser(), ["train", "val"] if val > 0 else [split]
     _check_arguments(sources, split, workers, settings)
-    _check_target(sources, out, names)
-    candidates = list_candidates(sources, images)
-    classes = _class_names(candidates, sources, out, split)
-    number = {None: -1} | {name: index for index, name in enumerate(classes)}
-    labels = np.array([number[c.class_name] for c in candidates])
-    order = _permutation(len(candidates), seed)
-    in_val = _validation_part(labels[order], val)
-    with _published(out, names) as folders:
-        for name, folder in zip(names, folders, strict=True):
-            samples = [(candidates[i], int(labels[i])) for i in order[in_val == (val > 0 and name == "val")]]
-            _describe(folder, _write_split(samples, folder, settings, workers, name), classes, sources, settings)
+    _check_sources(sources, out)
+    workers = workers or cores()
+    opened_listing.cache_clear()  # this process may have made others in the same folder
+    with work_folder(out) as work:
+        plan = _settings_plan(sources, split, labels, settings)
+        if before := read_plan(work):
+            check_same(work, before["settings"], plan)
+        missing = [name for name in names if not (before and is_published(work, name, out))]
+        finished = _check_targets(out, missing, settings, sources, half_done=before is not None)
+        if before is None:
+            _prepare(work, out, names, sources, None if labels is None else str(labels), settings, workers)
+            if finished:
+                _check_same_listing(out, names, _about(work))
+                return [out / name for name in names]
+            write_plan(work, {"settings": plan})
+        elif missing:
+            _check_unchanged(work, sources, split, images)
+        for name in missing:
+            _write_split(work, name, settings, workers)
+            _describe(work, name, sources, settings)
+        for name in missing:
+            publish(work, name, out)
+        close(work)
     return [out / name for name in names]
 
 
-def _check_arguments(sources: list[str | Path], split: str, workers: int | None, settings: _Settings) -> None:
+def _resolved(src: str | Path | Sequence[str | Path]) -> list[str]:
+    """The sources as absolute paths, so that a run may be gone on with from another folder."""
+    given = [src] if isinstance(src, str | Path) else list(src)
+    return [str(s) if s == "synthetic" else str(Path(s).expanduser().absolute()) for s in given]
+
+
+def _check_arguments(sources: list[str], split: str, workers: int | None, settings: Settings) -> None:
     """Raise UserError for a value that cannot be right."""
     s = settings
     drawn = "synthetic" in sources
+    rising = all(a < b for a, b in [s.percentiles, s.window or (0, 1)])
     wrong = {
         f"val must be at least 0 and below 1, got {s.val}": not 0 <= s.val < 1,
         "val above 0 writes train and val; leave split= out": s.val > 0 and split != "train",
@@ -128,6 +132,8 @@ def _check_arguments(sources: list[str | Path], split: str, workers: int | None,
         f"seed must be at least 0 and below 2^63, got {s.seed}": not 0 <= s.seed < 2**63,
         f"resize must be 1 pixel or more, or null, got {s.resize}": s.resize is not None and s.resize < 1,
         f"quality must be 1 to 100, got {s.quality}": not 1 <= s.quality <= 100,
+        f"window and percentiles must rise, got {s.window} and {s.percentiles}": not rising,
+        f"percentiles must be 0 to 100, got {s.percentiles}": not all(0 <= p <= 100 for p in s.percentiles),
         f"max_pixels must be 1 or more, got {s.max_pixels}": s.max_pixels < 1,
         f"workers must be 1 or more, got {workers}": workers is not None and workers < 1,
         f"images must be 1 or more, got {s.images}": drawn and s.images < 1,
@@ -141,12 +147,9 @@ def _check_arguments(sources: list[str | Path], split: str, workers: int | None,
             raise UserError(message)
 
 
-def _check_target(sources: list[str | Path], out: Path, names: list[str]) -> None:
-    """Raise UserError for a target that holds something, and for sources that would be read twice."""
-    for target in (out / name for name in names):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"{target} exists and is not empty; choose another out=, or delete it first")
-    folders = [Path(source).expanduser().resolve() for source in sources if source != "synthetic"]
+def _check_sources(sources: list[str], out: Path) -> None:
+    """Raise UserError for sources that would be read twice, and for a target inside a source."""
+    folders = [Path(source).resolve() for source in sources if source != "synthetic"]
     if len(set(folders)) < len(folders):
         raise UserError("src names a source twice; its images would count twice")
     for folder in folders:
@@ -154,168 +157,158 @@ def _check_target(sources: list[str | Path], out: Path, names: list[str]) -> Non
             raise UserError(f"out={out} lies inside src={folder}; choose an out= elsewhere")
 
 
-def _class_names(candidates: list[Candidate], sources: list[str | Path], out: Path, split: str) -> list[str]:
-    """Sorted names; for a split added beside `train`, those of `train`, so that labels agree. Raises UserError."""
-    names = {c.class_name for c in candidates if c.class_name is not None}
-    if sources == ["synthetic"]:
-        return list(synthetic.TEXTURES)  # all of them, however few the images: the masks' values rest on them
-    if split == "train" or not names or not (out / "train" / MANIFEST).exists():
-        return sorted(names)
-    known: list[str] = read_manifest(out / "train")["classes"]
-    if unknown := sorted(names.difference(known)):
-        raise UserError(f"class {unknown[0]!r} of {split} is not among the {len(known)} classes of {out / 'train'}")
-    return known
+def _settings_plan(sources: list[str], split: str, labels: str | Path | None, settings: Settings) -> dict[str, Any]:
+    """What a half-done run must agree in to be gone on with. Raises UserError for labels that cannot be read."""
+    plan: dict[str, Any] = {"src": sources, "split": split, "labels": None, "format": FORMAT, "Pillow": PIL.__version__}
+    if labels is not None:
+        file = Path(labels).expanduser()
+        plan["labels"] = f"{file.absolute()}"
+        if file.is_file():
+            with open(file, "rb") as opened:
+                plan["labels"] += f" (SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]})"
+    return {**plan, **settings._asdict()}
 
 
-def _permutation(count: int, seed: int) -> np.ndarray:
-    """A seeded order of 0 ... count - 1."""
-    # By sorting raw draws: numpy promises these for ever, but not what Generator.permutation makes of them.
-    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
+def _check_unchanged(work: Path, sources: list[str], split: str, images: int) -> None:
+    """Raise UserError for a source that is not as it was when the half-done run listed it."""
+    advice = f"since the half-done run in {work} began; delete that folder to start anew"
+    listed = iter(Listing(work / "listing").units)
+    for unit in source_units(sources, split, images):
+        before = next(listed, None)
+        if before is not None and unit.path != before.path and before.path and not os.path.exists(before.path):
+            raise UserError(f"{before.path} is missing {advice}")
+        if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
+            raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
+        if before.stamp != unit.stamp:
+            raise UserError(f"{unit.path} has changed {advice}")
+    if (gone := next(listed, None)) is not None:
+        raise UserError(f"{gone.path} is missing {advice}")
 
 
-def _validation_part(labels: np.ndarray, val: float) -> np.ndarray:
-    """Mark the first `val` of each class, one image or more, but never a class's last. Raises UserError if none is.
-
-    Images without a class (-1) or alone in theirs are pooled as if of one class, which need not give any if others do.
-    """
-    chosen = np.zeros(len(labels), bool)
-    if val == 0:
-        return chosen
-    _, inverse, count = np.unique(labels, return_inverse=True, return_counts=True)
-    labels = np.where(count[inverse] > 1, labels, -1)
-    by_class = np.argsort(labels, kind="stable")
-    names, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
-    least = (names >= 0) | (len(names) == 1)
-    quota = np.minimum(np.maximum(np.rint(count * val), least), count - 1)
-    chosen[by_class] = np.arange(len(labels)) - np.repeat(start, count) < np.repeat(quota, count)
-    if not chosen.any():
-        raise UserError(f"val={val} leaves nothing to validate on: there is only one image")
-    return chosen
-
-
-@contextmanager
-def _published(out: Path, names: list[str]) -> Iterator[list[Path]]:
-    """Lend a hidden folder per name and rename all when the block ends; if it fails, remove every trace."""
-    partial = [out / f".{name}.partial" for name in names]
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        for folder in partial:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        yield partial
-        for folder, name in zip(partial, names, strict=True):
-            with suppress(FileNotFoundError):
-                (out / name).rmdir()  # an empty one
-            folder.rename(out / name)
-    except OSError as error:
-        raise UserError(f"cannot write shards to {out}: {error.strerror or error}") from None
-    finally:
-        for folder in partial:
-            shutil.rmtree(folder, ignore_errors=True)
-        for folder in made:
-            with suppress(OSError):  # not empty, as all went well
-                folder.rmdir()
+def _check_targets(out: Path, names: list[str], settings: Settings, sources: list[str], half_done: bool) -> bool:
+    """Whether the targets hold finished shards of the same settings. Raises UserError if they hold anything else."""
+    advice = "choose another out=, or delete it first"
+    finished = []
+    for target in (out / name for name in names):
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            continue
+        if half_done or not (target / MANIFEST).is_file():
+            raise UserError(f"{target} exists and is not empty; {advice}")
+        manifest = read_manifest(target)
+        now = {"seed": settings.seed, "source": _source_name(sources), **_chosen(sources, settings)}
+        made = {"seed": manifest["seed"], "source": manifest["source"], **manifest["settings"]}
+        for key in now:
+            if made.get(key) != now[key]:
+                raise UserError(
+                    f"{target} holds shards with {key}={show(made.get(key))}, not {show(now[key])}; {advice}"
+                )
+        finished.append(target)
+    if 0 < len(finished) < len(names):
+        raise UserError(f"{finished[0]} exists and is not empty; {advice}")
+    return bool(finished)
 
 
-def _write_split(
-    samples: list[tuple[Candidate, int]], folder: Path, settings: _Settings, workers: int | None, name: str
-) -> list[_Report]:
-    """Write a split's shards and rejected.jsonl, and report on the shards in order. Raises UserError."""
-    step = settings.samples_per_shard
-    jobs = [
-        _Job(folder / f"shard-{first // step:06d}.tar", first, samples[first : first + step], settings)
-        for first in range(0, len(samples), step)
-    ]
-    reports: list[_Report] = []
-    with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(samples), unit=" images", desc=name))
-        run: Callable[..., Iterator[_Report]] = map
-        if (workers := min(workers or os.cpu_count() or 1, len(jobs))) > 1:
-            spawn = multiprocessing.get_context("spawn")
-            run = stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn)).map
-        try:
-            for job, report in zip(jobs, run(_write_shard, jobs), strict=True):
-                reports.append(report)
-                bar.update(len(job.samples))
-        except BrokenProcessPool:
-            raise UserError("a worker process died, as a rule for want of memory; set fewer workers=") from None
-    rejected = [refused for report in reports for refused in report.rejected]
-    if len(rejected) == len(samples):
-        why = f"{rejected[0]['key']!r}: {rejected[0]['reason']}"
-        raise UserError(f"none of the {len(samples)} files for {name} is a usable image ({why})")
-    (folder / REJECTED).write_text("".join(json.dumps(refused) + "\n" for refused in rejected), "utf-8")
-    return [report for report in reports if report.labels.size]
+def _check_same_listing(out: Path, names: list[str], about: dict[str, Any]) -> None:
+    """Raise UserError if the finished targets were made from other files."""
+    for name in names:
+        manifest = read_manifest(out / name)
+        if any(manifest.get(key) != value for key, value in about.items()):
+            raise UserError(
+                f"{out / name} holds shards of other files or classes; choose another out=, or delete it first"
+            )
 
 
-def _write_shard(job: _Job) -> _Report:
-    """Write one tar and its index, or neither if it holds no sample. Raises OSError if the target cannot be written."""
-    rejected: list[dict[str, str]] = []
-    # By tarfile, as WebDataset's own writer imports torch (seconds in every process); the layout is the same.
-    with tarfile.open(job.path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for position, (candidate, label) in enumerate(job.samples, job.first):
-            try:
-                members = _members(candidate, label, job.settings)
-            except Exception as error:  # Pillow's decoders raise nearly everything on broken files
-                rejected.append({"key": candidate.key, "reason": reason(error)})
-                continue
-            for extension in sorted(members):
-                info = tarfile.TarInfo(f"{position:09d}.{extension}")  # owner, mode and time are constants
-                info.size = len(members[extension])
-                tar.addfile(info, io.BytesIO(members[extension]))
-    if len(rejected) == len(job.samples):
-        job.path.unlink()
-        return _Report({}, np.zeros(0, np.int64), False, rejected)
-    index = index_shard(job.path)
-    np.save(index_path(job.path), index)
-    entry = shard_entry(job.path, len(index))
-    return _Report(entry, index["label"].copy(), bool(index["segmentation_size"].any()), rejected)
-
-
-def _members(candidate: Candidate, label: int, settings: _Settings) -> dict[str, bytes]:
-    """The members of a sample by extension. Raises whatever Pillow raises for a file that is not a usable image."""
-    about = {"source": candidate.key}
-    if candidate.path:
-        extension, data = _image(candidate, settings)
-        members = {extension: data}
-    else:
-        drawn = synthetic.draw(candidate.offset, settings.seed, settings.size)
-        members = {"jpg": drawn.jpeg(settings.quality), "seg.png": drawn.segmentation_png()}
-        about |= {"shape": drawn.shape, "background": drawn.background}
-    if label >= 0:
-        members["cls"] = str(label).encode()
-    return members | {"json": json.dumps(about).encode()}
-
-
-def _image(candidate: Candidate, settings: _Settings) -> tuple[str, bytes]:
-    """Extension and bytes to store for a file, once it has been decoded in full."""
-    data = read_candidate(candidate, settings.max_pixels)
-    with opened(data, settings.max_pixels) as image:
-        rgb = to_rgb(image)  # needed even if the bytes are kept: the reader will do the same
-        shorter = min(image.size)
-        if settings.resize is None or shorter <= settings.resize:
-            return EXTENSIONS[image.format or ""], data
-    width, height = (round(side * settings.resize / shorter) for side in rgb.size)
-    buffer = io.BytesIO()
-    smaller = rgb.resize((width, height), Image.Resampling.LANCZOS)
-    smaller.save(buffer, "JPEG", quality=settings.quality, restart_marker_rows=1)  # jpeg_rows.py cuts there
-    return "jpg", buffer.getvalue()
-
-
-def _describe(
-    folder: Path, reports: list[_Report], classes: list[str], sources: list[str | Path], settings: _Settings
+def _prepare(
+    work: Path, out: Path, names: list[str], sources: list[str], labels: str | None, settings: Settings, workers: int
 ) -> None:
-    """Write the manifest. Of the sources only the names are told: paths would differ from machine to machine."""
-    chosen = asdict(settings)
-    del chosen["seed"]
-    if sources != ["synthetic"]:
-        del chosen["images"], chosen["size"]
+    """List the sources, number the classes and draw the order of every split. Raises UserError."""
+    for folder in ("listing", *names, *(f"reports-{name}" for name in names)):
+        (work / folder).mkdir()
+    build_listing(work / "listing", sources, names[0], settings.images, labels, workers)
+    listing = Listing(work / "listing")
+    classes = class_names(listing, sources, out, names[0])
+    label = listing.labels(classes)
+    np.save(labels_path(work), label)
+    order = permutation(len(listing), settings.seed)
+    in_val = validation_part(label[order], settings.val)
+    for name in names:
+        np.save(order_path(work, name), order[in_val == (settings.val > 0 and name == "val")].astype(np.uint32))
+    about = {"classes": classes, "listing_sha256": listing.digest()}
+    (work / "listing" / "about.json").write_text(json.dumps(about), "utf-8")
+
+
+def _jobs(work: Path, name: str, settings: Settings) -> list[Job]:
+    samples = len(np.load(order_path(work, name), mmap_mode="r"))
+    return [Job(work, name, shard, settings) for shard in range(-(-samples // settings.samples_per_shard))]
+
+
+def _write_split(work: Path, name: str, settings: Settings, workers: int) -> None:
+    """Write the shards of a split that are not finished. Raises UserError or OSError."""
+    jobs = _jobs(work, name, settings)
+    missing = [job for job in jobs if read_report(job) is None]
+    total = len(np.load(order_path(work, name), mmap_mode="r"))
+    done = min(total, (len(jobs) - len(missing)) * settings.samples_per_shard)
+    with (
+        tqdm(total=total, initial=done, unit=" images", desc=name) as bar,
+        in_order(min(workers, len(missing))) as run,
+    ):
+        for count in run(write_shard, missing):
+            bar.update(min(count, total - bar.n))
+
+
+def _about(work: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((work / "listing" / "about.json").read_text("utf-8"))
+    return about
+
+
+def _describe(work: Path, name: str, sources: list[str], settings: Settings) -> None:
+    """Write rejected.jsonl and the manifest of a finished split. Raises UserError if it holds no image."""
+    folder, entries, labels = work / name, [], [np.zeros(0, np.int64)]
+    count, first, segmentation = 0, None, False
+    jobs = _jobs(work, name, settings)
+    with open(folder / REJECTED, "w", encoding="utf-8") as rejected:
+        for job in jobs:
+            report = read_report(job)
+            assert report is not None
+            count += len(report["rejected"])
+            first = first or next(iter(report["rejected"]), None)
+            rejected.writelines(json.dumps(refused) + "\n" for refused in report["rejected"])
+            if report["entry"] is not None:
+                entries.append(report["entry"])
+                labels.append(np.load(index_path(shard_path(work, name, job.shard)))["label"])
+                segmentation |= report["segmentation"]
+    if not entries:
+        discard(work / "plan.json")  # there is nothing to go on with
+        assert first is not None
+        raise UserError(f"none of the {count} files for {name} is a usable image ({first['key']!r}: {first['reason']})")
+    about = _about(work)
     write_manifest(
         folder,
-        [report.entry for report in reports],
-        np.concatenate([report.labels for report in reports]),
-        classes,
-        segmentation=any(report.segmentation for report in reports),
+        entries,
+        np.concatenate(labels),
+        about["classes"],
+        segmentation=segmentation,
         seed=settings.seed,
-        source=", ".join(Path(source).expanduser().resolve().name for source in sources),
-        settings=chosen,
+        source=_source_name(sources),
+        settings=_chosen(sources, settings),
+        segmentation_classes=_segmentation_classes(sources) if segmentation else [],
+        listing_sha256=about["listing_sha256"],
     )
+
+
+def _chosen(sources: list[str], settings: Settings) -> dict[str, Any]:
+    """The settings that the manifest tells."""
+    left_out = {"seed"} if sources == ["synthetic"] else {"seed", "images", "size"}
+    return {name: value for name, value in settings._asdict().items() if name not in left_out}
+
+
+def _source_name(sources: list[str]) -> str:
+    """The sources' names alone: paths would differ from machine to machine."""
+    return ", ".join(Path(source).resolve().name if source != "synthetic" else source for source in sources)
+
+
+def _segmentation_classes(sources: list[str]) -> list[str]:
+    """Names of the values 1, 2, ... of the label maps, as far as they are known."""
+    if sources == ["synthetic"]:
+        return list(synthetic.TEXTURES)
+    return next((names for source in sources if (names := segmentation_names(Path(source)))), [])

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 from hydra.utils import instantiate
 from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from beit_pretrain.backbone import SIZES, Architecture, Classifier, MaskedImageModel, patch_grid
 from beit_pretrain.callbacks import MaskedPictures, OnlineKNN
-from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData, labels
+from beit_pretrain.datamodule import ClassificationData, PretrainData, ShardData
 from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining
 from beit_pretrain.errors import UserError
 from beit_pretrain.finetune import Finetuning, Regularisation
-from beit_pretrain.formats import Checkpoint, read_checkpoint, sizes
+from beit_pretrain.formats import Checkpoint, digest, read_checkpoint, sizes
 from beit_pretrain.masking import BlockwiseMask
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
-from beit_pretrain.pretrained import classifier, mim
-from beit_pretrain.tokenizer import view_size
+from beit_pretrain.pretrained import classifier, features, mim
+from beit_pretrain.probe import LayerProbes, Probing
+from beit_pretrain.reader import Access
+from beit_pretrain.tokenizer import check_channels, view_size
 from beit_pretrain.training import TrainedModule
-from beit_pretrain.views import HALF, ClassificationViews, PretrainViews
+from beit_pretrain.views import HALF, ClassificationViews, PretrainViews, per_channel
 
 
 @dataclass
@@ -43,6 +46,9 @@ def pretrain_task(cfg: DictConfig) -> Task:
     patch_size = source.architecture["patch_size"] if source else cfg.patch_size or 16
     grid = patch_grid(cfg.image_size, patch_size)
     tokenizer = instantiate(cfg.tokenizer)
+    channels = cfg.data.channels
+    check_channels(tokenizer, channels)
+    mean, std = normalisation(cfg, source.about if source else {})
     views = PretrainViews(
         image_size=cfg.image_size,
         token_image_size=view_size(grid, tokenizer, cfg.data.token_image_size),
@@ -51,14 +57,15 @@ def pretrain_task(cfg: DictConfig) -> Task:
         flip=cfg.data.flip,
         jitter=tuple(cfg.data.jitter),
         exact=cfg.data.exact,
+        channels=channels,
     )
     data = PretrainData(views=views, masking=BlockwiseMask(grid, **cfg.mask), **data_settings(cfg))
     if source is None:
         model = MaskedImageModel(tokenizer.vocab_size, **network(cfg))
     else:
         model = continued(cfg, source, tokenizer.vocab_size).train()
-    mean, std = normalisation(cfg, model.about)
-    module = Pretraining(model, tokenizer, optim(cfg, data.samples), mean, std)
+    model.set_grad_checkpointing(cfg.activation_checkpointing)
+    module = Pretraining(model, tokenizer, optim(cfg, data.samples), mean, std, cfg.seed)
     module.about = {"mean": list(mean), "std": list(std), "tokenizer": str(cfg.tokenizer.path)}
     callbacks: list[Callback] = []
     if "val" in data.readers:
@@ -76,7 +83,8 @@ def tokenizer_task(cfg: DictConfig) -> Task:
             f"image_size={cfg.image_size} is not divisible by {DiscreteVAE.downsample}, the pixels per token"
         )
     data = classification_data(cfg)
-    module = TokenizerTraining(DiscreteVAE(**cfg.model), optim(cfg, data.samples), Relaxation(**cfg.relaxation))
+    model = DiscreteVAE(**cfg.model, in_chans=cfg.data.get("channels", 3))
+    module = TokenizerTraining(model, optim(cfg, data.samples), Relaxation(**cfg.relaxation))
     return Task(module, data, [])
 
 
@@ -85,12 +93,7 @@ def finetune_task(cfg: DictConfig) -> Task:
     source = None if cfg.from_scratch else read_source(cfg)
     patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
     mean, std = normalisation(cfg, source.about if source else {})
-    data = classification_data(cfg, fill=mean)
-    if len(data.classes) < 2:
-        raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; fine-tuning needs at least 2")
-    for split, reader in data.readers.items():
-        if without := int((labels(reader) < 0).sum()):
-            raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
+    data = labelled_data(cfg, mean)
     if (cfg.regularisation.mixup or cfg.regularisation.cutmix) and cfg.batch_size % 2:
         raise UserError(f"mixup and cutmix pair images: batch_size={cfg.batch_size} must be even")
     if source is None:
@@ -100,6 +103,7 @@ def finetune_task(cfg: DictConfig) -> Task:
         drop = cfg.model.drop_path_rate
         model = classifier(source, cfg.image_size, len(data.classes), drop, cfg.model.pool, new_head=not same)
         model.train()
+    model.set_grad_checkpointing(cfg.activation_checkpointing)
     settings = optim(cfg, data.samples)
     module = Finetuning(model, settings, Regularisation(**cfg.regularisation), mean, std, cfg.seed)
     module.about = {
@@ -108,7 +112,32 @@ def finetune_task(cfg: DictConfig) -> Task:
         "classes": list(data.classes),
         "crop_ratio": cfg.data.crop_ratio,
     }
-    return Task(module, data, [], origin(source))
+    return Task(module, data, finetune_callbacks(cfg, data), origin(source))
+
+
+def finetune_callbacks(cfg: DictConfig, data: ShardData) -> list[Callback]:
+    """Averaged weights and early stopping, where they are asked for."""
+    callbacks: list[Callback] = []
+    if cfg.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=cfg.ema))
+    if cfg.early_stopping is not None:
+        if "val" not in data.readers:
+            raise UserError("early_stopping watches the held-out accuracy: data.val is needed")
+        callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=cfg.early_stopping, strict=False))
+    return callbacks
+
+
+def labelled_data(cfg: DictConfig, fill: tuple[float, ...]) -> ClassificationData:
+    """Images that all have a class, of at least two. Raises UserError if not."""
+    data = classification_data(cfg, fill)
+    if data.readers["train"].classes_differ:
+        raise UserError(f"data.train={cfg.data.train}: data sets of different classes cannot be used together")
+    if len(data.classes) < 2:
+        raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; {cfg.task} needs at least 2")
+    for split, reader in data.readers.items():
+        if without := reader.without_class:
+            raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
+    return data
 
 
 def origin(source: Checkpoint | None) -> str:
@@ -127,6 +156,23 @@ def read_source(cfg: DictConfig) -> Checkpoint | None:
     size = cfg.model.get("size")
     if size is not None and size not in SIZES:
         raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
+    channels = source.architecture["in_chans"]
+    if cfg.data.channels != channels:
+        raise UserError(f"init_from={cfg.init_from} sees {channels} channels: set data.channels={channels}")
+    scale = ("init_values" in cfg.model, cfg.model.get("init_values"), source.architecture["init_values"])
+    if scale[0] and (scale[1] is None) != (scale[2] is None):
+        raise UserError(
+            f"init_from={cfg.init_from} has {sizes(source.architecture)}, but the experiment asks for "
+            f"model.init_values={'null' if scale[1] is None else scale[1]}"
+        )
+    bias = source.architecture["rel_pos_bias"]
+    expanded = "per_layer" if bias == "shared" and cfg.task == "finetune" else bias
+    for name, own in (("rel_pos_bias", (bias, expanded)), ("abs_pos_emb", (source.architecture["abs_pos_emb"],))):
+        if cfg.model.get(name) not in (None, *own):
+            raise UserError(
+                f"init_from={cfg.init_from} has {sizes(source.architecture)}, but the experiment asks for "
+                f"model.{name}={cfg.model[name]}"
+            )
     asked = {**SIZES.get(size, {}), **plain(cfg.model), "patch_size": cfg.patch_size}
     for name in ("embed_dim", "depth", "num_heads", "patch_size"):
         if asked.get(name) not in (None, source.architecture[name]):
@@ -152,34 +198,59 @@ def continued(cfg: DictConfig, source: Checkpoint, vocab_size: int) -> MaskedIma
 
 def normalisation(cfg: DictConfig, about: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std): the config's, else those of the checkpoint, else .5."""
-    mean, std = (tuple(cfg[name] or about.get(name) or HALF) for name in ("mean", "std"))
+    mean, std = (per_channel(cfg[name] or about.get(name) or HALF, cfg.data.channels, name) for name in ("mean", "std"))
     return mean, std
+
+
+def probe_task(cfg: DictConfig) -> Task:
+    """Linear classifiers on frozen features."""
+    source = read_source(cfg)
+    assert source is not None  # a config without init_from does not get here
+    mean, std = normalisation(cfg, source.about)
+    data = labelled_data(cfg, mean)
+    backbone = features(source, cfg.image_size)
+    depth = len(backbone.blocks)
+    if cfg.probe.layer is not None and cfg.probe.layer > depth:
+        raise UserError(f"probe.layer={cfg.probe.layer}, but {cfg.init_from} has {depth} blocks")
+    layers = [cfg.probe.layer] if cfg.probe.layer is not None else list(range(1, depth + 1))
+    probes = LayerProbes(layers, backbone.embed_dim, len(data.classes), cfg.probe.pool)
+    module = Probing(probes, backbone, optim(cfg, data.samples), mean, std)
+    module.about = {"mean": list(mean), "std": list(std), "classes": list(data.classes)}
+    module.about |= {"init_from": str(Path(cfg.init_from).absolute()), "backbone": digest(source.state)}
+    return Task(module, data, [], origin(source))
 
 
 TASKS: dict[str, Callable[[DictConfig], Task]] = {
     "pretrain": pretrain_task,
     "tokenizer": tokenizer_task,
     "finetune": finetune_task,
+    "probe": probe_task,
 }
 
 
 def data_settings(cfg: DictConfig) -> dict:
     """The settings that every data module takes, from the group `data`."""
-    names = ("train", "val", "workers", "window", "streams", "val_batch", "val_images", "per_class")
+    names = ("train", "val", "workers", "window", "streams", "val_batch", "val_images", "per_class", "weights")
+    data = plain(cfg.data)
     return {
         "global_batch": cfg.global_batch,
         "seed": cfg.seed,
-        **{name: cfg.data[name] for name in names if name in cfg.data},
+        "access": Access(**{field.name: data[field.name] for field in fields(Access) if field.name in data}),
+        **{name: data[name] for name in names if name in data},
     }
 
 
 def classification_data(cfg: DictConfig, fill: tuple[float, ...] = HALF) -> ClassificationData:
     """One view an image (a tokenizer trains on such views too, without the labels)."""
-    data, size = cfg.data, cfg.image_size
+    data, size, channels = cfg.data, cfg.image_size, cfg.data.get("channels", 3)
+    if channels == 4 and data.get("auto_augment"):
+        raise UserError("RandAugment takes images of 1 or 3 channels: data.channels=4 needs data.auto_augment=null")
     crop = {"scale": tuple(data.scale), "ratio": tuple(data.ratio), "flip": data.flip}
     return ClassificationData(
-        train_views=ClassificationViews(size, True, **crop, auto_augment=data.get("auto_augment"), fill=fill),
-        val_views=ClassificationViews(size, False, crop_ratio=data.get("crop_ratio")),
+        train_views=ClassificationViews(
+            size, True, **crop, auto_augment=data.get("auto_augment"), fill=fill, channels=channels
+        ),
+        val_views=ClassificationViews(size, False, crop_ratio=data.get("crop_ratio"), channels=channels),
         **data_settings(cfg),
     )
 
@@ -194,9 +265,12 @@ def network(cfg: DictConfig) -> Architecture:
     settings = plain(cfg.model)
     size = settings.pop("size", None)
     settings.pop("pool", None)
+    for name in ("rel_pos_bias", "abs_pos_emb"):
+        if settings.get(name) is None:  # the network's own default
+            settings.pop(name, None)
     if size is not None and size not in SIZES:
         raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
-    shape = {"image_size": cfg.image_size, "patch_size": cfg.patch_size or 16}
+    shape = {"image_size": cfg.image_size, "patch_size": cfg.patch_size or 16, "in_chans": cfg.data.channels}
     arguments = {**SIZES.get(size, {}), **settings, **shape}
     for name in ("embed_dim", "depth", "num_heads"):
         if name not in arguments:

@@ -30,6 +30,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     downsample: int  # pixels of its view per token, each way
+    in_chans: int  # channels of the images it was trained on
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         """Ids (B, N) int64 of float32 images in [0, 1]."""
@@ -56,6 +57,19 @@ def view_size(grid: tuple[int, int], tokenizer: Tokenizer, asked: int | None = N
             f"tokens for {grid[0]} x {grid[1]} patches; one token per patch needs data.token_image_size={size}"
         )
     return size
+
+
+def with_channels(image_BCHW: Tensor, channels: int) -> Tensor:
+    """Images for a tokenizer of so many channels: grey is repeated, of more channels the first ones are taken."""
+    if image_BCHW.shape[1] == 1:
+        return image_BCHW.expand(-1, channels, -1, -1)
+    return image_BCHW[:, :channels]
+
+
+def check_channels(tokenizer: Tokenizer, channels: int) -> None:
+    """Raise UserError if the tokenizer cannot see images of so many channels."""
+    if (channels != 1 and channels < tokenizer.in_chans) or tokenizer.in_chans == 1 < channels:
+        raise UserError(f"the tokenizer takes images of {tokenizer.in_chans} channels, but data.channels={channels}")
 
 
 def square_grid(ids_BN: Tensor) -> Tensor:
@@ -94,6 +108,7 @@ class OpenAITokenizer:
         self.path = Path(path).expanduser()
         self.encoder = read_module(self.path, "encoder")
         self.vocab_size = int(self.encoder.get_parameter("blocks.output.conv.w").shape[0])
+        self.in_chans = int(self.encoder.get_parameter("blocks.input.w").shape[1])
         self._decoder: nn.Module | None = None
         self.device = torch.device("cpu")
 
@@ -110,7 +125,7 @@ class OpenAITokenizer:
 
         # Outside autocast: the package casts by itself, and bf16 logits would change the argmax.
         with torch.autocast(image_BCHW.device.type, enabled=False):
-            return self.encoder(map_pixels(image_BCHW.float())).argmax(1).flatten(1)
+            return self.encoder(map_pixels(with_channels(image_BCHW.float(), self.in_chans))).argmax(1).flatten(1)
 
     @torch.no_grad()
     def decode(self, ids_BN: Tensor) -> Tensor:

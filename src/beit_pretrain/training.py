@@ -14,6 +14,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from beit_pretrain import optim as optimisation
+from beit_pretrain.drop_path import uniforms
 from beit_pretrain.optim import Optim
 
 PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
@@ -25,13 +26,15 @@ class TrainedModule(LightningModule):
     Args:
         model: the network; its `config` (plain keyword arguments) goes into the checkpoint.
         optim: optimiser settings.
+        seed: of the run; drop path and mixing are drawn from it and the positions.
     """
 
     model: Any
-    kind: str  # what a checkpoint of this module holds: "mim", "classifier" or "tokenizer"
+    kind: str  # what a checkpoint of this module holds: "mim", "classifier", "probe" or "tokenizer"
 
-    def __init__(self, model: nn.Module, optim: Optim):
+    def __init__(self, model: nn.Module, optim: Optim, seed: int = 0):
         super().__init__()
+        self.seed = seed
         self.model = model
         self.optim = optim
         self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
@@ -47,6 +50,12 @@ class TrainedModule(LightningModule):
         """Rescale and clip here and not by Lightning: its clip refuses fused AdamW under bf16, and knows no scale."""
         norm = optimisation.clip_gradients(self.model.parameters(), self.optim.clip, self.gradient_scale())
         self.track(gradient_norm=norm, lr=optimizer.param_groups[-1]["lr"])
+
+    def drop(self, batch: dict) -> Tensor | None:
+        """Drop path's numbers (B, R) for the positions of a batch; None where nothing would be dropped."""
+        if not self.model.config.get("drop_path_rate"):
+            return None
+        return uniforms(self.seed, batch["position"], self.model.branches)
 
     def gradient_scale(self) -> Tensor | float:
         """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from beit_pretrain.decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
-from beit_pretrain.images import opened, to_rgb
+from beit_pretrain.errors import UserError
+from beit_pretrain.images import opened, to_channels
 
 HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -78,8 +80,9 @@ def resized_crop(image: Image.Image, crop: Crop, size: int, resample: Image.Resa
 
 
 def to_array(image: Image.Image, flip: bool = False) -> np.ndarray:
-    """uint8 (C, H, W) of an RGB image."""
+    """uint8 (C, H, W) of an image of 8 bits a channel."""
     array = np.asarray(image)
+    array = array[:, :, None] if array.ndim == 2 else array
     return np.ascontiguousarray((array[:, ::-1] if flip else array).transpose(2, 0, 1))
 
 
@@ -94,6 +97,7 @@ class PretrainViews:
         flip: probability of a horizontal flip.
         jitter: strengths of brightness, contrast and saturation.
         exact: the authors' order (jitter and flip of the whole image with PIL, then crop), full decoding.
+        channels: of the views: 1 (grey), 3 (RGB) or 4 (RGBA, or any four in an RGBA file).
     """
 
     image_size: int = 224
@@ -103,10 +107,11 @@ class PretrainViews:
     flip: float = 0.5
     jitter: tuple[float, float, float] = (0.4, 0.4, 0.4)
     exact: bool = False
+    channels: int = 3
 
     def of_bytes(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """The same of an image file's bytes. Raises what Pillow raises for broken files."""
-        if not self.exact and (jpeg := turbo_jpeg(data)) is not None:
+        if not self.exact and self.channels == 3 and (jpeg := turbo_jpeg(data)) is not None:
             return self._fast_views(jpeg, self.draw(jpeg.size, rng))
         with opened(data) as image:
             return self(image, rng)
@@ -131,7 +136,7 @@ class PretrainViews:
         return self._exact_views(image, draw) if self.exact else self._fast_views(image, draw)
 
     def _exact_views(self, image: Image.Image, draw: Draw) -> dict[str, np.ndarray]:
-        image = pil_jitter(to_rgb(image), draw.jitter)
+        image = pil_jitter(to_channels(image, self.channels), draw.jitter)
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image
         views = {"image": to_array(resized_crop(image, draw.crop, self.image_size, Image.Resampling.BICUBIC))}
         if self.token_image_size is not None:
@@ -142,7 +147,7 @@ class PretrainViews:
     def _fast_views(self, image: Image.Image | TurboJpeg, draw: Draw) -> dict[str, np.ndarray]:
         sizes = {"image": self.image_size, "token_image": self.token_image_size}
         crop = draw.mirrored(image.width).crop
-        array = cropped_array(image, crop, max(size for size in sizes.values() if size is not None))
+        array = cropped_array(image, crop, max(size for size in sizes.values() if size is not None), self.channels)
         views = {name: resized(array, size) for name, size in sizes.items() if size is not None}
         arrays = {name: (view.flip(-1) if draw.flip else view).numpy() for name, view in views.items()}
         return arrays | {"jitter_factors": draw.jitter.factors, "jitter_order": draw.jitter.order}
@@ -159,6 +164,7 @@ class ClassificationViews:
         auto_augment: timm's name of a RandAugment policy, such as `rand-m9-mstd0.5-inc1`; None = none.
         fill: colour in [0, 1] of what RandAugment moves in from outside: the mean of the normalisation.
         crop_ratio: evaluation resizes the shorter side to image_size / crop_ratio (None: .875 below 384, 1 from there).
+        channels: see `PretrainViews`; RandAugment takes 1 or 3.
     """
 
     image_size: int = 224
@@ -169,15 +175,16 @@ class ClassificationViews:
     auto_augment: str | None = None
     fill: tuple[float, ...] = HALF
     crop_ratio: float | None = None
+    channels: int = 3
     _augment: list = field(default_factory=list, repr=False, compare=False)  # timm's transform, built at first use
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """`image` as uint8 (C, H, W)."""
         if not self.train:
-            return {"image": to_array(centre_view(image, self.image_size, self.crop_ratio))}
+            return {"image": to_array(centre_view(image, self.image_size, self.crop_ratio, self.channels))}
         crop = draw_crop(rng, *image.size, self.scale, self.ratio)
         flip = bool(rng.random() < self.flip)
-        image, crop = scaled_decode(image, crop, self.image_size)
+        image, crop = scaled_decode(image, crop, self.image_size, self.channels)
         view = resized_crop(image, crop, self.image_size, Image.Resampling.BICUBIC)
         if self.auto_augment:
             view = self._randaugment(view, self.auto_augment, rng)
@@ -187,7 +194,8 @@ class ClassificationViews:
         if not self._augment:
             from timm.data.auto_augment import rand_augment_transform
 
-            fill = tuple(round(255 * m) for m in self.fill)
+            levels = tuple(round(255 * m) for m in self.fill)
+            fill = levels if self.channels == 3 else levels[0]
             settings = {"translate_const": int(self.image_size * 0.45), "img_mean": fill}
             self._augment.append(
                 rand_augment_transform(policy, {**settings, "interpolation": Image.Resampling.BICUBIC})
@@ -206,13 +214,13 @@ def shorter_side(size: int, crop_ratio: float | None = None) -> int:
     return math.floor(size / crop_ratio)
 
 
-def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None) -> Image.Image:
+def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None, channels: int = 3) -> Image.Image:
     """Evaluation view: shorter side to size / crop_ratio (bicubic), then the central (size, size) crop."""
     shorter = shorter_side(size, crop_ratio)
     # Decode JPEGs at twice the size that is needed: the bicubic filter then still sees every detail that counts.
     if image.format == "JPEG" and min(image.size) > shorter * 2:
         image.draft(None, (shorter * 2, shorter * 2))
-    image = to_rgb(image)
+    image = to_channels(image, channels)
     width, height = image.size
     short = min(width, height)
     image = image.resize(
@@ -233,22 +241,35 @@ def pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
 
 
 def color_jitter(image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor) -> Tensor:
-    """Colour jitter of a batch of RGB images in [0, 1], each with its own factors and order, in static shapes.
+    """Colour jitter of a batch of images in [0, 1], each with its own factors and order, in static shapes.
 
-    Every operation blends the image with a reference (black, its mean grey, its grey image), as torchvision's do.
+    Every operation blends the image with a reference (black, its mean grey, its grey image), as torchvision's do. An
+    image of one channel is its own grey image: saturation changes nothing. A fourth channel is left alone, as PIL does
+    with alpha.
     """
-    if image_BCHW.shape[1] != 3:
-        return image_BCHW  # saturation and grey are defined for RGB
-    weight_3 = image_BCHW.new_tensor([0.2989, 0.587, 0.114])
+    channels = image_BCHW.shape[1]
+    if channels > 3:
+        colours = color_jitter(image_BCHW[:, :3], factors_B3, order_B3)
+        return torch.cat([colours, image_BCHW[:, 3:]], dim=1)
+    weight_C = image_BCHW.new_tensor([0.2989, 0.587, 0.114] if channels == 3 else [1.0 / channels] * channels)
     for slot in range(3):
         operation_B111 = order_B3[:, slot].view(-1, 1, 1, 1)
         factor_B111 = factors_B3.gather(1, order_B3[:, slot : slot + 1]).to(image_BCHW.dtype).view(-1, 1, 1, 1)
-        grey_B1HW = (image_BCHW * weight_3.view(1, 3, 1, 1)).sum(1, keepdim=True)  # no matmul: autocast would round it
+        grey_B1HW = (image_BCHW * weight_C.view(1, -1, 1, 1)).sum(1, keepdim=True)  # no matmul: autocast would round it
         mean_B111 = grey_B1HW.mean(dim=(1, 2, 3), keepdim=True)
         reference = torch.where(operation_B111 == CONTRAST, mean_B111, grey_B1HW)
         reference = torch.where(operation_B111 == BRIGHTNESS, torch.zeros_like(reference), reference)
         image_BCHW = torch.lerp(reference.expand_as(image_BCHW), image_BCHW, factor_B111).clamp(0, 1)
     return image_BCHW
+
+
+def per_channel(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
+    """Mean or std for so many channels: as given, or one value for all. Raises UserError for any other number."""
+    if len(values) != channels and len(set(values)) == 1:
+        return (values[0],) * channels
+    if len(values) != channels:
+        raise UserError(f"{name}={list(values)} has {len(values)} values for data.channels={channels}")
+    return tuple(values)
 
 
 def normalise(image_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -1,0 +1,134 @@
+"""CIFAR-100 as its authors publish it, `cifar-100-python.tar.gz` (or unpacked): pickles, read without running them.
+
+The format (cs.toronto.edu/~kriz/cifar.html): files `train`, `test` and `meta`, each a pickled dictionary. `data` is a
+uint8 array (N, 3072), an image's 1,024 red, then green, then blue values; `fine_labels` and `filenames` are lists.
+A pickle may name any function to call. Here the few names that an array needs stand for inert records of this module,
+any other name ends the reading.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit_pretrain.errors import UserError, first_line
+
+SIDE = 32
+PIXELS = 3 * SIDE * SIDE  # bytes of an image
+ARCHIVE = re.compile(r"cifar-100-python.*\.(tar\.gz|tgz)", re.IGNORECASE)
+FILES = {"train": "train", "val": "test", "test": "test", "validation": "test"}
+LARGEST = 2**29  # bytes of a file in the archive; the real ones have 155 MB and less
+
+
+def recognised(source: Path) -> bool:
+    """Whether a file or folder is the archive or what comes out of it."""
+    if source.is_dir():
+        return all((source / name).is_file() for name in ("train", "test", "meta"))
+    return ARCHIVE.fullmatch(source.name) is not None
+
+
+def part_of(source: Path, split: str) -> Path:
+    """The file that holds a split: the archive itself, or one of the unpacked files. Raises UserError."""
+    if split not in FILES:
+        raise UserError(f"src={source}: CIFAR-100 has the parts train and test; split={split} is none of them")
+    return source / FILES[split] if source.is_dir() else source
+
+
+def read(source: Path, split: str) -> tuple[list[str], list[str], np.ndarray]:
+    """Names and classes of the images of a split, and their pixels (N, 3072) uint8.
+
+    Args:
+        source: what `part_of` gave for the split.
+        split: train, or val (also test, validation) for the test images.
+
+    Raises UserError if anything is not as CIFAR-100's authors made it.
+    """
+    name = FILES[split]
+    try:
+        data, meta = _files(source, name)
+        batch, names = _load(data), _load(meta)[b"fine_label_names"]
+        pixels = batch[b"data"].array()
+        labels = [names[label].decode("ascii") for label in batch[b"fine_labels"] if label >= 0]
+        files = [f"{name}/{file.decode('ascii')}" for file in batch[b"filenames"]]
+        if not len(labels) == len(files) == len(pixels) > 0 or pixels.shape[1] != PIXELS:
+            raise ValueError(f"{len(files)} names, {len(labels)} labels, data of shape {pixels.shape}")
+        if len(set(files)) < len(files) or any("/" in file.removeprefix(f"{name}/") for file in files):
+            raise ValueError("its file names are not those of CIFAR-100")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle may raise anything
+        raise UserError(f"{source} is not CIFAR-100's python version: {first_line(error)}") from None
+    return files, labels, pixels
+
+
+def _files(source: Path, name: str) -> tuple[bytes, bytes]:
+    """The bytes of the batch and of `meta`."""
+    if ARCHIVE.fullmatch(source.name) is None:
+        return source.read_bytes(), (source.parent / "meta").read_bytes()
+    found: dict[str, bytes] = {}
+    with tarfile.open(source, "r:gz") as tar:
+        total = 0
+        for member in tar:
+            total += member.size
+            if total > 2 * LARGEST:
+                raise ValueError(f"it unpacks to more than {2 * LARGEST} bytes")
+            base = Path(member.name).name
+            if member.isreg() and base in (name, "meta") and (file := tar.extractfile(member)):
+                found[base] = file.read()
+    if missing := {name, "meta"} - found.keys():
+        raise ValueError(f"it lacks the file {min(missing)}")
+    return found[name], found["meta"]
+
+
+class _Inert:
+    """Stands for numpy's types while a pickle is read: keeps what it is given and does nothing."""
+
+    def __init__(self, *args: Any):
+        self.args: tuple[Any, ...] = args
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def array(self) -> np.ndarray:
+        """The (N, 3072) uint8 array that the record describes. Raises ValueError if it describes another."""
+        _, shape, dtype, fortran, data = self.state
+        if dtype.args[0] not in ("u1", b"u1") or fortran or not isinstance(data, bytes) or len(shape) != 2:
+            raise ValueError("its data is no array of bytes")
+        return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _latin1(text: Any, encoding: Any) -> bytes:
+    """What `_codecs.encode` does in pickles that Python 3 wrote for Python 2: text of one byte a character."""
+    return text.encode("latin1")
+
+
+ALLOWED = {("numpy", "ndarray"): _Inert, ("numpy", "dtype"): _Inert, ("_codecs", "encode"): _latin1}
+ALLOWED |= {(f"numpy.{core}.multiarray", "_reconstruct"): _Inert for core in ("core", "_core")}
+
+
+# The C unpickler reserves memory for whatever memo number a pickle names; the one in Python does not.
+class _Unpickler(pickle._Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs") from None
+
+
+def _load(data: bytes) -> dict[bytes, Any]:
+    """The pickled dictionary, texts as bytes (as Python 2 wrote them)."""
+    loaded = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    return {key.encode() if isinstance(key, str) else key: _as_bytes(value) for key, value in loaded.items()}
+
+
+def _as_bytes(value: Any) -> Any:
+    if isinstance(value, list):
+        return [entry.encode() if isinstance(entry, str) else entry for entry in value]
+    return value

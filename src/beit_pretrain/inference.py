@@ -1,0 +1,161 @@
+"""What a file's tensors tell of its network, and whether its tensors and facts can be believed.
+
+Files come from anyone. Everything here raises UserError, in one line that names the file, before anything is built.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.settings import POSITIVE, SHARE, TEXTS, Rule, number, numbers, optional, whole
+
+TABLE = "relative_position_bias_table"
+SHARED_TABLE = f"rel_pos_bias.{TABLE}"
+MOST_BLOCKS = 1000
+PIXELS = whole(1, 2**16)
+# Dimensions of the tensors that the architecture is read from.
+DIMENSIONS = {"patch_embed.proj.weight": 4, "cls_token": 3, "mask_token": 3, "pos_embed": 3, SHARED_TABLE: 2}
+DIMENSIONS |= {"head.weight": 2, "lm_head.weight": 2}
+BLOCK_DIMENSIONS = {f"attn.{TABLE}": 2, "mlp.fc1.weight": 2}
+
+# What a config beside the tensors may say.
+SAID: dict[str, Rule] = {
+    "image_size": optional(
+        ("a number of pixels, or a pair", lambda v: PIXELS[1](v) or (isinstance(v, list) and numbers(2, PIXELS)[1](v)))
+    ),
+    "num_heads": optional(whole(1, 2**12)),
+    "init_values": optional(number(0)),
+    "norm_eps": POSITIVE,
+    "drop_path_rate": SHARE,
+}
+FACTS: dict[str, Rule] = {"classes": TEXTS, "crop_ratio": optional(number(0, 1, above=True))}
+
+
+def believed(values: dict[str, Any], rules: dict[str, Rule], path: Path) -> None:
+    """Raise UserError for the first value that breaks its rule."""
+    for name, (text, fits) in rules.items():
+        if name in values and not fits(values[name]):
+            raise UserError(f"{path}: {name} of its config must be {text}, got {str(values[name])[:80]!r}")
+
+
+def believed_facts(about: dict[str, Any], channels: int, classes: int | None, path: Path) -> dict[str, Any]:
+    """The facts beside the tensors, checked. Names of another number of classes are no names of these: left out."""
+    rules = FACTS | {"mean": numbers(channels, number(-math.inf)), "std": numbers(channels, POSITIVE)}
+    believed(about, rules, path)
+    wrong = classes is not None and len(about.get("classes", [])) != classes
+    return {name: value for name, value in about.items() if not (wrong and name == "classes")}
+
+
+def floats(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors as float32, in which networks are built and trained; half precision loses nothing.
+
+    Raises UserError for what no weight is: whole or complex numbers, NaN, sparse tensors, more numbers than are there.
+    """
+    found = {}
+    for name, tensor in state.items():
+        if name.endswith("num_batches_tracked"):  # a counter of batch norm, in segmentation heads
+            found[name] = tensor
+            continue
+        if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_quantized:
+            raise UserError(f"{path}: {name} holds {tensor.dtype} ({tensor.layout}); weights are real numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name} claims more numbers than the file holds")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or infinite numbers; the training it is from has diverged")
+        found[name] = tensor.float()
+    return found
+
+
+def infer(
+    state: dict[str, Tensor], kind: str, said: dict[str, Any], path: Path, hint: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The architecture, from the tensors; what tensors cannot tell comes from `said`, the file's own config.
+
+    Heads without any bias table: 64 numbers each, as in every BEiT. `hint` is the (height, width) of the images for
+    tables that are of no square grid. Raises UserError for what no BEiT has.
+    """
+    believed(said, SAID, path)
+    depth = number_of_blocks(state, path)
+    blocks = {f"blocks.{i}.{name}": n for i in range(depth) for name, n in BLOCK_DIMENSIONS.items()}
+    for name, dimensions in (DIMENSIONS | blocks).items():
+        if name in state and (state[name].ndim != dimensions or 0 in state[name].shape):
+            raise UserError(f"{path}: {name} has the shape {tuple(state[name].shape)}; no BEiT's has")
+    conv = state["patch_embed.proj.weight"]
+    if conv.shape[2] != conv.shape[3]:
+        raise UserError(f"{path} has patches of shape {tuple(conv.shape)}; square patches are needed")
+    width, patch = int(conv.shape[0]), int(conv.shape[2])
+    tables = [tensor for name, tensor in state.items() if name.endswith(TABLE)]
+    if SHARED_TABLE in state and len(tables) > 1:
+        raise UserError(f"{path} has a shared bias table and one in each block; one or the other can be read")
+    heads = int(tables[0].shape[1]) if tables else said.get("num_heads") or max(1, width // 64)
+    if width % heads:
+        raise UserError(f"{path}: a width of {width} does not divide into {heads} heads")
+    hidden = state.get("blocks.0.mlp.fc1.weight")
+    scale = 1e-5 if width >= 1024 else 0.1
+    architecture: dict[str, Any] = {
+        "norm_eps": 1e-6,
+        **{name: said[name] for name in ("norm_eps", "drop_path_rate") if name in said},
+        "image_size": said.get("image_size") or image_size(state, tables, patch, path, hint),
+        "patch_size": patch,
+        "in_chans": int(conv.shape[1]),
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": hidden.shape[0] / width if hidden is not None else 4.0,
+        "init_values": (said.get("init_values") or scale) if "blocks.0.gamma_1" in state else None,
+        "rel_pos_bias": "shared" if SHARED_TABLE in state else "per_layer" if tables else "none",
+        "abs_pos_emb": "pos_embed" in state,
+    }
+    if kind == "mim":
+        architecture["vocab_size"] = len(state["lm_head.weight"])
+    if kind == "classifier":
+        architecture["num_classes"] = len(state["head.weight"])
+        architecture["pool"] = "avg" if "fc_norm.weight" in state else "token"
+    return architecture
+
+
+def number_of_blocks(state: dict[str, Tensor], path: Path) -> int:
+    """How many blocks there are. Raises UserError unless they are numbered from 0 without a gap."""
+    numbers_found = {found[1] for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
+    count = len(numbers_found)
+    if count > MOST_BLOCKS or numbers_found != {str(i) for i in range(count)}:
+        odd = sorted(numbers_found - {str(i) for i in range(count)}, key=len)[:1]
+        raise UserError(f"{path} has {count} blocks, but they are not numbered 0 to {count - 1}: {odd[0][:20]}")
+    return count
+
+
+def image_size(
+    state: dict[str, Tensor], tables: list[Tensor], patch: int, path: Path, hint: Sequence[int] | None
+) -> int | list[int]:
+    """Side of the images that the position tables are for, pixels; 224 or so if there are none.
+
+    The tables of a grid that is not square leave open which one it is: then it must be that of `hint`.
+    """
+    if tables:
+        rows = len(tables[0])
+        side = (math.isqrt(max(0, rows - 3)) + 1) // 2
+        fits = rows == (2 * side - 1) ** 2 + 3
+    elif "pos_embed" in state:
+        rows = state["pos_embed"].shape[1]
+        side = math.isqrt(max(0, rows - 1))
+        fits = side * side == rows - 1
+    else:
+        side, fits = max(1, 224 // patch), True
+    if fits and side >= 1:
+        return side * patch
+    if hint is not None:
+        height, width = hint[0] // patch, hint[1] // patch
+        if rows == ((2 * height - 1) * (2 * width - 1) + 3 if tables else height * width + 1):
+            return list(hint)
+    raise UserError(
+        f"{path} has position tables of no square grid, and says nowhere of which grid they are; "
+        "load_pretrained(..., image_size=(height, width)) of its training can say it"
+    )

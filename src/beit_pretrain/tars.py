@@ -1,0 +1,94 @@
+"""Members of an uncompressed tar where they lie: name, offset, size. Nothing is ever unpacked.
+
+An archive may come from anyone. A name that leads outside, a link to elsewhere, a device or a sparse file is passed on
+with a negative size that says so (`REFUSED`); what no archive should have (a size that runs backwards, headers of
+hundreds of megabytes) makes the whole tar unreadable, in one line.
+"""
+
+from __future__ import annotations
+
+import math
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from beit_pretrain.errors import UserError
+
+# Sizes of members that are no plain files: why they are not read.
+OUTSIDE, LINK, DEVICE, SPARSE = -2, -3, -4, -5
+REFUSED = {
+    OUTSIDE: "its name leads outside the archive",
+    LINK: "a link whose target is not in the archive before it is followed",
+    DEVICE: "a device or a pipe, not a file",
+    SPARSE: "a sparse file, which cannot be read in place",
+}
+LARGEST_HEADER = 2**20  # bytes of a long name or of pax fields
+
+
+def scan_tar(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of the files in the uncompressed tar in the bytes `start` to `stop` of `path`.
+
+    Hard links come last, with the place of what they lead to. A negative size is a key of `REFUSED`.
+    Raises UserError if it is no such tar, or a damaged one.
+    """
+    links: list[tuple[str, str]] = []
+    for member in _members(path, start, stop):
+        if member.islnk():
+            links.append((member.name, member.linkname))
+        elif not member.isdir():
+            yield member.name, *_place(member)
+    if links:  # rare: a second look costs less than remembering every name of every tar
+        wanted = {target for _, target in links}
+        places = {m.name: _place(m) for m in _members(path, start, stop) if m.name in wanted and not m.islnk()}
+        for name, target in links:
+            yield name, *(places.get(target, (0, LINK)) if inside(name) else (0, OUTSIDE))
+
+
+def inside(name: str) -> bool:
+    """Whether a member's name stays within the archive's folder."""
+    return not name.startswith("/") and "\0" not in name and (".." not in name or ".." not in name.split("/"))
+
+
+def _place(member: tarfile.TarInfo) -> tuple[int, int]:
+    if not inside(member.name):
+        return 0, OUTSIDE
+    if member.issym():
+        return 0, LINK
+    if not member.isreg():
+        return 0, DEVICE
+    return (0, SPARSE) if member.issparse() else (member.offset_data, member.size)
+
+
+class _Headers:
+    """A file of which tarfile reads headers only: a header that asks for more than `LARGEST_HEADER` is refused."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes at byte {self.tell()}")
+        return self.file.read(size)
+
+
+def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
+                before = -1
+                for member in tar:
+                    if member.offset >= stop:  # an inner tar without an end mark
+                        return
+                    if member.size < 0 or member.offset <= before or tar.offset <= member.offset:
+                        raise tarfile.ReadError(f"runs backwards at byte {member.offset}")
+                    before = member.offset
+                    tar.members = []  # type: ignore[attr-defined]  # else each member keeps about 1 kB
+                    yield member
+                # tarfile takes a damaged header for the end of the archive and would drop the rest in silence.
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+    except Exception as error:  # tarfile raises nearly anything on hostile headers, RecursionError among others
+        raise UserError(f"{path} is not a readable uncompressed tar: {error}") from None

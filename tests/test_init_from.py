@@ -1,0 +1,156 @@
+"""`init_from=` on the command line: continued pre-training and fine-tuning from everyone's checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
+
+from beit_pretrain import tasks
+from beit_pretrain.__main__ import compose
+from beit_pretrain.backbone import SIZES, MaskedImageModel
+from beit_pretrain.checkpoint import read
+from beit_pretrain.pretrained import load_pretrained
+
+BRIEF = ["epochs=null", "optim.warmup_epochs=null", "steps=2", "global_batch=4", "threads=1", "log_every=1"]
+
+
+@pytest.fixture
+def words(shards, tmp_path):
+    data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0"]
+    return [*data, *BRIEF, f"run_dir={tmp_path / 'run'}", "logger=csv"]
+
+
+@pytest.fixture
+def pretrain_words(words, dvae_checkpoint):
+    tokenizer = ["tokenizer=dvae", f"tokenizer.path={dvae_checkpoint}"]
+    masks = ["image_size=32", "mask.max_patches=6", "mask.min_block=1"]
+    return ["fit", "+experiment=continue_own", *words, *tokenizer, *masks]
+
+
+@pytest.fixture
+def finetune_words(words):
+    return ["fit", "+experiment=finetune_own", *words, "image_size=32"]
+
+
+@pytest.fixture
+def authors_file(tmp_path):
+    """A self-supervised .pth of the dVAE fixture's 32 tokens."""
+    settings = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = scrambled(MaskedImageModel(32, **settings))
+    return unilm_file(tmp_path / "beit_pt22k.pth", model.state_dict())
+
+
+def started(words: list[str]) -> tasks.Task:
+    cfg = compose("fit", words[1:])
+    return tasks.TASKS[cfg.task](cfg)
+
+
+class TestContinuedPreTraining:
+    def test_from_the_authors_file(self, pretrain_words, authors_file, run_cli, tmp_path):
+        words = [*pretrain_words, f"init_from={authors_file}"]
+        model = started(words).module.model
+        state = torch.load(authors_file, weights_only=True)["model"]
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        assert model.training  # drop path works: what load_pretrained returns is in eval mode
+        assert model.config["drop_path_rate"] == 0.1
+        code, stdout, stderr = run_cli(*words)
+        assert code == 0, stderr
+        assert f"from {authors_file} (unilm or timm mim: 2 blocks of width 32" in stdout
+        # The run goes on, and is validated and shown, when that file is gone.
+        authors_file.unlink()
+        code, stdout, stderr = run_cli(*words)
+        assert "already finished" in stdout, stderr
+        code, _, stderr = run_cli("show", f"run={tmp_path / 'run'}", "images=2")
+        assert code == 0, stderr
+
+    def test_another_tokenizer_needs_a_new_head(self, pretrain_words, run_cli, tmp_path):
+        hf_mim().save_pretrained(tmp_path / "hf")  # 64 tokens
+        words = [*pretrain_words, f"init_from={tmp_path / 'hf'}"]
+        code, _, stderr = run_cli(*words)
+        assert code == 2
+        assert "predicts 64 tokens, the tokenizer has 32; new_head=true" in stderr
+        assert run_cli(*words, "new_head=true")[0] == 0
+        saved = load_pretrained(tmp_path / "run" / "checkpoints" / "last.ckpt", "mim")
+        assert saved.vocab_size == 32
+        assert saved.config["norm_eps"] == 1e-12  # what Hugging Face's config says
+
+    def test_at_another_image_size(self, pretrain_words, authors_file, run_cli, tmp_path):
+        code, stdout, stderr = run_cli(*pretrain_words, f"init_from={authors_file}", "image_size=48")
+        assert code == 0, stderr
+        state = read(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+        assert len(state["model.rel_pos_bias.relative_position_bias_table"]) == 11**2 + 3
+
+    def test_from_a_classifier(self, pretrain_words, run_cli, tmp_path):
+        torch.save(timm_beit().state_dict(), tmp_path / "timm.pth")
+        code, _, stderr = run_cli(*pretrain_words, f"init_from={tmp_path / 'timm.pth'}")
+        assert code == 2
+        assert "cannot predict tokens" in stderr
+
+
+class TestFineTuning:
+    @pytest.mark.parametrize("kind", ["authors", "timm", "hf", "hf mim"])
+    @pytest.mark.parametrize("size", [32, 48])
+    def test_from_every_format(self, kind, size, finetune_words, authors_file, run_cli, tmp_path):
+        source = {"authors": authors_file, "timm": tmp_path / "timm.pth"}.get(kind, tmp_path / "hf")
+        torch.save(timm_beit().state_dict(), tmp_path / "timm.pth")
+        (hf_mim() if kind == "hf mim" else hf_classifier()).save_pretrained(tmp_path / "hf")
+        code, _, stderr = run_cli(*finetune_words, f"init_from={source}", f"image_size={size}")
+        assert code == 0, stderr
+        # And goes on when its source is gone.
+        shutil.rmtree(source) if source.is_dir() else source.unlink()
+        code, stdout, stderr = run_cli(*finetune_words, f"init_from={source}", f"image_size={size}")
+        assert "already finished" in stdout, stderr
+
+    def test_absolute_positions_stay(self, finetune_words, tmp_path):
+        """The released 800-epoch model: no relative bias in fine-tuning either."""
+        hf_mim(bias="none", absolute=True, scale=None).save_pretrained(tmp_path / "hf")
+        config = started([*finetune_words, f"init_from={tmp_path / 'hf'}"]).module.model.config
+        assert (config["rel_pos_bias"], config["abs_pos_emb"], config["init_values"]) == ("none", True, None)
+
+    def test_a_head_is_kept_for_the_same_classes_alone(self, finetune_words, tmp_path):
+        classes = started([*finetune_words, "from_scratch=true", "model.size=tiny"]).data.classes
+        for names, kept in ((list(classes), True), (None, True), ([f"other {i}" for i in range(10)], False)):
+            model = hf_classifier(classes=10)
+            if names:
+                model.config.id2label = dict(enumerate(names))
+            model.save_pretrained(tmp_path / "hf")
+            head = started([*finetune_words, f"init_from={tmp_path / 'hf'}"]).module.model.head
+            assert torch.equal(head.weight, model.classifier.weight) == kept
+
+    def test_an_experiment_of_another_size_is_refused(self, words, authors_file, run_cli):
+        code, _, stderr = run_cli("fit", "+experiment=finetune_base_1k", *words, f"init_from={authors_file}")
+        assert code == 2
+        assert "has 2 blocks of width 32" in stderr
+        assert f"model.size=base asks for embed_dim={SIZES['base']['embed_dim']}" in stderr
+        assert stderr.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        ("setting", "fits"),
+        [
+            ("model.rel_pos_bias=none", False),
+            ("model.rel_pos_bias=per_layer", True),
+            ("model.abs_pos_emb=true", False),
+            ("model.abs_pos_emb=false", True),
+            ("+model.init_values=null", False),
+            ("+model.init_values=0.1", True),
+            ("patch_size=16", False),
+            ("data.channels=1", False),
+        ],
+    )
+    def test_a_setting_that_the_checkpoint_does_not_have(self, setting, fits, finetune_words, authors_file, run_cli):
+        code, _, stderr = run_cli(*finetune_words, f"init_from={authors_file}", setting)
+        assert (code == 0) == fits, stderr
+        if not fits:
+            assert setting.split("=")[0].lstrip("+").split(".")[-1] in stderr
+            assert stderr.count("\n") == 1
+
+    def test_drop_path_and_pooling_are_the_configs(self, finetune_words, authors_file):
+        settings = [f"init_from={authors_file}", "model.drop_path_rate=0.3", "model.pool=token"]
+        model = started([*finetune_words, *settings]).module.model
+        assert model.training
+        assert model.blocks[1].drop_path1.drop_prob == pytest.approx(0.3)
+        assert model.config["pool"] == "token"
+        assert torch.equal(model.norm.weight, torch.load(authors_file, weights_only=True)["model"]["norm.weight"])

@@ -1,0 +1,89 @@
+"""Mixtures: exact shares, every data set in its own order, a pure function of the position."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.mixture import Mixture, shares
+from beit_pretrain.order import Order
+
+A, B, C = [5, 7, 3], [12, 0, 4], [30]
+
+
+def mixture(weights=(0.7, 0.3), sizes=(A, B), seed=1) -> Mixture:
+    orders = [Order(list(s), seed + i, window=4, streams=2) for i, s in enumerate(sizes)]
+    return Mixture(orders, weights, seed)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ((0.7, 0.3), (182, 78)),
+        ((7, 3), (182, 78)),
+        ((1, 1), (128, 128)),
+        ((0.5, 0.25, 0.25), (128, 64, 64)),
+        ((1 / 3, 2 / 3), (86, 172)),
+        ((1,), (256,)),
+        ((0.999, 0.001), (999, 1)),
+        ((np.pi, np.e), (5361, 4639)),  # rounded to ten thousandths, largest remainders first
+    ],
+)
+def test_shares(weights, expected):
+    assert tuple(shares(weights, len(weights))) == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"), [((1,), "1 numbers for 2"), ((1, 2, 3), "3 numbers for 2"), ((1, 1e-6), "less than 1 of")]
+)
+def test_weights_that_do_not_fit(weights, said):
+    with pytest.raises(UserError, match=said):
+        shares(weights, 2)
+
+
+def test_counts_are_exact_at_every_blocks_end():
+    mixed = mixture((0.5, 0.2, 0.3), (A, B, C))
+    dataset, _ = mixed.places(range(20 * mixed.block))
+    counts = np.bincount(dataset.reshape(20, -1)[0], minlength=3)
+    assert (np.stack([np.bincount(row, minlength=3) for row in dataset.reshape(20, -1)]) == counts).all()
+    assert (counts / mixed.block == [0.5, 0.2, 0.3]).all()
+    assert len({tuple(row) for row in dataset.reshape(20, -1)}) == 20  # but not always at the same places
+
+
+def test_every_data_set_follows_its_own_order():
+    """All of its samples once before any comes again, whatever stands between."""
+    mixed = mixture()
+    positions = range(3 * mixed.block)
+    dataset, own = mixed.places(positions)
+    addresses = mixed.samples_at(positions)
+    for number, first in ((0, 0), (1, len(A))):
+        assert own[dataset == number].tolist() == list(range((dataset == number).sum()))
+        expected = mixed.orders[number].samples_at(own[dataset == number])
+        assert (addresses[dataset == number] == expected + [first, 0]).all()
+        samples = mixed.orders[number].samples
+        epochs = [tuple(map(tuple, part)) for part in np.split(expected, range(samples, len(expected), samples))]
+        assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
+def test_a_position_depends_on_nothing_but_itself():
+    mixed = mixture()
+    everything = mixed.samples_at(range(1000))
+    assert (mixture().samples_at(range(999, -1, -7)) == everything[999::-7]).all()
+    assert (pickle.loads(pickle.dumps(mixed)).samples_at(range(500, 600)) == everything[500:600]).all()
+    assert tuple(mixed.sample_at(123)) == tuple(everything[123])
+    assert (mixture(seed=2).samples_at(range(1000)) != everything).any()
+    far = mixed.samples_at(range(10**9, 10**9 + 50))
+    assert (mixed.samples_at(range(10**9 + 20, 10**9 + 30)) == far[20:30]).all()
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_is_read_was_announced(world):
+    mixed = mixture(sizes=([4] * 30, [4] * 20))
+    for position in (0, 50, 3 * mixed.block - 1):
+        for rank in range(world):
+            soon = mixed.samples_at(range(position + (rank - position) % world, position + 6, world))
+            assert set(soon[:, 0]) <= set(mixed.shards_ahead(position, rank, world))

@@ -1,0 +1,100 @@
+"""Hostile archives: nothing is read outside them, and what cannot be read ends in one line."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from test_images import encoded
+
+from beit_pretrain import tars
+from beit_pretrain.errors import UserError
+from beit_pretrain.tars import DEVICE, LINK, OUTSIDE, SPARSE, scan_tar
+
+
+def member(
+    name: str, kind: bytes = tarfile.REGTYPE, link: str = "", data: bytes = b""
+) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, len(data)
+    return info, data
+
+
+HOSTILE = {
+    "../up.jpg": (member("../up.jpg", data=encoded(0)), OUTSIDE),
+    "a/../../up.jpg": (member("a/../../up.jpg", data=encoded(0)), OUTSIDE),
+    "/etc/abs.jpg": (member("/etc/abs.jpg", data=encoded(0)), OUTSIDE),
+    "sym.jpg": (member("sym.jpg", tarfile.SYMTYPE, "/etc/passwd"), LINK),
+    "hard.jpg": (member("hard.jpg", tarfile.LNKTYPE, "/etc/passwd"), LINK),
+    "null.jpg": (member("null.jpg", tarfile.CHRTYPE), DEVICE),
+    "disk.jpg": (member("disk.jpg", tarfile.BLKTYPE), DEVICE),
+    "pipe.jpg": (member("pipe.jpg", tarfile.FIFOTYPE), DEVICE),
+}
+
+
+def hostile_tar(path: Path) -> Path:
+    """A tar with one good image and everything that is refused."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for (info, data), _ in HOSTILE.values():
+            tar.addfile(info, io.BytesIO(data))
+        tar.addfile(*(lambda info, data: (info, io.BytesIO(data)))(*member("good.jpg", data=encoded(1))))
+    return path
+
+
+def test_members_that_are_refused(tmp_path):
+    found = {name: size for name, _, size in scan_tar(hostile_tar(tmp_path / "x.tar"))}
+    assert found == {name: size for name, (_, size) in HOSTILE.items()} | {"good.jpg": len(encoded(1))}
+
+
+def test_sparse_members(tmp_path):
+    info, _ = member("holes.jpg", tarfile.GNUTYPE_SPARSE)
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "x.tar").write_bytes(bytes(header) + bytes(1024))
+    assert list(scan_tar(tmp_path / "x.tar")) == [("holes.jpg", 0, SPARSE)]
+
+
+def huge_file() -> bytes:
+    info, _ = member("big.jpg")
+    info.size = 8 * 2**40
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
+
+
+def huge_name() -> bytes:
+    info, _ = member("././@LongLink", tarfile.GNUTYPE_LONGNAME)
+    info.size = 2**33
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
+
+
+def negative_size() -> bytes:
+    info, _ = member("back.jpg")
+    info.size = -512
+    return info.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
+
+
+def endless_pax() -> bytes:
+    record = b"11 path=aaa\n"
+    info, _ = member("pax", tarfile.XHDTYPE, data=record)
+    return (info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0")) * 5000
+
+
+def negative_pax_size() -> bytes:
+    record = b"14 size=-1024\n"
+    pax, _ = member("pax", tarfile.XHDTYPE, data=record)
+    info, _ = member("back.jpg", data=b"x" * 512)
+    return pax.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + info.tobuf(tarfile.USTAR_FORMAT) + bytes(2048)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("build", [huge_file, huge_name, negative_size, endless_pax, negative_pax_size])
+def test_archives_that_are_refused(build, tmp_path):
+    (tmp_path / "x.tar").write_bytes(build())
+    with pytest.raises(UserError, match="not a readable uncompressed tar") as caught:
+        list(scan_tar(tmp_path / "x.tar"))
+    assert "\n" not in str(caught.value)
+
+
+def test_inside():
+    assert all(map(tars.inside, ("a.jpg", "a/b..jpg", "./a", "..a/b")))
+    assert not any(map(tars.inside, ("..", "a/..", "/a", "../a", "a\0b")))
