@@ -69,6 +69,10 @@ def test_departures_lie_between_nothing_and_another_jitter(found):
         assert 0.1 < found[name]["image_difference"] < another / 2
 
 
+def test_contrast_of_the_crop_would_be_further_away(found):
+    assert found[JITTER]["image_difference"] < 0.95 * found["the same, crop's contrast"]["image_difference"]
+
+
 def test_scaled_decoding_counts_where_images_are_large(files):
     small = compare(files, 12, 0, Sides(8, 8), None)["only scaled decoding"]["image_difference"]
     whole = compare(files, 12, 0, Sides(64, 64), None)["only scaled decoding"]["image_difference"]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_views import PAPER_CROP, as_jpeg, picture, rng
 
-from beit_pretrain import decoding
+from beit_pretrain import decoding, tiles
 from beit_pretrain.decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
 from beit_pretrain.views import PretrainViews, draw_crop
 
@@ -54,6 +54,7 @@ class TestScaledDecoding:
 
 
 VIEWS = PretrainViews(32, 16)
+TILES = tiles.comment(picture(50, 40, seed=3))
 
 
 def as_bytes(image: Image.Image, extension: str = "JPEG", **settings) -> bytes:
@@ -71,10 +72,18 @@ class TestCroppedArray:
             crop = draw_crop(rng(position), *size, *PAPER_CROP)
             image, box = scaled_decode(as_jpeg(picture(*size)), crop, 64)
             expected = np.asarray(image)[box.top : box.top + box.height, box.left : box.left + box.width]
-            assert np.array_equal(cropped_array(as_jpeg(picture(*size)), crop, 64), expected)
+            assert np.array_equal(cropped_array(as_jpeg(picture(*size)), crop, 64).array, expected)
 
     @pytest.mark.parametrize(
-        "marks", [{}, {"restart_marker_rows": 1}, {"mode": "L"}, {"keep_rgb": True}, {"progressive": True}]
+        "marks",
+        [
+            {},
+            {"restart_marker_rows": 1},
+            {"restart_marker_rows": 1, "comment": TILES},
+            {"mode": "L"},
+            {"keep_rgb": True},
+            {"progressive": True},
+        ],
     )
     @pytest.mark.parametrize("size", SIZES)
     def test_simplejpeg_gives_the_same_pixels(self, size, marks):
@@ -83,8 +92,10 @@ class TestCroppedArray:
         data = as_bytes(picture(*size).convert(settings.pop("mode", "RGB")), quality=95, **settings)
         for position in range(8):
             crop = draw_crop(rng(position), *size, *PAPER_CROP)
-            fast = cropped_array(turbo_jpeg(data), crop, 32)
-            assert np.array_equal(fast, cropped_array(Image.open(io.BytesIO(data)), crop, 32))
+            fast, colours = cropped_array(turbo_jpeg(data), crop, 32)
+            expected = cropped_array(Image.open(io.BytesIO(data)), crop, 32)
+            assert np.array_equal(fast, expected.array)
+            assert np.array_equal(colours, expected.colours)
 
     def test_what_simplejpeg_refuses_is_pillows(self, monkeypatch):
         def refuse(*args, **settings):
@@ -93,7 +104,7 @@ class TestCroppedArray:
         monkeypatch.setattr(decoding, "simplejpeg", type("Refusing", (), {"decode_jpeg": staticmethod(refuse)}))
         crop = Crop(3, 5, 40, 50)
         image = TurboJpeg(as_bytes(picture(), quality=95), (90, 70))
-        assert np.array_equal(cropped_array(image, crop, 32), np.asarray(as_jpeg(picture()))[3:43, 5:55])
+        assert np.array_equal(cropped_array(image, crop, 32).array, np.asarray(as_jpeg(picture()))[3:43, 5:55])
 
     def test_damaged_jpegs_are_refused_or_pillows(self):
         pytest.importorskip("simplejpeg", reason="needs the extra `fast`")
@@ -121,7 +132,7 @@ class TestCroppedArray:
         buffer = io.BytesIO()
         picture().convert(mode).save(buffer, "JPEG")
         expected = np.asarray(Image.open(buffer).convert("RGB"))
-        assert np.array_equal(cropped_array(Image.open(buffer), Crop(0, 0, 70, 90), 64), expected)
+        assert np.array_equal(cropped_array(Image.open(buffer), Crop(0, 0, 70, 90), 64).array, expected)
 
     def test_truncated_jpegs_are_refused(self):
         buffer = io.BytesIO()

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from beit_pretrain.decoding import Crop
+from beit_pretrain.decoding import Crop, sampled
 from beit_pretrain.errors import UserError
 from beit_pretrain.order import VIEW, generator
 from beit_pretrain.views import (
@@ -20,9 +20,12 @@ from beit_pretrain.views import (
     HALF,
     SATURATION,
     ClassificationViews,
+    Draw,
+    Jitter,
     PretrainViews,
     centre_view,
     color_jitter,
+    contrast_grey,
     draw_crop,
     draw_jitter,
     jittered_views,
@@ -159,8 +162,8 @@ class TestPretrainViews:
         assert torch.equal(token_image, batch["token_image"].float() / 255)
 
     def test_fast_and_exact_are_close(self):
-        """Jitter before or after the crop differs only in contrast's mean and in rounding: without contrast, hardly."""
-        settings = {"image_size": 32, "token_image_size": 16, "jitter": (0.2, 0.0, 0.2), "flip": 0.0}
+        """Jitter before or after the crop differs only in rounding and in what resizing mixes after clipping."""
+        settings = {"image_size": 32, "token_image_size": 16, "jitter": (0.2, 0.4, 0.2), "flip": 0.0}
         for position in range(4):
             batches = [
                 {
@@ -196,6 +199,35 @@ class TestJitter:
                 expected = ADJUST[operation](expected, factors[b, operation].item())
             assert torch.allclose(jittered[b], expected, atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("order", ORDERS)
+    @pytest.mark.parametrize("factors", [(1.4, 0.6, 1.4), (0.6, 1.4, 0.6), (1.4, 0.7, 0.6), (1.0, 0.6, 1.0)])
+    def test_contrasts_grey_is_pillows(self, order, factors):
+        """What PIL's contrast sees as mean grey after the operations before it, clipping included."""
+        jitter = Jitter(np.array(factors, np.float32), np.array(order))
+        before = order[: order.index(CONTRAST)]
+        image = expected = picture(300, 200)
+        for operation in before:
+            expected = ADJUST[operation](expected, factors[operation])
+        expected = np.asarray(expected.convert("L")).mean()
+        assert 255 * contrast_grey(np.asarray(image), jitter) == pytest.approx(expected, abs=1)
+        assert 255 * contrast_grey(sampled(image), jitter) == pytest.approx(expected, abs=1.5)
+
+    def test_contrast_is_relative_to_the_whole_image(self):
+        """A crop of black from an image that is half white: contrast moves it, though it is of one grey itself."""
+        image = Image.new("RGB", (80, 40), "white")
+        image.paste("black", (0, 0, 40, 40))
+        jitter = Jitter(np.array([1, 0.6, 1], np.float32), np.arange(3))
+        draws = [Draw(jitter, False, Crop(0, left, 40, 40)) for left in (0, 40)]
+        seen = []
+        for draw in draws:
+            arrays = PretrainViews(16, 8).views(image, draw)
+            views = jittered_views({name: torch.from_numpy(array)[None] for name, array in arrays.items()})
+            exact = PretrainViews(16, 8, exact=True).views(image, draw)
+            for name, view in zip(("image", "token_image"), views, strict=True):
+                assert torch.allclose(view[0], torch.from_numpy(exact[name]) / 255, atol=0.01)
+            seen.append(views[0].mean().item())
+        assert seen == pytest.approx([0.2, 0.8], abs=0.01)
+
     def test_factors_and_orders_are_drawn_as_torchvision_draws_them(self):
         jitters = [draw_jitter(rng(k), (0.4, 0.2, 0.0)) for k in range(3000)]
         factors = np.stack([jitter.factors for jitter in jitters])
@@ -216,6 +248,7 @@ class TestJitter:
             "token_image": colour.expand(-1, -1, 16, 16),
             "jitter_factors": torch.empty(6, 3).uniform_(0.6, 1.4),
             "jitter_order": torch.tensor(ORDERS),
+            "jitter_grey": torch.full((6,), 0.3),
         }
         image, token_image = jittered_views(batch)
         assert torch.allclose(image[..., :16, :16], token_image, atol=1e-6)

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from beit_pretrain.bench import Sides, read_photos, sides_for, table
-from beit_pretrain.decoding import Crop, resized, scaled_decode
+from beit_pretrain.decoding import Crop, resized, sampled, scaled_decode
 from beit_pretrain.images import opened, to_rgb
 from beit_pretrain.order import VIEW, generator
 from beit_pretrain.tokenizer import Tokenizer
@@ -30,6 +30,9 @@ from beit_pretrain.views import (
     Draw,
     Jitter,
     PretrainViews,
+    color_jitter,
+    contrast_grey,
+    jitter_arrays,
     jittered_views,
     pil_jitter,
     resized_crop,
@@ -59,23 +62,26 @@ class Variant(NamedTuple):
     other: bool = False  # with the jitter of another draw
 
 
-def on_device(image: np.ndarray, token_image: np.ndarray, jitter: Jitter = NO_JITTER) -> Pair:
-    """What the training device makes of a worker's arrays: jittered if asked."""
-    arrays = {"image": image, "token_image": token_image}
-    arrays |= {"jitter_factors": jitter.factors, "jitter_order": jitter.order}
+def on_device(arrays: dict[str, np.ndarray]) -> Pair:
+    """What the training device makes of a worker's arrays."""
     views = jittered_views({name: torch.from_numpy(array)[None] for name, array in arrays.items()})
     return Pair(views[0][0], views[1][0])
 
 
-def pil_views(image: Image.Image, crop: Crop, sides: Sides, flip: bool = False, jitter: Jitter = NO_JITTER) -> Pair:
-    """Both views of an RGB image, bicubic and Lanczos, by PIL; then, if asked, the flip and the device's jitter."""
+def unchanged(image: np.ndarray, token_image: np.ndarray) -> Pair:
+    """Arrays (3, H, W) as views."""
+    return on_device({"image": image, "token_image": token_image} | jitter_arrays(NO_JITTER, 0.0))
+
+
+def pil_arrays(image: Image.Image, crop: Crop, sides: Sides, flip: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Both views of an RGB image by PIL, bicubic and Lanczos, then, if asked, the flip."""
     large = to_array(resized_crop(image, crop, sides.image, BICUBIC), flip)
-    return on_device(large, to_array(resized_crop(image, crop, sides.token_image, LANCZOS), flip), jitter)
+    return large, to_array(resized_crop(image, crop, sides.token_image, LANCZOS), flip)
 
 
 def authors(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     """Decode in full, jitter and flip the whole image, then crop: the view `exact`."""
-    return pil_views(jittered_and_flipped(image, draw), draw.crop, sides)
+    return unchanged(*pil_arrays(jittered_and_flipped(image, draw), draw.crop, sides))
 
 
 def jittered_and_flipped(image: Image.Image, draw: Draw) -> Image.Image:
@@ -85,18 +91,28 @@ def jittered_and_flipped(image: Image.Image, draw: Draw) -> Image.Image:
 
 def unjittered(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     """The authors' views without their jitter."""
-    return pil_views(to_rgb(image), draw.mirrored(image.width).crop, sides, draw.flip)
+    return unchanged(*pil_arrays(to_rgb(image), draw.mirrored(image.width).crop, sides, draw.flip))
 
 
 def jitter_after(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     """The authors' views but for the jitter, which comes after the crop, in float."""
-    return pil_views(to_rgb(image), draw.mirrored(image.width).crop, sides, draw.flip, draw.jitter)
+    rgb = to_rgb(image)
+    large, small = pil_arrays(rgb, draw.mirrored(image.width).crop, sides, draw.flip)
+    jitter = jitter_arrays(draw.jitter, contrast_grey(sampled(rgb), draw.jitter))
+    return on_device({"image": large, "token_image": small} | jitter)
+
+
+def crops_contrast(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
+    """The same with contrast relative to the crop's mean grey, each view's own: what this project avoids."""
+    arrays = pil_arrays(to_rgb(image), draw.mirrored(image.width).crop, sides, draw.flip)
+    jitter = torch.from_numpy(draw.jitter.factors)[None], torch.from_numpy(draw.jitter.order)[None]
+    return Pair(*(color_jitter(torch.from_numpy(array)[None].float() / 255, *jitter)[0] for array in arrays))
 
 
 def scaled(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     """Without jitter, decoded at the scale that the crop allows."""
     image, crop = scaled_decode(image, draw.mirrored(image.width).crop, max(sides))
-    return pil_views(image, crop, sides, draw.flip)
+    return unchanged(*pil_arrays(image, crop, sides, draw.flip))
 
 
 def other_filter(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
@@ -105,13 +121,12 @@ def other_filter(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     array = np.array(to_rgb(image))[top : top + height, left : left + width]
     views = (resized(array, side) for side in sides)
     large, small = ((view.flip(-1) if draw.flip else view).numpy() for view in views)
-    return on_device(large, small)
+    return unchanged(large, small)
 
 
 def ours(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     """What training sees by default: all departures at once."""
-    views = PretrainViews(*sides).views(image, draw)
-    return on_device(views["image"], views["token_image"], draw.jitter)
+    return on_device(PretrainViews(*sides).views(image, draw))
 
 
 def encoded_again(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
@@ -129,7 +144,7 @@ def half_a_pixel(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     top_f = top + (0.5 if top + height < image.height else -0.5 if top else 0)
     box = (left_f, top_f, left_f + width, top_f + height)
     large, small = (image.resize((side, side), how, box=box) for side, how in zip(sides, (BICUBIC, LANCZOS)))
-    return on_device(to_array(large), to_array(small))
+    return unchanged(to_array(large), to_array(small))
 
 
 EXACT, PLAIN = "exact", "exact, no jitter"
@@ -138,6 +153,7 @@ VARIANTS: dict[str, Variant] = {
     PLAIN: Variant(PLAIN, unjittered),
     "fast: all departures": Variant(EXACT, ours),
     "only jitter after the crop": Variant(EXACT, jitter_after),
+    "the same, crop's contrast": Variant(EXACT, crops_contrast),
     "only scaled decoding": Variant(PLAIN, scaled),
     "only the resizing filter": Variant(PLAIN, other_filter),
     "control: half a pixel": Variant(EXACT, half_a_pixel),

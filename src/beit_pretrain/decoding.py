@@ -19,6 +19,7 @@ from torch import Tensor
 
 from beit_pretrain.images import MAX_PIXELS, opened, to_channels
 from beit_pretrain.jpeg_rows import cut_rows
+from beit_pretrain.tiles import in_comment, in_jpeg
 
 try:
     import simplejpeg
@@ -26,6 +27,7 @@ except ImportError:
     simplejpeg = None
 
 
+SAMPLED_ROWS = 32  # of pixels (or columns, if an image is higher than wide) that stand for the whole image's colours
 SAME_RGB = ("YCbCr", "Gray", "RGB")  # colours of a JPEG; CMYK's two kinds differ
 
 
@@ -38,20 +40,39 @@ class Crop(NamedTuple):
     width: int
 
 
-def cropped_array(image: Image.Image | TurboJpeg, crop: Crop, size: int, channels: int = 3) -> np.ndarray:
-    """The crop of an opened image, uint8 (h, w, channels), of at least `size` pixels a side where the image has them.
+class Cropped(NamedTuple):
+    """What was decoded of an image."""
+
+    array: np.ndarray  # uint8 (h, w, C), the crop
+    colours: np.ndarray  # uint8 (..., C), a sample of the whole image's pixels, or the mean colours of its tiles
+
+
+def cropped_array(image: Image.Image | TurboJpeg, crop: Crop, size: int, channels: int = 3) -> Cropped:
+    """The crop of an opened image, of at least `size` pixels a side where the image has them, and the whole's colours.
 
     Raises what Pillow raises for broken files.
     """
     if isinstance(image, TurboJpeg):
-        if (array := turbo_crop(image, crop, size)) is not None:
-            return array
+        if (cropped := turbo_crop(image, crop, size)) is not None:
+            return cropped
         with opened(image.data) as judged:
             return cropped_array(judged, crop, size, channels)
+    tiles = in_comment(image.info.get("comment"), channels)
     image, crop = scaled_decode(image, crop, size, channels)
     # A copy, since torch warns of arrays that cannot be written to.
     array = np.array(image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)))
-    return array.reshape(crop.height, crop.width, channels)
+    return Cropped(array.reshape(crop.height, crop.width, channels), sampled(image) if tiles is None else tiles)
+
+
+def sampled(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Pixels on a regular grid over an image, or over an array (H, W, C): uint8 (h, w, C), the same of both."""
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
+    step = max(1, min(width, height) // SAMPLED_ROWS)
+    right, bottom = width // step * step, height // step * step
+    if isinstance(image, np.ndarray):
+        return image[step // 2 : bottom : step, step // 2 : right : step]
+    size, box = (right // step, bottom // step), (0, 0, right, bottom)
+    return np.asarray(image.resize(size, Image.Resampling.NEAREST, box)).reshape(*size[::-1], -1)
 
 
 def scaled_decode(image: Image.Image, crop: Crop, size: int, channels: int = 3) -> tuple[Image.Image, Crop]:
@@ -91,6 +112,7 @@ class TurboJpeg(NamedTuple):
 
     data: bytes
     size: tuple[int, int]  # width, height
+    tiles: np.ndarray | None = None  # the whole image's colours, if the file tells them
 
     @property
     def width(self) -> int:
@@ -105,24 +127,28 @@ def turbo_jpeg(data: bytes) -> TurboJpeg | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    return TurboJpeg(data, (width, height)) if colours in SAME_RGB and 0 < width * height <= MAX_PIXELS else None
+    if colours not in SAME_RGB or not 0 < width * height <= MAX_PIXELS:
+        return None
+    return TurboJpeg(data, (width, height), in_jpeg(data))
 
 
-def turbo_crop(image: TurboJpeg, crop: Crop, size: int) -> np.ndarray | None:
+def turbo_crop(image: TurboJpeg, crop: Crop, size: int) -> Cropped | None:
     """`cropped_array` by simplejpeg; None for what it objects to: of damaged files Pillow is the judge."""
-    data, scale = image.data, decoding_scale(image.size, crop, size)
+    data, first, scale = image.data, 0, decoding_scale(image.size, crop, size)
     try:
         if scale > 1:
             width, height = (math.ceil(side / scale) for side in image.size)
             array = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
             crop = crop_in(crop, image.size, (array.shape[1], array.shape[0]))
         else:
-            data, first = cut_rows(data, crop.top, crop.top + crop.height) or (data, 0)
+            if image.tiles is not None:  # else the whole image's colours are needed
+                data, first = cut_rows(data, crop.top, crop.top + crop.height) or (data, 0)
             array = simplejpeg.decode_jpeg(data, "RGB")
             crop = crop._replace(top=crop.top - first)
     except ValueError:
         return None
-    return array[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    colours = sampled(array) if image.tiles is None else image.tiles
+    return Cropped(array[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width], colours)
 
 
 def resized(array_HWC: np.ndarray, size: int) -> Tensor:

@@ -26,6 +26,7 @@ from beit_pretrain.images import opened, to_channels
 
 HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 
 
 class Jitter(NamedTuple):
@@ -125,7 +126,7 @@ class PretrainViews:
         return Draw(jitter, bool(rng.random() < self.flip), draw_crop(rng, *size, self.scale, self.ratio))
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """`image` and `token_image` as uint8 (C, H, W), `jitter_factors` (3,) and `jitter_order` (3,).
+        """`image`, `token_image` as uint8 (C, H, W), `jitter_factors` (3,), `jitter_order` (3,), `jitter_grey` ().
 
         With `exact` the jitter has been applied and the factors are 1.
         """
@@ -142,15 +143,16 @@ class PretrainViews:
         if self.token_image_size is not None:
             small = resized_crop(image, draw.crop, self.token_image_size, Image.Resampling.LANCZOS)
             views["token_image"] = to_array(small)
-        return views | {"jitter_factors": np.ones(3, np.float32), "jitter_order": draw.jitter.order}
+        return views | jitter_arrays(draw.jitter._replace(factors=np.ones(3, np.float32)), 0.0)
 
     def _fast_views(self, image: Image.Image | TurboJpeg, draw: Draw) -> dict[str, np.ndarray]:
         sizes = {"image": self.image_size, "token_image": self.token_image_size}
         crop = draw.mirrored(image.width).crop
-        array = cropped_array(image, crop, max(size for size in sizes.values() if size is not None), self.channels)
-        views = {name: resized(array, size) for name, size in sizes.items() if size is not None}
+        largest = max(size for size in sizes.values() if size is not None)
+        cropped = cropped_array(image, crop, largest, self.channels)
+        views = {name: resized(cropped.array, size) for name, size in sizes.items() if size is not None}
         arrays = {name: (view.flip(-1) if draw.flip else view).numpy() for name, view in views.items()}
-        return arrays | {"jitter_factors": draw.jitter.factors, "jitter_order": draw.jitter.order}
+        return arrays | jitter_arrays(draw.jitter, contrast_grey(cropped.colours, draw.jitter))
 
 
 @dataclass(frozen=True)
@@ -240,23 +242,56 @@ def pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
     return image
 
 
-def color_jitter(image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor) -> Tensor:
+def jitter_arrays(jitter: Jitter, grey: float) -> dict[str, np.ndarray]:
+    """What a sample carries of its jitter: `grey` is `contrast_grey`'s."""
+    arrays = {"jitter_factors": jitter.factors, "jitter_order": jitter.order}
+    return arrays | {"jitter_grey": np.asarray(grey, np.float32)}
+
+
+def contrast_grey(colours: np.ndarray, jitter: Jitter) -> float:
+    """The grey in [0, 1] that contrast blends with: a whole image's mean, after the operations that come before.
+
+    `colours` (..., C) uint8 stand for the image's pixels. Elementwise, so that the number of threads cannot matter.
+    """
+    pixels = colours.reshape(-1, colours.shape[-1])[:, :3].T.astype(np.float32)  # (C, K)
+    factors = jitter.factors.tolist()
+    for operation in jitter.order.tolist():
+        if operation == CONTRAST:
+            break
+        grey = 0 if operation == BRIGHTNESS else _grey(pixels)
+        pixels = np.minimum(np.maximum((pixels - grey) * factors[operation] + grey, 0), 255)
+    grey = _grey(pixels)
+    return float(np.add.reduce(grey)) / (255 * grey.size)
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    red, green, blue = GREY
+    return pixels[0] if len(pixels) == 1 else pixels[0] * red + pixels[1] * green + pixels[2] * blue
+
+
+def color_jitter(
+    image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor, contrast_grey_B: Tensor | None = None
+) -> Tensor:
     """Colour jitter of a batch of images in [0, 1], each with its own factors and order, in static shapes.
 
+    Contrast blends with `contrast_grey_B` in [0, 1], that of the whole image; without, with the mean of what it gets.
     Every operation blends the image with a reference (black, its mean grey, its grey image), as torchvision's do. An
     image of one channel is its own grey image: saturation changes nothing. A fourth channel is left alone, as PIL does
     with alpha.
     """
     channels = image_BCHW.shape[1]
     if channels > 3:
-        colours = color_jitter(image_BCHW[:, :3], factors_B3, order_B3)
+        colours = color_jitter(image_BCHW[:, :3], factors_B3, order_B3, contrast_grey_B)
         return torch.cat([colours, image_BCHW[:, 3:]], dim=1)
-    weight_C = image_BCHW.new_tensor([0.2989, 0.587, 0.114] if channels == 3 else [1.0 / channels] * channels)
+    weight_C = image_BCHW.new_tensor(GREY if channels == 3 else [1.0 / channels] * channels)
     for slot in range(3):
         operation_B111 = order_B3[:, slot].view(-1, 1, 1, 1)
         factor_B111 = factors_B3.gather(1, order_B3[:, slot : slot + 1]).to(image_BCHW.dtype).view(-1, 1, 1, 1)
         grey_B1HW = (image_BCHW * weight_C.view(1, -1, 1, 1)).sum(1, keepdim=True)  # no matmul: autocast would round it
-        mean_B111 = grey_B1HW.mean(dim=(1, 2, 3), keepdim=True)
+        if contrast_grey_B is None:
+            mean_B111 = grey_B1HW.mean(dim=(1, 2, 3), keepdim=True)
+        else:
+            mean_B111 = contrast_grey_B.to(image_BCHW.dtype).view(-1, 1, 1, 1)
         reference = torch.where(operation_B111 == CONTRAST, mean_B111, grey_B1HW)
         reference = torch.where(operation_B111 == BRIGHTNESS, torch.zeros_like(reference), reference)
         image_BCHW = torch.lerp(reference.expand_as(image_BCHW), image_BCHW, factor_B111).clamp(0, 1)
@@ -281,5 +316,6 @@ def normalise(image_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...
 def jittered_views(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Both views of a batch in [0, 1] float32 on the batch's device, jittered alike: (backbone's, tokenizer's)."""
     views = (batch["image"].float() / 255, batch["token_image"].float() / 255)
-    image, token_image = (color_jitter(v, batch["jitter_factors"], batch["jitter_order"]) for v in views)
+    jitter = (batch["jitter_factors"], batch["jitter_order"], batch["jitter_grey"])
+    image, token_image = (color_jitter(view, *jitter) for view in views)
     return image, token_image
