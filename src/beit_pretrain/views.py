@@ -27,6 +27,7 @@ from beit_pretrain.images import opened, to_channels
 HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+EPSILON = 1e-3  # of a level of 8 bits: what float32 may miss an integer by
 
 
 class Jitter(NamedTuple):
@@ -259,7 +260,7 @@ def contrast_grey(colours: np.ndarray, jitter: Jitter) -> float:
         if operation == CONTRAST:
             break
         grey = 0 if operation == BRIGHTNESS else _grey(pixels)
-        pixels = np.minimum(np.maximum((pixels - grey) * factors[operation] + grey, 0), 255)
+        pixels = np.floor(np.minimum(np.maximum((pixels - grey) * factors[operation] + grey, 0), 255) + EPSILON)
     grey = _grey(pixels)
     return float(np.add.reduce(grey)) / (255 * grey.size)
 
@@ -274,7 +275,8 @@ def color_jitter(
 ) -> Tensor:
     """Colour jitter of a batch of images in [0, 1], each with its own factors and order, in static shapes.
 
-    Contrast blends with `contrast_grey_B` in [0, 1], that of the whole image; without, with the mean of what it gets.
+    With `contrast_grey_B` in [0, 1] as Pillow does it: contrast blends with this grey of the whole image, and every
+    operation cuts off what is below a level of 8 bits. Without, contrast blends with the mean of what it gets.
     Every operation blends the image with a reference (black, its mean grey, its grey image), as torchvision's do. An
     image of one channel is its own grey image: saturation changes nothing. A fourth channel is left alone, as PIL does
     with alpha.
@@ -295,6 +297,8 @@ def color_jitter(
         reference = torch.where(operation_B111 == CONTRAST, mean_B111, grey_B1HW)
         reference = torch.where(operation_B111 == BRIGHTNESS, torch.zeros_like(reference), reference)
         image_BCHW = torch.lerp(reference.expand_as(image_BCHW), image_BCHW, factor_B111).clamp(0, 1)
+        if contrast_grey_B is not None:
+            image_BCHW = (image_BCHW * 255 + EPSILON).floor() / 255
     return image_BCHW
 
 
