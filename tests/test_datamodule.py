@@ -27,7 +27,8 @@ from beit_pretrain.views import ClassificationViews, PretrainViews
 
 VIEWS = PretrainViews(image_size=32, token_image_size=32)
 MASKING = BlockwiseMask((4, 4), max_patches=6, min_block=2, attempts=1)  # few attempts: few masks reach the cap
-KEYS = {"image", "token_image", "jitter_factors", "jitter_order", "label", "position", "mask", "mask_index"}
+JITTER = {"jitter_factors", "jitter_order", "jitter_grey"}
+KEYS = JITTER | {"image", "token_image", "label", "position", "mask", "mask_index"}
 
 
 def pretrain_data(shards, **settings) -> PretrainData:

@@ -41,11 +41,12 @@ def released_generator(rng: np.random.Generator) -> np.ndarray:
     while count < 75:
         left_over, delta = 75 - count, 0
         for _ in range(10):
-            area = rng.uniform(*sorted((16, left_over)))
-            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            low, high = sorted((16, left_over))
+            area = low + (high - low) * rng.random()
+            aspect = math.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * rng.random())
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if w < 14 and h < 14:
-                top, left = rng.integers(0, 14 - h, endpoint=True), rng.integers(0, 14 - w, endpoint=True)
+                top, left = int((15 - h) * rng.random()), int((15 - w) * rng.random())  # uniform, both ends inclusive
                 already = mask[top : top + h, left : left + w].sum()
                 if 0 < h * w - already <= left_over:
                     delta += h * w - already

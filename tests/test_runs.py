@@ -29,7 +29,7 @@ def words(shards, dvae_checkpoint, tmp_path):
 
 
 # Loss of every step of a tiny deterministic run: a refactor must not move it. Regenerate only for a change of method.
-GOLDEN = [3.38800, 3.38800, 3.04708, 2.36155, 1.91958, 1.68262]
+GOLDEN = [3.38792, 3.38800, 3.04967, 2.35992, 1.92071, 1.68344]
 
 
 def test_golden_losses(words, run_cli, tmp_path):

@@ -13,6 +13,7 @@ PLACES = ["data.train=x", "data.val=x"]
 NEEDED = {
     "fetch": ["out=y"],
     "shards": ["src=x", "out=y"],
+    "bench": ["action=views", "src=x"],
     "demo": [],
     "predict": ["src=x", "init_from=z"],
     "tokenize": ["data=x", "tokenizer.path=y"],
@@ -29,7 +30,7 @@ def test_the_experiments_keep_the_rules(name):
     check(OmegaConf.to_container(cfg, resolve=True))
 
 
-@pytest.mark.parametrize("verb", ["fetch", "shards", "demo", "predict", "show", "tokenize"])
+@pytest.mark.parametrize("verb", ["fetch", "shards", "bench", "demo", "predict", "show", "tokenize"])
 def test_the_verbs_keep_the_rules(verb):
     cfg = compose_raw(verb, [])
     for key in sorted(OmegaConf.missing_keys(cfg)):
@@ -88,6 +89,8 @@ def test_wrong_values_of_a_pre_training_run(word, run_cli, tmp_path):
         ("shards", "resize=0"),
         ("shards", "quality=null"),
         ("shards", "samples_per_shard=1.5"),
+        ("bench", "rounds=0"),
+        ("bench", "token_image_size=abc"),
         ("demo", "seeds=0"),
         ("demo", "threads=abc"),
         ("demo", "steps.pretrain=0"),

@@ -56,7 +56,7 @@ class Drawn:
     def view(self, sample, epoch):
         number = int(self.first[sample.shard]) + sample.row
         rng = generator(self.seed, (epoch % self.count) * 2**40 + number, CACHED_VIEW)
-        return lambda image: self.views(image, rng)
+        return lambda data: self.views.of_bytes(data, rng)
 
 
 class KeepsLosses(Pretraining):
@@ -101,6 +101,7 @@ def test_the_views_of_an_image_come_in_turn(shards, cached, dvae_checkpoint):
         "tokens",
         "jitter_factors",
         "jitter_order",
+        "jitter_grey",
         "label",
         "position",
         "mask",

@@ -34,6 +34,7 @@ VERBS = {
     "predict": Verb("class probabilities or label maps for a folder of images", "beit_pretrain.commands:predict"),
     "export": Verb("a checkpoint for the authors' code, timm, Hugging Face or ONNX", "beit_pretrain.export:export"),
     "show": Verb("pictures of what a run learned", "beit_pretrain.commands:show"),
+    "bench": Verb("measure views or loader (views|loader)", "beit_pretrain.bench:bench"),
     "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.demo:demo"),
 }
 
@@ -50,6 +51,7 @@ HINTS = {
     "out": "where to write",
     "run": "the folder of a run, such as runs/base_22k",
     "to": "one of unilm, timm, hf, onnx",
+    "action": "what to measure: bench views or bench loader",
     "task": "an experiment says it: +experiment=NAME",
 }
 
@@ -197,7 +199,7 @@ def run(argv: list[str]) -> None:
         return
     if "-m" in rest or "--multirun" in rest:
         raise UserError("sweeps (-m) are not supported yet; start one run for each setting, each with its own name=")
-    if verb == "shards" and rest and "=" not in rest[0]:
+    if verb in ("shards", "bench") and rest and "=" not in rest[0] and not rest[0].startswith("-"):
         rest = [f"action={rest[0]}", *rest[1:]]
     rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a group cannot be null
     if verb == "tokenize":  # `data` is a group of configs to Hydra

@@ -27,6 +27,7 @@ from beit_pretrain.mixture import Mixture
 from beit_pretrain.order import MASK, VIEW, Order, Sample, generator, positions
 from beit_pretrain.reader import ShardReader
 from beit_pretrain.tokens import CachedTokens
+from beit_pretrain.views import PretrainViews
 
 NEIGHBOURS = 16  # images in a row that may be bad
 
@@ -156,12 +157,13 @@ class ShardDataset(Dataset):
         raise UserError(f"sample {self.reader.key(first)} of {where}{others} cannot be decoded: {why}")
 
     def _seen(self, data: bytes, sample: Sample, position: int) -> dict[str, np.ndarray]:
-        """The views of an image file's bytes."""
-        cached = self.tokens.view(sample, self.order.epoch_of(position)) if self.tokens else None
+        """The views of an image file's bytes. Raises nearly everything on broken ones."""
+        if self.tokens is not None:
+            return self.tokens.view(sample, self.order.epoch_of(position))(data)
+        rng = generator(self.seed, position, VIEW)
+        if isinstance(self.views, PretrainViews):
+            return self.views.of_bytes(data, rng)
         with opened(data) as image:
-            if cached is not None:
-                return cached(image)
-            rng = generator(self.seed, position, VIEW)
             if not self.label_maps:
                 return self.views(image, rng)
             with opened(self.reader.label_map(sample)) as label_map:

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +20,20 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for so many channels
 MAX_PIXELS = 179_000_000  # of an image; about where Pillow, too, refuses one as a decompression bomb
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that this Pillow was built with."""
+    Image.init()  # an explicit list of formats does not load the plugins
+    return tuple(name for name in EXTENSIONS if name in Image.OPEN)
+
+
 @contextmanager
 def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Open an image, not yet decoded, for the length of a `with` block, in which it must be decoded.
 
     Raises ValueError, before decoding, if it has more than `max_pixels`, and whatever Pillow raises for broken files.
     """
-    Image.init()  # an explicit list of formats does not load the plugins
-    formats = [name for name in EXTENSIONS if name in Image.OPEN]
+    formats = _formats()
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow checks every size it reads, that of inner images too
     try:

@@ -7,6 +7,7 @@ fits any more. The cap (75 of 14 x 14) is a cap and not a count: images end with
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,30 +44,38 @@ class BlockwiseMask:
         """One mask, bool of shape `grid`, True = masked. At least one patch is masked, at most `max_patches`."""
         mask = np.zeros(self.grid, bool)
         count = 0
+        numbers = _uniform(rng)
         while count < self.max_patches:
-            added = self._add_block(mask, self.max_patches - count, rng)
+            added = self._add_block(mask, self.max_patches - count, numbers)
             if not added:
                 break
             count += added
         if not count:  # only possible on tiny grids; a sample without a target would be a wasted forward pass
-            mask[rng.integers(self.grid[0]), rng.integers(self.grid[1])] = True
+            mask[int(self.grid[0] * next(numbers)), int(self.grid[1] * next(numbers))] = True
         return mask
 
-    def _add_block(self, mask: np.ndarray, missing: int, rng: np.random.Generator) -> int:
+    def _add_block(self, mask: np.ndarray, missing: int, numbers: Iterator[float]) -> int:
         """Mask one more block in place. Returns how many patches it added: 0 if none of the attempts fitted."""
         height, width = self.grid
         log_aspect = math.log(self.min_aspect)
+        # The release draws uniform(min, missing) also when missing < min: the ends simply swap.
+        low, high = (self.min_block, missing) if self.min_block < missing else (missing, self.min_block)
         for _ in range(self.attempts):
-            # The release draws uniform(min, missing) also when missing < min: the ends simply swap.
-            area = rng.uniform(min(self.min_block, missing), max(self.min_block, missing))
-            aspect = math.exp(rng.uniform(log_aspect, -log_aspect))
+            area = low + (high - low) * next(numbers)
+            aspect = math.exp(log_aspect - 2 * log_aspect * next(numbers))
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < h < height and 0 < w < width):  # strict: a block never spans the whole grid
                 continue
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            top, left = int((height - h + 1) * next(numbers)), int((width - w + 1) * next(numbers))
             block = mask[top : top + h, left : left + w]
-            added = block.size - int(block.sum())
+            added = h * w - int(np.count_nonzero(block))
             if 0 < added <= missing:
                 block[...] = True
                 return added
         return 0
+
+
+def _uniform(rng: np.random.Generator) -> Iterator[float]:
+    """Endless numbers in [0, 1), drawn in runs: one by one they would cost more than the rest of a mask."""
+    while True:
+        yield from rng.random(32).tolist()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from beit_pretrain import cifar, synthetic
+from beit_pretrain import cifar, synthetic, tiles
 from beit_pretrain.images import EXTENSIONS, Levels, is_deep, opened, reason, to_grey8, to_rgb
 from beit_pretrain.listing import opened_listing
 from beit_pretrain.manifest import INDEX_DTYPE, index_path
@@ -234,7 +234,8 @@ def _image_members(candidate: Candidate, settings: Settings, about: dict[str, An
     if settings.resize is not None and shorter > settings.resize:
         width, height = (round(side * settings.resize / shorter) for side in full)
         image, extension = image.resize((width, height), Image.Resampling.LANCZOS), "jpg"
-        data = _saved(image, "JPEG", quality=settings.quality)
+        marks = {"restart_marker_rows": 1, "comment": tiles.comment(image)}  # decoding.py then decodes a crop's rows
+        data = _saved(image, "JPEG", quality=settings.quality, **marks)
     elif not extension:  # not as the source has it, and not to be lost again
         extension, data = "png", _saved(image, "PNG")
     members = {extension: data}

@@ -212,6 +212,10 @@ RULES: dict[str, Rule] = {
     "per_class": whole(1),
     "max_labelled": whole(1),
     "seeds": whole(1),
+    # bench
+    "positions": optional(whole(1)),
+    "token_image_size": optional(whole(1, 2**16)),
+    "rounds": whole(1),
     **{f"steps.{name}": whole(1) for name in ("tokenizer", "pretrain", "finetune")},
 }
 

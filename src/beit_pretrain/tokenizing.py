@@ -200,9 +200,14 @@ class TokenViews(Dataset):
         return arrays
 
     def _nothing(self) -> dict[str, np.ndarray]:
-        side = self.views.token_image_size
+        side = self.views.token_image_size or 1
         image = np.zeros((self.views.channels, side, side), np.uint8)
-        return {"token_image": image, "jitter_factors": np.ones(3, np.float32), "jitter_order": np.arange(3)}
+        return {
+            "token_image": image,
+            "jitter_factors": np.ones(3, np.float32),
+            "jitter_order": np.arange(3),
+            "jitter_grey": np.zeros((), np.float32),
+        }
 
 
 def _as_it_is(item: dict[str, Any]) -> dict[str, Any]:
@@ -264,7 +269,7 @@ def encoded(tokenizer: Tokenizer, batch: dict[str, Any], dtype: np.dtype, device
     for name in batch["records"].dtype.names:
         if name != "tokens":
             records[name] = batch["records"][name]
-    views = ("token_image", "jitter_factors", "jitter_order")
+    views = ("token_image", "jitter_factors", "jitter_order", "jitter_grey")
     on_device = {name: torch.from_numpy(batch[name]).to(device) for name in views}
     records["tokens"] = tokenizer.encode(jittered_view(on_device, "token_image")).cpu().numpy()
     records["tokens"][records["crop"][:, 2] == 0] = 0

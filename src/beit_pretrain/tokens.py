@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from beit_pretrain.cache import Shard
 from beit_pretrain.errors import UserError
@@ -28,7 +27,7 @@ from beit_pretrain.manifest import SHA256
 from beit_pretrain.order import Sample
 from beit_pretrain.reader import ShardReader
 from beit_pretrain.remote import is_remote
-from beit_pretrain.views import Crop, Jitter, PretrainViews, View
+from beit_pretrain.views import Crop, Draw, Jitter, PretrainViews
 
 FORMAT = "beit_pretrain-tokens/1"
 TOKENS = "tokens.json"
@@ -146,8 +145,8 @@ class CachedTokens:
         self.__dict__.update(state)
         self._file = lru_cache(maxsize=256)(self._open)
 
-    def view(self, sample: Sample, epoch: int) -> Callable[[Image.Image], dict[str, np.ndarray]]:
-        """What makes `image`, `jitter_factors`, `jitter_order` and `tokens` (N,) of a sample from its image.
+    def view(self, sample: Sample, epoch: int) -> Callable[[bytes], dict[str, np.ndarray]]:
+        """What makes `image`, `jitter_factors`, `jitter_order` and `tokens` (N,) of a sample from its image file.
 
         Raises UserError if the file with its tokens is missing or damaged.
         """
@@ -158,14 +157,12 @@ class CachedTokens:
             raise UserError(f"{file.path} is damaged: it has a token beyond the {folder.vocab_size} of its tokenizer")
         return lambda image: self._replayed(image, record)
 
-    def _replayed(self, image: Image.Image, record: np.void) -> dict[str, np.ndarray]:
+    def _replayed(self, data: bytes, record: np.void) -> dict[str, np.ndarray]:
         crop = Crop(*record["crop"].tolist())
         if not crop.height:
             raise ValueError("it could not be decoded when its tokens were made")
-        if crop.top + crop.height > image.height or crop.left + crop.width > image.width or not crop.width:
-            raise ValueError("the crop of its tokens lies outside the image")
         jitter = Jitter(record["jitter_factors"].copy(), record["jitter_order"].astype(np.int64))
-        arrays = self.views.seen(image, View(crop, bool(record["flip"]), jitter), names=("image",))
+        arrays = self.views.seen_bytes(data, Draw(jitter, bool(record["flip"]), crop), names=("image",))
         return {**arrays, "tokens": record["tokens"].astype(np.int64)}
 
     def _open(self, shard: int) -> _TokenFile:

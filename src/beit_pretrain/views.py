@@ -20,20 +20,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from beit_pretrain.decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
 from beit_pretrain.errors import UserError
-from beit_pretrain.images import to_channels
+from beit_pretrain.images import opened, to_channels
 
 HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
-
-
-class Crop(NamedTuple):
-    """A box in pixels of the original image."""
-
-    top: int
-    left: int
-    height: int
-    width: int
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
+EPSILON = 1e-3  # of a level of 8 bits: what float32 may miss an integer by
 
 
 class Jitter(NamedTuple):
@@ -43,12 +37,17 @@ class Jitter(NamedTuple):
     order: np.ndarray  # (3,) int64, a permutation of BRIGHTNESS, CONTRAST, SATURATION
 
 
-class View(NamedTuple):
-    """What was drawn for one view of an image: with the image's file and the settings, all that the view depends on."""
+class Draw(NamedTuple):
+    """What one position draws for its view."""
 
-    crop: Crop
-    flip: bool
     jitter: Jitter
+    flip: bool
+    crop: Crop
+
+    def mirrored(self, width: int) -> Draw:
+        """The draw with the box in an unflipped image of `width`, where ours is cropped before it is flipped."""
+        top, left, height, side = self.crop
+        return self._replace(crop=Crop(top, width - left - side, height, side)) if self.flip else self
 
 
 def draw_crop(
@@ -56,9 +55,11 @@ def draw_crop(
 ) -> Crop:
     """A random resized crop's box: area uniform in `scale`, aspect log-uniform in `ratio`, ten tries, else central."""
     area = width * height
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        target = area * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        # a + (b - a) * random() is what Generator.uniform computes, at a quarter of its time.
+        target = area * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
             return Crop(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
@@ -69,8 +70,9 @@ def draw_crop(
 
 def draw_jitter(rng: np.random.Generator, strength: tuple[float, float, float]) -> Jitter:
     """Factors uniform in [1 - s, 1 + s] (not below 0) for each of the three strengths, in random order."""
-    low, high = np.maximum(0, 1 - np.asarray(strength)), 1 + np.asarray(strength)
-    return Jitter(rng.uniform(low, high).astype(np.float32), rng.permutation(3))
+    low = [max(0.0, 1 - s) for s in strength]
+    factors = [a + (1 + s - a) * rng.random() for a, s in zip(low, strength, strict=True)]
+    return Jitter(np.array(factors, np.float32), rng.permutation(3))
 
 
 def resized_crop(image: Image.Image, crop: Crop, size: int, resample: Image.Resampling) -> Image.Image:
@@ -88,10 +90,11 @@ def to_array(image: Image.Image, flip: bool = False) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PretrainViews:
-    """The two views of one crop: for the backbone (bicubic) and for the tokenizer (Lanczos).
+    """The two views of one crop: for the backbone (bicubic) and for the tokenizer (`exact`: Lanczos, else bicubic).
 
     Args:
-        image_size, token_image_size: sides in pixels (224 and 112 in the paper's runs).
+        image_size, token_image_size: sides in pixels (224 and 112 in the paper's runs); without a side for the
+            tokenizer's view there is none, as when the tokens are known already.
         scale, ratio: area and aspect of the random resized crop.
         flip: probability of a horizontal flip.
         jitter: strengths of brightness, contrast and saturation.
@@ -100,7 +103,7 @@ class PretrainViews:
     """
 
     image_size: int = 224
-    token_image_size: int = 112
+    token_image_size: int | None = 112
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
@@ -108,36 +111,57 @@ class PretrainViews:
     exact: bool = False
     channels: int = 3
 
+    def of_bytes(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The same of an image file's bytes. Raises what Pillow raises for broken files."""
+        if not self.exact and self.channels == 3 and (jpeg := turbo_jpeg(data)) is not None:
+            return self.seen(jpeg, self.draw(jpeg.size, rng))
+        with opened(data) as image:
+            return self(image, rng)
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Draw:
+        """Jitter, flip and crop of an image of `size` (width, height), the same whatever is `exact`.
+
+        The box lies in the flipped image, since the authors flip before they crop: so both show the same part.
+        """
+        jitter = draw_jitter(rng, self.jitter)
+        return Draw(jitter, bool(rng.random() < self.flip), draw_crop(rng, *size, self.scale, self.ratio))
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """`image` and `token_image` as uint8 (C, H, W), `jitter_factors` (3,) and `jitter_order` (3,).
+        """`image`, `token_image` as uint8 (C, H, W), `jitter_factors` (3,), `jitter_order` (3,), `jitter_grey` ().
 
         With `exact` the jitter has been applied and the factors are 1.
         """
         return self.seen(image, self.draw(image.size, rng))
 
-    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> View:
-        """A random view of an image of (width, height)."""
-        jitter = draw_jitter(rng, self.jitter)
-        flip = bool(rng.random() < self.flip)
-        return View(draw_crop(rng, *size, self.scale, self.ratio), flip, jitter)
-
     def seen(
-        self, image: Image.Image, view: View, names: Sequence[str] = ("image", "token_image")
+        self, image: Image.Image | TurboJpeg, draw: Draw, names: Sequence[str] = ("image", "token_image")
     ) -> dict[str, np.ndarray]:
-        """What `__call__` gives, for a view drawn before; of `image` and `token_image` only those in `names`."""
-        crop, flip, jitter = view
-        if self.exact:
-            image = _pil_jitter(to_channels(image, self.channels), jitter)
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
-            jitter, flip = jitter._replace(factors=np.ones(3, np.float32)), False
-        else:
-            image, crop = scaled_decode(image, crop, max(self.image_size, self.token_image_size), self.channels)
-        filters = {
-            "image": (self.image_size, Image.Resampling.BICUBIC),
-            "token_image": (self.token_image_size, Image.Resampling.LANCZOS),
-        }
-        arrays = {name: to_array(resized_crop(image, crop, *filters[name]), flip) for name in names}
-        return {**arrays, "jitter_factors": jitter.factors, "jitter_order": jitter.order}
+        """What `__call__` gives, for a draw made before; of `image` and `token_image` only those in `names`."""
+        sizes = {"image": self.image_size, "token_image": self.token_image_size}
+        wanted = {name: size for name, size in sizes.items() if name in names and size is not None}
+        top, left, height, width = draw.crop
+        if top + height > image.size[1] or left + width > image.size[0] or min(width, height) < 1:
+            raise ValueError("the crop of its view lies outside the image")
+        if not self.exact:
+            # Decoded for the larger view, whatever is asked for: the pixels of one do not depend on the other.
+            largest = max(size for size in sizes.values() if size is not None)
+            cropped = cropped_array(image, draw.mirrored(image.width).crop, largest, self.channels)
+            made = {name: resized(cropped.array, size) for name, size in wanted.items()}
+            arrays = {name: (view.flip(-1) if draw.flip else view).numpy() for name, view in made.items()}
+            return arrays | jitter_arrays(draw.jitter, contrast_grey(cropped.colours, draw.jitter))
+        assert isinstance(image, Image.Image)
+        image = pil_jitter(to_channels(image, self.channels), draw.jitter)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image
+        filters = {"image": Image.Resampling.BICUBIC, "token_image": Image.Resampling.LANCZOS}
+        arrays = {name: to_array(resized_crop(image, draw.crop, size, filters[name])) for name, size in wanted.items()}
+        return arrays | jitter_arrays(draw.jitter._replace(factors=np.ones(3, np.float32)), 0.0)
+
+    def seen_bytes(self, data: bytes, draw: Draw, names: Sequence[str] = ("image", "token_image")) -> dict:
+        """`seen` of an image file's bytes. Raises what Pillow raises for broken files, ValueError for a box outside."""
+        if not self.exact and self.channels == 3 and (jpeg := turbo_jpeg(data)) is not None:
+            return self.seen(jpeg, draw, names)
+        with opened(data) as image:
+            return self.seen(image, draw, names)
 
 
 @dataclass(frozen=True)
@@ -217,24 +241,8 @@ def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None, 
     return image.crop((left, top, left + size, top + size))
 
 
-def scaled_decode(image: Image.Image, crop: Crop, size: int, channels: int = 3) -> tuple[Image.Image, Crop]:
-    """Decode to `channels`, JPEGs at 1/2, 1/4 or 1/8 of their size where the crop still keeps `size` pixels a side.
-
-    Returns the image and the crop in its pixels. The DCT's own averaging stands for the first halvings of the resize.
-    """
-    if image.format == "JPEG":
-        width, height = image.size
-        factor = min(crop.height, crop.width) / size
-        if factor >= 2:
-            image.draft(None, (math.ceil(width / factor), math.ceil(height / factor)))
-            sx, sy = image.width / width, image.height / height
-            top, left = int(crop.top * sy), int(crop.left * sx)
-            h, w = max(1, round(crop.height * sy)), max(1, round(crop.width * sx))
-            crop = Crop(min(top, image.height - h), min(left, image.width - w), h, w)
-    return to_channels(image, channels), crop
-
-
-def _pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
+def pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
+    """Colour jitter of a PIL image, rounded to 8 bits after each operation, as the authors' loader applies it."""
     from torchvision.transforms import functional as F  # an exact view only: torchvision is slow to import
 
     adjust = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
@@ -243,26 +251,62 @@ def _pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
     return image
 
 
-def color_jitter(image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor) -> Tensor:
+def jitter_arrays(jitter: Jitter, grey: float) -> dict[str, np.ndarray]:
+    """What a sample carries of its jitter: `grey` is `contrast_grey`'s."""
+    arrays = {"jitter_factors": jitter.factors, "jitter_order": jitter.order}
+    return arrays | {"jitter_grey": np.asarray(grey, np.float32)}
+
+
+def contrast_grey(colours: np.ndarray, jitter: Jitter) -> float:
+    """The grey in [0, 1] that contrast blends with: a whole image's mean, after the operations that come before.
+
+    `colours` (..., C) uint8 stand for the image's pixels. Elementwise, so that the number of threads cannot matter.
+    """
+    pixels = colours.reshape(-1, colours.shape[-1])[:, :3].T.astype(np.float32)  # (C, K)
+    factors = jitter.factors.tolist()
+    for operation in jitter.order.tolist():
+        if operation == CONTRAST:
+            break
+        grey = 0 if operation == BRIGHTNESS else _grey(pixels)
+        pixels = np.floor(np.minimum(np.maximum((pixels - grey) * factors[operation] + grey, 0), 255) + EPSILON)
+    grey = _grey(pixels)
+    return float(np.add.reduce(grey)) / (255 * grey.size)
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    red, green, blue = GREY
+    return pixels[0] if len(pixels) == 1 else pixels[0] * red + pixels[1] * green + pixels[2] * blue
+
+
+def color_jitter(
+    image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor, contrast_grey_B: Tensor | None = None
+) -> Tensor:
     """Colour jitter of a batch of images in [0, 1], each with its own factors and order, in static shapes.
 
+    With `contrast_grey_B` in [0, 1] as Pillow does it: contrast blends with this grey of the whole image, and every
+    operation cuts off what is below a level of 8 bits. Without, contrast blends with the mean of what it gets.
     Every operation blends the image with a reference (black, its mean grey, its grey image), as torchvision's do. An
     image of one channel is its own grey image: saturation changes nothing. A fourth channel is left alone, as PIL does
     with alpha.
     """
     channels = image_BCHW.shape[1]
     if channels > 3:
-        colours = color_jitter(image_BCHW[:, :3], factors_B3, order_B3)
+        colours = color_jitter(image_BCHW[:, :3], factors_B3, order_B3, contrast_grey_B)
         return torch.cat([colours, image_BCHW[:, 3:]], dim=1)
-    weight_C = image_BCHW.new_tensor([0.2989, 0.587, 0.114] if channels == 3 else [1.0 / channels] * channels)
+    weight_C = image_BCHW.new_tensor(GREY if channels == 3 else [1.0 / channels] * channels)
     for slot in range(3):
         operation_B111 = order_B3[:, slot].view(-1, 1, 1, 1)
         factor_B111 = factors_B3.gather(1, order_B3[:, slot : slot + 1]).to(image_BCHW.dtype).view(-1, 1, 1, 1)
         grey_B1HW = (image_BCHW * weight_C.view(1, -1, 1, 1)).sum(1, keepdim=True)  # no matmul: autocast would round it
-        mean_B111 = grey_B1HW.mean(dim=(1, 2, 3), keepdim=True)
+        if contrast_grey_B is None:
+            mean_B111 = grey_B1HW.mean(dim=(1, 2, 3), keepdim=True)
+        else:
+            mean_B111 = contrast_grey_B.to(image_BCHW.dtype).view(-1, 1, 1, 1)
         reference = torch.where(operation_B111 == CONTRAST, mean_B111, grey_B1HW)
         reference = torch.where(operation_B111 == BRIGHTNESS, torch.zeros_like(reference), reference)
         image_BCHW = torch.lerp(reference.expand_as(image_BCHW), image_BCHW, factor_B111).clamp(0, 1)
+        if contrast_grey_B is not None:
+            image_BCHW = (image_BCHW * 255 + EPSILON).floor() / 255
     return image_BCHW
 
 
@@ -288,4 +332,5 @@ def jittered_views(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def jittered_view(batch: dict[str, Any], name: str) -> Tensor:
     """One of the two views, `image` or `token_image`."""
-    return color_jitter(batch[name].float() / 255, batch["jitter_factors"], batch["jitter_order"])
+    jitter = (batch["jitter_factors"], batch["jitter_order"], batch["jitter_grey"])
+    return color_jitter(batch[name].float() / 255, *jitter)

@@ -1,0 +1,92 @@
+"""`bench loader`: every variant gives the batch that it is said to give, and the command reports all of them."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from beit_pretrain import bench_loader
+from beit_pretrain.bench_loader import REFERENCE, make_variants, measure
+from beit_pretrain.order import Sample
+
+NAMES = {REFERENCE, "reference_uint8", "exact", "fast", "resized", "cached"}
+
+
+@pytest.fixture(scope="module")
+def variants(photos, tmp_path_factory):
+    files = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
+    return make_variants(files, tmp_path_factory.mktemp("bench"), (64, 32), seed=0)
+
+
+def test_the_batches_are_what_they_are_said_to_be(variants):
+    assert variants.keys() == NAMES
+    batches = {name: dataset[0] for name, dataset in variants.items()}
+    for name, batch in batches.items():
+        floats = name == REFERENCE
+        assert batch["image"].shape == (32, 3, 64, 64)
+        assert batch["image"].dtype == (torch.float32 if floats else torch.uint8)
+        assert batch["mask"].flatten(1).shape == (32, 16)
+        if name == "cached":
+            assert "token_image" not in batch
+            assert batch["tokens"].shape == (32, 16)
+        else:
+            assert batch["token_image"].shape == (32, 3, 32, 32)
+    assert -1 <= batches[REFERENCE]["image"].min() < -0.1 < 0.1 < batches[REFERENCE]["image"].max() <= 1
+    assert 0.099 < batches[REFERENCE]["token_image"].min() < batches[REFERENCE]["token_image"].max() < 0.901
+    assert torch.equal(batches["exact"]["mask"], batches["fast"]["mask"])
+    assert torch.equal(batches["resized"]["image"], batches["cached"]["image"])
+
+
+def test_resized_shards_are_smaller_images(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_loader, "RESIZE", 32)
+    files = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
+    made = make_variants(files, tmp_path, (32, 16), seed=0)
+    for name, shorter in (("fast", 40), ("resized", 32)):
+        data = [made[name].reader.read(Sample(0, row)).data for row in range(len(files))]
+        assert max(min(Image.open(io.BytesIO(d)).size) for d in data) >= shorter
+        assert (min(min(Image.open(io.BytesIO(d)).size) for d in data) > 32) == (name == "fast")
+    assert made["resized"].reader.samples == made["fast"].reader.samples == len(files)
+
+
+def test_rates_are_images_per_cpu_second(monkeypatch):
+    clock = iter(np.arange(0, 100, 0.25))
+    monkeypatch.setattr(bench_loader.time, "process_time", lambda: float(next(clock)))
+    read = []
+    variants = {"a": FakeBatches(read), "b": FakeBatches(read)}
+    rates = measure(variants, rounds=2, batches=3)
+    assert rates == {"a": [128.0, 128.0], "b": [128.0, 128.0]}  # 32 images in .25 s
+    assert read == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]  # warm-up, then in turn
+
+
+class FakeBatches:
+    def __init__(self, read: list[int]):
+        self.read = read
+
+    def __getitem__(self, number: int) -> None:
+        self.read.append(number)
+
+
+def test_the_command(run_cli, photos):
+    code, stdout, stderr = run_cli("bench", "loader", f"src={photos}", "image_size=64", "rounds=1")
+    assert code == 0, stderr
+    last = json.loads(stdout.splitlines()[-1])
+    assert last["images"] == 18
+    assert last["reference_images_per_s_core"] > 0
+    assert all(last[name] > 0 for name in NAMES - {REFERENCE})
+    assert last["images_per_s_core"].keys() == NAMES
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["src=nowhere"], ["src=x", "rounds=0"], ["src={photos}", "image_size=50"], ["src={photos}", "image_size=16"]],
+)
+def test_wrong_words(words, run_cli, photos):
+    code, _, stderr = run_cli("bench", "loader", *(word.format(photos=photos) for word in words))
+    assert code == 2
+    assert stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in stderr
