@@ -22,13 +22,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from beit_pretrain import checkpoint
+from beit_pretrain import checkpoint, cluster
 from beit_pretrain.batches import Plan
-from beit_pretrain.callbacks import ProgressBar, Throughput
+from beit_pretrain.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.metrics import CsvMetrics, is_first_process
 from beit_pretrain.optim import configure
 from beit_pretrain.replacements import Replacements, cut_back
+from beit_pretrain.sweep import FINISHED, mark_finished
 from beit_pretrain.tasks import TASKS, Task, plain
 from beit_pretrain.training import TrainedModule
 
@@ -36,6 +37,7 @@ from beit_pretrain.training import TrainedModule
 FREE_TO_CHANGE = (
     "activation_checkpointing",
     *("resume", "trainer", "logger", "batch_size", "threads", "log_every", "val_every", "save_every", "run_dir"),
+    "timeout_minutes",
     *("pictures", "knn", "data.workers", "data.val_batch", "data.max_bad"),
     *(f"data.{name}" for name in ("cache_dir", "cache_gb", "retries", "timeout")),
 )
@@ -66,7 +68,8 @@ def micro_batches(global_batch: int, batch_size: int, world: int) -> int:
 
 def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer: it runs the loop; gradients, batches and metrics are the modules' own."""
-    settings = dict(cfg.trainer)
+    settings = cluster.arranged(plain(cfg.trainer), cfg.get("timeout_minutes", 30))
+    plugins = [checkpoint.AtomicCheckpointIO(), *settings.pop("plugins")]
     if settings["precision"] == "auto":
         wanted = settings["accelerator"] in ("auto", "gpu", "cuda")
         gpu = wanted and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -82,7 +85,7 @@ def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trai
         num_sanity_val_steps=0,
         enable_model_summary=False,
         log_every_n_steps=1,  # metrics have a rhythm of their own; this only keeps a warning away
-        plugins=[checkpoint.AtomicCheckpointIO()],
+        plugins=plugins,
     )
     accumulate = micro_batches(cfg.global_batch, cfg.batch_size, trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
@@ -129,29 +132,41 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         resume = to_resume(cfg, last)
         task = TASKS[cfg.task](from_checkpoint(cfg, last) if resume else cfg)
         steps = total_steps(cfg, task.data.samples)
-        trainer = make_trainer(cfg, steps, [*common_callbacks(cfg, last.parent, task), *task.callbacks])
+        agreement = cluster.Agreement()
+        if cfg.trainer.strategy == "fsdp":  # these look at the network in one process, where it is no longer whole
+            task.callbacks = [c for c in task.callbacks if not isinstance(c, MaskedPictures | OnlineKNN)]
+        trainer = make_trainer(cfg, steps, [agreement, *common_callbacks(cfg, last.parent, task), *task.callbacks])
         task.module.log_every = cfg.log_every
         introduction = introduce(cfg, task, steps, trainer)
         rehearse(task)
+        if cfg.trainer.strategy == "fsdp":
+            cluster.fit_for_fsdp(cfg, task.data, trainer.world_size)
         done = open_loggers(cfg, trainer, task.module, last if resume else None)
+        agreement.facts = cluster.facts(plain(cfg), task.data, done)
     if is_first_process():
         print(introduction + (f"\n  continuing {cfg.name} after step {done}" if resume else ""), flush=True)
     if resume and done >= steps:
-        print("  already finished; more steps would be another run: choose another name=, or resume=never")
+        if is_first_process():
+            print("  already finished; more steps would be another run: choose another name=, or resume=never")
+            mark_finished(Path(cfg.run_dir), done)
         return {}
     try:
-        trainer.fit(task.module, task.data, ckpt_path=str(last) if resume else None, weights_only=True)
+        with cluster.connected(trainer, cfg.timeout_minutes):
+            trainer.fit(task.module, task.data, ckpt_path=str(last) if resume else None, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
     trainer.save_checkpoint(last, weights_only=False)
-    if trainer.global_step < steps:
+    if trainer.global_step < steps and trainer.is_global_zero:
         print(f"stopped early after step {trainer.global_step} of {steps}", flush=True)
     if trainer.is_global_zero:
         print(f"saved {last}", flush=True)
     if "val" in task.data.readers and steps % min(cfg.val_every, steps):
-        trainer.validate(task.module, task.data, verbose=False)  # a run ends with its final metrics, whatever val_every
+        with cluster.connected(trainer, cfg.timeout_minutes):
+            trainer.validate(task.module, task.data, verbose=False)  # a run ends with its final metrics
+    if trainer.is_global_zero:
+        mark_finished(Path(cfg.run_dir), trainer.global_step)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
@@ -190,6 +205,7 @@ def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resum
                 "pictures/step-*.png",
                 "metrics.csv",
                 REPLACED,
+                FINISHED,
             ):
                 for file in run_dir.glob(pattern):
                     file.unlink()

@@ -83,6 +83,11 @@ ADDRESS: Rule = (
     lambda v: isinstance(v, str) and re.match(r"https?://[^/]|file:///", v) is not None,
 )
 
+DEVICES: Rule = (
+    "auto, a number of devices, or a list of their numbers",
+    lambda v: v == "auto" or (type(v) is int and (v == -1 or v > 0)) or numbers(None, whole(0))[1](v),
+)
+
 RULES: dict[str, Rule] = {
     **{name: optional(TEXT) for name in NAMES},
     "src": PATHS,
@@ -100,6 +105,12 @@ RULES: dict[str, Rule] = {
     "steps": optional(whole(1)),
     **{name: whole(1) for name in ("global_batch", "batch_size", "log_every", "val_every", "save_every")},
     "threads": optional(whole(1)),
+    "timeout_minutes": number(0, 100_000, above=True),
+    "jobs": whole(1),
+    "trainer.devices": DEVICES,
+    "trainer.num_nodes": ("auto or a whole number of at least 1", lambda v: v == "auto" or (type(v) is int and v > 0)),
+    "trainer.strategy": TEXT,
+    "trainer.accelerator": TEXT,
     "image_size": optional(whole(1, 2**16)),
     "to": one_of("unilm", "timm", "onnx", "hf"),
     "patch_size": optional(whole(1, 2**16)),
