@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -213,12 +214,23 @@ def connected(trainer: Trainer, minutes: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if trainer.world_size == 1 or not (isinstance(error, distributed.DistError) or GONE.search(str(error))):
+        cause = lost_connection(error)
+        if trainer.world_size == 1 or cause is None:
             raise
         launcher = trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher):
             launcher.kill(9)
-        raise UserError(lost(trainer, minutes, first_line(error))) from error
+        print(file=sys.stderr)  # the progress bar's line has no end
+        raise UserError(lost(trainer, minutes, first_line(cause))) from error
+
+
+def lost_connection(error: BaseException | None) -> BaseException | None:
+    """The error of the network behind an error: the others that follow from it hide it."""
+    while error is not None:
+        if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and GONE.search(str(error))):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def lost(trainer: Trainer, minutes: float, reason: str) -> str:

@@ -23,6 +23,7 @@ from beit_pretrain.launchers import Outcome, launcher, run_all
 LOG = "log.txt"  # of a member: what it printed
 FINISHED = "finished.json"  # of a run: written when it has done all its steps
 LONGEST_NAME = 120
+FIRST = ("val/loss", "val/accuracy", "val/masked_token_accuracy", "val/knn_accuracy")  # of the metrics in the table
 
 
 class Member(NamedTuple):
@@ -251,7 +252,7 @@ def summary(members: list[Member], codes: dict[str, int]) -> tuple[tuple[str, ..
     metrics = sorted({name for values in last.values() for name in values if name.startswith("val/")})
     metrics = metrics or sorted({name for values in last.values() for name in values if name == "train/loss"})
     key = "val/accuracy" if "val/accuracy" in metrics else "val/loss" if "val/loss" in metrics else "train/loss"
-    metrics.sort(key=lambda name: (name != key, name))
+    metrics.sort(key=lambda name: (name != key, name not in FIRST, name))
     sign = -1 if key == "val/accuracy" else 1
 
     def place(member: Member) -> tuple:
