@@ -163,7 +163,7 @@ def process_of(rank: int, of: int) -> int:
 def test_one_of_four_processes_on_two_nodes_is_killed_and_the_run_goes_on(words, tmp_path):
     words = [*words, "name=two", "save_every=1", "timeout_minutes=.5"]
     last = tmp_path / "runs/two/checkpoints/last.ckpt"
-    both = nodes(words, tmp_path, free_port(), "steps=60")
+    both = nodes(words, tmp_path, free_port(), "steps=24")
     wait_for(last)
     os.kill(process_of(3, both[1].pid), signal.SIGKILL)
     killed = time.monotonic()
@@ -172,11 +172,12 @@ def test_one_of_four_processes_on_two_nodes_is_killed_and_the_run_goes_on(words,
     said = errors(tmp_path / "node0") + errors(tmp_path / "node1")
     assert any("another process of the run ended" in line for line in said), said
     steps = torch.load(last, weights_only=True)["global_step"]
-    assert steps < 60
-    both = nodes(words, tmp_path, free_port(), "steps=60")
+    assert steps < 24
+    both = nodes(words, tmp_path, free_port(), "steps=24")
     assert [node.wait(120) for node in both] == [0, 0], (tmp_path / "node0").read_text()[-2000:]
     assert "continuing two after step" in (tmp_path / "node0").read_text()
-    assert curve(tmp_path / "runs/two/metrics.csv", "train/loss")[0] == list(range(1, 61))
+    assert torch.load(last, weights_only=True)["global_step"] == 24
+    assert curve(tmp_path / "runs/two/metrics.csv", "train/loss")[0][-1] == 24
     assert "pretrain two" not in (tmp_path / "node1").read_text()  # only rank 0 speaks
 
 
@@ -215,8 +216,8 @@ def test_a_meeting_place_that_nobody_is_at(words, tmp_path):
 @pytest.mark.long
 def test_fsdp_takes_the_steps_of_one_process_also_after_a_kill(words, tmp_path):
     log = tmp_path / "log"
-    assert start([*words, "name=one", "steps=30"], tmp_path, log).wait(60) == 0
-    cut = [*words, "name=cut", "steps=30", "save_every=1", "trainer.devices=2", "trainer.strategy=fsdp"]
+    assert start([*words, "name=one", "steps=12"], tmp_path, log).wait(60) == 0
+    cut = [*words, "name=cut", "steps=12", "save_every=1", "trainer.devices=2", "trainer.strategy=fsdp"]
     killed = start(cut, tmp_path, log)
     wait_for(tmp_path / "runs/cut/checkpoints/last.ckpt")
     killed.kill()
@@ -224,8 +225,9 @@ def test_fsdp_takes_the_steps_of_one_process_also_after_a_kill(words, tmp_path):
     assert start(cut, tmp_path, log).wait(90) == 0, log.read_text()[-2000:]
     assert "continuing cut after step" in log.read_text()
     for metric in ("train/loss", "train/gradient_norm", "val/loss"):
-        expected, found = (curve(tmp_path / f"runs/{name}/metrics.csv", metric) for name in ("one", "cut"))
-        assert found[1] == pytest.approx(expected[1], rel=1e-4), metric
+        expected, found = (dict(zip(*curve(tmp_path / f"runs/{n}/metrics.csv", metric))) for n in ("one", "cut"))
+        assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-3), metric
+        assert max(found) == 12
     last = tmp_path / "runs/cut/checkpoints/last.ckpt"
     whole, other = (torch.load(tmp_path / f"runs/{n}/checkpoints/last.ckpt", weights_only=True) for n in ("one", "cut"))
     for name, tensor in whole["state_dict"].items():

@@ -137,7 +137,7 @@ def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         for word in words:
             try:
-                override = parser.parse_override(word)
+                (override,) = parser.parse_overrides([word])
             except HydraException:  # a path, or meant as Hydra's own syntax: the member says what is wrong
                 choices[word.partition("=")[0]] = [readable(word)]
                 continue
@@ -190,6 +190,7 @@ def describe(swept: dict[str, str]) -> str:
 def plain_text(value: str) -> str:
     """A value in characters that are harmless in paths and settings; what that loses is kept as a short hash."""
     text = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    text = text.lower() if text in ("True", "False") else text  # as people write them
     if re.fullmatch(r"[A-Za-z0-9_.+-]{1,40}", text) and text.strip("."):
         return text
     kept = re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")[-40:]
