@@ -8,7 +8,7 @@ SRC ?= synthetic
 NAME ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-all check format clean
+.PHONY: help demo test test-long test-all soak check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,7 +20,10 @@ test: $(READY) ## the tests, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not long"
 
 test-long: $(READY) ## the tests that `make test` leaves out: whole processes, signals
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m "long and not soak"
+
+soak: $(READY) ## what takes minutes each: nodes, FSDP, full-size segmentation, kills of tokenize; not part of test-all
+	$(BIN)/python -m pytest -m soak --timeout=1800
 
 test-all: test test-long ## all tests
 

@@ -249,6 +249,7 @@ class TestRuns:
         assert code == 0, stderr
         assert "not an image" in (tmp_path / "run/replaced.jsonl").read_text()
 
+    @pytest.mark.soak
     @pytest.mark.long
     def test_any_number_of_processes(self, shards, run_cli, tmp_path):
         """The same counts of pixels on 1, 2 and 3 processes, to the last digit; 12 images, and 5 of them."""
@@ -264,6 +265,7 @@ class TestRuns:
         assert len(printed[0]) == 3
         assert printed[0] == printed[1] == printed[2]
 
+    @pytest.mark.soak
     @pytest.mark.long
     @pytest.mark.timeout(1800)  # 7 TFLOP a step: minutes on a core
     def test_the_shipped_config_at_512(self, run_cli, tmp_path):

@@ -193,6 +193,7 @@ def test_a_full_disk_is_one_line(shards, dvae_checkpoint, whole, tmp_path):
     assert contents(source / "tokens") == whole
 
 
+@pytest.mark.soak
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_twenty_kills_at_random_moments(dvae_checkpoint, tmp_path):

@@ -80,6 +80,7 @@ def test_equals_transformers(settings, tmp_path):
             assert close(mine(image).auxiliary, expected)
 
 
+@pytest.mark.soak
 @pytest.mark.long
 def test_equals_transformers_base_640(tmp_path):
     from transformers import BeitConfig, BeitForSemanticSegmentation

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.errors import SharedError, UserError, first_line
+from beit_pretrain.launch import rank, speaker
 
 
 class Verb(NamedTuple):
@@ -76,6 +77,7 @@ def usage() -> str:
     lines += [f"  {name:10} {verb.about}" for name, verb in VERBS.items()]
     lines += ["", "experiments (fit +experiment=NAME):"]
     lines += [f"  {name:20} {about}" for name, about in experiments().items()]
+    lines += ["", "fit -m key=A,B ... runs every combination (a sweep); several machines: docs/cluster.md"]
     lines += ["", "VERB --help shows a verb's settings, VERB ... --cfg the composed config without running it."]
     return "\n".join(lines)
 
@@ -197,8 +199,10 @@ def run(argv: list[str]) -> None:
     if "-h" in rest or "--help" in rest:
         print(f"{verb}: {VERBS[verb].about}\n\n{(config_dir() / (verb + '.yaml')).read_text()}")
         return
-    if "-m" in rest or "--multirun" in rest:
-        raise UserError("sweeps (-m) are not supported yet; start one run for each setting, each with its own name=")
+    multirun = "-m" in rest or "--multirun" in rest
+    if multirun and verb != "fit":
+        raise UserError(f"sweeps (-m) are for fit, not for {verb}")
+    rest = [word for word in rest if word not in ("-m", "--multirun")]
     if verb in ("shards", "bench") and rest and "=" not in rest[0] and not rest[0].startswith("-"):
         rest = [f"action={rest[0]}", *rest[1:]]
     rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a group cannot be null
@@ -210,6 +214,9 @@ def run(argv: list[str]) -> None:
     wrong = [word for word in rest if "=" not in word and not word.startswith("~")]
     if wrong:
         raise UserError(f"settings are given as key=value, not {wrong[0]!r}")
+    if multirun:
+        importlib.import_module("beit_pretrain.sweep").sweep(rest)
+        return
     cfg = compose(verb, rest)
     module, function = VERBS[verb].function.split(":")
     getattr(importlib.import_module(module), function)(cfg)
@@ -220,7 +227,8 @@ def main() -> int:
     try:
         run(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, SharedError) or rank() == 0:
+            print(f"error: {speaker()}{error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

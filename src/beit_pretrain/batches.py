@@ -65,7 +65,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """Every sample once: rank r takes every world-th, in batches; the last ones may be smaller."""
+    """Every sample once: rank r takes every world-th, in batches; the last one may be smaller, or larger by one.
+
+    All ranks have as many batches (if there is a sample for each): a network that is cut over processes needs them all.
+    """
 
     samples: int
     batch_size: int
@@ -73,10 +76,12 @@ class EvalPlan:
     world: int = 1
 
     def positions(self, batch: int) -> range:
-        return range(self.rank, self.samples, self.world)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        end = (batch + 1) * self.batch_size if batch + 1 < len(self) else self.samples
+        return range(self.rank, self.samples, self.world)[batch * self.batch_size : end]
 
     def __len__(self) -> int:
-        return -(-len(range(self.rank, self.samples, self.world)) // self.batch_size)
+        least = max(self.samples // self.world, int(self.rank < self.samples))
+        return -(-least // self.batch_size)
 
 
 class ShardDataset(Dataset):

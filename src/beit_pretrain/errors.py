@@ -1,4 +1,4 @@
-"""The one exception that the command line shows as a line of text instead of a traceback."""
+"""The exceptions that the command line shows as a line of text instead of a traceback."""
 
 
 class UserError(Exception):
@@ -6,7 +6,14 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         # A loader worker's error comes back as the text of its whole traceback: what was said stands at its end.
-        super().__init__(str(message).rsplit(f"{__name__}.UserError: ", 1)[-1].strip())
+        said = str(message)
+        for name in ("UserError", "SharedError"):
+            said = said.rsplit(f"{__name__}.{name}: ", 1)[-1]
+        super().__init__(said.strip())
+
+
+class SharedError(UserError):
+    """A UserError that every process of a run raises alike: only the first one says it."""
 
 
 def first_line(error: BaseException) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from beit_pretrain.errors import UserError
 
@@ -138,7 +140,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float | None, scale
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(gradients) * scale
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):  # FSDP: every process has a part of each gradient
+        norm = norm.full_tensor()
+        gradients = [cast(DTensor, gradient).to_local() for gradient in gradients]
+    norm = norm * scale
     factor = torch.as_tensor(scale, device=norm.device, dtype=norm.dtype)
     if clip is not None:
         factor = factor * torch.clamp(clip / (norm + 1e-6), max=1.0)

@@ -25,9 +25,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from beit_pretrain import checkpoint
+from beit_pretrain import checkpoint, cluster
 from beit_pretrain.batches import Plan
-from beit_pretrain.callbacks import ProgressBar, Throughput
+from beit_pretrain.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.guards import Guard
 from beit_pretrain.keeping import LAST, PREEMPTED, Keeper, Stopped, check_space, newest_good
@@ -35,6 +35,7 @@ from beit_pretrain.metrics import CsvMetrics, is_first_process
 from beit_pretrain.optim import configure
 from beit_pretrain.pretrain import Pretraining
 from beit_pretrain.replacements import Replacements, cut_back
+from beit_pretrain.sweep import FINISHED, mark_finished
 from beit_pretrain.tasks import TASKS, Task, plain
 from beit_pretrain.training import TrainedModule
 from beit_pretrain.views import jittered_views
@@ -44,7 +45,7 @@ FREE_TO_CHANGE = (
     *("activation_checkpointing", "resume", "preflight", "trainer", "logger", "batch_size", "threads", "run_dir"),
     *("log_every", "val_every", "save_every", "save_minutes", "keep_every", "max_skipped", "pictures", "knn", "test"),
     *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
-    "data.max_bad",
+    *("data.max_bad", "timeout_minutes"),
 )
 
 
@@ -74,7 +75,8 @@ def micro_batches(global_batch: int, batch_size: int, world: int) -> int:
 
 def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer: it runs the loop; gradients, batches and metrics are the modules' own."""
-    settings = dict(cfg.trainer)
+    settings = cluster.arranged(plain(cfg.trainer), cfg.get("timeout_minutes", 30))
+    plugins = [checkpoint.AtomicCheckpointIO(), *settings.pop("plugins")]
     if settings["precision"] == "auto":
         gpu = wanted_gpu(settings["accelerator"]) and torch.cuda.is_bf16_supported()
         settings["precision"] = "bf16-mixed" if gpu else "32-true"
@@ -91,7 +93,7 @@ def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trai
         num_sanity_val_steps=0,
         enable_model_summary=False,
         log_every_n_steps=1,  # metrics have a rhythm of their own; this only keeps a warning away
-        plugins=[checkpoint.AtomicCheckpointIO()],
+        plugins=plugins,
     )
     accumulate = micro_batches(cfg.global_batch, cfg.batch_size, trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
@@ -143,20 +145,28 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         resume = to_resume(cfg, folder)
         task = TASKS[cfg.task](from_checkpoint(cfg, resume) if resume else cfg)
         steps = total_steps(cfg, task.data.samples)
-        trainer = make_trainer(cfg, steps, [*common_callbacks(cfg, folder, task), *task.callbacks])
+        agreement, sharded = cluster.Agreement(), cfg.trainer.strategy == "fsdp"
+        if sharded:  # these look at the network in one process, where it is no longer whole
+            task.callbacks = [c for c in task.callbacks if not isinstance(c, MaskedPictures | OnlineKNN)]
+        trainer = make_trainer(cfg, steps, [agreement, *common_callbacks(cfg, folder, task), *task.callbacks])
         introduction = introduce(cfg, task, steps, trainer)
         checks = preflight(cfg, task, trainer)
+        if sharded:
+            cluster.fit_for_fsdp(cfg, task.data, trainer.world_size)
         if cfg.preflight == "only":
             print("\n".join([introduction, *checks, "ready: the same command without preflight=only starts the run"]))
             return {}
         prepare(cfg, task, folder)
         done = open_loggers(cfg, trainer, task.module, resume)
+        agreement.facts = cluster.facts(plain(cfg), task.data, done)
     if is_first_process():
         print(introduction + (f"\n  continuing {cfg.name} after step {done}" if resume else ""), flush=True)
     if resume and done >= steps:
-        print("  already finished; more steps would be another run: choose another name=, or resume=never")
+        if is_first_process():
+            print("  already finished; more steps would be another run: choose another name=, or resume=never")
+            mark_finished(Path(cfg.run_dir), done)
         return {}
-    train(task, trainer, resume)
+    train(task, trainer, resume, cfg.timeout_minutes)
     return finish(cfg, task, trainer, steps)
 
 
@@ -165,15 +175,17 @@ def prepare(cfg: DictConfig, task: Task, folder: Path) -> None:
     module = task.module
     module.log_every = cfg.log_every
     module.keeper = Keeper(folder, cfg.save_every, cfg.save_minutes, cfg.keep_every)
-    module.guard = Guard(Path(cfg.run_dir) / "skipped.jsonl", cfg.max_skipped, cfg.global_batch)
+    if cfg.trainer.strategy != "fsdp":  # its optimiser's tensors are in parts, which the guard's flag is not
+        module.guard = Guard(Path(cfg.run_dir) / "skipped.jsonl", cfg.max_skipped, cfg.global_batch)
 
 
-def train(task: Task, trainer: Trainer, resume: Path | None) -> None:
+def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: float) -> None:
     """Run the loop. Raises KeyboardInterrupt after Ctrl-C and SystemExit(75) after SIGTERM, both with all saved."""
     keeper = task.module.keeper
     assert keeper is not None
     try:
-        trainer.fit(task.module, task.data, ckpt_path=str(resume) if resume else None, weights_only=True)
+        with cluster.connected(trainer, timeout_minutes):
+            trainer.fit(task.module, task.data, ckpt_path=str(resume) if resume else None, weights_only=True)
     except Stopped as stopped:
         if trainer.is_global_zero:
             print(f"{stopped}, saved {keeper.folder / LAST}; the same command goes on from there", flush=True)
@@ -196,7 +208,10 @@ def finish(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> dict[st
         early = f" (stopped early after step {trainer.global_step} of {steps})" if trainer.global_step < steps else ""
         print(f"saved {task.module.keeper.folder / LAST}{early}", flush=True)
     if "val" in task.data.readers and trainer.global_step % min(cfg.val_every, steps):
-        trainer.validate(task.module, task.data, verbose=False)
+        with cluster.connected(trainer, cfg.timeout_minutes):
+            trainer.validate(task.module, task.data, verbose=False)
+    if trainer.is_global_zero:
+        mark_finished(Path(cfg.run_dir), trainer.global_step)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
@@ -263,6 +278,7 @@ def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resum
                 "pictures/step-*.png",
                 "metrics.csv",
                 REPLACED,
+                FINISHED,
             ):
                 for file in run_dir.glob(pattern):
                     file.unlink()

@@ -95,6 +95,10 @@ VIEWS: dict[str, Rule] = {
     "exact": SWITCH,
     "channels": ("1, 3 or 4", lambda v: type(v) is int and v in (1, 3, 4)),
 }
+DEVICES: Rule = (
+    "auto, a number of devices, or a list of their numbers",
+    lambda v: v == "auto" or (type(v) is int and (v == -1 or v > 0)) or numbers(None, whole(0))[1](v),
+)
 
 RULES: dict[str, Rule] = {
     **{name: optional(TEXT) for name in NAMES},
@@ -117,6 +121,12 @@ RULES: dict[str, Rule] = {
     "keep_every": optional(whole(1)),
     "max_skipped": whole(1),
     "preflight": one_of(True, "only"),
+    "timeout_minutes": number(0, 100_000, above=True),
+    "jobs": whole(1),
+    "trainer.devices": DEVICES,
+    "trainer.num_nodes": ("auto or a whole number of at least 1", lambda v: v == "auto" or (type(v) is int and v > 0)),
+    "trainer.strategy": TEXT,
+    "trainer.accelerator": TEXT,
     "image_size": optional(whole(1, 2**16)),
     "to": one_of("unilm", "timm", "onnx", "hf"),
     "patch_size": optional(whole(1, 2**16)),

@@ -14,6 +14,7 @@ from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from beit_pretrain import cluster
 from beit_pretrain import optim as optimisation
 from beit_pretrain.drop_path import uniforms
 from beit_pretrain.guards import Guard
@@ -46,6 +47,10 @@ class TrainedModule(LightningModule):
         self.keeper: Keeper | None = None
         self.guard: Guard | None = None
         self._sums: dict[str, Tensor] = {}  # (2,): sum of value x weight, sum of weights
+
+    def configure_model(self) -> None:
+        if self._device_mesh is not None:  # trainer.strategy=fsdp
+            cluster.shard(self.model, self._device_mesh["data_parallel"])
 
     def configure_optimizers(self):
         depth = len(self.model.blocks) if hasattr(self.model, "blocks") else 0

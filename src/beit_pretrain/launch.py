@@ -1,0 +1,70 @@
+"""Who started this process: torchrun, srun, a Kubernetes job, Lightning, or a person; and how many others there are.
+
+Read from the environment alone, without torch.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import NamedTuple
+
+from beit_pretrain.errors import SharedError
+
+# What one run tells its own processes. A run that is started from inside another must not take it for its own.
+PROCESS_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "ROLE_NAME"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED"),
+)
+
+
+class Launch(NamedTuple):
+    """Processes that a launcher outside of Python has started: `processes` on `nodes` machines, `per_node` on each."""
+
+    by: str  # "torchrun", "srun" or "WORLD_SIZE"
+    processes: int
+    nodes: int
+    per_node: int
+
+
+def launched() -> Launch | None:
+    """What started this process together with others; None if it is alone, or a child that Lightning started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # first: torchrun may run inside a SLURM job
+        found = ("torchrun", number("WORLD_SIZE"), number("GROUP_WORLD_SIZE"), number("LOCAL_WORLD_SIZE"))
+    elif "SLURM_PROCID" in os.environ and (tasks := number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")) > 1:
+        nodes = number("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+        found = ("srun", tasks, nodes, number("SLURM_NTASKS_PER_NODE", otherwise=tasks // nodes))
+    elif "RANK" in os.environ and "LOCAL_RANK" not in os.environ and number("WORLD_SIZE") > 1:
+        found = ("WORLD_SIZE", number("WORLD_SIZE"), number("WORLD_SIZE"), 1)  # one process a pod, by an operator
+    else:
+        return None
+    launch = Launch(*found)
+    if launch.nodes * launch.per_node != launch.processes:
+        raise SharedError(
+            f"{launch.by} started {launch.processes} processes on {launch.nodes} nodes: every node needs as many"
+        )
+    return launch
+
+
+def number(*names: str, otherwise: int = 1) -> int:
+    """The first of these environment variables that is set, as a whole number."""
+    for name in names:
+        if name in os.environ:
+            if not os.environ[name].isdecimal() or int(os.environ[name]) < 1:
+                raise SharedError(f"the environment variable {name}={os.environ[name]!r} is not a number of at least 1")
+            return int(os.environ[name])
+    return otherwise
+
+
+def rank() -> int:
+    """Number of this process among those of its run, as far as the environment says."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 0
+
+
+def speaker() -> str:
+    """How a message names this process: nothing for the first one, else its rank and machine."""
+    return f"rank {rank()} on {socket.gethostname()}: " if rank() else ""
