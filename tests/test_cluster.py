@@ -182,6 +182,7 @@ def test_one_of_four_processes_on_two_nodes_is_killed_and_the_run_goes_on(words,
     assert "pretrain two" not in (tmp_path / "node1").read_text()  # only rank 0 speaks
 
 
+@pytest.mark.soak
 @pytest.mark.long
 def test_a_process_with_other_settings_ends_the_run_with_one_line(words, tmp_path):
     port = free_port()
@@ -199,6 +200,7 @@ def test_a_process_with_other_settings_ends_the_run_with_one_line(words, tmp_pat
     assert errors(tmp_path / "1") == []
 
 
+@pytest.mark.soak
 @pytest.mark.long
 def test_a_meeting_place_that_nobody_is_at(words, tmp_path):
     slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_LOCALID": "0"}

@@ -125,6 +125,7 @@ def test_the_last_words_of_a_member(tmp_path):
     assert last_words(log) == "it printed nothing"
 
 
+@pytest.mark.soak
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_sweep_of_six_with_one_that_fails(words, tmp_path):
@@ -151,6 +152,7 @@ def test_a_sweep_of_six_with_one_that_fails(words, tmp_path):
     assert len(list(blocked.glob("*/checkpoints/last.ckpt"))) == 6
 
 
+@pytest.mark.soak
 @pytest.mark.long
 def test_members_of_two_processes_from_the_console_script_and_by_submitit(words, tmp_path):
     script = Path(sys.executable).with_name("beit_pretrain")
@@ -165,6 +167,7 @@ def test_members_of_two_processes_from_the_console_script_and_by_submitit(words,
         assert "2 processes x" in (folder / "log.txt").read_text()
 
 
+@pytest.mark.soak
 @pytest.mark.long
 def test_ctrl_c_ends_the_members(words, tmp_path):
     sweep = start(["fit", "-m", *words, "steps=100000", "name=s", "seed=1,2"], tmp_path, tmp_path / "log")
