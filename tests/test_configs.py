@@ -7,7 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from beit_pretrain.__main__ import compose, config_dir, experiments
-from beit_pretrain.runs import off_recipe, total_steps
+from beit_pretrain.preflight import off_recipe
+from beit_pretrain.runs import total_steps
 from beit_pretrain.tasks import TASKS, network, optim
 
 NAMES = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))

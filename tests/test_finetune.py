@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import seeded, write_checkpoint
-from lightning import Callback
+from crash import Crash
 from PIL import Image
 
 from beit_pretrain import runs
@@ -77,17 +77,6 @@ def test_image_classifier(tmp_path):
     assert [len(b) for b in best] == [3, 3, 3]
     assert sum(p for _, p in best[0]) == pytest.approx(1, abs=1e-5)
     assert best[0][0][1] >= best[0][1][1]
-
-
-class Crash(Callback):
-    """Dies after a given optimiser step."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise RuntimeError("power cut")
 
 
 def finetune_words(shards, run_dir, *more: str) -> list[str]:

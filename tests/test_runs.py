@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import Callback
+from crash import Crash
 
 from beit_pretrain import checkpoint, runs
 from beit_pretrain.metrics import curve
@@ -38,17 +38,6 @@ def test_golden_losses(words, run_cli, tmp_path):
     steps, losses = curve(tmp_path / "run/metrics.csv", "train/loss")
     assert steps == [1, 2, 3, 4, 5, 6]
     assert losses == pytest.approx(GOLDEN, abs=2e-4)
-
-
-class Crash(Callback):
-    """Dies after a given optimiser step, before anything of the next one."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise RuntimeError("power cut")
 
 
 def test_a_run_that_died_goes_on_as_if_it_had_not(words, run_cli, tmp_path, monkeypatch):

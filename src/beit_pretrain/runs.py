@@ -7,7 +7,6 @@ images, `replaced.jsonl`.
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import sys
 import warnings
@@ -19,26 +18,22 @@ from typing import cast
 import torch
 from hydra.errors import InstantiationException
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain import checkpoint, cluster
-from beit_pretrain.batches import Plan
 from beit_pretrain.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.guards import Guard
-from beit_pretrain.keeping import LAST, PREEMPTED, Keeper, Stopped, check_space, newest_good
+from beit_pretrain.keeping import LAST, PREEMPTED, Keeper, Stopped, newest_good
 from beit_pretrain.metrics import CsvMetrics, is_first_process
-from beit_pretrain.optim import configure
-from beit_pretrain.pretrain import Pretraining
+from beit_pretrain.preflight import introduce, preflight
 from beit_pretrain.replacements import Replacements, cut_back
 from beit_pretrain.sweep import FINISHED, mark_finished
 from beit_pretrain.tasks import TASKS, Task, plain
 from beit_pretrain.training import TrainedModule
-from beit_pretrain.views import jittered_views
 
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
 FREE_TO_CHANGE = (
@@ -215,44 +210,6 @@ def finish(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> dict[st
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
-def preflight(cfg: DictConfig, task: Task, trainer: Trainer) -> list[str]:
-    """Try everything that a run needs before its folder is touched; a line for each check, for people.
-
-    Raises UserError for what would end the run later.
-    """
-    rehearse(task)
-    lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
-    if isinstance(task.module, Pretraining):
-        lines.append(f"  tokenizer: {try_tokenizer(task)}")
-    parameters = sum(p.numel() for p in task.module.model.parameters())
-    lines.append(f"  disk: {check_space(Path(cfg.run_dir), parameters)}")
-    on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
-    if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
-        raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
-    lines.append(f"  precision: {trainer.precision} on {type(trainer.accelerator).__name__}")
-    return lines
-
-
-def try_tokenizer(task: Task) -> str:
-    """Encode a few images; how many different tokens came out."""
-    dataset = task.data.train_dataset(Plan(task.data.global_batch))
-    samples = [dataset.sample(position) for position in range(min(4, task.data.samples))]
-    batch = {key: torch.stack([torch.as_tensor(s[key]) for s in samples]) for key in samples[0] if key != "bad"}
-    tokenizer = cast(Pretraining, task.module).tokenizer
-    tokens = batch["tokens"] if tokenizer is None or "tokens" in batch else tokenizer.encode(jittered_views(batch)[1])
-    if tokens.shape[1] != batch["mask"].shape[1]:
-        raise UserError(f"the tokenizer gives {tokens.shape[1]} tokens for {batch['mask'].shape[1]} patches")
-    return f"{len(tokens.unique())} different tokens in {len(tokens)} images"
-
-
-def rehearse(task: Task) -> None:
-    """Make one sample of each split and the optimiser, before the run's folder is touched: what fails, fails here."""
-    task.data.train_dataset(Plan(task.data.global_batch)).sample(0)
-    if "val" in task.data.readers:
-        task.data.eval_dataset("val").sample(0)
-    configure(task.module.model, task.module.optim, total_steps=1)
-
-
 def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback]:
     """Progress, throughput and checkpoints: the last one, and the best one where a metric says which."""
     callbacks: list[Callback] = [
@@ -300,42 +257,6 @@ def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resum
         module.about["wandb_id"] = content.get("beit_pretrain", {}).get("wandb_id") or new_id()
         trainer.loggers = [metrics, wandb_logger(cfg, module.about["wandb_id"])]
     return done
-
-
-def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
-    """The few lines a person wants to see before a run of two weeks starts."""
-    parameters = sum(p.numel() for p in task.module.model.parameters())
-    settings = task.module.optim
-    accumulate = trainer.accumulate_grad_batches
-    share = cfg.global_batch // trainer.world_size // accumulate
-    return "\n".join(
-        (
-            f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",
-            f"  {steps:,} steps of {cfg.global_batch} ({trainer.world_size} processes x {share} images x {accumulate})"
-            f", {steps * cfg.global_batch / task.data.samples:.4g} epochs, precision {trainer.precision}",
-            f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
-            f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",
-            *([f"  from {task.origin}"] if task.origin else []),
-            f"  folder {cfg.run_dir}",
-            *off_recipe(cfg),
-            *(["  note: the run is shorter than its warm-up"] if settings.warmup_steps >= steps else []),
-        )
-    )
-
-
-def off_recipe(cfg: DictConfig) -> list[str]:
-    """A line about a global batch that is not the recipe's, with the rate that it would suggest; else none."""
-    recipe = cfg.get("recipe")
-    if recipe is None or cfg.global_batch == recipe.global_batch:
-        return []
-    ratio = cfg.global_batch / recipe.global_batch
-    if math.isclose(cfg.optim.lr, recipe.lr * ratio, rel_tol=0.01):
-        return []
-    return [
-        f"  note: the recipe's global batch is {recipe.global_batch} (learning rate {recipe.lr:g}), this one is "
-        f"{cfg.global_batch}; suggested: optim.lr={recipe.lr * ratio:.3g} (linear rule; square root: "
-        f"{recipe.lr * math.sqrt(ratio):.3g})"
-    ]
 
 
 def to_resume(cfg: DictConfig, folder: Path) -> Path | None:

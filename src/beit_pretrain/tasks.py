@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
-from beit_pretrain.backbone import SIZES, Architecture, Classifier, MaskedImageModel, patch_grid
+from beit_pretrain.backbone import Classifier, MaskedImageModel, patch_grid
 from beit_pretrain.callbacks import MaskedPictures, OnlineKNN, SegmentationPictures
 from beit_pretrain.datamodule import ClassificationData, PretrainData, SegmentationData, ShardData
 from beit_pretrain.dvae import DiscreteVAE, Relaxation, TokenizerTraining
 from beit_pretrain.errors import UserError
 from beit_pretrain.finetune import Finetuning, Regularisation
-from beit_pretrain.formats import Checkpoint, digest, read_checkpoint, sizes
+from beit_pretrain.formats import Checkpoint, digest
 from beit_pretrain.masking import BlockwiseMask
+from beit_pretrain.networks import network, normalisation, origin, plain, read_source
 from beit_pretrain.optim import Optim
 from beit_pretrain.pretrain import Pretraining
 from beit_pretrain.pretrained import classifier, features, mim, segmenter
@@ -32,7 +33,7 @@ from beit_pretrain.tokenizer import Tokenizer, check_channels, view_size
 from beit_pretrain.tokens import OPTIONS, TokenFolder, same_tokenizer
 from beit_pretrain.training import TrainedModule
 from beit_pretrain.upernet import Decoder, Segmenter
-from beit_pretrain.views import HALF, ClassificationViews, PretrainViews, per_channel
+from beit_pretrain.views import HALF, ClassificationViews, PretrainViews
 
 
 @dataclass
@@ -189,51 +190,6 @@ def labelled_data(cfg: DictConfig, fill: tuple[float, ...]) -> ClassificationDat
     return data
 
 
-def origin(source: Checkpoint | None) -> str:
-    """What a run starts from, in words, for its first lines."""
-    return f"{source.path} ({source.format} {source.kind}: {sizes(source.architecture)})" if source else ""
-
-
-def read_source(cfg: DictConfig) -> Checkpoint | None:
-    """The checkpoint that a run starts from (`init_from`), if any; its architecture is the run's.
-
-    Raises UserError where the config asks for another size: its learning rates would be for another network.
-    """
-    if not cfg.init_from:
-        return None
-    source = read_checkpoint(cfg.init_from)
-    size = cfg.model.get("size")
-    if size is not None and size not in SIZES:
-        raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
-    channels = source.architecture["in_chans"]
-    if cfg.data.channels != channels:
-        raise UserError(f"init_from={cfg.init_from} sees {channels} channels: set data.channels={channels}")
-    scale = ("init_values" in cfg.model, cfg.model.get("init_values"), source.architecture["init_values"])
-    if scale[0] and (scale[1] is None) != (scale[2] is None):
-        raise UserError(
-            f"init_from={cfg.init_from} has {sizes(source.architecture)}, but the experiment asks for "
-            f"model.init_values={'null' if scale[1] is None else scale[1]}"
-        )
-    bias = source.architecture["rel_pos_bias"]
-    expanded = "per_layer" if bias == "shared" and cfg.task in ("finetune", "segment") else bias
-    for name, own in (("rel_pos_bias", (bias, expanded)), ("abs_pos_emb", (source.architecture["abs_pos_emb"],))):
-        if cfg.model.get(name) not in (None, *own):
-            raise UserError(
-                f"init_from={cfg.init_from} has {sizes(source.architecture)}, but the experiment asks for "
-                f"model.{name}={cfg.model[name]}"
-            )
-    asked = {**SIZES.get(size, {}), **plain(cfg.model), "patch_size": cfg.patch_size}
-    for name in ("embed_dim", "depth", "num_heads", "patch_size"):
-        if asked.get(name) not in (None, source.architecture[name]):
-            setting = "patch_size" if name == "patch_size" else f"model.size={size}" if size else f"model.{name}"
-            raise UserError(
-                f"init_from={cfg.init_from} has {sizes(source.architecture)}, but {setting} asks for "
-                f"{name}={asked[name]}; take an experiment of its size, or "
-                f"{'patch_size' if name == 'patch_size' else 'model.size'}=null to go ahead"
-            )
-    return source
-
-
 def continued(cfg: DictConfig, source: Checkpoint, targets: Targets) -> MaskedImageModel:
     """A pre-trained backbone to go on with; its token head only if that is for this tokenizer."""
     own, vocab_size = source.architecture.get("vocab_size"), targets.vocab_size
@@ -250,12 +206,6 @@ def continued(cfg: DictConfig, source: Checkpoint, targets: Targets) -> MaskedIm
             "new token head"
         )
     return mim(source, cfg.image_size, cfg.model.drop_path_rate, vocab_size if cfg.new_head else None)
-
-
-def normalisation(cfg: DictConfig, about: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std): the config's, else those of the checkpoint, else .5."""
-    mean, std = (per_channel(cfg[name] or about.get(name) or HALF, cfg.data.channels, name) for name in ("mean", "std"))
-    return mean, std
 
 
 def probe_task(cfg: DictConfig) -> Task:
@@ -364,33 +314,6 @@ def classification_data(cfg: DictConfig, fill: tuple[float, ...] = HALF) -> Clas
         val_views=ClassificationViews(size, False, crop_ratio=data.get("crop_ratio"), channels=channels),
         **data_settings(cfg),
     )
-
-
-def plain(cfg: DictConfig | ListConfig) -> dict[str, Any]:
-    """A group of settings as a plain dictionary."""
-    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-
-
-def network(cfg: DictConfig) -> Architecture:
-    """Arguments of a new network: those of the named size, then what the group `model` sets by itself."""
-    settings = plain(cfg.model)
-    size = settings.pop("size", None)
-    settings.pop("pool", None)
-    for name in ("rel_pos_bias", "abs_pos_emb"):
-        if settings.get(name) is None:  # the network's own default
-            settings.pop(name, None)
-    if size is not None and size not in SIZES:
-        raise UserError(f"model.size={size} is not one of {', '.join(SIZES)}")
-    shape = {"image_size": cfg.image_size, "patch_size": cfg.patch_size or 16, "in_chans": cfg.data.channels}
-    arguments = {**SIZES.get(size, {}), **settings, **shape}
-    for name in ("embed_dim", "depth", "num_heads"):
-        if name not in arguments:
-            raise UserError(f"model.size=null needs model.{name}")
-    if arguments["embed_dim"] % arguments["num_heads"]:
-        raise UserError(
-            f"model.embed_dim={arguments['embed_dim']} is not divisible by model.num_heads={arguments['num_heads']}"
-        )
-    return cast(Architecture, arguments)
 
 
 def optim(cfg: DictConfig, samples: int) -> Optim:
