@@ -18,9 +18,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from beit_pretrain import __main__ as command_line
-from beit_pretrain.backbone import MaskedImageModel
-from beit_pretrain.dvae import DiscreteVAE
-from beit_pretrain.shards import make_shards
+from beit_pretrain.networks.backbone import MaskedImageModel
+from beit_pretrain.shards.make import make_shards
+from beit_pretrain.training.dvae import DiscreteVAE
 
 DVAE = {"vocab_size": 32, "width": 8, "blocks": 1, "code_dim": 8, "in_chans": 3}
 MIM = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -4,14 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
-from test_images import encoded
+from test_image_reading import encoded
 from test_sources import tar_bytes, write_folder
 
-from beit_pretrain.adopt import index_shards
+from beit_pretrain.data.order import Sample
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.manifest import read_manifest, verify_shards
-from beit_pretrain.order import Sample
-from beit_pretrain.reader import ShardReader
+from beit_pretrain.shards.adopt import index_shards
+from beit_pretrain.shards.manifest import read_manifest, verify_shards
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from conftest import spoil
 
-from beit_pretrain import remote
-from beit_pretrain.datamodule import PretrainData
+from beit_pretrain.data import remote
+from beit_pretrain.data.datamodule import PretrainData
+from beit_pretrain.data.order import Sample, positions_of_epoch
+from beit_pretrain.data.reader import Access, ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.masking import BlockwiseMask
-from beit_pretrain.order import Sample, positions_of_epoch
-from beit_pretrain.reader import Access, ShardReader
-from beit_pretrain.shards import make_shards
-from beit_pretrain.views import PretrainViews
+from beit_pretrain.images.masking import BlockwiseMask
+from beit_pretrain.images.views import PretrainViews
+from beit_pretrain.shards.make import make_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 VIEWS = PretrainViews(image_size=16, token_image_size=16)
@@ -200,9 +200,9 @@ def test_shards_are_fetched_before_they_are_needed(spoiled, serve, tmp_path, mon
 FULL_SIZE = """
 import json, sys, time
 started = time.perf_counter()
-from beit_pretrain.order import Order, positions
-from beit_pretrain.reader import ShardReader
-from beit_pretrain.order import Sample
+from beit_pretrain.data.order import Order, positions
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.order import Sample
 position, folder = int(sys.argv[1]), sys.argv[2]
 reader = ShardReader(folder)
 order = Order(reader.sizes)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_pretrain import bench_loader
-from beit_pretrain.bench_loader import REFERENCE, make_variants, measure
-from beit_pretrain.order import Sample
+from beit_pretrain.bench import loader as bench_loader
+from beit_pretrain.bench.loader import REFERENCE, make_variants, measure
+from beit_pretrain.data.order import Sample
 
 NAMES = {REFERENCE, "reference_uint8", "exact", "fast", "resized", "cached"}
 

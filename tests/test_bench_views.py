@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_pretrain.bench_views import EXACT, PLAIN, VARIANTS, Sides, authors, compare, half_a_pixel, jitter_after, ours
-from beit_pretrain.order import VIEW, generator
-from beit_pretrain.views import PretrainViews, jittered_views
+from beit_pretrain.bench.views import EXACT, PLAIN, VARIANTS, Sides, authors, compare, half_a_pixel, jitter_after, ours
+from beit_pretrain.data.order import VIEW, generator
+from beit_pretrain.images.views import PretrainViews, jittered_views
 
 SIDES = Sides(32, 16)
 JITTER = "only jitter after the crop"

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from test_sources import tar_bytes
 
-from beit_pretrain import cache
-from beit_pretrain.cache import Shard, ShardCache, check_content
+from beit_pretrain.data import cache
+from beit_pretrain.data.cache import Shard, ShardCache, check_content
 from beit_pretrain.errors import UserError
 
 SIZE = 10240  # of a tar with a small file

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_shards import read_back
+from test_make_shards import read_back
 
-from beit_pretrain import cifar
 from beit_pretrain.errors import UserError
-from beit_pretrain.manifest import read_manifest, verify_shards
-from beit_pretrain.shards import make_shards
+from beit_pretrain.shards import cifar
+from beit_pretrain.shards.make import make_shards
+from beit_pretrain.shards.manifest import read_manifest, verify_shards
 
 NAMES = [b"apple", b"bear", b"cloud"]
 
@@ -70,7 +70,7 @@ def test_round_trip(official, unpacked, tmp_path):
 
 
 def test_half_done_archives_are_gone_on_with(official, tmp_path, monkeypatch):
-    from beit_pretrain import shards
+    from beit_pretrain.shards import make as shards
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "write_manifest", None)

@@ -16,9 +16,9 @@ from test_launch import SRUN, TORCHRUN, variables  # noqa: F401 (a fixture)
 from tiny import errors, start, tiny_words
 
 from beit_pretrain import load_pretrained
-from beit_pretrain.cluster import arranged, disagreement, flat, lost_connection
 from beit_pretrain.errors import UserError
-from beit_pretrain.metrics import curve
+from beit_pretrain.runs.cluster import arranged, disagreement, flat, lost_connection
+from beit_pretrain.training.metrics import curve
 
 TRAINER = {"accelerator": "cpu", "devices": "auto", "num_nodes": "auto", "strategy": "auto", "precision": "32-true"}
 

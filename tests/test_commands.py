@@ -8,8 +8,8 @@ import pytest
 from conftest import seeded, write_checkpoint
 from PIL import Image
 
-from beit_pretrain.backbone import Classifier
-from beit_pretrain.views import HALF
+from beit_pretrain.images.views import HALF
+from beit_pretrain.networks.backbone import Classifier
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from beit_pretrain.__main__ import compose, config_dir, experiments
-from beit_pretrain.preflight import off_recipe
-from beit_pretrain.runs import total_steps
-from beit_pretrain.tasks import TASKS, network, optim
+from beit_pretrain.compose import compose, config_dir, experiments
+from beit_pretrain.runs.fit import total_steps
+from beit_pretrain.runs.preflight import off_recipe
+from beit_pretrain.runs.tasks import TASKS, network, optim
 
 NAMES = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_pretrain.batches import EvalPlan, Plan, StepSampler
-from beit_pretrain.datamodule import (
+from beit_pretrain.data.batches import EvalPlan, Plan, StepSampler
+from beit_pretrain.data.datamodule import (
     ClassificationData,
     PretrainData,
     first_of_each_class,
     labels,
 )
+from beit_pretrain.data.order import MASK, VIEW, Order, generator
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.masking import BlockwiseMask
-from beit_pretrain.order import MASK, VIEW, Order, generator
-from beit_pretrain.reader import ShardReader
-from beit_pretrain.views import ClassificationViews, PretrainViews
+from beit_pretrain.images.masking import BlockwiseMask
+from beit_pretrain.images.views import ClassificationViews, PretrainViews
 
 VIEWS = PretrainViews(image_size=32, token_image_size=32)
 MASKING = BlockwiseMask((4, 4), max_patches=6, min_block=2, attempts=1)  # few attempts: few masks reach the cap

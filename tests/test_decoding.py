@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from test_views import PAPER_CROP, as_jpeg, picture, rng
 
-from beit_pretrain import decoding, tiles
-from beit_pretrain.decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
-from beit_pretrain.views import PretrainViews, draw_crop
+from beit_pretrain.images import decoding, tiles
+from beit_pretrain.images.decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
+from beit_pretrain.images.views import PretrainViews, draw_crop
 
 
 class TestScaledDecoding:

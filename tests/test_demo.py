@@ -7,7 +7,7 @@ import json
 import pytest
 
 from beit_pretrain import report
-from beit_pretrain.__main__ import compose
+from beit_pretrain.compose import compose
 from beit_pretrain.demo import demo
 from beit_pretrain.errors import UserError
 

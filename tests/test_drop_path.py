@@ -8,8 +8,8 @@ import torch
 from conftest import MIM, seeded
 from timm.layers import DropPath
 
-from beit_pretrain.backbone import MaskedImageModel
-from beit_pretrain.drop_path import residual, uniforms
+from beit_pretrain.networks.backbone import MaskedImageModel
+from beit_pretrain.networks.drop_path import residual, uniforms
 
 
 def reference(seed: int, position: int, branches: int) -> list[float]:

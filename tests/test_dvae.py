@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from beit_pretrain.dvae import (
+from beit_pretrain.errors import UserError
+from beit_pretrain.training.dvae import (
     DiscreteVAE,
     DVAETokenizer,
     Relaxation,
     TokenizerTraining,
     reconstruction_picture,
 )
-from beit_pretrain.errors import UserError
-from beit_pretrain.optim import Optim
+from beit_pretrain.training.optim import Optim
 
 TINY = {"vocab_size": 16, "width": 8, "blocks": 1, "code_dim": 8}
 

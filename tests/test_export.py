@@ -15,10 +15,10 @@ from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
 from PIL import Image
 from safetensors.torch import load_file
 
-from beit_pretrain import export as exporting
-from beit_pretrain.backbone import Classifier, MaskedImageModel
-from beit_pretrain.pretrained import load_pretrained
-from beit_pretrain.views import ClassificationViews
+from beit_pretrain.checkpoints import export as exporting
+from beit_pretrain.checkpoints.pretrained import load_pretrained
+from beit_pretrain.images.views import ClassificationViews
+from beit_pretrain.networks.backbone import Classifier, MaskedImageModel
 
 NETWORK = {name: value for name, value in MIM.items() if name != "vocab_size"}
 NAMES = ["cat", "dog", "a, b 'c'"]

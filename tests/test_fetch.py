@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from loopback import Answer, serving
 
-from beit_pretrain import download as download_module
-from beit_pretrain import fetch as module
-from beit_pretrain.__main__ import compose
+from beit_pretrain.compose import compose
 from beit_pretrain.errors import UserError
-from beit_pretrain.tokenizer import OpenAITokenizer
+from beit_pretrain.tokens import download as download_module
+from beit_pretrain.tokens import fetch as module
+from beit_pretrain.tokens.tokenizer import OpenAITokenizer
 
 PICKLES = ["decoder.pkl", "encoder.pkl"]
 WHOLE = ["decoder.pkl", "decoder.safetensors", "encoder.pkl", "encoder.safetensors", "weights.json"]

@@ -8,12 +8,12 @@ from conftest import seeded, write_checkpoint
 from crash import Crash
 from PIL import Image
 
-from beit_pretrain import runs
-from beit_pretrain.backbone import Classifier
-from beit_pretrain.finetune import Finetuning, ImageClassifier, Regularisation
-from beit_pretrain.metrics import curve
-from beit_pretrain.optim import Optim
-from beit_pretrain.views import HALF
+from beit_pretrain.images.views import HALF
+from beit_pretrain.networks.backbone import Classifier
+from beit_pretrain.runs import fit as runs
+from beit_pretrain.training.finetune import Finetuning, ImageClassifier, Regularisation
+from beit_pretrain.training.metrics import curve
+from beit_pretrain.training.optim import Optim
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.0}
 

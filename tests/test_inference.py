@@ -9,9 +9,9 @@ import torch
 from foreign import hf_classifier, scrambled, timm_beit
 from safetensors.torch import load_file, save_file
 
+from beit_pretrain.checkpoints.formats import digest, read_checkpoint
+from beit_pretrain.checkpoints.pretrained import load_pretrained
 from beit_pretrain.errors import UserError
-from beit_pretrain.formats import digest, read_checkpoint
-from beit_pretrain.pretrained import load_pretrained
 
 
 def refusal(path, head="classify", **settings) -> str:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
 
-from beit_pretrain import tasks
-from beit_pretrain.__main__ import compose
-from beit_pretrain.backbone import SIZES, MaskedImageModel
-from beit_pretrain.checkpoint import read
-from beit_pretrain.pretrained import load_pretrained
+from beit_pretrain.checkpoints.files import read
+from beit_pretrain.checkpoints.pretrained import load_pretrained
+from beit_pretrain.compose import compose
+from beit_pretrain.networks.backbone import SIZES, MaskedImageModel
+from beit_pretrain.runs import tasks
 
 BRIEF = ["epochs=null", "optim.warmup_epochs=null", "steps=2", "global_batch=4", "threads=1", "log_every=1"]
 

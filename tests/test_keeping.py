@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.guards import Guard
-from beit_pretrain.keeping import check_space, newest_good
-from beit_pretrain.metrics import read_rows
+from beit_pretrain.training.guards import Guard
+from beit_pretrain.training.keeping import check_space, newest_good
+from beit_pretrain.training.metrics import read_rows
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ class Poison:
     """Makes the gradients of some steps NaN, after they are reduced."""
 
     def __init__(self, monkeypatch, steps):
-        from beit_pretrain import optim
+        from beit_pretrain.training import optim
 
         clip = optim.clip_gradients
         self.calls = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from beit_pretrain.errors import SharedError
-from beit_pretrain.launch import PROCESS_VARIABLES, launched, rank, speaker
+from beit_pretrain.runs.launch import PROCESS_VARIABLES, launched, rank, speaker
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "x",

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.launchers import REQUEUE, Process, launcher, member_environment, run_all, shared_gpus
+from beit_pretrain.runs.launchers import REQUEUE, Process, launcher, member_environment, run_all, shared_gpus
 
 
 def silent(*_) -> None:
@@ -60,7 +60,7 @@ def sleeper(monkeypatch, tmp_path, said: str):
         "os.fork()\nopen('ready', 'a').write('x')\ntime.sleep(60)"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("beit_pretrain.launchers.command", lambda words: [sys.executable, "-c", code])
+    monkeypatch.setattr("beit_pretrain.runs.launchers.command", lambda words: [sys.executable, "-c", code])
     return Process([], tmp_path / "log", None)
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_images import encoded
-from test_shards import contents, make, read_back, rejected
+from test_image_reading import encoded
+from test_make_shards import contents, make, read_back, rejected
 from test_sources import class_files, tar_bytes, write_folder
 
-from beit_pretrain import listing, processes
 from beit_pretrain.errors import UserError
-from beit_pretrain.listing import Listing, build_listing
-from beit_pretrain.manifest import read_manifest, verify_shards
+from beit_pretrain.shards import listing, processes
+from beit_pretrain.shards.listing import Listing, build_listing
+from beit_pretrain.shards.manifest import read_manifest, verify_shards
 
 
 def mask(size: tuple[int, int], seed: int = 0, mode: str = "L") -> bytes:

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from beit_pretrain.masking import BlockwiseMask
-from beit_pretrain.order import MASK, generator
+from beit_pretrain.data.order import MASK, generator
+from beit_pretrain.images.masking import BlockwiseMask
 
 PAPER = BlockwiseMask((14, 14), 75)
 

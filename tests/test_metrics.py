@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from beit_pretrain.metrics import CsvMetrics, curve, read_rows
+from beit_pretrain.training.metrics import CsvMetrics, curve, read_rows
 
 
 @pytest.fixture

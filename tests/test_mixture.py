@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 
+from beit_pretrain.data.mixture import Mixture, shares
+from beit_pretrain.data.order import Order
 from beit_pretrain.errors import UserError
-from beit_pretrain.mixture import Mixture, shares
-from beit_pretrain.order import Order
 
 A, B, C = [5, 7, 3], [12, 0, 4], [30]
 

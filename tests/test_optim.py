@@ -6,13 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from beit_pretrain.__main__ import compose
-from beit_pretrain.backbone import Classifier, MaskedImageModel
+from beit_pretrain.compose import compose
 from beit_pretrain.errors import UserError
-from beit_pretrain.optim import Optim, clip_gradients, configure, layer_of, learning_rate, parameter_groups, poly_rate
-from beit_pretrain.runs import total_steps
-from beit_pretrain.tasks import optim
-from beit_pretrain.upernet import Segmenter
+from beit_pretrain.networks.backbone import Classifier, MaskedImageModel
+from beit_pretrain.networks.upernet import Segmenter
+from beit_pretrain.runs.fit import total_steps
+from beit_pretrain.runs.tasks import optim
+from beit_pretrain.training.optim import (
+    Optim,
+    clip_gradients,
+    configure,
+    layer_of,
+    learning_rate,
+    parameter_groups,
+    poly_rate,
+)
 
 TINY = {"image_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from beit_pretrain.order import MASK, VIEW, Order, Sample, generator, positions, positions_of_epoch
+from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, positions, positions_of_epoch
 
 UNEVEN = [5, 7, 3, 12, 1, 9, 0, 4]
 

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from lightning import Trainer
 
-from beit_pretrain.backbone import MaskedImageModel
-from beit_pretrain.batches import Plan
-from beit_pretrain.datamodule import PretrainData
-from beit_pretrain.dvae import DVAETokenizer
+from beit_pretrain.data.batches import Plan
+from beit_pretrain.data.datamodule import PretrainData
+from beit_pretrain.data.order import MASK, generator
 from beit_pretrain.errors import UserError
-from beit_pretrain.masking import BlockwiseMask
-from beit_pretrain.optim import Optim
-from beit_pretrain.order import MASK, generator
-from beit_pretrain.pretrain import IGNORE, Pretraining, masked_targets, nearest_visible
-from beit_pretrain.views import HALF, PretrainViews, color_jitter
+from beit_pretrain.images.masking import BlockwiseMask
+from beit_pretrain.images.views import HALF, PretrainViews, color_jitter
+from beit_pretrain.networks.backbone import MaskedImageModel
+from beit_pretrain.training.dvae import DVAETokenizer
+from beit_pretrain.training.optim import Optim
+from beit_pretrain.training.pretrain import IGNORE, Pretraining, masked_targets, nearest_visible
 
 TINY = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 # One attempt a block: images differ widely in how many patches are masked, which is what the objective must bear.

@@ -9,13 +9,13 @@ import torch
 from conftest import MIM, write_checkpoint
 from foreign import scrambled
 
-from beit_pretrain.backbone import Features, MaskedImageModel
+from beit_pretrain.checkpoints.pretrained import load_pretrained
 from beit_pretrain.errors import UserError
-from beit_pretrain.metrics import read_rows
-from beit_pretrain.optim import Optim
-from beit_pretrain.pretrained import load_pretrained
-from beit_pretrain.probe import LayerProbes, Probing, pooled
-from beit_pretrain.views import HALF
+from beit_pretrain.images.views import HALF
+from beit_pretrain.networks.backbone import Features, MaskedImageModel
+from beit_pretrain.training.metrics import read_rows
+from beit_pretrain.training.optim import Optim
+from beit_pretrain.training.probe import LayerProbes, Probing, pooled
 
 
 def batch(count: int = 6) -> dict:

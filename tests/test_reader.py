@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from conftest import spoil
 
-from beit_pretrain import remote
-from beit_pretrain.datamodule import labels
+from beit_pretrain.data import remote
+from beit_pretrain.data.datamodule import labels
+from beit_pretrain.data.order import Sample
+from beit_pretrain.data.reader import Access, ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.order import Sample
-from beit_pretrain.reader import Access, ShardReader
 
 
 @pytest.fixture(autouse=True)

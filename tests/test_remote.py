@@ -10,9 +10,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from beit_pretrain import remote
+from beit_pretrain.data import remote
+from beit_pretrain.data.remote import Remote, is_remote
 from beit_pretrain.errors import UserError
-from beit_pretrain.remote import Remote, is_remote
 
 CONTENT = bytes(range(256)) * 2000
 

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import spoil
 
-from beit_pretrain import remote
+from beit_pretrain.data import remote
+from beit_pretrain.data.replacements import Replacements, allowed, cut_back
 from beit_pretrain.errors import UserError
-from beit_pretrain.metrics import curve
-from beit_pretrain.replacements import Replacements, allowed, cut_back
+from beit_pretrain.training.metrics import curve
 
 TINY = (
     "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch=8 data.workers=0 pictures=0 "

@@ -12,9 +12,10 @@ import pytest
 import torch
 from crash import Crash
 
-from beit_pretrain import checkpoint, runs
-from beit_pretrain.metrics import curve
-from beit_pretrain.pretrain import Pretraining
+from beit_pretrain.checkpoints import files as checkpoint
+from beit_pretrain.runs import fit as runs
+from beit_pretrain.training.metrics import curve
+from beit_pretrain.training.pretrain import Pretraining
 
 TINY = (
     "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch=8 batch_size=4 data.workers=0 "

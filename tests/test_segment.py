@@ -16,11 +16,14 @@ from conftest import seeded, spoil, write_checkpoint
 from PIL import Image
 from test_finetune import Crash
 
-from beit_pretrain import runs
-from beit_pretrain.metrics import curve
-from beit_pretrain.optim import Optim
-from beit_pretrain.predict_maps import free_name
-from beit_pretrain.segment import (
+from beit_pretrain.images.segment_views import IGNORE, read_labels
+from beit_pretrain.networks.upernet import Maps, Segmenter
+from beit_pretrain.predict.maps import free_name
+from beit_pretrain.runs import fit as runs
+from beit_pretrain.shards.make import make_shards
+from beit_pretrain.training.metrics import curve
+from beit_pretrain.training.optim import Optim
+from beit_pretrain.training.segment import (
     ImageSegmenter,
     Segmentation,
     Windows,
@@ -31,9 +34,6 @@ from beit_pretrain.segment import (
     slide,
     starts,
 )
-from beit_pretrain.segment_views import IGNORE, read_labels
-from beit_pretrain.shards import make_shards
-from beit_pretrain.upernet import Maps, Segmenter
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}
 SMALL = {"aux_channels": 8, "channels": 16}
@@ -403,8 +403,8 @@ def test_image_segmenter(tmp_path):
 @pytest.mark.skipif(not ADE.is_dir(), reason="ADE20K_MINI names no folder with the three ADE20K pairs")
 def test_the_real_pairs_of_ade20k(tmp_path):
     """Names and numbers against the files themselves, read here without any code of the project."""
-    from beit_pretrain.datamodule import SegmentationData
-    from beit_pretrain.segment_views import SegmentationCrops, SegmentationImages
+    from beit_pretrain.data.datamodule import SegmentationData
+    from beit_pretrain.images.segment_views import SegmentationCrops, SegmentationImages
 
     make_shards(str(ADE / "sampleData"), tmp_path / "data", workers=1)
     views = SegmentationCrops(64, 150), SegmentationImages(512, 150)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_pretrain.order import VIEW, generator
-from beit_pretrain.segment_views import (
+from beit_pretrain.data.order import VIEW, generator
+from beit_pretrain.images.segment_views import (
     IGNORE,
     SegmentationCrops,
     SegmentationImages,

@@ -6,11 +6,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from test_images import encoded
+from test_image_reading import encoded
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.images import opened
-from beit_pretrain.sources import Candidate, list_images, read_candidate, rows, units
+from beit_pretrain.images.reading import opened
+from beit_pretrain.shards.sources import Candidate, list_images, read_candidate, rows, units
 
 CLASSES = ("ant", "bee", "cat")
 

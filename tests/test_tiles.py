@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from test_views import picture
 
-from beit_pretrain import tiles
-from beit_pretrain.decoding import Crop, cropped_array, sampled, turbo_jpeg
+from beit_pretrain.images import tiles
+from beit_pretrain.images.decoding import Crop, cropped_array, sampled, turbo_jpeg
 
 
 def with_comment(text: bytes) -> bytes:

@@ -9,16 +9,16 @@ import torch
 from conftest import DVAE, write_checkpoint
 from dall_e import map_pixels, unmap_pixels
 
-from beit_pretrain.backbone import Classifier
-from beit_pretrain.dvae import DiscreteVAE, DVAETokenizer
 from beit_pretrain.errors import UserError
-from beit_pretrain.tokenizer import (
+from beit_pretrain.networks.backbone import Classifier
+from beit_pretrain.tokens.tokenizer import (
     OpenAITokenizer,
     check_channels,
     codebook_use,
     square_grid,
     view_size,
 )
+from beit_pretrain.training.dvae import DiscreteVAE, DVAETokenizer
 
 
 def images(side: int = 32, batch: int = 2) -> torch.Tensor:

@@ -11,10 +11,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from beit_pretrain.decoding import Crop, sampled
+from beit_pretrain.data.order import VIEW, generator
 from beit_pretrain.errors import UserError
-from beit_pretrain.order import VIEW, generator
-from beit_pretrain.views import (
+from beit_pretrain.images.decoding import Crop, sampled
+from beit_pretrain.images.views import (
     BRIGHTNESS,
     CONTRAST,
     HALF,

@@ -12,15 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-from test_images import encoded
-from test_shards import contents, make, read_back, rejected
+from test_image_reading import encoded
+from test_make_shards import contents, make, read_back, rejected
 from test_sources import class_files, tar_bytes, write_folder
 from test_tars import HOSTILE, hostile_tar
 
-from beit_pretrain import packing, shards
 from beit_pretrain.errors import UserError
-from beit_pretrain.manifest import read_manifest
-from beit_pretrain.workfolder import work_folder
+from beit_pretrain.shards import make as shards
+from beit_pretrain.shards import packing
+from beit_pretrain.shards.manifest import read_manifest
+from beit_pretrain.shards.workfolder import work_folder
 
 
 class Killed(BaseException):

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from beit_pretrain.pretrained import load_pretrained
+    from beit_pretrain.checkpoints.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["load_pretrained"]
@@ -12,7 +12,7 @@ __all__ = ["load_pretrained"]
 def __getattr__(name: str):
     """`load_pretrained` at first use: it needs torch, which the command line's --help does not wait for."""
     if name == "load_pretrained":
-        from beit_pretrain.pretrained import load_pretrained
+        from beit_pretrain.checkpoints.pretrained import load_pretrained
 
         return load_pretrained
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import os
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from tqdm import tqdm
 
 from beit_pretrain.errors import UserError
 
@@ -16,9 +13,9 @@ from beit_pretrain.errors import UserError
 def shards(cfg: DictConfig) -> None:
     """make: write shards; index: take over existing ones; verify: check them, exit code 2 if anything is wrong; show:
     summary and contact sheet."""
-    from beit_pretrain.adopt import index_shards
-    from beit_pretrain.manifest import contact_sheet, summary, verify_shards
-    from beit_pretrain.shards import make_shards
+    from beit_pretrain.shards.adopt import index_shards
+    from beit_pretrain.shards.make import make_shards
+    from beit_pretrain.shards.manifest import contact_sheet, summary, verify_shards
 
     if cfg.action == "make":
         if not cfg.out:
@@ -47,12 +44,12 @@ def shards(cfg: DictConfig) -> None:
 
 def show(cfg: DictConfig) -> None:
     """Write a picture of what a run learned."""
-    from beit_pretrain import pictures
-    from beit_pretrain.callbacks import first_images, masked_picture, segmentation_picture
-    from beit_pretrain.dvae import TokenizerTraining, reconstruction_picture
-    from beit_pretrain.pretrain import Pretraining
-    from beit_pretrain.runs import building, load_run
-    from beit_pretrain.segment import Segmentation
+    from beit_pretrain.runs.fit import building, load_run
+    from beit_pretrain.training import pictures
+    from beit_pretrain.training.callbacks import first_images, masked_picture, segmentation_picture
+    from beit_pretrain.training.dvae import TokenizerTraining, reconstruction_picture
+    from beit_pretrain.training.pretrain import Pretraining
+    from beit_pretrain.training.segment import Segmentation
 
     with building():
         _, task = load_run(cfg.run)
@@ -74,55 +71,3 @@ def show(cfg: DictConfig) -> None:
         raise UserError(f"out={out} must end with .png, .jpg or .webp")
     pictures.save(picture, out)
     print(f"wrote {out}")
-
-
-def predict(cfg: DictConfig) -> None:
-    """Write the top classes of every image as CSV: file, rank, class, probability. Bad files are listed, not fatal.
-
-    With a segmentation model, label maps instead.
-    """
-    from beit_pretrain.finetune import ImageClassifier
-    from beit_pretrain.formats import read_checkpoint
-    from beit_pretrain.images import opened, reason
-    from beit_pretrain.predict_maps import predict_maps
-    from beit_pretrain.sources import list_images, read_candidate
-
-    source = read_checkpoint(cfg.init_from)
-    if source.kind == "segmenter":
-        predict_maps(cfg, source)
-        return
-    out = Path(cfg.out or "predictions.csv")
-    if out.is_dir():
-        raise UserError(f"out={out} is a folder; a file is needed, such as predictions.csv")
-    classifier = ImageClassifier(source)
-    files = list_images(cfg.src)
-    rows, bad = [], []
-    for start in tqdm(range(0, len(files), cfg.batch_size), desc="predicting", unit="batch"):
-        images, names = [], []
-        for candidate in files[start : start + cfg.batch_size]:
-            try:
-                with opened(read_candidate(candidate)) as image:
-                    images.append(classifier.view(image))
-                names.append(candidate.key)
-            except Exception as error:  # Pillow's decoders raise nearly everything on broken files
-                bad.append(f"{candidate.key}: {reason(error)}")
-        if images:
-            for name, best in zip(names, classifier.classify(torch.stack(images), cfg.top), strict=True):
-                rows += [(name, rank, label, f"{p:.6f}") for rank, (label, p) in enumerate(best, start=1)]
-    if not rows:
-        raise UserError(f"none of the {len(files)} files in {cfg.src} could be read as an image ({bad[0]})")
-    write_csv(out, ("file", "rank", "class", "probability"), rows)
-    print(f"wrote {out}: {len(files) - len(bad)} images" + (f", {len(bad)} could not be read:" if bad else ""))
-    print("\n".join(bad[:20]))
-
-
-def write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
-    """Write a table under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

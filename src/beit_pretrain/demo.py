@@ -15,16 +15,16 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain import report
-from beit_pretrain.__main__ import compose, quoted
 from beit_pretrain.commands import show
-from beit_pretrain.datamodule import labels
+from beit_pretrain.compose import compose, quoted
+from beit_pretrain.data.datamodule import labels
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.manifest import contact_sheet
-from beit_pretrain.metrics import read_rows
-from beit_pretrain.reader import ShardReader
-from beit_pretrain.runs import fit
-from beit_pretrain.shards import make_shards
-from beit_pretrain.sources import check_sources
+from beit_pretrain.runs.fit import fit
+from beit_pretrain.shards.make import make_shards
+from beit_pretrain.shards.manifest import contact_sheet
+from beit_pretrain.shards.sources import check_sources
+from beit_pretrain.training.metrics import read_rows
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's
 STAGES = ("data", "tokenizer", "pretrain")

@@ -1,0 +1,94 @@
+"""The verb `bench`: what is measured about this project, one module an action, and which images are measured.
+
+Every action prints a table for people and, as its last line, one JSON object for programs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from beit_pretrain.data.order import Order
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.errors import UserError
+from beit_pretrain.images.reading import opened, reason, to_rgb
+from beit_pretrain.shards.manifest import MANIFEST
+from beit_pretrain.shards.sources import list_images, read_candidate
+from beit_pretrain.tokens.tokenizer import Tokenizer
+
+ACTIONS = {  # action -> module:function, taking the composed config
+    "views": "beit_pretrain.bench.views:bench_views",
+    "loader": "beit_pretrain.bench.loader:bench_loader",
+}
+
+
+def bench(cfg: DictConfig) -> None:
+    """Measure what `cfg.action` names."""
+    if cfg.action not in ACTIONS:
+        raise UserError(f"bench {cfg.action}: there are {', '.join(ACTIONS)}")
+    if not isinstance(cfg.src, str):
+        raise UserError("bench takes one src=: a folder, a tar or a shard folder")
+    module, function = ACTIONS[cfg.action].split(":")
+    getattr(importlib.import_module(module), function)(cfg)
+
+
+class Sides(NamedTuple):
+    """Sides in pixels of the backbone's and the tokenizer's view."""
+
+    image: int
+    token_image: int
+
+
+class Photos(NamedTuple):
+    """Encoded images, all of which decode, and how many of the source do not."""
+
+    files: list[bytes]
+    bad: int
+
+
+def read_photos(src: str | Path, limit: int) -> Photos:
+    """At most `limit` image files of a shard folder, or evenly spaced ones of a folder or tar.
+
+    Raises UserError if there is no source or none of its files decodes.
+    """
+    read: Callable[[Any], bytes]
+    places: list[Any]
+    if (Path(src).expanduser() / MANIFEST).is_file():
+        reader = ShardReader(src)
+        order = Order(reader.sizes, shuffle=False)  # shards stand in random order already
+        places = [order.sample_at(i) for i in range(min(limit, reader.samples))]
+        read = lambda sample: reader.read(sample).data  # noqa: E731
+    else:
+        candidates = list_images(src)
+        count = min(limit, len(candidates))
+        places = [candidates[i * len(candidates) // count] for i in range(count)]
+        read = read_candidate
+    files, why = [], ""
+    for place in tqdm(places, desc="reading", unit=" images"):
+        try:
+            data = read(place)
+            with opened(data) as image:
+                to_rgb(image)
+            files.append(data)
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+            why = reason(error)
+    if not files:
+        raise UserError(f"none of the {len(places)} files in {src} is a usable image ({why})")
+    return Photos(files, len(places) - len(files))
+
+
+def sides_for(cfg: DictConfig, tokenizer: Tokenizer | None) -> Sides:
+    """Raises UserError if the tokenizer's view cannot be cut into whole tokens."""
+    token_image = cfg.token_image_size or max(1, cfg.image_size // 2)
+    if tokenizer is not None and token_image % tokenizer.downsample:
+        raise UserError(
+            f"token_image_size={token_image} is not divisible by {tokenizer.downsample}, the tokenizer's pixels a token"
+        )
+    return Sides(cfg.image_size, token_image)

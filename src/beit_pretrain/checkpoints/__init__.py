@@ -1,0 +1,1 @@
+"""Checkpoints of everyone: read, told apart, resized, written."""

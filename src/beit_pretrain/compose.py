@@ -1,0 +1,151 @@
+"""From words on a command line to a Hydra config that is complete, resolved, and of sensible values.
+
+Imports Hydra only when something is composed, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from beit_pretrain.errors import UserError, first_line
+
+# Where a missing setting comes from. Said when a config is complete but for it.
+HINTS = {
+    "data.train": "shards of training images; make them with: python -m beit_pretrain shards make src=FOLDER out=DATA, "
+    "then data.train=DATA/train",
+    "tokenizer.path": "the folder of OpenAI's dVAE (encoder.pkl, decoder.pkl); get it with: "
+    "python -m beit_pretrain fetch out=FOLDER; or a tokenizer of your own: fit +experiment=tokenizer, "
+    "then tokenizer=dvae tokenizer.path=runs/tokenizer/checkpoints/last.ckpt",
+    "init_from": "the checkpoint of a pre-training run, such as runs/base_22k/checkpoints/last.ckpt "
+    "(or from_scratch=true)",
+    "src": "where the images are: a folder, a tar file, or synthetic",
+    "out": "where to write",
+    "run": "the folder of a run, such as runs/base_22k",
+    "to": "one of unilm, timm, hf, onnx",
+    "action": "what to measure: bench views or bench loader",
+    "task": "an experiment says it: +experiment=NAME",
+}
+
+
+def config_dir() -> Path:
+    """The folder of configs: inside an installed package, or at the top of a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def experiments() -> dict[str, str]:
+    """Name -> first header line of every experiment."""
+    files = sorted((config_dir() / "experiment").glob("*.yaml"))
+    return {
+        f.stem: next((s[1:].strip() for s in f.read_text().splitlines()[1:] if s.startswith("#")), "") for f in files
+    }
+
+
+def compose_raw(verb: str, overrides: list[str]):
+    """The verb's config with the user's overrides, not yet resolved. Raises UserError for what does not compose."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return hydra_compose(verb, overrides=[readable(word) for word in overrides])
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(_explain(error, verb)) from error
+
+
+def compose(verb: str, overrides: list[str]):
+    """The verb's config with the user's overrides, complete and resolved, every value of its kind.
+
+    Raises UserError, in one line, for whatever does not compose, is missing, or breaks a rule of `settings`.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from beit_pretrain.settings import check
+
+    cfg = compose_raw(verb, overrides)
+    if verb == "fit" and OmegaConf.is_missing(cfg, "task"):
+        raise UserError(f"say what to train: +experiment=NAME, one of {', '.join(experiments())}")
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if "init_from" in missing and cfg.get("from_scratch"):
+        cfg.init_from = None
+        missing.remove("init_from")
+    if "tokenizer.path" in missing and OmegaConf.select(cfg, "data.tokens") is not None:
+        cfg.tokenizer = {"_target_": None, "path": None}  # cached tokens need none
+        missing.remove("tokenizer.path")
+    if missing:
+        raise UserError(
+            "; ".join(f"{key} is missing: {HINTS.get(key, 'set it with ' + key + '=...')}" for key in missing)
+        )
+    try:
+        plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(first_line(error)) from error
+    check(plain)
+    cfg = OmegaConf.create(plain)
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+def readable(word: str) -> str:
+    """The setting as Hydra's grammar takes it: a path with '=', '$' or a comma is quoted."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, _, value = word.partition("=")
+    try:
+        plain = not OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        plain = value[:1] in ("", "[", "{", "'", '"')  # meant as Hydra's own syntax: let it say what is wrong
+    return word if plain else f"{key}={quoted(value)}"
+
+
+def quoted(value: object) -> str:
+    """A value as Hydra's grammar reads it back unchanged."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if not isinstance(value, (str, Path)):
+        return str(value)
+    escaped = str(value).replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _explain(error: Exception, verb: str) -> str:
+    """One line for an error of Hydra, whose own messages run over several."""
+    text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
+    line = first_line(error)
+    if override := getattr(error, "override", None):
+        return f"cannot read the setting {override!r}: {line}"
+    if found := re.search(r"Could not find 'experiment/([^']*)'", text):
+        name = found[1]
+        close = difflib.get_close_matches(name, experiments(), 1)
+        guess = f"did you mean {close[0]}? " if close else ""
+        return f"unknown experiment {name!r}; {guess}there are {', '.join(experiments())}"
+    if "is not in struct" in text or "Could not override" in text:
+        key = line.split("'")[1].split("=")[0].lstrip("+~") if "'" in line else line
+        if key == "experiment":
+            return "experiments are added with a plus: +experiment=NAME"
+        return f"unknown key {key!r} for {verb}; {VERBS_HELP.format(verb=verb)}"
+    return line
+
+
+VERBS_HELP = "python -m beit_pretrain {verb} --help lists the settings"
+
+
+def show_config(verb: str, overrides: list[str]) -> str:
+    """The composed config as YAML, with what is missing as ???."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(compose_raw(verb, overrides))
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A group of settings as a plain dictionary."""
+    from omegaconf import OmegaConf
+
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))

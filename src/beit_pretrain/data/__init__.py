@@ -1,0 +1,1 @@
+"""From shards to batches: which sample stands at which position, its bytes, batches, data modules."""

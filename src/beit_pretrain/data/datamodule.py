@@ -1,0 +1,252 @@
+"""LightningDataModules: shards -> order -> reader -> views and masks -> batches (batches.py makes them)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from beit_pretrain.data.batches import EvalPlan, LabelMapViews, Plan, ShardDataset, StepSampler, Views
+from beit_pretrain.data.mixture import Mixture
+from beit_pretrain.data.order import Order
+from beit_pretrain.data.reader import Access, ShardReader
+from beit_pretrain.errors import UserError
+from beit_pretrain.images.masking import BlockwiseMask
+from beit_pretrain.images.views import ClassificationViews, PretrainViews
+from beit_pretrain.tokens.cached import CachedTokens, TokenFolder
+
+Source = str | Path | Sequence[str | Path]
+
+
+class ShardData(LightningDataModule):
+    """Training and validation loaders over shard folders. The classes below say which views and masks.
+
+    Args:
+        train: shard folder or location of the training images, or a list of them.
+        val: the same of held-out images; None = no validation.
+        global_batch: images of one optimiser step over all processes and micro-batches.
+        seed: of order, views and masks.
+        workers: loader processes per training process; 0 = none.
+        window, streams: see `order.Order`.
+        val_batch: images of a validation batch.
+        val_images: at most so many validation images.
+        per_class: train on so many images of each class only (the first ones in the shards' order).
+        weights: how often each of several training sets is drawn from; None = every image of all of them once an epoch.
+        access: how remote shards are had.
+    """
+
+    VAL_SEED = 1_000_003  # views and masks of held-out images never change, whatever the run's seed
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source | None = None,
+        *,
+        global_batch: int,
+        seed: int = 0,
+        workers: int = 4,
+        window: int = 4096,
+        streams: int = 64,
+        val_batch: int = 64,
+        val_images: int | None = None,
+        per_class: int | None = None,
+        weights: Sequence[float] | None = None,
+        access: Access | None = None,
+    ):
+        super().__init__()
+        self.tokens: dict[str, CachedTokens] = {}  # of the splits that have them: their views are fixed
+        self.readers = {"train": ShardReader(train, access)}
+        if val is not None:
+            self.readers["val"] = ShardReader(val, access)
+            classes, known = self.readers["val"].classes, self.classes
+            if classes and classes != known and not self.readers["train"].classes_differ:
+                raise UserError(f"data.val={val} has other classes than data.train={train}; make both in one go")
+        if weights is not None and per_class is not None:
+            raise UserError("data.weights and data.per_class exclude each other")
+        self.weights, self.access = weights, access or Access()
+        if workers < 0:
+            raise UserError(f"data.workers must be 0 or more, got {workers}")
+        self.global_batch, self.seed, self.workers = global_batch, seed, workers
+        self.window, self.streams = window, streams
+        self.val_batch, self.val_images = val_batch, val_images
+        self.subset = None if per_class is None else first_of_each_class(self.readers["train"], per_class)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of the labels."""
+        return self.readers["train"].classes
+
+    @property
+    def samples(self) -> int:
+        """Training images."""
+        return self.readers["train"].samples if self.subset is None else len(self.subset)
+
+    def views(self, split: str) -> Views | LabelMapViews:
+        """How the images of "train" or "val" are seen."""
+        raise NotImplementedError
+
+    masking: BlockwiseMask | None = None
+    label_maps = False
+
+    def train_dataset(self, plan: Plan) -> ShardDataset:
+        """The training batches that `plan` lays out."""
+        views = self.views("train")
+        return ShardDataset(
+            *(self.readers["train"], self.train_order(), plan, views, self.masking, self.subset, self.seed),
+            label_maps=self.label_maps,
+            tokens=self.tokens.get("train"),
+        )
+
+    def train_order(self) -> Order | Mixture:
+        """Which training image stands at which position."""
+        reader = self.readers["train"]
+        if self.weights is None:
+            sizes = reader.sizes if self.subset is None else [len(self.subset)]
+            return Order(sizes, self.seed, self.window, self.streams)
+        # Each set has an order of its own: with one seed for all, equal sets would be read in step.
+        orders = [Order(s, self.seed + i, self.window, self.streams) for i, s in enumerate(reader.parts())]
+        return Mixture(orders, self.weights, self.seed)
+
+    def eval_dataset(
+        self,
+        split: str = "val",
+        rank: int = 0,
+        world: int = 1,
+        views: Views | LabelMapViews | None = None,
+        images: int | None = None,
+    ) -> ShardDataset:
+        """Every image of a split (or its first `images`) once and in order, with fixed views and masks."""
+        reader = self.readers[split]
+        samples = reader.samples if images is None else min(reader.samples, images)
+        plan = EvalPlan(samples, self.val_batch, rank, world)
+        order = Order(reader.sizes, shuffle=False)
+        tokens = None if views else self.tokens.get(split)
+        views = views or self.views("val")
+        return ShardDataset(
+            *(reader, order, plan, views, self.masking, None, self.VAL_SEED), label_maps=self.label_maps, tokens=tokens
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        assert trainer is not None
+        micro_batches = trainer.accumulate_grad_batches
+        plan = Plan(self.global_batch, trainer.global_rank, trainer.world_size, micro_batches)
+        if self.readers["train"].remote:
+            ranks = range(trainer.node_rank * trainer.num_devices, (trainer.node_rank + 1) * trainer.num_devices)
+            self.check_cache(trainer.global_step * self.global_batch, ranks, trainer.world_size)
+        sampler = StepSampler(int(trainer.max_steps) * micro_batches, start=trainer.global_step * micro_batches)
+        return self._loader(self.train_dataset(plan), sampler)
+
+    def check_cache(self, position: int, ranks: Sequence[int], world: int) -> None:
+        """Raise UserError if the cache cannot hold the shards that this node's processes read from at once."""
+        reader, order, limit = self.readers["train"], self.train_order(), self.access.cache_gb * 1e9
+        if self.subset is not None:
+            return
+        here = {shard for rank in ranks for shard in order.shards_ahead(position, rank, world, windows=1)}
+        needed = sum(reader.shards[shard].bytes for shard in here if reader.is_remote(shard))
+        if needed > limit:
+            raise UserError(
+                f"data.cache_gb={self.access.cache_gb:g} is too small: this node reads from {len(here):,} shards of "
+                f"{needed / 1e9:.3g} GB at once; set it higher, or data.window or data.streams lower"
+            )
+
+    def val_dataloader(self) -> DataLoader | list:
+        if "val" not in self.readers:
+            return []
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        dataset = self.eval_dataset("val", rank, world, images=self.val_images)
+        return self._loader(dataset, range(len(dataset)))
+
+    test_dataloader = val_dataloader
+
+    def _loader(self, dataset: ShardDataset, sampler) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+        )
+
+
+class PretrainData(ShardData):
+    """Two views and a mask of every image, or one view and its cached tokens.
+
+    `tokens`: of "train", "val" or both, a token folder for each shard folder.
+    """
+
+    def __init__(
+        self,
+        train,
+        val=None,
+        *,
+        views: PretrainViews,
+        masking: BlockwiseMask,
+        tokens: Mapping[str, Sequence[TokenFolder]] | None = None,
+        **settings,
+    ):
+        super().__init__(train, val, **settings)
+        self._views, self.masking = views, masking
+        for split, folders in (tokens or {}).items():
+            if split in self.readers:
+                self.tokens[split] = CachedTokens(folders, self.readers[split], views, masking.grid, split)
+
+    def views(self, split: str) -> Views:
+        return self._views
+
+
+class ClassificationData(ShardData):
+    """One view of every image with its label: augmented in training, resized and centre-cropped in validation."""
+
+    def __init__(
+        self, train, val=None, *, train_views: ClassificationViews, val_views: ClassificationViews, **settings
+    ):
+        super().__init__(train, val, **settings)
+        self._views = {"train": train_views, "val": val_views}
+
+    def views(self, split: str) -> Views:
+        return self._views[split]
+
+
+class SegmentationData(ShardData):
+    """Images with label maps. Raises UserError if a shard folder has none."""
+
+    label_maps = True
+
+    def __init__(self, train, val=None, *, train_views: LabelMapViews, val_views: LabelMapViews, **settings):
+        super().__init__(train, val, **settings)
+        self._views = {"train": train_views, "val": val_views}
+        for reader in self.readers.values():
+            for folder in reader.folders:
+                if not folder.about["segmentation"]:
+                    raise UserError(f"{folder} has no label maps (.seg.png); segmentation needs them")
+
+    def views(self, split: str) -> LabelMapViews:
+        return self._views[split]
+
+
+def labels(reader: ShardReader) -> np.ndarray:
+    """Labels of all samples (samples,), in the order of the shards; -1 where there is none."""
+    return np.concatenate([reader.labels(shard) for shard in range(len(reader.sizes))])
+
+
+def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
+    """(samples, 2) shard and index of the first `count` samples of every class: the shards' order is already random."""
+    if count < 1:
+        raise UserError(f"data.per_class must be at least 1, got {count}")
+    taken = np.zeros(len(reader.classes), np.int64)
+    chosen = []
+    for shard in range(len(reader.sizes)):
+        for index, label in enumerate(reader.labels(shard)):
+            if label >= 0 and taken[label] < count:
+                taken[label] += 1
+                chosen.append((shard, index))
+    if not chosen:
+        raise UserError(f"{reader.folders[0]} has no labels; data.per_class needs images in class folders")
+    return np.asarray(chosen, np.int64)

@@ -1,0 +1,117 @@
+"""Several data sets in one run, mixed by weights: which data set, and which sample of its own order, is at position k.
+
+Positions come in blocks; of every block each data set has the same whole number of places, its weight's share, shuffled
+by a generator keyed by (seed, block). So the mixture is a pure function of the position, the counts are exact at every
+block's end, and inside its share each data set follows its own order: all its samples once before any comes again.
+
+An epoch of a mixture is as many positions as the data sets have samples together: a data set of N_d samples and weight
+w_d is seen w_d * sum(N) / N_d times in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from beit_pretrain.data.order import SHUFFLE_MIXTURE, Order, Sample, as_array, generator
+from beit_pretrain.errors import UserError
+
+PARTS = 10_000  # weights that are no simple fractions are rounded to so many parts
+BLOCK = 256  # positions of a block, at least
+
+
+class Mixture:
+    """The order of a run over several data sets. Shards are numbered through: those of the first set come first.
+
+    Args:
+        orders: of each data set.
+        weights: shares of the positions; they are divided by their sum.
+        seed: the run's seed.
+
+    Raises UserError for weights that do not fit.
+    """
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int = 0):
+        self.orders, self.seed = list(orders), seed
+        self.counts = shares(weights, len(orders))
+        self.block = int(self.counts.sum())
+        self.samples = sum(order.samples for order in orders)
+        self.streams = orders[0].streams
+        self.sizes = np.concatenate([order.sizes for order in orders])
+        self._first_shard = np.cumsum([0] + [len(order.sizes) for order in orders])
+        self._pattern = lru_cache(maxsize=64)(self._shuffled)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_pattern"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._pattern = lru_cache(maxsize=64)(self._shuffled)
+
+    def sample_at(self, position: int) -> Sample:
+        """The sample at `position`."""
+        return Sample(*self.samples_at(range(position, position + 1))[0].tolist())
+
+    def samples_at(self, positions: range | np.ndarray) -> np.ndarray:
+        """Addresses (n, 2) int64, shard and row, of the samples at n positions."""
+        dataset, own = self.places(positions)
+        addresses = np.empty((len(own), 2), np.int64)
+        for number in np.unique(dataset):
+            here = dataset == number
+            addresses[here] = self.orders[number].samples_at(own[here])
+            addresses[here, 0] += self._first_shard[number]
+        return addresses
+
+    def epoch_of(self, position: int) -> int:
+        """How often the sample at `position` has come before."""
+        dataset, own = self.places(range(position, position + 1))
+        return int(own[0]) // self.orders[int(dataset[0])].samples
+
+    def places(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the data set of each position, and the position in that data set's own order."""
+        block, offset = np.divmod(as_array(positions), self.block)
+        dataset, own = np.empty_like(block), np.empty_like(block)
+        for number in np.unique(block):
+            here = block == number
+            of_place, before = self._pattern(int(number))
+            dataset[here] = of_place[offset[here]]
+            own[here] = number * self.counts[dataset[here]] + before[offset[here]]
+        return dataset, own
+
+    def shards_ahead(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
+        """Shards that are read soon. A data set's places fall to any rank: all ranks read from all of them."""
+        block, offset = divmod(position, self.block)
+        passed = self._pattern(block)[0][:offset]
+        ahead = []
+        for number, (order, first) in enumerate(zip(self.orders, self._first_shard.tolist())):
+            own = block * int(self.counts[number]) + int((passed == number).sum())
+            ahead += [first + shard for shard in order.shards_ahead(own, windows=windows)]
+        return ahead
+
+    def _shuffled(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Data set of each place of a block, and how many places of that data set come before it in the block."""
+        dataset = np.repeat(np.arange(len(self.counts)), self.counts)
+        generator(self.seed, block, SHUFFLE_MIXTURE).shuffle(dataset)
+        before = np.empty_like(dataset)
+        for number, count in enumerate(self.counts):
+            before[dataset == number] = np.arange(count)
+        return dataset, before
+
+
+def shares(weights: Sequence[float], datasets: int) -> np.ndarray:
+    """Places (datasets,) int64 of each data set in a block. Raises UserError for weights that do not fit."""
+    if len(weights) != datasets:
+        raise UserError(f"data.weights has {len(weights)} numbers for {datasets} data sets in data.train")
+    exact = np.asarray(weights, np.float64) / np.sum(weights)
+    for parts in range(1, PARTS + 1):
+        counts = np.rint(exact * parts).astype(np.int64)
+        if np.abs(counts - exact * parts).max() < 1e-9 * parts:
+            break
+    else:  # largest remainders
+        counts = np.floor(exact * PARTS).astype(np.int64)
+        counts[np.argsort(counts - exact * PARTS, kind="stable")[: PARTS - counts.sum()]] += 1
+    if counts.min() < 1:
+        raise UserError(f"data.weights={list(weights)}: a data set has less than 1 of {PARTS:,} parts")
+    return counts * -(-BLOCK // int(counts.sum()))

@@ -1,0 +1,267 @@
+"""Sample address -> bytes of its image file, from shards on this machine or elsewhere, by their index.
+
+Several shard folders read as one: their shards are numbered through. A local shard is opened once per process and read
+with `pread`, so that the workers of a node share the page cache and no file position. A remote one is opened for every
+read: an open file is a few microseconds, and no reader then keeps from the disk what the cache has given up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from beit_pretrain.data.cache import Shard, ShardCache, check_content
+from beit_pretrain.data.order import Sample
+from beit_pretrain.data.remote import Remote, is_remote
+from beit_pretrain.errors import UserError
+from beit_pretrain.shards.manifest import INDEX_DTYPE, MANIFEST, index_path, parse_manifest, read_manifest
+
+MANIFEST_LIMIT = 1 << 30  # bytes of a remote manifest
+INDEX_MEMORY = 64 << 20  # bytes of indices that a process keeps
+DEFAULT_CACHE = "~/.cache/beit_pretrain/shards"
+
+
+class Record(NamedTuple):
+    """One sample as it stands in its shard. `label` is -1 without a class."""
+
+    data: bytes
+    label: int
+
+
+@dataclass(frozen=True)
+class Access:
+    """How remote shards are had: folder and gigabytes of the cache, further tries, seconds without a byte."""
+
+    cache_dir: str | None = None
+    cache_gb: float = 100.0
+    retries: int = 5
+    timeout: float = 60.0
+
+    def cache(self) -> ShardCache:
+        return ShardCache(self.cache_dir or DEFAULT_CACHE, int(self.cache_gb * 1e9))
+
+
+class ShardReader:
+    """Random access to the samples of one or more shard folders (`.../train` with its manifest), local or remote.
+
+    Args:
+        source: a folder or location, or a list of these.
+        access: how remote ones are had.
+
+    Raises UserError if a folder, its manifest, a shard or an index is missing or does not belong together.
+    """
+
+    def __init__(self, source: str | Path | Sequence[str | Path], access: Access | None = None):
+        sources = [source] if isinstance(source, str | Path) else list(source)
+        self.folders = [_folder(s, access or Access()) for s in sources]
+        self.manifest: dict[str, Any] = self.folders[0].about
+        named = [folder.about["classes"] for folder in self.folders]
+        self.classes_differ = any(classes != named[0] for classes in named)
+        # Labels that count other classes mean nothing together; a backbone needs none.
+        self.classes: list[str] = [] if self.classes_differ else named[0]
+        self.shards = [shard for folder in self.folders for shard in folder.shards]
+        self.sizes = [shard.samples for shard in self.shards]
+        self.samples = sum(self.sizes)
+        if not self.samples:
+            raise UserError(f"{source} holds no samples")
+        self.without_class = self.samples - sum(sum(folder.about["class_counts"]) for folder in self.folders)
+        self._first = np.cumsum([0] + [len(folder.shards) for folder in self.folders])
+        self._open()
+
+    def _open(self) -> None:
+        bytes_of_one = INDEX_DTYPE.itemsize * max(1, self.samples // len(self.sizes))
+        self._index = lru_cache(maxsize=max(8, INDEX_MEMORY // bytes_of_one))(self._load_index)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_index"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def parts(self) -> list[list[int]]:
+        """Samples of each shard of each folder."""
+        return [[shard.samples for shard in folder.shards] for folder in self.folders]
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of the folders is not on this machine."""
+        return any(isinstance(folder, RemoteFolder) for folder in self.folders)
+
+    def is_remote(self, shard: int) -> bool:
+        """Whether a shard comes from another machine."""
+        return isinstance(self._place(shard)[0], RemoteFolder)
+
+    def _place(self, shard: int) -> tuple[LocalFolder | RemoteFolder, int]:
+        number = int(np.searchsorted(self._first, shard, side="right")) - 1
+        return self.folders[number], shard - int(self._first[number])
+
+    def where(self, shard: int) -> str:
+        """The shard's path or location, for messages."""
+        folder, number = self._place(shard)
+        return f"{folder}/{folder.shards[number].name}"
+
+    def labels(self, shard: int) -> np.ndarray:
+        """Labels (samples,) int64 of one shard; -1 where there is none."""
+        return self._index(shard)["label"].astype(np.int64)
+
+    def read(self, sample: Sample) -> Record:
+        """The image file's bytes and the label of a sample. Raises UserError if its shard is not as it should be."""
+        row = self._index(sample.shard)[sample.row]
+        offset, size = int(row["image_offset"]), int(row["image_size"])
+        return Record(self._bytes(sample.shard, offset, size), int(row["label"]))
+
+    def label_map(self, sample: Sample) -> bytes:
+        """The bytes of a sample's label map (PNG). Raises ValueError if it has none."""
+        row = self._index(sample.shard)[sample.row]
+        if not row["segmentation_size"]:
+            raise ValueError("it has no label map")
+        return self._bytes(sample.shard, int(row["segmentation_offset"]), int(row["segmentation_size"]))
+
+    def key(self, sample: Sample) -> str:
+        """The key of a sample: the name of its image in the tar, without the extension."""
+        row = self._index(sample.shard)[sample.row]
+        header = self._bytes(sample.shard, int(row["image_offset"]) - 512, 512)
+        return header[:100].rstrip(b"\0").decode(errors="replace").partition(".")[0]
+
+    def fetch_ahead(self, shard: int) -> None:
+        """Fetch a remote shard that will be needed, or note that it still is. Raises UserError if it cannot be had."""
+        folder, number = self._place(shard)
+        if isinstance(folder, RemoteFolder):
+            folder.fetch_ahead(number)
+
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        folder, number = self._place(shard)
+        try:
+            with folder.opened(number) as descriptor:
+                data = os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise UserError(f"{self.where(shard)} cannot be read: {error.strerror or error}") from None
+        if len(data) < size:
+            raise UserError(f"{self.where(shard)} is shorter than its index says; see: shards verify")
+        return data
+
+    def _load_index(self, shard: int) -> np.ndarray:
+        folder, number = self._place(shard)
+        entry, index = folder.shards[number], folder.index(number)
+        if index.dtype != INDEX_DTYPE or index.shape != (entry.samples,):
+            raise UserError(f"the index of {self.where(shard)} does not fit its manifest; see: shards verify")
+        for part in ("image", "segmentation"):
+            here = index[f"{part}_size"] > 0 if part == "segmentation" else slice(None)
+            offset, size = index[f"{part}_offset"][here], index[f"{part}_size"][here]
+            if (offset > entry.bytes).any() or (size > entry.bytes - offset).any() or (offset < 512).any():
+                raise UserError(f"the index of {self.where(shard)} points outside the shard; see: shards verify")
+        classes = len(folder.about["classes"])
+        if not self.classes:
+            index = index.copy()
+            index["label"] = -1
+        elif (index["label"] >= classes).any() or (index["label"] < -1).any():
+            raise UserError(f"{self.where(shard)} has labels beyond the {classes} classes of its manifest")
+        return index
+
+
+class LocalFolder:
+    """A shard folder on this machine. Raises UserError if one of its shards is missing or of another size."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.about = read_manifest(self.path)
+        self.shards = _shards(self.about)
+        for shard in self.shards:
+            file = os.path.join(self.path, shard.name)
+            try:
+                fits = os.stat(file).st_size == shard.bytes
+            except OSError:
+                fits = False
+            if not fits:
+                raise UserError(f"{file} is missing or not as its manifest says; see: shards verify src={path}")
+        self._open()
+
+    def _open(self) -> None:
+        self._file = lru_cache(maxsize=256)(_Handle)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_file"}
+
+    def __setstate__(self, state: dict) -> None:  # open files do not travel to a worker
+        self.__dict__.update(state)
+        self._open()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @contextmanager
+    def opened(self, number: int) -> Iterator[int]:
+        """A file descriptor of a shard, valid inside the block."""
+        handle = self._file(os.path.join(self.path, self.shards[number].name))
+        yield handle.fd
+
+    def index(self, number: int) -> np.ndarray:
+        file = index_path(self.path / self.shards[number].name)
+        try:
+            return np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{file} is missing or damaged; see: shards verify src={self.path}") from error
+
+
+class RemoteFolder:
+    """A shard folder elsewhere, through the cache. Raises UserError if its manifest cannot be had."""
+
+    def __init__(self, location: str, access: Access):
+        self.remote = Remote(location, access.retries, access.timeout)
+        data = self.remote.read(MANIFEST, MANIFEST_LIMIT)
+        text, where = data.decode("utf-8", errors="replace"), f"{MANIFEST} of {self.remote}"
+        self.about = parse_manifest(text, where, "give the location of a folder that shards make wrote")
+        self.shards = _shards(self.about)
+        self.cache = access.cache()
+
+    def __str__(self) -> str:
+        return str(self.remote)
+
+    @contextmanager
+    def opened(self, number: int) -> Iterator[int]:
+        """A file descriptor of a shard, fetched first if need be, valid inside the block."""
+        shard = self.shards[number]
+        descriptor = self.cache.open(shard, lambda file: self._fetch(shard, file))
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def index(self, number: int) -> np.ndarray:
+        with self.opened(number) as descriptor:
+            return self.cache.index(self.shards[number], descriptor)
+
+    def fetch_ahead(self, number: int) -> None:
+        shard = self.shards[number]
+        self.cache.fetch_ahead(shard, lambda file: self._fetch(shard, file))
+
+    def _fetch(self, shard: Shard, file: BinaryIO) -> None:
+        self.remote.fetch(shard.name, file, shard.bytes, check=lambda: check_content(file, shard))
+
+
+def _folder(source: str | Path, access: Access) -> LocalFolder | RemoteFolder:
+    return RemoteFolder(str(source), access) if is_remote(source) else LocalFolder(source)
+
+
+def _shards(manifest: dict[str, Any]) -> list[Shard]:
+    """The manifest's shards, compact: 20,000 dictionaries are megabytes in every worker."""
+    return [Shard(e["name"], e["samples"], e["bytes"], e["sha256"]) for e in manifest.pop("shards")]
+
+
+class _Handle:
+    """A file descriptor that closes when the last user drops it."""
+
+    def __init__(self, path: str):
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)

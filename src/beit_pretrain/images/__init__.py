@@ -1,0 +1,1 @@
+"""From a file's bytes to what a network sees: decoding, crops, views, masks."""

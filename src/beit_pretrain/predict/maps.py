@@ -1,0 +1,100 @@
+"""`predict` with a segmenter: for every image a label map (PNG with a palette) and a coloured overlay with a legend.
+
+Ids in the label maps are those of the annotations that the model was trained on: with `reduce_labels` 1, 2, ... as in
+ADE20K, else 0, 1, .... `classes.csv` says which id and colour is which class.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from omegaconf import DictConfig
+from PIL import Image
+from tqdm import tqdm
+
+from beit_pretrain.checkpoints.formats import Checkpoint
+from beit_pretrain.errors import UserError
+from beit_pretrain.images.reading import opened, reason, to_rgb
+from beit_pretrain.shards.sources import list_images, read_candidate
+from beit_pretrain.training.overlays import comparison, palette
+from beit_pretrain.training.segment import ImageSegmenter, Windows
+
+
+def predict_maps(cfg: DictConfig, source: Checkpoint) -> None:
+    """Write `labels/NAME.png` and `overlays/NAME.png` for every image under `cfg.out`. Bad files are listed."""
+    out = Path(cfg.out or "predictions")
+    if out.is_file() or out.suffix in (".csv", ".json", ".jsonl"):
+        raise UserError(f"out={out}: a segmentation model writes a folder of label maps, such as out=predictions")
+    segmenter = ImageSegmenter(source, Windows(**cfg.test))
+    files = list_images(cfg.src)
+    bad: list[str] = []
+    taken: set[Path] = set()
+    for candidate in tqdm(files, desc="segmenting", unit="image"):
+        try:
+            with opened(read_candidate(candidate)) as image:
+                found = segmenter.segment(image).numpy().astype(np.uint8)
+                picture = to_rgb(image)
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+            bad.append(f"{candidate.key}: {reason(error)}")
+            continue
+        name = free_name(candidate.key, taken)
+        write(out / "labels" / name, label_image(found, segmenter))
+        row = comparison(picture, [("found", found)], segmenter.classes, cell=max(320, min(1024, max(picture.size))))
+        write(out / "overlays" / name, row)
+    if not taken:
+        raise UserError(f"none of the {len(files)} files in {cfg.src} could be read as an image ({bad[0]})")
+    write_classes(out / "classes.csv", segmenter)
+    print(f"wrote {out}: {len(taken)} label maps" + (f", {len(bad)} files could not be read:" if bad else ""))
+    print("\n".join(bad[:20]))
+
+
+def free_name(key: str, taken: set[Path]) -> Path:
+    """A relative path for an image's key, inside the folder whatever the key is, and another for every key."""
+    parts = [part for part in PurePosixPath(key).parts if part not in ("/", ".", "..")] or ["image"]
+    whole = Path(*parts)
+    name = whole.with_suffix(".png")
+    if name in taken:  # a.jpg and a.png of one folder
+        name = whole.with_name(f"{whole.name}.png")
+    number = 2
+    while name in taken:
+        name, number = whole.with_name(f"{whole.name}-{number}.png"), number + 1
+    taken.add(name)
+    return name
+
+
+def label_image(found_HW: np.ndarray, segmenter: ImageSegmenter) -> Image.Image:
+    """The label map as a PNG of ids shows it: every id in its class's colour."""
+    shift = int(segmenter.reduce_labels)
+    table = np.zeros((256, 3), np.uint8)
+    colours = palette(len(segmenter.classes))[: 256 - shift]
+    table[shift : shift + len(colours)] = colours
+    image = Image.fromarray(found_HW + np.uint8(shift), "P")
+    image.putpalette(table.tobytes())
+    return image
+
+
+def write(path: Path, image: Image.Image) -> None:
+    """Write a PNG, making its folder; under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(partial, "PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_classes(path: Path, segmenter: ImageSegmenter) -> None:
+    """Id in the label maps, name and colour of every class."""
+    colours, shift = palette(len(segmenter.classes)), int(segmenter.reduce_labels)
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("id", "class", "red", "green", "blue"))
+        rows.writerows(
+            (i + shift, name, *map(int, colour))
+            for i, (name, colour) in enumerate(zip(segmenter.classes, colours, strict=True))
+        )

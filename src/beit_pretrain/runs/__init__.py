@@ -1,0 +1,1 @@
+"""From a config to a finished run, alone, with others, or as one of a sweep."""

@@ -1,0 +1,94 @@
+"""What a person wants to know, and what must work, before a run of two weeks starts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import cast
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
+from omegaconf import DictConfig
+
+from beit_pretrain.data.batches import Plan
+from beit_pretrain.errors import UserError
+from beit_pretrain.images.views import jittered_views
+from beit_pretrain.runs.tasks import Task
+from beit_pretrain.training.keeping import check_space
+from beit_pretrain.training.optim import configure
+from beit_pretrain.training.pretrain import Pretraining
+
+
+def preflight(cfg: DictConfig, task: Task, trainer: Trainer) -> list[str]:
+    """Try everything that a run needs before its folder is touched; a line for each check, for people.
+
+    Raises UserError for what would end the run later.
+    """
+    rehearse(task)
+    lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
+    if isinstance(task.module, Pretraining):
+        lines.append(f"  tokenizer: {try_tokenizer(task)}")
+    parameters = sum(p.numel() for p in task.module.model.parameters())
+    lines.append(f"  disk: {check_space(Path(cfg.run_dir), parameters)}")
+    on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
+    if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
+    lines.append(f"  precision: {trainer.precision} on {type(trainer.accelerator).__name__}")
+    return lines
+
+
+def try_tokenizer(task: Task) -> str:
+    """Encode a few images; how many different tokens came out."""
+    dataset = task.data.train_dataset(Plan(task.data.global_batch))
+    samples = [dataset.sample(position) for position in range(min(4, task.data.samples))]
+    batch = {key: torch.stack([torch.as_tensor(s[key]) for s in samples]) for key in samples[0] if key != "bad"}
+    tokenizer = cast(Pretraining, task.module).tokenizer
+    tokens = batch["tokens"] if tokenizer is None or "tokens" in batch else tokenizer.encode(jittered_views(batch)[1])
+    if tokens.shape[1] != batch["mask"].shape[1]:
+        raise UserError(f"the tokenizer gives {tokens.shape[1]} tokens for {batch['mask'].shape[1]} patches")
+    return f"{len(tokens.unique())} different tokens in {len(tokens)} images"
+
+
+def rehearse(task: Task) -> None:
+    """Make one sample of each split and the optimiser, before the run's folder is touched: what fails, fails here."""
+    task.data.train_dataset(Plan(task.data.global_batch)).sample(0)
+    if "val" in task.data.readers:
+        task.data.eval_dataset("val").sample(0)
+    configure(task.module.model, task.module.optim, total_steps=1)
+
+
+def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
+    """The few lines a person wants to see before a run of two weeks starts."""
+    parameters = sum(p.numel() for p in task.module.model.parameters())
+    settings = task.module.optim
+    accumulate = trainer.accumulate_grad_batches
+    share = cfg.global_batch // trainer.world_size // accumulate
+    return "\n".join(
+        (
+            f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",
+            f"  {steps:,} steps of {cfg.global_batch} ({trainer.world_size} processes x {share} images x {accumulate})"
+            f", {steps * cfg.global_batch / task.data.samples:.4g} epochs, precision {trainer.precision}",
+            f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
+            f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",
+            *([f"  from {task.origin}"] if task.origin else []),
+            f"  folder {cfg.run_dir}",
+            *off_recipe(cfg),
+            *(["  note: the run is shorter than its warm-up"] if settings.warmup_steps >= steps else []),
+        )
+    )
+
+
+def off_recipe(cfg: DictConfig) -> list[str]:
+    """A line about a global batch that is not the recipe's, with the rate that it would suggest; else none."""
+    recipe = cfg.get("recipe")
+    if recipe is None or cfg.global_batch == recipe.global_batch:
+        return []
+    ratio = cfg.global_batch / recipe.global_batch
+    if math.isclose(cfg.optim.lr, recipe.lr * ratio, rel_tol=0.01):
+        return []
+    return [
+        f"  note: the recipe's global batch is {recipe.global_batch} (learning rate {recipe.lr:g}), this one is "
+        f"{cfg.global_batch}; suggested: optim.lr={recipe.lr * ratio:.3g} (linear rule; square root: "
+        f"{recipe.lr * math.sqrt(ratio):.3g})"
+    ]

@@ -1,0 +1,1 @@
+"""Tokenizers that exist, and tokens that are computed once."""

@@ -1,0 +1,1 @@
+"""The LightningModules, and what watches over a run."""

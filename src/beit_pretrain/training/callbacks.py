@@ -1,0 +1,218 @@
+"""Callbacks: throughput and data wait, masked | predicted | original pictures, accuracy of a kNN on the features."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from PIL import Image
+from torch import Tensor
+
+from beit_pretrain.data.batches import ShardDataset
+from beit_pretrain.data.datamodule import ShardData
+from beit_pretrain.errors import UserError
+from beit_pretrain.images.views import ClassificationViews, normalise
+from beit_pretrain.training import pictures
+from beit_pretrain.training.overlays import comparison, stack
+from beit_pretrain.training.pretrain import Pretraining
+from beit_pretrain.training.segment import Segmentation
+
+
+class ProgressBar(TQDMProgressBar):
+    """One bar over the whole run: steps, elapsed and remaining time, steps/s, and the latest metrics."""
+
+    def get_metrics(self, trainer: Trainer, pl_module) -> dict:
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return items
+
+    @property
+    def total_train_batches(self) -> int | float:
+        return self.trainer.num_training_batches  # Lightning's own count mixes optimiser steps and micro-batches
+
+    def init_train_tqdm(self):
+        bar = super().init_train_tqdm()
+        bar.set_description("training")
+        return bar
+
+
+class Throughput(Callback):
+    """Images per second over all processes, and the share of time in which the step waited for data."""
+
+    def __init__(self) -> None:
+        self._mark = self._waited = 0.0
+        self._images = 0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module) -> None:
+        self._mark = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module, batch: dict, batch_idx: int) -> None:
+        if pl_module.batch_ended is not None:
+            self._waited += time.perf_counter() - pl_module.batch_ended
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module, outputs, batch: dict, batch_idx) -> None:
+        self._images += len(batch["position"]) * trainer.world_size
+        now = time.perf_counter()
+        last_micro_batch = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if last_micro_batch and trainer.global_step % pl_module.log_every == 0:
+            # Callbacks run before the module's own hook, so this lands in the flush of the same step.
+            elapsed = max(now - self._mark, 1e-9)
+            pl_module.track(images_per_s=self._images / elapsed, data_wait=self._waited / elapsed)
+            self._mark, self._waited, self._images = now, 0.0, 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module) -> None:
+        self._started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
+        self._mark += time.perf_counter() - self._started  # validation is neither training nor waiting
+        pl_module.batch_ended = None
+
+
+class MaskedPictures(Callback):
+    """Writes masked | predicted | decoded | original pictures of held-out images after every validation.
+
+    Args:
+        folder: where `step-000100.png` go.
+        data: its validation images are shown.
+        images: how many.
+    """
+
+    def __init__(self, folder: Path, data: ShardData, images: int = 6):
+        self.folder, self.data, self.images = folder, data, images
+
+    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        batch = first_images(self.data.eval_dataset("val"), self.images, pl_module.device)
+        publish(trainer, masked_picture(pl_module, batch), self.folder, "masked")
+
+
+def publish(trainer: Trainer, picture: Image.Image, folder: Path, name: str) -> None:
+    """Write a picture of the current step and hand it to the loggers that take pictures."""
+    path = folder / f"step-{trainer.global_step:06d}.png"
+    pictures.save(picture, path)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):  # W&B
+            logger.log_image(f"pictures/{name}", [str(path)], step=trainer.global_step)
+
+
+class SegmentationPictures(Callback):
+    """Writes image | annotated | found, in colour, of held-out images after every validation.
+
+    Arguments as of `MaskedPictures`.
+    """
+
+    def __init__(self, folder: Path, data: ShardData, images: int = 6):
+        self.folder, self.data, self.images = folder, data, images
+
+    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            publish(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder, "segmentation")
+
+
+def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str = "val") -> Image.Image:
+    """A row for each of the first images of a split: image, overlay of its label map, overlay of what is found."""
+    training, dataset, rows = module.model.training, data.eval_dataset(split), []
+    module.model.eval()
+    for position in range(min(images, dataset.order.samples)):
+        sample = dataset.sample(position)
+        scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
+        target = sample["target"]
+        found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
+        image = pictures.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
+        rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
+    module.model.train(training)
+    return stack(rows)
+
+
+def first_images(dataset: ShardDataset, count: int, device: torch.device) -> dict[str, Tensor]:
+    """The first images of a data set as a batch on `device`."""
+    samples = [dataset.sample(position) for position in range(min(count, dataset.order.samples))]
+    return {k: torch.stack([torch.as_tensor(s[k]) for s in samples]).to(device) for k in samples[0]}
+
+
+@torch.no_grad()
+def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
+    """Grid of masked | predicted tokens decoded | original tokens decoded | original, one row an image.
+
+    Raises UserError without a tokenizer, which is what turns tokens into pictures.
+    """
+    if module.tokenizer is None:
+        raise UserError("the run trains from cached tokens alone; only a tokenizer can draw them")
+    training = module.model.training
+    module.model.eval()
+    image, tokens_BN = module.image_and_tokens(batch)
+    mask_BN = batch["mask"]
+    predicted_BN = tokens_BN.clone()
+    logits_MV = module.model(normalise(image, module.mean, module.std), mask_BN)
+    predicted_BN[mask_BN] = logits_MV.argmax(-1)
+    module.model.train(training)
+    side = int(image.shape[-1])
+    decoded = [F.interpolate(module.tokenizer.decode(t), (side, side)) for t in (predicted_BN, tokens_BN)]
+    columns = [pictures.hide(image, mask_BN), *decoded, image]
+    return pictures.grid(columns, ["masked", "predicted", "tokens decoded", "original"])
+
+
+class OnlineKNN(Callback):
+    """Accuracy of a k-nearest-neighbour vote on the backbone's features, where there are labels.
+
+    The feature is the mean patch token of one block, three quarters up: the last block of a masked image model is
+    busy with tokens and looks broken to a kNN (RECIPE section 6).
+
+    Args:
+        data: training images are the bank, held-out ones the queries, in the evaluation view.
+        bank, queries: how many of each.
+        k: neighbours, weighted by exp(cosine / 0.07) as in Wu et al. 2018.
+    """
+
+    def __init__(self, data: ShardData, bank: int = 2000, queries: int = 500, k: int = 10):
+        self.data, self.bank, self.queries, self.k = data, bank, queries, k
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or len(self.data.classes) < 2:
+            return
+        model = pl_module.model
+        views = ClassificationViews(
+            model.patch_embed.img_size[0], train=False, channels=model.patch_embed.proj.in_channels
+        )
+        bank, bank_labels = self._features(pl_module, "train", self.bank, views)
+        queries, labels = self._features(pl_module, "val", self.queries, views)
+        known = (labels >= 0) & torch.isin(labels, bank_labels)  # a class that the bank lacks cannot be voted for
+        if not known.any():
+            return
+        bank, bank_labels, queries, labels = (
+            bank[bank_labels >= 0],
+            bank_labels[bank_labels >= 0],
+            queries[known],
+            labels[known],
+        )
+        accuracy = knn_accuracy(bank, bank_labels, queries, labels, len(self.data.classes), self.k)
+        for logger in trainer.loggers:
+            logger.log_metrics({"val/knn_accuracy": accuracy}, step=trainer.global_step)
+
+    @torch.no_grad()
+    def _features(self, module: Pretraining, split: str, count: int, views) -> tuple[Tensor, Tensor]:
+        dataset = self.data.eval_dataset(split, views=views, images=count)
+        dataset.masking = None
+        layer = max(1, round(len(module.model.blocks) * 0.75)) - 1
+        features, labels = [], []
+        for i in range(len(dataset)):
+            batch = dataset[i]
+            image = normalise(batch["image"].to(module.device).float() / 255, module.mean, module.std)
+            features.append(module.model.hidden_states(image)[layer][:, 1:].mean(1).float())
+            labels.append(batch["label"].to(module.device))
+        return torch.cat(features), torch.cat(labels)
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int, k: int) -> float:
+    """Share of queries (Q, D) whose k nearest of the bank (M, D) by cosine vote for their label."""
+    centre = bank.mean(0)  # features share a large common part, which would drown the cosine
+    bank, queries = F.normalize(bank - centre, dim=1), F.normalize(queries - centre, dim=1)
+    similarity, index = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    votes = F.one_hot(bank_labels[index], classes) * (similarity / 0.07).exp().unsqueeze(-1)
+    return (votes.sum(1).argmax(1) == labels).float().mean().item()

@@ -1,0 +1,166 @@
+"""What every LightningModule of the project shares: optimiser, gradient norm and clip, metrics, what a checkpoint says.
+
+Metrics are summed on the device and read every `log_every` optimiser steps, as means over all micro-batches and
+processes since then, so that the training loop never waits for the device to print a number.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from beit_pretrain.networks.drop_path import uniforms
+from beit_pretrain.runs import cluster
+from beit_pretrain.training import optim as optimisation
+from beit_pretrain.training.guards import Guard
+from beit_pretrain.training.keeping import Keeper
+from beit_pretrain.training.optim import Optim
+
+PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
+
+
+class TrainedModule(LightningModule):
+    """A network, its optimiser settings and its metrics.
+
+    Args:
+        model: the network; its `config` (plain keyword arguments) goes into the checkpoint.
+        optim: optimiser settings.
+        seed: of the run; drop path and mixing are drawn from it and the positions.
+    """
+
+    model: Any
+    kind: str  # what a checkpoint of this module holds: "mim", "classifier", "segmenter", "probe" or "tokenizer"
+
+    def __init__(self, model: nn.Module, optim: Optim, seed: int = 0):
+        super().__init__()
+        self.seed = seed
+        self.model = model
+        self.optim = optim
+        self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
+        self.log_every = 50
+        self.batch_ended: float | None = None
+        self.keeper: Keeper | None = None
+        self.guard: Guard | None = None
+        self._sums: dict[str, Tensor] = {}  # (2,): sum of value x weight, sum of weights
+
+    def configure_model(self) -> None:
+        if self._device_mesh is not None:  # trainer.strategy=fsdp
+            cluster.shard(self.model, self._device_mesh["data_parallel"])
+
+    def configure_optimizers(self):
+        depth = len(self.model.blocks) if hasattr(self.model, "blocks") else 0
+        return optimisation.configure(self.model, self.optim, int(self.trainer.max_steps), depth)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Rescale and clip here and not by Lightning: its clip refuses fused AdamW under bf16, and knows no scale."""
+        norm = optimisation.clip_gradients(self.model.parameters(), self.optim.clip, self.gradient_scale())
+        self.track(gradient_norm=norm, lr=optimizer.param_groups[-1]["lr"])
+        if self.guard is not None:
+            self.track(skipped=self.guard.examine(norm, optimizer, self.trainer.global_step))
+
+    def drop(self, batch: dict) -> Tensor | None:
+        """Drop path's numbers (B, R) for the positions of a batch; None where nothing would be dropped."""
+        if not self.model.config.get("drop_path_rate"):
+            return None
+        return uniforms(self.seed, batch["position"], self.model.branches)
+
+    def gradient_scale(self) -> Tensor | float:
+        """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""
+        return 1.0
+
+    def track(self, weight: Tensor | float = 1.0, **metrics: Tensor | float) -> None:
+        """Add values to the weighted means that the next flush writes as `train/<name>`."""
+        weight = torch.as_tensor(weight, device=self.device, dtype=torch.float64)
+        for name, value in metrics.items():
+            value = torch.as_tensor(value, device=self.device).detach().double()
+            finite = value.isfinite()  # a skipped step is counted, and does not hide the others' mean
+            pair = torch.stack([torch.where(finite, value * weight, 0.0), torch.where(finite, weight, 0.0)])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        last_micro_batch = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if last_micro_batch and (step % self.log_every == 0 or step == self.trainer.max_steps):
+            self.flush()
+        if last_micro_batch and self.keeper is not None:
+            data = getattr(self.trainer, "datamodule", None)
+            every = int(self.trainer.val_check_interval)
+            validates = "val" in getattr(data, "readers", ()) and (batch_idx + 1) % every == 0
+            self.keeper.after_step(self, validates)
+        self.batch_ended = time.perf_counter()  # the last thing of a step: from here on it waits for data
+
+    def flush(self) -> None:
+        """Write the means since the last flush to the loggers and the progress bar."""
+        names = sorted(self._sums)
+        if not names:
+            return
+        sums, weights = self.sum_over_processes(torch.stack([self._sums[n] for n in names], dim=1))
+        self._sums = {}
+        metrics = {f"train/{name}": value for name, value in zip(names, (sums / weights).tolist(), strict=True)}
+        bar = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
+        self.log_dict(bar, prog_bar=True, logger=False)
+        self.emit(metrics)
+        if self.guard is not None:
+            vocab_size = getattr(self.model, "vocab_size", None)
+            self.guard.look(metrics, self.trainer.global_step, vocab_size, self.trainer.is_global_zero)
+
+    def on_fit_start(self) -> None:
+        self._sums = {name: pair.to(self.device) for name, pair in self._sums.items()}
+
+    def on_train_start(self) -> None:
+        if self.keeper is not None:  # later than Lightning, which takes SIGTERM for itself before
+            self.keeper.begin()
+
+    def on_validation_end(self) -> None:
+        if self.keeper is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.keeper.after_validation(self)
+
+    def log_validation(self, metrics: dict[str, Tensor | float]) -> None:
+        """Write `val/<name>`: to the loggers, and to Lightning for callbacks that watch a metric."""
+        values = {f"val/{name}": float(value) for name, value in metrics.items()}
+        self.log_dict(values, logger=False, sync_dist=True)  # equal on all processes already; it silences a warning
+        if not self.trainer.sanity_checking:
+            self.emit(values)
+
+    def emit(self, metrics: dict[str, float]) -> None:
+        """Hand metrics to every logger, at the number of optimiser steps taken so far."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def sum_over_processes(self, values: Tensor | None) -> Tensor:
+        """The sum over all processes (the tensor itself in a run of one)."""
+        assert values is not None
+        return self.trainer.strategy.reduce(values, reduce_op="sum")
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with."""
+        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+        if progress:
+            done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+            for counts in (progress["total"], progress["current"]):
+                counts.update(dict.fromkeys(counts, done))
+        if self.trainer.is_global_zero:
+            self._sums = dict(checkpoint.get("unwritten", {}))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Say in plain containers what the file holds, so that `checkpoint.read_own` can rebuild the network."""
+        checkpoint["beit_pretrain"] = {"kind": self.kind, "model": dict(self.model.config), **self.about}
+        checkpoint["unwritten"] = self.unwritten()
+
+    def unwritten(self) -> dict[str, Tensor]:
+        """Sums since the last flush, over all processes: a checkpoint between two flushes loses none of them.
+
+        From here on the first process holds them for all, as it will after a restart.
+        """
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        total = self.sum_over_processes(torch.stack([self._sums[name] for name in names]))
+        mine = total if self.trainer.is_global_zero else torch.zeros_like(total)
+        self._sums = dict(zip(names, mine.unbind(0), strict=True))
+        return {name: pair.cpu() for name, pair in zip(names, total.unbind(0), strict=True)}
