@@ -53,10 +53,10 @@ class Drawn:
     def __init__(self, reader: ShardReader, views: PretrainViews, count: int, seed: int = 0):
         self.first, self.views, self.count, self.seed = np.cumsum([0, *reader.sizes]), views, count, seed
 
-    def view(self, sample, epoch):
+    def view(self, sample, epoch, data):
         number = int(self.first[sample.shard]) + sample.row
         rng = generator(self.seed, (epoch % self.count) * 2**40 + number, CACHED_VIEW)
-        return lambda data: self.views.of_bytes(data, rng)
+        return self.views.begun(data, rng)
 
 
 class KeepsLosses(Pretraining):
@@ -101,7 +101,7 @@ def test_the_views_of_an_image_come_in_turn(shards, cached, dvae_checkpoint):
         "tokens",
         "jitter_factors",
         "jitter_order",
-        "jitter_grey",
+        "jitter_tiles",
         "label",
         "position",
         "mask",

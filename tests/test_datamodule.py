@@ -27,7 +27,7 @@ from beit_pretrain.images.views import ClassificationViews, PretrainViews
 
 VIEWS = PretrainViews(image_size=32, token_image_size=32)
 MASKING = BlockwiseMask((4, 4), max_patches=6, min_block=2, attempts=1)  # few attempts: few masks reach the cap
-JITTER = {"jitter_factors", "jitter_order", "jitter_grey"}
+JITTER = {"jitter_factors", "jitter_order", "jitter_tiles"}
 KEYS = JITTER | {"image", "token_image", "label", "position", "mask", "mask_index"}
 
 

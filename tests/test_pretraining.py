@@ -121,7 +121,7 @@ class TestOneStep:
         assert len(set(counts.tolist())) > 1
         assert counts[:4].sum() != counts[4:].sum()  # micro-batches of unequal weight, or the test shows nothing
         fresh = module()
-        jitter = batch["jitter_factors"], batch["jitter_order"], batch["jitter_grey"]
+        jitter = batch["jitter_factors"], batch["jitter_order"], batch["jitter_tiles"].float() / 255
         image = color_jitter(batch["image"].float() / 255, *jitter)
         tokens = fresh.tokenizer.encode(color_jitter(batch["token_image"].float() / 255, *jitter))
         loss = F.cross_entropy(fresh.model(image * 2 - 1, batch["mask"]), tokens[batch["mask"]])
@@ -212,7 +212,7 @@ class TestValidation:
     def test_equals_brute_force(self, logged, shards):
         dataset = data(shards, val_batch=100).eval_dataset()
         batch, pretraining = dataset[0], module()
-        jitter = batch["jitter_factors"], batch["jitter_order"], batch["jitter_grey"]
+        jitter = batch["jitter_factors"], batch["jitter_order"], batch["jitter_tiles"].float() / 255
         tokens = pretraining.tokenizer.encode(color_jitter(batch["token_image"].float() / 255, *jitter))
         mask = batch["mask"]
         with torch.no_grad():

@@ -8,7 +8,7 @@ from PIL import Image
 from test_views import picture
 
 from beit_pretrain.images import tiles
-from beit_pretrain.images.decoding import Crop, cropped_array, sampled, turbo_jpeg
+from beit_pretrain.images.decoding import Crop, cropped_array, turbo_jpeg
 
 
 def with_comment(text: bytes) -> bytes:
@@ -40,15 +40,22 @@ def test_other_comments_are_none(text):
     opened = Image.open(io.BytesIO(data))
     crop = Crop(40, 20, 33, 50)
     of_image = cropped_array(opened, crop, 32)
-    assert np.array_equal(of_image.colours, sampled(np.asarray(opened)))
+    assert np.array_equal(of_image.tiles, tiles.of_image(np.asarray(opened)))
     if (jpeg := turbo_jpeg(data)) is not None:
-        assert np.array_equal(cropped_array(jpeg, crop, 32).colours, of_image.colours)
+        assert np.array_equal(cropped_array(jpeg, crop, 32).tiles, of_image.tiles)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (31, 64), (500, 375), (127, 1001), (4000, 60)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_samples_of_an_image_and_its_array_are_the_same(size, mode):
+def test_tiles_of_an_image_and_its_array_are_the_same(size, mode):
     image = Image.effect_noise(size, 60).convert(mode)
     array = np.asarray(image).reshape(*size[::-1], -1)
-    assert np.array_equal(sampled(image), sampled(array))
-    assert 1 <= min(sampled(array).shape[:2]) < 64
+    assert np.array_equal(tiles.of_image(image), tiles.of_image(array))
+    assert tiles.of_image(array).shape == (64, array.shape[2])
+
+
+def test_tiles_are_the_mean_colours():
+    image = picture(320, 240)
+    expected = np.asarray(image).reshape(8, 30, 8, 40, 3).mean((1, 3)).reshape(64, 3)
+    assert np.abs(tiles.of_image(image) - expected).mean() < 4  # of 16 pixels, in parts of noise
+    assert np.abs(tiles.of_image(image).mean(0) - expected.mean(0)).max() < 1

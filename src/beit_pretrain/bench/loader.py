@@ -10,11 +10,13 @@ batch:
 * `reference_uint8`: the same without the conversion to float, which ours leaves to the device.
 * `exact`, `fast`: ours, from the images as they are (`data.exact=true` and the default).
 * `resized`: `fast` from shards whose images' shorter side was shrunk to 288 pixels (`shards make resize=288`).
-* `cached`: as `resized`, with stored tokens: the backbone's view alone, its drawn jitter, and a row of uint16 ids.
+* `cached`: as `resized`, from a folder of cached tokens: the backbone's view alone, as its record says, and the tokens
+  (made for this by a stand-in for the tokenizer, through the code of the verb `tokenize`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import platform
@@ -24,11 +26,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 from tqdm import tqdm
@@ -44,6 +46,8 @@ from beit_pretrain.images.views import PretrainViews
 from beit_pretrain.networks.backbone import patch_grid
 from beit_pretrain.shards.make import make_shards
 from beit_pretrain.tables import table
+from beit_pretrain.tokens.cached import CachedTokens, TokenFolder
+from beit_pretrain.tokens.tokenize import make_tokens
 
 RESIZE = 288  # shorter side in the shards of `resized` and `cached`, pixels
 BATCH = 32
@@ -85,15 +89,28 @@ class Reference(ShardDataset):
         return {"image": large, "token_image": small, "mask": torch.from_numpy(mask)}
 
 
-class CachedTokens(ShardDataset):
-    """Samples with a row of stored ids each, `tokens`, read from a file of uint16 (samples, N)."""
+class MeanGrey:
+    """In place of a tokenizer, as no loader looks at which tokens it reads: the mean value of each patch, 0 to 255."""
 
-    def __init__(self, *args, file: Path, **settings):
-        super().__init__(*args, **settings)
-        self.ids = np.load(file, mmap_mode="r")
+    vocab_size, downsample, in_chans = 256, 8, 3
 
-    def _made(self, position: int, *args) -> dict[str, np.ndarray]:
-        return super()._made(position, *args) | {"tokens": self.ids[position % len(self.ids)].astype(np.int64)}
+    def encode(self, image_BCHW: Tensor) -> Tensor:
+        return (avg_pool2d(image_BCHW.mean(1, keepdim=True), self.downsample) * 255).long().flatten(1)
+
+    def decode(self, ids_BN: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def to(self, device: torch.device) -> MeanGrey:
+        return self
+
+    def digest(self) -> str:
+        return hashlib.sha256(b"mean grey").hexdigest()
+
+
+def cached_tokens(reader: ShardReader, folder: Path, views: PretrainViews, grid: tuple[int, int]) -> CachedTokens:
+    """Tokens of one view of each image, made as `tokenize` makes them."""
+    make_tokens(reader, folder, MeanGrey(), views, grid, count=1)
+    return CachedTokens([TokenFolder(folder)], reader, views, grid)
 
 
 def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed: int) -> dict[str, ShardDataset]:
@@ -104,7 +121,6 @@ def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed
     grid = patch_grid(sides[0], PATCH)
     cap = round(75 / 196 * grid[0] * grid[1])
     masking = BlockwiseMask(grid, cap, min_block=min(16, cap))
-    np.save(folder / "tokens.npy", np.zeros((len(files), grid[0] * grid[1]), np.uint16))
     common = []
     for name, resize in (("plain", None), ("resized", RESIZE)):
         (shards,) = make_shards(folder / "files", folder / name, resize=resize, workers=1)
@@ -113,13 +129,14 @@ def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed
     plain, small = common
     settings: dict[str, Any] = {"masking": masking, "seed": seed}
     fast = PretrainViews(*sides)
+    tokens = cached_tokens(small[0], folder / "tokens", PretrainViews(sides[0], 8 * grid[0]), grid)
     return {
         REFERENCE: Reference(*plain, fast, floats=True, sides=sides, **settings),
         "reference_uint8": Reference(*plain, fast, floats=False, sides=sides, **settings),
         "exact": ShardDataset(*plain, PretrainViews(*sides, exact=True), **settings),
         "fast": ShardDataset(*plain, fast, **settings),
         "resized": ShardDataset(*small, fast, **settings),
-        "cached": CachedTokens(*small, PretrainViews(sides[0], None), file=folder / "tokens.npy", **settings),
+        "cached": ShardDataset(*small, tokens.views, tokens=tokens, **settings),
     }
 
 

@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 from beit_pretrain.bench.photos import Sides, read_photos, sides_for
 from beit_pretrain.data.order import VIEW, generator
-from beit_pretrain.images.decoding import Crop, resized, sampled, scaled_decode
+from beit_pretrain.images.decoding import Crop, resized, scaled_decode
 from beit_pretrain.images.reading import opened, to_rgb
+from beit_pretrain.images.tiles import of_image
 from beit_pretrain.images.views import (
     Draw,
     Jitter,
     PretrainViews,
     color_jitter,
-    contrast_grey,
     jitter_arrays,
     jittered_views,
     pil_jitter,
@@ -71,7 +71,9 @@ def on_device(arrays: dict[str, np.ndarray]) -> Pair:
 
 def unchanged(image: np.ndarray, token_image: np.ndarray) -> Pair:
     """Arrays (3, H, W) as views."""
-    return on_device({"image": image, "token_image": token_image} | jitter_arrays(NO_JITTER, 0.0))
+    return on_device(
+        {"image": image, "token_image": token_image} | jitter_arrays(NO_JITTER, np.zeros((64, 3), np.uint8))
+    )
 
 
 def pil_arrays(image: Image.Image, crop: Crop, sides: Sides, flip: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +101,7 @@ def jitter_after(image: Image.Image, draw: Draw, sides: Sides) -> Pair:
     """The authors' views but for the jitter, which comes after the crop, in float."""
     rgb = to_rgb(image)
     large, small = pil_arrays(rgb, draw.mirrored(image.width).crop, sides, draw.flip)
-    jitter = jitter_arrays(draw.jitter, contrast_grey(sampled(rgb), draw.jitter))
+    jitter = jitter_arrays(draw.jitter, of_image(rgb))
     return on_device({"image": large, "token_image": small} | jitter)
 
 

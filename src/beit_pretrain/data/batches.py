@@ -10,9 +10,9 @@ a function of the position alone. The batch then lists it under `bad`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,13 @@ from beit_pretrain.images.views import PretrainViews
 from beit_pretrain.tokens.cached import CachedTokens
 
 NEIGHBOURS = 16  # images in a row that may be bad
+
+
+class Begun(NamedTuple):
+    """A sample whose views are drawn but not yet made. Making them raises nearly everything on broken files."""
+
+    views: Callable[[], dict[str, np.ndarray]]
+    label: int
 
 
 class Views(Protocol):
@@ -123,8 +130,12 @@ class ShardDataset(Dataset):
                 self._ahead = FetchAhead(self.reader, self.order, self.plan.rank, self.plan.world, positions[0])
             self._ahead.at(positions[0])
         bad: list[dict[str, Any]] = []
-        addresses = self.order.samples_at(positions).tolist()
-        samples = [self._made(p, Sample(*address), bad) for p, address in zip(positions, addresses, strict=True)]
+        addresses = [Sample(*address) for address in self.order.samples_at(positions).tolist()]
+        # Each kind of work for the whole batch: what is small costs half as much while the processor's caches hold it.
+        masks = [self._mask(position) for position in positions]
+        begun = [self._begun(*of) for of in zip(positions, addresses, strict=True)]
+        made = [self._made(*of, bad) for of in zip(positions, addresses, begun, strict=True)]
+        samples = [{**arrays, **mask} for arrays, mask in zip(made, masks, strict=True)]
         batch: dict[str, Any] = {key: stacked([s[key] for s in samples]) for key in samples[0]}
         return {**batch, "bad": bad} if bad else batch
 
@@ -135,10 +146,11 @@ class ShardDataset(Dataset):
 
     def sample(self, position: int) -> dict[str, np.ndarray]:
         """The arrays of one position; a pure function of the seed, the shards and the position."""
-        return self._made(position, self.order.sample_at(position), [])
+        address = self.order.sample_at(position)
+        return {**self._made(position, address, self._begun(position, address), []), **self._mask(position)}
 
-    def _made(self, position: int, address: Sample, bad: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """The arrays of a position, from its sample or the first one after it that is an image; adds to `bad`.
+    def _made(self, position: int, address: Sample, begun: Begun, bad: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """What a position shows, from its sample or the first one after it that is an image; adds to `bad`.
 
         Raises UserError if there is none among the next few, or if the shard cannot be read.
         """
@@ -147,27 +159,33 @@ class ShardDataset(Dataset):
             sample = self._neighbour(address, neighbour)
             if failures and sample == failures[0][0]:  # once round the shard
                 break
-            data, label = self.reader.read(sample)
+            views, label = self._begun(position, address, neighbour) if neighbour else begun
             try:
-                arrays = self._seen(data, sample, position)
+                arrays = views()
             except UserError:
                 raise  # the shard itself
             except Exception as error:  # Pillow's decoders raise nearly everything on broken files
                 failures.append((sample, reason(error)))
                 continue
             bad += [self._record(position, failed, why, sample) for failed, why in failures]
-            return {**arrays, **self._common(position, label)}
+            about = {"label": np.asarray(label, np.int64), "position": np.asarray(position, np.int64)}
+            return {**arrays, **about}
         (first, why), where = failures[0], self.reader.where(failures[0][0].shard)
         others = f" and the {len(failures) - 1} images after it" if len(failures) > 1 else ""
         raise UserError(f"sample {self.reader.key(first)} of {where}{others} cannot be decoded: {why}")
 
-    def _seen(self, data: bytes, sample: Sample, position: int) -> dict[str, np.ndarray]:
-        """The views of an image file's bytes. Raises nearly everything on broken ones."""
+    def _begun(self, position: int, address: Sample, neighbour: int = 0) -> Begun:
+        """Read an image's file and draw its views, without decoding it. Raises UserError if the shard is broken."""
+        sample = self._neighbour(address, neighbour)
+        data, label = self.reader.read(sample)
         if self.tokens is not None:
-            return self.tokens.view(sample, self.order.epoch_of(position))(data)
+            return Begun(self.tokens.view(sample, self.order.epoch_of(position), data), label)
         rng = generator(self.seed, position, VIEW)
         if isinstance(self.views, PretrainViews):
-            return self.views.of_bytes(data, rng)
+            return Begun(self.views.begun(data, rng), label)
+        return Begun(lambda: self._opened_and_seen(data, sample, rng), label)
+
+    def _opened_and_seen(self, data: bytes, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         with opened(data) as image:
             if not self.label_maps:
                 return self.views(image, rng)
@@ -184,21 +202,25 @@ class ShardDataset(Dataset):
         where, keys = self.reader.where(failed.shard), [self.reader.key(sample) for sample in (failed, instead)]
         return {"position": position, "shard": where, "key": keys[0], "reason": why, "replaced_by": keys[1]}
 
-    def _common(self, position: int, label: int) -> dict[str, np.ndarray]:
-        """What a sample has whatever its views."""
-        arrays = {"label": np.asarray(label, np.int64), "position": np.asarray(position, np.int64)}
+    def _mask(self, position: int) -> dict[str, np.ndarray]:
+        """The mask of a position, if there is masking."""
         if self.masking is None:
-            return arrays
+            return {}
         mask = self.masking.draw(generator(self.seed, position, MASK)).reshape(-1)
         index = np.full(self.masking.max_patches, -1, np.int64)
         masked = np.flatnonzero(mask)
         index[: len(masked)] = masked
-        return {**arrays, "mask": mask, "mask_index": index}
+        return {"mask": mask, "mask_index": index}
 
 
 def stacked(arrays: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
-    """Arrays of one shape as one tensor; of several shapes (whole images) as a list."""
+    """Arrays of one shape as one tensor; of several shapes (whole images) as a list.
+
+    Images (C, H, W) whose channels are innermost in memory stay so (torch's `channels_last`).
+    """
     if all(array.shape == arrays[0].shape for array in arrays):
+        if all(array.ndim == 3 and array.strides[0] == array.itemsize < array.strides[2] for array in arrays):
+            return torch.from_numpy(np.stack([array.transpose(1, 2, 0) for array in arrays])).permute(0, 3, 1, 2)
         return torch.from_numpy(np.stack(arrays))
     return [torch.from_numpy(array) for array in arrays]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -42,20 +43,23 @@ class BlockwiseMask:
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """One mask, bool of shape `grid`, True = masked. At least one patch is masked, at most `max_patches`."""
-        mask = np.zeros(self.grid, bool)
+        height, width = self.grid
+        mask = 0  # a bit a patch, row after row: far faster to count and to fill than pieces of a small array
         count = 0
         numbers = _uniform(rng)
         while count < self.max_patches:
-            added = self._add_block(mask, self.max_patches - count, numbers)
-            if not added:
+            block = self._block(mask, self.max_patches - count, numbers)
+            if not block:
                 break
-            count += added
-        if not count:  # only possible on tiny grids; a sample without a target would be a wasted forward pass
-            mask[int(self.grid[0] * next(numbers)), int(self.grid[1] * next(numbers))] = True
-        return mask
+            mask |= block
+            count = mask.bit_count()
+        if not mask:  # only possible on tiny grids; a sample without a target would be a wasted forward pass
+            mask = 1 << (int(height * next(numbers)) * width + int(width * next(numbers)))
+        bits = np.frombuffer(mask.to_bytes(-(-height * width // 8), "little"), np.uint8)
+        return np.unpackbits(bits, count=height * width, bitorder="little").view(bool).reshape(height, width)
 
-    def _add_block(self, mask: np.ndarray, missing: int, numbers: Iterator[float]) -> int:
-        """Mask one more block in place. Returns how many patches it added: 0 if none of the attempts fitted."""
+    def _block(self, mask: int, missing: int, numbers: Iterator[float]) -> int:
+        """The bits of one more block that adds at most `missing` patches; 0 if none of the attempts fitted."""
         height, width = self.grid
         log_aspect = math.log(self.min_aspect)
         # The release draws uniform(min, missing) also when missing < min: the ends simply swap.
@@ -67,12 +71,17 @@ class BlockwiseMask:
             if not (0 < h < height and 0 < w < width):  # strict: a block never spans the whole grid
                 continue
             top, left = int((height - h + 1) * next(numbers)), int((width - w + 1) * next(numbers))
-            block = mask[top : top + h, left : left + w]
-            added = h * w - int(np.count_nonzero(block))
+            block = (self._columns[h] * ((1 << w) - 1)) << (top * width + left)
+            added = h * w - (mask & block).bit_count()
             if 0 < added <= missing:
-                block[...] = True
-                return added
+                return block
         return 0
+
+    @cached_property
+    def _columns(self) -> list[int]:
+        """The first column's bits of blocks of 0, 1, 2, ... rows."""
+        height, width = self.grid
+        return [sum(1 << (row * width) for row in range(h)) for h in range(height)]
 
 
 def _uniform(rng: np.random.Generator) -> Iterator[float]:

@@ -1,7 +1,7 @@
-"""The colours of a whole image, written into its file: mean colours of 8 x 8 tiles, as a comment of the JPEG.
+"""The colours of a whole image: mean colours of 8 x 8 tiles, which contrast is relative to (views.py).
 
-Contrast is relative to the whole image's grey (views.py), also where only a crop's rows are decoded. `shards make
-resize=` writes the comment; the text is `PREFIX` and 3 bytes a tile in hexadecimal. Without one, all rows are decoded.
+`shards make resize=` writes them into the file, as a comment of the JPEG, so that only a crop's rows need be decoded:
+the text is `PREFIX` and 3 bytes a tile in hexadecimal. Without a comment all rows are decoded.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 8  # tiles a side
+PIXELS = 4  # a side of a tile that are looked at
 PREFIX = b"beit_pretrain: RGB of 8 x 8 tiles "
 LENGTH = len(PREFIX) + SIDE * SIDE * 3 * 2
 MARK = b"\xff\xfe" + (LENGTH + 2).to_bytes(2) + PREFIX  # a JPEG's comment segment (ITU T.81, section B.2.4.5)
@@ -20,6 +21,20 @@ def comment(image: Image.Image) -> bytes:
     """The comment to write into the file of an RGB or grey image."""
     tiles = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
     return PREFIX + tiles.tobytes().hex().encode()
+
+
+def of_image(image: Image.Image | np.ndarray) -> np.ndarray:
+    """The colours of a decoded image, or of an array (H, W, C), from a regular grid of its pixels: uint8 (64, C)."""
+    side = SIDE * PIXELS
+    if isinstance(image, np.ndarray):
+        height, width = image.shape[:2]
+        centres = np.arange(side) + 0.5
+        rows, columns = (centres * height / side).astype(np.int64), (centres * width / side).astype(np.int64)
+        grid = image[rows[:, None], columns]
+    else:
+        grid = np.asarray(image.resize((side, side), Image.Resampling.NEAREST))  # the same pixels
+    sums = grid.reshape(SIDE, PIXELS, SIDE, PIXELS, -1).sum((1, 3), dtype=np.uint16)
+    return ((sums + PIXELS**2 // 2) // PIXELS**2).astype(np.uint8).reshape(SIDE * SIDE, -1)
 
 
 def in_jpeg(data: bytes) -> np.ndarray | None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,9 +24,11 @@ from torch import Tensor
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
 from beit_pretrain.images.reading import opened, to_channels
+from beit_pretrain.images.tiles import SIDE
 
 HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
+ORDERS = np.array(list(permutations(range(3))))
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 EPSILON = 1e-3  # of a level of 8 bits: what float32 may miss an integer by
 
@@ -62,7 +65,7 @@ def draw_crop(
         aspect = math.exp(low + (high - low) * rng.random())
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return Crop(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
+            return Crop(int((height - h + 1) * rng.random()), int((width - w + 1) * rng.random()), h, w)
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
     return Crop((height - h) // 2, (width - w) // 2, h, w)
@@ -72,7 +75,7 @@ def draw_jitter(rng: np.random.Generator, strength: tuple[float, float, float]) 
     """Factors uniform in [1 - s, 1 + s] (not below 0) for each of the three strengths, in random order."""
     low = [max(0.0, 1 - s) for s in strength]
     factors = [a + (1 + s - a) * rng.random() for a, s in zip(low, strength, strict=True)]
-    return Jitter(np.array(factors, np.float32), rng.permutation(3))
+    return Jitter(np.array(factors, np.float32), ORDERS[int(len(ORDERS) * rng.random())])
 
 
 def resized_crop(image: Image.Image, crop: Crop, size: int, resample: Image.Resampling) -> Image.Image:
@@ -111,10 +114,17 @@ class PretrainViews:
     exact: bool = False
     channels: int = 3
 
-    def of_bytes(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The same of an image file's bytes. Raises what Pillow raises for broken files."""
+    def begun(self, data: bytes, rng: np.random.Generator) -> Callable[[], dict[str, np.ndarray]]:
+        """What makes the same of an image file's bytes; draws already, where the file's first bytes tell the size.
+
+        It raises what Pillow raises for broken files.
+        """
         if not self.exact and self.channels == 3 and (jpeg := turbo_jpeg(data)) is not None:
-            return self.seen(jpeg, self.draw(jpeg.size, rng))
+            draw = self.draw(jpeg.size, rng)
+            return lambda: self.seen(jpeg, draw)
+        return lambda: self._of_opened(data, rng)
+
+    def _of_opened(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         with opened(data) as image:
             return self(image, rng)
 
@@ -127,7 +137,8 @@ class PretrainViews:
         return Draw(jitter, bool(rng.random() < self.flip), draw_crop(rng, *size, self.scale, self.ratio))
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """`image`, `token_image` as uint8 (C, H, W), `jitter_factors` (3,), `jitter_order` (3,), `jitter_grey` ().
+        """`image`, `token_image` as uint8 (C, H, W), `jitter_factors` (3,), `jitter_order` (3,) and
+        `jitter_tiles` (64, C) uint8, the whole image's colours.
 
         With `exact` the jitter has been applied and the factors are 1.
         """
@@ -148,13 +159,14 @@ class PretrainViews:
             cropped = cropped_array(image, draw.mirrored(image.width).crop, largest, self.channels)
             made = {name: resized(cropped.array, size) for name, size in wanted.items()}
             arrays = {name: (view.flip(-1) if draw.flip else view).numpy() for name, view in made.items()}
-            return arrays | jitter_arrays(draw.jitter, contrast_grey(cropped.colours, draw.jitter))
+            return arrays | jitter_arrays(draw.jitter, cropped.tiles)
         assert isinstance(image, Image.Image)
         image = pil_jitter(to_channels(image, self.channels), draw.jitter)
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image
         filters = {"image": Image.Resampling.BICUBIC, "token_image": Image.Resampling.LANCZOS}
         arrays = {name: to_array(resized_crop(image, draw.crop, size, filters[name])) for name, size in wanted.items()}
-        return arrays | jitter_arrays(draw.jitter._replace(factors=np.ones(3, np.float32)), 0.0)
+        tiles = np.zeros((SIDE * SIDE, self.channels), np.uint8)  # a factor of 1 looks at none
+        return arrays | jitter_arrays(draw.jitter._replace(factors=np.ones(3, np.float32)), tiles)
 
     def seen_bytes(self, data: bytes, draw: Draw, names: Sequence[str] = ("image", "token_image")) -> dict:
         """`seen` of an image file's bytes. Raises what Pillow raises for broken files, ValueError for a box outside."""
@@ -251,63 +263,48 @@ def pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
     return image
 
 
-def jitter_arrays(jitter: Jitter, grey: float) -> dict[str, np.ndarray]:
-    """What a sample carries of its jitter: `grey` is `contrast_grey`'s."""
-    arrays = {"jitter_factors": jitter.factors, "jitter_order": jitter.order}
-    return arrays | {"jitter_grey": np.asarray(grey, np.float32)}
+def jitter_arrays(jitter: Jitter, tiles: np.ndarray) -> dict[str, np.ndarray]:
+    """What a sample carries of its jitter; `tiles` (64, C) uint8 are the whole image's colours."""
+    return {"jitter_factors": jitter.factors, "jitter_order": jitter.order, "jitter_tiles": tiles}
 
 
-def contrast_grey(colours: np.ndarray, jitter: Jitter) -> float:
-    """The grey in [0, 1] that contrast blends with: a whole image's mean, after the operations that come before.
-
-    `colours` (..., C) uint8 stand for the image's pixels. Elementwise, so that the number of threads cannot matter.
-    """
-    pixels = colours.reshape(-1, colours.shape[-1])[:, :3].T.astype(np.float32)  # (C, K)
-    factors = jitter.factors.tolist()
-    for operation in jitter.order.tolist():
-        if operation == CONTRAST:
-            break
-        grey = 0 if operation == BRIGHTNESS else _grey(pixels)
-        pixels = np.floor(np.minimum(np.maximum((pixels - grey) * factors[operation] + grey, 0), 255) + EPSILON)
-    grey = _grey(pixels)
-    return float(np.add.reduce(grey)) / (255 * grey.size)
-
-
-def _grey(pixels: np.ndarray) -> np.ndarray:
-    red, green, blue = GREY
-    return pixels[0] if len(pixels) == 1 else pixels[0] * red + pixels[1] * green + pixels[2] * blue
-
-
-def color_jitter(
-    image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor, contrast_grey_B: Tensor | None = None
-) -> Tensor:
+def color_jitter(image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor, tiles_BKC: Tensor | None = None) -> Tensor:
     """Colour jitter of a batch of images in [0, 1], each with its own factors and order, in static shapes.
 
-    With `contrast_grey_B` in [0, 1] as Pillow does it: contrast blends with this grey of the whole image, and every
-    operation cuts off what is below a level of 8 bits. Without, contrast blends with the mean of what it gets.
+    With `tiles_BKC` in [0, 1] as Pillow does it to the whole image: contrast blends with the mean grey of these colours
+    after the operations before it, and every operation cuts off what is below a level of 8 bits. Without, contrast
+    blends with the mean grey of what it gets.
     Every operation blends the image with a reference (black, its mean grey, its grey image), as torchvision's do. An
     image of one channel is its own grey image: saturation changes nothing. A fourth channel is left alone, as PIL does
     with alpha.
     """
-    channels = image_BCHW.shape[1]
-    if channels > 3:
-        colours = color_jitter(image_BCHW[:, :3], factors_B3, order_B3, contrast_grey_B)
+    if image_BCHW.shape[1] > 3:
+        of_three = None if tiles_BKC is None else tiles_BKC[..., :3]
+        colours = color_jitter(image_BCHW[:, :3], factors_B3, order_B3, of_three)
         return torch.cat([colours, image_BCHW[:, 3:]], dim=1)
-    weight_C = image_BCHW.new_tensor(GREY if channels == 3 else [1.0 / channels] * channels)
+    whole_BCK1 = None if tiles_BKC is None else tiles_BKC.transpose(1, 2)[..., None]
     for slot in range(3):
         operation_B111 = order_B3[:, slot].view(-1, 1, 1, 1)
         factor_B111 = factors_B3.gather(1, order_B3[:, slot : slot + 1]).to(image_BCHW.dtype).view(-1, 1, 1, 1)
-        grey_B1HW = (image_BCHW * weight_C.view(1, -1, 1, 1)).sum(1, keepdim=True)  # no matmul: autocast would round it
-        if contrast_grey_B is None:
-            mean_B111 = grey_B1HW.mean(dim=(1, 2, 3), keepdim=True)
-        else:
-            mean_B111 = contrast_grey_B.to(image_BCHW.dtype).view(-1, 1, 1, 1)
-        reference = torch.where(operation_B111 == CONTRAST, mean_B111, grey_B1HW)
-        reference = torch.where(operation_B111 == BRIGHTNESS, torch.zeros_like(reference), reference)
-        image_BCHW = torch.lerp(reference.expand_as(image_BCHW), image_BCHW, factor_B111).clamp(0, 1)
-        if contrast_grey_B is not None:
+        mean_B111 = _grey(image_BCHW if whole_BCK1 is None else whole_BCK1).mean(dim=(1, 2, 3), keepdim=True)
+        image_BCHW = _blended(image_BCHW, operation_B111, factor_B111, mean_B111)
+        if whole_BCK1 is not None:
             image_BCHW = (image_BCHW * 255 + EPSILON).floor() / 255
+            whole_BCK1 = (_blended(whole_BCK1, operation_B111, factor_B111, mean_B111) * 255 + EPSILON).floor() / 255
     return image_BCHW
+
+
+def _grey(image_BCHW: Tensor) -> Tensor:
+    channels = image_BCHW.shape[1]
+    weight_C = image_BCHW.new_tensor(GREY if channels == 3 else [1.0 / channels] * channels)
+    return (image_BCHW * weight_C.view(1, -1, 1, 1)).sum(1, keepdim=True)  # no matmul: autocast would round it
+
+
+def _blended(image_BCHW: Tensor, operation_B111: Tensor, factor_B111: Tensor, mean_B111: Tensor) -> Tensor:
+    """One operation of the jitter: away from, or towards, black, the mean grey or the image's own grey."""
+    reference = torch.where(operation_B111 == CONTRAST, mean_B111, _grey(image_BCHW))
+    reference = torch.where(operation_B111 == BRIGHTNESS, torch.zeros_like(reference), reference)
+    return torch.lerp(reference.expand_as(image_BCHW), image_BCHW, factor_B111).clamp(0, 1)
 
 
 def per_channel(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
@@ -332,5 +329,5 @@ def jittered_views(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def jittered_view(batch: dict[str, Any], name: str) -> Tensor:
     """One of the two views, `image` or `token_image`."""
-    jitter = (batch["jitter_factors"], batch["jitter_order"], batch["jitter_grey"])
+    jitter = (batch["jitter_factors"], batch["jitter_order"], batch["jitter_tiles"].float() / 255)
     return color_jitter(batch[name].float() / 255, *jitter)

@@ -145,8 +145,8 @@ class CachedTokens:
         self.__dict__.update(state)
         self._file = lru_cache(maxsize=256)(self._open)
 
-    def view(self, sample: Sample, epoch: int) -> Callable[[bytes], dict[str, np.ndarray]]:
-        """What makes `image`, `jitter_factors`, `jitter_order` and `tokens` (N,) of a sample from its image file.
+    def view(self, sample: Sample, epoch: int, data: bytes) -> Callable[[], dict[str, np.ndarray]]:
+        """What makes `image`, its jitter and `tokens` (N,) of a sample from its image file's bytes.
 
         Raises UserError if the file with its tokens is missing or damaged.
         """
@@ -155,7 +155,7 @@ class CachedTokens:
         record = file.read(sample.row * folder.count + epoch % folder.count)
         if int(record["tokens"].max()) >= folder.vocab_size:
             raise UserError(f"{file.path} is damaged: it has a token beyond the {folder.vocab_size} of its tokenizer")
-        return lambda image: self._replayed(image, record)
+        return lambda: self._replayed(data, record)
 
     def _replayed(self, data: bytes, record: np.void) -> dict[str, np.ndarray]:
         crop = Crop(*record["crop"].tolist())

@@ -25,6 +25,7 @@ from beit_pretrain.data.reader import Access, ShardReader
 from beit_pretrain.data.remote import is_remote
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.images.reading import opened, reason
+from beit_pretrain.images.tiles import SIDE
 from beit_pretrain.images.views import PretrainViews, jittered_view
 from beit_pretrain.networks.backbone import patch_grid
 from beit_pretrain.runs.fit import building
@@ -206,7 +207,7 @@ class TokenViews(Dataset):
             "token_image": image,
             "jitter_factors": np.ones(3, np.float32),
             "jitter_order": np.arange(3),
-            "jitter_grey": np.zeros((), np.float32),
+            "jitter_tiles": np.zeros((SIDE * SIDE, self.views.channels), np.uint8),
         }
 
 
@@ -269,7 +270,7 @@ def encoded(tokenizer: Tokenizer, batch: dict[str, Any], dtype: np.dtype, device
     for name in batch["records"].dtype.names:
         if name != "tokens":
             records[name] = batch["records"][name]
-    views = ("token_image", "jitter_factors", "jitter_order", "jitter_grey")
+    views = ("token_image", "jitter_factors", "jitter_order", "jitter_tiles")
     on_device = {name: torch.from_numpy(batch[name]).to(device) for name in views}
     records["tokens"] = tokenizer.encode(jittered_view(on_device, "token_image")).cpu().numpy()
     records["tokens"][records["crop"][:, 2] == 0] = 0
