@@ -1,7 +1,7 @@
 """Decode only what a crop needs, and resize it: the fast way from an opened image to a view.
 
 JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop allows it. Resizing is torch's antialiased bicubic
-on uint8, vectorised: Pillow's filter within rounding, at a quarter of its time. With the extra `fast` (simplejpeg),
+on uint8, vectorised: Pillow's filter within rounding, at a quarter of its time. With simplejpeg, where there is one,
 JPEGs go straight into an array, of those with restart markers only the rows that the crop needs; the pixels are the
 same, since both are libjpeg-turbo with the same settings.
 """

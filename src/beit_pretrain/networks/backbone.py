@@ -17,10 +17,9 @@ import torch
 from timm.layers import LayerNorm
 from timm.models.beit import Beit
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks.drop_path import residual
+from beit_pretrain.networks.blocks import Attention, block_outputs
 
 # Named sizes: width, depth, heads and the initial layer scale of RECIPE section 3 (tiny and small as in DeiT).
 SIZES: dict[str, dict] = {
@@ -116,6 +115,9 @@ class Backbone(Beit):
             norm_layer=cast(type[nn.Module], partial(LayerNorm, eps=config["norm_eps"])),
             **{name: value for name, value in config.items() if name not in own},
         )
+        block: Any
+        for block in self.blocks:
+            block.attn.__class__ = Attention  # timm's parameters, our forward
         self.config = config
         # Plain facts that a checkpoint or a file of others says beside its tensors: mean, std, classes, ...
         self.about: dict[str, Any] = {}
@@ -160,9 +162,9 @@ class MaskedImageModel(Backbone):
 
         `position_BK` lists the masked patches of each image, padded by any valid number (the caller ignores those).
         """
-        hidden = self.encode(image_BCHW, mask_BN, drop_BR)[:, 1:]
-        index = position_BK.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        return self.lm_head(hidden.gather(1, index))
+        token_BK = position_BK + 1  # behind [CLS]
+        hidden = block_outputs(self, embed(self, image_BCHW, mask_BN), drop_BR, token_BK=token_BK)[-1]
+        return self.lm_head(self.norm(hidden))
 
     def encode(self, image_BCHW: Tensor, mask_BN: Tensor | None = None, drop_BR: Tensor | None = None) -> Tensor:
         """Features (B, 1 + N, D) after the final LayerNorm, [CLS] first; equal to timm's without a mask."""
@@ -224,39 +226,6 @@ def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tens
     if model.pos_embed is not None:
         x_BND = x_BND + model.pos_embed
     return model.pos_drop(x_BND)
-
-
-def block_outputs(model: Backbone, x: Tensor, drop_BR: Tensor | None = None, blocks: int | None = None) -> list[Tensor]:
-    """Outputs of every block (or of the first `blocks`) on embeddings `x` (B, 1 + N, D).
-
-    The shared bias table is gathered once.
-    """
-    bias = model.rel_pos_bias() if model.rel_pos_bias is not None else None
-    outputs = []
-    for number, block in enumerate(model.blocks[:blocks]):
-        drop_B2 = drop_BR[:, 2 * number : 2 * number + 2] if drop_BR is not None else None
-        if model.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(run_block, block, x, bias, drop_B2, use_reentrant=False)
-        else:
-            x = run_block(block, x, bias, drop_B2)
-        outputs.append(x)
-    return outputs
-
-
-def run_block(block: Any, x: Tensor, bias: Tensor | None, drop_B2: Tensor | None) -> Tensor:
-    """timm's Block, with the decisions about drop path (B, 2) given from outside."""
-
-    def attend(x: Tensor) -> Tensor:
-        out = block.attn(block.norm1(x), shared_rel_pos_bias=bias)
-        return out if block.gamma_1 is None else block.gamma_1 * out
-
-    def think(x: Tensor) -> Tensor:
-        out = block.mlp(block.norm2(x))
-        return out if block.gamma_2 is None else block.gamma_2 * out
-
-    rate = getattr(block.drop_path1, "drop_prob", 0.0)
-    first, second = drop_B2.unbind(1) if drop_B2 is not None else (None, None)
-    return residual(residual(x, attend, rate, first), think, rate, second)
 
 
 def init_for_pretraining(model: MaskedImageModel) -> None:

@@ -7,8 +7,6 @@ Shapes: B batch, R residual branches (two a block).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -37,15 +35,3 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 def _signed(number: int) -> int:
     number %= 1 << 64
     return number - (1 << 64) if number >> 63 else number
-
-
-def residual(x: Tensor, branch: Callable[[Tensor], Tensor], rate: float, uniform_B: Tensor | None) -> Tensor:
-    """x + branch(x), the branch dropped with probability `rate` for each image and else scaled by 1 / (1 - rate).
-
-    `uniform_B` (B,) decides; None = nothing is dropped.
-    """
-    out = branch(x)
-    if rate == 0 or uniform_B is None:
-        return x + out
-    keep_B = (uniform_B >= rate).to(out.dtype) / (1 - rate)
-    return x + out * keep_B.view(-1, *[1] * (x.ndim - 1))

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks.backbone import Architecture, Backbone, block_outputs, embed, init_for_finetuning
+from beit_pretrain.networks.backbone import Architecture, Backbone, embed, init_for_finetuning
+from beit_pretrain.networks.blocks import block_outputs
 
 DROPOUT = 0.1  # of whole channels in front of the two classifiers
 HEADS = ("fpn1.", "fpn2.", "decode_head.", "auxiliary_head.")

@@ -1,0 +1,164 @@
+"""The transformer's blocks: timm's modules, run so that nothing is computed that nobody looks at.
+
+* A residual branch that drop path drops is not computed for that image.
+* Of the last block in front of a token head, only the masked positions have queries, a projection and an MLP.
+* The bias of the attention is gathered once a step, in the layout and precision that fused kernels want.
+
+None of that changes a number by more than rounding. Shapes: B batch, N tokens ([CLS] first), K tokens that are asked
+for, D width, H heads, d width of a head, R residual branches (two a block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import beit
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ALIGNED = 16  # numbers in whose multiples rows of the bias begin: without, CUDA's kernels copy it at every layer
+
+
+class Attention(beit.Attention):
+    """timm's attention (its parameters and their names), also for some of the tokens only."""
+
+    def forward(
+        self, x_BND: Tensor, shared_rel_pos_bias: Tensor | None = None, token_BK: Tensor | None = None
+    ) -> Tensor:
+        """Outputs (B, N, D); with `token_BK`, numbers of tokens, those of these tokens (B, K, D).
+
+        `shared_rel_pos_bias` (1, H, N, N) is added to the scores; a table of the layer's own is added by itself.
+        """
+        bias = shared_rel_pos_bias
+        if self.relative_position_bias_table is not None:
+            own = aligned(self._get_rel_pos_bias(), x_BND)
+            bias = own if bias is None else bias + own
+        none: Any = self.k_bias  # zeros: keys have no bias
+        if token_BK is None:
+            whole = None if self.q_bias is None else torch.cat((self.q_bias, none, self.v_bias))
+            q, k, v = F.linear(x_BND, self.qkv.weight, whole).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        else:
+            parts = (len(self.qkv.weight) // 3, 2 * len(self.qkv.weight) // 3)
+            of_query, of_rest = self.qkv.weight.split(parts)
+            rest = None if self.q_bias is None else torch.cat((none, self.v_bias))
+            q = F.linear(at_tokens(x_BND, token_BK), of_query, self.q_bias).unflatten(-1, (self.num_heads, -1))
+            k, v = F.linear(x_BND, of_rest, rest).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+            bias = None if bias is None else bias_rows(bias, token_BK)
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def attend(q_BHKd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v, (B, H, K, d); `bias` (1 or B, H, K, N)."""
+    if bias is None or q_BHKd.is_cuda or not (torch.is_grad_enabled() and bias.requires_grad):
+        return F.scaled_dot_product_attention(q_BHKd, k_BHNd, v_BHNd, attn_mask=bias)
+    # On a CPU no fused kernel takes a bias that learns: here it is added by the product itself.
+    shape = (*q_BHKd.shape[:3], k_BHNd.shape[2])
+    scores = bias.expand(shape).reshape(-1, *shape[2:])
+    if scores.dtype != q_BHKd.dtype or bias.shape[0] == shape[0]:  # in place only on a copy
+        scores = scores.to(q_BHKd.dtype, copy=True)
+    q, k, v = (t.flatten(0, 1) for t in (q_BHKd, k_BHNd, v_BHNd))
+    scores = scores.baddbmm_(q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v).unflatten(0, shape[:2])
+
+
+def aligned(bias_1HNN: Tensor, like: Tensor) -> Tensor:
+    """The same bias in the precision in which attention on `like` will run, its rows beginning at `ALIGNED` numbers."""
+    kind = like.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+    bias_1HNN = bias_1HNN.to(dtype)
+    if not like.is_cuda:
+        return bias_1HNN
+    tokens = bias_1HNN.shape[-1]
+    return F.pad(bias_1HNN, (0, -tokens % ALIGNED))[..., :tokens]
+
+
+def bias_rows(bias_1HNN: Tensor, token_BK: Tensor) -> Tensor:
+    """Of a bias the rows of the asked tokens, (B, H, K, N), aligned as it is."""
+    _, heads, tokens, _ = bias_1HNN.shape
+    width = bias_1HNN.stride(2)
+    rows = bias_1HNN[0].transpose(0, 1)  # (N, H, N): one look-up brings a token's rows of all heads
+    if width != tokens:
+        rows = F.pad(rows, (0, width - tokens))
+    # An embedding, since its gradient is summed in a fixed order also on a GPU.
+    found = F.embedding(token_BK, rows.flatten(1)).unflatten(-1, (heads, -1))
+    return found.transpose(1, 2)[..., :tokens]
+
+
+def at_tokens(x_BND: Tensor, token_BK: Tensor) -> Tensor:
+    """The asked tokens of each image, (B, K, D)."""
+    return x_BND.gather(1, token_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+
+
+def residual(
+    x: Tensor, branch: Callable[[Tensor], Tensor], rate: float, uniform_B: Tensor | None, skip: bool = False
+) -> Tensor:
+    """x + branch(x), the branch dropped with probability `rate` for each image and else scaled by 1 / (1 - rate).
+
+    `uniform_B` (B,) in [0, 1) decides; None = nothing is dropped. With `skip` the branch is computed for the images
+    alone that keep it: fewer products, but shapes that change and a look at the device.
+    """
+    if rate == 0 or uniform_B is None:
+        return x + branch(x)
+    keep_B = uniform_B >= rate
+    if skip and not keep_B.all():
+        kept = keep_B.nonzero().flatten()
+        scale = 1 / (1 - rate)
+        if not len(kept):  # one image at least, or a process of several would have no gradient where others have one
+            kept, scale = kept.new_zeros(1), 0.0
+        return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=scale)
+    factor_B = keep_B.to(x.dtype) / (1 - rate)
+    return x + branch(x) * factor_B.view(-1, *[1] * (x.ndim - 1))
+
+
+def run_block(
+    block: Any, x: Tensor, bias: Tensor | None, drop_B2: Tensor | None = None, token_BK: Tensor | None = None
+) -> Tensor:
+    """timm's Block on (B, N, D), with the decisions about drop path (B, 2) given from outside.
+
+    With `token_BK` its outputs at these tokens alone, (B, K, D).
+    """
+
+    def scaled(out: Tensor, gamma: Tensor | None) -> Tensor:
+        return out if gamma is None else gamma * out
+
+    def think(x: Tensor) -> Tensor:
+        return scaled(block.mlp(block.norm2(x)), block.gamma_2)
+
+    rate = getattr(block.drop_path1, "drop_prob", 0.0)
+    first, second = drop_B2.unbind(1) if drop_B2 is not None else (None, None)
+    skip = not (x.is_cuda or torch.compiler.is_compiling())
+    if token_BK is None:
+        x = residual(x, lambda x: scaled(block.attn(block.norm1(x), bias), block.gamma_1), rate, first, skip)
+    else:
+        out = scaled(block.attn(block.norm1(x), bias, token_BK), block.gamma_1)
+        x = residual(at_tokens(x, token_BK), lambda _: out, rate, first)
+    return residual(x, think, rate, second, skip)
+
+
+def block_outputs(
+    model: Any,
+    x: Tensor,
+    drop_BR: Tensor | None = None,
+    blocks: int | None = None,
+    token_BK: Tensor | None = None,
+) -> list[Tensor]:
+    """Outputs of every block (or of the first `blocks`) on embeddings `x` (B, N, D).
+
+    `drop_BR`: numbers in [0, 1) that decide about drop path. With `token_BK` the last one is at these tokens alone.
+    """
+    bias = aligned(model.rel_pos_bias()[None], x) if model.rel_pos_bias is not None else None
+    outputs: list[Tensor] = []
+    chosen = model.blocks[:blocks]
+    for number, block in enumerate(chosen, start=1):
+        drop_B2 = drop_BR[:, 2 * number - 2 : 2 * number] if drop_BR is not None else None
+        asked = token_BK if number == len(chosen) else None
+        if model.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(run_block, block, x, bias, drop_B2, asked, use_reentrant=False)
+        else:
+            x = run_block(block, x, bias, drop_B2, asked)
+        outputs.append(x)
+    return outputs
