@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,6 +92,7 @@ class ShardData(LightningDataModule):
 
     masking: BlockwiseMask | None = None
     label_maps = False
+    wrapped: Callable[[DataLoader], Any] | None = None  # what becomes of the training loader, such as `speed.Ahead`
 
     def train_dataset(self, plan: Plan) -> ShardDataset:
         """The training batches that `plan` lays out."""
@@ -130,7 +132,7 @@ class ShardData(LightningDataModule):
             *(reader, order, plan, views, self.masking, None, self.VAL_SEED), label_maps=self.label_maps, tokens=tokens
         )
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Any:
         trainer = self.trainer
         assert trainer is not None
         micro_batches = trainer.accumulate_grad_batches
@@ -139,7 +141,8 @@ class ShardData(LightningDataModule):
             ranks = range(trainer.node_rank * trainer.num_devices, (trainer.node_rank + 1) * trainer.num_devices)
             self.check_cache(trainer.global_step * self.global_batch, ranks, trainer.world_size)
         sampler = StepSampler(int(trainer.max_steps) * micro_batches, start=trainer.global_step * micro_batches)
-        return self._loader(self.train_dataset(plan), sampler)
+        loader = self._loader(self.train_dataset(plan), sampler)
+        return loader if self.wrapped is None else self.wrapped(loader)
 
     def check_cache(self, position: int, ranks: Sequence[int], world: int) -> None:
         """Raise UserError if the cache cannot hold the shards that this node's processes read from at once."""

@@ -31,11 +31,13 @@ from beit_pretrain.runs import cluster
 from beit_pretrain.runs.folder import FINISHED, REPLACED, differences, mark_finished
 from beit_pretrain.runs.preflight import introduce, preflight
 from beit_pretrain.runs.tasks import TASKS, Task
+from beit_pretrain.training import speed
 from beit_pretrain.training.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import LAST, PREEMPTED, Keeper, Stopped, newest_good
 from beit_pretrain.training.metrics import CsvMetrics, is_first_process
 from beit_pretrain.training.module import TrainedModule
+from beit_pretrain.training.pretrain import Pretraining
 
 BEST_BY = {"classifier": "val/accuracy", "segmenter": "val/miou"}  # kind of checkpoint -> the larger the better
 
@@ -162,6 +164,10 @@ def prepare(cfg: DictConfig, task: Task, folder: Path) -> None:
     module = task.module
     module.log_every = cfg.log_every
     module.keeper = Keeper(folder, cfg.save_every, cfg.save_minutes, cfg.keep_every)
+    on_gpu = wanted_gpu(cfg.trainer.accelerator)
+    module.compile_mode = speed.compile_mode(cfg.compile, on_gpu, cfg.trainer.strategy == "fsdp")
+    if cfg.ahead and isinstance(module, Pretraining):
+        task.data.wrapped = lambda loader: speed.Ahead(loader, module.prepare, module.device)
     if cfg.trainer.strategy != "fsdp":  # its optimiser's tensors are in parts, which the guard's flag is not
         module.guard = Guard(Path(cfg.run_dir) / "skipped.jsonl", cfg.max_skipped, cfg.global_batch)
 
@@ -209,6 +215,8 @@ def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback
         Throughput(),
         Replacements(folder.parent / REPLACED, cfg.data.get("max_bad", 0.001)),
     ]
+    if cfg.get("profile"):
+        callbacks.append(speed.Profile(folder.parent / "profile"))
     watched = BEST_BY.get(task.module.kind)
     if watched and "val" in task.data.readers:
         callbacks.append(ModelCheckpoint(folder, "best", monitor=watched, mode="max", enable_version_counter=False))

@@ -10,10 +10,11 @@ REPLACED = "replaced.jsonl"  # of a run: images that could not be decoded
 
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
 FREE_TO_CHANGE = (
-    *("activation_checkpointing", "resume", "preflight", "trainer", "logger", "batch_size", "threads", "run_dir"),
-    *("log_every", "val_every", "save_every", "save_minutes", "keep_every", "max_skipped", "pictures", "knn", "test"),
+    *("activation_checkpointing", "compile", "ahead", "profile", "resume", "preflight", "trainer", "logger"),
+    *("batch_size", "threads", "run_dir", "timeout_minutes", "pictures", "knn", "test", "max_skipped"),
+    *("log_every", "val_every", "save_every", "save_minutes", "keep_every"),
     *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
-    *("data.max_bad", "timeout_minutes"),
+    *("data.max_bad",),
 )
 
 

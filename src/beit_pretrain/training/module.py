@@ -1,13 +1,15 @@
 """What every LightningModule of the project shares: optimiser, gradient norm and clip, metrics, what a checkpoint says.
 
-Metrics are summed on the device and read every `log_every` optimiser steps, as means over all micro-batches and
-processes since then, so that the training loop never waits for the device to print a number.
+Metrics stay on the device, as they are, and are read all at once every `log_every` optimiser steps, as means over all
+micro-batches and processes since then, so that the training loop never waits for the device to print a number.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -21,6 +23,7 @@ from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import Keeper
 from beit_pretrain.training.optim import Optim
 
+MOST_KEPT = 1024  # values of a metric that wait to be read
 PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
 
 
@@ -46,7 +49,10 @@ class TrainedModule(LightningModule):
         self.batch_ended: float | None = None
         self.keeper: Keeper | None = None
         self.guard: Guard | None = None
-        self._sums: dict[str, Tensor] = {}  # (2,): sum of value x weight, sum of weights
+        self._kept: dict[str, list[tuple[Tensor | float, Tensor | float]]] = {}  # values and weights, not yet read
+        self._sums: dict[str, Tensor] = {}  # (2,) float64 on the CPU: sum of value x weight, sum of weights
+        self.compile_mode: str | None = None  # of `fast`; None = nothing is compiled
+        self._compiled: dict[str, Callable] = {}
 
     def configure_model(self) -> None:
         if self._device_mesh is not None:  # trainer.strategy=fsdp
@@ -73,14 +79,40 @@ class TrainedModule(LightningModule):
         """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""
         return 1.0
 
+    def fast(self, function: Callable, **options: Any) -> Callable:
+        """The function, compiled if this run compiles: once for each, with shapes that never change."""
+        if self.compile_mode is None:
+            return function
+        key = getattr(function, "__qualname__", repr(function))
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(function, dynamic=False, mode=self.compile_mode, **options)
+        return self._compiled[key]
+
     def track(self, weight: Tensor | float = 1.0, **metrics: Tensor | float) -> None:
-        """Add values to the weighted means that the next flush writes as `train/<name>`."""
-        weight = torch.as_tensor(weight, device=self.device, dtype=torch.float64)
+        """Add values to the weighted means that the next flush writes as `train/<name>`; reads nothing yet."""
+        weight = weight.detach() if isinstance(weight, Tensor) else weight
         for name, value in metrics.items():
-            value = torch.as_tensor(value, device=self.device).detach().double()
-            finite = value.isfinite()  # a skipped step is counted, and does not hide the others' mean
-            pair = torch.stack([torch.where(finite, value * weight, 0.0), torch.where(finite, weight, 0.0)])
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            kept = self._kept.setdefault(name, [])
+            kept.append((value.detach() if isinstance(value, Tensor) else value, weight))
+            if len(kept) >= MOST_KEPT:
+                self._read()
+
+    def _read(self) -> None:
+        """Read what is kept, with one wait for the device, and add it up in the order in which it came.
+
+        So the sums do not depend on when they were read: a run that is continued writes the same means.
+        """
+        everything = [x for pairs in self._kept.values() for pair in pairs for x in pair]
+        numbers = read_numbers(everything)
+        at = 0
+        for name, pairs in self._kept.items():
+            total, weights = self._sums.get(name, torch.zeros(2)).tolist()
+            for value, weight in zip(numbers[at : at + 2 * len(pairs) : 2], numbers[at + 1 : at + 2 * len(pairs) : 2]):
+                if math.isfinite(value):  # a skipped step is counted, and does not hide the others' mean
+                    total, weights = total + value * weight, weights + weight
+            at += 2 * len(pairs)
+            self._sums[name] = torch.tensor([total, weights], dtype=torch.float64)
+        self._kept = {}
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         step = self.trainer.global_step
@@ -96,10 +128,11 @@ class TrainedModule(LightningModule):
 
     def flush(self) -> None:
         """Write the means since the last flush to the loggers and the progress bar."""
+        self._read()
         names = sorted(self._sums)
         if not names:
             return
-        sums, weights = self.sum_over_processes(torch.stack([self._sums[n] for n in names], dim=1))
+        sums, weights = self.sum_over_processes(torch.stack([self._sums[n] for n in names], dim=1).to(self.device))
         self._sums = {}
         metrics = {f"train/{name}": value for name, value in zip(names, (sums / weights).tolist(), strict=True)}
         bar = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
@@ -108,9 +141,6 @@ class TrainedModule(LightningModule):
         if self.guard is not None:
             vocab_size = getattr(self.model, "vocab_size", None)
             self.guard.look(metrics, self.trainer.global_step, vocab_size, self.trainer.is_global_zero)
-
-    def on_fit_start(self) -> None:
-        self._sums = {name: pair.to(self.device) for name, pair in self._sums.items()}
 
     def on_train_start(self) -> None:
         if self.keeper is not None:  # later than Lightning, which takes SIGTERM for itself before
@@ -157,10 +187,25 @@ class TrainedModule(LightningModule):
 
         From here on the first process holds them for all, as it will after a restart.
         """
+        self._read()
         names = sorted(self._sums)
         if not names:
             return {}
-        total = self.sum_over_processes(torch.stack([self._sums[name] for name in names]))
+        total = self.sum_over_processes(torch.stack([self._sums[name] for name in names]).to(self.device)).cpu()
         mine = total if self.trainer.is_global_zero else torch.zeros_like(total)
         self._sums = dict(zip(names, mine.unbind(0), strict=True))
-        return {name: pair.cpu() for name, pair in zip(names, total.unbind(0), strict=True)}
+        return dict(zip(names, total.unbind(0), strict=True))
+
+
+def read_numbers(values: Sequence[Tensor | float]) -> list[float]:
+    """Scalars as Python numbers, in their order, with one transfer from the device."""
+    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
+    places: dict[torch.dtype, list[int]] = {}
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            places.setdefault(value.dtype, []).append(place)
+    parts = [torch.stack([cast(Tensor, values[p]) for p in of_kind]).double() for of_kind in places.values()]
+    read = torch.cat(parts).tolist() if parts else []
+    for place, number in zip([p for of_kind in places.values() for p in of_kind], read, strict=True):
+        numbers[place] = number
+    return numbers

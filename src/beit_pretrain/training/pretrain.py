@@ -7,6 +7,7 @@ M masked patches of the batch. Masks are True where a patch is masked, to be pre
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,14 @@ from beit_pretrain.training.module import TrainedModule
 from beit_pretrain.training.optim import Optim
 
 IGNORE = -100
+
+
+class Found(NamedTuple):
+    """What became of a batch's masked patches: the sum of their cross-entropies, their number, the hits."""
+
+    loss_sum: Tensor
+    masked: Tensor
+    correct: Tensor
 
 
 class Pretraining(TrainedModule):
@@ -60,30 +69,48 @@ class Pretraining(TrainedModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Equation (1): cross-entropy of the visual tokens at the masked positions."""
-        image, tokens_BN = self.image_and_tokens(batch)
-        logits_BKV = self.predict_masked(image, batch, self.drop(batch))
-        target_BK = masked_targets(tokens_BN, batch["mask_index"])
-        loss_sum = F.cross_entropy(logits_BKV.flatten(0, 1).float(), target_BK.flatten(), reduction="sum")
-        masked = (target_BK != IGNORE).sum()
-        correct = (logits_BKV.argmax(-1) == target_BK).sum()
-        self._masked = self._masked.to(self.device) + masked
-        self._tokens_V.scatter_add_(0, tokens_BN.flatten(), torch.ones_like(tokens_BN, dtype=torch.float).flatten())
-        self.track(masked, loss=loss_sum / masked, masked_token_accuracy=correct / masked)
-        self.track(masked_ratio=masked / tokens_BN.numel())
-        return loss_sum / target_BK.numel()
+        image, tokens_BN = self.prepare(batch)
+        position_BK, drop_BR = batch["mask_index"], self.drop(batch)
+        found = self.fast(self.objective)(image, batch["mask"], position_BK, tokens_BN, drop_BR)
+        self.count(found, tokens_BN)
+        return found.loss_sum / position_BK.numel()
+
+    def prepare(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """`image_and_tokens`, compiled where the run is."""
+        return self.image_and_tokens(batch) if "view" in batch else self.fast(self.image_and_tokens)(batch)
 
     def image_and_tokens(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The backbone's view in [0, 1], and the tokens (B, N): cached ones, or those of the tokenizer's view."""
+        if "view" in batch:  # `speed.Ahead` has made them
+            return batch["view"], batch["tokens"]
         if "tokens" in batch:
             return jittered_view(batch, "image"), batch["tokens"]
         assert self.tokenizer is not None
         image, token_image = jittered_views(batch)
         return image, self.tokenizer.encode(token_image)
 
-    def predict_masked(self, image_BCHW: Tensor, batch: dict, drop_BR: Tensor | None = None) -> Tensor:
-        """Logits (B, K, V) at the masked positions of images in [0, 1]."""
+    def objective(
+        self,
+        image_BCHW: Tensor,
+        mask_BN: Tensor,
+        position_BK: Tensor,
+        tokens_BN: Tensor,
+        drop_BR: Tensor | None = None,
+    ) -> Found:
+        """What the network makes of images in [0, 1] of which it does not see the masked patches."""
         image_BCHW = normalise(image_BCHW, self.mean, self.std)
-        return self.model.forward_at(image_BCHW, batch["mask"], batch["mask_index"].clamp(min=0), drop_BR)
+        logits_BKV = self.model.forward_at(image_BCHW, mask_BN, position_BK.clamp(min=0), drop_BR)
+        target_BK = masked_targets(tokens_BN, position_BK)
+        loss_sum = F.cross_entropy(logits_BKV.flatten(0, 1).float(), target_BK.flatten(), reduction="sum")
+        return Found(loss_sum, (target_BK != IGNORE).sum(), (logits_BKV.argmax(-1) == target_BK).sum())
+
+    def count(self, found: Found, tokens_BN: Tensor) -> None:
+        """Keep the step's numbers for the metrics and for `gradient_scale`."""
+        loss_sum, masked, correct = (value.detach().clone() for value in found)  # a CUDA graph will overwrite its own
+        self._masked = self._masked.to(self.device) + masked
+        self._tokens_V.scatter_add_(0, tokens_BN.flatten(), torch.ones_like(tokens_BN, dtype=torch.float).flatten())
+        self.track(masked, loss=loss_sum / masked, masked_token_accuracy=correct / masked)
+        self.track(masked_ratio=masked / tokens_BN.numel())
 
     def gradient_scale(self) -> Tensor:
         """Makes the loss a mean over the masked patches of the *global* batch.
@@ -127,15 +154,12 @@ class Pretraining(TrainedModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """The same on held-out images with fixed views and masks, and two guesses that any model must beat."""
         image, tokens_BN = self.image_and_tokens(batch)
-        logits_BKV = self.predict_masked(image, batch)
-        target_BK = masked_targets(tokens_BN, batch["mask_index"])
+        position_BK = batch["mask_index"]
+        loss_sum, masked, correct = self.objective(image, batch["mask"], position_BK, tokens_BN)
         copied_BN = tokens_BN.gather(1, nearest_visible(batch["mask"]))
-        copied_BK = copied_BN.gather(1, batch["mask_index"].clamp(min=0))
+        copied = masked_targets(copied_BN, position_BK) == masked_targets(tokens_BN, position_BK)
         vocab = self.model.vocab_size
-        self._totals[0] += F.cross_entropy(logits_BKV.flatten(0, 1).float(), target_BK.flatten(), reduction="sum")
-        self._totals[1] += (logits_BKV.argmax(-1) == target_BK).sum()
-        self._totals[2] += (copied_BK == target_BK).sum()
-        self._totals[3] += (target_BK != IGNORE).sum()
+        self._totals[:4] += torch.stack([loss_sum, correct, (copied & (position_BK >= 0)).sum(), masked])
         self._totals[4 : 4 + vocab] += torch.bincount(tokens_BN[batch["mask"]], minlength=vocab)
         self._totals[4 + vocab :] += torch.bincount(tokens_BN.flatten(), minlength=vocab)
 

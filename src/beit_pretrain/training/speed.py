@@ -1,0 +1,138 @@
+"""How a step is executed, which changes none of its numbers: compiled or not, the next batch made ahead, a profile."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+
+WARM_UP, PROFILED = 10, 5  # steps before a profile (compilation, first allocations), and in it
+DEAREST = 10  # kernels of the table
+
+
+def compile_mode(asked: bool | str, on_gpu: bool, sharded: bool) -> str | None:
+    """The mode of torch.compile for `compile=`; None = not at all.
+
+    "auto" compiles on a GPU, where a network is whole (FSDP gathers its pieces by hooks, at which a graph breaks), and
+    goes on uncompiled if that fails; any other value says by itself what is to be done.
+    """
+    if asked == "auto":
+        if not on_gpu or sharded:
+            return None
+        torch._dynamo.config.suppress_errors = True
+        return "default"
+    if isinstance(asked, bool):
+        return "default" if asked else None
+    return asked
+
+
+class Ahead:
+    """A loader of which the next batch is already prepared while the current one trains.
+
+    On a GPU the next one is copied, jittered and tokenized on a stream of its own, beside the step. Everywhere, the
+    batches and what stands in them are those of the loader and of `prepare`.
+
+    Args:
+        loader: of batches (dictionaries).
+        prepare: batch on the device -> backbone's view (B, C, H, W) in [0, 1] and tokens (B, N).
+        device: where to.
+    """
+
+    def __init__(self, loader: Any, prepare: Callable[[dict], tuple[Tensor, Tensor]], device: torch.device):
+        self.loader, self.prepare, self.device = loader, prepare, device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict]:
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        waiting: dict | None = None
+        for batch in self.loader:
+            following = self._prepared(batch, stream)
+            if waiting is not None:
+                yield self._joined(waiting, stream)
+            waiting = following
+        if waiting is not None:
+            yield self._joined(waiting, stream)
+
+    @torch.no_grad()
+    def _prepared(self, batch: dict, stream: torch.cuda.Stream | None) -> dict:
+        with torch.cuda.stream(stream):
+            there = {
+                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
+            view, tokens = self.prepare(there)
+        used = ("image", "token_image", "jitter_factors", "jitter_order", "jitter_tiles", "tokens")
+        return {name: value for name, value in there.items() if name not in used} | {"view": view, "tokens": tokens}
+
+    def _joined(self, batch: dict, stream: torch.cuda.Stream | None) -> dict:
+        if stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            for value in batch.values():
+                if isinstance(value, Tensor):
+                    value.record_stream(current)  # its memory must not be given away while the step reads it
+        return batch
+
+
+class Profile(Callback):
+    """`profile=true`: a trace of a few steps, for Perfetto or chrome://tracing, and a table of the dearest kernels.
+
+    Args:
+        folder: gets `trace.json.gz` and `kernels.txt`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        self._profiler = torch.profiler.profile(
+            activities=kinds,
+            schedule=torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=PROFILED, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._profiler.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs, batch, batch_idx: int) -> None:
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        plain, trace = self.folder / ".trace.partial", self.folder / "trace.json.gz"
+        profiler.export_chrome_trace(str(plain))
+        with plain.open("rb") as source, gzip.open(trace, "wb", compresslevel=5) as target:
+            shutil.copyfileobj(source, target)
+        plain.unlink()
+        table = kernels(profiler.key_averages(), DEAREST)
+        (self.folder / "kernels.txt").write_text(table + "\n")
+        print(f"\n{table}\nwrote {trace}", flush=True)
+
+
+def kernels(events: Iterable[Any], count: int) -> str:
+    """The dearest operations by the time in themselves, on the device if there is one: share, milliseconds, calls."""
+    where = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    found = [(getattr(event, where), event) for event in events]
+    total = sum(time for time, _ in found) or 1
+    lines = [f"{'share':>6}  {'ms a step':>9}  {'calls':>6}  operation"]
+    for time, event in sorted(found, key=lambda pair: -pair[0])[:count]:
+        calls = event.count / PROFILED
+        lines.append(f"{time / total:6.1%}  {time / 1000 / PROFILED:9.2f}  {calls:6.4g}  {event.key[:80]}")
+    return "\n".join(lines)

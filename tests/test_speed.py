@@ -1,0 +1,90 @@
+"""How a step is executed changes none of its numbers: ahead or not, compiled or not, profiled or not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import torch
+from test_cached_tokens import Pretraining, data_of, tokens_of
+from test_datamodule import pretrain_data
+from test_pretraining import module, trainer
+from tiny import TINY
+
+from beit_pretrain.training.metrics import curve
+from beit_pretrain.training.module import read_numbers
+from beit_pretrain.training.speed import Ahead, compile_mode
+
+
+class KeepsLosses(Pretraining):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses = [*getattr(self, "losses", []), loss.item()]
+        return loss
+
+
+def losses(data, steps: int = 4, ahead: bool = False, mode: str | None = None) -> list[float]:
+    plain = module()
+    training = KeepsLosses(plain.model, plain.tokenizer, plain.optim, plain.mean, plain.std)
+    training.compile_mode = mode
+    if ahead:
+        data.wrapped = lambda loader: Ahead(loader, training.prepare, training.device)
+    trainer(steps, micro_batches=2).fit(training, data)
+    return training.losses
+
+
+def test_batches_made_ahead_are_the_same(shards):
+    assert losses(pretrain_data(shards), ahead=True) == losses(pretrain_data(shards))
+
+
+def test_cached_tokens_ahead(shards, dvae_checkpoint, tmp_path):
+    folder = tokens_of(shards / "train", tmp_path / "tokens", dvae_checkpoint)
+    assert losses(data_of(shards, folder), ahead=True) == losses(data_of(shards, folder))
+
+
+def test_the_next_batch_is_prepared_before_the_current_one_is_used():
+    order = []
+
+    def prepare(batch):
+        order.append(f"prepared {batch['position']}")
+        return torch.zeros(1), torch.zeros(1)
+
+    ahead = Ahead([{"position": n, "image": torch.zeros(1)} for n in range(3)], prepare, torch.device("cpu"))
+    for batch in ahead:
+        assert batch.keys() == {"position", "view", "tokens"}
+        order.append(f"used {batch['position']}")
+    assert order == ["prepared 0", "prepared 1", "used 0", "prepared 2", "used 1", "used 2"]
+    assert len(ahead) == 3
+
+
+@pytest.mark.long
+def test_compiled_the_losses_are_the_same(shards):
+    assert losses(pretrain_data(shards), mode="default") == pytest.approx(losses(pretrain_data(shards)), abs=1e-5)
+
+
+def test_what_is_compiled():
+    assert [compile_mode(asked, False, False) for asked in ("auto", True, False)] == [None, "default", None]
+    assert compile_mode("auto", True, True) is None
+    assert compile_mode("reduce-overhead", True, False) == "reduce-overhead"
+
+
+def test_numbers_are_read_in_their_order():
+    values = [torch.tensor(3), 0.5, torch.tensor(1.25), torch.tensor(7, dtype=torch.float64), 2, torch.tensor(4)]
+    assert read_numbers(values) == [3, 0.5, 1.25, 7, 2, 4]
+    assert read_numbers([]) == []
+
+
+def test_a_profile(shards, dvae_checkpoint, run_cli, tmp_path):
+    given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}"]
+    words = ["fit", *TINY, *given, "steps=20", "batch_size=16", "data.workers=0", "profile=true", "ahead=true"]
+    code, stdout, stderr = run_cli(*words)
+    assert code == 0, stderr
+    events = json.loads(gzip.decompress((tmp_path / "run/profile/trace.json.gz").read_bytes()))["traceEvents"]
+    assert any("aten::addmm" in event.get("name", "") for event in events)
+    table = (tmp_path / "run/profile/kernels.txt").read_text().splitlines()
+    assert len(table) == 11
+    assert "share" in table[0]
+    assert sum(float(line.split("%")[0]) for line in table[1:]) > 40
+    assert table[1] in stdout
+    assert curve(tmp_path / "run/metrics.csv", "train/loss")[0] == list(range(1, 21))
