@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import DVAE, write_checkpoint
 from dall_e import map_pixels, unmap_pixels
+from dall_e.encoder import Encoder
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.networks.backbone import Classifier
+from beit_pretrain.tokens.encoder import ArrangedEncoder
 from beit_pretrain.tokens.tokenizer import (
     OpenAITokenizer,
     check_channels,
@@ -252,3 +254,54 @@ def test_square_grid():
 
 def test_the_fixture_is_small(dvae_checkpoint):
     assert DVAETokenizer(dvae_checkpoint).model.config == DVAE
+
+
+class TestArrangedEncoder:
+    """Against the package's own module; in half precision against its forward written out, since it needs CUDA."""
+
+    @pytest.fixture(scope="class")
+    def encoder(self):
+        torch.manual_seed(0)
+        return Encoder(n_hid=64, n_blk_per_group=2, vocab_size=512).eval().requires_grad_(False)
+
+    @pytest.mark.parametrize("blocked", [True, False])
+    @pytest.mark.parametrize("side", [32, 56])
+    def test_logits_are_the_packages(self, encoder, blocked, side, monkeypatch):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: blocked)
+        arranged = ArrangedEncoder(encoder, torch.device("cpu"))
+        assert arranged.blocked == blocked
+        image = map_pixels(images(side, 3))
+        with torch.no_grad():
+            torch.testing.assert_close(arranged(image), encoder(image), atol=1e-5, rtol=1e-5)
+            assert torch.equal(arranged(image).argmax(1), encoder(image).argmax(1))
+
+    def test_in_half_precision_it_is_as_good_as_the_release(self, encoder):
+        """Tokens that differ from single precision's: no more than of the release's way, within their scatter."""
+
+        def release(x: torch.Tensor) -> torch.Tensor:
+            def conv(x, c, half=True):
+                w, b = (c.w.half(), c.b.half()) if half else (c.w, c.b)
+                return torch.nn.functional.conv2d(x.half() if half else x.float(), w, b, padding=(c.kw - 1) // 2)
+
+            x = conv(x, encoder.blocks.input)
+            for number in range(1, 5):
+                for name, block in getattr(encoder.blocks, f"group_{number}").named_children():
+                    if name == "pool":
+                        x = torch.nn.functional.max_pool2d(x, 2)
+                        continue
+                    out = x
+                    for step in range(1, 5):
+                        out = conv(out.relu(), getattr(block.res_path, f"conv_{step}"))
+                    identity = x if isinstance(block.id_path, torch.nn.Identity) else conv(x, block.id_path)
+                    x = identity + block.post_gain * out
+            return conv(x.relu(), encoder.blocks.output.conv, half=False)
+
+        image = map_pixels(images(64, 24))
+        arranged = ArrangedEncoder(encoder, torch.device("cpu"), half=True)
+        with torch.no_grad():
+            exact = encoder(image).argmax(1)
+            ours, theirs = ((logits.argmax(1) != exact).float().mean() for logits in (arranged(image), release(image)))
+        assert arranged(image).dtype == torch.float32
+        assert exact.unique().numel() > 10, (ours, theirs)
+        assert ours <= theirs + 0.01
+        assert ours < 0.02, (ours, theirs)

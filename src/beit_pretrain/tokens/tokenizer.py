@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.tokens.encoder import ArrangedEncoder
 
 RECORD = "weights.json"  # size and SHA-256 of the files beside it, as `fetch` first saw them
 
@@ -123,12 +124,13 @@ class OpenAITokenizer:
         self.encoder = read_module(self.path, "encoder")
         self.vocab_size = int(self.encoder.get_parameter("blocks.output.conv.w").shape[0])
         self.in_chans = int(self.encoder.get_parameter("blocks.input.w").shape[1])
+        self._arranged: ArrangedEncoder | None = None
         self._decoder: nn.Module | None = None
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> OpenAITokenizer:
         self.device = torch.device(device)
-        self.encoder.to(device)
+        self._arranged = None
         if self._decoder is not None:
             self._decoder.to(device)
         return self
@@ -142,7 +144,14 @@ class OpenAITokenizer:
 
         # Outside autocast: the package casts by itself, and bf16 logits would change the argmax.
         with torch.autocast(image_BCHW.device.type, enabled=False):
-            return self.encoder(map_pixels(with_channels(image_BCHW.float(), self.in_chans))).argmax(1).flatten(1)
+            return self.arranged(map_pixels(with_channels(image_BCHW.float(), self.in_chans))).argmax(1).flatten(1)
+
+    @property
+    def arranged(self) -> ArrangedEncoder:
+        """The encoder as the device wants it, arranged at first use; its weights stand beside those that were read."""
+        if self._arranged is None:
+            self._arranged = ArrangedEncoder(self.encoder, self.device)
+        return self._arranged
 
     @torch.no_grad()
     def decode(self, ids_BN: Tensor) -> Tensor:
