@@ -36,7 +36,7 @@ VERBS = {
         "a checkpoint for the authors' code, timm, Hugging Face or ONNX", "beit_pretrain.checkpoints.export:export"
     ),
     "show": Verb("pictures of what a run learned", "beit_pretrain.commands:show"),
-    "bench": Verb("measure views or loader (views|loader)", "beit_pretrain.bench.photos:bench"),
+    "bench": Verb("measure (views|loader|step|loop|memory|all)", "beit_pretrain.bench.verb:bench"),
     "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.demo:demo"),
 }
 
@@ -50,6 +50,16 @@ def usage() -> str:
     lines += ["", "fit -m key=A,B ... runs every combination (a sweep); several machines: docs/cluster.md"]
     lines += ["", "VERB --help shows a verb's settings, VERB ... --cfg the composed config without running it."]
     return "\n".join(lines)
+
+
+# `bench` of a training step takes the settings of `fit`, but for these: it makes its own images and tokenizer.
+TRAINED = ("step", "loop", "memory", "all")
+SPARED = ("data.train", "tokenizer.path")
+
+
+def config_of(verb: str, words: list[str]) -> str:
+    """The name of the config that a verb's words are settings of."""
+    return "bench_step" if verb == "bench" and any(f"action={name}" in words for name in TRAINED) else verb
 
 
 def run(argv: list[str]) -> None:
@@ -67,7 +77,8 @@ def run(argv: list[str]) -> None:
             f"unknown verb {verb!r}; {'did you mean ' + close[0] + '? ' if close else ''}there are {', '.join(VERBS)}"
         )
     if "-h" in rest or "--help" in rest:
-        print(f"{verb}: {VERBS[verb].about}\n\n{(config_dir() / (verb + '.yaml')).read_text()}")
+        actions = [f"action={word}" for word in rest[:1]]
+        print(f"{verb}: {VERBS[verb].about}\n\n{(config_dir() / (config_of(verb, actions) + '.yaml')).read_text()}")
         return
     multirun = "-m" in rest or "--multirun" in rest
     if multirun and verb != "fit":
@@ -79,7 +90,7 @@ def run(argv: list[str]) -> None:
     if verb == "tokenize":  # `data` is a group of configs to Hydra
         rest = [f"src={word[5:]}" if word.startswith("data=") else word for word in rest]
     if "--cfg" in rest:
-        print(show_config(verb, [word for word in rest if word not in ("--cfg", "job")]))
+        print(show_config(config_of(verb, rest), [word for word in rest if word not in ("--cfg", "job")]))
         return
     wrong = [word for word in rest if "=" not in word and not word.startswith("~")]
     if wrong:
@@ -87,7 +98,7 @@ def run(argv: list[str]) -> None:
     if multirun:
         importlib.import_module("beit_pretrain.runs.sweep").sweep(rest)
         return
-    cfg = compose(verb, rest)
+    cfg = compose(config_of(verb, rest), rest, spared=SPARED if verb == "bench" else ())
     module, function = VERBS[verb].function.split(":")
     getattr(importlib.import_module(module), function)(cfg)
 

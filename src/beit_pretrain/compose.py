@@ -25,7 +25,7 @@ HINTS = {
     "out": "where to write",
     "run": "the folder of a run, such as runs/base_22k",
     "to": "one of unilm, timm, hf, onnx",
-    "action": "what to measure: bench views or bench loader",
+    "action": "what to measure: bench views, loader, step, loop, memory or all",
     "task": "an experiment says it: +experiment=NAME",
 }
 
@@ -58,8 +58,10 @@ def compose_raw(verb: str, overrides: list[str]):
         raise UserError(_explain(error, verb)) from error
 
 
-def compose(verb: str, overrides: list[str]):
+def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()):
     """The verb's config with the user's overrides, complete and resolved, every value of its kind.
+
+    Of the settings named in `spared`, those that are missing become null.
 
     Raises UserError, in one line, for whatever does not compose, is missing, or breaks a rule of `settings`.
     """
@@ -69,7 +71,7 @@ def compose(verb: str, overrides: list[str]):
     from beit_pretrain.settings import check
 
     cfg = compose_raw(verb, overrides)
-    if verb == "fit" and OmegaConf.is_missing(cfg, "task"):
+    if OmegaConf.is_missing(cfg, "task"):
         raise UserError(f"say what to train: +experiment=NAME, one of {', '.join(experiments())}")
     missing = sorted(OmegaConf.missing_keys(cfg))
     if "init_from" in missing and cfg.get("from_scratch"):
@@ -78,6 +80,10 @@ def compose(verb: str, overrides: list[str]):
     if "tokenizer.path" in missing and OmegaConf.select(cfg, "data.tokens") is not None:
         cfg.tokenizer = {"_target_": None, "path": None}  # cached tokens need none
         missing.remove("tokenizer.path")
+    absent = set(missing) & set(spared)
+    for key in absent:
+        OmegaConf.update(cfg, key, None)
+        missing.remove(key)
     if missing:
         raise UserError(
             "; ".join(f"{key} is missing: {HINTS.get(key, 'set it with ' + key + '=...')}" for key in missing)
@@ -86,7 +92,7 @@ def compose(verb: str, overrides: list[str]):
         plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(first_line(error)) from error
-    check(plain)
+    check(plain, spared=absent)
     cfg = OmegaConf.create(plain)
     OmegaConf.set_struct(cfg, True)
     return cfg

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeGuard
 
 from beit_pretrain.errors import UserError
@@ -98,6 +98,11 @@ VIEWS: dict[str, Rule] = {
 DEVICES: Rule = (
     "auto, a number of devices, or a list of their numbers",
     lambda v: v == "auto" or (type(v) is int and (v == -1 or v > 0)) or numbers(None, whole(0))[1](v),
+)
+
+VARIANTS = (
+    *("ours", "ours_tokenizer", "ours_cached", "reference", "reference_tokenizer"),
+    *("transformers", "transformers_eager", "timm"),
 )
 
 RULES: dict[str, Rule] = {
@@ -227,7 +232,15 @@ RULES: dict[str, Rule] = {
     # bench
     "positions": optional(whole(1)),
     "token_image_size": optional(whole(1, 2**16)),
-    "rounds": whole(1),
+    **{f"{place}rounds": whole(1) for place in ("", "bench.")},
+    "bench.warm_up": whole(0),
+    "bench.variants": (
+        f"a list of some of {', '.join(VARIANTS)}",
+        lambda v: isinstance(v, list) and len(v) > 0 and set(v) <= set(VARIANTS),
+    ),
+    "bench.memory_gb": optional(POSITIVE),
+    "bench.src": optional(TEXT),
+    "bench.out": TEXT,
     **{f"steps.{name}": whole(1) for name in ("tokenizer", "pretrain", "finetune")},
 }
 
@@ -239,12 +252,17 @@ def as_name(value: Any) -> Any:
     return str(value) if type(value) in (int, float) else value
 
 
-def check(settings: dict[str, Any], prefix: str = "") -> None:
-    """Raise UserError for the first setting that breaks its rule; numbers that are names become texts, in place."""
+def check(settings: dict[str, Any], prefix: str = "", spared: Collection[str] = ()) -> None:
+    """Raise UserError for the first setting that breaks its rule; numbers that are names become texts, in place.
+
+    The settings `spared` are not looked at.
+    """
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            check(value, f"{name}.")
+            check(value, f"{name}.", spared)
+            continue
+        if name in spared:
             continue
         if name in NAMES:
             settings[key] = value = as_name(value)

@@ -1,11 +1,7 @@
-"""The verb `bench`: what is measured about this project, one module an action, and which images are measured.
-
-Every action prints a table for people and, as its last line, one JSON object for programs.
-"""
+"""Which images `bench views` and `bench loader` look at."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,21 +16,6 @@ from beit_pretrain.images.reading import opened, reason, to_rgb
 from beit_pretrain.shards.manifest import MANIFEST
 from beit_pretrain.shards.sources import list_images, read_candidate
 from beit_pretrain.tokens.tokenizer import Tokenizer
-
-ACTIONS = {  # action -> module:function, taking the composed config
-    "views": "beit_pretrain.bench.views:bench_views",
-    "loader": "beit_pretrain.bench.loader:bench_loader",
-}
-
-
-def bench(cfg: DictConfig) -> None:
-    """Measure what `cfg.action` names."""
-    if cfg.action not in ACTIONS:
-        raise UserError(f"bench {cfg.action}: there are {', '.join(ACTIONS)}")
-    if not isinstance(cfg.src, str):
-        raise UserError("bench takes one src=: a folder, a tar or a shard folder")
-    module, function = ACTIONS[cfg.action].split(":")
-    getattr(importlib.import_module(module), function)(cfg)
 
 
 class Sides(NamedTuple):

@@ -121,9 +121,20 @@ class OpenAITokenizer:
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
-        self.encoder = read_module(self.path, "encoder")
-        self.vocab_size = int(self.encoder.get_parameter("blocks.output.conv.w").shape[0])
-        self.in_chans = int(self.encoder.get_parameter("blocks.input.w").shape[1])
+        self._take(read_module(self.path, "encoder"))
+
+    @classmethod
+    def of(cls, encoder: nn.Module) -> OpenAITokenizer:
+        """A tokenizer of an encoder of the `dall_e` package that is in memory; it cannot decode."""
+        tokenizer = cls.__new__(cls)
+        tokenizer.path = Path("(in memory)")
+        tokenizer._take(encoder)
+        return tokenizer
+
+    def _take(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+        self.vocab_size = int(encoder.get_parameter("blocks.output.conv.w").shape[0])
+        self.in_chans = int(encoder.get_parameter("blocks.input.w").shape[1])
         self._arranged: ArrangedEncoder | None = None
         self._decoder: nn.Module | None = None
         self.device = torch.device("cpu")

@@ -1,0 +1,58 @@
+"""What a step costs apart from time: floating-point operations, memory; and what the device could do at best."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def counted_flops(step: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products and convolutions that a call really does."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def kept_bytes(forward: Callable[[], Any]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, parameters not counted; each storage once."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr() or id(tensor)] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()  # noqa: F841 (the graph must live until all is counted)
+    return sum(storages.values())
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of weights, gradients and AdamW's two moments, in single precision."""
+    return 4 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def measured_peak(device: torch.device, bf16: bool) -> float:
+    """FLOP/s of the fastest of some large matrix products in the precision of training."""
+    sides, dtype = ((1024, 2048) if device.type == "cpu" else (4096, 8192)), torch.bfloat16 if bf16 else torch.float32
+    best = 0.0
+    for side in sides:
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(3):
+            repeats = 2 if device.type == "cpu" else 20
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = max(best, 2 * side**3 * repeats / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,31 @@
+"""The verb `bench`: what is measured about this project, one module an action.
+
+Every action prints a table for people and, as its last line, one JSON object for programs.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from omegaconf import DictConfig
+
+from beit_pretrain.errors import UserError
+
+ACTIONS = {  # action -> module:function, taking the composed config
+    "views": "beit_pretrain.bench.views:bench_views",
+    "loader": "beit_pretrain.bench.loader:bench_loader",
+    "step": "beit_pretrain.bench.step:bench_step",
+    "loop": "beit_pretrain.bench.loop:bench_loop",
+    "memory": "beit_pretrain.bench.memory:bench_memory",
+    "all": "beit_pretrain.bench.page:bench_all",
+}
+
+
+def bench(cfg: DictConfig) -> None:
+    """Measure what `cfg.action` names."""
+    if cfg.action not in ACTIONS:
+        raise UserError(f"bench {cfg.action}: there are {', '.join(ACTIONS)}")
+    if "src" in cfg and cfg.src is not None and not isinstance(cfg.src, str):
+        raise UserError("bench takes one src=: a folder, a tar or a shard folder")
+    module, function = ACTIONS[cfg.action].split(":")
+    getattr(importlib.import_module(module), function)(cfg)
