@@ -25,7 +25,7 @@ def kept_bytes(forward: Callable[[], Any]) -> int:
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr() or id(tensor)] = storage.nbytes()
+            storages[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
