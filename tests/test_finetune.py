@@ -75,7 +75,7 @@ def test_image_classifier(tmp_path):
     views = torch.stack([classifier.view(Image.new(mode, (50, 70))) for mode in ("RGB", "L", "CMYK")])
     best = classifier.classify(views, top=5)
     assert [len(b) for b in best] == [3, 3, 3]
-    assert sum(p for _, p in best[0]) == pytest.approx(1, abs=1e-5)
+    assert sum(p for _, p, _ in best[0]) == pytest.approx(1, abs=1e-5)
     assert best[0][0][1] >= best[0][1][1]
 
 
