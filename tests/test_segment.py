@@ -72,6 +72,16 @@ class TestMetrics:
         assert measured["macc"] == pytest.approx(sum(accuracies) / len(accuracies), abs=1e-12)
         assert measured["aacc"] == pytest.approx(sum(t == f for t, f in flat) / len(flat), abs=1e-12)
 
+    def test_equals_torchmetrics(self):
+        from torchmetrics.functional.classification import multiclass_jaccard_index
+
+        generator = torch.Generator().manual_seed(0)
+        target, found = (torch.randint(0, 6, (4, 31, 29), generator=generator) for _ in range(2))
+        found = torch.where(torch.rand(target.shape, generator=generator) < 0.5, target, found)
+        target[torch.rand(target.shape, generator=generator) < 0.2] = IGNORE
+        expected = multiclass_jaccard_index(found, target, 6, average=None, ignore_index=IGNORE)
+        assert scores(confusion(found, target, 6))["miou"] == pytest.approx(expected.double().mean().item(), abs=1e-6)
+
     def test_by_hand(self):
         target, found = torch.tensor([0, 0, 1, 1, IGNORE]), torch.tensor([0, 1, 1, 1, 0])
         assert confusion(found, target, 3).tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
@@ -336,7 +346,7 @@ class TestPredict:
         (tmp_path / "src/broken.jpg").write_bytes(b"no image")
         code, stdout, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={tmp_path / 'src'}", "out=maps")
         assert code == 0, stderr
-        assert "4 label maps, 1 files could not be read" in stdout
+        assert "4 label maps, 1 could not be read (all in maps/bad.jsonl)" in stdout
         assert "broken.jpg: not an image" in stdout
         names = {path.name for path in (tmp_path / "maps/labels").iterdir()}
         assert len(names) == 4

@@ -223,6 +223,7 @@ RULES: dict[str, Rule] = {
     # fetch, shards, predict, demo, compare
     "map_batch_size": whole(1),
     "precision": TEXT,
+    "probe_images": whole(1),
     "encoder": ADDRESS,
     "decoder": ADDRESS,
     "timeout": number(0, 86_400, above=True),

@@ -14,11 +14,15 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
-from beit_pretrain.compare.results import last_value, report
+from beit_pretrain.checkpoints.files import AtomicCheckpointIO, read_own
+from beit_pretrain.compare.results import report
 from beit_pretrain.compose import compose, plain, quoted
 from beit_pretrain.errors import UserError
+from beit_pretrain.frozen.layers import probe
+from beit_pretrain.networks.backbone import MaskedImageModel
 from beit_pretrain.runs.fit import fit
 from beit_pretrain.runs.folder import FINISHED
 from beit_pretrain.shards.make import make_shards
@@ -26,7 +30,7 @@ from beit_pretrain.shards.make import make_shards
 MARK = "compare.yaml"  # its config; says that the folder is a comparison's
 STAGES = "stages.jsonl"  # time that each finished stage took
 KINDS = ("pretrained", "control", "scratch")
-FREE = ("precision", "threads", "workers", "seeds")  # may differ when a comparison goes on
+FREE = ("precision", "threads", "workers", "seeds", "probe_images")  # may differ when a comparison goes on
 
 
 def compare(cfg: DictConfig) -> dict:
@@ -44,6 +48,9 @@ def compare(cfg: DictConfig) -> dict:
     for seed in seeds:
         for kind in KINDS:
             run_seed(cfg, run_dir / f"seed-{seed}", kind, seed, data)
+    for seed in seeds:
+        for kind in KINDS:
+            probe_features(cfg, run_dir / f"seed-{seed}", kind, seed, data)
     return report(cfg, run_dir, seeds)
 
 
@@ -82,6 +89,35 @@ def run_seed(cfg: DictConfig, folder: Path, kind: str, seed: int, data: dict[str
     train(cfg, "compare_finetune", folder / f"finetune-{kind}", seed=seed, **settings, **start, **data)
 
 
+def probe_features(cfg: DictConfig, folder: Path, kind: str, seed: int, data: dict[str, Path]) -> None:
+    """Linear probes and kNN of every layer; from scratch, of the network before any training."""
+    out, stage = folder / f"probe-{kind}", f"{folder.name}/probe-{kind}"
+    if (out / "layers.csv").is_file():
+        print(f"== {stage}: finished before", flush=True)
+        return
+    print(f"\n== {stage} ==", flush=True)
+    checkpoint = folder / kind / "checkpoints/last.ckpt"
+    if kind == "scratch":
+        checkpoint = untrained(folder / "pretrained/checkpoints/last.ckpt", folder / "untrained.ckpt", seed)
+    settings = {"init_from": checkpoint, "out": out, "seed": seed, "threads": cfg.threads, **data}
+    settings |= {"train_images": cfg.probe_images, "data.val_images": cfg.probe_images, "data.crop_ratio": 1.0}
+    words = [f"{key}={quoted(value)}" for key, value in {**settings, "data.workers": cfg.workers}.items()]
+    clocks = time.perf_counter(), time.process_time()
+    probe(compose("probe", words))
+    record(cfg, stage, clocks)
+
+
+def untrained(like: Path, path: Path, seed: int) -> Path:
+    """Write a network of the same architecture that has learned nothing."""
+    architecture, _, about = read_own(like, "mim")
+    torch.manual_seed(seed)
+    model = MaskedImageModel(**architecture)
+    said = {"kind": "mim", "model": dict(model.config), "mean": about["mean"], "std": about["std"]}
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    AtomicCheckpointIO().save_checkpoint({"beit_pretrain": said, "state_dict": state, "global_step": 0}, path)
+    return path
+
+
 def train(cfg: DictConfig, experiment: str, folder: Path, **settings) -> None:
     """One stage, unless it has finished. Adds the time that it took to `stages.jsonl`."""
     stage = folder.relative_to(cfg.run_dir).as_posix()
@@ -94,11 +130,11 @@ def train(cfg: DictConfig, experiment: str, folder: Path, **settings) -> None:
     words = [f"{key}={quoted(value)}" for key, value in {**common, **settings}.items()]
     clocks = time.perf_counter(), time.process_time()
     fit(compose("fit", [f"+experiment={experiment}", *words]))
+    record(cfg, stage, clocks)
+
+
+def record(cfg: DictConfig, stage: str, clocks: tuple[float, float]) -> None:
+    """Note how long a stage took since its last start: on the clock, and of this process on its cores."""
+    took = {"seconds": time.perf_counter() - clocks[0], "cpu_seconds": time.process_time() - clocks[1]}
     with (Path(cfg.run_dir) / STAGES).open("a") as file:
-        took = {"seconds": time.perf_counter() - clocks[0], "cpu_seconds": time.process_time() - clocks[1]}
-        file.write(json.dumps({"stage": stage, **took, "images_per_s": speed(folder)}) + "\n")
-
-
-def speed(folder: Path) -> float | None:
-    """Images a second at the end of a run."""
-    return last_value(folder / "metrics.csv", "train/images_per_s")
+        file.write(json.dumps({"stage": stage, **took}) + "\n")

@@ -32,7 +32,7 @@ class Stored(NamedTuple):
 
     def layer(self, number: int, which: int) -> torch.Tensor:
         """(n, D) float32 of the layer `number` from 0; `which` is CLS or AVG."""
-        return torch.from_numpy(np.ascontiguousarray(self.features[:, number, which])).float()
+        return torch.from_numpy(np.array(self.features[:, number, which])).float()
 
 
 def key_of(**facts) -> str:
@@ -65,7 +65,7 @@ def extract(
     stored = np.lib.format.open_memmap(partial, "w+", np.float16, (images, layers, 2, width))
     labels = np.full(images, -1, np.int64)
     loader = DataLoader(dataset, batch_size=None, sampler=range(len(dataset)), num_workers=workers)
-    with tqdm(total=images, desc=f"features of {name}", unit=" images") as bar:
+    with tqdm(total=images, desc=f"features of {name.partition('-')[0]}", unit=" images") as bar:
         for batch in loader:
             image = batch["image"].to(device, non_blocking=True).float() / 255
             found = backbone(normalise(image, mean, std))

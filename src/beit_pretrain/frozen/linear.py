@@ -40,7 +40,7 @@ class LinearProbes(nn.Module):
 def vectors(features_nL2D: np.ndarray, pool: str, device: torch.device) -> Tensor:
     """(n, L, F) float32: [CLS] beside the mean of the patches for "cls_avg", else one of them."""
     chosen = {"cls": features_nL2D[:, :, :1], "avg": features_nL2D[:, :, 1:], "cls_avg": features_nL2D}[pool]
-    return torch.from_numpy(np.ascontiguousarray(chosen)).to(device).flatten(2).float()
+    return torch.from_numpy(np.array(chosen)).to(device).flatten(2).float()
 
 
 def moments(stored: Stored, pool: str, device: torch.device) -> tuple[Tensor, Tensor]:

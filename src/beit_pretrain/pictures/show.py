@@ -55,17 +55,13 @@ def show(cfg: DictConfig) -> None:
     if cfg.runs is not None:
         if cfg.what not in (None, "curves"):
             raise UserError(f"show {cfg.what} draws one run=; several in one picture are show curves runs=[A,B]")
-        said(curves(runs, cfg, out or Path("curves.png")))
-        return
-    drawn = draw(runs[0], cfg, out)
+        together = "-".join(run.name for run in runs)[:80]
+        drawn = [curves(runs, cfg, out or runs[0] / "pictures" / f"curves-{together}.png")]
+    else:
+        drawn = draw(runs[0], cfg, out)
     for path in drawn:
-        said(path)
+        print(f"wrote {path}")
     log_pictures(runs[0], drawn)
-
-
-def said(path: Path) -> None:
-    """Tell where a picture is."""
-    print(f"wrote {path}")
 
 
 def draw(run: Path, cfg: DictConfig, out: Path | None) -> list[Path]:

@@ -109,7 +109,9 @@ class Finetuning(TrainedModule):
 
     def on_validation_epoch_end(self) -> None:
         loss, top1, top5, images = self.sum_over_processes(self._totals)
-        self.log_validation({"loss": loss / images, "accuracy": top1 / images, "top5_accuracy": top5 / images})
+        self.log_validation(
+            {"loss": loss / images, "accuracy": top1 / images, "top5_accuracy": top5 / images, "images": images}
+        )
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
