@@ -27,6 +27,7 @@ from beit_pretrain.training.segment import (
     ImageSegmenter,
     Segmentation,
     Windows,
+    best_classes,
     confusion,
     pixel_loss,
     scores,
@@ -180,6 +181,16 @@ class TestWindows:
                     total += torch.nn.functional.interpolate(logits, size, mode="bilinear")[0].softmax(0)
             found = segmented(model, images, size, Windows(flip=True))
         assert (found == total.argmax(0)).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("limit", [10**9, 2 * 50 * 37, 1])
+def test_classes_may_be_enlarged_one_after_the_other(views, limit):
+    """Whatever fits into memory at once: the same classes."""
+    logits = [torch.randn(1, 7, 12, 9) * 3 for _ in range(views)]
+    whole = [torch.nn.functional.interpolate(x, (50, 37), mode="bilinear") for x in logits]
+    expected = whole[0][0].argmax(0) if views == 1 else sum(x.softmax(1) for x in whole)[0].argmax(0)
+    assert (best_classes(logits, (50, 37), limit) == expected).float().mean() > 0.999
 
 
 def test_dropout_and_drop_path_belong_to_positions():

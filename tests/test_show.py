@@ -140,3 +140,19 @@ def test_pictures_go_into_the_runs_logger(run, run_cli, monkeypatch):
     monkeypatch.setattr(show, "log_pictures", lambda run, drawn: handed.extend(path.name for path in drawn))
     assert run_cli("show", "tokens", f"run={run}", "images=1")[0] == 0
     assert handed == ["tokens.png"]
+
+
+@pytest.mark.long
+def test_pictures_go_into_an_offline_run_of_wandb(shards, dvae_checkpoint, run_cli, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    given = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
+    words = ["fit", "+experiment=demo_pretrain", *given, *TINY, f"run_dir={tmp_path / 'run'}", "logger=wandb"]
+    assert run_cli(*words)[0] == 0
+    code, _, stderr = run_cli("show", "attention", f"run={tmp_path / 'run'}")
+    assert code == 0, stderr
+    kept = [path.name for path in (tmp_path / "run/wandb").rglob("*.png")]
+    for picture in ("pictures/main", "pictures/attention", "pictures/tokens", "show/attention"):
+        assert any(name.startswith(picture.split("/")[1]) for name in kept), (picture, kept)

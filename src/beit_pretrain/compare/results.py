@@ -137,38 +137,41 @@ def promises(numbers: dict[str, Any]) -> list[tuple[str, bool]]:
 
 def tables(numbers: dict[str, Any]) -> str:
     """The results as a page of Markdown."""
-    settings, seeds = numbers["settings"], numbers["seeds"]
-    steps = settings["steps"]
-    lines = [
-        f"{numbers['training_images']:,} training images of {numbers['classes']} classes, "
-        f"{numbers['labelled_images']:,} of them with labels for fine-tuning ({settings['per_class']} a class); "
-        f"{numbers['held_out_images']:,} held-out images; seeds {', '.join(map(str, seeds))}.",
-        f"{numbers['device']}, {numbers['threads']} thread(s), torch {numbers['torch']}, precision "
-        f"{settings['precision']}; steps: {', '.join(f'{name} {count:,}' for name, count in steps.items())}.",
-        "",
-        table(
-            ["fine-tuning", *(f"{m}, mean +- sd" for m in MEASURES.values()), "top-1 by seed"], accuracy_rows(numbers)
-        ),
-        "",
-        *(f"* {'yes' if kept else '**NO**'}: {text}." for text, kept in promises(numbers)),
-        "",
+    header = ["fine-tuning", *(f"{m}, mean +- sd" for m in MEASURES.values()), "top-1 by seed"]
+    layers = ["", "measure", *map(str, range(1, layer_count(numbers) + 1))]
+    parts = (
+        conditions(numbers),
+        table(header, accuracy_rows(numbers)),
+        "\n".join(f"* {'yes' if kept else '**NO**'}: {text}." for text, kept in promises(numbers)),
         "Frozen features, top-1 by layer (mean +- sd over the seeds):",
-        "",
-        table(["", "measure", *map(str, range(1, layer_count(numbers) + 1))], layer_rows(numbers)),
-        "",
-        "Masked tokens of held-out images found: pre-trained "
-        + ", ".join(f"{v:.1%}" for v in numbers["masked_token_accuracy"]["pretrained"])
-        + "; control "
-        + ", ".join(f"{v:.1%}" for v in numbers["masked_token_accuracy"]["control"])
-        + "; always the most frequent token "
-        + ", ".join(f"{v:.1%}" for v in numbers["majority_token_accuracy"])
-        + ".",
-        "",
-        "Time of a stage, mean over the seeds: "
-        + "; ".join(f"{n} {t['seconds']:.0f} s ({t['cpu_seconds']:.0f} s of CPU)" for n, t in numbers["stages"].items())
-        + ".",
-    ]
-    return "\n".join(lines) + "\n"
+        table(layers, layer_rows(numbers)),
+        masked_tokens(numbers),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def conditions(numbers: dict[str, Any]) -> str:
+    """On what, with what and for how long it was measured."""
+    settings, times = numbers["settings"], numbers["stages"].items()
+    return "\n".join(
+        (
+            f"{numbers['training_images']:,} training images of {numbers['classes']} classes, "
+            f"{numbers['labelled_images']:,} of them with labels for fine-tuning ({settings['per_class']} a class); "
+            f"{numbers['held_out_images']:,} held-out images; seeds {', '.join(map(str, numbers['seeds']))}.",
+            f"{numbers['device']}, {numbers['threads']} thread(s), torch {numbers['torch']}, precision "
+            f"{settings['precision']}; steps: {', '.join(f'{k} {v:,}' for k, v in settings['steps'].items())}.",
+            "A stage took, mean over the seeds: "
+            + "; ".join(f"{name} {t['seconds']:.0f} s ({t['cpu_seconds']:.0f} s of CPU)" for name, t in times)
+            + ".",
+        )
+    )
+
+
+def masked_tokens(numbers: dict[str, Any]) -> str:
+    """How well the two pre-trainings did at their own task."""
+    kinds = {**numbers["masked_token_accuracy"], "the most frequent token": numbers["majority_token_accuracy"]}
+    said = (f"{kind} {', '.join(f'{v:.1%}' for v in values)}" for kind, values in kinds.items())
+    return f"Masked tokens of held-out images that were found, by seed: {'; '.join(said)}."
 
 
 def layer_count(numbers: dict[str, Any]) -> int:

@@ -29,6 +29,7 @@ from beit_pretrain.training.optim import Optim
 
 AUX_WEIGHT = 0.4
 WINDOWS = 8  # windows that go through the network at once
+AT_ONCE = 2**28  # numbers of an enlarged map: 1 GB
 KEEP_SEED = 0x5E6  # dropout's numbers are others than drop path's
 
 
@@ -165,16 +166,40 @@ def segmented_all(
     """`segmented` of several images, whose windows go through the network together."""
     scales = len(images[0])
     views = [(scale, False) for scale in range(scales)] + [(scale, True) for scale in range(scales) if windows.flip]
-    totals: list[Tensor | None] = [None] * len(images)
+    found: list[list[Tensor]] = [[] for _ in images]  # logits of each image in each view
     for scale, mirrored in views:
         seen = [some[scale].flip(-1) if mirrored else some[scale] for some in images]
-        for i, logits in enumerate(slide_all(model, seen, windows.stride)):
-            share = upsampled(logits.flip(-1) if mirrored else logits, sizes[i])
-            if len(views) > 1:
-                share = share.softmax(1)
-            total = totals[i]
-            totals[i] = share if total is None else total + share
-    return [total[0].argmax(0) for total in totals if total is not None]
+        for own, logits in zip(found, slide_all(model, seen, windows.stride), strict=True):
+            own.append(logits.flip(-1) if mirrored else logits)
+    return [best_classes(own, size) for own, size in zip(found, sizes, strict=True)]
+
+
+def best_classes(views: Sequence[Tensor], size: Sequence[int], limit: int = AT_ONCE) -> Tensor:
+    """Classes (H, W) at `size` of logits (1, K, h, w) of some views of one image, whose probabilities are averaged.
+
+    Some classes are enlarged at a time, as many as are `limit` numbers: those of a photo of 50 megapixels and 150
+    classes would take 30 GB together.
+    """
+    classes, pixels = views[0].shape[1], size[0] * size[1]
+    some = max(1, min(classes, limit // pixels))
+    parts = [slice(first, first + some) for first in range(0, classes, some)]
+    norms: list[Tensor] = []  # log of the softmax's denominator at every pixel
+    for view in views if len(views) > 1 else ():
+        sums = [upsampled(view[:, part], size).logsumexp(1) for part in parts]
+        norms.append(sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0))
+    best = index = None
+    for part in parts:
+        shares = [upsampled(view[:, part], size) for view in views]
+        if norms:
+            shares = [(share - norm.unsqueeze(1)).exp() for share, norm in zip(shares, norms, strict=True)]
+        values, places = sum(shares[1:], shares[0])[0].max(0)
+        if best is None or index is None:
+            best, index = values, places
+        else:
+            index = torch.where(values > best, places + part.start, index)
+            best = torch.maximum(values, best)
+    assert index is not None
+    return index
 
 
 def label_maps(logits_BKhw: Tensor, sizes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
