@@ -47,7 +47,7 @@ def test_command(number, place, run_cli, monkeypatch):
 
 def test_their_results(place):
     rows = (place / "predictions.csv").read_text().splitlines()
-    assert rows[0] == "file,rank,class,probability"
+    assert rows[0] == "file,rank,class,probability,index"
     assert len(rows) > 10
     for run in ("tokenizer", "small_own", "finetune_own"):
         assert (place / "runs" / run / "checkpoints/last.ckpt").is_file()

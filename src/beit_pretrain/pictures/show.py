@@ -29,7 +29,7 @@ from beit_pretrain.shards.sources import list_images, read_candidate
 from beit_pretrain.training.callbacks import first_images, masked_picture, segmentation_picture
 from beit_pretrain.training.dvae import TokenizerTraining, reconstruction_picture
 from beit_pretrain.training.finetune import Finetuning
-from beit_pretrain.training.metrics import curve, read_rows
+from beit_pretrain.training.metrics import curve
 from beit_pretrain.training.pretrain import Pretraining
 from beit_pretrain.training.probe import Probing
 from beit_pretrain.training.segment import Segmentation
@@ -141,10 +141,11 @@ def layers(module: Any, data: Any, cfg: DictConfig, run: Path) -> Callable[[Path
     """Accuracy of a probe's layers, as last measured."""
     if not isinstance(module, Probing):
         return None
-    columns, _ = read_rows(run / METRICS)
     last = {n: curve(run / METRICS, f"val/accuracy_layer_{n:02d}")[1] for n in module.model.layers}
     if not all(last.values()):
-        raise UserError(f"{run / METRICS} has no held-out accuracy by layer ({len(columns)} columns)")
+        raise UserError(
+            f"{run / METRICS} has no held-out accuracy by layer: the run had no data.val, or has not validated"
+        )
     found = {run.name: {"linear probe": [values[-1] for values in last.values()]}}
     return lambda path: layers_plot(found, path, module.model.layers)
 

@@ -7,16 +7,20 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 from tqdm import tqdm
 
 from beit_pretrain.checkpoints.formats import read_checkpoint
 from beit_pretrain.compose import plain
 from beit_pretrain.errors import UserError
+from beit_pretrain.images.views import centre_view, to_array
 from beit_pretrain.predict.images import Views, nothing, source_of, stream, summary, write_bad
 from beit_pretrain.predict.maps import predict_maps
 from beit_pretrain.training.finetune import ImageClassifier, Prediction
@@ -41,7 +45,9 @@ def predict(cfg: DictConfig) -> None:
         raise UserError(f"out={out}: a file is needed, predictions.csv or predictions.jsonl")
     classifier = ImageClassifier(source)
     images = source_of(plain(cfg)["src"])
-    views = Views(images, lambda image: [classifier.view(image).numpy()], cfg.batch_size)
+    # A function of plain settings: the processes that read ahead need no network.
+    see = partial(seen, size=classifier.image_size, crop_ratio=classifier.crop_ratio, channels=classifier.channels)
+    views = Views(images, see, cfg.batch_size)
     done, bad = 0, list[tuple[str, str]]()
     with writing(out) as write, tqdm(total=len(images), desc="predicting", unit=" images") as bar:
         for items in stream(views, cfg.workers):
@@ -56,6 +62,11 @@ def predict(cfg: DictConfig) -> None:
         if not done:
             raise nothing(cfg.src, bad)
     print(summary(out, f"{done} images", bad, write_bad(out.with_name(f"{out.stem}.bad.jsonl"), bad)))
+
+
+def seen(image: Image.Image, size: int, crop_ratio: float | None, channels: int) -> list[np.ndarray]:
+    """The evaluation view (C, H, W) uint8."""
+    return [to_array(centre_view(image, size, crop_ratio, channels))]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ ADE20K, else 0, 1, .... `classes.csv` says which id and colour is which class.
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from beit_pretrain.checkpoints.formats import Checkpoint
 from beit_pretrain.compose import plain
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.reading import to_rgb
+from beit_pretrain.images.reading import to_channels, to_rgb
+from beit_pretrain.images.segment_views import SegmentationImages
 from beit_pretrain.images.views import to_array
 from beit_pretrain.pictures.overlays import comparison, palette
 from beit_pretrain.predict.images import Item, Views, nothing, source_of, stream, summary, write_bad
@@ -33,8 +35,7 @@ def predict_maps(cfg: DictConfig, source: Checkpoint) -> None:
     images = source_of(plain(cfg)["src"])
     bad: list[tuple[str, str]] = []
     taken: set[Path] = set()
-    # The picture under the overlay travels along, after the views at all scales.
-    views = Views(images, lambda image: [*segmenter.seen(image), to_array(to_rgb(image))], cfg.map_batch_size)
+    views = Views(images, partial(seen, views=segmenter.views, channels=segmenter.channels), cfg.map_batch_size)
     with tqdm(total=len(images), desc="segmenting", unit=" images") as bar:
         for items in stream(views, cfg.workers):
             good = [item for item in items if item.problem is None]
@@ -47,6 +48,11 @@ def predict_maps(cfg: DictConfig, source: Checkpoint) -> None:
         raise nothing(cfg.src, bad)
     write_classes(out / "classes.csv", segmenter)
     print(summary(out, f"{len(taken)} label maps", bad, write_bad(out / "bad.jsonl", bad)))
+
+
+def seen(image: Image.Image, views: SegmentationImages, channels: int) -> list[np.ndarray]:
+    """The image at all scales, and last as the picture under the overlay, (C, h, w) uint8 each."""
+    return [*views.scaled(to_channels(image, channels)).values(), to_array(to_rgb(image))]
 
 
 def write_maps(out: Path, name: Path, labels_HW: np.ndarray, item: Item, segmenter: ImageSegmenter) -> None:
