@@ -137,6 +137,7 @@ def test_kept_features_are_used_again(words, run_cli, monkeypatch):
         ("knn.ks=[0]", "knn.ks must be"),
         ("linear.pool=max", "linear.pool must be one of"),
         ("image_size=33", "not divisible"),
+        ("data.channels=1", "set data.channels=3"),
         ("init_from=nowhere.ckpt", "does not exist"),
     ],
 )

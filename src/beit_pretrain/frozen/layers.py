@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from beit_pretrain.checkpoints.formats import digest, read_checkpoint
+from beit_pretrain.checkpoints.formats import Checkpoint, digest, read_checkpoint
 from beit_pretrain.checkpoints.pretrained import features as feature_extractor
 from beit_pretrain.compose import plain
 from beit_pretrain.data.datamodule import ClassificationData
@@ -41,20 +41,11 @@ def probe(cfg: DictConfig) -> list[Layer]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     source = read_checkpoint(cfg.init_from)
-    size = cfg.image_size or source.architecture["image_size"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = feature_extractor(source, size).to(device).requires_grad_(False)
-    mean, std = normalisation(cfg, source.about)
+    size = fitting_size(cfg, source)
     data = evaluation_data(cfg, size)
     out = Path(cfg.out) if cfg.out else Path(cfg.init_from).absolute().parent / "probe"
-    print(f"probe of {origin(source)}: {len(backbone.blocks)} layers, {len(data.classes)} classes", flush=True)
-    stored: dict[str, Stored] = {}
-    for split, limit in (("train", cfg.train_images), ("val", cfg.data.val_images)):
-        dataset = data.eval_dataset(split, images=limit)
-        facts = {"backbone": digest(source.state), "size": size, "mean": mean, "std": std, "crop": cfg.data.crop_ratio}
-        facts |= {"images": [s.sha256 for s in data.readers[split].shards], "limit": limit}
-        name = f"{split}-{key_of(**facts)}"
-        stored[split] = extract(backbone, mean, std, dataset, out / "features", name, cfg.data.workers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stored = stored_features(cfg, source, size, data, out / "features", device)
     layers, sweeps = measured(cfg, stored, len(data.classes), device)
     write(out, layers, sweeps, cfg)
     if not cfg.keep_features:
@@ -62,6 +53,32 @@ def probe(cfg: DictConfig) -> list[Layer]:
             file.unlink()
         (out / "features").rmdir()
     return layers
+
+
+def fitting_size(cfg: DictConfig, source: Checkpoint) -> int:
+    """Side of the images, in pixels. Raises UserError for what the network cannot see."""
+    size, channels = cfg.image_size or source.architecture["image_size"], source.architecture["in_chans"]
+    if not isinstance(size, int):
+        raise UserError(f"init_from={cfg.init_from} is for images of {list(size)} pixels: set image_size to one side")
+    if cfg.data.channels != channels:
+        raise UserError(f"init_from={cfg.init_from} sees {channels} channels: set data.channels={channels}")
+    return size
+
+
+def stored_features(
+    cfg: DictConfig, source: Checkpoint, size: int, data: ClassificationData, folder: Path, device: torch.device
+) -> dict[str, Stored]:
+    """The one pass over both splits. Files are named by all that they depend on."""
+    backbone = feature_extractor(source, size).to(device).requires_grad_(False)
+    mean, std = normalisation(cfg, source.about)
+    print(f"probe of {origin(source)}: {len(backbone.blocks)} layers, {len(data.classes)} classes", flush=True)
+    stored: dict[str, Stored] = {}
+    for split, limit in (("train", cfg.train_images), ("val", cfg.data.val_images)):
+        facts = {"backbone": digest(source.state), "size": size, "mean": mean, "std": std, "crop": cfg.data.crop_ratio}
+        facts |= {"images": [s.sha256 for s in data.readers[split].shards], "limit": limit}
+        name, dataset = f"{split}-{key_of(**facts)}", data.eval_dataset(split, images=limit)
+        stored[split] = extract(backbone, mean, std, dataset, folder, name, cfg.data.workers)
+    return stored
 
 
 def evaluation_data(cfg: DictConfig, size: int) -> ClassificationData:
@@ -87,6 +104,8 @@ def measured(
     probes = train_probes(train, classes, seed=cfg.seed, device=device, **settings)
     linear = accuracy(probes, val, settings["pool"], device)
     known, asked = train.labels >= 0, val.labels >= 0
+    if not known.any() or not asked.any():
+        raise UserError("probe needs labels: of the training or of the held-out images none has a class")
     labels = [torch.from_numpy(s.labels[here]).to(device) for s, here in ((train, known), (val, asked))]
     layers, sweeps = [], []
     for number in range(len(linear)):
@@ -108,11 +127,16 @@ def write(out: Path, layers: list[Layer], sweeps: list[tuple], cfg: DictConfig) 
     said = {"init_from": str(cfg.init_from), "layers": [layer._asdict() for layer in layers]}
     (out / "probe.json").write_text(json.dumps(said, indent=2) + "\n")
     curves = {"linear probe": [x.linear for x in layers], "kNN, best k": [x.knn for x in layers]}
-    layers_plot({Path(cfg.init_from).absolute().parents[1].name: curves}, out / "layers.png")
+    layers_plot({run_name(Path(cfg.init_from).absolute()): curves}, out / "layers.png")
     print(layer_table(layers))
     linear, knn = max(layers, key=lambda x: x.linear), max(layers, key=lambda x: x.knn)
     print(f"best: linear probe {linear.linear:.2%} (layer {linear.layer}), kNN {knn.knn:.2%} (layer {knn.layer})")
     print(f"wrote {out}: layers.csv, knn.csv, layers.png")
+
+
+def run_name(checkpoint: Path) -> str:
+    """What to call a checkpoint in a plot: its run, or itself."""
+    return checkpoint.parents[1].name if checkpoint.parent.name == "checkpoints" else checkpoint.stem
 
 
 def layer_table(layers: list[Layer]) -> str:
