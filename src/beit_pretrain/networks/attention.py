@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_pretrain.networks.backbone import Backbone, embed, run_block
+from beit_pretrain.networks.backbone import Backbone, embed
 
 
 @torch.no_grad()
@@ -23,15 +23,10 @@ def attention_maps(
 
     Row i says where token i looks; token 0 is [CLS], the patches follow row by row.
     """
-    x_BND = embed(model, image_BCHW, mask_BN)
+    inputs = [embed(model, image_BCHW, mask_BN), *model.hidden_states(image_BCHW, mask_BN)]
     shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None
-    found: dict[int, Tensor] = {}
-    block: Any
-    for number, block in enumerate(model.blocks, start=1):
-        if number in layers:
-            found[number] = probabilities(block.attn, block.norm1(x_BND), shared)
-        x_BND = run_block(block, x_BND, shared, None)
-    return found
+    blocks: Any = model.blocks
+    return {n: probabilities(blocks[n - 1].attn, blocks[n - 1].norm1(inputs[n - 1]), shared) for n in layers}
 
 
 def probabilities(attention: Any, x_BND: Tensor, shared_bias: Tensor | None = None) -> Tensor:
