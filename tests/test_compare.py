@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from conftest import seeded
+from test_cifar import NAMES, archive, as_python2, batch
 
 from beit_pretrain.compare import stages
 from beit_pretrain.compare.results import promises
 from beit_pretrain.compose import compose
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
 from beit_pretrain.shards.make import make_shards
 from beit_pretrain.tokens.shuffled import ShuffledTokenizer
@@ -116,3 +118,12 @@ def test_every_kind_of_start_has_the_same_fine_tuning(tmp_path, monkeypatch, pho
     assert asked["compare/seed-4/control"].tokenizer._target_.endswith("ShuffledTokenizer")
     first, second = (dict(asked[f"compare/seed-4/{kind}"]) for kind in ("pretrained", "control"))
     assert {key for key in first if first[key] != second[key]} == {"name", "run_dir", "tokenizer"}
+
+
+def test_the_official_archive_brings_its_own_held_out_images(tmp_path):
+    parts = {"train": as_python2(batch(20, 0)), "test": as_python2(batch(7, 1))}
+    meta = as_python2({b"fine_label_names": NAMES, b"coarse_label_names": []})
+    path = archive(tmp_path / "cifar-100-python.tar.gz", **parts, meta=meta)
+    cfg = compose("compare", [f"src={path}", f"run_dir={tmp_path / 'run'}"])
+    data = stages.write_shards(cfg, tmp_path / "data")
+    assert [ShardReader(folder).samples for folder in data.values()] == [20, 7]
