@@ -17,6 +17,7 @@ from beit_pretrain.pictures.plots import bars_plot, curves_plot, layers_plot
 from beit_pretrain.tables import table
 from beit_pretrain.training.metrics import curve
 
+UNTRAINED = "not trained"  # what "from scratch" means to a probe
 KINDS = {"pretrained": "pre-trained", "control": "control: shuffled targets", "scratch": "from scratch"}
 MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5"}
 
@@ -34,13 +35,9 @@ def report(cfg: DictConfig, run_dir: Path, seeds: Sequence[int]) -> dict[str, An
     accuracies = {KINDS[kind].split(":")[0]: numbers["fine_tuned"][kind]["accuracy"] for kind in KINDS}
     title = f"fine-tuned on {numbers['labelled_images']} labelled images, {len(seeds)} seeds"
     bars_plot(accuracies, 1 / numbers["classes"], run_dir / "accuracy.png", title)
-    layers_plot(
-        {
-            KINDS[kind].split(":")[0]: {m: mean_of(rows) for m, rows in found.items()}
-            for kind, found in numbers["layers"].items()
-        },
-        run_dir / "layers.png",
-    )
+    names = {kind: name.split(":")[0] for kind, name in KINDS.items()} | {"scratch": UNTRAINED}
+    by_start = {names[k]: {m: mean_of(rows) for m, rows in found.items()} for k, found in numbers["layers"].items()}
+    layers_plot(by_start, run_dir / "layers.png")
     files = {f"{kind} {seeds[0]}": run_dir / f"seed-{seeds[0]}/finetune-{kind}/metrics.csv" for kind in KINDS}
     curves_plot(files, run_dir / "curves.png")
     text = tables(numbers)
@@ -199,7 +196,7 @@ def accuracy_rows(numbers: dict[str, Any]) -> list[list[str]]:
 
 def layer_rows(numbers: dict[str, Any]) -> list[list[str]]:
     """Two rows, linear probe and kNN, for each way to start; a network from scratch is one that is not trained."""
-    names = {**KINDS, "scratch": "not trained"}
+    names = {**KINDS, "scratch": UNTRAINED}
     return [
         [names[kind], measure, *(shown(column) for column in zip(*rows, strict=True))]
         for kind, found in numbers["layers"].items()
