@@ -319,6 +319,6 @@ def validate(cfg: DictConfig) -> dict[str, float]:
         trainer = make_trainer(run_cfg, 0, [ProgressBar(), Replacements(None, 1)])
     trainer.validate(task.module, task.data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    for name, value in sorted(metrics.items()):
+    for name, value in sorted(metrics.items()) if trainer.is_global_zero else ():
         print(f"{name:32} {value:.4f}")
     return metrics
