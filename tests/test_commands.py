@@ -88,7 +88,7 @@ def test_validate_and_show_a_run_whose_sources_are_gone(shards, dvae_checkpoint,
     code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}")
     assert code == 0, stderr
     assert "val/accuracy" in stdout
-    assert "draws backbones, tokenizers and segmenters" in run_cli("show", f"run={tmp_path / 'run'}")[2]
+    assert "has no picture of masked" in run_cli("show", "masked", f"run={tmp_path / 'run'}")[2]
 
 
 def test_shards_verify_and_show(shards, run_cli, tmp_path):

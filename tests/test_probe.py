@@ -94,6 +94,10 @@ def test_a_run(words, run_cli, tmp_path):
     code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu")
     assert code == 0, stderr
     assert f"{last['val/accuracy']:.4f}" in stdout
+    code, stdout, stderr = run_cli("show", f"run={tmp_path / 'run'}")
+    assert code == 0, stderr
+    for name in ("layers", "attention", "curves"):
+        assert (tmp_path / "run/pictures" / f"{name}.png").is_file()
 
 
 def test_probes_are_never_put_on_another_backbone(words, mim_checkpoint, run_cli, tmp_path):
@@ -108,14 +112,13 @@ def test_probes_are_never_put_on_another_backbone(words, mim_checkpoint, run_cli
         assert "was trained on another backbone" in stderr
 
 
-@pytest.mark.parametrize("verb", ["predict", "export", "show"])
+@pytest.mark.parametrize("verb", ["predict", "export"])
 def test_what_probes_are_no_good_for(verb, words, run_cli, tmp_path, photos):
     assert run_cli(*words)[0] == 0
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     more = {
         "predict": [f"init_from={last}", f"src={photos}"],
         "export": [f"init_from={last}", "to=hf", "out=x"],
-        "show": [f"run={tmp_path / 'run'}"],
     }[verb]
     code, _, stderr = run_cli(verb, *more)
     assert code == 2

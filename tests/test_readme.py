@@ -40,18 +40,21 @@ def test_command(number, place, run_cli, monkeypatch):
     assert words[:3] == ["python", "-m", "beit_pretrain"]
     experiment = next((w.split("=")[1] for w in words if w.startswith("+experiment=")), None)
     extra = f"{BRIEF} {SMALL[experiment]}".split() if experiment else []
+    extra += ["data.workers=0", "threads=1", "linear.epochs=2"] if words[3] == "probe" else []
     code, stdout, stderr = run_cli(*words[3:], *extra)
     assert code == 0, stderr
 
 
 def test_their_results(place):
     rows = (place / "predictions.csv").read_text().splitlines()
-    assert rows[0] == "file,rank,class,probability"
+    assert rows[0] == "file,rank,class,probability,index"
     assert len(rows) > 10
     for run in ("tokenizer", "small_own", "finetune_own"):
         assert (place / "runs" / run / "checkpoints/last.ckpt").is_file()
         assert (place / "runs" / run / "metrics.csv").read_text().count("\n") >= 2
-    assert (place / "runs/small_own/pictures/show.png").is_file()
+    for name in ("show", "attention", "tokens", "curves", "curves-small_own-finetune_own"):
+        assert (place / "runs/small_own/pictures" / f"{name}.png").is_file()
+    assert (place / "runs/small_own/checkpoints/probe/layers.csv").read_text().count("\n") == 3
 
 
 def test_the_tree_names_every_module_in_its_folder():

@@ -19,6 +19,8 @@ NEEDED = {
     "predict": ["src=x", "init_from=z"],
     "tokenize": ["data=x", "tokenizer.path=y"],
     "show": ["run=w"],
+    "probe": ["init_from=z", *PLACES],
+    "compare": ["src=x"],
 }
 
 
@@ -31,7 +33,9 @@ def test_the_experiments_keep_the_rules(name):
     check(OmegaConf.to_container(cfg, resolve=True))
 
 
-@pytest.mark.parametrize("verb", ["fetch", "shards", "bench", "demo", "predict", "show", "tokenize"])
+@pytest.mark.parametrize(
+    "verb", ["fetch", "shards", "bench", "demo", "predict", "show", "tokenize", "probe", "compare"]
+)
 def test_the_verbs_keep_the_rules(verb):
     cfg = compose_raw(verb, [])
     for key in sorted(OmegaConf.missing_keys(cfg)):
@@ -51,7 +55,7 @@ def test_every_rule_is_of_a_setting_that_exists():
 
     for name in experiments():
         walk(OmegaConf.to_container(compose_raw("fit", [f"+experiment={name}"])))
-    for verb in (VERBS.keys() | {"sweep"}) - {"fit"}:
+    for verb in (VERBS.keys() | {"sweep", "bench_step"}) - {"fit"}:
         walk(OmegaConf.to_container(compose_raw(verb, [])))
     assert not sorted(RULES.keys() - found)
 

@@ -30,15 +30,24 @@ VERBS = {
     "fit": Verb(
         "train: a tokenizer, a backbone, a classifier, a segmenter; +experiment= says", "beit_pretrain.runs.fit:fit"
     ),
+    "probe": Verb("linear probes and kNN on the frozen features of every layer", "beit_pretrain.frozen.layers:probe"),
     "validate": Verb("metrics of a run on held-out images", "beit_pretrain.runs.fit:validate"),
     "predict": Verb("class probabilities or label maps of images", "beit_pretrain.predict.classes:predict"),
     "export": Verb(
         "a checkpoint for the authors' code, timm, Hugging Face or ONNX", "beit_pretrain.checkpoints.export:export"
     ),
-    "show": Verb("pictures of what a run learned", "beit_pretrain.commands:show"),
+    "show": Verb(
+        "pictures of what runs learned (masked|attention|tokens|curves|layers)", "beit_pretrain.pictures.show:show"
+    ),
     "bench": Verb("measure (views|loader|step|loop|memory|all)", "beit_pretrain.bench.verb:bench"),
+    "compare": Verb(
+        "what pre-training is worth: with it, from scratch, and a control, over seeds",
+        "beit_pretrain.compare.stages:compare",
+    ),
     "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.demo:demo"),
 }
+
+WORDS = {"shards": "action", "bench": "action", "show": "what"}  # verbs that take a word: the setting that it means
 
 
 def usage() -> str:
@@ -84,8 +93,8 @@ def run(argv: list[str]) -> None:
     if multirun and verb != "fit":
         raise UserError(f"sweeps (-m) are for fit, not for {verb}")
     rest = [word for word in rest if word not in ("-m", "--multirun")]
-    if verb in ("shards", "bench") and rest and "=" not in rest[0] and not rest[0].startswith("-"):
-        rest = [f"action={rest[0]}", *rest[1:]]
+    if verb in WORDS and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        rest = [f"{WORDS[verb]}={rest[0]}", *rest[1:]]
     rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a group cannot be null
     if verb == "tokenize":  # `data` is a group of configs to Hydra
         rest = [f"src={word[5:]}" if word.startswith("data=") else word for word in rest]

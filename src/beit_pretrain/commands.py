@@ -1,10 +1,9 @@
-"""The small verbs: shards, predict, show. Each takes its composed config."""
+"""The verb shards, which takes its composed config."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
 from beit_pretrain.errors import UserError
@@ -40,34 +39,3 @@ def shards(cfg: DictConfig) -> None:
         print(f"wrote {sheet}")
     else:
         raise UserError(f"shards {cfg.action}: there are make, index, verify and show")
-
-
-def show(cfg: DictConfig) -> None:
-    """Write a picture of what a run learned."""
-    from beit_pretrain.runs.fit import building, load_run
-    from beit_pretrain.training import pictures
-    from beit_pretrain.training.callbacks import first_images, masked_picture, segmentation_picture
-    from beit_pretrain.training.dvae import TokenizerTraining, reconstruction_picture
-    from beit_pretrain.training.pretrain import Pretraining
-    from beit_pretrain.training.segment import Segmentation
-
-    with building():
-        _, task = load_run(cfg.run)
-    if cfg.split not in task.data.readers:
-        raise UserError(f"split={cfg.split}: the run has {', '.join(task.data.readers)}")
-    module = task.module.eval()
-    if isinstance(module, Segmentation):
-        picture = segmentation_picture(module, task.data, cfg.images, cfg.split)
-    elif isinstance(module, (Pretraining, TokenizerTraining)):
-        batch = first_images(task.data.eval_dataset(cfg.split), cfg.images, torch.device("cpu"))
-        if isinstance(module, Pretraining):
-            picture = masked_picture(module, batch)
-        else:
-            picture = reconstruction_picture(module.model, batch["image"].float() / 255)
-    else:
-        raise UserError(f"{cfg.run} is a {module.kind}; show draws backbones, tokenizers and segmenters")
-    out = Path(cfg.out or Path(cfg.run) / "pictures" / "show.png")
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"out={out} must end with .png, .jpg or .webp")
-    pictures.save(picture, out)
-    print(f"wrote {out}")

@@ -15,11 +15,11 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain import report
-from beit_pretrain.commands import show
 from beit_pretrain.compose import compose, quoted
 from beit_pretrain.data.datamodule import labels
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
+from beit_pretrain.pictures.show import show
 from beit_pretrain.runs.fit import fit
 from beit_pretrain.shards.make import make_shards
 from beit_pretrain.shards.manifest import contact_sheet
@@ -165,7 +165,7 @@ def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:
 def draw(run_dir: Path) -> None:
     """The pictures of the report that no run has drawn by itself."""
     for name in ("tokenizer", "pretrain"):
-        show(compose("show", [f"run={quoted(run_dir / name)}", "images=6"]))
+        show(compose("show", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))
 
 
 def last_value(path: Path, metric: str) -> float | None:

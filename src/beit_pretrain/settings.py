@@ -108,6 +108,7 @@ VARIANTS = (
 RULES: dict[str, Rule] = {
     **{name: optional(TEXT) for name in NAMES},
     "src": PATHS,
+    "held_out": optional(PATHS),
     "data.train": PATHS,
     "data.val": optional(PATHS),
     **{name: optional(PATHS) for name in ("data.tokens", "data.val_tokens")},
@@ -142,6 +143,15 @@ RULES: dict[str, Rule] = {
     "from_scratch": SWITCH,
     "pictures": whole(0),
     **{f"knn.{name}": whole(1) for name in ("bank", "queries", "k")},
+    # probe
+    "knn.ks": numbers(None, whole(1)),
+    "knn.temperatures": numbers(None, POSITIVE),
+    "linear.pool": one_of("cls_avg", "avg", "cls"),
+    **{f"linear.{name}": whole(1) for name in ("epochs", "batch")},
+    "linear.lr": POSITIVE,
+    "linear.weight_decay": number(0),
+    "keep_features": SWITCH,
+    "train_images": optional(whole(1)),
     "optim.lr": POSITIVE,
     **{f"optim.{name}": number(0) for name in ("min_lr", "weight_decay", "eps")},
     "optim.warmup_epochs": optional(number(0)),
@@ -210,7 +220,17 @@ RULES: dict[str, Rule] = {
         ("of the form 3/16", lambda v: isinstance(v, str) and re.fullmatch(r"\d{1,6}/\d{1,6}", v) is not None)
     ),
     "accelerator": one_of("auto", "cpu", "cuda"),
-    # fetch, shards, predict, show, demo
+    # show
+    "what": optional(TEXT),
+    "runs": optional(PATHS),
+    "photos": optional(TEXT),
+    **{name: optional(numbers(None, whole(1))) for name in ("layers", "heads")},
+    "patches": optional(numbers(None, numbers(2, whole(0)))),
+    "metrics": optional(TEXTS),
+    # fetch, shards, predict, demo, compare
+    "map_batch_size": whole(1),
+    "precision": TEXT,
+    "probe_images": whole(1),
     "encoder": ADDRESS,
     "decoder": ADDRESS,
     "timeout": number(0, 86_400, above=True),

@@ -107,7 +107,6 @@ class Transformers(nn.Module):
             use_shared_relative_position_bias=architecture["rel_pos_bias"] == "shared",
             layer_scale_init_value=architecture["init_values"] or 0.0,
             drop_path_rate=architecture["drop_path_rate"],
-            use_mean_pooling=False,
         )
         self.model: Any = BeitForMaskedImageModeling(config)
         self.model.set_attn_implementation(attention)

@@ -7,6 +7,7 @@ ADE20K, else 0, 1, .... `classes.csv` says which id and colour is which class.
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,10 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from beit_pretrain.checkpoints.formats import Checkpoint
+from beit_pretrain.compose import plain
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.reading import opened, reason, to_rgb
-from beit_pretrain.shards.sources import list_images, read_candidate
-from beit_pretrain.training.overlays import comparison, palette
+from beit_pretrain.images.reading import to_channels, to_rgb
+from beit_pretrain.images.segment_views import SegmentationImages
+from beit_pretrain.images.views import to_array
+from beit_pretrain.pictures.overlays import comparison, palette
+from beit_pretrain.predict.images import Item, Views, nothing, source_of, stream, summary, write_bad
 from beit_pretrain.training.segment import ImageSegmenter, Windows
 
 
@@ -28,28 +32,35 @@ def predict_maps(cfg: DictConfig, source: Checkpoint) -> None:
     if out.is_file() or out.suffix in (".csv", ".json", ".jsonl"):
         raise UserError(f"out={out}: a segmentation model writes a folder of label maps, such as out=predictions")
     segmenter = ImageSegmenter(source, Windows(**cfg.test))
-    files = list_images(cfg.src)
-    bad: list[str] = []
+    images = source_of(plain(cfg)["src"])
+    bad: list[tuple[str, str]] = []
     taken: set[Path] = set()
-    for candidate in tqdm(files, desc="segmenting", unit="image"):
-        try:
-            with opened(read_candidate(candidate)) as image:
-                found = segmenter.segment(image).numpy().astype(np.uint8)
-                picture = to_rgb(image)
-        except UserError:
-            raise
-        except Exception as error:  # Pillow's decoders raise nearly everything on broken files
-            bad.append(f"{candidate.key}: {reason(error)}")
-            continue
-        name = free_name(candidate.key, taken)
-        write(out / "labels" / name, label_image(found, segmenter))
-        row = comparison(picture, [("found", found)], segmenter.classes, cell=max(320, min(1024, max(picture.size))))
-        write(out / "overlays" / name, row)
+    views = Views(images, partial(seen, views=segmenter.views, channels=segmenter.channels), cfg.map_batch_size)
+    with tqdm(total=len(images), desc="segmenting", unit=" images") as bar:
+        for items in stream(views, cfg.workers):
+            good = [item for item in items if item.problem is None]
+            found = segmenter.segment_views([i.views[:-1] for i in good], [i.size for i in good]) if good else []
+            for item, labels in zip(good, found, strict=True):
+                write_maps(out, free_name(item.name, taken), labels.numpy().astype(np.uint8), item, segmenter)
+            bad += [(item.name, item.problem) for item in items if item.problem is not None]
+            bar.update(len(items))
     if not taken:
-        raise UserError(f"none of the {len(files)} files in {cfg.src} could be read as an image ({bad[0]})")
+        raise nothing(cfg.src, bad)
     write_classes(out / "classes.csv", segmenter)
-    print(f"wrote {out}: {len(taken)} label maps" + (f", {len(bad)} files could not be read:" if bad else ""))
-    print("\n".join(bad[:20]))
+    print(summary(out, f"{len(taken)} label maps", bad, write_bad(out / "bad.jsonl", bad)))
+
+
+def seen(image: Image.Image, views: SegmentationImages, channels: int) -> list[np.ndarray]:
+    """The image at all scales, and last as the picture under the overlay, (C, h, w) uint8 each."""
+    return [*views.scaled(to_channels(image, channels)).values(), to_array(to_rgb(image))]
+
+
+def write_maps(out: Path, name: Path, labels_HW: np.ndarray, item: Item, segmenter: ImageSegmenter) -> None:
+    """The label map of one image, and its overlay."""
+    write(out / "labels" / name, label_image(labels_HW, segmenter))
+    picture = Image.fromarray(item.views[-1].numpy().transpose(1, 2, 0))
+    cell = max(320, min(1024, max(picture.size)))
+    write(out / "overlays" / name, comparison(picture, [("found", labels_HW)], segmenter.classes, cell=cell))
 
 
 def free_name(key: str, taken: set[Path]) -> Path:

@@ -84,9 +84,10 @@ def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trai
         log_every_n_steps=1,  # metrics have a rhythm of their own; this only keeps a warning away
         plugins=plugins,
     )
-    accumulate = micro_batches(cfg.global_batch, cfg.batch_size, trainer.world_size)
-    trainer.accumulate_grad_batches = accumulate
-    trainer.val_check_interval = min(cfg.val_every, steps) * accumulate
+    if steps:  # validating takes none: the global batch need not divide among its processes
+        accumulate = micro_batches(cfg.global_batch, cfg.batch_size, trainer.world_size)
+        trainer.accumulate_grad_batches = accumulate
+        trainer.val_check_interval = min(cfg.val_every, steps) * accumulate
     return trainer
 
 
@@ -323,9 +324,9 @@ def validate(cfg: DictConfig) -> dict[str, float]:
         raise UserError("the run has no held-out images; give data.val=FOLDER")
     run_cfg.trainer = cfg.trainer
     with building():
-        trainer = make_trainer(run_cfg, 1, [ProgressBar(), Replacements(None, 1)])
+        trainer = make_trainer(run_cfg, 0, [ProgressBar(), Replacements(None, 1)])
     trainer.validate(task.module, task.data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    for name, value in sorted(metrics.items()):
+    for name, value in sorted(metrics.items()) if trainer.is_global_zero else ():
         print(f"{name:32} {value:.4f}")
     return metrics

@@ -15,9 +15,12 @@ from torch import Tensor
 from beit_pretrain.data.batches import ShardDataset
 from beit_pretrain.data.datamodule import ShardData
 from beit_pretrain.errors import UserError
+from beit_pretrain.frozen.knn import TEMPERATURE, sweep
 from beit_pretrain.images.views import ClassificationViews, normalise
-from beit_pretrain.training import pictures
-from beit_pretrain.training.overlays import comparison, stack
+from beit_pretrain.pictures import grids
+from beit_pretrain.pictures.attention import attention_picture
+from beit_pretrain.pictures.overlays import comparison
+from beit_pretrain.pictures.tokens import token_sheet
 from beit_pretrain.training.pretrain import Pretraining
 from beit_pretrain.training.segment import Segmentation
 
@@ -74,7 +77,8 @@ class Throughput(Callback):
 
 
 class MaskedPictures(Callback):
-    """Writes masked | predicted | decoded | original pictures of held-out images after every validation.
+    """Writes masked | predicted | decoded | original pictures of held-out images, and attention maps, after every
+    validation; token maps, which do not change, after the first one.
 
     Args:
         folder: where `step-000100.png` go.
@@ -89,16 +93,22 @@ class MaskedPictures(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         batch = first_images(self.data.eval_dataset("val"), self.images, pl_module.device)
-        publish(trainer, masked_picture(pl_module, batch), self.folder, "masked")
+        publish(trainer, masked_picture(pl_module, batch), self.folder)
+        image, ids_BN = pl_module.image_and_tokens(batch)
+        normalised, model = normalise(image[:2], pl_module.mean, pl_module.std), pl_module.model
+        publish(trainer, attention_picture(model, normalised, image[:2]), self.folder, "attention")
+        if not any(self.folder.glob("step-*-tokens.png")):
+            decoded = pl_module.tokenizer.decode(ids_BN)
+            publish(trainer, token_sheet(image, decoded, ids_BN, model.vocab_size), self.folder, "tokens")
 
 
-def publish(trainer: Trainer, picture: Image.Image, folder: Path, name: str) -> None:
+def publish(trainer: Trainer, picture: Image.Image, folder: Path, name: str = "") -> None:
     """Write a picture of the current step and hand it to the loggers that take pictures."""
-    path = folder / f"step-{trainer.global_step:06d}.png"
-    pictures.save(picture, path)
+    path = folder / f"step-{trainer.global_step:06d}{f'-{name}' if name else ''}.png"
+    grids.save(picture, path)
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):  # W&B
-            logger.log_image(f"pictures/{name}", [str(path)], step=trainer.global_step)
+            logger.log_image(f"pictures/{name or 'main'}", [str(path)], step=trainer.global_step)
 
 
 class SegmentationPictures(Callback):
@@ -112,7 +122,7 @@ class SegmentationPictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module) -> None:
         if not trainer.sanity_checking and trainer.is_global_zero:
-            publish(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder, "segmentation")
+            publish(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder)
 
 
 def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str = "val") -> Image.Image:
@@ -124,10 +134,10 @@ def segmentation_picture(module: Segmentation, data: ShardData, images: int, spl
         scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
         target = sample["target"]
         found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
-        image = pictures.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
+        image = grids.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
         rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
     module.model.train(training)
-    return stack(rows)
+    return grids.stack(rows)
 
 
 def first_images(dataset: ShardDataset, count: int, device: torch.device) -> dict[str, Tensor]:
@@ -154,8 +164,8 @@ def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
     module.model.train(training)
     side = int(image.shape[-1])
     decoded = [F.interpolate(module.tokenizer.decode(t), (side, side)) for t in (predicted_BN, tokens_BN)]
-    columns = [pictures.hide(image, mask_BN), *decoded, image]
-    return pictures.grid(columns, ["masked", "predicted", "tokens decoded", "original"])
+    columns = [grids.hide(image, mask_BN), *decoded, image]
+    return grids.grid(columns, ["masked", "predicted", "tokens decoded", "original"])
 
 
 class OnlineKNN(Callback):
@@ -191,9 +201,9 @@ class OnlineKNN(Callback):
             queries[known],
             labels[known],
         )
-        accuracy = knn_accuracy(bank, bank_labels, queries, labels, len(self.data.classes), self.k)
+        found = sweep(bank, bank_labels, queries, labels, len(self.data.classes), [self.k], [TEMPERATURE])
         for logger in trainer.loggers:
-            logger.log_metrics({"val/knn_accuracy": accuracy}, step=trainer.global_step)
+            logger.log_metrics({"val/knn_accuracy": found[self.k, TEMPERATURE]}, step=trainer.global_step)
 
     @torch.no_grad()
     def _features(self, module: Pretraining, split: str, count: int, views) -> tuple[Tensor, Tensor]:
@@ -207,12 +217,3 @@ class OnlineKNN(Callback):
             features.append(module.model.hidden_states(image)[layer][:, 1:].mean(1).float())
             labels.append(batch["label"].to(module.device))
         return torch.cat(features), torch.cat(labels)
-
-
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int, k: int) -> float:
-    """Share of queries (Q, D) whose k nearest of the bank (M, D) by cosine vote for their label."""
-    centre = bank.mean(0)  # features share a large common part, which would drown the cosine
-    bank, queries = F.normalize(bank - centre, dim=1), F.normalize(queries - centre, dim=1)
-    similarity, index = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
-    votes = F.one_hot(bank_labels[index], classes) * (similarity / 0.07).exp().unsqueeze(-1)
-    return (votes.sum(1).argmax(1) == labels).float().mean().item()

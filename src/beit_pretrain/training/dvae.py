@@ -213,7 +213,7 @@ class TokenizerTraining(TrainedModule):
 @torch.no_grad()
 def reconstruction_picture(model: DiscreteVAE, image_BCHW: Tensor):
     """Grid of original | decoded from its tokens, one row an image (a PIL image)."""
-    from beit_pretrain.training import pictures
+    from beit_pretrain.pictures import grids
 
     decoded = model.decode(model.logits(image_BCHW).argmax(1)).clamp(0, 1)
-    return pictures.grid([image_BCHW, decoded], ["original", "from its tokens"])
+    return grids.grid([image_BCHW, decoded], ["original", "from its tokens"])

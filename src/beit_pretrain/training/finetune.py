@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -108,11 +109,21 @@ class Finetuning(TrainedModule):
 
     def on_validation_epoch_end(self) -> None:
         loss, top1, top5, images = self.sum_over_processes(self._totals)
-        self.log_validation({"loss": loss / images, "accuracy": top1 / images, "top5_accuracy": top5 / images})
+        self.log_validation(
+            {"loss": loss / images, "accuracy": top1 / images, "top5_accuracy": top5 / images, "images": images}
+        )
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
+
+
+class Prediction(NamedTuple):
+    """One class that an image may be of."""
+
+    name: str
+    probability: float
+    number: int
 
 
 class ImageClassifier:
@@ -141,10 +152,14 @@ class ImageClassifier:
         """The evaluation view (C, H, W) uint8 of one image."""
         return torch.from_numpy(to_array(centre_view(image, self.image_size, self.crop_ratio, self.channels)))
 
-    @torch.no_grad()
-    def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[tuple[str, float]]]:
-        """(class, probability) of the `top` classes of every view, the likeliest first."""
-        image = normalise(image_BCHW.to(self.device).float() / 255, self.mean, self.std)
-        best = self.model(image).float().softmax(1).topk(min(top, len(self.classes)), dim=1)
+    def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[Prediction]]:
+        """The `top` classes of every view (uint8), the likeliest first."""
+        best = self.probabilities(image_BCHW).topk(min(top, len(self.classes)), dim=1)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [[(self.classes[i], p) for i, p in zip(ids, ps, strict=True)] for ids, ps in pairs]
+        return [[Prediction(self.classes[i], p, i) for i, p in zip(ids, ps, strict=True)] for ids, ps in pairs]
+
+    @torch.no_grad()
+    def probabilities(self, image_BCHW: Tensor) -> Tensor:
+        """(B, K) of the views (uint8)."""
+        image = normalise(image_BCHW.to(self.device).float() / 255, self.mean, self.std)
+        return self.model(image).float().softmax(1)

@@ -76,13 +76,18 @@ class Probing(TrainedModule):
         self.mean, self.std = tuple(mean), tuple(std)
         self._totals = torch.zeros(0)
 
+    @property
+    def backbone(self) -> FeatureExtractor:
+        """The frozen network."""
+        return self._backbone[0]
+
     def setup(self, stage: str) -> None:
-        self._backbone[0].to(self.device)
+        self.backbone.to(self.device)
 
     def forward(self, image_BCHW: Tensor) -> list[Tensor]:
         """Logits (B, K) of every layer, for images in [0, 1]."""
         with torch.no_grad():
-            features = self._backbone[0](normalise(image_BCHW, self.mean, self.std))
+            features = self.backbone(normalise(image_BCHW, self.mean, self.std))
         return self.model(features)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:

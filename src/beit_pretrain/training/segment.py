@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -28,6 +29,7 @@ from beit_pretrain.training.optim import Optim
 
 AUX_WEIGHT = 0.4
 WINDOWS = 8  # windows that go through the network at once
+AT_ONCE = 2**28  # numbers of an enlarged map: 1 GB
 KEEP_SEED = 0x5E6  # dropout's numbers are others than drop path's
 
 
@@ -154,16 +156,63 @@ def segmented(model: Segmenter, images: Sequence[Tensor], size: Sequence[int], w
 
     Probabilities of all scales, and of the mirrored ones, are averaged at the final size.
     """
-    views = [(image, False) for image in images] + ([(image, True) for image in images] if windows.flip else [])
-    if len(views) == 1:
-        return upsampled(slide(model, views[0][0], windows.stride), size)[0].argmax(0)
-    total: Tensor | None = None
-    for image, mirrored in views:
-        logits = slide(model, image.flip(-1) if mirrored else image, windows.stride)
-        share = upsampled(logits.flip(-1) if mirrored else logits, size).softmax(1)
-        total = share if total is None else total + share
-    assert total is not None
-    return total[0].argmax(0)
+    return segmented_all(model, [images], [size], windows)[0]
+
+
+@torch.no_grad()
+def segmented_all(
+    model: Segmenter, images: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], windows: Windows
+) -> list[Tensor]:
+    """`segmented` of several images, whose windows go through the network together."""
+    scales = len(images[0])
+    views = [(scale, False) for scale in range(scales)] + [(scale, True) for scale in range(scales) if windows.flip]
+    found: list[list[Tensor]] = [[] for _ in images]  # logits of each image in each view
+    for scale, mirrored in views:
+        seen = [some[scale].flip(-1) if mirrored else some[scale] for some in images]
+        for own, logits in zip(found, slide_all(model, seen, windows.stride), strict=True):
+            own.append(logits.flip(-1) if mirrored else logits)
+    return [best_classes(own, size) for own, size in zip(found, sizes, strict=True)]
+
+
+def best_classes(views: Sequence[Tensor], size: Sequence[int], limit: int = AT_ONCE) -> Tensor:
+    """Classes (H, W) at `size` of logits (1, K, h, w) of some views of one image, whose probabilities are averaged.
+
+    Some classes are enlarged at a time, as many as are `limit` numbers: those of a photo of 50 megapixels and 150
+    classes would take 30 GB together.
+    """
+    classes, pixels = views[0].shape[1], size[0] * size[1]
+    some = max(1, min(classes, limit // pixels))
+    parts = [slice(first, first + some) for first in range(0, classes, some)]
+    norms: list[Tensor] = []  # log of the softmax's denominator at every pixel
+    for view in views if len(views) > 1 else ():
+        sums = [upsampled(view[:, part], size).logsumexp(1) for part in parts]
+        norms.append(sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0))
+    best = index = None
+    for part in parts:
+        shares = [upsampled(view[:, part], size) for view in views]
+        if norms:
+            shares = [(share - norm.unsqueeze(1)).exp() for share, norm in zip(shares, norms, strict=True)]
+        values, places = sum(shares[1:], shares[0])[0].max(0)
+        if best is None or index is None:
+            best, index = values, places
+        else:
+            index = torch.where(values > best, places + part.start, index)
+            best = torch.maximum(values, best)
+    assert index is not None
+    return index
+
+
+def label_maps(logits_BKhw: Tensor, sizes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
+    """Classes (H, W) int64 of a segmenter's logits, resized to the original images' sizes, (height, width) each.
+
+    As transformers' `post_process_semantic_segmentation`: logits are resized, then compared. None = as they are.
+    Raises ValueError if there are not as many sizes as images.
+    """
+    if sizes is None:
+        return list(logits_BKhw.argmax(1))
+    if len(sizes) != len(logits_BKhw):
+        raise ValueError(f"{len(sizes)} sizes for {len(logits_BKhw)} images")
+    return [upsampled(logits[None], size)[0].argmax(0) for logits, size in zip(logits_BKhw, sizes, strict=True)]
 
 
 def slide(model: Segmenter, image_1CHW: Tensor, stride: float = 2 / 3) -> Tensor:
@@ -172,24 +221,32 @@ def slide(model: Segmenter, image_1CHW: Tensor, stride: float = 2 / 3) -> Tensor
     Windows have the network's own size, a step of `stride` of it, and the last ones end at the edges. An image smaller
     than that is filled up with the mean colour, which is 0.
     """
+    return slide_all(model, [image_1CHW], stride)[0]
+
+
+def slide_all(model: Segmenter, images: Sequence[Tensor], stride: float = 2 / 3) -> list[Tensor]:
+    """`slide` of several images (1, C, H, W), whose windows go through the network together."""
     sides = [side * model.config["patch_size"] for side in model.grid]
-    height, width = image_1CHW.shape[-2:]
-    padded = F.pad(image_1CHW, (0, max(0, sides[1] - width), 0, max(0, sides[0] - height)))
+    padded = [F.pad(x, (0, max(0, sides[1] - x.shape[-1]), 0, max(0, sides[0] - x.shape[-2]))) for x in images]
     places = [
-        (top, left)
-        for top in starts(padded.shape[-2], sides[0], stride)
-        for left in starts(padded.shape[-1], sides[1], stride)
+        (i, top, left)
+        for i, image in enumerate(padded)
+        for top in starts(image.shape[-2], sides[0], stride)
+        for left in starts(image.shape[-1], sides[1], stride)
     ]
-    total = padded.new_zeros(1, model.num_classes, *padded.shape[-2:], dtype=torch.float32)
-    seen = padded.new_zeros(1, 1, *padded.shape[-2:], dtype=torch.float32)
+    totals = [x.new_zeros(1, model.num_classes, *x.shape[-2:], dtype=torch.float32) for x in padded]
+    seen = [x.new_zeros(1, 1, *x.shape[-2:], dtype=torch.float32) for x in padded]
     for first in range(0, len(places), WINDOWS):
         some = places[first : first + WINDOWS]
-        crops = torch.cat([padded[..., top : top + sides[0], left : left + sides[1]] for top, left in some])
+        crops = torch.cat([padded[i][..., top : top + sides[0], left : left + sides[1]] for i, top, left in some])
         logits = upsampled(model(crops).main, sides)
-        for (top, left), one in zip(some, logits, strict=True):
-            total[0, :, top : top + sides[0], left : left + sides[1]] += one
-            seen[..., top : top + sides[0], left : left + sides[1]] += 1
-    return (total / seen)[..., :height, :width]
+        for (i, top, left), one in zip(some, logits, strict=True):
+            totals[i][0, :, top : top + sides[0], left : left + sides[1]] += one
+            seen[i][..., top : top + sides[0], left : left + sides[1]] += 1
+    return [
+        (total / count)[..., : image.shape[-2], : image.shape[-1]]
+        for total, count, image in zip(totals, seen, images, strict=True)
+    ]
 
 
 def starts(length: int, side: int, stride: float) -> list[int]:
@@ -225,7 +282,17 @@ class ImageSegmenter:
 
     def segment(self, image: Image.Image) -> Tensor:
         """Classes (H, W) int64, on the CPU, at the image's own size."""
-        image = to_channels(image, self.channels)
-        scaled = [torch.from_numpy(view).to(self.device) for view in self.views.scaled(image).values()]
-        normalised = [normalise(view[None].float() / 255, self.mean, self.std) for view in scaled]
-        return segmented(self.model, normalised, (image.height, image.width), self.windows).cpu()
+        views = [torch.from_numpy(view) for view in self.seen(image)]
+        return self.segment_views([views], [(image.height, image.width)])[0]
+
+    def seen(self, image: Image.Image) -> list[np.ndarray]:
+        """(C, h, w) uint8 of an image at every scale."""
+        return list(self.views.scaled(to_channels(image, self.channels)).values())
+
+    def segment_views(self, views: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Classes (H, W) int64, on the CPU, of the views that `seen` made, at the given sizes (height, width)."""
+        normalised = [
+            [normalise(view[None].to(self.device).float() / 255, self.mean, self.std) for view in some]
+            for some in views
+        ]
+        return [found.cpu() for found in segmented_all(self.model, normalised, sizes, self.windows)]

@@ -83,13 +83,3 @@ def comparison(
         canvas.paste(picture.resize(size, resample), (x, LINE))
     canvas.paste(strip, (0, LINE + size[1] + GAP))
     return canvas
-
-
-def stack(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures one below the other."""
-    canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    y = 0
-    for picture in pictures:
-        canvas.paste(picture, (0, y))
-        y += picture.height
-    return canvas

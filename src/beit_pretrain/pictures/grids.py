@@ -6,6 +6,8 @@ Images are float tensors (B, C, H, W) in [0, 1]; pictures are PIL images.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +33,48 @@ def grid(columns: list[Tensor], captions: list[str], cell: int | None = None) ->
     rows = len(columns[0])
     canvas = Image.new("RGB", (len(columns) * (side + GAP) + GAP, rows * (side + GAP) + GAP + CAPTION), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default()
     for x, (images, caption) in enumerate(zip(columns, captions, strict=True)):
-        draw.text((GAP + x * (side + GAP), 2), caption, fill="black", font=font)
+        draw.text((GAP + x * (side + GAP), 2), caption, fill="black", font=font())
         for y, image in enumerate(images):
             place = (GAP + x * (side + GAP), CAPTION + GAP + y * (side + GAP))
             canvas.paste(to_pil(image).resize((side, side), Image.Resampling.NEAREST), place)
     return canvas
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], names: Sequence[str] | None, cell: int
+) -> Image.Image:
+    """Pictures in rows, resized to `cell` pixels; a caption over each column, a name before each row."""
+    left = 0 if names is None else 64
+    width = left + len(captions) * (cell + GAP) + GAP
+    canvas = Image.new("RGB", (width, CAPTION + GAP + len(rows) * (cell + GAP)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for x, caption in enumerate(captions):
+        draw.text((left + GAP + x * (cell + GAP), 2), caption, fill="black", font=font())
+    for y, row in enumerate(rows):
+        top = CAPTION + GAP + y * (cell + GAP)
+        if names is not None:
+            draw.text((GAP, top), names[y], fill="black", font=font())
+        for x, picture in enumerate(row):
+            resized = picture.resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(resized, (left + GAP + x * (cell + GAP), top))
+    return canvas
+
+
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other."""
+    canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    y = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, y))
+        y += picture.height
+    return canvas
+
+
+@cache
+def font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font: no file of the system is needed."""
+    return ImageFont.load_default()
 
 
 def to_pil(image_CHW: Tensor) -> Image.Image:

@@ -1,0 +1,1 @@
+"""What pre-training is worth: the same network with it, without it, and with a control."""

@@ -1,0 +1,43 @@
+"""k nearest neighbours on frozen features, weighted as in Wu et al. 2018 (section 3.4): many k, many temperatures.
+
+Shapes: Q queries, M images of the bank, D width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERIES = 256  # that are compared with the bank at once
+TEMPERATURE = 0.07
+
+
+def sweep(
+    bank_MD: Tensor,
+    bank_labels_M: Tensor,
+    queries_QD: Tensor,
+    labels_Q: Tensor,
+    classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+) -> dict[tuple[int, float], float]:
+    """Share of queries whose neighbours vote for their label, for every (k, temperature).
+
+    A neighbour's vote weighs exp(cosine / temperature). Features are centred by the bank's mean first: they share a
+    large common part, which would drown the cosine. A `k` beyond the bank takes all of it.
+    """
+    centre = bank_MD.mean(0)
+    bank = F.normalize(bank_MD - centre, dim=1)
+    hits = dict.fromkeys(((k, t) for k in ks for t in temperatures), 0)
+    for first in range(0, len(queries_QD), QUERIES):
+        some = F.normalize(queries_QD[first : first + QUERIES] - centre, dim=1)
+        similarity, index = (some @ bank.T).topk(min(max(ks), len(bank)), dim=1)
+        label = labels_Q[first : first + QUERIES]
+        for k, temperature in hits:
+            # Relative to the nearest: exp of 1 / .01 would be beyond float32.
+            weight = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
+            votes = weight.new_zeros(len(some), classes).scatter_add_(1, bank_labels_M[index[:, :k]], weight)
+            hits[k, temperature] += int((votes.argmax(1) == label).sum())
+    return {pair: count / len(queries_QD) for pair, count in hits.items()}

@@ -1,0 +1,1 @@
+"""What people look at: grids of images, label maps, attention, tokens, curves."""

@@ -1,0 +1,197 @@
+"""`bench step`, `loop`, `memory`, `all`: everyone computes the same loss, and what is reported is what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from beit_pretrain.bench.compare import compared
+from beit_pretrain.bench.cost import counted_flops, kept_bytes
+from beit_pretrain.bench.inputs import make_batch, make_bench
+from beit_pretrain.bench.memory import kept, largest
+from beit_pretrain.bench.peers import PlainModel, Transformers
+from beit_pretrain.bench.step import forward, our_steps
+from beit_pretrain.compose import compose
+
+TINY = (
+    "+experiment=base_22k image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 model.size=null "
+    "+model.embed_dim=32 +model.depth=2 +model.num_heads=2 +model.init_values=0.1 batch_size=3 threads=1 "
+    "trainer.accelerator=cpu tokenizer=dvae bench.rounds=2 bench.warm_up=1"
+).split()
+VARIANTS = {
+    *("ours", "ours_tokenizer", "ours_cached", "reference", "reference_tokenizer"),
+    *("transformers", "transformers_eager", "timm"),
+}
+
+
+@pytest.fixture
+def words(dvae_checkpoint) -> list[str]:
+    return [*TINY, f"tokenizer.path={dvae_checkpoint}"]
+
+
+@pytest.fixture
+def bench(words):
+    cfg = compose("bench_step", ["action=step", *words, "model.drop_path_rate=0"], spared=("data.train",))
+    bench = make_bench(cfg)
+    for parameter in bench.module.model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return bench
+
+
+def theirs(model: nn.Module, bench) -> nn.Module:
+    """A peer with our weights."""
+    own = bench.module.model.state_dict()
+    if isinstance(model, PlainModel):
+        named = {f"body.{name}": tensor for name, tensor in own.items() if not name.startswith(("mask_", "lm_"))}
+        model.load_state_dict(named | {name: own[name] for name in ("mask_token", "lm_head.weight", "lm_head.bias")})
+    return model.train()
+
+
+@pytest.mark.parametrize(("fused", "all_patches"), [(False, False), (True, True)])
+def test_peers_on_timm_have_our_loss_and_gradients(bench, fused, all_patches):
+    batch = make_batch(bench, 0)
+    model = theirs(PlainModel(bench.architecture, bench.tokenizer.vocab_size, fused, all_patches), bench)
+    loss = model(batch.image, batch.ours["mask"], batch.token_M)
+    found = forward(bench, batch.ours, batch.view, batch.ours["tokens"])
+    ours = found.loss_sum / found.masked
+    torch.testing.assert_close(loss, ours, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    ours.backward()
+    torch.testing.assert_close(model.mask_token.grad, bench.module.model.mask_token.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.body.blocks[0].attn.qkv.weight.grad,
+        bench.module.model.blocks[0].attn.qkv.weight.grad,
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_transformers_has_as_many_parameters_and_attends_as_asked(bench, attention):
+    """Its weights' parity is tested in test_pretrained.py; here that it is the same network, not a smaller one."""
+    model = Transformers(bench.architecture, bench.tokenizer.vocab_size, attention)
+    assert model.model.config._attn_implementation == attention
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in bench.module.model.parameters())
+    batch = make_batch(bench, 0)
+    loss = model.train()(batch.image, batch.ours["mask"], batch.token_M)
+    assert loss.item() == pytest.approx(np.log(bench.tokenizer.vocab_size), rel=0.2)
+
+
+def test_our_step_is_the_modules(bench, monkeypatch):
+    """`ours_tokenizer` jitters and tokenizes; `ours_cached` takes the tokens; all three move the weights."""
+    encoded = []
+    encode = bench.tokenizer.encode
+    monkeypatch.setattr(bench.tokenizer, "encode", lambda image: encoded.append(len(image)) or encode(image))
+    for name, calls in (("ours", 0), ("ours_cached", 0), ("ours_tokenizer", 1)):
+        before = bench.module.model.lm_head.weight.clone()
+        our_steps(bench)[name](make_batch(bench, 0))
+        assert len(encoded) == calls
+        assert not torch.equal(bench.module.model.lm_head.weight, before)
+
+
+def test_an_interval_from_order_statistics():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        fast = rng.lognormal(0, 0.3, 20)
+        ratio = compared(1.1 * rng.lognormal(0, 0.3, 20), fast)
+        inside += ratio.low <= 1.1 <= ratio.high
+        assert ratio.low <= ratio.median <= ratio.high
+    assert inside / 400 > 0.93
+    assert compared([2.0] * 6, [1.0] * 6) == (2.0, 2.0, 2.0, 6)
+
+
+def test_operations_are_counted():
+    layer = nn.Linear(10, 20)
+    assert counted_flops(lambda: layer(torch.ones(3, 10)).sum().backward()) == 2 * 2 * 3 * 10 * 20  # and the weight's
+
+
+def test_bytes_that_are_kept_are_the_same_without_computing(bench):
+    batch = make_batch(bench, 0)
+    ours = batch.ours
+    given = (batch.view, ours["mask"], ours["mask_index"], ours["tokens"])
+    assert kept(bench) == kept_bytes(lambda: bench.module.objective(*given)) > 10_000
+    x = torch.ones(5, 7, requires_grad=True)
+    assert kept_bytes(lambda: (x * 2).sin().cos()) == 2 * 4 * 35
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 100, 1000])
+def test_the_largest_batch_is_found(limit):
+    found = largest(lambda batch: batch <= limit)
+    assert found <= limit
+    assert limit - found <= max(1, limit // 16)
+
+
+def last(stdout: str) -> dict:
+    return json.loads(stdout.splitlines()[-1])
+
+
+def test_step(words, run_cli):
+    code, stdout, stderr = run_cli("bench", "step", *words)
+    assert code == 0, stderr
+    found = last(stdout)
+    assert all(found[name] > 0 for name in VARIANTS)
+    assert found["seconds"].keys() == VARIANTS
+    assert {len(values) for values in found["seconds"].values()} == {2}
+    for pair, ratio in found["ratios"].items():
+        fast, slow = pair.split("/")
+        each = np.array(found["seconds"][slow]) / found["seconds"][fast]
+        assert ratio["median"] == pytest.approx(np.median(each))
+    assert found["ratios"].keys() >= {"ours/transformers", "ours/reference", "ours_cached/reference_tokenizer"}
+    parts = ["transfer", "device transforms", "tokenizer", "forward", "backward", "optimiser", "logging"]
+    assert list(found["shares"]) == parts
+    assert found["memory"]["state"] == 16 * found["parameters"]
+
+
+def test_step_on_real_batches(words, run_cli, shards):
+    code, stdout, stderr = run_cli(
+        "bench", "step", *words, "bench.variants=[ours]", f"data.train={shards / 'train'}", "data.workers=0"
+    )
+    assert code == 0, stderr
+    assert last(stdout)["shares"]["data wait"] > 0
+    assert last(stdout)["seconds"].keys() == {"ours"}
+
+
+def test_loop(words, run_cli):
+    code, stdout, stderr = run_cli("bench", "loop", *words, "bench.rounds=3")
+    assert code == 0, stderr
+    found = last(stdout)
+    assert {len(values) for values in found["seconds"].values()} == {3}
+    assert found["checkpoint"]["bytes"] > 12 * found["parameters"]
+    assert found["loop_over_bare"]["pairs"] == 3
+
+
+def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("beit_pretrain.bench.memory.SIZES", ("tiny",))
+    code, stdout, stderr = run_cli(
+        *("bench", "all", *words[:-1], words[-1], "bench.memory_gb=1", f"bench.out={tmp_path / 'page'}"),
+        "bench.variants=[ours,reference]",
+    )
+    assert code == 0, stderr
+    page = (tmp_path / "page/page.md").read_text()
+    assert all(f"## bench {name}" in page for name in ("step", "loop", "memory"))
+    assert (tmp_path / "page/images_per_s.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "page/results.json").read_text())["memory"]["tiny"]["batch"] > 0
+    assert Path(last(stdout)["page"]) == tmp_path / "page/page.md"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["step"], "+experiment="),
+        (["step", "+experiment=tokenizer"], "bench measures pre-training"),
+        (["step", *TINY, "bench.variants=[theirs]"], "bench.variants must be"),
+        (["step", *TINY, "bench.rounds=0"], "bench.rounds must be"),
+        (["memory", *TINY], "bench.memory_gb="),
+        (["steps", "src=x"], "there are views, loader, step, loop, memory, all"),
+    ],
+)
+def test_wrong_words(given, said, run_cli):
+    code, _, stderr = run_cli("bench", *given)
+    assert code == 2
+    assert said in stderr.splitlines()[-1]

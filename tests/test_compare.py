@@ -1,0 +1,129 @@
+"""compare: the control, what it promises, and a comparison in miniature that is stopped and goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import seeded
+from test_cifar import NAMES, archive, as_python2, batch
+
+from beit_pretrain.compare import stages
+from beit_pretrain.compare.results import promises
+from beit_pretrain.compose import compose
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.errors import UserError
+from beit_pretrain.shards.make import make_shards
+from beit_pretrain.tokens.shuffled import ShuffledTokenizer
+from beit_pretrain.training.dvae import DVAETokenizer
+
+
+def test_shuffled_tokens_are_those_of_another_image(dvae_checkpoint):
+    image = seeded(torch.rand, 5, 3, 32, 32)
+    plain, shuffled = DVAETokenizer(dvae_checkpoint), ShuffledTokenizer(dvae_checkpoint)
+    tokens, others = plain.encode(image), shuffled.encode(image)
+    assert torch.equal(others, tokens[[4, 0, 1, 2, 3]])
+    assert torch.equal(others.flatten().bincount(), tokens.flatten().bincount())
+    assert shuffled.digest() != plain.digest()  # a head of one is refused by the other
+    with pytest.raises(UserError, match="at least 2 images"):
+        shuffled.encode(image[:1])
+
+
+def numbers(pretrained, control, scratch) -> dict:
+    kinds = {"pretrained": pretrained, "control": control, "scratch": scratch}
+    return {"fine_tuned": {kind: {"accuracy": values} for kind, values in kinds.items()}}
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [
+        (([0.20, 0.21, 0.22], [0.10, 0.11, 0.09], [0.10, 0.11, 0.12]), [True, True]),
+        (([0.11, 0.15, 0.13], [0.10, 0.11, 0.09], [0.10, 0.11, 0.12]), [False, True]),  # within the spread
+        (([0.20, 0.21, 0.22], [0.14, 0.15, 0.16], [0.10, 0.11, 0.12]), [True, False]),  # the control helps
+        (([0.05, 0.05, 0.05], [0.01, 0.01, 0.01], [0.10, 0.11, 0.12]), [False, True]),
+    ],
+)
+def test_promises_are_held_against_the_spread_of_the_seeds(found, kept):
+    assert [holds for _, holds in promises(numbers(*found))] == kept
+
+
+@pytest.fixture
+def settings(tmp_path, photos):
+    return [f"src={photos}", f"held_out={photos}", f"run_dir={tmp_path / 'run'}", "seeds=1", "per_class=2"] + [
+        "steps={tokenizer:2,pretrain:2,finetune:2}",
+        "probe_images=10",
+    ]
+
+
+@pytest.mark.long
+def test_a_comparison_is_stopped_and_goes_on(settings, run_cli, tmp_path, monkeypatch):
+    fit, done = stages.fit, []
+
+    def stopping(cfg):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(cfg.name)
+        return fit(cfg)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "fit", stopping)
+        assert run_cli("compare", *settings)[0] == 130
+    assert done == ["compare/tokenizer", "compare/seed-0/pretrained", "compare/seed-0/finetune-pretrained"]
+    code, stdout, stderr = run_cli("compare", *settings)
+    assert code == 0, stderr
+    assert stdout.count("finished before") == 3
+    for line in ("| pre-trained", "| control: shuffled targets", "| from scratch", "| not trained"):
+        assert line in stdout
+    found = json.loads((tmp_path / "run/results.json").read_text())
+    assert found["labelled_images"] == 6
+    assert len(found["layers"]["scratch"]["kNN"][0]) == 6
+    assert {"tokenizer", "pretrained", "control", "finetune-scratch", "probe-control"} <= found["stages"].keys()
+    for name in ("RESULTS.md", "accuracy.png", "layers.png", "curves.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 500
+    code, _, stderr = run_cli("compare", *settings, "per_class=3")
+    assert code == 2
+    assert "holds a comparison with per_class=2" in stderr
+    code, stdout, _ = run_cli("compare", *settings)  # nothing is left to do but the table
+    assert code == 0
+    assert stdout.count("finished before") == 9
+
+
+def test_folders_and_sources(settings, run_cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/precious.txt").write_text("mine")
+    code, _, stderr = run_cli("compare", *settings)
+    assert code == 2
+    assert "not from an earlier comparison" in stderr
+    code, _, stderr = run_cli("compare", *settings, "steps=3", f"run_dir={tmp_path / 'other'}")
+    assert code == 2
+    assert "given for each stage" in stderr
+
+
+def test_every_kind_of_start_has_the_same_fine_tuning(tmp_path, monkeypatch, photos):
+    """Labels, steps, batches and seeds are equal; only where the network comes from differs, and the layer decay."""
+    make_shards(photos, tmp_path / "data", workers=1)
+    asked: dict[str, dict] = {}
+    monkeypatch.setattr(stages, "fit", lambda cfg: asked.setdefault(cfg.name, cfg))
+    cfg = compose("compare", [f"src={photos}", f"run_dir={tmp_path}"])
+    data = {"data.train": tmp_path / "data/train", "data.val": tmp_path / "data/train"}
+    for kind in stages.KINDS:
+        stages.run_seed(cfg, tmp_path / "seed-4", kind, 4, data)
+    tuned = {kind: dict(asked[f"compare/seed-4/finetune-{kind}"]) for kind in stages.KINDS}
+    for settings in tuned.values():
+        settings["optim"] = {**settings["optim"], "layer_decay": None}
+        for name in ("name", "run_dir", "init_from", "from_scratch"):
+            settings.pop(name)
+    assert tuned["pretrained"] == tuned["control"] == tuned["scratch"]
+    assert asked["compare/seed-4/control"].tokenizer._target_.endswith("ShuffledTokenizer")
+    first, second = (dict(asked[f"compare/seed-4/{kind}"]) for kind in ("pretrained", "control"))
+    assert {key for key in first if first[key] != second[key]} == {"name", "run_dir", "tokenizer"}
+
+
+def test_the_official_archive_brings_its_own_held_out_images(tmp_path):
+    parts = {"train": as_python2(batch(20, 0)), "test": as_python2(batch(7, 1))}
+    meta = as_python2({b"fine_label_names": NAMES, b"coarse_label_names": []})
+    path = archive(tmp_path / "cifar-100-python.tar.gz", **parts, meta=meta)
+    cfg = compose("compare", [f"src={path}", f"run_dir={tmp_path / 'run'}"])
+    data = stages.write_shards(cfg, tmp_path / "data")
+    assert [ShardReader(folder).samples for folder in data.values()] == [20, 7]

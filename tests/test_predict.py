@@ -1,0 +1,179 @@
+"""Sources of predictions (files, folders, tars, shards), JSON lines, the list of bad files, and the Python call."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import seeded, write_checkpoint
+from PIL import Image
+
+from beit_pretrain import Predictor
+from beit_pretrain.data.order import Sample
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.errors import UserError
+from beit_pretrain.images.views import HALF
+from beit_pretrain.networks.backbone import Classifier
+from beit_pretrain.networks.upernet import Segmenter
+from beit_pretrain.training.segment import ImageSegmenter, Windows, label_maps
+
+SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+ABOUT = {"mean": list(HALF), "std": list(HALF), "classes": ["boats", "cats", "dogs"]}
+ODD = Path(os.environ.get("ODD_IMAGES", Path(__file__).parents[2] / "shared/data/odd-images"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    path = tmp_path_factory.mktemp("classifier") / "last.ckpt"
+    return write_checkpoint(path, "classifier", seeded(Classifier, 3, **SIZE), **ABOUT)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    path = tmp_path_factory.mktemp("segmenter") / "last.ckpt"
+    model = seeded(Segmenter, 3, {"channels": 16, "aux_channels": 8}, **SIZE)
+    with torch.no_grad():
+        model.decode_head.classifier.weight.mul_(100)
+    return write_checkpoint(path, "segmenter", model, **ABOUT)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_json_lines_say_the_same_as_csv(classifier, photos, run_cli, tmp_path):
+    for name in ("p.csv", "p.jsonl"):
+        code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src={photos}", f"out={name}", "top=2")
+        assert code == 0, stderr
+    with (tmp_path / "p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    flat = [
+        {"file": line["file"], "rank": str(rank), "class": best["class"], "index": str(best["index"]),
+         "probability": f"{best['probability']:.6f}"}
+        for line in lines(tmp_path / "p.jsonl") for rank, best in enumerate(line["top"], 1)
+    ]  # fmt: skip
+    assert flat == rows
+    assert {ABOUT["classes"][int(row["index"])] == row["class"] for row in rows} == {True}
+
+
+def test_a_tar_and_files_are_sources_too(classifier, photos, run_cli, tmp_path):
+    with tarfile.open(tmp_path / "cats.tar", "w") as tar:
+        for path in sorted((photos / "cats").iterdir()):
+            tar.add(path, path.name)
+    files = sorted((photos / "cats").iterdir())[:2]
+    found = {}
+    for name, src in {"tar": tmp_path / "cats.tar", "files": f"[{files[0]},{files[1]}]"}.items():
+        code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src={src}", f"out={name}.jsonl")
+        assert code == 0, stderr
+        found[name] = {line["file"]: line["top"] for line in lines(tmp_path / f"{name}.jsonl")}
+    assert len(found["tar"]) == 6
+    assert found["files"].keys() == {path.name for path in files}
+    assert all(found["tar"][name] == top for name, top in found["files"].items())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_are_a_source(workers, shards, classifier, run_cli, tmp_path):
+    words = ["predict", f"init_from={classifier}", f"src={shards / 'val'}", "out=p.jsonl", "batch_size=5"]
+    code, stdout, stderr = run_cli(*words, f"workers={workers}")
+    assert code == 0, stderr
+    assert "10 images" in stdout
+    reader, predictor = ShardReader(shards / "val"), Predictor(classifier)
+    for number, line in enumerate(lines(tmp_path / "p.jsonl")):
+        assert line["file"] == f"shard-000000/{reader.key(Sample(0, number))}"
+        (tmp_path / "one.png").write_bytes(reader.read(Sample(0, number)).data)
+        with Image.open(tmp_path / "one.png") as image:
+            assert predictor(image)[0].probability == pytest.approx(line["top"][0]["probability"], abs=2e-6)
+
+
+def test_shards_and_files_are_not_mixed(shards, classifier, photos, run_cli):
+    code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src=[{shards / 'val'},{photos}]", "out=p.csv")
+    assert code == 2
+    assert "mixes shard folders with files" in stderr
+
+
+def test_every_bad_file_is_listed(classifier, run_cli, tmp_path):
+    (tmp_path / "src").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "src/good.png")
+    for i in range(25):
+        (tmp_path / f"src/bad{i:02d}.jpg").write_text("no image")
+    words = ["predict", f"init_from={classifier}", f"src={tmp_path / 'src'}", "out=p.csv"]
+    code, stdout, _ = run_cli(*words)
+    assert code == 0
+    assert "25 could not be read (all in p.bad.jsonl)" in stdout
+    assert stdout.count("not an image") == 20
+    bad = lines(tmp_path / "p.bad.jsonl")
+    assert len(bad) == 25
+    assert bad[0] == {"file": "bad00.jpg", "reason": "not an image in a known format"}
+    for path in (tmp_path / "src").glob("bad*"):
+        path.unlink()
+    assert run_cli(*words)[0] == 0
+    assert not (tmp_path / "p.bad.jsonl").exists()  # it would tell of another prediction
+
+
+@pytest.mark.skipif(not ODD.is_dir(), reason="ODD_IMAGES names no folder of odd images")
+@pytest.mark.parametrize("kind", ["classifier", pytest.param("segmenter", marks=pytest.mark.long)])
+def test_odd_images(kind, classifier, segmenter, run_cli, tmp_path):
+    """Every file is predicted or listed with its reason, and the prediction ends."""
+    checkpoint, out = (classifier, "p.jsonl") if kind == "classifier" else (segmenter, "maps")
+    code, _, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={ODD}", f"out={out}", "workers=0")
+    assert code == 0, stderr
+    names = {path.name for path in ODD.iterdir()} - {"manifest.tsv"}
+    if kind == "classifier":
+        predicted = {line["file"] for line in lines(tmp_path / "p.jsonl")}
+        bad = lines(tmp_path / "p.bad.jsonl")
+        assert predicted | {line["file"] for line in bad} == names
+    else:
+        predicted = {path.name for path in (tmp_path / "maps/labels").iterdir()}
+        bad = lines(tmp_path / "maps/bad.jsonl")
+    assert len(predicted) + len(bad) == len(names)
+    assert all(line["reason"] for line in bad)
+    assert len(predicted) >= 60
+
+
+def test_a_classifier_of_one_image_and_of_a_list(classifier):
+    predictor = Predictor(classifier)
+    images = [Image.new(mode, size, 90) for mode, size in (("RGB", (50, 30)), ("L", (9, 200)), ("I;16", (40, 40)))]
+    one = predictor(images[0], top=2)
+    assert [len(one), one[0].name in ABOUT["classes"], predictor.classes] == [2, True, ABOUT["classes"]]
+    many = predictor(images * 4, batch_size=5)
+    assert len(many) == 12
+    assert [p.probability for p in many[0][:2]] == pytest.approx([p.probability for p in one], abs=1e-5)
+    assert all(sum(p.probability for p in found) == pytest.approx(1, abs=1e-5) for found in many)
+
+
+def test_a_segmenter_answers_at_the_size_of_the_image(segmenter):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((30, 50), (64, 33), (20, 90))]
+    predictor = Predictor(segmenter, Windows(flip=True))
+    many = predictor(images, batch_size=2)
+    assert [found.shape for found in many] == [(30, 50), (64, 33), (20, 90)]
+    alone = ImageSegmenter(segmenter, Windows(flip=True))
+    for image, found in zip(images, many, strict=True):
+        assert (alone.segment(image).numpy() == found).mean() > 0.999  # windows in other batches: rounding
+    assert predictor(images[0], sizes=[(10, 12)]).shape == (10, 12)
+    assert predictor.overlay(images[0], many[0]).size == images[0].size
+
+
+def test_predictors_need_a_classifier_or_a_segmenter(mim_checkpoint):
+    with pytest.raises(UserError, match="a classifier or a segmentation model is needed"):
+        Predictor(mim_checkpoint)
+
+
+def test_label_maps_equal_transformers_post_processing():
+    from transformers import BeitImageProcessor
+    from transformers.models.beit.modeling_beit import SemanticSegmenterOutput
+
+    logits, sizes = torch.randn(3, 7, 16, 16), [(33, 50), (16, 16), (100, 20)]
+    expected = BeitImageProcessor().post_process_semantic_segmentation(SemanticSegmenterOutput(logits=logits), sizes)
+    for mine, theirs in zip(label_maps(logits, sizes), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    plain = BeitImageProcessor().post_process_semantic_segmentation(SemanticSegmenterOutput(logits=logits))
+    assert all(torch.equal(a, b) for a, b in zip(label_maps(logits), plain, strict=True))
+    with pytest.raises(ValueError, match="2 sizes for 3 images"):
+        label_maps(logits, sizes[:2])
