@@ -79,7 +79,9 @@ def test_from_tokens_to_a_backbone_without_a_tokenizer(words, copied, run_cli, t
     code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu")
     assert code == 0, stderr
     assert "val/loss" in stdout
-    code, _, stderr = run_cli("show", f"run={tmp_path / 'run'}")
+    code, stdout, _ = run_cli("show", f"run={tmp_path / 'run'}")
+    assert (code, "attention.png" in stdout, "show.png" in stdout) == (0, True, False)
+    code, _, stderr = run_cli("show", "masked", f"run={tmp_path / 'run'}")
     assert (code, stderr) == (2, "error: the run trains from cached tokens alone; only a tokenizer can draw them\n")
     for none in ("tokenizer=none", "tokenizer=null"):
         code, stdout, stderr = run_cli(*fit, *held_out, train, none, "resume=never")

@@ -62,13 +62,13 @@ def usage() -> str:
 
 
 # `bench` of a training step takes the settings of `fit`, but for these: it makes its own images and tokenizer.
-TRAINED = ("step", "loop", "memory", "all")
+TRAINED, TRAINED_CONFIG = ("step", "loop", "memory", "all"), "bench_step"
 SPARED = ("data.train", "tokenizer.path")
 
 
 def config_of(verb: str, words: list[str]) -> str:
     """The name of the config that a verb's words are settings of."""
-    return "bench_step" if verb == "bench" and any(f"action={name}" in words for name in TRAINED) else verb
+    return TRAINED_CONFIG if verb == "bench" and any(f"action={name}" in words for name in TRAINED) else verb
 
 
 def run(argv: list[str]) -> None:
@@ -107,7 +107,8 @@ def run(argv: list[str]) -> None:
     if multirun:
         importlib.import_module("beit_pretrain.runs.sweep").sweep(rest)
         return
-    cfg = compose(config_of(verb, rest), rest, spared=SPARED if verb == "bench" else ())
+    config = config_of(verb, rest)
+    cfg = compose(config, rest, spared=SPARED if config == TRAINED_CONFIG else ())
     module, function = VERBS[verb].function.split(":")
     getattr(importlib.import_module(module), function)(cfg)
 
