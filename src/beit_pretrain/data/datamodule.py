@@ -18,6 +18,7 @@ from beit_pretrain.data.reader import Access, ShardReader
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.masking import BlockwiseMask
 from beit_pretrain.images.views import ClassificationViews, PretrainViews
+from beit_pretrain.shards.processes import end_with_parent
 from beit_pretrain.tokens.cached import CachedTokens, TokenFolder
 
 Source = str | Path | Sequence[str | Path]
@@ -175,6 +176,7 @@ class ShardData(LightningDataModule):
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
+            worker_init_fn=end_with_parent,
         )
 
 

@@ -20,6 +20,7 @@ from beit_pretrain.data.batches import EvalPlan, ShardDataset
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.views import normalise
 from beit_pretrain.networks.backbone import FeatureExtractor
+from beit_pretrain.shards.processes import end_with_parent
 
 CLS, AVG = 0, 1  # where the two vectors stand
 
@@ -64,7 +65,9 @@ def extract(
     partial = folder / f".{name}.partial"
     stored = np.lib.format.open_memmap(partial, "w+", np.float16, (images, layers, 2, width))
     labels = np.full(images, -1, np.int64)
-    loader = DataLoader(dataset, batch_size=None, sampler=range(len(dataset)), num_workers=workers)
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=range(len(dataset)), num_workers=workers, worker_init_fn=end_with_parent
+    )
     with tqdm(total=images, desc=f"features of {name.partition('-')[0]}", unit=" images") as bar:
         for batch in loader:
             image = batch["image"].to(device, non_blocking=True).float() / 255

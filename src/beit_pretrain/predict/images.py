@@ -22,7 +22,7 @@ from beit_pretrain.data.remote import is_remote
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.reading import opened, reason
 from beit_pretrain.shards.manifest import MANIFEST
-from beit_pretrain.shards.processes import cores
+from beit_pretrain.shards.processes import cores, end_with_parent
 from beit_pretrain.shards.sources import Candidate, list_images, read_candidate
 
 PROCESSES = 8  # that read ahead, at most
@@ -118,7 +118,7 @@ def stream(views: Views, workers: int | None) -> Iterator[list[Item]]:
     """All batches in order, read ahead by some processes (None: as many as are worth it)."""
     if workers is None:
         workers = min(cores(), PROCESSES, len(views.source) // WORTH_IT)
-    yield from DataLoader(views, batch_size=None, num_workers=workers, collate_fn=same)
+    yield from DataLoader(views, batch_size=None, num_workers=workers, collate_fn=same, worker_init_fn=end_with_parent)
 
 
 def same(items: list[Item]) -> list[Item]:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -70,3 +71,19 @@ def _attach_to_parent() -> None:
             os._exit(1)
 
         threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """`worker_init_fn` of a DataLoader: end with the process that started it, if that is killed.
+
+    torch's own workers would end too, but for one that is just writing more into its pipe than fits: it holds the
+    reading end itself, and so waits for ever, with all its memory.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

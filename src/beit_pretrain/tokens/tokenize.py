@@ -29,7 +29,7 @@ from beit_pretrain.images.tiles import SIDE
 from beit_pretrain.images.views import PretrainViews, jittered_view
 from beit_pretrain.networks.backbone import patch_grid
 from beit_pretrain.runs.fit import building
-from beit_pretrain.shards.processes import cores
+from beit_pretrain.shards.processes import cores, end_with_parent
 from beit_pretrain.tokens.cached import FORMAT, images_digest, record_dtype, tokens_name, view_settings
 from beit_pretrain.tokens.folder import begin, finish, is_finished, is_whole, save, summary, work_folder
 from beit_pretrain.tokens.tokenizer import Tokenizer, check_channels, view_size
@@ -235,6 +235,7 @@ def _write_part(
         sampler=chunks,
         num_workers=min(how.workers, len(chunks)),
         collate_fn=_as_it_is,  # type: ignore[arg-type]
+        worker_init_fn=end_with_parent,
     )
     records: list[np.ndarray] = []
     bad: list[tuple[str, str]] = []

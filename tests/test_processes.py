@@ -1,0 +1,52 @@
+"""Loader workers end with the process that started them, also while they are writing more than a pipe holds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+PARENT = """
+import os, sys
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from beit_pretrain.shards.processes import end_with_parent
+
+class Large(Dataset):
+    def __getitem__(self, number):
+        return np.full(1 << 20, os.getpid())  # 8 MB, through the pipe
+
+loader = DataLoader(Large(), batch_size=None, sampler=range(99), num_workers=2, collate_fn=lambda item: item,
+                    worker_init_fn=end_with_parent)
+batches = iter(loader)
+print(next(batches)[0], next(batches)[0], flush=True)
+sys.stdin.read()
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forked workers")
+def test_workers_end_with_a_killed_parent():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(word) for word in parent.stdout.readline().split()]
+    assert len(set(workers)) == 2
+    time.sleep(1)  # both now wait with the next batch, which the pipe does not hold
+    assert all(map(alive, workers))
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    ends = time.monotonic() + 60
+    while any(map(alive, workers)) and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert not any(map(alive, workers))
