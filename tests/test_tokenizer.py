@@ -275,6 +275,13 @@ class TestArrangedEncoder:
             torch.testing.assert_close(arranged(image), encoder(image), atol=1e-5, rtol=1e-5)
             assert torch.equal(arranged(image).argmax(1), encoder(image).argmax(1))
 
+    @pytest.mark.long
+    @pytest.mark.parametrize("blocked", [True, False])
+    def test_compiled_it_is_the_same(self, encoder, blocked, monkeypatch):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: blocked)
+        tokenizer = OpenAITokenizer.of(encoder)
+        assert torch.equal(torch.compile(tokenizer.encode, dynamic=False)(images()), tokenizer.encode(images()))
+
     def test_in_half_precision_it_is_as_good_as_the_release(self, encoder):
         """Tokens that differ from single precision's: no more than of the release's way, within their scatter."""
 

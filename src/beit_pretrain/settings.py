@@ -254,6 +254,7 @@ RULES: dict[str, Rule] = {
     "token_image_size": optional(whole(1, 2**16)),
     **{f"{place}rounds": whole(1) for place in ("", "bench.")},
     "bench.warm_up": whole(0),
+    "bench.clock": one_of("wall", "cpu"),
     "bench.variants": (
         f"a list of some of {', '.join(VARIANTS)}",
         lambda v: isinstance(v, list) and len(v) > 0 and set(v) <= set(VARIANTS),

@@ -6,7 +6,8 @@ since what is in them costs no time; masks, positions and jitter are those of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -55,6 +56,7 @@ class Bench(NamedTuple):
     batch_size: int
     device: torch.device
     bf16: bool
+    now: Callable[[], float]  # seconds, of `bench.clock`
 
     @contextmanager
     def precision(self) -> Iterator[None]:
@@ -75,6 +77,8 @@ def make_bench(cfg: DictConfig) -> Bench:
     torch.manual_seed(cfg.seed)
     on_gpu = wanted_gpu(cfg.trainer.accelerator)
     device = torch.device("cuda" if on_gpu else "cpu")
+    if on_gpu and cfg.bench.clock == "cpu":
+        raise UserError("bench.clock=cpu measures a CPU's work; on a GPU it must be wall")
     bf16 = cfg.trainer.precision == "bf16-mixed" or (cfg.trainer.precision == "auto" and on_gpu)
     with building():
         tokenizer = make_tokenizer(cfg)
@@ -88,7 +92,8 @@ def make_bench(cfg: DictConfig) -> Bench:
         module.compile_mode = compile_mode(cfg.compile, on_gpu, sharded=False)
         masking = BlockwiseMask(patch_grid(cfg.image_size, architecture["patch_size"]), **cfg.mask)
     full = cast(Architecture, {**model.config, **architecture})
-    return Bench(module, full, tokenizer, masking, cfg.batch_size, device, bf16)
+    now = time.process_time if cfg.bench.clock == "cpu" else time.perf_counter
+    return Bench(module, full, tokenizer, masking, cfg.batch_size, device, bf16, now)
 
 
 def make_tokenizer(cfg: DictConfig) -> Tokenizer:

@@ -45,21 +45,21 @@ class InTurn:
         for number in tqdm(range(self.steps), desc="measuring", unit=" steps"):
             self.bench.wait()
             if given is not None:
-                self.trained.append(time.perf_counter() - given)
+                self.trained.append(self.bench.now() - given)
             batch = {k: v for k, v in self.batches[number % BATCHES].items() if k != "token_image"}
             self.step(batch)
-            given = time.perf_counter()
+            given = self.bench.now()
             yield batch
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """The bare step: what the LightningModule computes, its metrics not counted."""
-        start = time.perf_counter()
+        start = self.bench.now()
         view, tokens = self.bench.module.prepare(batch)
         backward(self.bench, batch, forward(self.bench, batch, view, tokens))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.bench.wait()
-        self.bare.append(time.perf_counter() - start)
+        self.bare.append(self.bench.now() - start)
 
 
 def run_in_turn(cfg: DictConfig, bench: Bench, folder: Path) -> tuple[InTurn, dict[str, float]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -105,7 +104,7 @@ def measure(
 
 
 class Clock:
-    """Wall-clock seconds of named pieces of work, each waited for on the device."""
+    """Seconds of named pieces of work, each waited for on the device."""
 
     def __init__(self, bench: Bench):
         self.bench = bench
@@ -114,10 +113,10 @@ class Clock:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self.bench.wait()
-        start = time.perf_counter()
+        start = self.bench.now()
         yield
         self.bench.wait()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        self.seconds.setdefault(name, []).append(self.bench.now() - start)
 
 
 def shares(bench: Bench, batches: Iterator[dict[str, Tensor]], with_data: bool) -> dict[str, float]:
@@ -226,6 +225,7 @@ def facts(bench: Bench, cfg: DictConfig) -> dict[str, Any]:
     return {
         "experiment": cfg.name,
         "device": device,
+        "clock": cfg.bench.clock,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": "bf16-mixed" if bench.bf16 else "32-true",

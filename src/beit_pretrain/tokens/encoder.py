@@ -79,6 +79,15 @@ class ArrangedEncoder:
 
     def __call__(self, image_BCHW: Tensor) -> Tensor:
         """Logits (B, V, h, w) float32 of images after `map_pixels`."""
+        return self._uncompiled(image_BCHW) if self.blocked else self._logits(image_BCHW)
+
+    @torch.compiler.disable
+    def _uncompiled(
+        self, image_BCHW: Tensor
+    ) -> Tensor:  # it knows no layout of oneDNN
+        return self._logits(image_BCHW)
+
+    def _logits(self, image_BCHW: Tensor) -> Tensor:
         x = image_BCHW.half() if self.half else image_BCHW
         x = self.input(x.to_mkldnn() if self.blocked else x.contiguous(memory_format=torch.channels_last))
         for number, group in enumerate(self.groups):
