@@ -166,6 +166,17 @@ def test_loop(words, run_cli):
     assert found["loop_over_bare"]["pairs"] == 3
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_attention(words, run_cli, precision):
+    code, stdout, stderr = run_cli("bench", "attention", *words, f"trainer.precision={precision}")
+    assert code == 0, stderr
+    found = last(stdout)
+    assert found["seconds"].keys() == {"eager", "ours", "sdpa", "no_bias"}
+    assert all(
+        found["difference"][name] < (1e-5 if precision == "32-true" else 0.1) for name in ("eager", "ours", "sdpa")
+    )
+
+
 def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
     monkeypatch.setattr("beit_pretrain.bench.memory.SIZES", ("tiny",))
     code, stdout, stderr = run_cli(
@@ -188,7 +199,7 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
         (["step", *TINY, "bench.variants=[theirs]"], "bench.variants must be"),
         (["step", *TINY, "bench.rounds=0"], "bench.rounds must be"),
         (["memory", *TINY], "bench.memory_gb="),
-        (["steps", "src=x"], "there are views, loader, step, loop, memory, all"),
+        (["steps", "src=x"], "there are views, loader, step, loop, attention, memory, all"),
     ],
 )
 def test_wrong_words(given, said, run_cli):

@@ -39,7 +39,7 @@ VERBS = {
     "show": Verb(
         "pictures of what runs learned (masked|attention|tokens|curves|layers)", "beit_pretrain.pictures.show:show"
     ),
-    "bench": Verb("measure (views|loader|step|loop|memory|all)", "beit_pretrain.bench.verb:bench"),
+    "bench": Verb("measure (views|loader|step|loop|attention|memory|all)", "beit_pretrain.bench.verb:bench"),
     "compare": Verb(
         "what pre-training is worth: with it, from scratch, and a control, over seeds",
         "beit_pretrain.compare.stages:compare",
@@ -62,7 +62,7 @@ def usage() -> str:
 
 
 # `bench` of a training step takes the settings of `fit`, but for these: it makes its own images and tokenizer.
-TRAINED, TRAINED_CONFIG = ("step", "loop", "memory", "all"), "bench_step"
+TRAINED, TRAINED_CONFIG = ("step", "loop", "attention", "memory", "all"), "bench_step"
 SPARED = ("data.train", "tokenizer.path")
 
 

@@ -25,7 +25,7 @@ HINTS = {
     "out": "where to write",
     "run": "the folder of a run, such as runs/base_22k",
     "to": "one of unilm, timm, hf, onnx",
-    "action": "what to measure: bench views, loader, step, loop, memory or all",
+    "action": "what to measure: bench views, loader, step, loop, attention, memory or all",
     "task": "an experiment says it: +experiment=NAME",
 }
 

@@ -16,6 +16,7 @@ ACTIONS = {  # action -> module:function, taking the composed config
     "loader": "beit_pretrain.bench.loader:bench_loader",
     "step": "beit_pretrain.bench.step:bench_step",
     "loop": "beit_pretrain.bench.loop:bench_loop",
+    "attention": "beit_pretrain.bench.attention:bench_attention",
     "memory": "beit_pretrain.bench.memory:bench_memory",
     "all": "beit_pretrain.bench.page:bench_all",
 }

@@ -82,9 +82,7 @@ class ArrangedEncoder:
         return self._uncompiled(image_BCHW) if self.blocked else self._logits(image_BCHW)
 
     @torch.compiler.disable
-    def _uncompiled(
-        self, image_BCHW: Tensor
-    ) -> Tensor:  # it knows no layout of oneDNN
+    def _uncompiled(self, image_BCHW: Tensor) -> Tensor:  # it knows no layout of oneDNN
         return self._logits(image_BCHW)
 
     def _logits(self, image_BCHW: Tensor) -> Tensor:
