@@ -172,9 +172,8 @@ def test_attention(words, run_cli, precision):
     assert code == 0, stderr
     found = last(stdout)
     assert found["seconds"].keys() == {"eager", "ours", "sdpa", "no_bias"}
-    assert all(
-        found["difference"][name] < (1e-5 if precision == "32-true" else 0.1) for name in ("eager", "ours", "sdpa")
-    )
+    assert found["difference"].keys() == {"eager", "ours", "sdpa"}
+    assert max(found["difference"].values()) < (1e-5 if precision == "32-true" else 0.1)
 
 
 def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
