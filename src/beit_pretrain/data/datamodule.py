@@ -14,6 +14,7 @@ from beit_pretrain.data.batches import EvalPlan, LabelMapViews, Plan, ShardDatas
 from beit_pretrain.data.mixture import Mixture
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import Access, ShardReader
+from beit_pretrain.data.workers import leave_signals_to_the_run
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.masking import BlockwiseMask
 from beit_pretrain.images.views import ClassificationViews, PretrainViews
@@ -172,6 +173,7 @@ class ShardData(LightningDataModule):
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
+            worker_init_fn=leave_signals_to_the_run,
         )
 
 

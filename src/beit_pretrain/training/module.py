@@ -46,6 +46,7 @@ class TrainedModule(LightningModule):
         self.batch_ended: float | None = None
         self.keeper: Keeper | None = None
         self.guard: Guard | None = None
+        self.validation_due = False  # of the step in hand: a checkpoint says so
         self._sums: dict[str, Tensor] = {}  # (2,): sum of value x weight, sum of weights
 
     def configure_model(self) -> None:
@@ -90,8 +91,8 @@ class TrainedModule(LightningModule):
         if last_micro_batch and self.keeper is not None:
             data = getattr(self.trainer, "datamodule", None)
             every = int(self.trainer.val_check_interval)
-            validates = "val" in getattr(data, "readers", ()) and (batch_idx + 1) % every == 0
-            self.keeper.after_step(self, validates)
+            self.validation_due = "val" in getattr(data, "readers", ()) and (batch_idx + 1) % every == 0
+            self.keeper.after_step(self)
         self.batch_ended = time.perf_counter()  # the last thing of a step: from here on it waits for data
 
     def flush(self) -> None:
@@ -113,10 +114,25 @@ class TrainedModule(LightningModule):
         self._sums = {name: pair.to(self.device) for name, pair in self._sums.items()}
 
     def on_train_start(self) -> None:
-        if self.keeper is not None:  # later than Lightning, which takes SIGTERM for itself before
+        if self.keeper is not None:
             self.keeper.begin()
+        if self.validation_due:  # the run was ended before or during it
+            self.validate_now()
+
+    def validate_now(self) -> None:
+        """Validate between two steps, as Lightning's loop does by itself."""
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
+        self.trainer.validating = True
+        loop.run()
+        self.trainer.training = True
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.keeper is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.keeper.after_validation_batch(self, batch_idx)
 
     def on_validation_end(self) -> None:
+        self.validation_due = False
         if self.keeper is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.keeper.after_validation(self)
 
@@ -139,11 +155,12 @@ class TrainedModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with."""
-        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-        if progress:
-            done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-            for counts in (progress["total"], progress["current"]):
-                counts.update(dict.fromkeys(counts, done))
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        done = int(checkpoint.get("global_step", 0)) * self.trainer.accumulate_grad_batches
+        for name, count in (("epoch_loop.batch_progress", done), ("epoch_loop.val_loop.batch_progress", 0)):
+            for counts in (loop[name]["total"], loop[name]["current"]) if name in loop else ():
+                counts.update(dict.fromkeys(counts, count))
+        self.validation_due = bool(checkpoint.get("validation_due"))
         if self.trainer.is_global_zero:
             self._sums = dict(checkpoint.get("unwritten", {}))
 
@@ -151,6 +168,9 @@ class TrainedModule(LightningModule):
         """Say in plain containers what the file holds, so that `checkpoint.read_own` can rebuild the network."""
         checkpoint["beit_pretrain"] = {"kind": self.kind, "model": dict(self.model.config), **self.about}
         checkpoint["unwritten"] = self.unwritten()
+        checkpoint["validation_due"] = self.validation_due
+        if self.guard is not None:
+            self.guard.write(self.trainer.global_step, self.trainer.is_global_zero)
 
     def unwritten(self) -> dict[str, Tensor]:
         """Sums since the last flush, over all processes: a checkpoint between two flushes loses none of them.

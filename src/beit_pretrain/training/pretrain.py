@@ -63,7 +63,7 @@ class Pretraining(TrainedModule):
         image, tokens_BN = self.image_and_tokens(batch)
         logits_BKV = self.predict_masked(image, batch, self.drop(batch))
         target_BK = masked_targets(tokens_BN, batch["mask_index"])
-        loss_sum = F.cross_entropy(logits_BKV.flatten(0, 1).float(), target_BK.flatten(), reduction="sum")
+        loss_sum = F.cross_entropy(at_least_float(logits_BKV).flatten(0, 1), target_BK.flatten(), reduction="sum")
         masked = (target_BK != IGNORE).sum()
         correct = (logits_BKV.argmax(-1) == target_BK).sum()
         self._masked = self._masked.to(self.device) + masked
@@ -132,7 +132,9 @@ class Pretraining(TrainedModule):
         copied_BN = tokens_BN.gather(1, nearest_visible(batch["mask"]))
         copied_BK = copied_BN.gather(1, batch["mask_index"].clamp(min=0))
         vocab = self.model.vocab_size
-        self._totals[0] += F.cross_entropy(logits_BKV.flatten(0, 1).float(), target_BK.flatten(), reduction="sum")
+        self._totals[0] += F.cross_entropy(
+            at_least_float(logits_BKV).flatten(0, 1), target_BK.flatten(), reduction="sum"
+        )
         self._totals[1] += (logits_BKV.argmax(-1) == target_BK).sum()
         self._totals[2] += (copied_BK == target_BK).sum()
         self._totals[3] += (target_BK != IGNORE).sum()
@@ -157,6 +159,11 @@ class Pretraining(TrainedModule):
 def masked_targets(tokens_BN: Tensor, index_BK: Tensor) -> Tensor:
     """Tokens (B, K) at the masked positions; `IGNORE` where a position is padding (-1)."""
     return tokens_BN.gather(1, index_BK.clamp(min=0)).masked_fill(index_BK < 0, IGNORE)
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def nearest_visible(mask_BN: Tensor) -> Tensor:
