@@ -39,9 +39,10 @@ def in_parts(words: list[str], stops: list[tuple[int, int, int]], steps: int, fo
         record, log = folder / f"part{number}", folder / f"log{number}"
         more = [f"steps={steps}", "name=parts", f"trainer.devices={processes}", f"data.workers={workers}"]
         process = start([*words, *more], folder, log, **watch(record))
+        aim = max(stop, steps_written(run) + 1)
         if stop < steps:
-            assert wait_until(process, lambda stop=stop: steps_written(run) >= stop, 300), log.read_text()[-3000:]
-            time.sleep(rng.uniform(0, 0.3))
+            assert wait_until(process, lambda aim=aim: steps_written(run) >= aim, 300), log.read_text()[-3000:]
+            time.sleep(rng.uniform(0, 0.3 if steps > 10 else 0.03))
             if number == 1:
                 signal_group(process, signal.SIGKILL)
             else:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain.compose import plain
 from beit_pretrain.data.replacements import Replacements
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.runs import cluster
 from beit_pretrain.runs.folder import REPLACED, SKIPPED, alone, finished_step, mark_finished
 from beit_pretrain.runs.launch import is_child
@@ -129,6 +129,10 @@ def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: fl
     try:
         with cluster.connected(trainer, timeout_minutes):
             trainer.fit(task.module, task.data, ckpt_path=str(resume) if resume else None, weights_only=True)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if resume is None or keeper.signals.looping:
+            raise
+        raise UserError(f"the run cannot go on from {resume}: {type(error).__name__}: {first_line(error)}") from error
     except SystemExit:  # Lightning's answer to a Ctrl-C that came twice
         if trainer.interrupted:
             raise KeyboardInterrupt from None

@@ -22,6 +22,8 @@ from beit_pretrain.training.metrics import CsvMetrics
 from beit_pretrain.training.signals import Signals, Stopped
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+# What a run needs to go on.
+OF_A_RUN = {"state_dict": dict, "global_step": int, "optimizer_states": list, "loops": dict, "beit_pretrain": dict}
 ASK_EVERY = 10  # validation batches between two questions to the other processes whether one of them was told to stop
 
 
@@ -118,8 +120,11 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     problems: list[str] = []
     for path in there:
         try:
-            if "state_dict" not in checkpoint.read(path):
-                raise UserError(f"{path} is no checkpoint of a run")
+            content = checkpoint.read(path)
+            held = {name: content.get(name) for name in OF_A_RUN}
+            missing = [n for n, kind in OF_A_RUN.items() if not isinstance(held[n], kind) or held[n] in ([], {})]
+            if missing:
+                raise UserError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing)")
             with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
                 if broken := archive.testzip():
                     raise UserError(f"{path} is damaged: the checksum of {broken} is another")

@@ -50,6 +50,8 @@ class TrainedModule(LightningModule):
         self._sums: dict[str, Tensor] = {}  # (2,): sum of value x weight, sum of weights
 
     def configure_model(self) -> None:
+        if self.trainer.precision == "64-true":  # Lightning does it later, and would load a checkpoint into float32
+            self.double()
         if self._device_mesh is not None:  # trainer.strategy=fsdp
             cluster.shard(self.model, self._device_mesh["data_parallel"])
 
