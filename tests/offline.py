@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from tiny import CLOCKS, last_checkpoint, rows_of
+from tiny import comparable, last_checkpoint, rows_of
 from wandb.proto.wandb_internal_pb2 import Record
 
 BLOCK, HEADER, FULL, FIRST, LAST = 32768, 7, 1, 2, 4
@@ -54,7 +54,7 @@ def same_history(run: Path) -> int:
     found: dict[int, dict[str, float]] = {}
     for row in history(folders(run)[-1]):
         step = int(row["trainer/global_step"])
-        metrics = {k: v for k, v in row.items() if k.startswith(("train/", "val/")) and k not in CLOCKS}
+        metrics = comparable(row)
         assert not found.setdefault(step, {}).keys() & metrics.keys(), f"twice at step {step}"
         found[step] |= metrics
     assert found == rows_of(run)

@@ -145,6 +145,25 @@ def signals_restored():
     restore()
 
 
+def test_with_averaged_weights_a_validation_is_finished(shards, run_cli, tmp_path, sends, signals_restored):
+    """They stand in the network's place meanwhile. Early stopping counts what has been."""
+    words = ["fit", "+experiment=demo_finetune", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
+    words += ["from_scratch=true", "ema=.9", "early_stopping=3", "image_size=32", "global_batch=8", "batch_size=4"]
+    words += ["steps=10", "val_every=2", "save_every=4", "log_every=1", "threads=1", "data.workers=0"]
+    assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
+    sends("on_validation_batch_start", 4)
+    with pytest.raises(SystemExit):
+        run_cli(*words, f"run_dir={tmp_path / 'run'}")
+    signals_restored()
+    assert "val/accuracy" in rows_of(tmp_path / "run")[4]
+    assert run_cli(*words, f"run_dir={tmp_path / 'run'}")[0] == 0
+    same_run(tmp_path / "whole", tmp_path / "run")
+    last = [last_checkpoint(tmp_path / name) for name in ("whole", "run")]
+    for name, tensor in last[0]["current_model_state"].items():
+        assert torch.equal(tensor, last[1]["current_model_state"][name])
+    assert run_cli(*words, f"run_dir={tmp_path / 'run'}")[1].count("already finished") == 1  # however early it stopped
+
+
 def test_a_signal_during_the_last_validation(words, run_cli, tmp_path, monkeypatch, signals_restored):
     """It comes after the last checkpoint, whose step is no multiple of val_every."""
     words = [*in_process(words), "steps=7"]

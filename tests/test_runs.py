@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from crash import Crash
+from lightning.pytorch.plugins import MixedPrecision
 
 from beit_pretrain.checkpoints import files as checkpoint
+from beit_pretrain.runs import cluster
 from beit_pretrain.runs import fit as runs
 from beit_pretrain.training.metrics import curve
 from beit_pretrain.training.pretrain import Pretraining
@@ -97,6 +99,28 @@ def test_every_kind_of_run_in_every_precision(experiment, precision, shards, dva
     code, _, stderr = run_cli(*words, f"run_dir={tmp_path / 'run'}", f"trainer.precision={precision}")
     assert code == 0, stderr
     assert all(0 < loss < 10 for loss in curve(tmp_path / "run/metrics.csv", "train/loss")[1])
+
+
+def test_a_loss_scale_is_not_taken_for_a_gradient(words, run_cli, tmp_path, monkeypatch):
+    """trainer.precision=16-mixed, which Lightning allows on a GPU alone: norm and clip are those of the gradient."""
+    words = [*words, "steps=4", "val_every=4", "optim.warmup_steps=1"]
+    assert run_cli(*words, f"run_dir={tmp_path / 'full'}")[0] == 0
+    arranged = cluster.arranged
+
+    def halved(*settings) -> dict:
+        found = arranged(*settings)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return {**found, "precision": None, "plugins": [*found["plugins"], MixedPrecision("16-mixed", "cpu", scaler)]}
+
+    monkeypatch.setattr(cluster, "arranged", halved)
+    code, _, stderr = run_cli(*words, f"run_dir={tmp_path / 'half'}")
+    assert code == 0, stderr
+    for metric in ("train/loss", "train/gradient_norm"):
+        full, half = (curve(tmp_path / name / "metrics.csv", metric)[1] for name in ("full", "half"))
+        assert half == pytest.approx(full, rel=1e-2), metric
+    states = [checkpoint.read(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in ("full", "half")]
+    change = max((states[0][name] - states[1][name]).abs().max() for name in states[0])
+    assert change < 2e-3  # three steps of 3e-3 each
 
 
 def long_run(words: list[str], folder: Path, *more: str) -> subprocess.Popen:

@@ -110,11 +110,20 @@ def rows_of(run: Path, every: int = 1) -> dict[int, dict[str, Any]]:
     """A run's metrics by step, less clocks. No step may stand twice, and none (`every`-th) be missing to the last."""
     lines = (run / "metrics.csv").read_text().splitlines()[1:]
     assert [int(line.partition(",")[0]) for line in lines] == [every * n for n in range(1, len(lines) + 1)]
-    rows = read_rows(run / "metrics.csv")[1]
-    comparable = {
-        step: {k: "nan" if v != v else v for k, v in row.items() if k not in CLOCKS} for step, row in rows.items()
-    }
-    return comparable
+    return {step: comparable(row) for step, row in read_rows(run / "metrics.csv")[1].items()}
+
+
+def comparable(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics less clocks, where not-a-number equals itself."""
+    metrics = {k: v for k, v in row.items() if k.startswith(("train/", "val/")) and k not in CLOCKS}
+    return {k: "nan" if v != v else v for k, v in metrics.items()}
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Of a training loss between two runs that have the same steps."""
+    rows = rows_of(one), rows_of(other)
+    assert rows[0].keys() == rows[1].keys()
+    return max(abs(rows[0][step]["train/loss"] - rows[1][step]["train/loss"]) for step in rows[0])
 
 
 def last_checkpoint(run: Path) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from offline import same_history
-from tiny import rows_of, signal_group, start, steps_written, wait_until
+from tiny import largest_difference, signal_group, start, steps_written, wait_until
 
 pytestmark = [pytest.mark.soak, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -55,12 +55,6 @@ def in_parts(words: list[str], stops: list[tuple[int, int, int]], steps: int, fo
     return seen
 
 
-def largest_difference(one: Path, other: Path, steps: int) -> float:
-    rows = rows_of(one), rows_of(other)
-    assert len(rows[0]) == len(rows[1])
-    return max(abs(rows[0][step]["train/loss"] - rows[1][step]["train/loss"]) for step in range(1, steps + 1))
-
-
 @pytest.mark.parametrize(
     ("precision", "steps", "stops", "bound"),
     [
@@ -79,7 +73,7 @@ def test_one_two_four_and_one_process(precision, steps, stops, bound, made, tmp_
     for step in range(steps):
         assert sorted(parts[step]) == sorted(alone[step]), step
         assert [position for position, _ in sorted(parts[step])] == list(range(step * 16, (step + 1) * 16))
-    found = largest_difference(tmp_path / "runs/whole", tmp_path / "runs/parts", steps)
+    found = largest_difference(tmp_path / "runs/whole", tmp_path / "runs/parts")
     assert found <= bound
     same_history(tmp_path / "runs/parts")
     measured(

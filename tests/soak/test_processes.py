@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from offline import same_history
-from tiny import errors, last_checkpoint, rows_of, same_run, start, steps_written, tree, wait_until
+from tiny import errors, largest_difference, last_checkpoint, rows_of, start, steps_written, tree, wait_until
 
 from beit_pretrain import load_pretrained
 
@@ -75,12 +75,16 @@ def test_two_nodes_of_two_processes(words, tmp_path, measured):
     assert [node.wait(600) for node in both] == [0, 0], log_of(tmp_path)
     assert "continuing two after step" in (tmp_path / "node0").read_text()
     assert "pretrain two" not in (tmp_path / "node1").read_text()  # only rank 0 speaks
-    assert same_run(tmp_path / "runs/whole", run) == STEPS
+    # DDP lays its buckets out anew after its first step, and gloo sums four numbers in an order that depends on it.
+    found = largest_difference(tmp_path / "runs/whole", run)
+    assert found < 1e-5
     same_history(run)
     measured(
         f"all ended {took[0]:.0f} s after the SIGKILL, {took[1]:.0f} s after one hung (time-out {TIMEOUT} s), each"
     )
-    measured(f"with a line; {took[2]:.0f} s after SIGTERM to one torchrun. {STEPS} steps, in the end bit-identical")
+    measured(
+        f"with a line; {took[2]:.0f} s after SIGTERM to one torchrun. {STEPS} steps once, losses within {found:.1e}"
+    )
 
 
 def log_of(folder: Path) -> str:
@@ -174,9 +178,8 @@ def test_fsdp(words, watch, tmp_path, measured):
     assert again.wait(200) == 75, log.read_text()[-3000:]
     assert "step 8: 1 update was skipped" in log.read_text()
     assert start(cut, tmp_path, log).wait(300) == 0, log.read_text()[-3000:]
-    rows = rows_of(tmp_path / "runs/one"), rows_of(run)
-    assert len(rows[1]) == STEPS
-    found = max(abs(rows[0][step]["train/loss"] - rows[1][step]["train/loss"]) for step in rows[0])
+    found = largest_difference(tmp_path / "runs/one", run)
+    assert len(rows_of(run)) == STEPS
     assert found < 1e-4
     for name, tensor in last_checkpoint(tmp_path / "runs/one")["state_dict"].items():
         torch.testing.assert_close(last_checkpoint(run)["state_dict"][name], tensor, rtol=1e-3, atol=1e-5)

@@ -92,6 +92,7 @@ class ShardData(LightningDataModule):
 
     masking: BlockwiseMask | None = None
     label_maps = False
+    patience: float = 0  # seconds to wait for a batch of the workers; 0 = for ever
 
     def train_dataset(self, plan: Plan) -> ShardDataset:
         """The training batches that `plan` lays out."""
@@ -174,6 +175,7 @@ class ShardData(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
             worker_init_fn=leave_signals_to_the_run,
+            timeout=self.patience if self.workers else 0,
         )
 
 

@@ -30,7 +30,12 @@ def end_workers() -> None:
 
 
 def worker_died(error: BaseException) -> UserError | None:
-    """What to tell about an error of torch's loader that says that a worker has died; None for other errors."""
+    """What to tell about an error of torch's loader: a worker has died, or gives no batch; None for other errors."""
+    if silent := re.search(r"DataLoader timed out after ([\d.]+) seconds", str(error)):
+        return UserError(
+            f"the loader workers gave no batch for {float(silent[1]) / 60:g} minutes (timeout_minutes); the same "
+            "command goes on from the last checkpoint"
+        )
     found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited)", str(error))
     if found is None:
         return None

@@ -118,6 +118,7 @@ def prepare(cfg: DictConfig, task: Task, start: Start, signals: Signals) -> None
     module.keeper = Keeper(folder, cfg.save_every, cfg.save_minutes, cfg.keep_every, signals)
     if start.path == folder / LAST:
         module.keeper.saved_at = start.step
+    task.data.patience = 60 * cfg.timeout_minutes
     sharded = cfg.trainer.strategy == "fsdp"
     module.guard = Guard(Path(cfg.run_dir) / SKIPPED, cfg.max_skipped, cfg.global_batch, sharded)
 

@@ -61,7 +61,9 @@ class TrainedModule(LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Rescale and clip here and not by Lightning: its clip refuses fused AdamW under bf16, and knows no scale."""
-        norm = optimisation.clip_gradients(self.model.parameters(), self.optim.clip, self.gradient_scale())
+        loss_scale = self.loss_scale()
+        clip = None if self.optim.clip is None else self.optim.clip * loss_scale
+        norm = optimisation.clip_gradients(self.model.parameters(), clip, self.gradient_scale()) / loss_scale
         self.track(gradient_norm=norm, lr=optimizer.param_groups[-1]["lr"])
         if self.guard is not None:
             self.track(skipped=self.guard.examine(norm, optimizer, self.trainer.global_step))
@@ -71,6 +73,11 @@ class TrainedModule(LightningModule):
         if not self.model.config.get("drop_path_rate"):
             return None
         return uniforms(self.seed, batch["position"], self.model.branches)
+
+    def loss_scale(self) -> float:
+        """What trainer.precision=16-mixed has multiplied the loss by; the fused optimiser takes it out again."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0
 
     def gradient_scale(self) -> Tensor | float:
         """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""
