@@ -220,7 +220,7 @@ def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tens
     The replacement comes before any position is added, and through `where`: no pixel of a masked patch is left.
     """
     # In the parameters' precision, also under autocast: what residual branches are added to is never rounded to bf16.
-    x_BND = model.patch_embed(image_BCHW).to(model.cls_token.dtype)
+    x_BND = model.patch_embed(image_BCHW.to(model.cls_token.dtype)).to(model.cls_token.dtype)
     if mask_BN is not None:
         x_BND = torch.where(mask_BN.unsqueeze(-1), model.mask_token, x_BND)
     x_BND = torch.cat([model.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
