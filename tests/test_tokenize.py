@@ -172,6 +172,18 @@ def test_images_that_cannot_be_decoded_are_named(words, copied, run_cli):
     assert np.flatnonzero(records["crop"][:, 0, 2] == 0).tolist() == [0, 5]
 
 
+def test_a_shard_that_is_not_its_manifests_gets_no_tokens(words, copied, run_cli):
+    """The tokens are signed with the manifest's digests; that of each shard must hold."""
+    tar = copied / "train/shard-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[-1500] ^= 1  # the size is right, and the images decode
+    tar.write_bytes(data)
+    code, _, stderr = run_cli(*words, f"data={copied / 'train'}")
+    assert code == 2
+    assert "shard-000001.tar cannot be used: its content is not what its manifest says" in stderr.splitlines()[-1]
+    assert not (copied / "train/tokens").exists()
+
+
 def test_shards_of_another_machine(words, shards, serve, run_cli, tmp_path):
     here = tmp_path / "tokens"
     remote = [f"data={serve(shards / 'train').url}", f"cache_dir={tmp_path / 'cache'}", "retries=0"]
