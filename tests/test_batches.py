@@ -21,6 +21,7 @@ from beit_pretrain.data.datamodule import PretrainData
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import Access, ShardReader
 from beit_pretrain.errors import UserError
+from beit_pretrain.images import views
 from beit_pretrain.images.masking import BlockwiseMask
 from beit_pretrain.images.views import PretrainViews
 from beit_pretrain.shards.make import make_shards
@@ -258,3 +259,21 @@ def test_the_first_batch_of_a_full_size_set(full_size):
     assert time.perf_counter() - start < 3
     assert batch["position"].tolist() == list(range(99_999_744, 99_999_744 + 128))
     assert np.isfinite(batch["jitter_factors"].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["python", "system", "torch"],
+)
+def test_a_shortage_of_memory_is_not_replaced(spoiled, error, monkeypatch):
+    """The image is fine: a neighbour in its place would make the batch depend on the machine."""
+
+    def short(*args, **settings):
+        raise error
+
+    monkeypatch.setattr(views, "resized", short)
+    with pytest.raises(UserError, match=r"^not enough memory to decode \d{9} of .*shard-00000\d\.tar; fewer workers"):
+        batches(data(spoiled))
+    with pytest.raises(UserError, match=r"^not enough memory to decode"):  # from a worker, as one line too
+        batches(data(spoiled, workers=1))

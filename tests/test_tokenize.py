@@ -14,6 +14,7 @@ from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.images.reading import opened
 from beit_pretrain.images.views import PretrainViews, jittered_views
+from beit_pretrain.tokens import tokenize as tokenizing
 from beit_pretrain.tokens.cached import TokenFolder, record_dtype
 from beit_pretrain.training.dvae import DiscreteVAE, DVAETokenizer
 
@@ -181,6 +182,17 @@ def test_a_shard_that_is_not_its_manifests_gets_no_tokens(words, copied, run_cli
     code, _, stderr = run_cli(*words, f"data={copied / 'train'}")
     assert code == 2
     assert "shard-000001.tar cannot be used: its content is not what its manifest says" in stderr.splitlines()[-1]
+    assert not (copied / "train/tokens").exists()
+
+
+def test_a_shortage_of_memory_leaves_no_gap(words, copied, run_cli, monkeypatch):
+    def short(*args, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(tokenizing, "opened", short)
+    code, _, stderr = run_cli(*words, f"data={copied / 'train'}")
+    assert code == 2
+    assert "error: not enough memory to decode 000000000 of " in stderr
     assert not (copied / "train/tokens").exists()
 
 

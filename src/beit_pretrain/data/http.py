@@ -59,9 +59,9 @@ class _Https(_InTime, http.client.HTTPSConnection):
 
 class _HttpHandler(urllib.request.HTTPHandler):
     def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(_Http, request)  # type: ignore[arg-type]
+        return self.do_open(_Http, request)
 
 
 class _HttpsHandler(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(_Https, request)  # type: ignore[arg-type]
+        return self.do_open(_Https, request)

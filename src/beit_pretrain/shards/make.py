@@ -8,9 +8,13 @@ goes on (workfolder.py) and ends with the same bytes, whatever the number of wor
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.images.reading import MAX_PIXELS
 from beit_pretrain.shards import synthetic
 from beit_pretrain.shards.labels import segmentation_names
-from beit_pretrain.shards.listing import Listing, build_listing, opened_listing, source_units
+from beit_pretrain.shards.listing import Listing, build_listing, distinct_names, opened_listing, source_units
 from beit_pretrain.shards.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
 from beit_pretrain.shards.packing import (
     Job,
@@ -48,6 +52,7 @@ from beit_pretrain.shards.workfolder import (
 )
 
 FORMAT = 1  # of plan.json
+MUCH = 0.01  # share of files that are no usable images of which a warning tells
 
 
 def make_shards(
@@ -71,15 +76,17 @@ def make_shards(
     """Write `out/split/`, or with `val` > 0 `out/train/` and `out/val/`, and return the folders.
 
     `src`: "synthetic" (`images` images, `size` pixels a side), a folder (of class folders, tars, or images), a tar, or
-    a list of folders and tars; the class is the name of the folder (or inner tar) that holds the image. `split`: name
-    of the folder, and the part of a source that has parts. `val`: the fraction of every class set apart, counted before
-    decoding; images without a class, or alone in theirs, count as one class. `labels`: see labels.py. `resize`: images
-    whose shorter side has more pixels are shrunk to it and stored as JPEG of `quality`, without EXIF; others keep their
-    bytes. `window`, `percentiles`: grey values that become 0 and 255; percentiles are for images of more than 8 bits, a
-    window is for every grey image. `workers`: None = all cores.
+    a list of folders and tars; the class is the name of the folder (or inner tar, or tar of a list of tars) that holds
+    the image. `split`: name of the folder, and the part of a source that has parts. `val`: the fraction of every class
+    set apart, counted before decoding; images without a class, or alone in theirs, count as one class. `labels`: see
+    labels.py. `resize`: images whose shorter side has more pixels are shrunk to it and stored as JPEG of `quality`,
+    without EXIF, or as PNG if they are not opaque or too long for a JPEG; others keep their bytes. `window`,
+    `percentiles`: grey values that become 0 and 255; percentiles are for images of more than 8 bits, a window is for
+    every grey image, of grey palettes and with alpha too. `workers`: None = all cores.
 
     A half-done run of the same call in `out` is gone on with; a finished one is left as it is.
-    Raises UserError for a bad argument, source or target, or if no image can be decoded.
+    Raises UserError for a bad argument, source or target, a source that cannot be read or changes meanwhile, too little
+    memory, or if no image can be decoded.
     """
     low_high = None if window is None else [float(v) for v in window]
     grey = ([float(v) for v in percentiles], max_pixels, images, size)
@@ -107,6 +114,8 @@ def make_shards(
         for name in missing:
             _write_split(work, name, settings, workers)
             _describe(work, name, sources, settings)
+        if missing:  # a source that went away meanwhile must not pass for one of broken images
+            _check_unchanged(work, sources, split, images)
         for name in missing:
             publish(work, name, out)
         close(work)
@@ -127,7 +136,9 @@ def _check_arguments(sources: list[str], split: str, workers: int | None, settin
     wrong = {
         f"val must be at least 0 and below 1, got {s.val}": not 0 <= s.val < 1,
         "val above 0 writes train and val; leave split= out": s.val > 0 and split != "train",
-        f"split must be a plain folder name, got {split!r}": Path(split).name != split or split.startswith("."),
+        f"split must be a plain folder name, got {show(split)}": not split
+        or Path(split).name != split
+        or split.startswith("."),
         f"samples_per_shard must be 1 or more, got {s.samples_per_shard}": s.samples_per_shard < 1,
         f"seed must be at least 0 and below 2^63, got {s.seed}": not 0 <= s.seed < 2**63,
         f"resize must be 1 pixel or more, or null, got {s.resize}": s.resize is not None and s.resize < 1,
@@ -152,6 +163,10 @@ def _check_sources(sources: list[str], out: Path) -> None:
     folders = [Path(source).resolve() for source in sources if source != "synthetic"]
     if len(set(folders)) < len(folders):
         raise UserError("src names a source twice; its images would count twice")
+    known = set(folders)
+    for folder in folders:
+        if outer := known.intersection(folder.parents):
+            raise UserError(f"src={folder} lies inside src={min(outer)}; its images would count twice")
     for folder in folders:
         if folder.is_dir() and out.resolve().is_relative_to(folder):  # the next run would take the shards for sources
             raise UserError(f"out={out} lies inside src={folder}; choose an out= elsewhere")
@@ -173,14 +188,15 @@ def _check_unchanged(work: Path, sources: list[str], split: str, images: int) ->
     """Raise UserError for a source that is not as it was when the half-done run listed it."""
     advice = f"since the half-done run in {work} began; delete that folder to start anew"
     listed = iter(Listing(work / "listing").units)
-    for unit in source_units(sources, split, images):
-        before = next(listed, None)
-        if before is not None and unit.path != before.path and before.path and not os.path.exists(before.path):
-            raise UserError(f"{before.path} is missing {advice}")
-        if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
-            raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
-        if before.stamp != unit.stamp:
-            raise UserError(f"{unit.path} has changed {advice}")
+    with redirect_stderr(io.StringIO()):  # what was left out has been said when it was listed
+        for unit in source_units(sources, split, images):
+            before = next(listed, None)
+            if before is not None and unit.path != before.path and before.path and not os.path.exists(before.path):
+                raise UserError(f"{before.path} is missing {advice}")
+            if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
+                raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
+            if before.stamp != unit.stamp:
+                raise UserError(f"{unit.path} has changed {advice}")
     if (gone := next(listed, None)) is not None:
         raise UserError(f"{gone.path} is missing {advice}")
 
@@ -264,23 +280,28 @@ def _about(work: Path) -> dict[str, Any]:
 def _describe(work: Path, name: str, sources: list[str], settings: Settings) -> None:
     """Write rejected.jsonl and the manifest of a finished split. Raises UserError if it holds no image."""
     folder, entries, labels = work / name, [], [np.zeros(0, np.int64)]
-    count, first, segmentation = 0, None, False
+    reasons: Counter[str] = Counter()
+    first, segmentation, deep_colours = None, False, 0
     jobs = _jobs(work, name, settings)
     with open(folder / REJECTED, "w", encoding="utf-8") as rejected:
         for job in jobs:
             report = read_report(job)
             assert report is not None
-            count += len(report["rejected"])
+            reasons.update(refused["reason"] for refused in report["rejected"])
             first = first or next(iter(report["rejected"]), None)
             rejected.writelines(json.dumps(refused) + "\n" for refused in report["rejected"])
             if report["entry"] is not None:
                 entries.append(report["entry"])
                 labels.append(np.load(index_path(shard_path(work, name, job.shard)))["label"])
                 segmentation |= report["segmentation"]
+                deep_colours += report.get("deep_colours", 0)
     if not entries:
         discard(work / "plan.json")  # there is nothing to go on with
         assert first is not None
-        raise UserError(f"none of the {count} files for {name} is a usable image ({first['key']!r}: {first['reason']})")
+        raise UserError(
+            f"none of the {reasons.total()} files for {name} is a usable image ({first['key']!r}: {first['reason']})"
+        )
+    _warn_of_many(reasons, len(np.load(order_path(work, name), mmap_mode="r")), name)
     about = _about(work)
     write_manifest(
         folder,
@@ -293,7 +314,17 @@ def _describe(work: Path, name: str, sources: list[str], settings: Settings) -> 
         settings=_chosen(sources, settings),
         segmentation_classes=_segmentation_classes(sources) if segmentation else [],
         listing_sha256=about["listing_sha256"],
+        deep_colours=deep_colours,
     )
+
+
+def _warn_of_many(reasons: Counter[str], files: int, name: str) -> None:
+    """Say so if much is rejected: as a rule that is not what was meant."""
+    if reasons.total() > MUCH * files:
+        most, times = reasons.most_common(1)[0]
+        others = ", and others" if times < reasons.total() else ""
+        said = f"{reasons.total():,} of {files:,} files for {name} are no usable images ({most}{others})"
+        print(f"warning: {said}; see its {REJECTED}", file=sys.stderr)
 
 
 def _chosen(sources: list[str], settings: Settings) -> dict[str, Any]:
@@ -304,7 +335,7 @@ def _chosen(sources: list[str], settings: Settings) -> dict[str, Any]:
 
 def _source_name(sources: list[str]) -> str:
     """The sources' names alone: paths would differ from machine to machine."""
-    return ", ".join(Path(source).resolve().name if source != "synthetic" else source for source in sources)
+    return ", ".join(distinct_names([Path(source).resolve() for source in sources]))
 
 
 def _segmentation_classes(sources: list[str]) -> list[str]:
