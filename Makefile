@@ -27,7 +27,7 @@ test: $(READY) ## the tests, under 10 minutes on 2 cores
 test-long: $(READY) ## the tests that `make test` leaves out: whole processes, signals
 	$(BIN)/python -m pytest -m "long and not soak"
 
-soak: $(READY) ## what takes minutes each: nodes, FSDP, full-size segmentation, kills of tokenize; not part of test-all
+soak: $(READY) ## what takes minutes each: kills, processes, disks, NaN, full-size segmentation; ends with a table; not in test-all
 	$(BIN)/python -m pytest -m soak --timeout=1800
 
 test-all: test test-long ## all tests

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image, ImageDraw
 
@@ -33,6 +34,46 @@ MIM = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "de
 def one_thread():
     """Tiny tensors gain nothing from a second thread, and a test may have asked for one through `threads=`."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """What `tiny.start` started ends with its test."""
+    yield
+    tiny.end_all()
+
+
+@pytest.fixture
+def measured(request) -> Callable[[str], None]:
+    """`measured("...")`: what a test of `make soak` found, for the table at the end."""
+    return lambda found: request.node.user_properties.append(("measured", found))
+
+
+def pytest_runtest_makereport(item, call) -> None:
+    """The promise that a test of `make soak` stands for is the first line of its docstring."""
+    if call.when == "setup" and item.get_closest_marker("soak"):
+        promise = (item.function.__doc__ or item.name.replace("_", " ")).strip().splitlines()[0]
+        item.user_properties.append(
+            ("promise", promise + (f" [{item.callspec.id}]" if hasattr(item, "callspec") else ""))
+        )
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The table of `make soak`: every promise, what was measured, how long it took."""
+    rows = []
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            facts: dict[str, list[str]] = {}
+            for key, value in getattr(report, "user_properties", []):
+                facts.setdefault(key, []).append(value)
+            if "promise" in facts and (report.when == "call" or outcome != "passed"):
+                rows.append((outcome, facts["promise"][0], f"{report.duration:.0f} s", facts.get("measured", [])))
+    if rows:
+        terminalreporter.section("soak")
+    for outcome, promise, seconds, found in rows:
+        terminalreporter.line(f"{outcome:8} {seconds:>6}  {promise}")
+        for line in found:
+            terminalreporter.line(f"{'':17}{line}")
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ import torch
 from omegaconf import OmegaConf
 
 from beit_pretrain.compose import compose, config_dir, experiments
-from beit_pretrain.runs.fit import total_steps
 from beit_pretrain.runs.preflight import off_recipe
 from beit_pretrain.runs.tasks import TASKS, network, optim
+from beit_pretrain.runs.trainer import total_steps
 
 NAMES = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 

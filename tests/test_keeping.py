@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from lightning import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from tiny import last_checkpoint, rows_of, same_run, signal_group, start, steps_written, wait_until
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.runs import fit as runs
 from beit_pretrain.training.guards import Guard
-from beit_pretrain.training.keeping import check_space, newest_good
+from beit_pretrain.training.keeping import Keeper, check_space, newest_good
 from beit_pretrain.training.metrics import read_rows
+from beit_pretrain.training.signals import Signals, Stopped
 
 
 @pytest.fixture
@@ -29,62 +32,21 @@ def words(shards, dvae_checkpoint, tmp_path):
     return [*words, "data.workers=1", "logger=wandb", "logger.mode=offline", "pictures=0", "optim.warmup_steps=2"]
 
 
-def process(words: list[str], folder: Path, *more: str) -> subprocess.Popen:
-    environment = {**os.environ, "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1", "WANDB_DIR": str(folder.parent)}
-    command = [sys.executable, "-m", "beit_pretrain", *words, f"run_dir={folder}", *more]
-    return subprocess.Popen(
-        command, cwd=folder.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
-def finished(words: list[str], folder: Path, *more: str) -> tuple[int, str, str]:
-    running = process(words, folder, *more)
-    stdout, stderr = running.communicate(timeout=240)
-    return running.returncode, stdout, stderr
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Every step once, every number to the last bit, and the same weights."""
-    rows = [read_rows(run / "metrics.csv")[1] for run in (one, other)]
-    timings = ("train/images_per_s", "train/data_wait")
-    rows = [{step: {k: v for k, v in row.items() if k not in timings} for step, row in r.items()} for r in rows]
-    assert rows[0] == rows[1]
-    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, other)]
-    for name, tensor in states[0]["state_dict"].items():
-        assert torch.equal(tensor, states[1]["state_dict"][name]), name
-    moments = [state["optimizer_states"][0]["state"] for state in states]
-    for number, entry in moments[0].items():
-        assert all(torch.equal(value, moments[1][number][key]) for key, value in entry.items())
-
-
-def steps_written(folder: Path) -> int:
-    try:
-        return max(read_rows(folder / "metrics.csv")[1], default=0)
-    except (OSError, ValueError, KeyError):
-        return 0
-
-
 @pytest.mark.long
 def test_killed_at_random_moments(words, tmp_path):
     """SIGKILL, whole process group, wherever it happens to be; six times here, thirty in `make soak`."""
-    assert finished(words, tmp_path / "whole")[0] == 0
-    folder, rng, kills = tmp_path / "killed", random.Random(0), 0
-    while kills < 6:
-        running = process(words, folder)
-        wanted = min(19, steps_written(folder) + rng.randrange(1, 6))
-        deadline = time.monotonic() + 120
-        while running.poll() is None and steps_written(folder) < wanted and time.monotonic() < deadline:
-            time.sleep(0.02)
+    log, folder, rng = tmp_path / "log", tmp_path / "killed", random.Random(0)
+    assert start([*words, f"run_dir={tmp_path / 'whole'}"], tmp_path, log).wait(240) == 0, log.read_text()
+    words, kills = [*words, f"run_dir={folder}"], 0
+    while kills < 6 and steps_written(folder) < 20:
+        running, aim = start(words, tmp_path, log), min(19, steps_written(folder) + rng.randrange(1, 6))
+        wait_until(running, lambda aim=aim: steps_written(folder) >= aim)
         time.sleep(rng.random() * 0.2)
         if running.poll() is None:
-            os.killpg(running.pid, signal.SIGKILL)
+            signal_group(running, signal.SIGKILL)
             kills += 1
-        running.communicate()
-        if steps_written(folder) >= 20:
-            break
-    code, stdout, stderr = finished(words, folder)
-    assert code == 0, stderr
+        running.wait()
+    assert start(words, tmp_path, log).wait(240) == 0, log.read_text()
     assert kills >= 3
     same_run(tmp_path / "whole", folder)
 
@@ -92,24 +54,171 @@ def test_killed_at_random_moments(words, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(("signum", "expected"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_told_to_stop(signum, expected, words, tmp_path):
-    """The step in hand is finished and saved, the exit code says what it was, and the run goes on bit by bit."""
-    assert finished(words, tmp_path / "whole")[0] == 0
-    folder = tmp_path / "stopped"
-    running = process(words, folder)
-    while running.poll() is None and steps_written(folder) < 6:
-        time.sleep(0.02)
+    """Its workers are told too, as by a terminal or SLURM: the step in hand is finished and saved, nothing is lost."""
+    log, folder = tmp_path / "log", tmp_path / "stopped"
+    assert start([*words, f"run_dir={tmp_path / 'whole'}"], tmp_path, log).wait(240) == 0, log.read_text()
+    running = start([*words, f"run_dir={folder}"], tmp_path, log)
+    assert wait_until(running, lambda: steps_written(folder) >= 6)
     before = steps_written(folder)
-    running.send_signal(signum)
-    stdout, stderr = running.communicate(timeout=60)
-    assert running.returncode == expected, stderr
-    assert f"stopped by {signal.Signals(signum).name} after step" in stdout
-    assert "the same command goes on from there" in stdout
-    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    signal_group(running, signum)
+    assert running.wait(60) == expected, log.read_text()
+    said = log.read_text()
+    assert f"stopped by {signal.Signals(signum).name} after step" in said
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    saved = last_checkpoint(folder)["global_step"]
     assert before <= saved <= steps_written(folder) == saved
-    code, stdout, stderr = finished(words, folder)
-    assert code == 0, stderr
-    assert f"after step {saved}" in stdout
+    assert start([*words, f"run_dir={folder}"], tmp_path, log).wait(240) == 0, log.read_text()
+    assert f"after step {saved}" in log.read_text()
     same_run(tmp_path / "whole", folder)
+
+
+class Signal(Callback):
+    """Sends this process a signal at a hook of a step."""
+
+    def __init__(self, hook: str, step: int, signum: int = signal.SIGTERM):
+        self.sent = False
+
+        def send(trainer, *_):
+            if trainer.global_step == step and not self.sent and trainer.state.fn == TrainerFn.FITTING:
+                self.sent = True
+                os.kill(os.getpid(), signum)
+
+        setattr(self, hook, send)
+
+
+@pytest.fixture
+def sends(monkeypatch):
+    """`sends(hook, step)`: the next run gets a signal there."""
+    make = runs.make_trainer
+
+    def order(*where) -> None:
+        def armed(cfg, steps, callbacks):
+            monkeypatch.setattr(runs, "make_trainer", make)
+            return make(cfg, steps, [*callbacks, Signal(*where)])
+
+        monkeypatch.setattr(runs, "make_trainer", armed)
+
+    return order
+
+
+PLACES = [  # hook, step, step that is saved
+    ("on_train_batch_start", 4, 5),  # in the first of two micro-batches, before a validation that is due
+    ("on_train_batch_end", 5, 5),  # just before that validation
+    ("on_validation_batch_start", 5, 5),  # in it
+    ("on_validation_epoch_end", 5, 5),
+    ("on_validation_end", 10, 10),  # of the last step
+    ("on_fit_start", 0, None),  # before the first step
+]
+
+
+def test_a_signal_at_every_place(words, run_cli, tmp_path, sends, signals_restored):
+    """Whatever was due is done by the next start: the same rows, weights, moments and best checkpoint."""
+    words = [*in_process(words), "steps=10"]
+    assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
+    for number, (hook, step, saved) in enumerate(PLACES):
+        run = tmp_path / str(number)
+        sends(hook, step)
+        with pytest.raises(SystemExit) as stopped:
+            run_cli(*words, f"run_dir={run}")
+        assert stopped.value.code == 75
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # one more must not change the exit code
+        signals_restored()
+        code, stdout, stderr = run_cli(*words, f"run_dir={run}")
+        assert code == 0, stderr
+        assert (f"after step {saved}" in stdout) == (saved is not None), hook
+        same_run(tmp_path / "whole", run)
+        assert (run / "finished.json").read_text() == '{"step": 10}\n'
+        best = [torch.load(folder / "checkpoints/best.ckpt", weights_only=True) for folder in (tmp_path / "whole", run)]
+        assert best[0]["global_step"] == best[1]["global_step"]
+
+
+@pytest.fixture
+def signals_restored():
+    """Gives back the signals that a stopped run lets go of for good; at the end in any case."""
+
+    def restore() -> None:
+        for signum in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(signum, signal.SIG_DFL)
+
+    yield restore
+    restore()
+
+
+def test_with_averaged_weights_a_validation_is_finished(shards, run_cli, tmp_path, sends, signals_restored):
+    """They stand in the network's place meanwhile. Early stopping counts what has been."""
+    words = ["fit", "+experiment=demo_finetune", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
+    words += ["from_scratch=true", "ema=.9", "early_stopping=3", "image_size=32", "global_batch=8", "batch_size=4"]
+    words += ["steps=10", "val_every=2", "save_every=4", "log_every=1", "threads=1", "data.workers=0"]
+    assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
+    sends("on_validation_batch_start", 4)
+    with pytest.raises(SystemExit):
+        run_cli(*words, f"run_dir={tmp_path / 'run'}")
+    signals_restored()
+    assert "val/accuracy" in rows_of(tmp_path / "run")[4]
+    assert run_cli(*words, f"run_dir={tmp_path / 'run'}")[0] == 0
+    same_run(tmp_path / "whole", tmp_path / "run")
+    last = [last_checkpoint(tmp_path / name) for name in ("whole", "run")]
+    for name, tensor in last[0]["current_model_state"].items():
+        assert torch.equal(tensor, last[1]["current_model_state"][name])
+    assert run_cli(*words, f"run_dir={tmp_path / 'run'}")[1].count("already finished") == 1  # however early it stopped
+
+
+def test_a_signal_during_the_last_validation(words, run_cli, tmp_path, monkeypatch, signals_restored):
+    """It comes after the last checkpoint, whose step is no multiple of val_every."""
+    words = [*in_process(words), "steps=7"]
+    assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "mark_finished", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(SystemExit):
+            run_cli(*words, f"run_dir={tmp_path / 'run'}")
+    signals_restored()
+    assert run_cli(*words, f"run_dir={tmp_path / 'run'}")[0] == 0
+    assert "val/loss" in same_rows(tmp_path / "whole", tmp_path / "run")[7]
+    code, stdout, _ = run_cli(*words, f"run_dir={tmp_path / 'run'}")
+    assert (code, "already finished" in stdout) == (0, True)
+    assert "val/loss" in same_rows(tmp_path / "whole", tmp_path / "run")[7]
+
+
+def same_rows(one: Path, other: Path) -> dict:
+    rows = rows_of(one)
+    assert rows == rows_of(other)
+    return rows
+
+
+def send(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+    time.sleep(0.1)
+
+
+class TestSignals:
+    def test_outside_of_the_loop_they_end_the_run_at_once(self, signals_restored):
+        with pytest.raises(Stopped) as stopped, Signals():
+            send(signal.SIGUSR1)
+        assert (stopped.value.signum, stopped.value.step) == (signal.SIGUSR1, None)
+
+    def test_inside_the_first_one_is_noted(self):
+        before = signal.getsignal(signal.SIGTERM)
+        with Signals() as signals:
+            signals.looping = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.told == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before
+
+    def test_a_second_ctrl_c_does_not_wait(self):
+        with Signals() as signals:
+            signals.looping = True
+            send(signal.SIGINT)
+            assert signals.told == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                send(signal.SIGINT)
+
+    def test_lightning_does_not_take_them(self, words, run_cli, tmp_path, monkeypatch):
+        taken = []
+        monkeypatch.setattr(Keeper, "begin", lambda self: taken.append(signal.getsignal(signal.SIGTERM)))
+        assert run_cli(*in_process(words), "steps=1", f"run_dir={tmp_path / 'run'}")[0] == 0
+        assert [handler.__self__.__class__ for handler in taken] == [Signals]
 
 
 def in_process(words: list[str]) -> list[str]:
@@ -119,7 +228,9 @@ def in_process(words: list[str]) -> list[str]:
 def test_checkpoints_of_a_run(words, run_cli, tmp_path):
     assert run_cli(*in_process(words), f"run_dir={tmp_path / 'run'}", "keep_every=6")[0] == 0
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert names == {"last.ckpt", "previous.ckpt", "step-00000006.ckpt", "step-00000012.ckpt", "step-00000018.ckpt"}
+    kept = {f"step-{step:08d}.ckpt" for step in (6, 12, 18)}
+    assert names == {"last.ckpt", "previous.ckpt", "best.ckpt", *kept}
+    assert {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()} == {"checkpoints"}
     step = {
         name: torch.load(tmp_path / "run" / "checkpoints" / name, weights_only=True)["global_step"] for name in names
     }
@@ -134,7 +245,7 @@ def test_saving_by_the_clock_changes_no_number(words, run_cli, tmp_path):
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
     often = [*words, f"run_dir={tmp_path / 'often'}", "save_minutes=1e-9"]
     assert run_cli(*often)[0] == 0
-    same_run(tmp_path / "whole", tmp_path / "often")
+    same_run(tmp_path / "whole", tmp_path / "often", every=5)
     last = tmp_path / "often" / "checkpoints" / "previous.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 9
     assert "loss" in torch.load(last, weights_only=True)["unwritten"]
@@ -142,7 +253,7 @@ def test_saving_by_the_clock_changes_no_number(words, run_cli, tmp_path):
     (tmp_path / "often" / "checkpoints" / "last.ckpt").unlink()
     code, stdout, stderr = run_cli(*often)
     assert "continuing demo/pretrain after step 9" in stdout, stderr
-    same_run(tmp_path / "whole", tmp_path / "often")
+    same_run(tmp_path / "whole", tmp_path / "often", every=5)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped"])
@@ -169,15 +280,26 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(damage, wor
 
 
 def test_every_length_of_a_cut_checkpoint(words, run_cli, tmp_path):
-    assert run_cli(*in_process(words), f"run_dir={tmp_path / 'run'}", "steps=4")[0] == 0
-    folder = tmp_path / "run" / "checkpoints"
-    whole = (folder / "last.ckpt").read_bytes()
-    rng = random.Random(1)
-    for _ in range(50):
-        (folder / "last.ckpt").unlink()
-        (folder / "last.ckpt").write_bytes(whole[: rng.randrange(len(whole))])
-        with pytest.raises(UserError, match="can be read"):
-            newest_good(folder)
+    """Named, and not taken; the one before is, then the best one, then those that are kept."""
+    words = [*in_process(words), f"run_dir={tmp_path / 'run'}", "steps=8", "keep_every=4", "val_every=2"]
+    assert run_cli(*words)[0] == 0
+    folder, rng = tmp_path / "run" / "checkpoints", random.Random(1)
+    names = ["last.ckpt", "previous.ckpt"]
+    names += sorted(["best.ckpt", "step-00000004.ckpt"], key=lambda name: -(folder / name).stat().st_mtime_ns)
+    (folder / "step-00000008.ckpt").unlink()
+    for number, name in enumerate(names):
+        assert newest_good(folder)[0] == folder / name
+        whole = (folder / name).read_bytes()
+        for length in [0, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(10))]:
+            (folder / name).unlink()
+            (folder / name).write_bytes(whole[:length])
+            if number + 1 < len(names):
+                newest, problems = newest_good(folder)
+                assert newest == folder / names[number + 1]
+                assert str(folder / name) in problems[number]
+            else:
+                with pytest.raises(UserError, match="none of the 4 checkpoints"):
+                    newest_good(folder)
 
 
 def test_no_good_checkpoint_at_all(words, run_cli, tmp_path):
@@ -202,8 +324,17 @@ def test_preflight(words, run_cli, tmp_path):
 
 def test_space(tmp_path, monkeypatch):
     assert "GB free" in check_space(tmp_path / "not" / "yet", 1000)
-    with pytest.raises(UserError, match="two checkpoints need"):
+    with pytest.raises(UserError, match=r"3 checkpoints need 36000000\.00 GB"):
         check_space(tmp_path, 10**15)
+    with pytest.raises(UserError, match=r"4 checkpoints need 64000000\.00 GB"):
+        check_space(tmp_path, 10**15, states=4, best=True)
+    assert "1000000 more to keep 12000.00 GB (warning" in check_space(tmp_path, 10**6, kept=10**6)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="no folder that can be written"):
+        check_space(tmp_path / "file", 1)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="no folder that can be written"):
+        check_space(tmp_path / "not" / "yet", 1)
 
 
 class Poison:
@@ -232,8 +363,8 @@ def test_a_step_without_a_finite_gradient_is_skipped(words, run_cli, tmp_path, m
         Poison(patch, {7})
         code, stdout, stderr = run_cli(*words, f"run_dir={tmp_path / 'nan'}")
     assert code == 0, stderr
-    assert "1 updates were skipped" in stderr
-    assert '{"step": 7, "positions": [56, 63]}' in (tmp_path / "nan" / "skipped.jsonl").read_text()
+    assert "1 update was skipped" in stderr
+    assert '{"step": 8, "positions": [56, 63]}' in (tmp_path / "nan" / "skipped.jsonl").read_text()
     rows = read_rows(tmp_path / "nan" / "metrics.csv")[1]
     assert [rows[step]["train/skipped"] for step in range(1, 11)] == [0] * 7 + [1, 0, 0]
     assert all(torch.isfinite(torch.tensor(row["train/loss"])) for row in rows.values() if "train/loss" in row)

@@ -10,8 +10,8 @@ from beit_pretrain.compose import compose
 from beit_pretrain.errors import UserError
 from beit_pretrain.networks.backbone import Classifier, MaskedImageModel
 from beit_pretrain.networks.upernet import Segmenter
-from beit_pretrain.runs.fit import total_steps
 from beit_pretrain.runs.tasks import optim
+from beit_pretrain.runs.trainer import total_steps
 from beit_pretrain.training.optim import (
     Optim,
     clip_gradients,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from crash import Crash
+from lightning.pytorch.plugins import MixedPrecision
 
 from beit_pretrain.checkpoints import files as checkpoint
+from beit_pretrain.runs import cluster
 from beit_pretrain.runs import fit as runs
+from beit_pretrain.shards.make import make_shards
 from beit_pretrain.training.metrics import curve
 from beit_pretrain.training.pretrain import Pretraining
 
@@ -99,6 +103,28 @@ def test_every_kind_of_run_in_every_precision(experiment, precision, shards, dva
     assert all(0 < loss < 10 for loss in curve(tmp_path / "run/metrics.csv", "train/loss")[1])
 
 
+def test_a_loss_scale_is_not_taken_for_a_gradient(words, run_cli, tmp_path, monkeypatch):
+    """trainer.precision=16-mixed, which Lightning allows on a GPU alone: norm and clip are those of the gradient."""
+    words = [*words, "steps=4", "val_every=4", "optim.warmup_steps=1"]
+    assert run_cli(*words, f"run_dir={tmp_path / 'full'}")[0] == 0
+    arranged = cluster.arranged
+
+    def halved(*settings) -> dict:
+        found = arranged(*settings)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return {**found, "precision": None, "plugins": [*found["plugins"], MixedPrecision("16-mixed", "cpu", scaler)]}
+
+    monkeypatch.setattr(cluster, "arranged", halved)
+    code, _, stderr = run_cli(*words, f"run_dir={tmp_path / 'half'}")
+    assert code == 0, stderr
+    for metric in ("train/loss", "train/gradient_norm"):
+        full, half = (curve(tmp_path / name / "metrics.csv", metric)[1] for name in ("full", "half"))
+        assert half == pytest.approx(full, rel=1e-2), metric
+    states = [checkpoint.read(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in ("full", "half")]
+    change = max((states[0][name] - states[1][name]).abs().max() for name in states[0])
+    assert change < 2e-3  # three steps of 3e-3 each
+
+
 def long_run(words: list[str], folder: Path, *more: str) -> subprocess.Popen:
     """A run in a process of its own, as a person starts it (pytest's own SIGINT handling would be in the way)."""
     command = [sys.executable, "-m", "beit_pretrain", *map(str, words), f"run_dir={folder}", *more]
@@ -138,6 +164,25 @@ def test_another_config_in_the_same_folder_is_refused(words, run_cli):
     assert "optim.lr: 0.003 -> 0.001" in stderr
     assert run_cli(*words, "steps=2", "log_every=2")[0] == 0  # how a run is watched may change
     assert run_cli(*words, "steps=2", "optim.lr=1e-3", "resume=never")[0] == 0
+
+
+def test_a_run_goes_on_with_the_images_it_began_with(words, shards, run_cli, tmp_path):
+    """Wherever they lie; another content of the same folder is refused."""
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    here = [f"data.train={data / 'train'}", f"data.val={data / 'val'}"]
+    assert run_cli(*words, "steps=2", "val_every=2")[0] == 0
+    code, stdout, stderr = run_cli(*words, *here, "steps=2", "val_every=2")
+    assert code == 0, stderr
+    assert "already finished" in stdout
+    shutil.rmtree(data)
+    make_shards("synthetic", data, images=60, size=48, val=0.2, samples_per_shard=12, workers=1, seed=1)
+    code, _, stderr = run_cli(*words, *here, "steps=2", "val_every=2")
+    assert code == 2
+    assert "was trained with other images than data.train holds now" in stderr
+    code, _, stderr = run_cli(*words, "data.val=null", "steps=2", "val_every=2")
+    assert code == 2
+    assert "data.val" in stderr
 
 
 def test_starting_over_touches_nothing_but_the_runs_own_files(words, run_cli, tmp_path):

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from beit_pretrain.networks.linear import ONEDNN, linear
+
 
 def counted_flops(step: Callable[[], Any]) -> int:
     """Floating-point operations of the matrix products and convolutions that a call really does."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={ONEDNN: _of_linear} if ONEDNN else None) as counter:
         step()
     return int(counter.get_total_flops())
+
+
+def _of_linear(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
 
 
 def kept_bytes(forward: Callable[[], Any]) -> int:
@@ -46,12 +52,12 @@ def measured_peak(device: torch.device, bf16: bool) -> float:
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         for _ in range(3):
             repeats = 2 if device.type == "cpu" else 20
-            a @ b
+            linear(a, b)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats):
-                a @ b
+                linear(a, b)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             best = max(best, 2 * side**3 * repeats / (time.perf_counter() - start))

@@ -24,8 +24,8 @@ from beit_pretrain.images.masking import BlockwiseMask
 from beit_pretrain.images.tiles import SIDE
 from beit_pretrain.images.views import ORDERS, jittered_view, normalise, per_channel
 from beit_pretrain.networks.backbone import Architecture, MaskedImageModel, patch_grid
-from beit_pretrain.runs.fit import building, wanted_gpu
 from beit_pretrain.runs.network import network
+from beit_pretrain.runs.trainer import building, wanted_gpu
 from beit_pretrain.tokens.tokenizer import OpenAITokenizer, Tokenizer
 from beit_pretrain.training.optim import Optim, configure
 from beit_pretrain.training.pretrain import Pretraining

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from beit_pretrain.bench.compare import Ratio, compared
 from beit_pretrain.bench.inputs import Bench, configured, make_batch, make_bench
 from beit_pretrain.bench.step import BATCHES, backward, facts, forward
-from beit_pretrain.runs.fit import make_trainer, quieten
+from beit_pretrain.runs.trainer import make_trainer, quieten
 from beit_pretrain.tables import table
 from beit_pretrain.training.callbacks import ProgressBar, Throughput
 from beit_pretrain.training.guards import Guard

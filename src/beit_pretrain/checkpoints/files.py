@@ -183,6 +183,16 @@ def link(path: Path, other: Path) -> None:
     os.replace(temporary, other)
 
 
+def flush_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where its file system can be asked for that."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, flushes it to the disk and renames it: a name never holds half a file."""
 
@@ -198,13 +208,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if path.name == "last.ckpt" and path.exists():
                 link(path, path.with_name("previous.ckpt"))
             os.replace(temporary, path)
+            flush_folder(path.parent)
         except BaseException as error:
             with suppress(OSError):
                 temporary.unlink()
             # torch.save turns the OSError of a full disk into a RuntimeError about its own position.
             cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, OSError):
-                raise UserError(
-                    f"checkpoint {path} cannot be written: {cause.strerror or cause}; the one before is intact"
-                ) from error
+                before = "; the one before is intact" if path.exists() else ""
+                raise UserError(f"checkpoint {path} cannot be written: {cause.strerror or cause}{before}") from error
             raise

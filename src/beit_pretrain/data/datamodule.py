@@ -15,10 +15,10 @@ from beit_pretrain.data.batches import EvalPlan, LabelMapViews, Plan, ShardDatas
 from beit_pretrain.data.mixture import Mixture
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import Access, ShardReader
+from beit_pretrain.data.workers import begin_worker
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.masking import BlockwiseMask
 from beit_pretrain.images.views import ClassificationViews, PretrainViews
-from beit_pretrain.shards.processes import end_with_parent
 from beit_pretrain.tokens.cached import CachedTokens, TokenFolder
 
 Source = str | Path | Sequence[str | Path]
@@ -94,6 +94,7 @@ class ShardData(LightningDataModule):
     masking: BlockwiseMask | None = None
     label_maps = False
     wrapped: Callable[[DataLoader], Any] | None = None  # what becomes of the training loader, such as `speed.Ahead`
+    patience: float = 0  # seconds to wait for a batch of the workers; 0 = for ever
 
     def train_dataset(self, plan: Plan) -> ShardDataset:
         """The training batches that `plan` lays out."""
@@ -176,7 +177,8 @@ class ShardData(LightningDataModule):
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
-            worker_init_fn=end_with_parent,
+            worker_init_fn=begin_worker,
+            timeout=self.patience if self.workers else 0,
         )
 
 

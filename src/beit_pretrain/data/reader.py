@@ -219,7 +219,7 @@ class LocalFolder:
         file = index_path(self.path / self.shards[number].name)
         try:
             return np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, MemoryError) as error:
             raise UserError(f"{file} is missing or damaged; see: shards verify src={self.path}") from error
 
 

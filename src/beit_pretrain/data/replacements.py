@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 from tqdm import tqdm
 
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import SharedError
 
 WINDOW = 1_000_000  # images after which the rate is counted anew, so that a good beginning does not excuse a bad end
 
@@ -33,6 +34,7 @@ class Replacements(Callback):
     def __init__(self, path: Path | None, max_bad: float):
         self.path, self.max_bad = path, max_bad
         self._new: list[dict[str, Any]] = []
+        self._last: dict[str, Any] = {}
         self._listed: set[tuple[str, str]] = set()  # of held-out images, which come again and again
         self._images = self._bad = 0  # since the last metrics, of this process
         self._seen = self._seen_bad = 0  # in this window, of all
@@ -59,6 +61,10 @@ class Replacements(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module) -> None:
         self._write(gathered(self._new, trainer), trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:  # else a run that is killed later would not list them
+            self._write(gathered(self._new, trainer), trainer)
+
     def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:
         self._write(self._new, trainer)  # the other processes may be gone
 
@@ -68,11 +74,10 @@ class Replacements(Callback):
         self._images = self._bad = 0
         self._seen, self._seen_bad = self._seen + images, self._seen_bad + bad
         if bad:
-            records = gathered(self._new, trainer)
-            self._write(records, trainer)
+            self._write(gathered(self._new, trainer), trainer)
             if self._seen_bad > allowed(self.max_bad, self._seen):
-                last = records[-1]
-                raise UserError(
+                last = self._last
+                raise SharedError(
                     f"{self._seen_bad:,} of {self._seen:,} training images had to be replaced, more than "
                     f"data.max_bad={self.max_bad:g} allows; the last: {last['key']} of {last['shard']} "
                     f"({last['reason']}){self._where()}"
@@ -81,10 +86,10 @@ class Replacements(Callback):
             self._seen = self._seen_bad = 0
 
     def _write(self, records: list[dict[str, Any]], trainer: Trainer) -> None:
-        self._new = []
+        self._new, self._last = [], records[-1] if records else self._last
         if not records or not trainer.is_global_zero:
             return
-        last = records[-1]
+        last = self._last
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.networks.blocks import Attention, block_outputs
+from beit_pretrain.networks.linear import Linear, use_linear
 
 # Named sizes: width, depth, heads and the initial layer scale of RECIPE section 3 (tiny and small as in DeiT).
 SIZES: dict[str, dict] = {
@@ -118,6 +119,7 @@ class Backbone(Beit):
         block: Any
         for block in self.blocks:
             block.attn.__class__ = Attention  # timm's parameters, our forward
+        use_linear(self)
         self.config = config
         # Plain facts that a checkpoint or a file of others says beside its tensors: mean, std, classes, ...
         self.about: dict[str, Any] = {}
@@ -148,7 +150,7 @@ class MaskedImageModel(Backbone):
         super().__init__("", 0, **architecture)
         self.config["vocab_size"] = self.vocab_size = vocab_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
-        self.lm_head = nn.Linear(self.embed_dim, vocab_size)
+        self.lm_head = Linear(self.embed_dim, vocab_size)
         init_for_pretraining(self)
 
     def forward(self, image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:  # type: ignore[override]
@@ -220,7 +222,7 @@ def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tens
     The replacement comes before any position is added, and through `where`: no pixel of a masked patch is left.
     """
     # In the parameters' precision, also under autocast: what residual branches are added to is never rounded to bf16.
-    x_BND = model.patch_embed(image_BCHW).to(model.cls_token.dtype)
+    x_BND = model.patch_embed(image_BCHW.to(model.cls_token.dtype)).to(model.cls_token.dtype)
     if mask_BN is not None:
         x_BND = torch.where(mask_BN.unsqueeze(-1), model.mask_token, x_BND)
     x_BND = torch.cat([model.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)

@@ -3,6 +3,7 @@
 * A residual branch that drop path drops is not computed for that image.
 * Of the last block in front of a token head, only the masked positions have queries, a projection and an MLP.
 * The bias of the attention is gathered once a step, in the layout and precision that fused kernels want.
+* Linear layers take the fastest product (`linear.py`).
 
 None of that changes a number by more than rounding. Shapes: B batch, N tokens ([CLS] first), K tokens that are asked
 for, D width, H heads, d width of a head, R residual branches (two a block).
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from timm.models import beit
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from beit_pretrain.networks.linear import linear
 
 ALIGNED = 16  # numbers in whose multiples rows of the bias begin: without, CUDA's kernels copy it at every layer
 
@@ -39,13 +42,13 @@ class Attention(beit.Attention):
         none: Any = self.k_bias  # zeros: keys have no bias
         if token_BK is None:
             whole = None if self.q_bias is None else torch.cat((self.q_bias, none, self.v_bias))
-            q, k, v = F.linear(x_BND, self.qkv.weight, whole).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+            q, k, v = linear(x_BND, self.qkv.weight, whole).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         else:
             parts = (len(self.qkv.weight) // 3, 2 * len(self.qkv.weight) // 3)
             of_query, of_rest = self.qkv.weight.split(parts)
             rest = None if self.q_bias is None else torch.cat((none, self.v_bias))
-            q = F.linear(at_tokens(x_BND, token_BK), of_query, self.q_bias).unflatten(-1, (self.num_heads, -1))
-            k, v = F.linear(x_BND, of_rest, rest).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+            q = linear(at_tokens(x_BND, token_BK), of_query, self.q_bias).unflatten(-1, (self.num_heads, -1))
+            k, v = linear(x_BND, of_rest, rest).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
             bias = None if bias is None else bias_rows(bias, token_BK)
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
         return self.proj(out.transpose(1, 2).flatten(2))

@@ -93,7 +93,8 @@ def draw(run: Path, cfg: DictConfig, out: Path | None) -> list[Path]:
 
 def loaded(run: Path) -> tuple[Any, Any]:
     """The module of a run, in eval mode, and its data."""
-    from beit_pretrain.runs.fit import building, load_run
+    from beit_pretrain.runs.resume import load_run
+    from beit_pretrain.runs.trainer import building
 
     with building():
         _, task = load_run(run)

@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,13 +25,14 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import distributed
 
 from beit_pretrain.data.datamodule import ShardData
+from beit_pretrain.data.workers import worker_died
 from beit_pretrain.errors import SharedError, UserError, first_line
+from beit_pretrain.runs.children import DDP, FSDP, Children
 from beit_pretrain.runs.launch import Launch, launched
+from beit_pretrain.training.signals import Stopped
 
 FSDP_TASKS = ("pretrain", "finetune")
 MAY_DIFFER = ("data.train", "data.val", "data.cache_dir")  # places on a machine; what is in them is compared
@@ -114,10 +114,8 @@ def strategy(name: str, world: int, minutes: float) -> Any:
     if name == "fsdp":
         if world == 1:
             raise UserError("trainer.strategy=fsdp shares a network among processes: it needs more than one")
-        return ModelParallelStrategy(
-            data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=wait
-        )
-    return DDPStrategy(timeout=wait) if name in ("auto", "ddp") and world > 1 else name
+        return FSDP(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=wait)
+    return DDP(timeout=wait) if name in ("auto", "ddp") and world > 1 else name
 
 
 def shard(model: Any, mesh: Any) -> None:
@@ -185,10 +183,15 @@ def facts(cfg: dict[str, Any], data: ShardData, done: int) -> dict[str, str]:
     """What all processes must have alike: settings, contents of the data, the step from which they go on."""
     return {
         **flat(cfg),
-        **{f"images of data.{split}": digest(reader.shards) for split, reader in data.readers.items()},
+        **{f"images of data.{split}": found for split, found in contents(data).items()},
         "finished steps": str(done),
         "torch": torch.__version__,
     }
+
+
+def contents(data: ShardData) -> dict[str, str]:
+    """{split: a short name for the contents of its shards, as their manifests say them}."""
+    return {split: digest(reader.shards) for split, reader in data.readers.items()}
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -210,18 +213,38 @@ def digest(shards: list[Any]) -> str:
 
 @contextmanager
 def connected(trainer: Trainer, minutes: float) -> Iterator[None]:
-    """Say in one line when processes do not find each other, or when one of them is gone; end those started here."""
+    """Say in one line what ended a run that is not its own fault: lost processes, a loader worker, the GPU's memory.
+
+    The first process takes those that it has started with it.
+    """
+    launcher = trainer.strategy.launcher
     try:
         yield
-    except RuntimeError as error:
-        cause = lost_connection(error)
-        if trainer.world_size == 1 or cause is None:
+    except Stopped:  # all of them stop
+        raise
+    except BaseException as error:
+        if isinstance(launcher, Children):
+            launcher.end()
+        told = in_one_line(error, trainer, minutes) if isinstance(error, RuntimeError) else None
+        if told is None:
             raise
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            launcher.kill(9)
-        print(file=sys.stderr)  # the progress bar's line has no end
-        raise UserError(lost(trainer, minutes, first_line(cause))) from error
+        raise told from error
+    finally:
+        if isinstance(launcher, Children):
+            launcher.leaving.set()
+
+
+def in_one_line(error: RuntimeError, trainer: Trainer, minutes: float) -> UserError | None:
+    """What to tell about an error of torch; None = it is a mistake in the program, and wants its traceback."""
+    if told := worker_died(error):
+        return told
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            f"out of memory on {socket.gethostname()} ({first_line(error)[:80]}); a smaller batch_size gives the same "
+            "steps, activation_checkpointing=true too"
+        )
+    cause = lost_connection(error) if trainer.world_size > 1 else None
+    return UserError(lost(trainer, minutes, first_line(cause))) if cause else None
 
 
 def lost_connection(error: BaseException | None) -> BaseException | None:

@@ -1,191 +1,146 @@
-"""From a composed config to a finished run: trainer, folder, loggers; fit, validate.
+"""From a composed config to a finished run; fit, validate.
 
-The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/`, `checkpoints/last.ckpt`, and, if there were bad
-images, `replaced.jsonl`.
+The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/`, `checkpoints/`, and, if there were any, the lists
+`replaced.jsonl` of bad images and `skipped.jsonl` of steps without a finite gradient.
 """
 
 from __future__ import annotations
 
-import logging
 import signal
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
-from hydra.errors import InstantiationException
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from beit_pretrain.checkpoints import files as checkpoint
 from beit_pretrain.compose import plain
-from beit_pretrain.data.replacements import Replacements, cut_back
+from beit_pretrain.data.replacements import Replacements
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.runs import cluster
-from beit_pretrain.runs.folder import FINISHED, REPLACED, differences, mark_finished
+from beit_pretrain.runs.folder import REPLACED, SKIPPED, alone, finished_step, mark_finished
+from beit_pretrain.runs.launch import is_child
 from beit_pretrain.runs.preflight import introduce, preflight
+from beit_pretrain.runs.resume import Start, from_checkpoint, load_run, open_folder, same_images, to_resume
 from beit_pretrain.runs.tasks import TASKS, Task
+from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_steps, wanted_gpu
 from beit_pretrain.training import speed
 from beit_pretrain.training.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
 from beit_pretrain.training.guards import Guard
-from beit_pretrain.training.keeping import LAST, PREEMPTED, Keeper, Stopped, newest_good
-from beit_pretrain.training.metrics import CsvMetrics, is_first_process
-from beit_pretrain.training.module import TrainedModule
+from beit_pretrain.training.keeping import LAST, Keeper
+from beit_pretrain.training.metrics import is_first_process
 from beit_pretrain.training.pretrain import Pretraining
+from beit_pretrain.training.signals import PREEMPTED, Signals, Stopped
 
-BEST_BY = {"classifier": "val/accuracy", "segmenter": "val/miou"}  # kind of checkpoint -> the larger the better
-
-
-def total_steps(cfg: DictConfig, samples: int) -> int:
-    """Optimiser steps of the run, from `steps` or `epochs`."""
-    if (cfg.steps is None) == (cfg.epochs is None):
-        raise UserError("set the length of the run by either steps=N or epochs=N")
-    steps = cfg.steps if cfg.steps is not None else int(cfg.epochs * samples / cfg.global_batch)
-    if steps < 1:
-        raise UserError(f"the run has {steps} steps: {samples} images make no global batch of {cfg.global_batch}")
-    return int(steps)
-
-
-def micro_batches(global_batch: int, batch_size: int, world: int) -> int:
-    """Micro-batches per process and optimiser step. Raises UserError if the numbers do not divide."""
-    share = global_batch // world
-    if global_batch % world or share == 0 or share % min(batch_size, share):
-        raise UserError(
-            f"global_batch={global_batch} is not a multiple of batch_size={batch_size} times {world} processes"
-        )
-    return share // min(batch_size, share)
-
-
-def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trainer:
-    """Lightning's Trainer: it runs the loop; gradients, batches and metrics are the modules' own."""
-    settings = cluster.arranged(plain(cfg.trainer), cfg.get("timeout_minutes", 30))
-    plugins = [checkpoint.AtomicCheckpointIO(), *settings.pop("plugins")]
-    if settings["precision"] == "auto":
-        gpu = wanted_gpu(settings["accelerator"]) and torch.cuda.is_bf16_supported()
-        settings["precision"] = "bf16-mixed" if gpu else "32-true"
-    # A decoder's batch norms see few images a GPU: statistics over all of them, as in the release. CPUs have no such.
-    settings["sync_batchnorm"] = cfg.task == "segment" and wanted_gpu(settings["accelerator"])
-    trainer = Trainer(
-        **settings,
-        max_steps=steps,
-        logger=False,
-        callbacks=callbacks,
-        default_root_dir=cfg.run_dir,
-        use_distributed_sampler=False,  # batches are dealt to processes by their positions
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        log_every_n_steps=1,  # metrics have a rhythm of their own; this only keeps a warning away
-        plugins=plugins,
-    )
-    if steps:  # validating takes none: the global batch need not divide among its processes
-        accumulate = micro_batches(cfg.global_batch, cfg.batch_size, trainer.world_size)
-        trainer.accumulate_grad_batches = accumulate
-        trainer.val_check_interval = min(cfg.val_every, steps) * accumulate
-    return trainer
-
-
-def wanted_gpu(accelerator: str) -> bool:
-    """Whether a run with this accelerator is on a GPU of CUDA."""
-    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-
-
-def quieten() -> None:
-    """Keep advertisements and warnings about what is so on purpose away from the lines that matter."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        "LeafSpec",
-        "does not have many workers",
-        "Checkpoint directory .* exists",
-        "dataloader is not resumable",
-        "Total length of",
-    ):
-        warnings.filterwarnings("ignore", f".*{message}")
-
-
-@contextmanager
-def building() -> Iterator[None]:
-    """Errors while a run is built come from its settings: one line for the person who wrote them."""
-    try:
-        yield
-    except InstantiationException as error:
-        raise UserError(first_line(error.__cause__ or error)) from error
-    except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise UserError(first_line(error)) from error
-    except (MisconfigurationException, OmegaConfBaseException) as error:
-        raise UserError(first_line(error)) from error
+# Kind of checkpoint -> the metric of held-out images that says which one is the best, and which way.
+BEST_BY = {
+    "mim": ("val/loss", "min"),
+    "tokenizer": ("val/reconstruction", "min"),
+    "classifier": ("val/accuracy", "max"),
+    "probe": ("val/accuracy", "max"),
+    "segmenter": ("val/miou", "max"),
+}
 
 
 def fit(cfg: DictConfig) -> dict[str, float]:
-    """Train what the config describes; returns the last validation metrics."""
-    folder = Path(cfg.run_dir) / "checkpoints"
+    """Train what the config describes; returns the last validation metrics.
+
+    Raises KeyboardInterrupt after Ctrl-C, and SystemExit(75) after SIGTERM or SIGUSR1, with all saved.
+    """
     quieten()
+    try:
+        with Signals() as signals:
+            return run(cfg, signals)
+    except Stopped as stopped:
+        if is_first_process():
+            saved = "" if stopped.step is None else f", saved {Path(cfg.run_dir) / 'checkpoints' / LAST}"
+            print(f"{stopped}{saved}; the same command goes on{' from there' * bool(saved)}", flush=True)
+        if is_child():  # the process that started this one has the exit code that counts
+            raise SystemExit(0) from None
+        if stopped.signum == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(PREEMPTED) from None
+
+
+def run(cfg: DictConfig, signals: Signals) -> dict[str, float]:
+    """The same, with the signals that end it. Raises Stopped."""
+    run_dir, folder = Path(cfg.run_dir), Path(cfg.run_dir) / "checkpoints"
     with building():
         if cfg.task not in TASKS:
             raise UserError(f"task={cfg.task} is not one of {', '.join(TASKS)}")
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
         seed_everything(cfg.seed, workers=True, verbose=False)
-        resume = to_resume(cfg, folder)
-        task = TASKS[cfg.task](from_checkpoint(cfg, resume) if resume else cfg)
+        start = to_resume(cfg, folder)
+        task = TASKS[cfg.task](from_checkpoint(cfg, start.path) if start.path else cfg)
+        task.module.images = cluster.contents(task.data)
+        same_images(task.module.images, start)
         steps = total_steps(cfg, task.data.samples)
         agreement, sharded = cluster.Agreement(), cfg.trainer.strategy == "fsdp"
         if sharded:  # these look at the network in one process, where it is no longer whole
             task.callbacks = [c for c in task.callbacks if not isinstance(c, MaskedPictures | OnlineKNN)]
         trainer = make_trainer(cfg, steps, [agreement, *common_callbacks(cfg, folder, task), *task.callbacks])
         introduction = introduce(cfg, task, steps, trainer)
-        checks = preflight(cfg, task, trainer)
+        checks = preflight(cfg, task, trainer, steps)
         if sharded:
             cluster.fit_for_fsdp(cfg, task.data, trainer.world_size)
-        if cfg.preflight == "only":
+    if cfg.preflight == "only":
+        if is_first_process():
             print("\n".join([introduction, *checks, "ready: the same command without preflight=only starts the run"]))
-            return {}
-        prepare(cfg, task, folder)
-        done = open_loggers(cfg, trainer, task.module, resume)
-        agreement.facts = cluster.facts(plain(cfg), task.data, done)
+        return {}
     if is_first_process():
-        print(introduction + (f"\n  continuing {cfg.name} after step {done}" if resume else ""), flush=True)
-    if resume and done >= steps:
+        print(introduction + (f"\n  continuing {cfg.name} after step {start.step}" if start.path else ""), flush=True)
+    if start.path and finished_step(run_dir) == start.step:
         if is_first_process():
             print("  already finished; more steps would be another run: choose another name=, or resume=never")
-            mark_finished(Path(cfg.run_dir), done)
         return {}
-    train(task, trainer, resume, cfg.timeout_minutes)
-    return finish(cfg, task, trainer, steps)
+    with alone(run_dir, is_first_process()):
+        with building():
+            prepare(cfg, task, start, signals)
+            open_folder(cfg, trainer, task.module, start)
+            agreement.facts = cluster.facts(plain(cfg), task.data, start.step)
+        try:
+            train(task, trainer, start.path, cfg.timeout_minutes)
+            metrics = finish(cfg, task, trainer, steps)
+        except Stopped:
+            close_loggers(trainer, "stopped")
+            raise
+        close_loggers(trainer, "finished")
+        return metrics
 
 
-def prepare(cfg: DictConfig, task: Task, folder: Path) -> None:
+def close_loggers(trainer: Trainer, how: str) -> None:
+    """Tell the loggers that nothing more comes."""
+    for logger in trainer.loggers:
+        logger.finalize(how)
+
+
+def prepare(cfg: DictConfig, task: Task, start: Start, signals: Signals) -> None:
     """What watches over the run: its rhythm, its checkpoints, its guard."""
-    module = task.module
+    module, folder = task.module, Path(cfg.run_dir) / "checkpoints"
     module.log_every = cfg.log_every
-    module.keeper = Keeper(folder, cfg.save_every, cfg.save_minutes, cfg.keep_every)
-    on_gpu = wanted_gpu(cfg.trainer.accelerator)
-    module.compile_mode = speed.compile_mode(cfg.compile, on_gpu, cfg.trainer.strategy == "fsdp")
+    module.keeper = Keeper(folder, cfg.save_every, cfg.save_minutes, cfg.keep_every, signals)
+    if start.path == folder / LAST:
+        module.keeper.saved_at = start.step
+    sharded = cfg.trainer.strategy == "fsdp"
+    module.guard = Guard(Path(cfg.run_dir) / SKIPPED, cfg.max_skipped, cfg.global_batch, sharded)
+    module.compile_mode = speed.compile_mode(cfg.compile, wanted_gpu(cfg.trainer.accelerator), sharded)
+    task.data.patience = 60 * cfg.timeout_minutes
     if cfg.ahead and isinstance(module, Pretraining):
         task.data.wrapped = lambda loader: speed.Ahead(loader, module.prepare, module.device)
-    if cfg.trainer.strategy != "fsdp":  # its optimiser's tensors are in parts, which the guard's flag is not
-        module.guard = Guard(Path(cfg.run_dir) / "skipped.jsonl", cfg.max_skipped, cfg.global_batch)
 
 
 def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: float) -> None:
-    """Run the loop. Raises KeyboardInterrupt after Ctrl-C and SystemExit(75) after SIGTERM, both with all saved."""
+    """Run the loop, which passes over a run that has all its steps. Raises Stopped with all saved."""
     keeper = task.module.keeper
     assert keeper is not None
     try:
         with cluster.connected(trainer, timeout_minutes):
             trainer.fit(task.module, task.data, ckpt_path=str(resume) if resume else None, weights_only=True)
-    except Stopped as stopped:
-        if trainer.is_global_zero:
-            print(f"{stopped}, saved {keeper.folder / LAST}; the same command goes on from there", flush=True)
-        if stopped.signum == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise SystemExit(PREEMPTED) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if resume is None or keeper.signals.looping:
+            raise
+        raise UserError(f"the run cannot go on from {resume}: {type(error).__name__}: {first_line(error)}") from error
     except SystemExit:  # Lightning's answer to a Ctrl-C that came twice
         if trainer.interrupted:
             raise KeyboardInterrupt from None
@@ -196,21 +151,26 @@ def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: fl
 
 def finish(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> dict[str, float]:
     """Save the last checkpoint and measure it, whatever `save_every` and `val_every` are."""
-    assert task.module.keeper is not None
-    task.module.keeper.save(task.module)
+    module, step = task.module, trainer.global_step
+    assert module.keeper is not None
+    if "val" in task.data.readers and step % min(cfg.val_every, steps):
+        module.validation_due = True
+    module.keeper.save(module)
+    if module.keeper.signals.told:
+        raise Stopped(module.keeper.signals.told, step)
     if trainer.is_global_zero:
-        early = f" (stopped early after step {trainer.global_step} of {steps})" if trainer.global_step < steps else ""
-        print(f"saved {task.module.keeper.folder / LAST}{early}", flush=True)
-    if "val" in task.data.readers and trainer.global_step % min(cfg.val_every, steps):
+        early = f" (stopped early after step {step} of {steps})" if step < steps else ""
+        print(f"saved {module.keeper.folder / LAST}{early}", flush=True)
+    if module.validation_due:
         with cluster.connected(trainer, cfg.timeout_minutes):
-            trainer.validate(task.module, task.data, verbose=False)
+            trainer.validate(module, task.data, verbose=False)
     if trainer.is_global_zero:
-        mark_finished(Path(cfg.run_dir), trainer.global_step)
+        mark_finished(Path(cfg.run_dir), step)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
 def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback]:
-    """Progress, throughput and checkpoints: the last one, and the best one where a metric says which."""
+    """Progress, throughput, bad images, and the best checkpoint where there are held-out images."""
     callbacks: list[Callback] = [
         ProgressBar(refresh_rate=10),
         Throughput(),
@@ -218,95 +178,10 @@ def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback
     ]
     if cfg.get("profile"):
         callbacks.append(speed.Profile(folder.parent / "profile"))
-    watched = BEST_BY.get(task.module.kind)
-    if watched and "val" in task.data.readers:
-        callbacks.append(ModelCheckpoint(folder, "best", monitor=watched, mode="max", enable_version_counter=False))
+    if "val" in task.data.readers:
+        metric, mode = BEST_BY[task.module.kind]
+        callbacks.append(ModelCheckpoint(folder, "best", monitor=metric, mode=mode, enable_version_counter=False))
     return callbacks
-
-
-def open_loggers(cfg: DictConfig, trainer: Trainer, module: TrainedModule, resume: Path | None) -> int:
-    """Make the run's folder, write its config, attach the loggers. Returns the step from which the run goes on."""
-    run_dir = Path(cfg.run_dir)
-    content = checkpoint.read(resume) if resume else {}
-    if is_first_process():  # the trainer does not know its rank before it has launched its processes
-        if resume is None:  # nothing of an earlier run must remain; nothing else is touched, whatever run_dir is
-            for pattern in (
-                "checkpoints/last.ckpt",
-                "checkpoints/best.ckpt",
-                "pictures/step-*.png",
-                "metrics.csv",
-                REPLACED,
-                FINISHED,
-            ):
-                for file in run_dir.glob(pattern):
-                    file.unlink()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, run_dir / ".config.yaml.partial", resolve=True)
-        (run_dir / ".config.yaml.partial").replace(run_dir / "config.yaml")  # other processes may read it just now
-    done = int(content.get("global_step", 0))
-    if resume:
-        same_backbone(module, content.get("beit_pretrain", {}), resume)
-    metrics = CsvMetrics(run_dir / "metrics.csv")
-    if resume:
-        metrics.cut_back(done)
-        if is_first_process():
-            cut_back(run_dir / REPLACED, done)
-    trainer.loggers = [metrics]
-    if cfg.logger.kind == "wandb":
-        from beit_pretrain.training.weights_and_biases import new_id, wandb_logger
-
-        module.about["wandb_id"] = content.get("beit_pretrain", {}).get("wandb_id") or new_id()
-        trainer.loggers = [metrics, wandb_logger(cfg, module.about["wandb_id"])]
-    return done
-
-
-def to_resume(cfg: DictConfig, folder: Path) -> Path | None:
-    """The checkpoint that the run goes on from: the newest good one of its folder; None = a new run.
-
-    Raises UserError if the folder has a run of other settings, or checkpoints that cannot be read.
-    """
-    config = Path(cfg.run_dir) / "config.yaml"
-    if cfg.resume == "never" or not any(folder.glob("*.ckpt")):
-        return None
-    if config.is_file():
-        different = differences(plain(OmegaConf.load(config)), plain(cfg))
-        if different:
-            raise UserError(
-                f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
-                f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
-            )
-    newest, problems = newest_good(folder)
-    for problem in problems if is_first_process() else []:
-        print(f"warning: {problem}; going on from {newest}", file=sys.stderr, flush=True)
-    return newest
-
-
-def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[DictConfig, Task]:
-    """Config and task of a finished (or running) run, with the weights of its last checkpoint."""
-    run = Path(run)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not the folder of a run (it has no config.yaml)")
-    cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.load(run / "config.yaml"), overrides or {}))
-    last = run / "checkpoints" / LAST
-    task = TASKS[cfg.task](from_checkpoint(cfg, last))
-    _, state, about = checkpoint.read_own(last, task.module.kind)
-    same_backbone(task.module, about, last)
-    checkpoint.load_exactly(task.module.model, state, last)
-    return cfg, task
-
-
-def same_backbone(module: TrainedModule, about: dict, last: Path) -> None:
-    """Raise UserError if probes were trained on another backbone than they are put on now."""
-    if about.get("backbone") != module.about.get("backbone"):
-        raise UserError(f"{last} was trained on another backbone than {module.about.get('init_from')} holds now")
-
-
-def from_checkpoint(cfg: DictConfig, last: Path) -> DictConfig:
-    """The config with the network of the run's own checkpoint: what it once started from need not exist any more."""
-    if cfg.task == "probe":  # it holds the probes alone; their backbone stays where it was
-        return cfg
-    own = {"init_from": str(last), "from_scratch": False, "new_head": False}
-    return cast(DictConfig, OmegaConf.merge(cfg, {name: value for name, value in own.items() if name in cfg}))
 
 
 def validate(cfg: DictConfig) -> dict[str, float]:

@@ -1,12 +1,23 @@
-"""What a run's folder says of the run: finished or not, and whether its settings are those of another call."""
+"""A run's folder: what it says of the run, whether its settings are those of another call, and whose it is just now."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.training.keeping import BEST, LAST, PREVIOUS
 
 FINISHED = "finished.json"  # of a run: written when it has done all its steps
 REPLACED = "replaced.jsonl"  # of a run: images that could not be decoded
+SKIPPED = "skipped.jsonl"  # of a run: steps without a finite gradient
+WANDB_ID = ".wandb_id"  # of a run: what W&B calls it
+LOCK = ".lock"
 
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
 FREE_TO_CHANGE = (
@@ -14,7 +25,7 @@ FREE_TO_CHANGE = (
     *("batch_size", "threads", "run_dir", "timeout_minutes", "pictures", "knn", "test", "max_skipped"),
     *("log_every", "val_every", "save_every", "save_minutes", "keep_every"),
     *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
-    *("data.max_bad",),
+    *("data.max_bad", "data.train", "data.val"),  # what lies there is compared, wherever it lies (`resume.same_images`)
 )
 
 
@@ -33,3 +44,67 @@ def mark_finished(folder: Path, step: int) -> None:
     temporary = folder / f".{FINISHED}.partial"
     temporary.write_text(json.dumps({"step": step}) + "\n")
     temporary.replace(folder / FINISHED)
+
+
+def finished_step(folder: Path) -> int | None:
+    """The step after which a run was finished (early stopping may come before the last one); None if it is not."""
+    try:
+        return int(json.loads((folder / FINISHED).read_bytes())["step"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def clear(folder: Path, another: bool) -> None:
+    """Remove what an earlier run left; nothing else is touched, whatever the folder is.
+
+    `another`: the new run is another one to W&B too, and not one that was killed before its first checkpoint.
+    """
+    ours = [f"checkpoints/{name}" for name in (LAST, PREVIOUS, BEST, "step-*.ckpt", "*.ckpt.damaged", ".*.partial")]
+    ours += [FINISHED, "pictures/step-*.png", "metrics.csv", REPLACED, SKIPPED, *([WANDB_ID] if another else [])]
+    for pattern in ours:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def set_aside(resume: Path) -> None:
+    """Make the folder of checkpoints ready for a run that goes on from one of them.
+
+    Newer ones, which are damaged, get another name, since the next one would make them its predecessor. What a kill
+    left half-written goes.
+    """
+    for half in resume.parent.glob(".*.ckpt.partial"):
+        half.unlink()
+    for name in (LAST, PREVIOUS):
+        if resume.name == name:
+            break
+        damaged = resume.with_name(name)
+        if damaged.is_file():
+            damaged.replace(damaged.with_name(f"{name}.damaged"))
+
+
+@contextmanager
+def alone(folder: Path, first: bool) -> Iterator[None]:
+    """Hold a run's folder, so that no second run writes into it. Raises UserError if another process holds it.
+
+    The lock ends with its process, however that ends, and child processes do not hold it. `first`: this is the process
+    that writes.
+    """
+    if not first:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(
+                f"another process is training in {folder} ({file.read(200).strip()}); wait for it, or choose another "
+                f"name=. If it is gone with its machine, delete {folder / LOCK}"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield

@@ -57,12 +57,19 @@ def number(*names: str, otherwise: int = 1) -> int:
     return otherwise
 
 
+def is_child() -> bool:
+    """Whether a run has started this process for itself, without a launcher from outside."""
+    return launched() is None and number_of_this("LOCAL_RANK") > 0
+
+
 def rank() -> int:
     """Number of this process among those of its run, as far as the environment says."""
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name])
-    return 0
+    return number_of_this("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
+def number_of_this(*names: str) -> int:
+    """The first of these environment variables that is a number; 0 = none is."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
 
 
 def speaker() -> str:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from lightning import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.callbacks import WeightAveraging
 from omegaconf import DictConfig
 
 from beit_pretrain.data.batches import Plan
@@ -20,7 +21,7 @@ from beit_pretrain.training.optim import configure
 from beit_pretrain.training.pretrain import Pretraining
 
 
-def preflight(cfg: DictConfig, task: Task, trainer: Trainer) -> list[str]:
+def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list[str]:
     """Try everything that a run needs before its folder is touched; a line for each check, for people.
 
     Raises UserError for what would end the run later.
@@ -29,13 +30,23 @@ def preflight(cfg: DictConfig, task: Task, trainer: Trainer) -> list[str]:
     lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
     if isinstance(task.module, Pretraining):
         lines.append(f"  tokenizer: {try_tokenizer(task)}")
-    parameters = sum(p.numel() for p in task.module.model.parameters())
-    lines.append(f"  disk: {check_space(Path(cfg.run_dir), parameters)}")
+    lines.append(f"  disk: {disk(cfg, task, trainer, steps)}")
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
     if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
     lines.append(f"  precision: {trainer.precision} on {type(trainer.accelerator).__name__}")
     return lines
+
+
+def disk(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> str:
+    """A line about the disk for the checkpoints of a run. Raises UserError as `check_space`."""
+    return check_space(
+        Path(cfg.run_dir) / "checkpoints",
+        sum(p.numel() for p in task.module.model.parameters()),
+        states=3 + any(isinstance(callback, WeightAveraging) for callback in task.callbacks),
+        best=bool(trainer.checkpoint_callbacks),
+        kept=steps // cfg.keep_every if cfg.keep_every else 0,
+    )
 
 
 def try_tokenizer(task: Task) -> str:

@@ -262,7 +262,7 @@ def _checked_counts(folder: Path, classes: int, entry: dict[str, Any]) -> np.nda
         if labels.size and (labels.min() < -1 or labels.max() >= classes):
             raise UserError(f"has labels beyond the {classes} classes of {MANIFEST}")
         return np.bincount(labels[labels >= 0], minlength=classes)
-    except (UserError, OSError, ValueError, EOFError) as error:
+    except (UserError, OSError, ValueError, EOFError, MemoryError) as error:
         return f"{entry['name']}: {error}"
 
 
@@ -331,7 +331,7 @@ def contact_sheet(folder: str | Path, path: str | Path, columns: int = 8, rows: 
                 place += 1
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path, "PNG")
-    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError is Pillow's for a broken PNG
+    except (OSError, ValueError, SyntaxError, MemoryError) as error:  # SyntaxError is Pillow's for a broken PNG
         raise UserError(f"cannot draw {path}: {error}") from None
 
 

@@ -28,7 +28,7 @@ from beit_pretrain.images.reading import opened, reason
 from beit_pretrain.images.tiles import SIDE
 from beit_pretrain.images.views import PretrainViews, jittered_view
 from beit_pretrain.networks.backbone import patch_grid
-from beit_pretrain.runs.fit import building
+from beit_pretrain.runs.trainer import building
 from beit_pretrain.shards.processes import cores, end_with_parent
 from beit_pretrain.tokens.cached import FORMAT, images_digest, record_dtype, tokens_name, view_settings
 from beit_pretrain.tokens.folder import begin, finish, is_finished, is_whole, save, summary, work_folder

@@ -33,6 +33,18 @@ class ProgressBar(TQDMProgressBar):
         items.pop("v_num", None)
         return items
 
+    def on_train_start(self, trainer: Trainer, pl_module) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Of a run that goes on, which Lightning would let begin at nothing, without an end.
+        bar = self.train_progress_bar
+        bar.total = self.total_train_batches
+        bar.initial = bar.n = trainer.global_step * trainer.accumulate_grad_batches
+
+    def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:
+        for bar in (self._val_progress_bar, self._train_progress_bar):  # what is said next gets a line of its own
+            if bar is not None:
+                bar.close()
+
     @property
     def total_train_batches(self) -> int | float:
         return self.trainer.num_training_batches  # Lightning's own count mixes optimiser steps and micro-batches

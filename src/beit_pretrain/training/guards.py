@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import SharedError
 
 REMEMBERED = 256  # skipped steps that are told apart between two looks at the device
 COLLAPSED = 0.01  # of the vocabulary: a smaller perplexity is pointed out
@@ -29,10 +29,12 @@ class Guard:
         path: list of the skipped steps and their positions; None = warnings alone.
         max_skipped: so many steps in a row stop the run.
         global_batch: positions of a step.
+        sharded: the optimiser's tensors are in parts (FSDP), which the flag is not: it waits for the device, and the
+            optimiser passes over parameters without a gradient.
     """
 
-    def __init__(self, path: Path | None, max_skipped: int, global_batch: int):
-        self.path, self.max_skipped, self.global_batch = path, max_skipped, global_batch
+    def __init__(self, path: Path | None, max_skipped: int, global_batch: int, sharded: bool = False):
+        self.path, self.max_skipped, self.global_batch, self.sharded = path, max_skipped, global_batch, sharded
         self._counts = torch.zeros(2, dtype=torch.int64)  # in a row now; since the last look
         self._longest = torch.zeros((), dtype=torch.int64)  # row since the last look
         self._steps = torch.zeros(REMEMBERED, dtype=torch.int64)
@@ -49,22 +51,22 @@ class Guard:
         self._steps = torch.where(slot & (bad == 1), step, self._steps)
         self._counts = torch.stack([(self._counts[0] + 1) * bad, self._counts[1] + bad])
         self._longest = torch.maximum(self._longest, self._counts[0])
-        optimizer.found_inf = bad.float()
+        if not self.sharded:
+            optimizer.found_inf = bad.float()
+        elif bad:
+            optimizer.zero_grad(set_to_none=True)
         return bad
 
     def look(self, metrics: dict[str, float], step: int, vocab_size: int | None, first: bool) -> None:
-        """Report what happened since the last look. Raises UserError after too many skipped steps in a row.
+        """Report what happened since the last look. Raises SharedError after too many skipped steps in a row.
 
         `first`: this is the process that writes.
         """
-        skipped, longest = int(self._counts[1]), int(self._longest)
-        if skipped and first:
-            steps = sorted(self._steps[: min(skipped, REMEMBERED)].tolist())
-            self._write(steps, step)
-        self._counts[1] = 0
+        longest = int(self._longest)
+        self.write(step, first)
         self._longest = self._counts[0].clone()
         if longest >= self.max_skipped:
-            raise UserError(
+            raise SharedError(
                 f"{longest} steps in a row had no finite gradient and were skipped, up to step {step}"
                 f"{f'; their positions are in {self.path}' if self.path else ''}; the weights are those from before, "
                 "and so is the last checkpoint. A lower optim.lr, or trainer.precision=32-true, may help"
@@ -89,9 +91,15 @@ class Guard:
         self._collapsed = collapsed  # said once, until it recovers
         return lines
 
-    def _write(self, steps: list[int], now: int) -> None:
+    def write(self, now: int, first: bool) -> None:
+        """List what was skipped since the last look (before every checkpoint too: a killed run must not lose it)."""
+        skipped = int(self._counts[1])
+        self._counts[1] = 0
+        if not skipped or not first:
+            return
+        steps = sorted(self._steps[: min(skipped, REMEMBERED)].tolist())  # counted from 0
         tqdm.write(
-            f"warning: step {now}: {len(steps)} updates were skipped, their gradients were not finite"
+            f"warning: step {now}: {skipped} update{'s were' if skipped > 1 else ' was'} skipped, not finite gradients"
             f"{f' (listed in {self.path})' if self.path else ''}",
             file=sys.stderr,
         )
@@ -99,4 +107,4 @@ class Guard:
             with self.path.open("a") as file:
                 for step in steps:
                     positions = [step * self.global_batch, (step + 1) * self.global_batch - 1]
-                    file.write(json.dumps({"step": step, "positions": positions}) + "\n")
+                    file.write(json.dumps({"step": step + 1, "positions": positions}) + "\n")

@@ -1,38 +1,30 @@
-"""When a run saves, and what it does when it is told to stop.
+"""When a run saves, and what it goes on from.
 
-A checkpoint is taken after everything of its step is done: metrics are written, and a validation that is due has run.
-So a run that goes on from it repeats nothing and misses nothing. A signal ends the run after the step in hand.
+A checkpoint is taken after everything of its step is done and its metrics are written, and before a validation that is
+due then (it says so, and whoever goes on from it validates first). So nothing is repeated and nothing is missed.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 import time
 import zipfile
-from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 
 from beit_pretrain.checkpoints import files as checkpoint
 from beit_pretrain.errors import UserError
+from beit_pretrain.training.metrics import CsvMetrics
+from beit_pretrain.training.signals import Signals, Stopped
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-PREEMPTED = 75  # exit code after SIGTERM or SIGUSR1: "temporary failure, try again" (sysexits.h)
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-AGREE_EVERY = 10  # steps between two questions to the other processes whether one of them was told to stop
-
-
-class Stopped(Exception):
-    """The run was told to stop, and has saved. `signum`: by which signal."""
-
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
-        self.signum, self.step = signum, step
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+# What a run needs to go on.
+OF_A_RUN = {"state_dict": dict, "global_step": int, "optimizer_states": list, "loops": dict, "beit_pretrain": dict}
+ASK_EVERY = 10  # validation batches between two questions to the other processes whether one of them was told to stop
 
 
 class Keeper:
@@ -43,73 +35,74 @@ class Keeper:
         every: optimiser steps between two of them.
         minutes: save also when so many have passed since the last one; None = by steps alone.
         keep_every: optimiser steps between two that are kept for good; None = none is.
+        signals: whether the run is told to stop.
     """
 
-    def __init__(self, folder: Path, every: int, minutes: float | None = None, keep_every: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        every: int,
+        minutes: float | None = None,
+        keep_every: int | None = None,
+        signals: Signals | None = None,
+    ):
         self.folder, self.every, self.minutes, self.keep_every = folder, every, minutes, keep_every
+        self.signals = signals or Signals()
         self.saved_at: int | None = None  # the step of the newest checkpoint of this process
         self._clock = time.monotonic()
-        self._postponed = False
-        self._signum = 0
-        self._before: dict[int, Any] = {}
 
     def begin(self) -> None:
-        """Take over the signals (Lightning's own handlers end with exit code 0, and in the middle of a step)."""
+        """The loop begins: signals wait for the step in hand from here on."""
         self._clock = time.monotonic()
-        for signum in SIGNALS:
-            with suppress(ValueError):  # not in the main thread: whoever runs us there handles signals
-                self._before[signum] = signal.signal(signum, self._told)
+        self.signals.looping = True
 
     def end(self) -> None:
-        """Give the signals back."""
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        self._before = {}
+        """The loop has ended."""
+        self.signals.looping = False
 
-    def _told(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self._signum == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
-            raise KeyboardInterrupt
-        self._signum = self._signum or signum
-
-    def after_step(self, module: Any, validates: bool) -> None:
+    def after_step(self, module: Any) -> None:
         """Called when an optimiser step and its metrics are done. Raises Stopped after saving, if told to."""
         step = module.trainer.global_step
-        late, signum = self._agreed(module, ask=step % AGREE_EVERY == 0)
-        if signum:
+        late, signum = self._agreed(module)
+        if signum or step % self.every == 0 or late or (self.keep_every and step % self.keep_every == 0):
             self.save(module)
+        if signum:
             raise Stopped(signum, step)
-        if step % self.every == 0 or late or (self.keep_every and step % self.keep_every == 0):
-            if validates:
-                self._postponed = True
-            else:
-                self.save(module)
+
+    def after_validation_batch(self, module: Any, number: int) -> None:
+        """Called after every batch of a validation, which need not be finished: it is repeated. May raise Stopped."""
+        if any(isinstance(callback, WeightAveraging) for callback in module.trainer.callbacks):
+            return  # the averaged weights stand in the network's place
+        if module.trainer.world_size == 1 or (number + 1) % ASK_EVERY == 0:
+            self._stop_if_told(module)
 
     def after_validation(self, module: Any) -> None:
-        """Called when a validation and its metrics are done."""
-        _, signum = self._agreed(module, ask=True)
-        if self._postponed or signum:
-            self.save(module)
+        """Called when a validation and its metrics are done. Raises Stopped after saving, if told to."""
+        self._stop_if_told(module)
+
+    def _stop_if_told(self, module: Any) -> None:
+        _, signum = self._agreed(module)
         if signum:
+            self.save(module)
             raise Stopped(signum, module.trainer.global_step)
 
-    def _agreed(self, module: Any, ask: bool) -> tuple[bool, int]:
+    def _agreed(self, module: Any) -> tuple[bool, int]:
         """(whether the minutes are over, the signal if one came), the same on all processes."""
         late = self.minutes is not None and time.monotonic() - self._clock > 60 * self.minutes
         if module.trainer.world_size == 1:
-            return late, self._signum
-        if not ask:
-            return False, 0
-        told = torch.tensor([float(late), float(self._signum)], device=module.device)
+            return late, self.signals.told
+        told = torch.tensor([float(late), float(self.signals.told)], device=module.device)
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
         return bool(told[0]), int(told[1])
 
     def save(self, module: Any) -> None:
         """Write `last.ckpt`, and keep it for good if its step is one of those."""
         trainer = module.trainer
-        self._postponed = False
         if self.saved_at == trainer.global_step:
             return
+        for logger in trainer.loggers:
+            if isinstance(logger, CsvMetrics):
+                logger.sync()  # a power cut must not leave a checkpoint without the metrics that lead to it
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self.saved_at, self._clock = trainer.global_step, time.monotonic()
         if self.keep_every and trainer.global_step % self.keep_every == 0 and trainer.is_global_zero:
@@ -121,13 +114,17 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 
     Raises UserError if there are checkpoints, but none is good.
     """
-    kept = sorted(folder.glob("step-*.ckpt"), reverse=True)
-    there = [path for path in (folder / LAST, folder / PREVIOUS, *kept) if path.is_file()]
+    found = (path for path in (*folder.glob("step-*.ckpt"), folder / BEST) if path.is_file())
+    others = sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    there = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()] + others
     problems: list[str] = []
     for path in there:
         try:
-            if "state_dict" not in checkpoint.read(path):
-                raise UserError(f"{path} is no checkpoint of a run")
+            content = checkpoint.read(path)
+            held = {name: content.get(name) for name in OF_A_RUN}
+            missing = [n for n, kind in OF_A_RUN.items() if not isinstance(held[n], kind) or held[n] in ([], {})]
+            if missing:
+                raise UserError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing)")
             with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
                 if broken := archive.testzip():
                     raise UserError(f"{path} is damaged: the checksum of {broken} is another")
@@ -139,18 +136,32 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def space_needed(parameters: int) -> int:
-    """Bytes for two checkpoints: weights and AdamW's two moments, in float32."""
-    return 2 * parameters * 3 * 4
+def check_space(folder: Path, parameters: int, states: int = 3, best: bool = False, kept: int = 0) -> str:
+    """A line about the disk for checkpoints. Raises UserError if it cannot be written or is too small.
 
-
-def check_space(folder: Path, parameters: int) -> str:
-    """A line about the disk space for checkpoints. Raises UserError if there is too little."""
+    Args:
+        folder: of the checkpoints; it need not exist yet.
+        parameters: of the network.
+        states: float32 numbers a checkpoint has for each: the weights, AdamW's two moments, an average.
+        best: whether there is a `best.ckpt`, beside the last one, the one before, and the one that is being written.
+        kept: how many are kept for good. A disk too small for these is pointed out and not refused.
+    """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(existing).free, space_needed(parameters)
-    if free < needed:
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} is no folder that can be written to; choose another run_dir=")
+    one, count = parameters * states * 4, 3 + best
+    # Those of an earlier part of the run are overwritten.
+    there = {file.stat().st_ino: file.stat().st_size for file in folder.glob("*.ckpt")}
+    free = shutil.disk_usage(existing).free + sum(there.values())
+    if free < count * one:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free, two checkpoints need {needed / 1e9:.2f} GB; "
+            f"{folder} has {free / 1e9:.2f} GB free, {count} checkpoints need {count * one / 1e9:.2f} GB; "
             "choose another run_dir="
         )
-    return f"{free / 1e9:.0f} GB free in {os.path.relpath(existing)}, two checkpoints need {needed / 1e9:.2f} GB"
+    line = (
+        f"{free / 1e9:.0f} GB free in {os.path.relpath(existing)}, {count} checkpoints need {count * one / 1e9:.2f} GB"
+    )
+    if kept:
+        line += f", {kept} more to keep {kept * one / 1e9:.2f} GB"
+        line += " (warning: more than there is)" * (free < (count + kept) * one)
+    return line

@@ -14,6 +14,8 @@ from pathlib import Path
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from beit_pretrain.errors import UserError, first_line
+
 
 class CsvMetrics(Logger):
     """One row per step, one column per metric; new columns are added as they come.
@@ -49,10 +51,19 @@ class CsvMetrics(Logger):
         """The run's settings stand in its config.yaml."""
 
     @rank_zero_only
-    def cut_back(self, step: int) -> None:
-        """Forget everything after `step`: the run resumes there."""
+    def cut_back(self, step: int, validation_due: bool = False) -> None:
+        """Forget everything after `step`: the run resumes there, with a validation if one is due."""
         self.rows = {s: row for s, row in self.rows.items() if s <= step}
+        if validation_due and step in self.rows:
+            self.rows[step] = {k: v for k, v in self.rows[step].items() if not k.startswith("val/")}
         self._rewrite()
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Have everything on the disk, whatever becomes of the machine."""
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -78,6 +89,8 @@ class CsvMetrics(Logger):
             writer = self._writer(file)
             writer.writeheader()
             writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path)
 
 
@@ -87,13 +100,19 @@ def is_first_process() -> bool:
 
 
 def read_rows(path: str | Path) -> tuple[list[str], dict[int, dict[str, float]]]:
-    """Columns, and {step: {metric: value}} of a metrics file; empty cells are left out."""
-    text = Path(path).read_text()
-    whole = text[: text.rfind("\n") + 1]  # a last line without its end was torn by a crash
-    with io.StringIO(whole, newline="") as file:
-        reader = csv.DictReader(file)
-        rows = {int(r["step"]): {k: float(v) for k, v in r.items() if k != "step" and v} for r in reader if r["step"]}
-        return list(reader.fieldnames or ["step"]), rows
+    """Columns, and {step: {metric: value}} of a metrics file; empty cells are left out.
+
+    Raises UserError if it is no such file.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        whole = text[: text.rfind("\n") + 1]  # a last line without its end was torn by a crash
+        with io.StringIO(whole, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = {int(r["step"]): {k: float(v) for k, v in r.items() if k != "step" and v} for r in reader}
+            return list(reader.fieldnames or ["step"]), rows
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); move it away, and the run goes on") from None
 
 
 def curve(path: str | Path, metric: str) -> tuple[list[int], list[float]]:

@@ -45,16 +45,20 @@ class TrainedModule(LightningModule):
         self.model = model
         self.optim = optim
         self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
+        self.images: dict[str, str] = {}  # split -> the contents of the data, to go on with the same
         self.log_every = 50
         self.batch_ended: float | None = None
         self.keeper: Keeper | None = None
         self.guard: Guard | None = None
+        self.validation_due = False  # of the step in hand: a checkpoint says so
         self._kept: dict[str, list[tuple[Tensor | float, Tensor | float]]] = {}  # values and weights, not yet read
         self._sums: dict[str, Tensor] = {}  # (2,) float64 on the CPU: sum of value x weight, sum of weights
         self.compile_mode: str | None = None  # of `fast`; None = nothing is compiled
         self._compiled: dict[str, Callable] = {}
 
     def configure_model(self) -> None:
+        if self.trainer.precision == "64-true":  # Lightning does it later, and would load a checkpoint into float32
+            self.double()
         if self._device_mesh is not None:  # trainer.strategy=fsdp
             cluster.shard(self.model, self._device_mesh["data_parallel"])
 
@@ -64,7 +68,9 @@ class TrainedModule(LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Rescale and clip here and not by Lightning: its clip refuses fused AdamW under bf16, and knows no scale."""
-        norm = optimisation.clip_gradients(self.model.parameters(), self.optim.clip, self.gradient_scale())
+        loss_scale = self.loss_scale()
+        clip = None if self.optim.clip is None else self.optim.clip * loss_scale
+        norm = optimisation.clip_gradients(self.model.parameters(), clip, self.gradient_scale()) / loss_scale
         self.track(gradient_norm=norm, lr=optimizer.param_groups[-1]["lr"])
         if self.guard is not None:
             self.track(skipped=self.guard.examine(norm, optimizer, self.trainer.global_step))
@@ -74,6 +80,11 @@ class TrainedModule(LightningModule):
         if not self.model.config.get("drop_path_rate"):
             return None
         return uniforms(self.seed, batch["position"], self.model.branches)
+
+    def loss_scale(self) -> float:
+        """What trainer.precision=16-mixed has multiplied the loss by; the fused optimiser takes it out again."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None else 1.0
 
     def gradient_scale(self) -> Tensor | float:
         """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""
@@ -122,8 +133,8 @@ class TrainedModule(LightningModule):
         if last_micro_batch and self.keeper is not None:
             data = getattr(self.trainer, "datamodule", None)
             every = int(self.trainer.val_check_interval)
-            validates = "val" in getattr(data, "readers", ()) and (batch_idx + 1) % every == 0
-            self.keeper.after_step(self, validates)
+            self.validation_due = "val" in getattr(data, "readers", ()) and (batch_idx + 1) % every == 0
+            self.keeper.after_step(self)
         self.batch_ended = time.perf_counter()  # the last thing of a step: from here on it waits for data
 
     def flush(self) -> None:
@@ -143,10 +154,25 @@ class TrainedModule(LightningModule):
             self.guard.look(metrics, self.trainer.global_step, vocab_size, self.trainer.is_global_zero)
 
     def on_train_start(self) -> None:
-        if self.keeper is not None:  # later than Lightning, which takes SIGTERM for itself before
+        if self.keeper is not None:
             self.keeper.begin()
+        if self.validation_due:  # the run was ended before or during it
+            self.validate_now()
+
+    def validate_now(self) -> None:
+        """Validate between two steps, as Lightning's loop does by itself."""
+        loop = self.trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
+        self.trainer.validating = True
+        loop.run()
+        self.trainer.training = True
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.keeper is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.keeper.after_validation_batch(self, batch_idx)
 
     def on_validation_end(self) -> None:
+        self.validation_due = False
         if self.keeper is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self.keeper.after_validation(self)
 
@@ -169,18 +195,23 @@ class TrainedModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with."""
-        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
-        if progress:
-            done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-            for counts in (progress["total"], progress["current"]):
-                counts.update(dict.fromkeys(counts, done))
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        done = int(checkpoint.get("global_step", 0)) * self.trainer.accumulate_grad_batches
+        for name, count in (("epoch_loop.batch_progress", done), ("epoch_loop.val_loop.batch_progress", 0)):
+            for counts in (loop[name]["total"], loop[name]["current"]) if name in loop else ():
+                counts.update(dict.fromkeys(counts, count))
+        self.validation_due = bool(checkpoint.get("validation_due"))
         if self.trainer.is_global_zero:
             self._sums = dict(checkpoint.get("unwritten", {}))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Say in plain containers what the file holds, so that `checkpoint.read_own` can rebuild the network."""
         checkpoint["beit_pretrain"] = {"kind": self.kind, "model": dict(self.model.config), **self.about}
+        checkpoint["images"] = dict(self.images)
         checkpoint["unwritten"] = self.unwritten()
+        checkpoint["validation_due"] = self.validation_due
+        if self.guard is not None:
+            self.guard.write(self.trainer.global_step, self.trainer.is_global_zero)
 
     def unwritten(self) -> dict[str, Tensor]:
         """Sums since the last flush, over all processes: a checkpoint between two flushes loses none of them.

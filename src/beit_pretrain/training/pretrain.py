@@ -101,7 +101,7 @@ class Pretraining(TrainedModule):
         image_BCHW = normalise(image_BCHW, self.mean, self.std)
         logits_BKV = self.model.forward_at(image_BCHW, mask_BN, position_BK.clamp(min=0), drop_BR)
         target_BK = masked_targets(tokens_BN, position_BK)
-        loss_sum = F.cross_entropy(logits_BKV.flatten(0, 1).float(), target_BK.flatten(), reduction="sum")
+        loss_sum = F.cross_entropy(at_least_float(logits_BKV).flatten(0, 1), target_BK.flatten(), reduction="sum")
         return Found(loss_sum, (target_BK != IGNORE).sum(), (logits_BKV.argmax(-1) == target_BK).sum())
 
     def count(self, found: Found, tokens_BN: Tensor) -> None:
@@ -144,7 +144,6 @@ class Pretraining(TrainedModule):
             self._tokens_V = checkpoint["unwritten_tokens"].clone()
 
     def on_fit_start(self) -> None:
-        super().on_fit_start()
         self._tokens_V = self._tokens_V.to(self.device)
 
     def on_validation_epoch_start(self) -> None:
@@ -181,6 +180,11 @@ class Pretraining(TrainedModule):
 def masked_targets(tokens_BN: Tensor, index_BK: Tensor) -> Tensor:
     """Tokens (B, K) at the masked positions; `IGNORE` where a position is padding (-1)."""
     return tokens_BN.gather(1, index_BK.clamp(min=0)).masked_fill(index_BK < 0, IGNORE)
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def nearest_visible(mask_BN: Tensor) -> Tensor:

@@ -1,0 +1,121 @@
+"""From where a run goes on: the newest good checkpoint of its folder, if the settings are the same; its loggers too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from beit_pretrain.checkpoints import files as checkpoint
+from beit_pretrain.compose import plain
+from beit_pretrain.data.replacements import cut_back
+from beit_pretrain.errors import UserError
+from beit_pretrain.runs.folder import REPLACED, SKIPPED, WANDB_ID, clear, differences, set_aside
+from beit_pretrain.runs.tasks import TASKS, Task
+from beit_pretrain.training.keeping import LAST, newest_good
+from beit_pretrain.training.metrics import CsvMetrics, is_first_process
+from beit_pretrain.training.module import TrainedModule
+
+
+class Start(NamedTuple):
+    """Where a run goes on."""
+
+    path: Path | None = None  # the checkpoint; None = a new run
+    step: int = 0  # optimiser steps that are done
+    validation_due: bool = False  # of that step
+    about: dict = {}  # what the checkpoint says of itself
+    images: dict[str, str] = {}  # split -> the contents of the data that it was trained on
+
+
+def to_resume(cfg: DictConfig, folder: Path) -> Start:
+    """Where the run goes on: at the newest good checkpoint of its folder.
+
+    Raises UserError if the folder has a run of other settings, or checkpoints that cannot be read.
+    """
+    config = Path(cfg.run_dir) / "config.yaml"
+    if cfg.resume == "never" or not any(folder.glob("*.ckpt")):
+        return Start()
+    if config.is_file():
+        different = differences(plain(OmegaConf.load(config)), plain(cfg))
+        if different:
+            raise UserError(
+                f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
+                f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
+            )
+    newest, problems = newest_good(folder)
+    for problem in problems if is_first_process() else []:
+        print(f"warning: {problem}; going on from {newest}", file=sys.stderr, flush=True)
+    if newest is None:
+        return Start()
+    content = checkpoint.read(newest)
+    step, due = int(content.get("global_step", 0)), bool(content.get("validation_due"))
+    return Start(newest, step, due, content.get("beit_pretrain", {}), content.get("images", {}))
+
+
+def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start: Start) -> None:
+    """Make the run's folder what it was at `start`, write its config, attach the loggers."""
+    run_dir = Path(cfg.run_dir)
+    if start.path:
+        same_backbone(module, start.about, start.path)
+    if is_first_process():  # the trainer does not know its rank before it has launched its processes
+        if start.path:
+            set_aside(start.path)
+            for name in (REPLACED, SKIPPED):
+                cut_back(run_dir / name, start.step)
+        else:
+            clear(run_dir, another=cfg.resume == "never")
+        OmegaConf.save(cfg, run_dir / ".config.yaml.partial", resolve=True)
+        (run_dir / ".config.yaml.partial").replace(run_dir / "config.yaml")  # other processes may read it just now
+    metrics = CsvMetrics(run_dir / "metrics.csv")
+    if start.path:
+        metrics.cut_back(start.step, start.validation_due)
+    trainer.loggers = [metrics]
+    if cfg.logger.kind == "wandb":
+        from beit_pretrain.training.weights_and_biases import same_id, wandb_logger
+
+        run_id = start.about.get("wandb_id") or same_id(run_dir / WANDB_ID, is_first_process())
+        module.about["wandb_id"] = run_id
+        logger = wandb_logger(cfg, run_id)
+        trainer.loggers = [metrics, logger]
+        logger.begin(metrics.rows)
+
+
+def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[DictConfig, Task]:
+    """Config and task of a finished (or running) run, with the weights of its last checkpoint."""
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not the folder of a run (it has no config.yaml)")
+    cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.load(run / "config.yaml"), overrides or {}))
+    last = run / "checkpoints" / LAST
+    task = TASKS[cfg.task](from_checkpoint(cfg, last))
+    _, state, about = checkpoint.read_own(last, task.module.kind)
+    same_backbone(task.module, about, last)
+    checkpoint.load_exactly(task.module.model, state, last)
+    return cfg, task
+
+
+def same_backbone(module: TrainedModule, about: dict, last: Path) -> None:
+    """Raise UserError if probes were trained on another backbone than they are put on now."""
+    if about.get("backbone") != module.about.get("backbone"):
+        raise UserError(f"{last} was trained on another backbone than {module.about.get('init_from')} holds now")
+
+
+def same_images(images: dict[str, str], start: Start) -> None:
+    """Raise UserError if the data are no longer those that the run began with, wherever they lie now."""
+    for split in sorted({*images, *start.images}) if start.images else ():
+        if images.get(split) != start.images.get(split):
+            raise UserError(
+                f"{start.path} was trained with other images than data.{split} holds now; give it the same shards "
+                "(they may lie elsewhere), or choose another name=, or resume=never to start over"
+            )
+
+
+def from_checkpoint(cfg: DictConfig, last: Path) -> DictConfig:
+    """The config with the network of the run's own checkpoint: what it once started from need not exist any more."""
+    if cfg.task == "probe":  # it holds the probes alone; their backbone stays where it was
+        return cfg
+    own = {"init_from": str(last), "from_scratch": False, "new_head": False}
+    return cast(DictConfig, OmegaConf.merge(cfg, {name: value for name, value in own.items() if name in cfg}))

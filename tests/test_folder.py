@@ -1,0 +1,87 @@
+"""A run's folder: held by one process, cleared of what is the run's own, damaged checkpoints set aside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.runs.folder import LOCK, alone, clear, finished_step, mark_finished, set_aside
+
+
+def in_another_process(folder: Path) -> int:
+    """0 if another process can hold the folder, 1 if it is refused."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with alone(folder, first=True):
+                os._exit(0)
+        except UserError as error:
+            os._exit(1 if f"process {os.getppid()} on" in str(error) else 2)
+        finally:
+            os._exit(3)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_one_process_holds_it(tmp_path):
+    folder = tmp_path / "run"
+    with alone(folder, first=True):
+        assert in_another_process(folder) == 1
+        with alone(folder, first=False):  # the other processes of the same run
+            pass
+        assert in_another_process(folder) == 1
+    assert in_another_process(folder) == 0
+
+
+def test_a_child_does_not_hold_it(tmp_path):
+    """A loader worker that outlives a killed run must not keep the next one out."""
+    ready, done = os.pipe(), os.pipe()
+    run = os.fork()
+    if run == 0:
+        with alone(tmp_path, first=True):
+            if os.fork() == 0:
+                os.write(ready[1], b"x")
+                os.read(done[0], 1)  # lives on
+            os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    assert in_another_process(tmp_path) == 2  # held, and not by this process
+    os.kill(run, 9)
+    os.waitpid(run, 0)
+    assert in_another_process(tmp_path) == 0
+    os.write(done[1], b"xx")
+
+
+def test_nothing_but_the_runs_own_files_goes(tmp_path):
+    ours = ["checkpoints/last.ckpt", "checkpoints/previous.ckpt", "checkpoints/best.ckpt", "checkpoints/.last.partial"]
+    ours += ["checkpoints/step-00000010.ckpt", "checkpoints/last.ckpt.damaged", "metrics.csv", "skipped.jsonl"]
+    ours += ["replaced.jsonl", "finished.json", "pictures/step-000010.png"]
+    kept = ["checkpoints/mine.pth", "pictures/holiday.png", "notes.txt", ".wandb_id", LOCK]
+    for name in (*ours, *kept):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    clear(tmp_path, another=False)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
+    clear(tmp_path, another=True)
+    assert not (tmp_path / ".wandb_id").exists()
+
+
+def test_damaged_checkpoints_are_set_aside(tmp_path):
+    names = ("last.ckpt", "previous.ckpt", ".last.ckpt.partial")
+    for name in names:
+        (tmp_path / name).write_text(name)
+    set_aside(tmp_path / "last.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "previous.ckpt"}
+    set_aside(tmp_path / "previous.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt.damaged", "previous.ckpt"}
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"step": "many"}', "\0"])
+def test_finished(content, tmp_path):
+    assert finished_step(tmp_path) is None
+    mark_finished(tmp_path, 12)
+    assert finished_step(tmp_path) == 12
+    (tmp_path / "finished.json").write_text(content)
+    assert finished_step(tmp_path) is None
