@@ -13,7 +13,8 @@ from test_sources import class_files, tar_bytes, write_folder
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.shards.make import make_shards
-from beit_pretrain.shards.manifest import INDEX_DTYPE, contact_sheet, index_shard, read_manifest, summary, verify_shards
+from beit_pretrain.shards.manifest import INDEX_DTYPE, index_shard, read_manifest, summary, verify_shards
+from beit_pretrain.shards.sheet import contact_sheet
 
 
 @pytest.fixture
