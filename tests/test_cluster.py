@@ -114,3 +114,15 @@ def test_the_network_error_behind_another_one():
         fail()
     assert "reset by peer" in str(lost_connection(caught.value))
     assert lost_connection(RuntimeError("shapes differ")) is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Application timeout caused pair closure",  # gloo, when a process hangs in an exchange
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:24421",
+        "Timed out after 46 seconds waiting for clients. 1/2 clients joined.",
+    ],
+)
+def test_what_torch_says_of_a_lost_process(said):
+    assert str(lost_connection(RuntimeError(said))) == said

@@ -39,7 +39,9 @@ MAY_DIFFER = ("data.train", "data.val", "data.cache_dir")  # places on a machine
 
 # What torch says, over several libraries, when a process does not answer or is gone.
 GONE = re.compile(
-    r"gloo|nccl|connection (?:closed|reset|refused)|broken pipe|timed out|socket|rendezvous|clients joined", re.I
+    r"gloo|nccl|connection (?:closed|reset|refused)|broken pipe|timed out|application timeout|pair closure|socket"
+    r"|rendezvous|clients joined",
+    re.I,
 )
 
 
