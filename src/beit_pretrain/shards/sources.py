@@ -90,8 +90,9 @@ def units(source: Path, top: str = "", split: str = "train", as_class: bool = Fa
             yield unit._replace(masks=folder, stamp=hashlib.sha256(" ".join(stamps).encode()).hexdigest())
     else:
         root, part = _part(source, split, nested=True) or (source, "")
-        _refuse_label_maps(source, root)
-        yield from _folder_units(root, top + part)
+        for unit in _folder_units(root, top + part):
+            _refuse_label_maps(source, root, unit)
+            yield unit
 
 
 def mask_of(folder: str, name: str) -> Path:
@@ -145,16 +146,13 @@ def _check_kind(source: Path, advice: str) -> None:
         raise UserError(f"src={source} is a pipe or a device; {advice}")
 
 
-def _refuse_label_maps(source: Path, root: Path) -> None:
-    """Raise UserError if `root`, or a folder in it, has ADE20K's layout: the label maps would count as photos."""
-    for folder in (str(root), *sorted(entry.path for entry in os.scandir(root) if os.path.isdir(entry.path))):
-        images, maps = os.path.join(folder, "images"), os.path.join(folder, "annotations")
-        if not os.path.isdir(images) or not os.path.isdir(maps):
-            continue
-        if any(name.lower().endswith(".png") for _, _, names in os.walk(maps) for name in names):
-            raise UserError(
-                f"src={source}: {maps} holds label maps, no photos; give src={folder}, or src={images} alone"
-            )
+def _refuse_label_maps(source: Path, root: Path, unit: Unit) -> None:
+    """Raise UserError for a unit of ADE20K's layout somewhere below the source: label maps would count as photos."""
+    above, found, _ = f"/{unit.prefix}".partition("/annotations/")
+    folder = Path(root, above[1:])
+    if found and (folder / "images").is_dir() and any(name.lower().endswith(".png") for name, _ in unit.files):
+        said = f"give src={folder}, or for the photos alone src={folder / 'images'}"
+        raise UserError(f"src={source}: {folder / 'annotations'} holds label maps, no photos; {said}")
 
 
 def read_candidate(candidate: Candidate, max_pixels: int = MAX_PIXELS) -> bytes:
