@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -183,7 +186,8 @@ class ShardServer:
 
     `trouble(name, number)`: what goes wrong with the number-th request (from 0) for a file, or None: "drop" (nothing
     comes), "half" (half of what was asked for), "stall" (half, then silence), "drip" (a byte now and then), "flip" (a
-    wrong byte), "long" (more than there is), or an HTTP status.
+    wrong byte), "long" (more than there is), "header" (a byte of the header now and then), "unsaid" (half, and no
+    length), "loop" (a redirection to itself), or an HTTP status.
     """
 
     def __init__(self, folder: Path):
@@ -225,6 +229,17 @@ class ShardServer:
         request.close_connection = True
         if trouble == "drop":
             return
+        if trouble == "header":
+            for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 5000:
+                if self._ended.wait(0.05):
+                    return
+                request.wfile.write(bytes([byte]))
+        if trouble == "loop":
+            request.send_response(302)
+            request.send_header("Location", f"{self.url}{request.path}")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
         if isinstance(trouble, int) or not path.is_file():
             request.send_response(trouble if isinstance(trouble, int) else 404)
             request.send_header("Content-Length", "0")
@@ -242,9 +257,10 @@ class ShardServer:
             data = data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
         if trouble == "long":
             data += b"more"
-        request.send_header("Content-Length", str(len(data)))
+        if trouble != "unsaid":
+            request.send_header("Content-Length", str(len(data)))
         request.end_headers()
-        if trouble in ("half", "stall"):
+        if trouble in ("half", "stall", "unsaid"):
             data = data[: len(data) // 2]
         if trouble == "drip":
             while data and not self._ended.wait(0.02):
@@ -268,6 +284,25 @@ def serve() -> Iterator[Callable[[Path], ShardServer]]:
     yield start
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def full_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """`full_disk(size)`: the folder of a disk of so many bytes. Only root may mount one."""
+    folders: list[Path] = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.geteuid() or not shutil.which("mount") or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("a disk of its own can be mounted by root alone")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def spoil(folder: Path, shard: int, rows: list[int]) -> None:

@@ -18,9 +18,10 @@ from conftest import spoil
 
 from beit_pretrain.data import remote
 from beit_pretrain.data.datamodule import PretrainData
-from beit_pretrain.data.order import Sample, positions_of_epoch
+from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import Access, ShardReader
 from beit_pretrain.errors import UserError
+from beit_pretrain.images import views
 from beit_pretrain.images.masking import BlockwiseMask
 from beit_pretrain.images.views import PretrainViews
 from beit_pretrain.shards.make import make_shards
@@ -86,7 +87,7 @@ def test_workers_and_ranks_do_not_matter(spoiled, expected, workers, world):
     assert sequence(list(itertools.chain(*ranks))) == expected
     for number in range(2):
         for rank, batch in enumerate(ranks):
-            mine = set(positions_of_epoch(number, 47, rank, world, BATCH))
+            mine = {k for k in range(number * 47, (number + 1) * 47) if k % world == rank}
             assert mine <= sequence(batch).keys()
 
 
@@ -110,7 +111,7 @@ def test_every_epoch_has_every_position_once_and_lists_what_it_replaced(spoiled,
     assert sorted(expected) == list(range(BATCH * STEPS))
     order, reader = data(spoiled).train_order(), ShardReader(spoiled)
     for number in range(2):
-        epoch = positions_of_epoch(number, 47, 0, 1, BATCH)
+        epoch = range(number * 47, (number + 1) * 47)
         drawn = [order.sample_at(k) for k in epoch]
         assert sorted(drawn) == [Sample(s, r) for s, size in enumerate(reader.sizes) for r in range(size)]
         keys = {reader.key(Sample(shard, row)) for shard, rows in BAD.items() for row in rows}
@@ -258,3 +259,21 @@ def test_the_first_batch_of_a_full_size_set(full_size):
     assert time.perf_counter() - start < 3
     assert batch["position"].tolist() == list(range(99_999_744, 99_999_744 + 128))
     assert np.isfinite(batch["jitter_factors"].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+    ids=["python", "system", "torch"],
+)
+def test_a_shortage_of_memory_is_not_replaced(spoiled, error, monkeypatch):
+    """The image is fine: a neighbour in its place would make the batch depend on the machine."""
+
+    def short(*args, **settings):
+        raise error
+
+    monkeypatch.setattr(views, "resized", short)
+    with pytest.raises(UserError, match=r"^not enough memory to decode \d{9} of .*shard-00000\d\.tar; fewer workers"):
+        batches(data(spoiled))
+    with pytest.raises(UserError, match=r"^not enough memory to decode"):  # from a worker, as one line too
+        batches(data(spoiled, workers=1))

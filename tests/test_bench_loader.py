@@ -45,6 +45,20 @@ def test_the_batches_are_what_they_are_said_to_be(variants):
     assert (cached["tokens"] - of_view).abs().float().mean() < 3
 
 
+def test_the_device_part_gives_what_the_reference_has_done(variants):
+    """Floats, normalised alike: what `fast` saves a loader must be done elsewhere; a row says at what rate."""
+    image, token_image = bench_loader.device_part(variants["fast"][0])
+    theirs = variants[REFERENCE][0]
+    for ours, reference in ((image, theirs["image"]), (token_image, theirs["token_image"])):
+        assert (ours.shape, ours.dtype) == (reference.shape, torch.float32)
+        assert abs(ours.mean() - reference.mean()) < 0.2 * (reference.max() - reference.min())  # other crops and jitter
+    assert -1 <= image.min() < -0.1 < 0.1 < image.max() <= 1
+    assert 0.099 < token_image.min() < token_image.max() < 0.901
+    rates = bench_loader.measure_device_part(variants["fast"], rounds=2, batches=1)
+    assert len(rates) == 2
+    assert min(rates) > 0
+
+
 def test_resized_shards_are_smaller_images(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_loader, "RESIZE", 32)
     files = [path.read_bytes() for path in sorted(photos.rglob("*.jpg"))]
@@ -75,18 +89,28 @@ class FakeBatches:
 
 
 def test_the_command(run_cli, photos):
-    code, stdout, stderr = run_cli("bench", "loader", f"src={photos}", "image_size=64", "rounds=1")
+    code, stdout, stderr = run_cli("bench", "loader", f"src={photos}", "image_size=64", "rounds=1", "threads=null")
     assert code == 0, stderr
     last = json.loads(stdout.splitlines()[-1])
     assert last["images"] == 18
     assert last["reference_images_per_s_core"] > 0
     assert all(last[name] > 0 for name in NAMES - {REFERENCE})
     assert last["images_per_s_core"].keys() == NAMES
+    assert last["device_part_images_per_s_core"] == last["device_part_rounds"][0] > 0
+    assert [line.split("|")[1].strip() for line in stdout.splitlines() if line.startswith("| device")] == [
+        "device part"
+    ]
 
 
 @pytest.mark.parametrize(
     "words",
-    [["src=nowhere"], ["src=x", "rounds=0"], ["src={photos}", "image_size=50"], ["src={photos}", "image_size=16"]],
+    [
+        ["src=nowhere"],
+        ["src=x", "rounds=0"],
+        ["src={photos}", "image_size=50"],
+        ["src={photos}", "image_size=16"],
+        ["src={photos}", "image_size=null"],
+    ],
 )
 def test_wrong_words(words, run_cli, photos):
     code, _, stderr = run_cli("bench", "loader", *(word.format(photos=photos) for word in words))

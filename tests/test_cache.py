@@ -18,6 +18,8 @@ from test_sources import tar_bytes
 
 from beit_pretrain.data import cache
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
+from beit_pretrain.data.order import Sample
+from beit_pretrain.data.reader import Access, ShardReader
 from beit_pretrain.errors import UserError
 
 SIZE = 10240  # of a tar with a small file
@@ -76,6 +78,33 @@ def test_the_longest_unused_makes_room(tmp_path):
     get(store, 3)
     assert here(tmp_path) == here(tmp_path, ".index.npy") == {0, 2, 3}
     assert occupied(tmp_path) <= store.limit
+
+
+def test_the_files_of_others_are_neither_touched_nor_counted(tmp_path):
+    """A folder of one's own as `data.cache_dir`: archives, indices, and what looks like the cache's at a glance."""
+    digest = shard(0)[0].sha256
+    names = ["ILSVRC2012_img_train.tar", "my.index.npy", "half.partial", f"{digest}.txt", f"x{digest}.tar"]
+    names += [f"{digest.upper()}.tar", f"{digest[:-1]}.partial", f"{digest}.tar.partial"]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(10 * SIZE))
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / f"{digest}.d").mkdir()
+    store = ShardCache(tmp_path, SIZE + INDEX)  # less than what they occupy: nobody may wait for them to go
+    for number in range(3):
+        assert get(store, number) == shard(number)[1]
+    assert here(tmp_path) == here(tmp_path, ".index.npy") == {2}
+    assert all((tmp_path / name).read_bytes() == bytes(10 * SIZE) for name in names)
+    assert len(os.listdir(tmp_path)) == len(names) + 1 + 1 + 2  # the folder, the lock, a shard with its index
+
+
+def test_a_full_disk_is_named(full_disk, shards, serve, tmp_path):
+    """A disk that holds less than data.cache_gb says."""
+    disk, server = full_disk(20_000), serve(shards / "train")
+    reader = ShardReader(server.url, Access(str(disk / "cache"), retries=3))
+    with pytest.raises(UserError, match=rf"^data\.cache_dir={disk}/cache with shard-000000\.tar: No space left"):
+        reader.read(Sample(0, 0))
+    assert server.requests["shard-000000.tar"] == 1  # another try would not mend it
+    assert os.listdir(disk / "cache") == [".lock"]
 
 
 def test_an_open_file_outlives_its_place(tmp_path):

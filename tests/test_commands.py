@@ -10,6 +10,7 @@ from PIL import Image
 
 from beit_pretrain.images.views import HALF
 from beit_pretrain.networks.backbone import Classifier
+from beit_pretrain.predict import images
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,29 @@ def test_shards_verify_and_show(shards, run_cli, tmp_path):
     code, stdout, _ = run_cli("shards", "verify", f"src={broken}")
     assert code == 2
     assert tar.name in stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("shards verify src=[a,b]", "shards verify takes one folder as src=, not a list"),
+        ("shards show src=[a,b]", "shards show takes one folder as src=, not a list"),
+        ("shards index src=[a,b]", "shards index takes one folder as src=, not a list"),
+        ("shards make src=a out=b split=null", "split must be a plain folder name, got null"),
+        ("bench loader src=a image_size=null", "image_size must be the side of the backbone's view in pixels"),
+    ],
+)
+def test_one_line_where_there_was_a_traceback(words, said, run_cli):
+    code, _, stderr = run_cli(*words.split())
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith(f"error: {said}")
+
+
+def test_predict_does_not_take_a_shortage_of_memory_for_bad_files(classifier, photos, run_cli, monkeypatch):
+    def short(*args, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(images, "opened", short)
+    code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src={photos}", "out=p.csv", "workers=0")
+    assert code == 2
+    assert stderr.splitlines()[-1].startswith("error: not enough memory to decode ")

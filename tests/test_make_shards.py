@@ -4,7 +4,9 @@ import io
 import itertools
 import json
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,16 @@ from PIL import Image
 from test_image_reading import bomb, encoded
 from test_sources import CLASSES, class_files, damaged_tar, tar_bytes, write_folder
 
+from beit_pretrain.data.order import Sample
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.reading import to_rgb
+from beit_pretrain.images.reading import EXTENSIONS, opened, to_channels, to_rgb
+from beit_pretrain.images.views import PretrainViews
 from beit_pretrain.shards import make as shards
-from beit_pretrain.shards import packing
+from beit_pretrain.shards import members
 from beit_pretrain.shards.make import make_shards
-from beit_pretrain.shards.manifest import read_manifest, verify_shards
+from beit_pretrain.shards.manifest import read_manifest, summary, verify_shards
+from beit_pretrain.shards.sources import list_images
 
 
 def make(src, out: Path, **options) -> Path:
@@ -156,6 +162,16 @@ def test_broken_files_are_listed_not_fatal(tmp_path):
     assert verify_shards(folder, progress=False) == []
 
 
+def test_much_that_is_rejected_is_said(tmp_path, capsys):
+    files = {f"{i:03d}.png": encoded(i, (4, 4), "PNG") for i in range(200)} | {"000.png": b"x", "001.png": b"x"}
+    make(write_folder(tmp_path / "src", files), tmp_path / "few")
+    assert "warning" not in capsys.readouterr().err  # one in a hundred
+    write_folder(tmp_path / "src", {"002.png": b"x", "003.png": encoded(3, (4, 4), "PNG")[:60]})
+    make(tmp_path / "src", tmp_path / "many")
+    said = "4 of 200 files for train are no usable images (not an image in a known format, and others); see its"
+    assert f"warning: {said} rejected.jsonl" in capsys.readouterr().err
+
+
 def test_a_shard_without_samples_is_left_out(tmp_path):
     src = write_folder(tmp_path / "src", {f"a/{i}": encoded(i) if i == 3 else b"no image" for i in range(6)})
     folder = make(src, tmp_path / "out", samples_per_shard=1)
@@ -171,7 +187,7 @@ def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
         opened.append(image.size)
         return to_rgb(image)
 
-    monkeypatch.setattr(packing, "to_rgb", watched)
+    monkeypatch.setattr(members, "to_rgb", watched)
     limit = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -221,6 +237,130 @@ def test_grey_images_of_more_than_8_bits_are_stored_with_their_contrast(tmp_path
     dark = {s["about"]["source"]: s for s in read_back(make(src, tmp_path / "grey", window=[50, 100]))}
     pixels = np.asarray(Image.open(io.BytesIO(dark["grey.png"]["png"])))
     assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+def pictures(folder: Path) -> dict[str, Image.Image]:
+    """The stored images by their source's name, decoded."""
+    extensions = set(EXTENSIONS.values())
+    return {
+        s["about"]["source"]: Image.open(io.BytesIO(next(data for key, data in s.items() if key in extensions)))
+        for s in read_back(folder)
+    }
+
+
+def gradient(size: tuple[int, int] = (60, 40)) -> Image.Image:
+    """A smooth RGBA image whose alpha runs from 0 to 255: what resizing does to it is nearly nothing."""
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    return Image.fromarray(np.stack([x, y, 255 - x, x], -1).astype(np.uint8), "RGBA")
+
+
+def with_alpha(src: Path) -> None:
+    """Every kind of file that carries alpha, and one that only has the channel."""
+    src.mkdir()
+    image = gradient()
+    image.save(src / "rgba.png")
+    image.convert("LA").save(src / "la.png")
+    image.save(src / "rgba.webp", lossless=True)
+    palette = image.convert("RGB").convert("P")
+    palette.save(src / "palette.png", transparency=bytes(range(256)))
+    grey = image.convert("L")
+    grey.save(src / "colour_key.png", transparency=grey.getextrema()[0])
+    image.putalpha(255)
+    image.save(src / "opaque.png")
+
+
+def test_alpha_outlives_resizing(tmp_path):
+    with_alpha(tmp_path / "src")
+    folder = make(tmp_path / "src", tmp_path / "out", resize=20)
+    made = pictures(folder)
+    for name, image in made.items():
+        assert (image.format, image.size) == ("JPEG" if name == "opaque.png" else "PNG", (30, 20))
+        with Image.open(tmp_path / "src" / name) as source:
+            alpha = np.asarray(source.convert("RGBA").resize((30, 20), Image.Resampling.LANCZOS))[..., 3].astype(int)
+        assert np.abs(np.asarray(to_channels(image, 4))[..., 3] - alpha).max() <= 1
+    colours = [np.asarray(to_channels(made[name], 4)).astype(int) for name in ("rgba.png", "rgba.webp")]
+    expected = np.asarray(gradient().resize((30, 20), Image.Resampling.LANCZOS)).astype(int)
+    assert all(np.abs(pixels - expected).max() <= 1 for pixels in colours)
+    assert made["la.png"].mode == "LA"
+    reader = ShardReader(folder)
+    views = PretrainViews(16, 8, channels=4)
+    with opened(reader.read(Sample(0, 0)).data) as image:
+        assert views(image, np.random.default_rng(0))["image"].shape == (4, 16, 16)
+
+
+def test_a_window_is_for_every_grey_image(tmp_path):
+    """Grey with alpha, of a grey palette, of one bit, and of 16 bits with alpha; colours are left alone."""
+    with_alpha(src := tmp_path / "src")
+    grey = np.tile(np.arange(0, 240, 4, dtype=np.uint8), (40, 1))
+    Image.fromarray(grey).convert("P").save(src / "grey_palette.png")
+    Image.fromarray(grey).convert("RGB").save(src / "colours.png")
+    Image.fromarray(grey > 100).save(src / "bits.png")
+    deep = png_of_16_bits(grey.astype(np.uint16) * 16, alpha := grey.astype(np.uint16) * 256)
+    (src / "deep.png").write_bytes(deep)
+    (src / "deep_laced.png").write_bytes(interlaced(deep))
+    folder = make(src, tmp_path / "out", window=[50, 100])
+    made = pictures(folder)
+    about = {s["about"]["source"]: s["about"] for s in read_back(folder)}
+    expected = np.rint(np.clip((grey.astype(float) - 50) / 50, 0, 1) * 255)
+    assert np.array_equal(np.asarray(made["grey_palette.png"]), expected)
+    assert np.array_equal(np.asarray(made["bits.png"]), np.where(grey > 100, 255, 0))
+    assert made["la.png"].mode == made["colour_key.png"].mode == "LA"
+    alpha_before = np.asarray(gradient())[..., 3]
+    assert np.array_equal(np.asarray(made["la.png"])[..., 1], alpha_before)
+    assert about["la.png"]["window"] == about["bits.png"]["window"] == [50, 100]
+    for name in ("rgba.png", "palette.png", "colours.png"):
+        assert "window" not in about[name]
+        assert (src / name).read_bytes() in [s.get("png") for s in read_back(folder)]
+    wide = pictures(make(src, tmp_path / "wide", window=[800, 1600]))
+    for name in ("deep.png", "deep_laced.png"):  # as Pillow reads it, sixteen levels would be left of 60
+        pixels = np.asarray(wide[name])
+        assert np.array_equal(pixels[..., 0], expected)
+        assert np.array_equal(pixels[..., 1], alpha >> 8)
+    own = np.asarray(pictures(make(src, tmp_path / "own", percentiles=[0, 100]))["deep.png"])[..., 0]
+    assert (own.min(), own.max(), len(np.unique(own))) == (0, 255, 60)
+
+
+def test_colours_of_16_bits_are_counted(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (6, 8, 3)).astype(np.uint16)
+    files = {"deep.png": png_of_16_bits(*values.transpose(2, 0, 1)), "plain.png": encoded(0, kind="PNG")}
+    folder = make(write_folder(tmp_path / "src", files), tmp_path / "out")
+    about = {s["about"]["source"]: s["about"] for s in read_back(folder)}
+    assert about["deep.png"]["bits"] == 16
+    assert "bits" not in about["plain.png"]
+    assert read_manifest(folder)["deep_colours"] == 1
+    assert "1 images have 16 bits a colour, of which the upper 8 are read" in summary(folder)
+
+
+def png_of_16_bits(*channels: np.ndarray) -> bytes:
+    """A PNG of two (grey and alpha) or three channels (H, W) of 16 bits."""
+    pixels = np.stack(channels, -1).astype(">u2")
+    lines = b"".join(b"\0" + line.tobytes() for line in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, {2: 4, 3: 2}[len(channels)], 0, 0, 0)
+    return png(header, lines)
+
+
+def png(header: bytes, lines: bytes) -> bytes:
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    packed = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def interlaced(data: bytes) -> bytes:
+    """A PNG of four bytes a pixel, all lines unfiltered, in the seven passes of Adam7."""
+    width, height = struct.unpack(">II", data[16:24])
+    length = struct.unpack(">I", data[33:37])[0]
+    lines = np.frombuffer(zlib.decompress(data[41 : 41 + length]), np.uint8).reshape(height, 1 + 4 * width)
+    pixels = lines[:, 1:].reshape(height, width, 4)
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = [row for y, x, down, right in passes for row in pixels[y::down, x::right] if row.size]
+    return png(data[16:28] + b"\x01", b"".join(b"\0" + row.tobytes() for row in rows))
+
+
+@pytest.mark.parametrize(("side", "kind"), [(70_000, "JPEG"), (80_000, "PNG")])
+def test_what_is_too_long_for_a_jpeg_is_a_png(side, kind, tmp_path):
+    Image.new("RGB", (side, 10), "red").save(tmp_path / "strip.png")
+    (image,) = pictures(make(tmp_path / "strip.png", tmp_path / "out", resize=9)).values()
+    assert (image.format, image.size) == (kind, (side * 9 // 10, 9))
 
 
 def test_a_window_of_samples_is_a_fair_mix_of_classes(tmp_path):
@@ -313,6 +453,7 @@ BAD_OPTIONS = [
     {"split": "a/b"},
     {"split": ".x"},
     {"split": ""},
+    {"split": None},
     {"samples_per_shard": 0},
     {"seed": -1},
     {"resize": 0},
@@ -381,6 +522,75 @@ def test_bad_single_files_and_lists(source, tmp_path):
         with pytest.raises(UserError, match=words):
             make(src, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_sources_that_overlap(source, tmp_path):
+    write_folder(tmp_path / "src", {"deep/er/a.jpg": encoded(0), "x.tar": tar_bytes({"b.jpg": encoded(1)})})
+    os.symlink(tmp_path / "src" / "deep", tmp_path / "link")
+    for inner in ("src/deep", "src/deep/er", "src/x.tar", "link"):
+        for sources in ([tmp_path / "src", tmp_path / inner], [tmp_path / inner, tmp_path / "src"]):
+            with pytest.raises(UserError, match=r"lies inside src=.*; its images would count twice"):
+                make(sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="twice"):
+        make([tmp_path / "link", tmp_path / "src/deep"], tmp_path / "out")
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path):
+    for number, place in enumerate(("a/photos", "b/photos", "c/d/photos", "other")):
+        write_folder(tmp_path / place, {"ant/x.jpg": encoded(number)})
+    places = [tmp_path / place for place in ("a/photos", "b/photos", "c/d/photos", "other")]
+    folder = make(places, tmp_path / "out")
+    keys = {"a/photos/ant/x.jpg", "b/photos/ant/x.jpg", "d/photos/ant/x.jpg", "other/ant/x.jpg"}
+    assert {s["about"]["source"] for s in read_back(folder)} == keys
+    assert read_manifest(folder)["source"] == "a/photos, b/photos, d/photos, other"
+    assert read_manifest(folder)["classes"] == ["ant"]
+
+
+def test_each_of_several_tars_is_a_class(tmp_path):
+    """As in a folder of these tars."""
+    tars = write_folder(tmp_path / "tars", class_tars())
+    listed = [tars / f"{name}.tar" for name in CLASSES[:2]]
+    folder = make(listed, tmp_path / "out")
+    assert read_manifest(folder)["classes"] == list(CLASSES[:2])
+    assert {s["about"]["source"] for s in read_back(folder)} == {
+        f"{c}.tar/{c}_{i}.jpg" for c in CLASSES[:2] for i in range(6)
+    }
+    (tmp_path / "again").mkdir()
+    os.rename(tars / "bee.tar", tmp_path / "again/ant.tar")
+    folder = make([tars / "ant.tar", tmp_path / "again/ant.tar"], tmp_path / "same")
+    assert read_manifest(folder)["class_counts"] == [12]
+    assert {s["about"]["source"].split("/")[0] for s in read_back(folder)} == {"tars", "again"}
+
+
+def test_a_folder_above_images_and_label_maps(tmp_path):
+    """ADE20K's layout, one folder too high: the label maps are no photos."""
+    files = {f"above/ADE/images/{p}/{i}.jpg": encoded(i) for p in ("training", "validation") for i in range(2)}
+    write_folder(tmp_path, files | {"above/ADE/annotations/training/0.png": encoded(0, kind="PNG", mode="L")})
+    write_folder(tmp_path, {"parts/train/images/0.jpg": encoded(0), "parts/val/images/0.jpg": encoded(0)})
+    write_folder(tmp_path, {"parts/train/annotations/0.png": encoded(0, kind="PNG", mode="L")})
+    for src, inner in (("above", "above/ADE"), ("parts", "parts/train"), ("", "above/ADE")):
+        said = rf"{inner}/annotations holds label maps, no photos; give src={tmp_path / inner}, or for the photos alone"
+        with pytest.raises(UserError, match=said):
+            make(tmp_path / src, tmp_path.parent / "refused")
+    photos = make(tmp_path / "above/ADE/images/training", tmp_path / "photos")
+    assert read_manifest(photos)["samples"] == 2
+    write_folder(tmp_path, {"boxes/set/images/0.jpg": encoded(0), "boxes/set/annotations/0.xml": b"<x/>"})
+    assert read_manifest(make(tmp_path / "boxes", tmp_path / "out"))["samples"] == 1
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_source(tmp_path):
+    for name in ("pipe", "pipe.tar", "cifar-100-python.tar.gz"):
+        os.mkfifo(tmp_path / name)
+        for sources in (tmp_path / name, [tmp_path / name]):
+            with pytest.raises(UserError, match="is a pipe or a device; give a folder"):
+                make(sources, tmp_path / "out")
+        with pytest.raises(UserError, match="is a pipe or a device; give an image"):
+            list_images(tmp_path / name)
+    images = write_folder(tmp_path / "src", {"a.jpg": encoded(0)})
+    with pytest.raises(UserError, match="it is a pipe or a device"):
+        make(images, tmp_path / "out", labels=tmp_path / "pipe")
 
 
 def test_targets(source, tmp_path):

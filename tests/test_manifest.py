@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import spoil
 from PIL import Image
 from test_sources import class_files, tar_bytes, write_folder
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.shards.make import make_shards
-from beit_pretrain.shards.manifest import INDEX_DTYPE, contact_sheet, index_shard, read_manifest, summary, verify_shards
+from beit_pretrain.shards.manifest import INDEX_DTYPE, index_shard, read_manifest, summary, verify_shards
+from beit_pretrain.shards.sheet import contact_sheet
 
 
 @pytest.fixture
@@ -118,6 +120,7 @@ def test_manifest_errors(split, tmp_path):
         (json.dumps(good | {"samples": 1}), "do not add up to its samples"),
         (json.dumps({k: v for k, v in good.items() if k != "classes"}), "classes"),
         (json.dumps(good | {"shards": [1]}), "damaged"),
+        (json.dumps(good | {"settings": []}), "damaged"),
     ):
         (split / "manifest.json").write_text(bad)
         with pytest.raises(UserError, match=words) as caught:
@@ -136,6 +139,13 @@ def test_summary_and_contact_sheet(split, tmp_path):
     assert np.asarray(sheet.convert("RGB"))[:18, :].std() > 20
     with pytest.raises(UserError, match="columns"):
         contact_sheet(split, tmp_path / "sheet.png", columns=0)
+    spoil(split, 0, [0])
+    manifest = read_manifest(split)
+    manifest["classes"][0] = "ant\nworker"  # of a file of names, say
+    manifest["settings"] = {}  # as others may write it
+    (split / "manifest.json").write_text(json.dumps(manifest))
+    contact_sheet(split, tmp_path / "odd.png", columns=4, rows=3, cell=24)
+    assert Image.open(tmp_path / "odd.png").size == (96, 114)
     (split / "shard-000000.tar").unlink()
     with pytest.raises(UserError, match="cannot draw"):
         contact_sheet(split, tmp_path / "sheet.png")

@@ -87,3 +87,16 @@ def test_what_is_read_was_announced(world):
         for rank in range(world):
             soon = mixed.samples_at(range(position + (rank - position) % world, position + 6, world))
             assert set(soon[:, 0]) <= set(mixed.shards_ahead(position, rank, world))
+
+
+def test_no_place_rests_on_what_numpy_does_not_promise(monkeypatch):
+    expected = mixture().samples_at(range(600))
+
+    class Other(np.random.Generator):
+        def shuffle(self, *args, **settings):
+            raise AssertionError("not promised")
+
+        permutation = shuffle
+
+    monkeypatch.setattr(np.random, "Generator", Other)
+    assert (mixture().samples_at(range(600)) == expected).all()

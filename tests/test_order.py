@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, positions, positions_of_epoch
+from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, permutation, positions
 
 UNEVEN = [5, 7, 3, 12, 1, 9, 0, 4]
 
@@ -108,19 +108,6 @@ def test_many_positions_at_once_are_those_one_by_one(streams, shuffle):
         assert order.samples_at(some).tolist() == [list(order.sample_at(int(k))) for k in some]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("number", [0, 1, 5])
-def test_positions_of_an_epoch(world, number):
-    """As the steps deal them, the tail of an epoch carried into a batch that the next one begins."""
-    samples, batch = 41, 12
-    shares = [positions_of_epoch(number, samples, rank, world, batch) for rank in range(world)]
-    assert sorted(itertools.chain(*shares)) == list(range(number * samples, (number + 1) * samples))
-    for rank, share in enumerate(shares):
-        steps = range(number * samples // batch, (number + 1) * samples // batch + 1)
-        dealt = [k for step in steps for k in positions(step, rank, world, batch) if k // samples == number]
-        assert list(share) == dealt
-
-
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("position", [0, 77, 155, 163, 10**6])
 def test_what_is_read_was_announced(world, position):
@@ -172,3 +159,19 @@ def test_purposes_do_not_share_random_numbers():
 
 def test_random_numbers_are_the_same_on_every_machine():
     assert generator(7, 123_456_789, MASK).integers(0, 1000, 6).tolist() == [351, 934, 584, 962, 178, 141]
+
+
+def test_orders_are_the_same_under_every_numpy(monkeypatch):
+    """NumPy promises the raw draws of a bit generator, and not what Generator.permutation or shuffle make of them."""
+    assert permutation(8, 7, 123_456_789, MASK).tolist() == [4, 5, 2, 3, 6, 7, 0, 1]
+    assert sorted(permutation(1000, 0, 5, MASK)) == list(range(1000))
+
+    class Other(np.random.Generator):
+        def permutation(self, *args, **settings):
+            raise AssertionError("not promised")
+
+        shuffle = permutation
+
+    expected = epoch(Order(UNEVEN, seed=3, window=4, streams=3), 1)
+    monkeypatch.setattr(np.random, "Generator", Other)
+    assert epoch(Order(UNEVEN, seed=3, window=4, streams=3), 1) == expected

@@ -168,6 +168,16 @@ class TestServers:
         with pytest.raises(UserError, match=r"^manifest\.json of .*/nowhere cannot be fetched: HTTP 404"):
             ShardReader(f"{serve(shards).url}/nowhere", access)
 
+    def test_a_manifest_that_breaks_off(self, shards, serve, access, expected):
+        """From a server that does not say how long it is."""
+        server = serve(shards / "train")
+        server.trouble = lambda name, number: "unsaid" if name == "manifest.json" and number < 2 else None
+        assert everything(ShardReader(server.url, access)) == expected
+        assert server.requests["manifest.json"] == 3
+        server.trouble = lambda name, number: "unsaid" if name == "manifest.json" else None
+        with pytest.raises(UserError, match=r"manifest\.json of .* cannot be fetched \(3 tries\): broke off after"):
+            ShardReader(server.url, access)
+
     def test_shards_that_are_not_the_manifests(self, shards, serve, access, folder):
         server = serve(folder)
         reader = ShardReader(server.url, access)
@@ -185,6 +195,21 @@ def test_a_local_shard_that_vanishes(folder):
     (folder / "shard-000001.tar").unlink()
     with pytest.raises(UserError, match=r"shard-000001\.tar cannot be read: No such file"):
         reader.read(Sample(1, 0))
+
+
+def test_the_content_of_a_local_shard(folder):
+    reader = ShardReader(folder)
+    for shard in range(len(reader.sizes)):
+        reader.check_content(shard)
+    data = bytearray((folder / "shard-000001.tar").read_bytes())
+    data[700] ^= 1
+    (folder / "shard-000001.tar").write_bytes(data)
+    reader.check_content(0)
+    with pytest.raises(UserError, match=r"shard-000001\.tar cannot be used: its content is not what its manifest says"):
+        reader.check_content(1)
+    (folder / "shard-000002.tar").unlink()
+    with pytest.raises(UserError, match=r"shard-000002\.tar cannot be used: No such file"):
+        reader.check_content(2)
 
 
 def test_images_without_a_class_are_counted_by_the_manifest(shards):

@@ -47,7 +47,7 @@ def test_which_sources_are_remote(tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-@pytest.mark.parametrize("trouble", [None, "drop", "half", "stall", "drip", "long", 503, 500, 429, 408])
+@pytest.mark.parametrize("trouble", [None, "drop", "half", "stall", "drip", "header", "long", 503, 500, 429, 408])
 def test_what_passes_is_tried_again(server, trouble, ranges):
     server.ranges = ranges
     server.trouble = lambda name, number: trouble if number < 2 and trouble != "long" else None
@@ -61,6 +61,8 @@ def test_what_passes_is_tried_again(server, trouble, ranges):
         ("drop", "3 tries"),
         ("stall", "stalled"),
         ("drip", "stalled"),
+        ("header", "stalled .the header of its answer does not end"),
+        ("loop", "HTTP 302 The HTTP server returned a redirect error"),
         (503, "3 tries.*HTTP 503"),
         (404, "HTTP 404"),
         (403, "HTTP 403"),
@@ -74,7 +76,18 @@ def test_what_does_not_pass_is_one_line(server, trouble, said):
         fetched(Remote(server.url, retries=2, timeout=0.2))
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 5
-    assert server.requests["a.tar"] == (1 if trouble in (404, 403, "long") else 3)
+    if trouble != "loop":  # which urllib follows a few times
+        assert server.requests["a.tar"] == (1 if trouble in (404, 403, "long") else 3)
+
+
+def test_a_disk_that_is_full_is_no_trouble_of_the_server(server):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        Remote(server.url, retries=3).fetch("a.tar", Full(), len(CONTENT), check)
+    assert server.requests["a.tar"] == 1
 
 
 def test_half_of_the_rest_again_and_again(server):
@@ -128,6 +141,13 @@ def test_nobody_there():
 def test_locations_that_are_none(location):
     with pytest.raises((UserError, ValueError)):  # a ValueError, too, is one line for whoever builds a run
         fetched(Remote(location, retries=0))
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "HTTPS"])
+def test_a_password_in_an_address_is_refused_and_not_said(scheme):
+    with pytest.raises(UserError, match=r"://host/train: names and passwords in an address are not sent") as caught:
+        Remote(f"{scheme}://user:secret@host/train")
+    assert "secret" not in str(caught.value)
 
 
 def test_signed_locations_keep_their_query_and_their_secret(server):

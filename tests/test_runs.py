@@ -34,7 +34,7 @@ def words(shards, dvae_checkpoint, tmp_path):
 
 
 # Loss of every step of a tiny deterministic run: a refactor must not move it. Regenerate only for a change of method.
-GOLDEN = [3.38806, 3.38786, 3.04848, 2.36104, 1.92031, 1.68300]
+GOLDEN = [3.38784, 3.38785, 3.05045, 2.36282, 1.92156, 1.68448]
 
 
 def test_golden_losses(words, run_cli, tmp_path):

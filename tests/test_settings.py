@@ -109,6 +109,25 @@ def test_wrong_values_of_the_other_verbs(verb, word, run_cli, tmp_path):
     assert f"{word.split('=')[0]} must be " in stderr
 
 
+@pytest.mark.parametrize(
+    ("verb", "word", "said"),
+    [
+        ("shards", "quality=101", "quality must be a whole number of at least 1 and at most 100, got 101"),
+        ("tokenize", "views=2000", "views must be a whole number of at least 1 and at most 1024, got 2000"),
+        ("shards", f"seed={10**20}", f"at least 0 and at most 4294967295, got {10**20}"),
+        ("shards", f"images={10**20}", f"images must be a whole number of at least 1 and below 2^63, got {10**20}"),
+        ("tokenize", "cache_gb=1e300", "cache_gb must be a number above 0 and at most 1e+09, got 1e+300"),
+        ("fit", "data.cache_gb=1e300", "data.cache_gb must be a number above 0 and at most 1e+09, got 1e+300"),
+        ("fit", "data.timeout=1e30", "data.timeout must be a number above 0 and at most 86400, got 1e+30"),
+    ],
+)
+def test_what_is_too_large_is_told_the_limit(verb, word, said, run_cli):
+    words = ["+experiment=demo_pretrain", *PLACES, "tokenizer.path=x"] if verb == "fit" else NEEDED[verb]
+    code, _, stderr = run_cli(verb, *words, word)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert said in stderr
+
+
 def test_names_may_be_numbers():
     settings = {"src": 2024, "data": {"train": [1.5, "a"], "val": 3}}
     check(settings)

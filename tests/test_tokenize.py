@@ -14,6 +14,7 @@ from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.images.reading import opened
 from beit_pretrain.images.views import PretrainViews, jittered_views
+from beit_pretrain.tokens import tokenize as tokenizing
 from beit_pretrain.tokens.cached import TokenFolder, record_dtype
 from beit_pretrain.training.dvae import DiscreteVAE, DVAETokenizer
 
@@ -170,6 +171,29 @@ def test_images_that_cannot_be_decoded_are_named(words, copied, run_cli):
     assert "shard-000001.tar cannot be decoded" in stdout
     records = np.load(copied / "train/tokens/shard-000001.tokens.npy")
     assert np.flatnonzero(records["crop"][:, 0, 2] == 0).tolist() == [0, 5]
+
+
+def test_a_shard_that_is_not_its_manifests_gets_no_tokens(words, copied, run_cli):
+    """The tokens are signed with the manifest's digests; that of each shard must hold."""
+    tar = copied / "train/shard-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[-1500] ^= 1  # the size is right, and the images decode
+    tar.write_bytes(data)
+    code, _, stderr = run_cli(*words, f"data={copied / 'train'}")
+    assert code == 2
+    assert "shard-000001.tar cannot be used: its content is not what its manifest says" in stderr.splitlines()[-1]
+    assert not (copied / "train/tokens").exists()
+
+
+def test_a_shortage_of_memory_leaves_no_gap(words, copied, run_cli, monkeypatch):
+    def short(*args, **settings):
+        raise MemoryError
+
+    monkeypatch.setattr(tokenizing, "opened", short)
+    code, _, stderr = run_cli(*words, f"data={copied / 'train'}")
+    assert code == 2
+    assert "error: not enough memory to decode 000000000 of " in stderr
+    assert not (copied / "train/tokens").exists()
 
 
 def test_shards_of_another_machine(words, shards, serve, run_cli, tmp_path):

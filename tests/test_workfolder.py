@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_image_reading import encoded
 from test_make_shards import contents, make, read_back, rejected
 from test_sources import class_files, tar_bytes, write_folder
@@ -19,7 +20,7 @@ from test_tars import HOSTILE, hostile_tar
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.shards import make as shards
-from beit_pretrain.shards import packing
+from beit_pretrain.shards import members, packing
 from beit_pretrain.shards.manifest import read_manifest
 from beit_pretrain.shards.workfolder import work_folder
 
@@ -125,6 +126,135 @@ def test_a_changed_source_is_refused(change, source, tmp_path):
         make(source, tmp_path / "out")
 
 
+def gone(files: list[Path], src: Path) -> str:
+    src.rename(src.with_name("away"))
+    return "cannot be read: No such file or directory"
+
+
+def shorter(files: list[Path], src: Path) -> str:
+    for file in files:
+        os.truncate(file, 100)
+    return "cannot be read: it has become shorter since it was listed"
+
+
+def failing(files: list[Path], src: Path) -> str:
+    for file in files:
+        file.unlink()
+        file.mkdir()
+    return "cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize("trouble", [gone, shorter, failing])
+def test_what_can_no_longer_be_read_is_not_a_broken_image(trouble, source, tmp_path):
+    """A share that is unmounted in the middle: the rest of its images would be missing for ever."""
+    whole = contents(make(source, tmp_path / "whole").parent)
+    files = [path for path in source.rglob("*") if path.is_file()]
+    kept = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    write, done = packing.write_shard, []
+
+    def write_then_trouble(job):
+        if len(done) == 1:
+            done.append(trouble(files, source))
+        done.append(write(job))
+        return 5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write_shard", write_then_trouble)
+        with pytest.raises(UserError, match="; what is finished is kept: give the same command again") as caught:
+            make(source, tmp_path / "out")
+    assert done[1] in str(caught.value)
+    assert str(source) in str(caught.value)
+    assert os.listdir(tmp_path / "out") == [".making"]
+    assert len(list((tmp_path / "out/.making/reports-train").iterdir())) == 1
+    shutil.rmtree(source, ignore_errors=True)
+    for path, (data, time_ns) in kept.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        os.utime(path, ns=(time_ns, time_ns))
+    assert contents(make(source, tmp_path / "out").parent) == whole
+
+
+def test_a_source_that_changes_meanwhile_is_not_published(source, tmp_path):
+    """Also where the change came after the last of its files was read."""
+    write = shards.write_manifest
+
+    def change(*words, **settings):
+        write(*words, **settings)
+        os.utime(source / "bee.tar", (1, 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write_manifest", change)
+        with pytest.raises(UserError, match=r"bee\.tar has changed since"):
+            make(source, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == [".making"]
+
+
+def test_label_maps_that_go_away_meanwhile(tmp_path):
+    files = {f"images/{i}.png": encoded(i, (8, 8), "PNG") for i in range(4)}
+    maps = {f"annotations/{i}.png": encoded(i, (8, 8), "PNG", "L") for i in range(4)}
+    src = write_folder(tmp_path / "ade", files | maps)
+    write = packing.write_shard
+
+    def remove(job):
+        (src / "annotations").rename(src / "elsewhere")
+        (src / "annotations").mkdir()
+        return write(job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write_shard", remove)
+        with pytest.raises(UserError, match=r"none of the 4 files|has changed since"):
+            make(src, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    (src / "annotations").rmdir()
+    (src / "elsewhere").rename(src / "annotations")
+
+    def remove_some(job):
+        for i in range(3):
+            (src / f"annotations/{i}.png").unlink()
+        return write(job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write_shard", remove_some)
+        with pytest.raises(UserError, match="images has changed since"):
+            make(src, tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory")], ids=["python", "system"])
+def test_a_shortage_of_memory_is_no_fault_of_an_image(error, source, tmp_path, monkeypatch):
+    decode = members.to_rgb
+
+    def short(image):
+        if image.size == (24, 18):
+            raise error
+        return decode(image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(members, "to_rgb", short)
+        with pytest.raises(UserError, match=r"not enough memory to decode .*\.jpg of .*; fewer workers") as caught:
+            make(source, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path / "out") == [".making"]
+    assert read_manifest(make(source, tmp_path / "out"))["rejected"] == 1
+
+
+def test_a_large_image_in_too_little_memory(tmp_path):
+    """As `ulimit -v` has it: the image is fine, and another machine would take it."""
+    Image.new("L", (13_000, 13_000)).save(tmp_path / "large.png")
+    words = [sys.executable, "-c", SHORT, str(tmp_path / "large.png"), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert "UserError: not enough memory to decode large.png of" in done.stderr
+    assert not (tmp_path / "out/train").exists()
+
+
+SHORT = """
+import resource, sys
+from beit_pretrain.shards.make import make_shards
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
+make_shards(sys.argv[1], sys.argv[2], workers=1)
+"""
+
+
 def test_a_finished_make_is_left_as_it_is(source, tmp_path, monkeypatch):
     make(source, tmp_path / "out")
     before = contents(tmp_path)
@@ -171,6 +301,23 @@ def test_a_manifest_that_points_elsewhere(name, source, tmp_path):
 def command(src: Path, out: Path, *words: str) -> list[str]:
     start = [sys.executable, "-m", "beit_pretrain", "shards", "make", f"src={src}", f"out={out}"]
     return [*start, "samples_per_shard=2", "workers=2", *words]
+
+
+def test_a_disk_that_is_really_full(full_disk, tmp_path):
+    """No limit of the process, but ENOSPC; with room, the same command goes on."""
+    src = write_folder(tmp_path / "big", {f"a/{i}.png": encoded(i, (200, 200), "PNG") for i in range(6)})
+    disk = full_disk(600_000)
+    with pytest.raises(
+        UserError, match=rf"^cannot write shards to {disk}/out: No space left on device; what is"
+    ) as caught:
+        make(src, disk / "out", samples_per_shard=2)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(disk / "out") == [".making"]
+    assert not list((disk / "out/.making/train").glob("*.partial"))
+    assert len(list((disk / "out/.making/reports-train").iterdir())) == 2
+    subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
+    made = make(src, disk / "out", samples_per_shard=2)
+    assert contents(made.parent) == contents(make(src, tmp_path / "whole", samples_per_shard=2).parent)
 
 
 def test_a_full_disk_is_one_line(source, tmp_path):

@@ -124,6 +124,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except MemoryError:
+        print("error: not enough memory; fewer workers, or smaller batches, need less", file=sys.stderr)
+        return 2
     except OSError as error:  # a folder that cannot be written, a full disk, a file where a folder should be
         if isinstance(error, BrokenPipeError):  # the reader of a pipe, `head` say, has had enough
             return 0

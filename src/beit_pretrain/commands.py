@@ -14,8 +14,11 @@ def shards(cfg: DictConfig) -> None:
     summary and contact sheet."""
     from beit_pretrain.shards.adopt import index_shards
     from beit_pretrain.shards.make import make_shards
-    from beit_pretrain.shards.manifest import contact_sheet, summary, verify_shards
+    from beit_pretrain.shards.manifest import summary, verify_shards
+    from beit_pretrain.shards.sheet import contact_sheet
 
+    if cfg.action in ("index", "verify", "show") and not isinstance(cfg.src, str):
+        raise UserError(f"shards {cfg.action} takes one folder as src=, not a list; give one after the other")
     if cfg.action == "make":
         if not cfg.out:
             raise UserError("out is missing: the folder for the shards, such as out=data/mine")

@@ -22,7 +22,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.pictures.show import show
 from beit_pretrain.runs.fit import fit
 from beit_pretrain.shards.make import make_shards
-from beit_pretrain.shards.manifest import contact_sheet
+from beit_pretrain.shards.sheet import contact_sheet
 from beit_pretrain.shards.sources import check_sources
 from beit_pretrain.training.metrics import read_rows
 

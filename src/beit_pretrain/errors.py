@@ -1,5 +1,7 @@
 """The exceptions that the command line shows as a line of text instead of a traceback."""
 
+import errno
+
 
 class UserError(Exception):
     """Something the user can mend (a wrong path, a bad value): printed as `error: <one line>`, exit code 2."""
@@ -14,6 +16,20 @@ class UserError(Exception):
 
 class SharedError(UserError):
     """A UserError that every process of a run raises alike: only the first one says it."""
+
+
+def stop_if_memory_was_short(error: BaseException, what: str) -> None:
+    """Raise UserError if that is why `what` could not be decoded: no fault of the image, which nothing may replace.
+
+    Python's and the system's words for it, and those of torch's allocator. Not Pillow's "out of memory error" of a
+    decoder, which damaged files provoke.
+    """
+    if (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    ):
+        raise UserError(f"not enough memory to decode {what}; fewer workers need less") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,8 @@ Rule = tuple[str, Callable[[Any], bool]]
 
 def whole(low: int, high: float = 2**63) -> Rule:
     """A whole number from `low` to below `high`."""
-    return f"a whole number of at least {low}", lambda v: type(v) is int and low <= v < high
+    text = f"a whole number of at least {low}" + (f" and at most {high - 1}" if high < 2**63 else "")
+    return text, lambda v: type(v) is int and low <= v < high
 
 
 def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
@@ -114,9 +115,9 @@ RULES: dict[str, Rule] = {
     **{name: optional(PATHS) for name in ("data.tokens", "data.val_tokens")},
     "data.weights": optional(numbers(None, POSITIVE)),
     "data.max_bad": SHARE,
-    **{f"{place}cache_gb": POSITIVE for place in ("data.", "")},
+    **{f"{place}cache_gb": number(0, 10**9, above=True) for place in ("data.", "")},
     **{f"{place}retries": whole(0, 101) for place in ("data.", "")},
-    "data.timeout": POSITIVE,
+    "data.timeout": number(0, 86_400, above=True),
     "seed": whole(0, 2**32),
     "resume": one_of("auto", "never"),
     "epochs": optional(POSITIVE),
@@ -288,4 +289,7 @@ def check(settings: dict[str, Any], prefix: str = "", spared: Collection[str] = 
         if name in NAMES:
             settings[key] = value = as_name(value)
         if name in RULES and not RULES[name][1](value):
-            raise UserError(f"{name} must be {RULES[name][0]}, got {'null' if value is None else value!r}")
+            rule = RULES[name][0]
+            if type(value) is int and value >= 2**63 and "at most" not in rule:
+                rule += " and below 2^63"
+            raise UserError(f"{name} must be {rule}, got {'null' if value is None else value!r}")

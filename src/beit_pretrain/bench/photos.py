@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.images.reading import opened, reason, to_rgb
 from beit_pretrain.shards.manifest import MANIFEST
 from beit_pretrain.shards.sources import list_images, read_candidate
@@ -59,6 +59,7 @@ def read_photos(src: str | Path, limit: int) -> Photos:
         except UserError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+            stop_if_memory_was_short(error, f"an image of {src}")
             why = reason(error)
     if not files:
         raise UserError(f"none of the {len(places)} files in {src} is a usable image ({why})")
@@ -66,7 +67,9 @@ def read_photos(src: str | Path, limit: int) -> Photos:
 
 
 def sides_for(cfg: DictConfig, tokenizer: Tokenizer | None) -> Sides:
-    """Raises UserError if the tokenizer's view cannot be cut into whole tokens."""
+    """Raises UserError if there is no size, or the tokenizer's view cannot be cut into whole tokens."""
+    if cfg.image_size is None:
+        raise UserError("image_size must be the side of the backbone's view in pixels, such as 224, not null")
     token_image = cfg.token_image_size or max(1, cfg.image_size // 2)
     if tokenizer is not None and token_image % tokenizer.downsample:
         raise UserError(

@@ -225,7 +225,8 @@ def _pair(data: bytes, views: PretrainViews, variant: Variant, seed: int, positi
 
 def bench_views(cfg: DictConfig) -> None:
     """Print the effect of each departure as a table and as JSON."""
-    torch.set_num_threads(cfg.threads)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
     tokenizer = instantiate(cfg.tokenizer) if cfg.get("tokenizer") else None
     sides = sides_for(cfg, tokenizer)
     files, bad = read_photos(cfg.src, cfg.images)

@@ -23,7 +23,7 @@ from beit_pretrain.data.ahead import FetchAhead
 from beit_pretrain.data.mixture import Mixture
 from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, positions
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.images.masking import BlockwiseMask
 from beit_pretrain.images.reading import opened, reason
 from beit_pretrain.images.views import PretrainViews
@@ -165,6 +165,7 @@ class ShardDataset(Dataset):
             except UserError:
                 raise  # the shard itself
             except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+                stop_if_memory_was_short(error, f"{self.reader.key(sample)} of {self.reader.where(sample.shard)}")
                 failures.append((sample, reason(error)))
                 continue
             bad += [self._record(position, failed, why, sample) for failed, why in failures]

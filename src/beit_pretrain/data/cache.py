@@ -8,6 +8,8 @@ data sets share what is equal, and a changed shard is another one:
     <sha256>.partial     a shard on its way; whoever fetches it holds a lock on it, others wait for that
     .lock                held while room is made and while a shard gets its name
 
+Whatever else lies in the folder belongs to somebody: it is neither counted nor touched.
+
 Room is reserved before a byte is fetched: the partial file gets its final size at once. What was not used for longest
 makes room; a file that is being read survives that, since an open file outlives its name. Use is the file's mtime,
 which readers and prefetchers renew (`ahead.py`).
@@ -18,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +36,7 @@ RECENT = 60.0  # seconds since its last use in which a shard does not make room 
 TOUCH = 1.0  # seconds between two notes of a shard's use by one process
 WAIT = 0.1  # seconds between two looks for room
 INDEX_HEADER = 256  # bytes of an index file before its rows
+OURS = re.compile(r"[0-9a-f]{64}\.(tar|index\.npy|partial)")  # files of the cache, by name
 
 
 class Shard(NamedTuple):
@@ -49,7 +53,7 @@ class ShardCache:
 
     Args:
         folder: on a disk of this machine.
-        limit: bytes that all files in it may have together.
+        limit: bytes that the cache's files in it may have together.
     """
 
     def __init__(self, folder: str | Path, limit: int):
@@ -64,7 +68,8 @@ class ShardCache:
     def open(self, shard: Shard, fetch: Callable[[BinaryIO], None]) -> int:
         """A file descriptor of the shard, fetched first if it is not here. Raises UserError if it cannot be had.
 
-        `fetch` writes the shard, from its beginning, into the file it is given.
+        `fetch` writes the shard, from its beginning, into the file it is given; an OSError that it raises is taken for
+        one of this folder's disk.
         """
         try:
             while True:
@@ -171,9 +176,12 @@ class ShardCache:
             return True
 
     def _contents(self, mine: Path) -> tuple[list[tuple[float, Path, int]], int]:
-        """Last use, path and bytes (with its index) of every shard, and all bytes but `mine`'s; clears what is dead."""
+        """Last use, path and bytes (with its index) of every shard, and all bytes but `mine`'s; clears what is dead.
+
+        Files of other names are not looked at.
+        """
         sizes, used = {}, {}
-        for entry in os.scandir(self.folder):
+        for entry in (entry for entry in os.scandir(self.folder) if OURS.fullmatch(entry.name)):
             with suppress(FileNotFoundError):
                 sizes[entry.name], used[entry.name] = entry.stat().st_size, entry.stat().st_mtime
         for name in list(sizes):

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from beit_pretrain.data.order import SHUFFLE_MIXTURE, Order, Sample, as_array, generator
+from beit_pretrain.data.order import SHUFFLE_MIXTURE, Order, Sample, as_array, permutation
 from beit_pretrain.errors import UserError
 
 PARTS = 10_000  # weights that are no simple fractions are rounded to so many parts
@@ -92,8 +92,8 @@ class Mixture:
 
     def _shuffled(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Data set of each place of a block, and how many places of that data set come before it in the block."""
-        dataset = np.repeat(np.arange(len(self.counts)), self.counts)
-        generator(self.seed, block, SHUFFLE_MIXTURE).shuffle(dataset)
+        places = permutation(self.block, self.seed, block, SHUFFLE_MIXTURE)
+        dataset = np.repeat(np.arange(len(self.counts)), self.counts)[places]
         before = np.empty_like(dataset)
         for number, count in enumerate(self.counts):
             before[dataset == number] = np.arange(count)

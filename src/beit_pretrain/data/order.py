@@ -36,6 +36,12 @@ def generator(seed: int, position: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, position], np.uint64), counter=[0, 0, 0, purpose]))
 
 
+def permutation(count: int, seed: int, position: int, purpose: int) -> np.ndarray:
+    """An order of 0 ... count - 1, int64 (count,): the same under every version of NumPy."""
+    # By sorting raw draws: NumPy promises these for ever, but not what Generator.permutation makes of them.
+    return np.argsort(generator(seed, position, purpose).bit_generator.random_raw(count), kind="stable")
+
+
 class Sample(NamedTuple):
     """A sample's address: number of its shard in the manifest, and its row in the index of the shard."""
 
@@ -139,13 +145,12 @@ class Order:
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the epoch's order, and where each ends in the concatenation."""
-        shards = np.arange(len(self.sizes))
-        if self.shuffle:
-            generator(self.seed, epoch, SHUFFLE_SHARDS).shuffle(shards)
+        count = len(self.sizes)
+        shards = permutation(count, self.seed, epoch, SHUFFLE_SHARDS) if self.shuffle else np.arange(count)
         return shards, np.cumsum(self.sizes[shards])
 
     def _permute_window(self, key: int, length: int) -> np.ndarray:
-        return generator(self.seed, key, SHUFFLE_WINDOW).permutation(length)
+        return permutation(length, self.seed, key, SHUFFLE_WINDOW)
 
 
 def as_array(positions: range | Sequence[int] | np.ndarray) -> np.ndarray:
@@ -160,13 +165,3 @@ def positions(step: int, rank: int, world: int, global_batch: int) -> range:
     if global_batch % world:
         raise ValueError(f"the global batch {global_batch} cannot be dealt evenly to {world} processes")
     return range(step * global_batch + rank, (step + 1) * global_batch, world)
-
-
-def positions_of_epoch(epoch: int, samples: int, rank: int, world: int, global_batch: int) -> range:
-    """Positions of epoch `epoch`, of so many samples, that `rank` of `world` processes consumes, over all steps.
-
-    The epoch's first and last global batch may hold positions of its neighbours: the tail is carried over.
-    """
-    positions(0, rank, world, global_batch)  # which then is dealt evenly: every W-th position, over steps too
-    first = epoch * samples
-    return range(first + (rank - first) % world, first + samples, world)

@@ -7,6 +7,7 @@ read: an open file is a few microseconds, and no reader then keeps from the disk
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,17 @@ class ShardReader:
         header = self._bytes(sample.shard, int(row["image_offset"]) - 512, 512)
         return header[:100].rstrip(b"\0").decode(errors="replace").partition(".")[0]
 
+    def check_content(self, shard: int) -> None:
+        """Raise UserError for a shard of this machine whose content is not what its manifest says; fetched ones are."""
+        folder, number = self._place(shard)
+        if isinstance(folder, LocalFolder):
+            try:
+                with open(folder.path / folder.shards[number].name, "rb") as file:
+                    check_content(file, folder.shards[number])
+            except OSError as error:
+                why = error.strerror or f"{error}; see: shards verify src={folder}"
+                raise UserError(f"{self.where(shard)} cannot be used: {why}") from None
+
     def fetch_ahead(self, shard: int) -> None:
         """Fetch a remote shard that will be needed, or note that it still is. Raises UserError if it cannot be had."""
         folder, number = self._place(shard)
@@ -216,7 +228,7 @@ class RemoteFolder:
 
     def __init__(self, location: str, access: Access):
         self.remote = Remote(location, access.retries, access.timeout)
-        data = self.remote.read(MANIFEST, MANIFEST_LIMIT)
+        data = self.remote.read(MANIFEST, MANIFEST_LIMIT, _check_end)
         text, where = data.decode("utf-8", errors="replace"), f"{MANIFEST} of {self.remote}"
         self.about = parse_manifest(text, where, "give the location of a folder that shards make wrote")
         self.shards = _shards(self.about)
@@ -249,6 +261,17 @@ class RemoteFolder:
 
 def _folder(source: str | Path, access: Access) -> LocalFolder | RemoteFolder:
     return RemoteFolder(str(source), access) if is_remote(source) else LocalFolder(source)
+
+
+def _check_end(manifest: bytes) -> None:
+    """Raise OSError for the beginning of a manifest: a server that names no length may break off unnoticed."""
+    if manifest.lstrip().startswith(b"{"):
+        try:
+            json.loads(manifest)
+        except ValueError:
+            raise OSError(f"broke off after {len(manifest):,} bytes, or is damaged") from None
+        except RecursionError:  # no manifest at all, as is said where it is read
+            pass
 
 
 def _shards(manifest: dict[str, Any]) -> list[Shard]:

@@ -6,7 +6,7 @@ config alone, never from a manifest, whose names are plain file names.
 
 Whatever fails for a reason that may pass (a dropped or stalled connection, half a file, HTTP 408, 425, 429, 5xx) is
 tried again with growing pauses, going on in the file where the server allows it. A transfer has stalled when nothing
-comes for `timeout` seconds, or less than 1 kB/s.
+comes for `timeout` seconds, or less than 1 kB/s, or if after so long the header of an answer is not complete.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from beit_pretrain.data.http import opened_in_time
 from beit_pretrain.errors import UserError, first_line
 
 SCHEMES = ("http", "https", "pipe", "s3", "gs")
@@ -41,6 +42,14 @@ _jitter = random.Random()  # of its own: the global one belongs to the views
 
 class Refused(Exception):
     """A failure that another try would not mend."""
+
+
+class Unwritable(Exception):
+    """The OSError of the file that a transfer is written to: it is not the server's."""
+
+    def __init__(self, error: OSError):
+        super().__init__(error)
+        self.error = error
 
 
 def is_remote(source: object) -> bool:
@@ -70,8 +79,14 @@ class Remote:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.location.startswith("pipe:") and "{name}" not in self.location:
-            raise UserError(f"{self.location}: a pipe needs {{name}} where the name of the file belongs")
+        if self.location.startswith("pipe:"):
+            if "{name}" not in self.location:
+                raise UserError(f"{self.location}: a pipe needs {{name}} where the name of the file belongs")
+        elif self.location.lower().startswith("http") and "@" in urlsplit(self.location).netloc:
+            raise UserError(
+                f"{self}: names and passwords in an address are not sent; give a signed address, or a pipe such as "
+                "'pipe:curl -sf --netrc https://HOST/PATH/{name}'"
+            )
 
     def __str__(self) -> str:
         """The location without what may be a secret."""
@@ -80,26 +95,42 @@ class Remote:
         parts = urlsplit(self.location)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
-    def read(self, name: str, limit: int) -> bytes:
-        """The content of a small file of at most `limit` bytes. Raises UserError."""
-        buffer = io.BytesIO()
-        self.fetch(name, buffer, limit)
-        return buffer.getvalue()[: buffer.tell()]
+    def read(self, name: str, limit: int, check: Callable[[bytes], None] | None = None) -> bytes:
+        """The content of a small file of at most `limit` bytes. Raises UserError.
 
-    def fetch(self, name: str, out: BinaryIO, limit: int, check: Callable[[], None] | None = None) -> None:
-        """Write the file `name`, of at most `limit` bytes, to the beginning of `out`.
-
-        `check` looks at what was written, of just `limit` bytes, and raises OSError if it is to be fetched again.
-        Raises UserError if the file cannot be had.
+        `check` looks at it, and raises OSError if it is to be gone on with: not every server says how long a file is.
         """
+        buffer = io.BytesIO()
+
+        def content() -> bytes:
+            return buffer.getvalue()[: buffer.tell()]
+
+        self._transfer(name, buffer, limit, lambda: check(content()) if check else None)
+        return content()
+
+    def fetch(self, name: str, out: BinaryIO, size: int, check: Callable[[], None]) -> None:
+        """Write the file `name`, of just `size` bytes, to the beginning of `out`.
+
+        `check` looks at what was written, and raises OSError if it is to be fetched again.
+        Raises UserError if the file cannot be had, OSError if `out` cannot be written.
+        """
+
+        def whole() -> None:
+            if out.tell() != size:
+                raise OSError(f"broke off after {out.tell():,} of {size:,} bytes")
+            check()
+
+        self._transfer(name, out, size, whole)
+
+    def _transfer(self, name: str, out: BinaryIO, limit: int, check: Callable[[], None]) -> None:
+        """Write the file `name`, of at most `limit` bytes, to `out`, until `check` raises no OSError any more."""
         for attempt in range(self.retries + 1):
             try:
                 self._try(name, out, limit)
-                if check:
-                    if out.tell() != limit:
-                        raise OSError(f"broke off after {out.tell():,} of {limit:,} bytes")
-                    check()
+                check()
                 return
+            except Unwritable as unwritable:
+                raise unwritable.error from None
             except (Refused, OSError, http.client.HTTPException) as error:
                 why, asked = _reason(error), _retry_after(error)
                 if _lasting(error):
@@ -119,14 +150,14 @@ class Remote:
             for chunk in chunks:
                 if out.tell() + len(chunk) > limit:
                     raise Refused(f"it has more than {limit:,} bytes")
-                try:
+                with _writing():
                     out.write(chunk)
-                except OSError as error:
-                    raise Refused(f"cannot write it: {error.strerror or error}") from None
                 if (passed := time.monotonic() - since) > self.timeout:
                     if out.tell() - mark < SLOWEST * passed:
                         raise TimeoutError(f"slower than {SLOWEST} bytes/s")
                     mark, since = out.tell(), time.monotonic()
+        with _writing():
+            out.flush()
 
     def _chunks(self, name: str, out: BinaryIO) -> Generator[bytes]:
         """The bytes to write at `out`'s position, which is set back to 0 if they are the whole file's."""
@@ -138,11 +169,20 @@ class Remote:
         return _of_http(url, out, self.timeout) if parts.scheme in ("http", "https") else _of_bucket(url, out)
 
 
+@contextlib.contextmanager
+def _writing() -> Generator[None]:
+    """Tell an OSError of the file that is written from one of the connection."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(error) from error
+
+
 def _of_http(url: str, out: BinaryIO, timeout: float) -> Generator[bytes]:
     request = urllib.request.Request(url, headers={"User-Agent": "beit_pretrain", "Accept-Encoding": "identity"})
     if start := out.tell():
         request.add_header("Range", f"bytes={start}-")
-    with urllib.request.urlopen(request, timeout=timeout) as response:
+    with opened_in_time(request, timeout) as response:
         begins = re.match(r"bytes (\d+)-", response.headers.get("Content-Range") or "")
         if response.status != 206 or not begins or int(begins[1]) != start:
             out.seek(start := 0)
@@ -217,9 +257,9 @@ def _lasting(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     """A failure in a few words."""
     if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
+        return f"HTTP {error.code} {str(error.reason).partition(chr(10))[0]}"  # a loop of redirections has three lines
     if isinstance(error, urllib.error.URLError):
-        return str(error.reason)
+        return first_line(error.reason) if isinstance(error.reason, BaseException) else str(error.reason)
     if isinstance(error, TimeoutError):
         return f"it stalled ({first_line(error)})"
     kind = f"{type(error).__name__}: " if _lasting(error) and not isinstance(error, Refused) else ""

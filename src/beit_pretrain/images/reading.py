@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -58,6 +59,46 @@ class Levels(NamedTuple):
 def is_deep(image: Image.Image) -> bool:
     """Whether an image is grey with more than 8 bits a pixel (12 and 16 bits, integer or float)."""
     return image.mode == "F" or image.mode.startswith("I")
+
+
+def has_deep_colours(image: Image.Image) -> bool:
+    """Whether an image, not yet decoded, has 16 bits a channel and more than one, of which Pillow keeps the upper 8."""
+    return not is_deep(image) and any(";16" in str(tile[3]) for tile in getattr(image, "tile", []))
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether a decoded image has no colours by its kind: grey, with or without alpha, of 1 bit, or of grey palette."""
+    if image.mode in ("L", "LA", "La", "1"):
+        return True
+    if image.mode != "P":
+        return False
+    palette = np.asarray(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+    indices = np.unique(np.asarray(image))
+    used = palette[indices[indices < len(palette)]]
+    return bool((used == used[:, :1]).all())
+
+
+def alpha_of(image: Image.Image) -> Image.Image | None:
+    """The alpha channel (L) of a decoded image; None if it has none, or is opaque everywhere."""
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return alpha if alpha.getextrema() != (255, 255) else None
+
+
+def deep_grey_and_alpha(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, Image.Image] | None:
+    """All 16 bits of the grey values (I;16), and the alpha channel (L, upper 8 bits), of a PNG of both; None: another.
+
+    Pillow has no such image and keeps the upper bytes. Four bytes a pixel are RGBA of 8 bits to it, once the header
+    says so: filters and interlacing of PNG go by bytes (ISO/IEC 15948, section 9.2).
+    """
+    if data[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" or data[24:26] != b"\x10\x04":
+        return None
+    header = data[12:24] + b"\x08\x06" + data[26:29]
+    with opened(data[:12] + header + zlib.crc32(header).to_bytes(4) + data[33:], max_pixels) as image:
+        values_HW4 = np.asarray(image)
+    grey_HW = values_HW4[..., 0].astype(np.uint16) << 8 | values_HW4[..., 1]
+    return Image.fromarray(grey_HW), Image.fromarray(np.ascontiguousarray(values_HW4[..., 2]))
 
 
 def to_grey8(image: Image.Image, levels: Levels | None = None) -> tuple[Image.Image, tuple[float, float]]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.images.reading import opened, reason
 from beit_pretrain.images.views import centre_view, normalise, to_array
 from beit_pretrain.pictures import grids
@@ -202,6 +202,7 @@ def chosen_images(module: Any, data: Any, cfg: DictConfig, model: Any, count: in
             with opened(file) as image:
                 view = centre_view(image, max(height, width), 1.0, channels)
         except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+            stop_if_memory_was_short(error, f"image {number} of {cfg.photos or cfg.split}")
             raise UserError(f"image {number} of {cfg.photos or cfg.split} cannot be read: {reason(error)}") from error
         arrays.append(torch.from_numpy(to_array(view.crop((0, 0, width, height)))))
     return torch.stack(arrays).float() / 255

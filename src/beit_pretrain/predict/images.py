@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.remote import is_remote
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.images.reading import opened, reason
 from beit_pretrain.shards.manifest import MANIFEST
 from beit_pretrain.shards.processes import cores, end_with_parent
@@ -111,6 +111,7 @@ class Views(Dataset):
         except UserError:
             raise  # the shard itself
         except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+            stop_if_memory_was_short(error, name)
             return Item(name, [], (0, 0), reason(error))
 
 

@@ -25,6 +25,8 @@ def read_labels(path: str | Path) -> dict[str, str]:
     try:
         if path.is_dir() or path.name.endswith((".tar.gz", ".tgz", ".tar")):
             return _devkit_labels(*_devkit_files(path))
+        if path.exists() and not path.is_file():  # it would be waited for without end
+            raise ValueError("it is a pipe or a device")
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has more than {LARGEST} bytes")
         return _text_labels(path.read_text("utf-8-sig"))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.shards import cifar, synthetic
 from beit_pretrain.shards.labels import read_labels, stem
 from beit_pretrain.shards.processes import in_order
-from beit_pretrain.shards.sources import Candidate, Rows, Unit, rows, units
+from beit_pretrain.shards.sources import Candidate, Rows, Unit, mask_of, rows, units
 
 COLUMNS: dict[str, np.dtype[Any]] = {
     "end": np.dtype("<u8"),
@@ -55,7 +56,7 @@ class Listing:
         path, mask, kind = unit.path, "", "file"
         if unit.kind == "files":
             path = os.path.join(unit.path, name)
-            mask = str(Path(unit.masks, name).with_suffix(".png")) if unit.masks else ""
+            mask = str(mask_of(unit.masks, name)) if unit.masks else ""
         elif unit.kind in ("cifar", "synthetic"):
             path, kind = str(_pixel_file(self.folder, unit)), unit.kind
         number = int(self.columns["class"][row])
@@ -85,12 +86,29 @@ def opened_listing(folder: Path) -> Listing:
 
 
 def source_units(sources: list[str], split: str, images: int = 0) -> Iterator[Unit]:
-    """The units of all sources in turn. Raises UserError as `sources.units` does."""
+    """The units of all sources in turn; of several tars each is a class. Raises UserError as `sources.units` does."""
     if sources == ["synthetic"]:
         yield Unit("synthetic", "", "", "", "", (("", images),))
         return
-    for source in (Path(source) for source in sources):
-        yield from units(source, f"{source.name}/" if len(sources) > 1 else "", split)
+    paths = [Path(source) for source in sources]
+    tars = len(paths) > 1 and all(path.suffix.lower() == ".tar" and not path.is_dir() for path in paths)
+    for path, name in zip(paths, distinct_names(paths), strict=True):
+        yield from units(path, f"{name}/" if len(sources) > 1 else "", split, as_class=tars)
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of every path, or as many of its last parts as tell it from the others."""
+    lengths = [1] * len(paths)
+    while True:
+        names = ["/".join(path.parts[-length:]) for path, length in zip(paths, lengths, strict=True)]
+        count = Counter(names)
+        longer = [
+            length + (count[name] > 1 and length < len(path.parts))
+            for path, name, length in zip(paths, names, lengths, strict=True)
+        ]
+        if longer == lengths:
+            return names
+        lengths = longer
 
 
 def build_listing(folder: Path, sources: list[str], split: str, images: int, labels: str | None, workers: int) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,21 @@ from tqdm import tqdm
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.reading import MAX_PIXELS
 from beit_pretrain.shards import synthetic
+from beit_pretrain.shards.checks import (
+    check_arguments,
+    check_same_listing,
+    check_sources,
+    check_targets,
+    check_unchanged,
+    chosen,
+    source_name,
+)
 from beit_pretrain.shards.labels import segmentation_names
-from beit_pretrain.shards.listing import Listing, build_listing, opened_listing, source_units
-from beit_pretrain.shards.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
+from beit_pretrain.shards.listing import Listing, build_listing, opened_listing
+from beit_pretrain.shards.manifest import REJECTED, index_path, write_manifest
+from beit_pretrain.shards.members import Settings
 from beit_pretrain.shards.packing import (
     Job,
-    Settings,
     labels_path,
     order_path,
     read_report,
@@ -42,12 +52,12 @@ from beit_pretrain.shards.workfolder import (
     is_published,
     publish,
     read_plan,
-    show,
     work_folder,
     write_plan,
 )
 
 FORMAT = 1  # of plan.json
+MUCH = 0.01  # share of files that are no usable images of which a warning tells
 
 
 def make_shards(
@@ -71,23 +81,25 @@ def make_shards(
     """Write `out/split/`, or with `val` > 0 `out/train/` and `out/val/`, and return the folders.
 
     `src`: "synthetic" (`images` images, `size` pixels a side), a folder (of class folders, tars, or images), a tar, or
-    a list of folders and tars; the class is the name of the folder (or inner tar) that holds the image. `split`: name
-    of the folder, and the part of a source that has parts. `val`: the fraction of every class set apart, counted before
-    decoding; images without a class, or alone in theirs, count as one class. `labels`: see labels.py. `resize`: images
-    whose shorter side has more pixels are shrunk to it and stored as JPEG of `quality`, without EXIF; others keep their
-    bytes. `window`, `percentiles`: grey values that become 0 and 255; percentiles are for images of more than 8 bits, a
-    window is for every grey image. `workers`: None = all cores.
+    a list of folders and tars; the class is the name of the folder (or inner tar, or tar of a list of tars) that holds
+    the image. `split`: name of the folder, and the part of a source that has parts. `val`: the fraction of every class
+    set apart, counted before decoding; images without a class, or alone in theirs, count as one class. `labels`: see
+    labels.py. `resize`: images whose shorter side has more pixels are shrunk to it and stored as JPEG of `quality`,
+    without EXIF, or as PNG if they are not opaque or too long for a JPEG; others keep their bytes. `window`,
+    `percentiles`: grey values that become 0 and 255; percentiles are for images of more than 8 bits, a window is for
+    every grey image, of grey palettes and with alpha too. `workers`: None = all cores.
 
     A half-done run of the same call in `out` is gone on with; a finished one is left as it is.
-    Raises UserError for a bad argument, source or target, or if no image can be decoded.
+    Raises UserError for a bad argument, source or target, a source that cannot be read or changes meanwhile, too little
+    memory, or if no image can be decoded.
     """
     low_high = None if window is None else [float(v) for v in window]
     grey = ([float(v) for v in percentiles], max_pixels, images, size)
     settings = Settings(samples_per_shard, seed, val, resize, quality, low_high, *grey)
     sources = _resolved(src)
     out, names = Path(out).expanduser(), ["train", "val"] if val > 0 else [split]
-    _check_arguments(sources, split, workers, settings)
-    _check_sources(sources, out)
+    check_arguments(sources, split, workers, settings)
+    check_sources(sources, out)
     workers = workers or cores()
     opened_listing.cache_clear()  # this process may have made others in the same folder
     with work_folder(out) as work:
@@ -95,18 +107,20 @@ def make_shards(
         if before := read_plan(work):
             check_same(work, before["settings"], plan)
         missing = [name for name in names if not (before and is_published(work, name, out))]
-        finished = _check_targets(out, missing, settings, sources, half_done=before is not None)
+        finished = check_targets(out, missing, settings, sources, half_done=before is not None)
         if before is None:
             _prepare(work, out, names, sources, None if labels is None else str(labels), settings, workers)
             if finished:
-                _check_same_listing(out, names, _about(work))
+                check_same_listing(out, names, _about(work))
                 return [out / name for name in names]
             write_plan(work, {"settings": plan})
         elif missing:
-            _check_unchanged(work, sources, split, images)
+            check_unchanged(work, sources, split, images)
         for name in missing:
             _write_split(work, name, settings, workers)
             _describe(work, name, sources, settings)
+        if missing:  # a source that went away meanwhile must not pass for one of broken images
+            check_unchanged(work, sources, split, images)
         for name in missing:
             publish(work, name, out)
         close(work)
@@ -119,44 +133,6 @@ def _resolved(src: str | Path | Sequence[str | Path]) -> list[str]:
     return [str(s) if s == "synthetic" else str(Path(s).expanduser().absolute()) for s in given]
 
 
-def _check_arguments(sources: list[str], split: str, workers: int | None, settings: Settings) -> None:
-    """Raise UserError for a value that cannot be right."""
-    s = settings
-    drawn = "synthetic" in sources
-    rising = all(a < b for a, b in [s.percentiles, s.window or (0, 1)])
-    wrong = {
-        f"val must be at least 0 and below 1, got {s.val}": not 0 <= s.val < 1,
-        "val above 0 writes train and val; leave split= out": s.val > 0 and split != "train",
-        f"split must be a plain folder name, got {split!r}": Path(split).name != split or split.startswith("."),
-        f"samples_per_shard must be 1 or more, got {s.samples_per_shard}": s.samples_per_shard < 1,
-        f"seed must be at least 0 and below 2^63, got {s.seed}": not 0 <= s.seed < 2**63,
-        f"resize must be 1 pixel or more, or null, got {s.resize}": s.resize is not None and s.resize < 1,
-        f"quality must be 1 to 100, got {s.quality}": not 1 <= s.quality <= 100,
-        f"window and percentiles must rise, got {s.window} and {s.percentiles}": not rising,
-        f"percentiles must be 0 to 100, got {s.percentiles}": not all(0 <= p <= 100 for p in s.percentiles),
-        f"max_pixels must be 1 or more, got {s.max_pixels}": s.max_pixels < 1,
-        f"workers must be 1 or more, got {workers}": workers is not None and workers < 1,
-        f"images must be 1 or more, got {s.images}": drawn and s.images < 1,
-        f"size must be 16 pixels or more, got {s.size}": drawn and s.size < 16,
-        "src is empty; give a folder, a tar, a list of these, or synthetic": not sources,
-        "the synthetic set cannot be mixed with other sources": drawn and len(sources) > 1,
-        "the synthetic set is drawn at size=; leave resize= out": drawn and s.resize is not None,
-    }
-    for message, holds in wrong.items():
-        if holds:
-            raise UserError(message)
-
-
-def _check_sources(sources: list[str], out: Path) -> None:
-    """Raise UserError for sources that would be read twice, and for a target inside a source."""
-    folders = [Path(source).resolve() for source in sources if source != "synthetic"]
-    if len(set(folders)) < len(folders):
-        raise UserError("src names a source twice; its images would count twice")
-    for folder in folders:
-        if folder.is_dir() and out.resolve().is_relative_to(folder):  # the next run would take the shards for sources
-            raise UserError(f"out={out} lies inside src={folder}; choose an out= elsewhere")
-
-
 def _settings_plan(sources: list[str], split: str, labels: str | Path | None, settings: Settings) -> dict[str, Any]:
     """What a half-done run must agree in to be gone on with. Raises UserError for labels that cannot be read."""
     plan: dict[str, Any] = {"src": sources, "split": split, "labels": None, "format": FORMAT, "Pillow": PIL.__version__}
@@ -167,55 +143,6 @@ def _settings_plan(sources: list[str], split: str, labels: str | Path | None, se
             with open(file, "rb") as opened:
                 plan["labels"] += f" (SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]})"
     return {**plan, **settings._asdict()}
-
-
-def _check_unchanged(work: Path, sources: list[str], split: str, images: int) -> None:
-    """Raise UserError for a source that is not as it was when the half-done run listed it."""
-    advice = f"since the half-done run in {work} began; delete that folder to start anew"
-    listed = iter(Listing(work / "listing").units)
-    for unit in source_units(sources, split, images):
-        before = next(listed, None)
-        if before is not None and unit.path != before.path and before.path and not os.path.exists(before.path):
-            raise UserError(f"{before.path} is missing {advice}")
-        if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
-            raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
-        if before.stamp != unit.stamp:
-            raise UserError(f"{unit.path} has changed {advice}")
-    if (gone := next(listed, None)) is not None:
-        raise UserError(f"{gone.path} is missing {advice}")
-
-
-def _check_targets(out: Path, names: list[str], settings: Settings, sources: list[str], half_done: bool) -> bool:
-    """Whether the targets hold finished shards of the same settings. Raises UserError if they hold anything else."""
-    advice = "choose another out=, or delete it first"
-    finished = []
-    for target in (out / name for name in names):
-        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-            continue
-        if half_done or not (target / MANIFEST).is_file():
-            raise UserError(f"{target} exists and is not empty; {advice}")
-        manifest = read_manifest(target)
-        now = {"seed": settings.seed, "source": _source_name(sources), **_chosen(sources, settings)}
-        made = {"seed": manifest["seed"], "source": manifest["source"], **manifest["settings"]}
-        for key in now:
-            if made.get(key) != now[key]:
-                raise UserError(
-                    f"{target} holds shards with {key}={show(made.get(key))}, not {show(now[key])}; {advice}"
-                )
-        finished.append(target)
-    if 0 < len(finished) < len(names):
-        raise UserError(f"{finished[0]} exists and is not empty; {advice}")
-    return bool(finished)
-
-
-def _check_same_listing(out: Path, names: list[str], about: dict[str, Any]) -> None:
-    """Raise UserError if the finished targets were made from other files."""
-    for name in names:
-        manifest = read_manifest(out / name)
-        if any(manifest.get(key) != value for key, value in about.items()):
-            raise UserError(
-                f"{out / name} holds shards of other files or classes; choose another out=, or delete it first"
-            )
 
 
 def _prepare(
@@ -264,23 +191,28 @@ def _about(work: Path) -> dict[str, Any]:
 def _describe(work: Path, name: str, sources: list[str], settings: Settings) -> None:
     """Write rejected.jsonl and the manifest of a finished split. Raises UserError if it holds no image."""
     folder, entries, labels = work / name, [], [np.zeros(0, np.int64)]
-    count, first, segmentation = 0, None, False
+    reasons: Counter[str] = Counter()
+    first, segmentation, deep_colours = None, False, 0
     jobs = _jobs(work, name, settings)
     with open(folder / REJECTED, "w", encoding="utf-8") as rejected:
         for job in jobs:
             report = read_report(job)
             assert report is not None
-            count += len(report["rejected"])
+            reasons.update(refused["reason"] for refused in report["rejected"])
             first = first or next(iter(report["rejected"]), None)
             rejected.writelines(json.dumps(refused) + "\n" for refused in report["rejected"])
             if report["entry"] is not None:
                 entries.append(report["entry"])
                 labels.append(np.load(index_path(shard_path(work, name, job.shard)))["label"])
                 segmentation |= report["segmentation"]
+                deep_colours += report.get("deep_colours", 0)
     if not entries:
         discard(work / "plan.json")  # there is nothing to go on with
         assert first is not None
-        raise UserError(f"none of the {count} files for {name} is a usable image ({first['key']!r}: {first['reason']})")
+        raise UserError(
+            f"none of the {reasons.total()} files for {name} is a usable image ({first['key']!r}: {first['reason']})"
+        )
+    _warn_of_many(reasons, len(np.load(order_path(work, name), mmap_mode="r")), name)
     about = _about(work)
     write_manifest(
         folder,
@@ -289,22 +221,21 @@ def _describe(work: Path, name: str, sources: list[str], settings: Settings) -> 
         about["classes"],
         segmentation=segmentation,
         seed=settings.seed,
-        source=_source_name(sources),
-        settings=_chosen(sources, settings),
+        source=source_name(sources),
+        settings=chosen(sources, settings),
         segmentation_classes=_segmentation_classes(sources) if segmentation else [],
         listing_sha256=about["listing_sha256"],
+        deep_colours=deep_colours,
     )
 
 
-def _chosen(sources: list[str], settings: Settings) -> dict[str, Any]:
-    """The settings that the manifest tells."""
-    left_out = {"seed"} if sources == ["synthetic"] else {"seed", "images", "size"}
-    return {name: value for name, value in settings._asdict().items() if name not in left_out}
-
-
-def _source_name(sources: list[str]) -> str:
-    """The sources' names alone: paths would differ from machine to machine."""
-    return ", ".join(Path(source).resolve().name if source != "synthetic" else source for source in sources)
+def _warn_of_many(reasons: Counter[str], files: int, name: str) -> None:
+    """Say so if much is rejected: as a rule that is not what was meant."""
+    if reasons.total() > MUCH * files:
+        most, times = reasons.most_common(1)[0]
+        others = ", and others" if times < reasons.total() else ""
+        said = f"{reasons.total():,} of {files:,} files for {name} are no usable images ({most}{others})"
+        print(f"warning: {said}; see its {REJECTED}", file=sys.stderr)
 
 
 def _segmentation_classes(sources: list[str]) -> list[str]:

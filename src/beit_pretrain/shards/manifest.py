@@ -1,4 +1,4 @@
-"""What a folder of shards says of itself: manifest and indices. Read, verify, summarise and show them.
+"""What a folder of shards says of itself: manifest and indices. Read, verify and summarise them.
 
 A split is one folder:
 
@@ -16,14 +16,13 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.reading import IMAGE_EXTENSIONS, opened, to_rgb
+from beit_pretrain.images.reading import IMAGE_EXTENSIONS
 from beit_pretrain.shards.processes import cores, in_order
 from beit_pretrain.shards.sources import read_bytes
 from beit_pretrain.shards.tars import scan_tar
@@ -34,6 +33,7 @@ MANIFEST_KEYS = frozenset(("rejected", "classes", "class_counts", "segmentation"
 REJECTED = "rejected.jsonl"
 # A plain file name: a manifest may come from anywhere, and must not lead out of its folder or to another host.
 SHARD_NAME = re.compile(r"\w[^/\\:\x00-\x1f\x7f]*\.tar")
+MOST_CLASSES = 1_000_000  # each has a name in the manifest
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # Offsets and sizes in bytes, from the start of the tar to the member's data. label -1: no class; size 0: no mask.
 INDEX_DTYPE = np.dtype(
@@ -47,30 +47,67 @@ INDEX_DTYPE = np.dtype(
 )
 
 
+class Found(NamedTuple):
+    """What `scan_shard` makes of a tar: INDEX_DTYPE rows, and how many of its images are in none."""
+
+    rows: np.ndarray
+    left_out: int
+
+
 def index_shard(path: str | Path) -> np.ndarray:
     """Where the samples of a WebDataset tar lie: INDEX_DTYPE rows, in the tar's order, of the samples with an image.
 
-    Raises UserError if the tar cannot be read or a `.cls` is not a number.
+    Raises UserError if the tar cannot be read or a `.cls` is not the number of a class.
     """
-    rows: dict[str, list[int]] = {}
-    path = Path(path)
+    return scan_shard(path).rows
+
+
+def scan_shard(path: str | Path) -> Found:
+    """`index_shard`, and what it leaves out: empty images, and further ones of a sample.
+
+    As WebDataset has it, a sample's key is a name up to the first dot of its last part. What a member is says the last
+    part of its extension (`k.input.jpg` is an image, `k.target.cls` a class), where no plain one (`k.jpg`) does. A key
+    that comes with a member again is another sample.
+    """
+    rows: list[list[int]] = []
+    of_key: dict[str, tuple[list[int], set[str]]] = {}  # the last sample of a key, and what it has
+    images, path = 0, Path(path)
     for name, offset, size in scan_tar(path):
         if size < 0:  # a link or a device: no sample's
             continue
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
-        row, extension = rows.setdefault(f"{folder}/{stem}", [0, 0, -1, 0, 0]), extension.lower()
-        if extension in IMAGE_EXTENSIONS:
-            row[:2] = offset, size
-        elif extension == "seg.png":
-            row[3:] = offset, size
-        elif extension == "cls":
-            text = read_bytes(path, offset, size)
-            try:
-                row[2] = int(text)
-            except ValueError:
-                raise UserError(f"{path}: {name} holds {text[:20]!r} where a class number is needed") from None
-    return np.array([tuple(row) for row in rows.values() if row[1]], INDEX_DTYPE)
+        key, extension = f"{folder}/{stem}", extension.lower()
+        kind = "seg.png" if extension.endswith("seg.png") else extension.rpartition(".")[2]
+        if kind not in IMAGE_EXTENSIONS and kind not in ("seg.png", "cls"):
+            continue
+        if key not in of_key or f".{extension}" in of_key[key][1]:
+            rows.append([0, 0, -1, 0, 0])
+            of_key[key] = rows[-1], set()
+        row, has = of_key[key]
+        known, plain = "image" if kind in IMAGE_EXTENSIONS else kind, extension == kind
+        images += known == "image"
+        if plain or known not in has:
+            if known == "image":
+                row[:2] = offset, size
+            elif known == "seg.png":
+                row[3:] = offset, size
+            else:
+                row[2] = _class_number(path, name, read_bytes(path, offset, min(size, 100)))
+        has |= {f".{extension}", known}
+    index = np.array([tuple(row) for row in rows if row[1]], INDEX_DTYPE)
+    return Found(index, images - len(index))
+
+
+def _class_number(path: Path, name: str, text: bytes) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise UserError(f"{path}: {name} holds {text[:20]!r} where a class number is needed") from None
+    if not -1 <= number < MOST_CLASSES:
+        said = text.decode(errors="replace").strip()
+        raise UserError(f"{path}: {name} holds the class number {said[:20]}, not one of -1 to {MOST_CLASSES - 1:,}")
+    return number
 
 
 def index_path(shard: Path) -> Path:
@@ -100,12 +137,14 @@ def write_manifest(
     settings: dict[str, Any],
     segmentation_classes: Sequence[str] = (),
     listing_sha256: str | None = None,
+    deep_colours: int = 0,
 ) -> None:
     """Write manifest.json of a folder that is complete but for it.
 
     `shards`: an entry each, in order; `labels`: the class index of every sample, -1 = none; `segmentation`: whether
     there are masks; `seed`, `source`, `settings`: what the shards were made from; `segmentation_classes`: names of the
-    masks' values 1, 2, ...; `listing_sha256`: over keys, sizes and classes of what was read, rejected files included.
+    masks' values 1, 2, ...; `listing_sha256`: over keys, sizes and classes of what was read, rejected files included;
+    `deep_colours`: images of 16 bits a colour, of which readers see the upper 8.
     """
     manifest = {
         "format": FORMAT,
@@ -116,6 +155,7 @@ def write_manifest(
         "class_counts": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
         "segmentation": segmentation,
         "segmentation_classes": list(segmentation_classes),
+        "deep_colours": deep_colours,
         "seed": seed,
         "source": source,
         "listing_sha256": listing_sha256,
@@ -158,6 +198,8 @@ def parse_manifest(text: str, path: str | Path, advice: str) -> dict[str, Any]:
         if len({entry["name"] for entry in manifest["shards"]}) < len(manifest["shards"]):
             raise ValueError("two of its shards have the same name")
         counts, classes = manifest["class_counts"], manifest["classes"]
+        if not isinstance(manifest["settings"], dict):
+            raise ValueError("its settings are none")
         if len(counts) != len(classes) or not all(
             type(n) is int and isinstance(c, str) for n, c in zip(counts, classes)
         ):
@@ -253,38 +295,6 @@ def summary(folder: str | Path) -> str:
     if classes:
         most, least = int(np.argmax(counts)), int(np.argmin(counts))
         lines[-1] += f": most {classes[most]} ({counts[most]:,}), least {classes[least]} ({counts[least]:,})"
+    if deep := manifest.get("deep_colours", 0):
+        lines.append(f"{deep:,} images have 16 bits a colour, of which the upper 8 are read")
     return "\n".join([*lines, "with segmentation masks"] if manifest["segmentation"] else lines)
-
-
-def contact_sheet(folder: str | Path, path: str | Path, columns: int = 8, rows: int = 6, cell: int = 96) -> None:
-    """Write a PNG of `columns` x `rows` first samples of evenly spaced shards, `cell` pixels a side, classes below.
-
-    Raises UserError if there are no shards, a shard cannot be read, or the PNG cannot be written.
-    """
-    if min(columns, rows, cell) < 1:
-        raise UserError(f"columns, rows and cell must be 1 or more, got {columns}, {rows} and {cell}")
-    manifest = read_manifest(folder)
-    folder, path, text = Path(folder).expanduser(), Path(path).expanduser(), 14
-    shards = manifest["shards"]
-    sheet = Image.new("RGB", (columns * cell, rows * (cell + text)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    wanted = np.arange(columns * rows) * len(shards) // (columns * rows)  # the shard of every cell
-    place = 0
-    try:
-        for number in np.unique(wanted):
-            shard = folder / shards[number]["name"]
-            for row in np.load(index_path(shard), allow_pickle=False)[: np.sum(wanted == number)]:
-                data = read_bytes(shard, int(row["image_offset"]), int(row["image_size"]))
-                with opened(data, manifest["settings"]["max_pixels"]) as image:
-                    small = ImageOps.contain(to_rgb(image), (cell, cell))
-                x, y = place % columns * cell, place // columns * (cell + text)
-                sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
-                name = manifest["classes"][row["label"]] if row["label"] >= 0 else ""
-                while draw.textlength(name, font) > cell - 4:
-                    name = name[:-1]
-                draw.text((x + 2, y + cell), name, "black", font)
-                place += 1
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path, "PNG")
-    except (OSError, ValueError, SyntaxError, MemoryError) as error:  # SyntaxError is Pillow's for a broken PNG
-        raise UserError(f"cannot draw {path}: {error}") from None

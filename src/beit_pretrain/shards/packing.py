@@ -1,9 +1,10 @@
-"""One shard: read its candidates, decode each once, write the tar, its index and a report on what came of it.
+"""One shard: its candidates one by one (members.py), the tar, its index and a report on what came of it.
 
 A sample is the run of members that share a key, its position in the permuted split: `000000017.jpg` (or another image
 extension), `.cls` (class index as text, if labelled), `.json` ({"source": original path, ...}) and `.seg.png` (label
 map, if there is one). Everything is written under temporary names; the report comes last and says that the shard is
-finished. The bytes depend on the listing and the settings alone.
+finished. The bytes depend on the listing and the settings alone: a file that is no usable image is rejected, one that
+cannot be read ends the work, since another time it could be.
 """
 
 from __future__ import annotations
@@ -18,37 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from beit_pretrain.images import tiles
-from beit_pretrain.images.reading import EXTENSIONS, Levels, is_deep, opened, reason, to_grey8, to_rgb
-from beit_pretrain.shards import cifar, synthetic
+from beit_pretrain.errors import UserError, stop_if_memory_was_short
+from beit_pretrain.images.reading import reason
 from beit_pretrain.shards.listing import opened_listing
 from beit_pretrain.shards.manifest import INDEX_DTYPE, index_path
-from beit_pretrain.shards.sources import Candidate, read_candidate
+from beit_pretrain.shards.members import Settings, sample_members
+from beit_pretrain.shards.sources import Candidate
 
 PARTIAL = ".partial"
-
-
-class Settings(NamedTuple):
-    """What determines the bytes of the shards, apart from the source."""
-
-    samples_per_shard: int
-    seed: int
-    val: float
-    resize: int | None
-    quality: int
-    window: list[float] | None
-    percentiles: list[float]
-    max_pixels: int
-    images: int
-    size: int
-
-    @property
-    def levels(self) -> Levels:
-        """How grey images become 8 bits."""
-        low, high = self.percentiles
-        return Levels((self.window[0], self.window[1]) if self.window else None, (low, high))
 
 
 class Job(NamedTuple):
@@ -81,7 +60,8 @@ def labels_path(work: Path) -> Path:
 
 
 def read_report(job: Job) -> dict[str, Any] | None:
-    """The report on a finished shard: `entry` of the manifest (null = no sample), `rejected`, `segmentation`.
+    """The report on a finished shard: `entry` of the manifest (null = no sample), `rejected`, `segmentation`, and how
+    many of its images have `deep_colours`.
 
     None if the shard is not finished.
     """
@@ -98,7 +78,8 @@ def read_report(job: Job) -> dict[str, Any] | None:
 def write_shard(job: Job) -> int:
     """Write one shard and its report, and return how many files were taken up, rejected ones included.
 
-    Raises OSError if the target cannot be written; then nothing is left under a final name.
+    Raises OSError if the target cannot be written, UserError if a source cannot be read or memory is short; then
+    nothing is left under a final name.
     """
     order = np.load(order_path(job.work, job.name), mmap_mode="r")
     first = job.shard * job.settings.samples_per_shard
@@ -122,6 +103,7 @@ def _write_tar(temporary: Path, listed: np.ndarray, first: int, job: Job) -> dic
     _read_ahead(candidates)
     rejected: list[dict[str, str]] = []
     rows: list[tuple[int, ...]] = []
+    deep_colours = 0
     path = shard_path(job.work, job.name, job.shard)
     with open(temporary, "wb") as file:
         out = _Hashed(file)
@@ -131,9 +113,13 @@ def _write_tar(temporary: Path, listed: np.ndarray, first: int, job: Job) -> dic
                 label = int(labels[row])
                 try:
                     members = sample_members(candidate, label, job.settings)
+                except UserError:
+                    raise  # no fault of the image
                 except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+                    stop_if_memory_was_short(error, f"{candidate.key} of {candidate.path}")
                     rejected.append({"key": candidate.key, "reason": reason(error)})
                     continue
+                deep_colours += "bits" in json.loads(members["json"])
                 rows.append(_add_sample(tar, f"{position:09d}", members, label))
         file.flush()
         os.fsync(file.fileno())
@@ -143,7 +129,8 @@ def _write_tar(temporary: Path, listed: np.ndarray, first: int, job: Job) -> dic
         buffer = io.BytesIO()
         np.save(buffer, np.array(rows, INDEX_DTYPE))
         write_atomically(index_path(path), buffer.getvalue())
-    return {"entry": entry, "rejected": rejected, "segmentation": any(row[4] for row in rows)}
+    found = {"segmentation": any(row[4] for row in rows), "deep_colours": deep_colours}
+    return {"entry": entry, "rejected": rejected, **found}
 
 
 class _Hashed:
@@ -201,68 +188,3 @@ def _read_ahead(candidates: list[Candidate]) -> None:
                     os.posix_fadvise(handle, candidate.offset, candidate.size, os.POSIX_FADV_WILLNEED)
                 finally:
                     os.close(handle)
-
-
-def sample_members(candidate: Candidate, label: int, settings: Settings) -> dict[str, bytes]:
-    """The members of a sample by extension. Raises whatever Pillow raises for a file that is not a usable image."""
-    about: dict[str, Any] = {"source": candidate.key}
-    if candidate.kind == "synthetic":
-        drawn = synthetic.draw(candidate.offset, settings.seed, settings.size)
-        members = {"jpg": drawn.jpeg(settings.quality), "seg.png": drawn.segmentation_png()}
-        about |= {"shape": drawn.shape, "background": drawn.background}
-    else:
-        members = _image_members(candidate, settings, about)
-    if label >= 0:
-        members["cls"] = str(label).encode()
-    return members | {"json": json.dumps(about).encode()}
-
-
-def _image_members(candidate: Candidate, settings: Settings, about: dict[str, Any]) -> dict[str, bytes]:
-    """Image and label map to store for a file, once both have been decoded in full. Adds to `about` what was done."""
-    data = read_candidate(candidate, settings.max_pixels)
-    extension = ""
-    if candidate.kind == "cifar":
-        planes = np.frombuffer(data, np.uint8).reshape(3, cifar.SIDE, cifar.SIDE)
-        image = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
-    else:
-        with opened(data, settings.max_pixels) as image:
-            image.load()
-            if is_deep(image) or (settings.window and image.mode == "L"):
-                image, about["window"] = to_grey8(image, settings.levels)
-            else:  # conversion may fail, too, and the reader will do the same
-                image, extension = image if image.mode == "L" else to_rgb(image), EXTENSIONS[image.format or ""]
-    full, shorter = image.size, min(image.size)
-    if settings.resize is not None and shorter > settings.resize:
-        width, height = (round(side * settings.resize / shorter) for side in full)
-        image, extension = image.resize((width, height), Image.Resampling.LANCZOS), "jpg"
-        marks = {"restart_marker_rows": 1, "comment": tiles.comment(image)}  # decoding.py then decodes a crop's rows
-        data = _saved(image, "JPEG", quality=settings.quality, **marks)
-    elif not extension:  # not as the source has it, and not to be lost again
-        extension, data = "png", _saved(image, "PNG")
-    members = {extension: data}
-    if candidate.mask:
-        members["seg.png"] = _mask(candidate.mask, full, image.size, settings.max_pixels)
-    return members
-
-
-def _mask(file: str, full: tuple[int, int], size: tuple[int, int], max_pixels: int) -> bytes:
-    """A label map as PNG bytes, its values untouched, brought to `size`. Raises OSError or ValueError if it is none."""
-    try:
-        data = Path(file).read_bytes()
-    except OSError as error:
-        raise OSError(f"its label map {Path(file).name}: {error.strerror}") from None
-    with opened(data, max_pixels) as mask:
-        mask.load()
-        if mask.size != full:
-            raise ValueError(f"its label map has {mask.width} x {mask.height} pixels, the image {full[0]} x {full[1]}")
-        if mask.mode not in ("L", "P", "I", "I;16"):
-            raise ValueError(f"its label map is of mode {mask.mode}, not one number per pixel")
-        if mask.format == "PNG" and size == full:
-            return data
-        return _saved(mask.resize(size, Image.Resampling.NEAREST), "PNG")
-
-
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()

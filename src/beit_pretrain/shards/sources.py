@@ -66,28 +66,38 @@ class Rows(NamedTuple):
     sizes: np.ndarray
 
 
-def units(source: Path, top: str = "", split: str = "train") -> Iterator[Unit]:
+def units(source: Path, top: str = "", split: str = "train", as_class: bool = False) -> Iterator[Unit]:
     """The units of a folder or file, in an order that depends on names alone.
 
     `split` picks the part of a source that has parts of its own (folders train/ and val/, ADE20K, CIFAR-100).
+    `as_class`: the source is a tar as if it lay in a folder of tars, so that its name is a class.
     Raises UserError for a source that does not exist or cannot be read.
     """
-    if not os.path.exists(source):
-        raise UserError(f"src={source} does not exist; give a folder of class folders, a tar, or synthetic")
+    _check_kind(source, "give a folder of class folders, a tar, or synthetic")
     if cifar.recognised(source):
         file = cifar.part_of(source, split)
         yield Unit("cifar", str(file), top, "", _stamp(file), ((split, 0),))
     elif not source.is_dir():
-        yield from _file_units(source, source.name, top, alone=True)
+        top = top.removesuffix(f"{source.name}/") if as_class else top  # which then begins its keys anyway
+        yield from _file_units(source, source.name, top, alone=not as_class)
     elif (source / "manifest.json").is_file() and any(source.glob("*.index.npy")):
         raise UserError(f"src={source} is a shard folder already; shards index lists foreign shards, fit reads ours")
     elif (source / "images").is_dir() and (source / "annotations").is_dir():
         images, masks = (_part(source / name, split) or (source / name, "") for name in ("images", "annotations"))
         for unit in _folder_units(images[0], f"{top}images/{images[1]}"):
-            yield unit._replace(masks=os.path.join(masks[0], unit.prefix))
+            folder = os.path.join(masks[0], unit.prefix)
+            stamps = [unit.stamp, *(_stamp(mask_of(folder, name)) for name, _ in unit.files)]
+            yield unit._replace(masks=folder, stamp=hashlib.sha256(" ".join(stamps).encode()).hexdigest())
     else:
         root, part = _part(source, split, nested=True) or (source, "")
-        yield from _folder_units(root, top + part)
+        for unit in _folder_units(root, top + part):
+            _refuse_label_maps(source, root, unit)
+            yield unit
+
+
+def mask_of(folder: str, name: str) -> Path:
+    """Where the label map of an image lies."""
+    return Path(folder, name).with_suffix(".png")
 
 
 def rows(unit: Unit) -> Rows:
@@ -117,8 +127,7 @@ def list_images(src: str | Path) -> list[Candidate]:
     """What may be an image in `src`, an image file, a folder of any depth or a tar, by name. Raises UserError."""
     source, found = Path(src).expanduser(), list[Candidate]()
     advice = "give an image, a folder of images, or a tar"
-    if not os.path.exists(source):
-        raise UserError(f"src={source} does not exist; {advice}")
+    _check_kind(source, advice)
     for unit in _folder_units(source, "") if source.is_dir() else _file_units(source, source.name, "", alone=True):
         listed = rows(unit)
         for name, class_name, offset, size in zip(*listed, strict=True):
@@ -129,17 +138,38 @@ def list_images(src: str | Path) -> list[Candidate]:
     return sorted(found, key=lambda c: c.key)
 
 
+def _check_kind(source: Path, advice: str) -> None:
+    """Raise UserError for a source that is neither a folder nor a file: a pipe would be waited for without end."""
+    if not os.path.exists(source):
+        raise UserError(f"src={source} does not exist; {advice}")
+    if not source.is_dir() and not source.is_file():
+        raise UserError(f"src={source} is a pipe or a device; {advice}")
+
+
+def _refuse_label_maps(source: Path, root: Path, unit: Unit) -> None:
+    """Raise UserError for a unit of ADE20K's layout somewhere below the source: label maps would count as photos."""
+    above, found, _ = f"/{unit.prefix}".partition("/annotations/")
+    folder = Path(root, above[1:])
+    if found and (folder / "images").is_dir() and any(name.lower().endswith(".png") for name, _ in unit.files):
+        said = f"give src={folder}, or for the photos alone src={folder / 'images'}"
+        raise UserError(f"src={source}: {folder / 'annotations'} holds label maps, no photos; {said}")
+
+
 def read_candidate(candidate: Candidate, max_pixels: int = MAX_PIXELS) -> bytes:
     """The bytes of a candidate in a file or tar.
 
-    Raises OSError, or ValueError if these are more than an image of `max_pixels` could have, or no plain file's.
+    Raises OSError if they cannot be read or are fewer than was listed, ValueError if these are more than an image of
+    `max_pixels` could have, or no plain file's.
     """
     if candidate.size in REFUSED:
         raise ValueError(REFUSED[candidate.size])
     size = candidate.size if candidate.size >= 0 else os.path.getsize(candidate.path)
     if size > 16 * max_pixels + 2**20:  # a film or a disk image, say: not to be read into memory
         raise ValueError(f"{size} bytes are too many for an image of max_pixels={max_pixels}")
-    return read_bytes(candidate.path, candidate.offset, size)
+    data = read_bytes(candidate.path, candidate.offset, size)
+    if len(data) < size:
+        raise OSError("it has become shorter since it was listed")
+    return data
 
 
 def read_bytes(path: str | Path, offset: int, size: int) -> bytes:
@@ -234,19 +264,28 @@ def _special(path: str) -> bool:
 
 
 def _stamp(path: Path) -> str:
-    """Size and time of change of a file."""
-    try:
-        status = path.stat()
-    except OSError:  # a link that leads nowhere
-        return "-"
-    return f"{status.st_size}:{status.st_mtime_ns}"
+    """Size and time of change of a file; "-" where there is none."""
+    status = _status(path)
+    return f"{status.st_size}:{status.st_mtime_ns}" if status else "-"
 
 
 def _size(path: Path) -> int:
+    """Bytes of a file, -1 of a link that leads nowhere. Raises UserError for a file that is no longer there."""
+    if (status := _status(path)) is not None:
+        return status.st_size
+    if not path.is_symlink():
+        raise UserError(f"{path} has gone while it was listed")
+    return -1
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What the system says of a file; None where there is none, or a link that leads nowhere. Raises UserError."""
     try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+        return path.stat()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or path.is_symlink():
+            return None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _file_units(path: Path, key: str, top: str, alone: bool = False) -> Iterator[Unit]:

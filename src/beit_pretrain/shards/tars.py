@@ -90,5 +90,7 @@ def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                     raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+    except MemoryError:
+        raise
     except Exception as error:  # tarfile raises nearly anything on hostile headers, RecursionError among others
         raise UserError(f"{path} is not a readable uncompressed tar: {error}") from None

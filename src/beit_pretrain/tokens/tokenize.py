@@ -23,7 +23,7 @@ from tqdm import tqdm
 from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
 from beit_pretrain.data.reader import Access, ShardReader
 from beit_pretrain.data.remote import is_remote
-from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.errors import UserError, first_line, stop_if_memory_was_short
 from beit_pretrain.images.reading import opened, reason
 from beit_pretrain.images.tiles import SIDE
 from beit_pretrain.images.views import PretrainViews, jittered_view
@@ -174,6 +174,8 @@ class TokenViews(Dataset):
     def __getitem__(self, chunk: Chunk) -> dict[str, Any]:
         """`token_image` (n, C, h, w) uint8, `jitter_factors` and `jitter_order` (n, 3), `records` (n,) without tokens,
         `bad`: (key, reason) of the images that cannot be decoded. n is samples times views."""
+        if chunk.start == 0:  # the set is signed with the manifest's digests: once for each shard, that they hold
+            self.reader.check_content(chunk.shard)
         records = np.zeros((chunk.stop - chunk.start) * self.count, record_dtype(0))
         arrays, bad = [], []
         for row in range(chunk.start, chunk.stop):
@@ -182,7 +184,9 @@ class TokenViews(Dataset):
             try:
                 made = [self._made(data, sample, view, records[here + view]) for view in range(self.count)]
             except Exception as error:  # Pillow's decoders raise nearly everything on broken files
-                bad.append((f"{self.reader.key(sample)} of {self.reader.where(chunk.shard)}", reason(error)))
+                name = f"{self.reader.key(sample)} of {self.reader.where(chunk.shard)}"
+                stop_if_memory_was_short(error, name)
+                bad.append((name, reason(error)))
                 records[here : here + self.count] = np.zeros((), records.dtype)
                 made = [self._nothing()] * self.count
             arrays += made
