@@ -57,12 +57,12 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
         ONEDNN is not None
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() * weight.shape[0] >= LARGE
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)  # not one that is cut over processes
+        and x.numel() * weight.shape[0] >= LARGE  # the last question: an export's batch has no size
     )
 
 
