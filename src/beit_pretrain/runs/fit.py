@@ -21,7 +21,15 @@ from beit_pretrain.runs import cluster
 from beit_pretrain.runs.folder import REPLACED, SKIPPED, alone, finished_step, mark_finished
 from beit_pretrain.runs.launch import is_child, is_restarted
 from beit_pretrain.runs.preflight import introduce, preflight
-from beit_pretrain.runs.resume import Start, from_checkpoint, load_run, open_folder, same_images, to_resume
+from beit_pretrain.runs.resume import (
+    Start,
+    from_checkpoint,
+    load_run,
+    open_folder,
+    same_backbone,
+    same_images,
+    to_resume,
+)
 from beit_pretrain.runs.tasks import TASKS, Task
 from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_steps, wanted_gpu
 from beit_pretrain.shards.processes import end_with_parent
@@ -85,7 +93,7 @@ def run(cfg: DictConfig, signals: Signals) -> dict[str, float]:
         start = to_resume(cfg, folder)
         task = TASKS[cfg.task](from_checkpoint(cfg, start.path) if start.path else cfg)
         task.module.images = cluster.contents(task.data)
-        same_images(task.module.images, start)
+        goes_on(task.module, start)
         steps = total_steps(cfg, task.data.samples)
         agreement, sharded = cluster.Agreement(), cfg.trainer.strategy == "fsdp"
         if sharded:  # these look at the network in one process, where it is no longer whole

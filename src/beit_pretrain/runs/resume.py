@@ -58,8 +58,6 @@ def to_resume(cfg: DictConfig, folder: Path) -> Start:
 def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start: Start) -> None:
     """Make the run's folder what it was at `start`, write its config, attach the loggers."""
     run_dir = Path(cfg.run_dir)
-    if start.path:
-        same_backbone(module, start.about, start.path)
     if is_first_process():  # the trainer does not know its rank before it has launched its processes
         if start.path:
             set_aside(start.path)
