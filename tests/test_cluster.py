@@ -66,10 +66,11 @@ def test_wrong_counts_are_refused(given, asked, gpus, said, variables, monkeypat
         arranged({**TRAINER, **asked}, 3)
 
 
-def test_wrong_counts_are_said_once_with_exit_code_2(words, run_cli, variables):  # noqa: F811
+@pytest.mark.parametrize("wrong", ["trainer.devices=3", "global_batch=7", "optim.lr=-1", "epochs=2"])
+def test_what_is_wrong_for_all_processes_is_said_once_with_exit_code_2(wrong, words, run_cli, variables):  # noqa: F811
     for rank, lines in (("0", 1), ("5", 0)):
-        variables({**SRUN, "SLURM_PROCID": rank})
-        code, _, stderr = run_cli(*words, "steps=1", "trainer.devices=3")
+        variables({**SRUN, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"})
+        code, _, stderr = run_cli(*words, "steps=1", wrong)
         assert code == 2
         assert len([line for line in stderr.splitlines() if line.startswith("error:")]) == lines, stderr
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -214,11 +216,90 @@ class TestSignals:
             with pytest.raises(KeyboardInterrupt):
                 send(signal.SIGINT)
 
+    def test_a_second_one_changes_nothing(self, signals_restored):
+        """Neither the message nor the end of whatever is being closed."""
+        closed = []
+
+        def leave() -> None:
+            with Signals():
+                try:
+                    send(signal.SIGTERM)
+                finally:
+                    send(signal.SIGTERM)
+                    closed.append(True)
+
+        with pytest.raises(Stopped) as stopped:
+            leave()
+        assert closed
+        assert stopped.value.step is None
+        with Signals() as signals:
+            signals.looping = True
+            send(signal.SIGTERM)
+            signals.looping = False  # the loop has ended and `told` is still to be obeyed
+            send(signal.SIGTERM)
+            assert signals.told == signal.SIGTERM
+
+    def test_outside_of_the_loop_the_step_that_is_saved_is_said(self, signals_restored):
+        def validate() -> None:
+            with Signals() as signals:
+                signals.saved_at = 11
+                send(signal.SIGTERM)
+
+        with pytest.raises(Stopped, match="after step 11"):
+            validate()
+
+    @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+    def test_a_main_thread_that_waits_in_other_code_is_ended(self, signum, code):
+        """As in torch's store, where processes wait for each other. Here for a lock that is its own."""
+        program = (
+            "import ctypes\nfrom beit_pretrain.training.signals import Signals\n"
+            "def farewell(stopped):\n    print(stopped, flush=True)\n    return 130 if stopped.signum == 2 else 75\n"
+            "lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
+            "with Signals(farewell):\n    print('waiting', flush=True)\n"
+            "    libc.pthread_mutex_lock(lock)\n    libc.pthread_mutex_lock(lock)"
+        )
+        with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "waiting\n"
+            time.sleep(0.2)
+            process.send_signal(signum)
+            said, _ = process.communicate(timeout=20)
+        assert process.returncode == code
+        assert said == f"stopped by {signal.Signals(signum).name} with no step in hand\n"
+
     def test_lightning_does_not_take_them(self, words, run_cli, tmp_path, monkeypatch):
         taken = []
         monkeypatch.setattr(Keeper, "begin", lambda self: taken.append(signal.getsignal(signal.SIGTERM)))
         assert run_cli(*in_process(words), "steps=1", f"run_dir={tmp_path / 'run'}")[0] == 0
         assert [handler.__self__.__class__ for handler in taken] == [Signals]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_the_imports(signum, words, tmp_path):
+    """A scheduler may change its mind before torch is loaded: exit code 75 all the same."""
+    process = start([*words, f"run_dir={tmp_path / 'run'}"], tmp_path, tmp_path / "log")
+    assert wait_until(process, lambda: bool(caught(process.pid) & 1 << signum - 1))
+    process.send_signal(signum)
+    assert process.wait(60) == 75
+    assert f"stopped by {signum.name} with no step in hand" in (tmp_path / "log").read_text()
+
+
+def caught(pid: int) -> int:
+    """The signals that a process has handlers for, a bit each."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("SigCgt:")[2].split()[0], 16)
+
+
+def test_a_job_that_is_started_again_goes_on(words, run_cli, tmp_path, sends, signals_restored, monkeypatch):
+    """resume=never is for its first start: a scheduler repeats the whole command."""
+    words = [*in_process(words), "steps=4", "resume=never", f"run_dir={tmp_path / 'run'}"]
+    sends("on_train_batch_end", 2)
+    with pytest.raises(SystemExit):
+        run_cli(*words)
+    signals_restored()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    code, stdout, stderr = run_cli(*words)
+    assert code == 0, stderr
+    assert "after step 2" in stdout
 
 
 def in_process(words: list[str]) -> list[str]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from contextlib import nullcontext
 from typing import NamedTuple
 
 from beit_pretrain.compose import compose, config_dir, experiments, show_config
 from beit_pretrain.errors import SharedError, UserError
-from beit_pretrain.runs.launch import rank, speaker
+from beit_pretrain.runs.launch import local_rank, rank, speaker
+from beit_pretrain.training.signals import obeyed_early
 
 
 class Verb(NamedTuple):
@@ -108,15 +110,22 @@ def run(argv: list[str]) -> None:
         importlib.import_module("beit_pretrain.runs.sweep").sweep(rest)
         return
     config = config_of(verb, rest)
-    cfg = compose(config, rest, spared=SPARED if config == TRAINED_CONFIG else ())
+    try:
+        cfg = compose(config, rest, spared=SPARED if config == TRAINED_CONFIG else ())
+    except UserError as error:
+        if local_rank():  # the machine's first process has the same words, and says it
+            raise SharedError(str(error)) from error
+        raise
     module, function = VERBS[verb].function.split(":")
     getattr(importlib.import_module(module), function)(cfg)
 
 
 def main() -> int:
     """Entry point: exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    words = sys.argv[1:]
     try:
-        run(sys.argv[1:])
+        with obeyed_early("fit") if words[:1] == ["fit"] and not {"-m", "--multirun"} & {*words} else nullcontext():
+            run(words)
     except UserError as error:
         if not isinstance(error, SharedError) or rank() == 0:
             print(f"error: {speaker()}{error}", file=sys.stderr, flush=True)

@@ -60,10 +60,19 @@ class Children(_SubprocessScriptLauncher):
         ended = ((rank, process.poll()) for rank, process in enumerate(self.children, start=1))
         return next(((rank, code) for rank, code in ended if code), None)
 
+    def hand_on(self) -> None:
+        """Tell the others to stop, when the first process was told alone, and see to it that they do."""
+        self.leaving.set()
+        self.kill(signal.SIGTERM)  # who is leaving already ignores it
+        self._end_after(10)
+
     def end(self) -> None:
         """Stop watching and end the others, when the first process leaves with an error."""
         self.leaving.set()
-        deadline = time.monotonic() + 1  # who has an error to tell has told it
+        self._end_after(1)  # who has an error to tell has told it
+
+    def _end_after(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in self.children) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.kill(signal.SIGKILL)

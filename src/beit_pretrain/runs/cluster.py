@@ -222,7 +222,9 @@ def connected(trainer: Trainer, minutes: float) -> Iterator[None]:
     launcher = trainer.strategy.launcher
     try:
         yield
-    except Stopped:  # all of them stop
+    except Stopped:
+        if isinstance(launcher, Children):
+            launcher.hand_on()
         raise
     except BaseException as error:
         if isinstance(launcher, Children):

@@ -19,11 +19,12 @@ from beit_pretrain.data.replacements import Replacements
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.runs import cluster
 from beit_pretrain.runs.folder import REPLACED, SKIPPED, alone, finished_step, mark_finished
-from beit_pretrain.runs.launch import is_child
+from beit_pretrain.runs.launch import is_child, is_restarted
 from beit_pretrain.runs.preflight import introduce, preflight
 from beit_pretrain.runs.resume import Start, from_checkpoint, load_run, open_folder, same_images, to_resume
 from beit_pretrain.runs.tasks import TASKS, Task
 from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_steps, wanted_gpu
+from beit_pretrain.shards.processes import end_with_parent
 from beit_pretrain.training import speed
 from beit_pretrain.training.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
 from beit_pretrain.training.guards import Guard
@@ -48,18 +49,28 @@ def fit(cfg: DictConfig) -> dict[str, float]:
     Raises KeyboardInterrupt after Ctrl-C, and SystemExit(75) after SIGTERM or SIGUSR1, with all saved.
     """
     quieten()
-    try:
-        with Signals() as signals:
-            return run(cfg, signals)
-    except Stopped as stopped:
+    if is_child():
+        end_with_parent()
+    if is_restarted():  # the job began anew once; now it goes on
+        cfg.resume = "auto"
+
+    def farewell(stopped: Stopped) -> int:
         if is_first_process():
             saved = "" if stopped.step is None else f", saved {Path(cfg.run_dir) / 'checkpoints' / LAST}"
-            print(f"{stopped}{saved}; the same command goes on{' from there' * bool(saved)}", flush=True)
+            same = f"the same command{' without resume=never' if cfg.resume == 'never' else ''}"
+            print(f"{stopped}{saved}; {same} goes on{' from there' * bool(saved)}", flush=True)
         if is_child():  # the process that started this one has the exit code that counts
-            raise SystemExit(0) from None
-        if stopped.signum == signal.SIGINT:
+            return 0
+        return 130 if stopped.signum == signal.SIGINT else PREEMPTED
+
+    try:
+        with Signals(farewell) as signals:
+            return run(cfg, signals)
+    except Stopped as stopped:
+        code = farewell(stopped)
+        if stopped.signum == signal.SIGINT and code:
             raise KeyboardInterrupt from None
-        raise SystemExit(PREEMPTED) from None
+        raise SystemExit(code) from None
 
 
 def run(cfg: DictConfig, signals: Signals) -> dict[str, float]:
@@ -162,8 +173,10 @@ def finish(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> dict[st
         early = f" (stopped early after step {step} of {steps})" if step < steps else ""
         print(f"saved {module.keeper.folder / LAST}{early}", flush=True)
     if module.validation_due:
+        module.keeper.signals.looping = True  # told to stop, all processes break it off after the same batch
         with cluster.connected(trainer, cfg.timeout_minutes):
             trainer.validate(module, task.data, verbose=False)
+        module.keeper.end()
     if trainer.is_global_zero:
         mark_finished(Path(cfg.run_dir), step)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

@@ -62,6 +62,16 @@ def is_child() -> bool:
     return launched() is None and number_of_this("LOCAL_RANK") > 0
 
 
+def is_restarted() -> bool:
+    """Whether a scheduler has started this job before: SLURM after a requeue, torchrun after a process that failed."""
+    return any(number_of_this(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def local_rank() -> int:
+    """Number of this process among those of its run on this machine, as far as the environment says."""
+    return number_of_this("LOCAL_RANK", "SLURM_LOCALID")
+
+
 def rank() -> int:
     """Number of this process among those of its run, as far as the environment says."""
     return number_of_this("RANK", "LOCAL_RANK", "SLURM_PROCID")

@@ -17,17 +17,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain.checkpoints import files as checkpoint
 from beit_pretrain.compose import plain
-from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.errors import SharedError, UserError, first_line
 from beit_pretrain.runs import cluster
 
 
 def total_steps(cfg: DictConfig, samples: int) -> int:
     """Optimiser steps of the run, from `steps` or `epochs`."""
     if (cfg.steps is None) == (cfg.epochs is None):
-        raise UserError("set the length of the run by either steps=N or epochs=N")
+        raise SharedError("set the length of the run by either steps=N or epochs=N")
     steps = cfg.steps if cfg.steps is not None else int(cfg.epochs * samples / cfg.global_batch)
     if steps < 1:
-        raise UserError(f"the run has {steps} steps: {samples} images make no global batch of {cfg.global_batch}")
+        raise SharedError(f"the run has {steps} steps: {samples} images make no global batch of {cfg.global_batch}")
     return int(steps)
 
 
@@ -35,7 +35,7 @@ def micro_batches(global_batch: int, batch_size: int, world: int) -> int:
     """Micro-batches per process and optimiser step. Raises UserError if the numbers do not divide."""
     share = global_batch // world
     if global_batch % world or share == 0 or share % min(batch_size, share):
-        raise UserError(
+        raise SharedError(
             f"global_batch={global_batch} is not a multiple of batch_size={batch_size} times {world} processes"
         )
     return share // min(batch_size, share)

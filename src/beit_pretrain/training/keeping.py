@@ -104,7 +104,8 @@ class Keeper:
             if isinstance(logger, CsvMetrics):
                 logger.sync()  # a power cut must not leave a checkpoint without the metrics that lead to it
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
-        self.saved_at, self._clock = trainer.global_step, time.monotonic()
+        self.saved_at = self.signals.saved_at = trainer.global_step
+        self._clock = time.monotonic()
         if self.keep_every and trainer.global_step % self.keep_every == 0 and trainer.is_global_zero:
             checkpoint.link(self.folder / LAST, self.folder / f"step-{trainer.global_step:08d}.ckpt")
 

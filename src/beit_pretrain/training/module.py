@@ -168,7 +168,7 @@ class TrainedModule(LightningModule):
         self.trainer.training = True
 
     def on_validation_batch_end(self, outputs, batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if self.keeper is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if self.keeper is not None:
             self.keeper.after_validation_batch(self, batch_idx)
 
     def on_validation_end(self) -> None:
