@@ -21,15 +21,7 @@ from beit_pretrain.runs import cluster
 from beit_pretrain.runs.folder import REPLACED, SKIPPED, alone, finished_step, mark_finished
 from beit_pretrain.runs.launch import is_child, is_restarted
 from beit_pretrain.runs.preflight import introduce, preflight
-from beit_pretrain.runs.resume import (
-    Start,
-    from_checkpoint,
-    load_run,
-    open_folder,
-    same_backbone,
-    same_images,
-    to_resume,
-)
+from beit_pretrain.runs.resume import Start, from_checkpoint, goes_on, load_run, open_folder, to_resume
 from beit_pretrain.runs.tasks import TASKS, Task
 from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_steps, wanted_gpu
 from beit_pretrain.shards.processes import end_with_parent

@@ -25,7 +25,7 @@ FREE_TO_CHANGE = (
     *("batch_size", "threads", "run_dir", "timeout_minutes", "pictures", "knn", "test", "max_skipped"),
     *("log_every", "val_every", "save_every", "save_minutes", "keep_every"),
     *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
-    *("data.max_bad", "data.train", "data.val"),  # what lies there is compared, wherever it lies (`resume.same_images`)
+    *("data.max_bad", "data.train", "data.val"),  # what lies there is compared, wherever it lies (`resume.goes_on`)
 )
 
 

@@ -101,8 +101,11 @@ def same_backbone(module: TrainedModule, about: dict, last: Path) -> None:
         raise UserError(f"{last} was trained on another backbone than {module.about.get('init_from')} holds now")
 
 
-def same_images(images: dict[str, str], start: Start) -> None:
-    """Raise UserError if the data are no longer those that the run began with, wherever they lie now."""
+def goes_on(module: TrainedModule, start: Start) -> None:
+    """Raise UserError if the data, or the backbone of probes, are no longer those that the run began with."""
+    if start.path:
+        same_backbone(module, start.about, start.path)
+    images = module.images  # their contents, wherever they lie now
     for split in sorted({*images, *start.images}) if start.images else ():
         if images.get(split) != start.images.get(split):
             raise UserError(
