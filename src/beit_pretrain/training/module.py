@@ -194,12 +194,20 @@ class TrainedModule(LightningModule):
         return self.trainer.strategy.reduce(values, reduce_op="sum")
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with."""
+        """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with.
+
+        Or for more steps: the whole run is one epoch to Lightning, which is in its middle wherever the run goes on. A
+        loop that has come to the end of its epoch would begin the next one for ever, without a batch.
+        """
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         done = int(checkpoint.get("global_step", 0)) * self.trainer.accumulate_grad_batches
         for name, count in (("epoch_loop.batch_progress", done), ("epoch_loop.val_loop.batch_progress", 0)):
             for counts in (loop[name]["total"], loop[name]["current"]) if name in loop else ():
                 counts.update(dict.fromkeys(counts, count))
+            if name in loop:
+                loop[name]["is_last_batch"] = False
+        for counts in loop.get("epoch_progress", {}).values():
+            counts.update(ready=1, started=1, processed=0, completed=0)
         self.validation_due = bool(checkpoint.get("validation_due"))
         if self.trainer.is_global_zero:
             self._sums = dict(checkpoint.get("unwritten", {}))
