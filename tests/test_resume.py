@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from omegaconf import OmegaConf
 from tiny import last_checkpoint, rows_of, tiny_words
+
+from beit_pretrain.compose import compose
+from beit_pretrain.errors import UserError
+from beit_pretrain.runs.folder import mark_finished, read_config
+from beit_pretrain.runs.sweep import Member, is_finished
 
 
 @pytest.fixture
@@ -26,3 +30,32 @@ def test_a_finished_run_is_made_longer_by_hand(words, run_cli, tmp_path):
     assert "after step 4" in stdout
     assert set(rows_of(run)) == {1, 2, 3, 4, 5, 6}
     assert last_checkpoint(run)["global_step"] == 6
+
+
+DAMAGED = {"unfinished": b"a: [1, ", "binary": bytes(range(256)), "list": b"[1, 2]", "number": b"5", "empty": b""}
+
+
+class TestDamagedConfig:
+    @pytest.mark.parametrize("kind", DAMAGED)
+    def test_it_is_named(self, kind, tmp_path):
+        (tmp_path / "config.yaml").write_bytes(DAMAGED[kind])
+        with pytest.raises(UserError, match=r"config\.yaml cannot be read as the settings of a run: "):
+            read_config(tmp_path / "config.yaml")
+
+    def test_in_one_line(self, run_cli, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/config.yaml").write_bytes(DAMAGED["unfinished"])
+        code, _, stderr = run_cli("validate", f"run={tmp_path / 'run'}")
+        assert (code, stderr.count("\n")) == (2, 1), stderr
+        assert "run/config.yaml cannot be read" in stderr
+
+    def test_a_sweep_takes_its_member_for_unfinished(self, words, tmp_path):
+        member = Member("run", tmp_path / "run", {}, words[1:])
+        member.folder.mkdir()
+        mark_finished(member.folder, 4)
+        assert not is_finished(member)
+        OmegaConf.save(compose("fit", member.words), member.folder / "config.yaml")
+        assert is_finished(member)
+        for content in DAMAGED.values():
+            (member.folder / "config.yaml").write_bytes(content)
+            assert not is_finished(member)

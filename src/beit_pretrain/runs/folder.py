@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from beit_pretrain.errors import UserError
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.training.keeping import BEST, LAST, PREVIOUS
 
+CONFIG = "config.yaml"  # of a run: its settings
 FINISHED = "finished.json"  # of a run: written when it has done all its steps
 REPLACED = "replaced.jsonl"  # of a run: images that could not be decoded
 SKIPPED = "skipped.jsonl"  # of a run: steps without a finite gradient
@@ -27,6 +32,17 @@ FREE_TO_CHANGE = (
     *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
     *("data.max_bad", "data.train", "data.val"),  # what lies there is compared, wherever it lies (`resume.same_images`)
 )
+
+
+def read_config(path: Path) -> DictConfig:
+    """The settings of a run, as its `config.yaml` says them. Raises UserError for anything else."""
+    try:
+        said = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path} cannot be read as the settings of a run: {first_line(error)}") from None
+    if not isinstance(said, dict) or "task" not in said:
+        raise UserError(f"{path} cannot be read as the settings of a run: it names no task")
+    return OmegaConf.create(said)
 
 
 def differences(old, new, path: str = "") -> list[str]:

@@ -13,7 +13,16 @@ from beit_pretrain.checkpoints import files as checkpoint
 from beit_pretrain.compose import plain
 from beit_pretrain.data.replacements import cut_back
 from beit_pretrain.errors import UserError
-from beit_pretrain.runs.folder import REPLACED, SKIPPED, WANDB_ID, clear, differences, set_aside
+from beit_pretrain.runs.folder import (
+    CONFIG,
+    REPLACED,
+    SKIPPED,
+    WANDB_ID,
+    clear,
+    differences,
+    read_config,
+    set_aside,
+)
 from beit_pretrain.runs.tasks import TASKS, Task
 from beit_pretrain.training.keeping import LAST, newest_good
 from beit_pretrain.training.metrics import CsvMetrics, is_first_process
@@ -35,11 +44,11 @@ def to_resume(cfg: DictConfig, folder: Path) -> Start:
 
     Raises UserError if the folder has a run of other settings, or checkpoints that cannot be read.
     """
-    config = Path(cfg.run_dir) / "config.yaml"
+    config = Path(cfg.run_dir) / CONFIG
     if cfg.resume == "never" or not any(folder.glob("*.ckpt")):
         return Start()
     if config.is_file():
-        different = differences(plain(OmegaConf.load(config)), plain(cfg))
+        different = differences(plain(read_config(config)), plain(cfg))
         if different:
             raise UserError(
                 f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
@@ -86,9 +95,9 @@ def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start:
 def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[DictConfig, Task]:
     """Config and task of a finished (or running) run, with the weights of its last checkpoint."""
     run = Path(run)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not the folder of a run (it has no config.yaml)")
-    cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.load(run / "config.yaml"), overrides or {}))
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is not the folder of a run (it has no {CONFIG})")
+    cfg = cast(DictConfig, OmegaConf.merge(read_config(run / CONFIG), overrides or {}))
     last = run / "checkpoints" / LAST
     task = TASKS[cfg.task](from_checkpoint(cfg, last))
     _, state, about = checkpoint.read_own(last, task.module.kind)
