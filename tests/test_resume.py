@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from crash import Crash
 from omegaconf import OmegaConf
 from tiny import last_checkpoint, rows_of, tiny_words
 
 from beit_pretrain.compose import compose
 from beit_pretrain.errors import UserError
+from beit_pretrain.runs import fit as runs
 from beit_pretrain.runs.folder import mark_finished, read_config
 from beit_pretrain.runs.sweep import Member, is_finished
 
@@ -59,3 +64,57 @@ class TestDamagedConfig:
         for content in DAMAGED.values():
             (member.folder / "config.yaml").write_bytes(content)
             assert not is_finished(member)
+
+
+class TestOtherSettings:
+    """Are refused before anything of the folder changes, whatever of it is left."""
+
+    def refused(self, run_cli, words: list[str], run: Path) -> None:
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+        code, _, stderr = run_cli(*words, "seed=5", "optim.lr=.1")
+        assert code == 2
+        assert "holds a run with other settings (optim.lr: 0.003 -> 0.1; seed: 0 -> 5)" in stderr
+        assert before == {path: path.read_bytes() for path in before}
+
+    def test_before_the_first_checkpoint(self, words, run_cli, tmp_path, monkeypatch):
+        words, run = [*words, "save_every=100", "val_every=100"], tmp_path / "run"
+        with monkeypatch.context() as patch:
+            make = runs.make_trainer
+            patch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(3)]))
+            with pytest.raises(RuntimeError, match="power cut"):
+                run_cli(*words)
+        (run / ".wandb_id").write_text("abc")
+        self.refused(run_cli, words, run)
+        (run / "config.yaml").write_bytes(DAMAGED["unfinished"])
+        code, _, stderr = run_cli(*words)
+        assert code == 2
+        assert "config.yaml cannot be read" in stderr
+        (run / "config.yaml").unlink()
+        code, stdout, stderr = run_cli(*words)  # the same ones start over
+        assert code == 0, stderr
+        assert "continuing" not in stdout
+        assert set(rows_of(run)) == {1, 2, 3, 4}
+        assert (run / ".wandb_id").read_text() == "abc"
+
+    def test_with_a_checkpoint_and_no_config(self, words, run_cli, tmp_path):
+        run = tmp_path / "run"
+        assert run_cli(*words)[0] == 0
+        config = (run / "config.yaml").read_text()
+        for content in (None, *DAMAGED.values()):
+            (run / "config.yaml").unlink() if content is None else (run / "config.yaml").write_bytes(content)
+            self.refused(run_cli, words, run)
+        code, stdout, stderr = run_cli(*words)
+        assert (code, "already finished" in stdout) == (0, True)
+        assert "last.ckpt says them" in stderr
+        assert (run / "config.yaml").read_text() == config
+
+    def test_a_checkpoint_of_an_older_version_says_none(self, words, run_cli, tmp_path):
+        last = tmp_path / "run/checkpoints/last.ckpt"
+        assert run_cli(*words)[0] == 0
+        content = last_checkpoint(tmp_path / "run")
+        del content["settings"]
+        torch.save(content, last)
+        (tmp_path / "run/config.yaml").unlink()
+        code, _, stderr = run_cli(*words)
+        assert code == 0
+        assert "nothing is compared" in stderr

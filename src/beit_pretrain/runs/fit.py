@@ -21,7 +21,15 @@ from beit_pretrain.runs import cluster
 from beit_pretrain.runs.folder import REPLACED, SKIPPED, alone, finished_step, mark_finished
 from beit_pretrain.runs.launch import is_child
 from beit_pretrain.runs.preflight import introduce, preflight
-from beit_pretrain.runs.resume import Start, from_checkpoint, load_run, open_folder, same_images, to_resume
+from beit_pretrain.runs.resume import (
+    Start,
+    from_checkpoint,
+    load_run,
+    open_folder,
+    restore_config,
+    same_images,
+    to_resume,
+)
 from beit_pretrain.runs.tasks import TASKS, Task
 from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_steps, wanted_gpu
 from beit_pretrain.training import speed
@@ -92,6 +100,7 @@ def run(cfg: DictConfig, signals: Signals) -> dict[str, float]:
         print(introduction + (f"\n  continuing {cfg.name} after step {start.step}" if start.path else ""), flush=True)
     if start.path and finished_step(run_dir) == start.step:
         if is_first_process():
+            restore_config(cfg)
             print("  already finished; more steps would be another run: choose another name=, or resume=never")
         return {}
     with alone(run_dir, is_first_process()):

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -53,6 +54,16 @@ def differences(old, new, path: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
     return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def essential(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The settings less those that are free to change: what a checkpoint says of its run."""
+    named = {key: f"{path}.{key}" if path else key for key in settings}
+    return {
+        key: essential(value, named[key]) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if named[key] not in FREE_TO_CHANGE
+    }
 
 
 def mark_finished(folder: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -20,6 +21,7 @@ from beit_pretrain.runs.folder import (
     WANDB_ID,
     clear,
     differences,
+    essential,
     read_config,
     set_aside,
 )
@@ -44,29 +46,74 @@ def to_resume(cfg: DictConfig, folder: Path) -> Start:
 
     Raises UserError if the folder has a run of other settings, or checkpoints that cannot be read.
     """
-    config = Path(cfg.run_dir) / CONFIG
-    if cfg.resume == "never" or not any(folder.glob("*.ckpt")):
+    begun = any(folder.glob("*.ckpt"))
+    # Before the first checkpoint the other processes may find what the first one of the same run has just written; they
+    # are compared with it when they meet.
+    if cfg.resume == "never" or not (begun or is_first_process()):
         return Start()
-    if config.is_file():
-        different = differences(plain(read_config(config)), plain(cfg))
-        if different:
-            raise UserError(
-                f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
-                f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
-            )
+    old, lost = settings_of_folder(Path(cfg.run_dir), begun)
+    if old is not None:
+        same_settings(old, cfg)
     newest, problems = newest_good(folder)
-    for problem in problems if is_first_process() else []:
-        print(f"warning: {problem}; going on from {newest}", file=sys.stderr, flush=True)
+    warn(f"{problem}; going on from {newest}" for problem in problems)
     if newest is None:
         return Start()
     content = checkpoint.read(newest)
+    if old is None:
+        said = content.get("settings")
+        warn([f"{lost}; {newest} says {'them' if said else 'none either, and nothing is compared'}"])
+        same_settings(said or plain(cfg), cfg)
     step, due = int(content.get("global_step", 0)), bool(content.get("validation_due"))
     return Start(newest, step, due, content.get("beit_pretrain", {}), content.get("images", {}))
+
+
+def settings_of_folder(run_dir: Path, begun: bool) -> tuple[dict | None, str]:
+    """(the settings in a run's config.yaml, why there are none). Raises UserError if nothing else can say them."""
+    if not (run_dir / CONFIG).is_file():
+        return None, f"{run_dir} has no {CONFIG} with its settings"
+    try:
+        return plain(read_config(run_dir / CONFIG)), ""
+    except UserError as error:
+        if not begun:
+            raise UserError(f"{error}; resume=never starts over") from None
+        return None, str(error)
+
+
+def same_settings(old: dict, cfg: DictConfig) -> None:
+    """Raise UserError if a run of other settings is in the folder: its metrics and checkpoints are not this one's."""
+    different = differences(old, plain(cfg))
+    if different:
+        raise UserError(
+            f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
+            f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
+        )
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Say it once, however many processes there are."""
+    for warning in warnings if is_first_process() else ():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def write_config(cfg: DictConfig) -> None:
+    """Say in a run's folder what its settings are."""
+    partial = Path(cfg.run_dir) / f".{CONFIG}.partial"
+    OmegaConf.save(cfg, partial, resolve=True)
+    partial.replace(partial.with_name(CONFIG))  # other processes may read it just now
+
+
+def restore_config(cfg: DictConfig) -> None:
+    """Write a run's config.yaml again if it is gone or damaged."""
+    try:
+        read_config(Path(cfg.run_dir) / CONFIG)
+    except UserError:
+        write_config(cfg)
 
 
 def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start: Start) -> None:
     """Make the run's folder what it was at `start`, write its config, attach the loggers."""
     run_dir = Path(cfg.run_dir)
+    module.settings = essential(plain(cfg))
     if start.path:
         same_backbone(module, start.about, start.path)
     if is_first_process():  # the trainer does not know its rank before it has launched its processes
@@ -76,8 +123,7 @@ def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start:
                 cut_back(run_dir / name, start.step)
         else:
             clear(run_dir, another=cfg.resume == "never")
-        OmegaConf.save(cfg, run_dir / ".config.yaml.partial", resolve=True)
-        (run_dir / ".config.yaml.partial").replace(run_dir / "config.yaml")  # other processes may read it just now
+        write_config(cfg)
     metrics = CsvMetrics(run_dir / "metrics.csv")
     if start.path:
         metrics.cut_back(start.step, start.validation_due)

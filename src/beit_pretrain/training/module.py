@@ -45,6 +45,7 @@ class TrainedModule(LightningModule):
         self.model = model
         self.optim = optim
         self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
+        self.settings: dict = {}  # of the run, less those that are free to change
         self.images: dict[str, str] = {}  # split -> the contents of the data, to go on with the same
         self.log_every = 50
         self.batch_ended: float | None = None
@@ -215,6 +216,7 @@ class TrainedModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Say in plain containers what the file holds, so that `checkpoint.read_own` can rebuild the network."""
         checkpoint["beit_pretrain"] = {"kind": self.kind, "model": dict(self.model.config), **self.about}
+        checkpoint["settings"] = self.settings
         checkpoint["images"] = dict(self.images)
         checkpoint["unwritten"] = self.unwritten()
         checkpoint["validation_due"] = self.validation_due
