@@ -72,6 +72,15 @@ def fit(cfg: DictConfig) -> dict[str, float]:
 
 def run(cfg: DictConfig, signals: Signals) -> dict[str, float]:
     """The same, with the signals that end it. Raises Stopped."""
+    run_dir = Path(cfg.run_dir)
+    # Before anything in it is read: a run that is just ending still writes there. A folder that is not there yet is
+    # made after the preflight checks.
+    with alone(run_dir, is_first_process() and cfg.preflight != "only" and run_dir.is_dir()):
+        return run_alone(cfg, signals)
+
+
+def run_alone(cfg: DictConfig, signals: Signals) -> dict[str, float]:
+    """The same, in a folder that no other run writes into, if it is there. Raises Stopped."""
     run_dir, folder = Path(cfg.run_dir), Path(cfg.run_dir) / "checkpoints"
     with building():
         if cfg.task not in TASKS:

@@ -113,8 +113,8 @@ def set_aside(resume: Path) -> None:
 def alone(folder: Path, first: bool) -> Iterator[None]:
     """Hold a run's folder, so that no second run writes into it. Raises UserError if another process holds it.
 
-    The lock ends with its process, however that ends, and child processes do not hold it. `first`: this is the process
-    that writes.
+    The lock ends with its process, however that ends, and child processes do not hold it. A process may take it again;
+    it gives it up with the first one that ends. `first`: this is the process that writes.
     """
     if not first:
         yield

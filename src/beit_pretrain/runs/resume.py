@@ -121,6 +121,8 @@ def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start:
             set_aside(start.path)
             for name in (REPLACED, SKIPPED):
                 cut_back(run_dir / name, start.step)
+        elif to_resume(cfg, run_dir / "checkpoints").path:  # the folder was not there when this was asked first
+            raise UserError(f"another process has trained in {run_dir} meanwhile; the same command goes on from there")
         else:
             clear(run_dir, another=cfg.resume == "never")
         write_config(cfg)
