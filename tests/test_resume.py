@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.runs import fit as runs
 from beit_pretrain.runs.folder import mark_finished, read_config
 from beit_pretrain.runs.sweep import Member, is_finished
+from beit_pretrain.training.metrics import read_rows
 
 
 @pytest.fixture
@@ -118,3 +120,26 @@ class TestOtherSettings:
         code, _, stderr = run_cli(*words)
         assert code == 0
         assert "nothing is compared" in stderr
+
+
+def test_lost_metrics_are_pointed_out(words, run_cli, tmp_path):
+    """Once: from then on the checkpoints count what is left."""
+    words, run = [*words, "steps=6", "log_every=2", "val_every=3"], tmp_path / "run"
+    assert run_cli(*words)[0] == 0
+    assert read_rows(run / "metrics.csv")[1].keys() == {2, 3, 4, 6}
+    (run / "checkpoints/last.ckpt").unlink()  # of step 6; on from step 4
+    (run / "finished.json").unlink()
+    shutil.copytree(run, tmp_path / "kept")
+    lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
+    for left, lost in (("".join(lines), 0), ("", 3), ("".join(lines[:1] + lines[3:]), 2)):
+        shutil.rmtree(run)
+        shutil.copytree(tmp_path / "kept", run)
+        (run / "metrics.csv").write_text(left)
+        if not left:
+            (run / "metrics.csv").unlink()
+        code, stdout, stderr = run_cli(*words)
+        assert code == 0, stderr
+        assert "after step 4" in stdout
+        assert (f"metrics.csv lacks {lost} of the 3 rows that were written up to step 4" in stderr) == (lost > 0)
+    (run / "finished.json").unlink()
+    assert "lacks" not in run_cli(*words)[2]

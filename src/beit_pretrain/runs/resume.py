@@ -38,6 +38,7 @@ class Start(NamedTuple):
     step: int = 0  # optimiser steps that are done
     validation_due: bool = False  # of that step
     about: dict = {}  # what the checkpoint says of itself
+    rows: int = 0  # of metrics, that were written until then
     images: dict[str, str] = {}  # split -> the contents of the data that it was trained on
 
 
@@ -63,8 +64,14 @@ def to_resume(cfg: DictConfig, folder: Path) -> Start:
         said = content.get("settings")
         warn([f"{lost}; {newest} says {'them' if said else 'none either, and nothing is compared'}"])
         same_settings(said or plain(cfg), cfg)
-    step, due = int(content.get("global_step", 0)), bool(content.get("validation_due"))
-    return Start(newest, step, due, content.get("beit_pretrain", {}), content.get("images", {}))
+    return Start(
+        newest,
+        step=int(content.get("global_step", 0)),
+        validation_due=bool(content.get("validation_due")),
+        about=content.get("beit_pretrain", {}),
+        rows=int(content.get("rows", 0)),
+        images=content.get("images", {}),
+    )
 
 
 def settings_of_folder(run_dir: Path, begun: bool) -> tuple[dict | None, str]:
@@ -129,6 +136,9 @@ def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start:
     metrics = CsvMetrics(run_dir / "metrics.csv")
     if start.path:
         metrics.cut_back(start.step, start.validation_due)
+        lost = start.rows - len(metrics.rows)
+        if lost > 0:
+            warn([f"{metrics.path} lacks {lost} of the {start.rows} rows that were written up to step {start.step}"])
     trainer.loggers = [metrics]
     if cfg.logger.kind == "wandb":
         from beit_pretrain.training.weights_and_biases import same_id, wandb_logger

@@ -21,6 +21,7 @@ from beit_pretrain.runs import cluster
 from beit_pretrain.training import optim as optimisation
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import Keeper
+from beit_pretrain.training.metrics import CsvMetrics
 from beit_pretrain.training.optim import Optim
 
 MOST_KEPT = 1024  # values of a metric that wait to be read
@@ -219,6 +220,7 @@ class TrainedModule(LightningModule):
         checkpoint["settings"] = self.settings
         checkpoint["images"] = dict(self.images)
         checkpoint["unwritten"] = self.unwritten()
+        checkpoint["rows"] = sum(len(logger.rows) for logger in self.loggers if isinstance(logger, CsvMetrics))
         checkpoint["validation_due"] = self.validation_due
         if self.guard is not None:
             self.guard.write(self.trainer.global_step, self.trainer.is_global_zero)
