@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from tiny import tiny_words
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.runs import fit as runs
 from beit_pretrain.runs.folder import LOCK, alone, clear, finished_step, mark_finished, set_aside
 
 
@@ -52,6 +55,48 @@ def test_a_child_does_not_hold_it(tmp_path):
     os.waitpid(run, 0)
     assert in_another_process(tmp_path) == 0
     os.write(done[1], b"xx")
+
+
+@pytest.fixture
+def words(shards, dvae_checkpoint, tmp_path):
+    return ["fit", *tiny_words(shards, dvae_checkpoint), "data.workers=0", "pictures=0", "steps=1"]
+
+
+def test_it_is_held_before_it_is_read(words, run_cli, tmp_path, monkeypatch):
+    """A run that is just ending would move the starting point of the next one."""
+    words, run = [*words, f"run_dir={tmp_path / 'run'}"], tmp_path / "run"
+    assert run_cli(*words)[0] == 0
+    refused, choose = [], runs.to_resume
+
+    def watching(cfg, folder):
+        refused.append(in_another_process(run))
+        return choose(cfg, folder)
+
+    monkeypatch.setattr(runs, "to_resume", watching)
+    assert run_cli(*words)[0] == 0
+    assert run_cli(*words, "preflight=only")[0] == 0  # writes nothing, and keeps nobody out
+    assert refused == [1, 0]
+    assert in_another_process(run) == 0
+
+
+def test_a_folder_that_another_run_has_made_meanwhile(words, run_cli, tmp_path, monkeypatch):
+    """It trains between the look at a folder that is not there yet and the lock: what it saved stays."""
+    words, other, run = [*words, f"run_dir={tmp_path / 'run'}"], tmp_path / "other", tmp_path / "run"
+    assert run_cli(*words, f"run_dir={other}")[0] == 0
+    check = runs.preflight
+
+    def late(*args):
+        shutil.copytree(other, run)
+        return check(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "preflight", late)
+        code, _, stderr = run_cli(*words)
+    assert code == 2
+    assert "another process has trained in" in stderr
+    assert (run / "checkpoints/last.ckpt").read_bytes() == (other / "checkpoints/last.ckpt").read_bytes()
+    code, stdout, _ = run_cli(*words)
+    assert (code, "already finished" in stdout) == (0, True)
 
 
 def test_nothing_but_the_runs_own_files_goes(tmp_path):

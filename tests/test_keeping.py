@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -416,6 +418,24 @@ def test_space(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match="no folder that can be written"):
         check_space(tmp_path / "not" / "yet", 1)
+
+
+def test_what_is_kept_for_good_gives_no_room_back(tmp_path, monkeypatch):
+    """The last, the one before and the best are overwritten, unless they are one file with a kept one."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    for step in range(10):
+        (tmp_path / f"step-{step:08d}.ckpt").write_bytes(bytes(10**6))
+    os.link(tmp_path / "step-00000009.ckpt", tmp_path / "last.ckpt")
+    (tmp_path / "mine.ckpt").write_bytes(bytes(10**7))
+    with pytest.raises(UserError, match=r"has 0 MB free, 3 checkpoints need 1\.8 MB"):
+        check_space(tmp_path, 50_000)
+    for name in ("previous.ckpt", "best.ckpt"):
+        (tmp_path / name).write_bytes(bytes(2 * 10**6))
+    line = check_space(tmp_path, 50_000, kept=12)
+    assert line.startswith("4 MB free")
+    assert line.endswith("3 checkpoints need 1.8 MB, 2 more to keep 1.2 MB")  # ten of the twelve are there
+    assert check_space(tmp_path, 50_000, kept=20).endswith("10 more to keep 6 MB (warning: more than there is)")
+    assert "14 MB free" in check_space(tmp_path, 50_000, cleared=True)  # resume=never removes those, too
 
 
 class Poison:

@@ -104,6 +104,14 @@ class TestBadImages:
         cut_back(tmp_path / "none", 2)
         assert not (tmp_path / "none").exists()
 
+    def test_damaged_lines_are_left_out(self, tmp_path, capsys):
+        path, good = tmp_path / "replaced.jsonl", b'{"step": 1}\n'
+        for line in (b"\0\0", b"\xff", b'{"step": ', b"[1]", b'{"step": "x"}', b"7", b'{"stop": 1}', b""):
+            path.write_bytes(good + line + b"\n" + good + b'{"step": 3}\n')
+            cut_back(path, 2)
+            assert path.read_bytes() == 2 * good, line
+            assert capsys.readouterr().err == f"warning: {path}: a damaged line is left out from here on\n"
+
     @pytest.mark.parametrize(
         ("share", "images", "bad"), [(0.001, 8, 3), (0.001, 1000, 8), (0.001, 10**6, 1129), (0, 10**6, 0)]
     )

@@ -116,10 +116,19 @@ def gathered(records: list[dict[str, Any]], trainer: Trainer) -> list[dict[str, 
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Forget what was listed after `step`: the run resumes there."""
-    if path.is_file():
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), "utf-8")
-        partial.replace(path)
+    """Forget what was listed after `step`: the run resumes there. A damaged line is no reason not to: it goes too."""
+    if not path.is_file():
+        return
+    kept, damaged = [], 0
+    for line in path.read_bytes().split(b"\n")[:-1]:  # a last line without its end was torn by a crash
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, LookupError, TypeError):
+            damaged += 1
+    if damaged:
+        which = "a damaged line is" if damaged == 1 else f"{damaged} damaged lines are"
+        print(f"warning: {path}: {which} left out from here on", file=sys.stderr, flush=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)

@@ -212,7 +212,9 @@ def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
     """Hand the pictures to the run's W&B run, if it has one."""
     from omegaconf import OmegaConf
 
-    cfg = OmegaConf.load(run / "config.yaml")
+    from beit_pretrain.runs.folder import CONFIG, read_config
+
+    cfg = read_config(run / CONFIG)
     if OmegaConf.select(cfg, "logger.kind") != "wandb" or not drawn:
         return
     from beit_pretrain.checkpoints.files import read

@@ -21,7 +21,15 @@ from beit_pretrain.runs import cluster
 from beit_pretrain.runs.folder import REPLACED, SKIPPED, alone, finished_step, mark_finished
 from beit_pretrain.runs.launch import is_child, is_restarted
 from beit_pretrain.runs.preflight import introduce, preflight
-from beit_pretrain.runs.resume import Start, from_checkpoint, goes_on, load_run, open_folder, to_resume
+from beit_pretrain.runs.resume import (
+    Start,
+    from_checkpoint,
+    goes_on,
+    load_run,
+    open_folder,
+    restore_config,
+    to_resume,
+)
 from beit_pretrain.runs.tasks import TASKS, Task
 from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_steps, wanted_gpu
 from beit_pretrain.shards.processes import end_with_parent
@@ -75,6 +83,15 @@ def fit(cfg: DictConfig) -> dict[str, float]:
 
 def run(cfg: DictConfig, signals: Signals) -> dict[str, float]:
     """The same, with the signals that end it. Raises Stopped."""
+    run_dir = Path(cfg.run_dir)
+    # Before anything in it is read: a run that is just ending still writes there. A folder that is not there yet is
+    # made after the preflight checks.
+    with alone(run_dir, is_first_process() and cfg.preflight != "only" and run_dir.is_dir()):
+        return run_alone(cfg, signals)
+
+
+def run_alone(cfg: DictConfig, signals: Signals) -> dict[str, float]:
+    """The same, in a folder that no other run writes into, if it is there. Raises Stopped."""
     run_dir, folder = Path(cfg.run_dir), Path(cfg.run_dir) / "checkpoints"
     with building():
         if cfg.task not in TASKS:
@@ -103,6 +120,7 @@ def run(cfg: DictConfig, signals: Signals) -> dict[str, float]:
         print(introduction + (f"\n  continuing {cfg.name} after step {start.step}" if start.path else ""), flush=True)
     if start.path and finished_step(run_dir) == start.step:
         if is_first_process():
+            restore_config(cfg)
             print("  already finished; more steps would be another run: choose another name=, or resume=never")
         return {}
     with alone(run_dir, is_first_process()):

@@ -9,10 +9,16 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from beit_pretrain.errors import UserError
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.training.keeping import BEST, LAST, PREVIOUS
 
+CONFIG = "config.yaml"  # of a run: its settings
 FINISHED = "finished.json"  # of a run: written when it has done all its steps
 REPLACED = "replaced.jsonl"  # of a run: images that could not be decoded
 SKIPPED = "skipped.jsonl"  # of a run: steps without a finite gradient
@@ -29,6 +35,17 @@ FREE_TO_CHANGE = (
 )
 
 
+def read_config(path: Path) -> DictConfig:
+    """The settings of a run, as its `config.yaml` says them. Raises UserError for anything else."""
+    try:
+        said = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path} cannot be read as the settings of a run: {first_line(error)}") from None
+    if not isinstance(said, dict) or "task" not in said:
+        raise UserError(f"{path} cannot be read as the settings of a run: it names no task")
+    return OmegaConf.create(said)
+
+
 def differences(old, new, path: str = "") -> list[str]:
     """Settings that differ, as "key: old -> new", less those that are free to change."""
     if path in FREE_TO_CHANGE:
@@ -37,6 +54,16 @@ def differences(old, new, path: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
     return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def essential(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The settings less those that are free to change: what a checkpoint says of its run."""
+    named = {key: f"{path}.{key}" if path else key for key in settings}
+    return {
+        key: essential(value, named[key]) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if named[key] not in FREE_TO_CHANGE
+    }
 
 
 def mark_finished(folder: Path, step: int) -> None:
@@ -86,8 +113,8 @@ def set_aside(resume: Path) -> None:
 def alone(folder: Path, first: bool) -> Iterator[None]:
     """Hold a run's folder, so that no second run writes into it. Raises UserError if another process holds it.
 
-    The lock ends with its process, however that ends, and child processes do not hold it. `first`: this is the process
-    that writes.
+    The lock ends with its process, however that ends, and child processes do not hold it. A process may take it again;
+    it gives it up with the first one that ends. `first`: this is the process that writes.
     """
     if not first:
         yield

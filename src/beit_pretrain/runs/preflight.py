@@ -46,6 +46,7 @@ def disk(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> str:
         states=3 + any(isinstance(callback, WeightAveraging) for callback in task.callbacks),
         best=bool(trainer.checkpoint_callbacks),
         kept=steps // cfg.keep_every if cfg.keep_every else 0,
+        cleared=cfg.resume == "never",
     )
 
 

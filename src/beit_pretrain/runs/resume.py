@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -13,7 +14,17 @@ from beit_pretrain.checkpoints import files as checkpoint
 from beit_pretrain.compose import plain
 from beit_pretrain.data.replacements import cut_back
 from beit_pretrain.errors import UserError
-from beit_pretrain.runs.folder import REPLACED, SKIPPED, WANDB_ID, clear, differences, set_aside
+from beit_pretrain.runs.folder import (
+    CONFIG,
+    REPLACED,
+    SKIPPED,
+    WANDB_ID,
+    clear,
+    differences,
+    essential,
+    read_config,
+    set_aside,
+)
 from beit_pretrain.runs.tasks import TASKS, Task
 from beit_pretrain.training.keeping import LAST, newest_good
 from beit_pretrain.training.metrics import CsvMetrics, is_first_process
@@ -27,6 +38,7 @@ class Start(NamedTuple):
     step: int = 0  # optimiser steps that are done
     validation_due: bool = False  # of that step
     about: dict = {}  # what the checkpoint says of itself
+    rows: int = 0  # of metrics, that were written until then
     images: dict[str, str] = {}  # split -> the contents of the data that it was trained on
 
 
@@ -35,41 +47,96 @@ def to_resume(cfg: DictConfig, folder: Path) -> Start:
 
     Raises UserError if the folder has a run of other settings, or checkpoints that cannot be read.
     """
-    config = Path(cfg.run_dir) / "config.yaml"
-    if cfg.resume == "never" or not any(folder.glob("*.ckpt")):
+    begun = any(folder.glob("*.ckpt"))
+    # Before the first checkpoint the other processes may find what the first one of the same run has just written; they
+    # are compared with it when they meet.
+    if cfg.resume == "never" or not (begun or is_first_process()):
         return Start()
-    if config.is_file():
-        different = differences(plain(OmegaConf.load(config)), plain(cfg))
-        if different:
-            raise UserError(
-                f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
-                f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
-            )
+    old, lost = settings_of_folder(Path(cfg.run_dir), begun)
+    if old is not None:
+        same_settings(old, cfg)
     newest, problems = newest_good(folder)
-    for problem in problems if is_first_process() else []:
-        print(f"warning: {problem}; going on from {newest}", file=sys.stderr, flush=True)
+    warn(f"{problem}; going on from {newest}" for problem in problems)
     if newest is None:
         return Start()
     content = checkpoint.read(newest)
-    step, due = int(content.get("global_step", 0)), bool(content.get("validation_due"))
-    return Start(newest, step, due, content.get("beit_pretrain", {}), content.get("images", {}))
+    if old is None:
+        said = content.get("settings")
+        warn([f"{lost}; {newest} says {'them' if said else 'none either, and nothing is compared'}"])
+        same_settings(said or plain(cfg), cfg)
+    return Start(
+        newest,
+        step=int(content.get("global_step", 0)),
+        validation_due=bool(content.get("validation_due")),
+        about=content.get("beit_pretrain", {}),
+        rows=int(content.get("rows", 0)),
+        images=content.get("images", {}),
+    )
+
+
+def settings_of_folder(run_dir: Path, begun: bool) -> tuple[dict | None, str]:
+    """(the settings in a run's config.yaml, why there are none). Raises UserError if nothing else can say them."""
+    if not (run_dir / CONFIG).is_file():
+        return None, f"{run_dir} has no {CONFIG} with its settings"
+    try:
+        return plain(read_config(run_dir / CONFIG)), ""
+    except UserError as error:
+        if not begun:
+            raise UserError(f"{error}; resume=never starts over") from None
+        return None, str(error)
+
+
+def same_settings(old: dict, cfg: DictConfig) -> None:
+    """Raise UserError if a run of other settings is in the folder: its metrics and checkpoints are not this one's."""
+    different = differences(old, plain(cfg))
+    if different:
+        raise UserError(
+            f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
+            f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
+        )
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Say it once, however many processes there are."""
+    for warning in warnings if is_first_process() else ():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def write_config(cfg: DictConfig) -> None:
+    """Say in a run's folder what its settings are."""
+    partial = Path(cfg.run_dir) / f".{CONFIG}.partial"
+    OmegaConf.save(cfg, partial, resolve=True)
+    partial.replace(partial.with_name(CONFIG))  # other processes may read it just now
+
+
+def restore_config(cfg: DictConfig) -> None:
+    """Write a run's config.yaml again if it is gone or damaged."""
+    try:
+        read_config(Path(cfg.run_dir) / CONFIG)
+    except UserError:
+        write_config(cfg)
 
 
 def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start: Start) -> None:
     """Make the run's folder what it was at `start`, write its config, attach the loggers."""
     run_dir = Path(cfg.run_dir)
+    module.settings = essential(plain(cfg))
     if is_first_process():  # the trainer does not know its rank before it has launched its processes
         if start.path:
             set_aside(start.path)
             for name in (REPLACED, SKIPPED):
                 cut_back(run_dir / name, start.step)
+        elif to_resume(cfg, run_dir / "checkpoints").path:  # the folder was not there when this was asked first
+            raise UserError(f"another process has trained in {run_dir} meanwhile; the same command goes on from there")
         else:
             clear(run_dir, another=cfg.resume == "never")
-        OmegaConf.save(cfg, run_dir / ".config.yaml.partial", resolve=True)
-        (run_dir / ".config.yaml.partial").replace(run_dir / "config.yaml")  # other processes may read it just now
+        write_config(cfg)
     metrics = CsvMetrics(run_dir / "metrics.csv")
     if start.path:
         metrics.cut_back(start.step, start.validation_due)
+        lost = start.rows - len(metrics.rows)
+        if lost > 0:
+            warn([f"{metrics.path} lacks {lost} of the {start.rows} rows that were written up to step {start.step}"])
     trainer.loggers = [metrics]
     if cfg.logger.kind == "wandb":
         from beit_pretrain.training.weights_and_biases import same_id, wandb_logger
@@ -84,9 +151,9 @@ def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start:
 def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[DictConfig, Task]:
     """Config and task of a finished (or running) run, with the weights of its last checkpoint."""
     run = Path(run)
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not the folder of a run (it has no config.yaml)")
-    cfg = cast(DictConfig, OmegaConf.merge(OmegaConf.load(run / "config.yaml"), overrides or {}))
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is not the folder of a run (it has no {CONFIG})")
+    cfg = cast(DictConfig, OmegaConf.merge(read_config(run / CONFIG), overrides or {}))
     last = run / "checkpoints" / LAST
     task = TASKS[cfg.task](from_checkpoint(cfg, last))
     _, state, about = checkpoint.read_own(last, task.module.kind)

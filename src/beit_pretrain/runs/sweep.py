@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from beit_pretrain.compose import compose, config_dir, plain, quoted, readable
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.runs.folder import FINISHED, differences
+from beit_pretrain.runs.folder import CONFIG, FINISHED, differences, read_config
 from beit_pretrain.runs.launch import launched
 from beit_pretrain.runs.launchers import Outcome, launcher, run_all
 from beit_pretrain.tables import write_csv
@@ -196,16 +196,13 @@ def short_hash(text: str) -> str:
 
 def is_finished(member: Member) -> bool:
     """Whether a member has done all its steps, with these settings."""
-    from omegaconf import OmegaConf
-
-    config = member.folder / "config.yaml"
-    if not (member.folder / FINISHED).is_file() or not config.is_file():
+    if not (member.folder / FINISHED).is_file():
         return False
     try:
-        cfg = compose("fit", member.words)
-    except UserError:
+        cfg, old = compose("fit", member.words), read_config(member.folder / CONFIG)
+    except UserError:  # the member itself says what is wrong
         return False
-    return cfg.resume != "never" and not differences(plain(OmegaConf.load(config)), plain(cfg))
+    return cfg.resume != "never" and not differences(plain(old), plain(cfg))
 
 
 def progress(number: int, total: int, name: str, outcome: Outcome | None) -> None:

@@ -137,7 +137,9 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def check_space(folder: Path, parameters: int, states: int = 3, best: bool = False, kept: int = 0) -> str:
+def check_space(
+    folder: Path, parameters: int, states: int = 3, best: bool = False, kept: int = 0, cleared: bool = False
+) -> str:
     """A line about the disk for checkpoints. Raises UserError if it cannot be written or is too small.
 
     Args:
@@ -146,23 +148,40 @@ def check_space(folder: Path, parameters: int, states: int = 3, best: bool = Fal
         states: float32 numbers a checkpoint has for each: the weights, AdamW's two moments, an average.
         best: whether there is a `best.ckpt`, beside the last one, the one before, and the one that is being written.
         kept: how many are kept for good. A disk too small for these is pointed out and not refused.
+        cleared: the run starts over, which removes what an earlier one kept for good.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{existing} is no folder that can be written to; choose another run_dir=")
     one, count = parameters * states * 4, 3 + best
-    # Those of an earlier part of the run are overwritten.
-    there = {file.stat().st_ino: file.stat().st_size for file in folder.glob("*.ckpt")}
-    free = shutil.disk_usage(existing).free + sum(there.values())
+    if not cleared:
+        kept = max(0, kept - len(list(folder.glob("step-*.ckpt"))))
+    free = shutil.disk_usage(existing).free + room(folder, cleared)
     if free < count * one:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free, {count} checkpoints need {count * one / 1e9:.2f} GB; "
-            "choose another run_dir="
+            f"{folder} has {size(free)} free, {count} checkpoints need {size(count * one)}; choose another run_dir="
         )
-    line = (
-        f"{free / 1e9:.0f} GB free in {os.path.relpath(existing)}, {count} checkpoints need {count * one / 1e9:.2f} GB"
-    )
+    line = f"{size(free)} free in {os.path.relpath(existing)}, {count} checkpoints need {size(count * one)}"
     if kept:
-        line += f", {kept} more to keep {kept * one / 1e9:.2f} GB"
+        line += f", {kept} more to keep {size(kept * one)}"
         line += " (warning: more than there is)" * (free < (count + kept) * one)
     return line
+
+
+def room(folder: Path, cleared: bool) -> int:
+    """Bytes that come free when a run overwrites the checkpoints of an earlier part, or all of them are `cleared`.
+
+    A file may have several names, and one that is kept for good under any of them stays.
+    """
+    for_good = list(folder.glob("step-*.ckpt"))
+    going = [path for name in (LAST, PREVIOUS, BEST) if (path := folder / name).is_file()]
+    going, staying = (going + for_good, []) if cleared else (going, for_good)
+    sizes = {file.stat().st_ino: file.stat().st_size for file in going}
+    for file in staying:
+        sizes.pop(file.stat().st_ino, None)
+    return sum(sizes.values())
+
+
+def size(count: int) -> str:
+    """Bytes in a unit that leaves something to read."""
+    return f"{count / 1e6:.3g} MB" if count < 1e8 else f"{count / 1e9:.2f} GB"

@@ -21,6 +21,7 @@ from beit_pretrain.runs import cluster
 from beit_pretrain.training import optim as optimisation
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import Keeper
+from beit_pretrain.training.metrics import CsvMetrics
 from beit_pretrain.training.optim import Optim
 
 MOST_KEPT = 1024  # values of a metric that wait to be read
@@ -45,6 +46,7 @@ class TrainedModule(LightningModule):
         self.model = model
         self.optim = optim
         self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
+        self.settings: dict = {}  # of the run, less those that are free to change
         self.images: dict[str, str] = {}  # split -> the contents of the data, to go on with the same
         self.log_every = 50
         self.batch_ended: float | None = None
@@ -194,12 +196,20 @@ class TrainedModule(LightningModule):
         return self.trainer.strategy.reduce(values, reduce_op="sum")
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with."""
+        """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with.
+
+        Or for more steps: the whole run is one epoch to Lightning, which is in its middle wherever the run goes on. A
+        loop that has come to the end of its epoch would begin the next one for ever, without a batch.
+        """
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         done = int(checkpoint.get("global_step", 0)) * self.trainer.accumulate_grad_batches
         for name, count in (("epoch_loop.batch_progress", done), ("epoch_loop.val_loop.batch_progress", 0)):
             for counts in (loop[name]["total"], loop[name]["current"]) if name in loop else ():
                 counts.update(dict.fromkeys(counts, count))
+            if name in loop:
+                loop[name]["is_last_batch"] = False
+        for counts in loop.get("epoch_progress", {}).values():
+            counts.update(ready=1, started=1, processed=0, completed=0)
         self.validation_due = bool(checkpoint.get("validation_due"))
         if self.trainer.is_global_zero:
             self._sums = dict(checkpoint.get("unwritten", {}))
@@ -207,8 +217,10 @@ class TrainedModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Say in plain containers what the file holds, so that `checkpoint.read_own` can rebuild the network."""
         checkpoint["beit_pretrain"] = {"kind": self.kind, "model": dict(self.model.config), **self.about}
+        checkpoint["settings"] = self.settings
         checkpoint["images"] = dict(self.images)
         checkpoint["unwritten"] = self.unwritten()
+        checkpoint["rows"] = sum(len(logger.rows) for logger in self.loggers if isinstance(logger, CsvMetrics))
         checkpoint["validation_due"] = self.validation_due
         if self.guard is not None:
             self.guard.write(self.trainer.global_step, self.trainer.is_global_zero)

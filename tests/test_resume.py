@@ -1,0 +1,145 @@
+"""From where a run goes on: with whose settings, with which metrics, also where its folder was tampered with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from crash import Crash
+from omegaconf import OmegaConf
+from tiny import last_checkpoint, rows_of, tiny_words
+
+from beit_pretrain.compose import compose
+from beit_pretrain.errors import UserError
+from beit_pretrain.runs import fit as runs
+from beit_pretrain.runs.folder import mark_finished, read_config
+from beit_pretrain.runs.sweep import Member, is_finished
+from beit_pretrain.training.metrics import read_rows
+
+
+@pytest.fixture
+def words(shards, dvae_checkpoint, tmp_path):
+    more = ["data.workers=0", "pictures=0", "steps=4", "save_every=2", f"run_dir={tmp_path / 'run'}"]
+    return ["fit", *tiny_words(shards, dvae_checkpoint), *more]
+
+
+def test_a_finished_run_is_made_longer_by_hand(words, run_cli, tmp_path):
+    """Whoever changes config.yaml means it. The loop of the last checkpoint had come to its end."""
+    run = tmp_path / "run"
+    assert run_cli(*words)[0] == 0
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("\nsteps: 4\n", "\nsteps: 6\n"))
+    (run / "finished.json").unlink()
+    code, stdout, stderr = run_cli(*words, "steps=6")
+    assert code == 0, stderr
+    assert "after step 4" in stdout
+    assert set(rows_of(run)) == {1, 2, 3, 4, 5, 6}
+    assert last_checkpoint(run)["global_step"] == 6
+
+
+DAMAGED = {"unfinished": b"a: [1, ", "binary": bytes(range(256)), "list": b"[1, 2]", "number": b"5", "empty": b""}
+
+
+class TestDamagedConfig:
+    @pytest.mark.parametrize("kind", DAMAGED)
+    def test_it_is_named(self, kind, tmp_path):
+        (tmp_path / "config.yaml").write_bytes(DAMAGED[kind])
+        with pytest.raises(UserError, match=r"config\.yaml cannot be read as the settings of a run: "):
+            read_config(tmp_path / "config.yaml")
+
+    def test_in_one_line(self, run_cli, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/config.yaml").write_bytes(DAMAGED["unfinished"])
+        code, _, stderr = run_cli("validate", f"run={tmp_path / 'run'}")
+        assert (code, stderr.count("\n")) == (2, 1), stderr
+        assert "run/config.yaml cannot be read" in stderr
+
+    def test_a_sweep_takes_its_member_for_unfinished(self, words, tmp_path):
+        member = Member("run", tmp_path / "run", {}, words[1:])
+        member.folder.mkdir()
+        mark_finished(member.folder, 4)
+        assert not is_finished(member)
+        OmegaConf.save(compose("fit", member.words), member.folder / "config.yaml")
+        assert is_finished(member)
+        for content in DAMAGED.values():
+            (member.folder / "config.yaml").write_bytes(content)
+            assert not is_finished(member)
+
+
+class TestOtherSettings:
+    """Are refused before anything of the folder changes, whatever of it is left."""
+
+    def refused(self, run_cli, words: list[str], run: Path) -> None:
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+        code, _, stderr = run_cli(*words, "seed=5", "optim.lr=.1")
+        assert code == 2
+        assert "holds a run with other settings (optim.lr: 0.003 -> 0.1; seed: 0 -> 5)" in stderr
+        assert before == {path: path.read_bytes() for path in before}
+
+    def test_before_the_first_checkpoint(self, words, run_cli, tmp_path, monkeypatch):
+        words, run = [*words, "save_every=100", "val_every=100"], tmp_path / "run"
+        with monkeypatch.context() as patch:
+            make = runs.make_trainer
+            patch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(3)]))
+            with pytest.raises(RuntimeError, match="power cut"):
+                run_cli(*words)
+        (run / ".wandb_id").write_text("abc")
+        self.refused(run_cli, words, run)
+        (run / "config.yaml").write_bytes(DAMAGED["unfinished"])
+        code, _, stderr = run_cli(*words)
+        assert code == 2
+        assert "config.yaml cannot be read" in stderr
+        (run / "config.yaml").unlink()
+        code, stdout, stderr = run_cli(*words)  # the same ones start over
+        assert code == 0, stderr
+        assert "continuing" not in stdout
+        assert set(rows_of(run)) == {1, 2, 3, 4}
+        assert (run / ".wandb_id").read_text() == "abc"
+
+    def test_with_a_checkpoint_and_no_config(self, words, run_cli, tmp_path):
+        run = tmp_path / "run"
+        assert run_cli(*words)[0] == 0
+        config = (run / "config.yaml").read_text()
+        for content in (None, *DAMAGED.values()):
+            (run / "config.yaml").unlink() if content is None else (run / "config.yaml").write_bytes(content)
+            self.refused(run_cli, words, run)
+        code, stdout, stderr = run_cli(*words)
+        assert (code, "already finished" in stdout) == (0, True)
+        assert "last.ckpt says them" in stderr
+        assert (run / "config.yaml").read_text() == config
+
+    def test_a_checkpoint_of_an_older_version_says_none(self, words, run_cli, tmp_path):
+        last = tmp_path / "run/checkpoints/last.ckpt"
+        assert run_cli(*words)[0] == 0
+        content = last_checkpoint(tmp_path / "run")
+        del content["settings"]
+        torch.save(content, last)
+        (tmp_path / "run/config.yaml").unlink()
+        code, _, stderr = run_cli(*words)
+        assert code == 0
+        assert "nothing is compared" in stderr
+
+
+def test_lost_metrics_are_pointed_out(words, run_cli, tmp_path):
+    """Once: from then on the checkpoints count what is left."""
+    words, run = [*words, "steps=6", "log_every=2", "val_every=3"], tmp_path / "run"
+    assert run_cli(*words)[0] == 0
+    assert read_rows(run / "metrics.csv")[1].keys() == {2, 3, 4, 6}
+    (run / "checkpoints/last.ckpt").unlink()  # of step 6; on from step 4
+    (run / "finished.json").unlink()
+    shutil.copytree(run, tmp_path / "kept")
+    lines = (run / "metrics.csv").read_text().splitlines(keepends=True)
+    for left, lost in (("".join(lines), 0), ("", 3), ("".join(lines[:1] + lines[3:]), 2)):
+        shutil.rmtree(run)
+        shutil.copytree(tmp_path / "kept", run)
+        (run / "metrics.csv").write_text(left)
+        if not left:
+            (run / "metrics.csv").unlink()
+        code, stdout, stderr = run_cli(*words)
+        assert code == 0, stderr
+        assert "after step 4" in stdout
+        assert (f"metrics.csv lacks {lost} of the 3 rows that were written up to step 4" in stderr) == (lost > 0)
+    (run / "finished.json").unlink()
+    assert "lacks" not in run_cli(*words)[2]
