@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from beit_pretrain.bench.memory import kept, largest
 from beit_pretrain.bench.peers import PlainModel, Transformers
 from beit_pretrain.bench.step import forward, our_steps
 from beit_pretrain.compose import compose
+from beit_pretrain.training.module import TrainedModule
 
 TINY = (
     "+experiment=base_22k image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 model.size=null "
@@ -164,6 +166,20 @@ def test_loop(words, run_cli):
     assert {len(values) for values in found["seconds"].values()} == {3}
     assert found["checkpoint"]["bytes"] > 12 * found["parameters"]
     assert found["loop_over_bare"]["pairs"] == 3
+
+
+def test_the_loop_sees_metrics_being_written(words, run_cli, monkeypatch):
+    flush = TrainedModule.flush
+
+    def slow(self) -> None:
+        time.sleep(0.5)
+        flush(self)
+
+    monkeypatch.setattr(TrainedModule, "flush", slow)
+    code, stdout, stderr = run_cli("bench", "loop", *words, "bench.rounds=10")
+    assert code == 0, stderr
+    found = last(stdout)
+    assert found["loop_over_bare_together"] > 1 + 0.9 / sum(found["seconds"]["bare"])  # two of them
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

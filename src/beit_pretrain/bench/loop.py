@@ -1,7 +1,9 @@
 """`bench loop`: what Lightning, the metrics, their files and the checkpoints add to a bare loop of the same step.
 
-The Trainer of `fit`, with its callbacks and its CSV file, trains on batches in memory. Before it gets its next batch, a
-bare loop takes one step with a network of its own on the same batch, so both are slowed alike by whatever else happens.
+The Trainer of `fit`, with its progress bar, callbacks, guard, keeper and CSV file, trains on batches in memory. Before
+it gets its next batch, a bare loop takes one step with a network of its own on the same batch, so both are slowed alike
+by whatever else happens. Metrics are written every `LOG_EVERY` steps at the latest, so that some are among those
+measured; since that falls on single steps, all steps together are compared beside the pairs.
 """
 
 from __future__ import annotations
@@ -11,20 +13,25 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from lightning import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from beit_pretrain.bench.compare import Ratio, compared
 from beit_pretrain.bench.inputs import Bench, configured, make_batch, make_bench
 from beit_pretrain.bench.step import BATCHES, backward, facts, forward
-from beit_pretrain.runs.trainer import make_trainer, quieten
+from beit_pretrain.data.replacements import Replacements
+from beit_pretrain.runs.folder import REPLACED, SKIPPED
+from beit_pretrain.runs.trainer import building, make_trainer, quieten
 from beit_pretrain.tables import table
 from beit_pretrain.training.callbacks import ProgressBar, Throughput
 from beit_pretrain.training.guards import Guard
-from beit_pretrain.training.keeping import LAST
+from beit_pretrain.training.keeping import LAST, Keeper
 from beit_pretrain.training.metrics import CsvMetrics
+
+LOG_EVERY = 5  # steps, at the most, between two flushes of the metrics
 
 
 class InTurn:
@@ -40,16 +47,16 @@ class InTurn:
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         given = None
-        for number in tqdm(range(self.steps), desc="measuring", unit=" steps"):
+        for number in range(self.steps):
             self.bench.wait()
             if given is not None:
                 self.trained.append(self.bench.now() - given)
-            batch = {k: v for k, v in self.batches[number % BATCHES].items() if k != "token_image"}
+            batch: dict[str, Any] = {k: v for k, v in self.batches[number % BATCHES].items() if k != "token_image"}
             self.step(batch)
             given = self.bench.now()
-            yield batch
+            yield {**batch, "bad": []}
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """The bare step: what the LightningModule computes, its metrics not counted."""
@@ -67,13 +74,14 @@ def run_in_turn(cfg: DictConfig, bench: Bench, folder: Path) -> tuple[InTurn, di
     steps = cfg.bench.rounds + cfg.bench.warm_up + 1  # the time of the last one is not seen from outside
     ours = make_bench(cfg)  # a network of its own, from the same seed
     module = ours.module
-    module.log_every = cfg.log_every
-    module.guard = Guard(folder / "skipped.jsonl", cfg.max_skipped, cfg.batch_size)
+    module.log_every = min(cfg.log_every, LOG_EVERY)
+    module.keeper = Keeper(folder, every=2 * steps)  # a checkpoint is measured by itself
+    module.guard = Guard(folder / SKIPPED, cfg.max_skipped, cfg.batch_size)
     settings = {"global_batch": cfg.batch_size, "run_dir": str(folder), "val_every": steps}
-    bar = ProgressBar(refresh_rate=10)
-    bar.disable()
     own = OmegaConf.merge(cfg, settings)
-    trainer = make_trainer(own, steps, [bar, Throughput()])  # type: ignore[arg-type]
+    callbacks: list[Callback] = [ProgressBar(refresh_rate=10), Throughput(), Replacements(folder / REPLACED, 1)]
+    with building():
+        trainer = make_trainer(own, steps, callbacks)  # type: ignore[arg-type]
     trainer.loggers = [CsvMetrics(folder / "metrics.csv")]
     batches = InTurn(bench, steps)
     trainer.fit(module, train_dataloaders=batches)
@@ -94,13 +102,15 @@ def bench_loop(cfg: DictConfig) -> None:
     cost = compared(trained, bare)
     step = sorted(trained)[len(trained) // 2]
     every = cfg.save_every
-    report(cost, step, bare, saved, every)
+    together = sum(trained) / sum(bare)
+    report(cost, together, step, bare, saved, every)
     print(
         json.dumps(
             {
                 "bench": "loop",
                 **facts(bench, cfg),
                 "loop_over_bare": cost._asdict(),
+                "loop_over_bare_together": together,
                 "seconds": {"bare": bare, "trainer": trained},
                 "checkpoint": saved,
                 "checkpoint_share": saved["seconds"] / (every * step + saved["seconds"]),
@@ -110,12 +120,13 @@ def bench_loop(cfg: DictConfig) -> None:
     )
 
 
-def report(cost: Ratio, step: float, bare: list[float], saved: dict[str, float], every: int) -> None:
+def report(cost: Ratio, together: float, step: float, bare: list[float], saved: dict[str, float], every: int) -> None:
     """The table for people."""
     over = f"{cost.median - 1:+.2%} ({cost.low - 1:+.2%} to {cost.high - 1:+.2%})"
     rows = [
         ["bare loop", f"{1000 * sorted(bare)[len(bare) // 2]:.4g} ms a step", ""],
         ["fit's loop", f"{1000 * step:.4g} ms a step", over],
+        ["all steps together", "", f"{together - 1:+.2%}"],
         [
             "a checkpoint",
             f"{saved['seconds']:.2f} s, {saved['bytes'] / 1e6:,.0f} MB",
