@@ -166,6 +166,7 @@ def test_loop(words, run_cli):
     assert {len(values) for values in found["seconds"].values()} == {3}
     assert found["checkpoint"]["bytes"] > 12 * found["parameters"]
     assert found["loop_over_bare"]["pairs"] == 3
+    assert "Epoch" not in stdout  # the bar is no result
 
 
 def test_the_loop_sees_metrics_being_written(words, run_cli, monkeypatch):

@@ -9,9 +9,11 @@ measured; since that falls on single steps, all steps together are compared besi
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,8 @@ def run_in_turn(cfg: DictConfig, bench: Bench, folder: Path) -> tuple[InTurn, di
         trainer = make_trainer(own, steps, callbacks)  # type: ignore[arg-type]
     trainer.loggers = [CsvMetrics(folder / "metrics.csv")]
     batches = InTurn(bench, steps)
-    trainer.fit(module, train_dataloaders=batches)
+    with redirect_stdout(sys.stderr):  # Lightning's bar goes where results do
+        trainer.fit(module, train_dataloaders=batches)
     start = time.perf_counter()
     trainer.save_checkpoint(folder / LAST)
     saved = {"seconds": time.perf_counter() - start, "bytes": float((folder / LAST).stat().st_size)}
