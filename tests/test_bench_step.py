@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +13,16 @@ import pytest
 import torch
 from torch import nn
 
+from beit_pretrain.bench import page
 from beit_pretrain.bench.compare import compared
-from beit_pretrain.bench.cost import counted_flops, kept_bytes
+from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak
 from beit_pretrain.bench.inputs import make_batch, make_bench
 from beit_pretrain.bench.memory import kept, largest
 from beit_pretrain.bench.peers import PlainModel, Transformers
-from beit_pretrain.bench.step import forward, our_steps
+from beit_pretrain.bench.step import forward, host_batches, our_steps
 from beit_pretrain.compose import compose
+from beit_pretrain.errors import UserError
+from beit_pretrain.networks import linear
 
 TINY = (
     "+experiment=base_22k image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 model.size=null "
@@ -194,6 +200,8 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
     ("given", "said"),
     [
         (["step"], "+experiment="),
+        (["step", *TINY, "ema=.9"], "python -m beit_pretrain bench step --help"),
+        (["loop", *TINY, "ema=.9"], "python -m beit_pretrain bench loop --help"),
         (["step", "+experiment=tokenizer"], "bench measures pre-training"),
         (["step", *TINY, "bench.variants=[theirs]"], "bench.variants must be"),
         (["step", *TINY, "bench.rounds=0"], "bench.rounds must be"),
