@@ -200,6 +200,12 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
     ("given", "said"),
     [
         (["step"], "+experiment="),
+        *((["step", *TINY, f"trainer.precision={name}"], name) for name in ("foo", "64-true", "16-mixed")),
+        (["loop", *TINY, "trainer.precision=foo"], "trainer.precision="),
+        (["step", *TINY, "trainer.accelerator=gpu"], "has no GPU"),
+        (["step", *TINY, "trainer.accelerator=tpu"], "trainer.accelerator="),
+        (["step", *TINY, "trainer.devices=2"], "trainer.devices must be"),
+        (["step", *TINY, "init_from=runs/x"], "init_from="),
         (["step", *TINY, "ema=.9"], "python -m beit_pretrain bench step --help"),
         (["loop", *TINY, "ema=.9"], "python -m beit_pretrain bench loop --help"),
         (["step", "+experiment=tokenizer"], "bench measures pre-training"),
@@ -209,7 +215,8 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
         (["steps", "src=x"], "there are views, loader, step, loop, attention, memory, all"),
     ],
 )
-def test_wrong_words(given, said, run_cli):
+def test_wrong_words(given, said, run_cli, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, stderr = run_cli("bench", *given)
     assert code == 2
     assert said in stderr.splitlines()[-1]
