@@ -163,13 +163,14 @@ def test_step_on_real_batches(words, run_cli, shards):
     assert last(stdout)["seconds"].keys() == {"ours"}
 
 
-def test_loop(words, run_cli):
+def test_loop(words, run_cli, recwarn):
     code, stdout, stderr = run_cli("bench", "loop", *words, "bench.rounds=3")
     assert code == 0, stderr
     found = last(stdout)
     assert {len(values) for values in found["seconds"].values()} == {3}
     assert found["checkpoint"]["bytes"] > 12 * found["parameters"]
     assert found["loop_over_bare"]["pairs"] == 3
+    assert not [str(warning.message) for warning in recwarn if "val_dataloader" in str(warning.message)]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
