@@ -197,6 +197,21 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
     assert Path(last(stdout)["page"]) == tmp_path / "page/page.md"
 
 
+def test_named_sizes_whatever_the_experiments_own(words, run_cli, monkeypatch):
+    monkeypatch.setattr("beit_pretrain.bench.memory.SIZES", ("tiny", "small"))
+    code, stdout, stderr = run_cli("bench", "memory", *words, "bench.memory_gb=1")
+    assert code == 0, stderr
+    found = last(stdout)
+    assert found["tiny"]["batch"] > 1.5 * found["small"]["batch"] > 0
+
+
+def test_memory_of_a_cpu_that_has_a_gpu_beside_it(words, run_cli, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    code, _, stderr = run_cli("bench", "memory", *words)
+    assert code == 2
+    assert "bench.memory_gb=" in stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
