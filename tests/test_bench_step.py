@@ -163,6 +163,25 @@ def test_step_on_real_batches(words, run_cli, shards):
     assert last(stdout)["seconds"].keys() == {"ours"}
 
 
+def test_wrong_data_is_said_before_the_rounds(words, run_cli):
+    code, stdout, stderr = run_cli("bench", "step", *words, "data.train=/nonexistent")
+    assert code == 2
+    assert "/nonexistent" in stderr.splitlines()[-1]
+    assert "measuring" not in stderr
+
+
+def test_real_batches_are_seen_as_the_experiment_says(words, shards):
+    given = [f"data.train={shards / 'train'}", "data.workers=0", "data.jitter=[0,0,0]", "data.flip=0"]
+    whole = ["data.scale=[1,1]", "data.ratio=[1,1]"]  # of square images: nothing is left to chance
+    cfg = compose("bench_step", ["action=step", *words, *given, *whole])
+    bench = make_bench(cfg)
+    batch = next(iter(host_batches(cfg, bench)))
+    assert (batch["jitter_factors"] == 1).all()
+    cfg.data.token_image_size = 24
+    with pytest.raises(UserError, match="one token per patch"):
+        host_batches(cfg, bench)
+
+
 def test_loop(words, run_cli, recwarn):
     code, stdout, stderr = run_cli("bench", "loop", *words, "bench.rounds=3")
     assert code == 0, stderr
