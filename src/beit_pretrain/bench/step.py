@@ -211,7 +211,8 @@ def report(bench: Bench, seconds: dict[str, list[float]], found: dict[str, Any])
     ratios: dict[str, Ratio] = found["ratios"]
     rows = [[name, f"{r.median:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.pairs)] for name, r in ratios.items()]
     if rows:
-        print("\n" + table(["times as fast", "median", "95 % interval", "pairs"], rows))
+        interval = next(iter(ratios.values())).interval
+        print("\n" + table(["times as fast", "median", interval, "pairs"], rows))
     total = sum(found["shares"].values())
     rows = [[name, f"{1000 * value:.4g}", f"{value / total:.1%}"] for name, value in found["shares"].items()]
     print("\n" + table(["part of a step, tokenizer on line", "ms", "share"], rows))
