@@ -185,6 +185,21 @@ def test_real_batches_are_seen_as_the_experiment_says(words, shards):
         host_batches(cfg, bench)
 
 
+def test_one_clock_for_all_that_is_divided(words, run_cli, monkeypatch):
+    clocks = []
+    monkeypatch.setattr("beit_pretrain.bench.step.measured_peak", lambda *given: clocks.append(given[-1]) or 1e9)
+    code, stdout, stderr = run_cli("bench", "step", *words, "bench.variants=[ours]", "bench.clock=cpu")
+    assert code == 0, stderr
+    assert clocks == [time.process_time]
+    assert "images/s of processor time" in stdout
+    assert "TFLOP/s of processor time" in stdout
+
+
+def test_the_peak_is_by_the_clock_that_is_given():
+    ticks = itertools.count()
+    assert measured_peak(torch.device("cpu"), False, lambda: float(next(ticks))) == 2 * 2 * 2048**3
+
+
 def test_loop(words, run_cli, recwarn):
     code, stdout, stderr = run_cli("bench", "loop", *words, "bench.rounds=3")
     assert code == 0, stderr

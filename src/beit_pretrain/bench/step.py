@@ -47,6 +47,7 @@ PAIRS = (  # what is divided by what
     *(("ours", other) for other in ("reference", "timm", "transformers", "transformers_eager")),
     *((own, "reference_tokenizer") for own in ("ours_tokenizer", "ours_cached")),
 )
+OF_CLOCK = {"wall": "", "cpu": " of processor time"}  # of `bench.clock`: what follows "a second" in a unit
 Variant = Callable[[Batch], None]
 
 
@@ -181,12 +182,12 @@ def bench_step(cfg: DictConfig) -> None:
         "shares": shares(bench, iter(on_host), cfg.data.train is not None),
         "memory": memory(bench),
         "flops_per_image": operations,
-        "peak_flops": measured_peak(bench.device, bench.bf16),
+        "peak_flops": measured_peak(bench.device, bench.bf16, bench.now),
     }
     rates = {name: bench.batch_size / float(np.median(values)) for name, values in seconds.items()}
     if "ours" in rates:
         found["utilisation"] = operations * rates["ours"] / found["peak_flops"]
-    report(bench, seconds, found)
+    report(bench, seconds, found, OF_CLOCK[cfg.bench.clock])
     found["ratios"] = {name: ratio._asdict() for name, ratio in found["ratios"].items()}
     print(json.dumps({"bench": "step", **facts(bench, cfg), **rates, **found, "seconds": seconds}))
 
@@ -201,13 +202,13 @@ def memory(bench: Bench) -> dict[str, int]:
     return used
 
 
-def report(bench: Bench, seconds: dict[str, list[float]], found: dict[str, Any]) -> None:
-    """The tables for people."""
+def report(bench: Bench, seconds: dict[str, list[float]], found: dict[str, Any], of_clock: str) -> None:
+    """The tables for people; `of_clock` says which seconds they are."""
     rows = []
     for name, values in seconds.items():
         low, middle, high = (1000 * np.percentile(values, share) for share in (10, 50, 90))
         rows.append([name, f"{1000 * bench.batch_size / middle:.4g}", f"{middle:.4g}", f"{low:.4g} to {high:.4g}"])
-    print(table(["variant", "images/s", "ms a step", "10 % to 90 %"], rows))
+    print(table(["variant", f"images/s{of_clock}", "ms a step", "10 % to 90 %"], rows))
     ratios: dict[str, Ratio] = found["ratios"]
     rows = [[name, f"{r.median:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.pairs)] for name, r in ratios.items()]
     if rows:
@@ -220,7 +221,7 @@ def report(bench: Bench, seconds: dict[str, list[float]], found: dict[str, Any])
     used = f"; ours uses {found['utilisation']:.1%} of it" if "utilisation" in found else ""
     print(
         f"{found['flops_per_image'] / 1e9:.1f} GFLOP an image; large matrix products run at "
-        f"{found['peak_flops'] / 1e12:.3g} TFLOP/s here{used}"
+        f"{found['peak_flops'] / 1e12:.3g} TFLOP/s{of_clock} here{used}"
     )
 
 
