@@ -227,11 +227,40 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
         "bench.variants=[ours,reference]",
     )
     assert code == 0, stderr
-    page = (tmp_path / "page/page.md").read_text()
-    assert all(f"## bench {name}" in page for name in ("step", "loop", "memory"))
+    text = (tmp_path / "page/page.md").read_text()
+    assert all(f"## bench {name}" in text for name in ("step", "loop", "attention", "memory"))
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    python -m beit_pretrain ")]
+    assert len(commands) == 4
+    assert all({*words, "bench.memory_gb=1"} < {*command} for command in commands)
     assert (tmp_path / "page/images_per_s.png").stat().st_size > 5000
     assert json.loads((tmp_path / "page/results.json").read_text())["memory"]["tiny"]["batch"] > 0
     assert Path(last(stdout)["page"]) == tmp_path / "page/page.md"
+
+
+def a_step(cfg) -> None:
+    """In place of `bench_step`, as much of its last line as the page takes."""
+    about = {"experiment": "x", "device": "x", "clock": "cpu", "threads": 1, "torch": "x", "precision": "x"}
+    print(json.dumps({"bench": "step", **about, "batch_size": 3, "ours": 2.0, "seconds": {"ours": [1.5]}}))
+
+
+def test_a_part_that_fails_costs_no_other(words, run_cli, tmp_path, monkeypatch):
+    def fails(cfg) -> None:
+        raise UserError("no kernel")
+
+    monkeypatch.setattr(page, "bench_step", a_step)
+    monkeypatch.setattr(page, "bench_loop", fails)
+    code, _, stderr = run_cli("bench", "all", *words, f"bench.out={tmp_path / 'page'}")
+    assert (code, stderr.splitlines()[-1]) == (2, "error: no kernel")
+    assert json.loads((tmp_path / "page/results.json").read_text())["step"]["ours"] == 2
+    assert "## bench step" in (tmp_path / "page/page.md").read_text()
+    assert (tmp_path / "page/images_per_s.png").is_file()
+
+
+def test_photos_are_looked_at_before_anything_is_measured(words, run_cli, monkeypatch):
+    monkeypatch.setattr(page, "bench_step", lambda cfg: pytest.fail("measured"))
+    code, _, stderr = run_cli("bench", "all", *words, "bench.src=/nonexistent")
+    assert code == 2
+    assert "/nonexistent" in stderr.splitlines()[-1]
 
 
 def test_named_sizes_whatever_the_experiments_own(words, run_cli, monkeypatch):
