@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -11,13 +13,16 @@ import pytest
 import torch
 from torch import nn
 
+from beit_pretrain.bench import page
 from beit_pretrain.bench.compare import compared
-from beit_pretrain.bench.cost import counted_flops, kept_bytes
+from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak
 from beit_pretrain.bench.inputs import make_batch, make_bench
 from beit_pretrain.bench.memory import kept, largest
 from beit_pretrain.bench.peers import PlainModel, Transformers
-from beit_pretrain.bench.step import forward, our_steps
+from beit_pretrain.bench.step import forward, host_batches, our_steps
 from beit_pretrain.compose import compose
+from beit_pretrain.errors import UserError
+from beit_pretrain.networks import linear
 from beit_pretrain.training.module import TrainedModule
 
 TINY = (
@@ -106,6 +111,7 @@ def test_an_interval_from_order_statistics():
         assert ratio.low <= ratio.median <= ratio.high
     assert inside / 400 > 0.93
     assert compared([2.0] * 6, [1.0] * 6) == (2.0, 2.0, 2.0, 6)
+    assert [compared([2.0] * pairs, [1.0] * pairs).interval for pairs in (5, 6)] == ["range", "95 % interval"]
 
 
 def test_operations_are_counted():
@@ -144,6 +150,8 @@ def test_step(words, run_cli):
         fast, slow = pair.split("/")
         each = np.array(found["seconds"][slow]) / found["seconds"][fast]
         assert ratio["median"] == pytest.approx(np.median(each))
+    assert "range" in stdout
+    assert "95 %" not in stdout  # which two pairs cannot say
     assert found["ratios"].keys() >= {"ours/transformers", "ours/reference", "ours_cached/reference_tokenizer"}
     parts = ["transfer", "device transforms", "tokenizer", "forward", "backward", "optimiser", "logging"]
     assert list(found["shares"]) == parts
@@ -159,7 +167,41 @@ def test_step_on_real_batches(words, run_cli, shards):
     assert last(stdout)["seconds"].keys() == {"ours"}
 
 
-def test_loop(words, run_cli):
+def test_wrong_data_is_said_before_the_rounds(words, run_cli):
+    code, stdout, stderr = run_cli("bench", "step", *words, "data.train=/nonexistent")
+    assert code == 2
+    assert "/nonexistent" in stderr.splitlines()[-1]
+    assert "measuring" not in stderr
+
+
+def test_real_batches_are_seen_as_the_experiment_says(words, shards):
+    given = [f"data.train={shards / 'train'}", "data.workers=0", "data.jitter=[0,0,0]", "data.flip=0"]
+    whole = ["data.scale=[1,1]", "data.ratio=[1,1]"]  # of square images: nothing is left to chance
+    cfg = compose("bench_step", ["action=step", *words, *given, *whole])
+    bench = make_bench(cfg)
+    batch = next(iter(host_batches(cfg, bench)))
+    assert (batch["jitter_factors"] == 1).all()
+    cfg.data.token_image_size = 24
+    with pytest.raises(UserError, match="one token per patch"):
+        host_batches(cfg, bench)
+
+
+def test_one_clock_for_all_that_is_divided(words, run_cli, monkeypatch):
+    clocks = []
+    monkeypatch.setattr("beit_pretrain.bench.step.measured_peak", lambda *given: clocks.append(given[-1]) or 1e9)
+    code, stdout, stderr = run_cli("bench", "step", *words, "bench.variants=[ours]", "bench.clock=cpu")
+    assert code == 0, stderr
+    assert clocks == [time.process_time]
+    assert "images/s of processor time" in stdout
+    assert "TFLOP/s of processor time" in stdout
+
+
+def test_the_peak_is_by_the_clock_that_is_given():
+    ticks = itertools.count()
+    assert measured_peak(torch.device("cpu"), False, lambda: float(next(ticks))) == 2 * 2 * 2048**3
+
+
+def test_loop(words, run_cli, recwarn):
     code, stdout, stderr = run_cli("bench", "loop", *words, "bench.rounds=3")
     assert code == 0, stderr
     found = last(stdout)
@@ -167,6 +209,7 @@ def test_loop(words, run_cli):
     assert found["checkpoint"]["bytes"] > 12 * found["parameters"]
     assert found["loop_over_bare"]["pairs"] == 3
     assert "Epoch" not in stdout  # the bar is no result
+    assert not [str(warning.message) for warning in recwarn if "val_dataloader" in str(warning.message)]
 
 
 def test_the_loop_sees_metrics_being_written(words, run_cli, monkeypatch):
@@ -200,17 +243,69 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
         "bench.variants=[ours,reference]",
     )
     assert code == 0, stderr
-    page = (tmp_path / "page/page.md").read_text()
-    assert all(f"## bench {name}" in page for name in ("step", "loop", "memory"))
+    text = (tmp_path / "page/page.md").read_text()
+    assert all(f"## bench {name}" in text for name in ("step", "loop", "attention", "memory"))
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    python -m beit_pretrain ")]
+    assert len(commands) == 4
+    assert all({*words, "bench.memory_gb=1"} < {*command} for command in commands)
     assert (tmp_path / "page/images_per_s.png").stat().st_size > 5000
     assert json.loads((tmp_path / "page/results.json").read_text())["memory"]["tiny"]["batch"] > 0
     assert Path(last(stdout)["page"]) == tmp_path / "page/page.md"
+
+
+def a_step(cfg) -> None:
+    """In place of `bench_step`, as much of its last line as the page takes."""
+    about = {"experiment": "x", "device": "x", "clock": "cpu", "threads": 1, "torch": "x", "precision": "x"}
+    print(json.dumps({"bench": "step", **about, "batch_size": 3, "ours": 2.0, "seconds": {"ours": [1.5]}}))
+
+
+def test_a_part_that_fails_costs_no_other(words, run_cli, tmp_path, monkeypatch):
+    def fails(cfg) -> None:
+        raise UserError("no kernel")
+
+    monkeypatch.setattr(page, "bench_step", a_step)
+    monkeypatch.setattr(page, "bench_loop", fails)
+    code, _, stderr = run_cli("bench", "all", *words, f"bench.out={tmp_path / 'page'}")
+    assert (code, stderr.splitlines()[-1]) == (2, "error: no kernel")
+    assert json.loads((tmp_path / "page/results.json").read_text())["step"]["ours"] == 2
+    assert "## bench step" in (tmp_path / "page/page.md").read_text()
+    assert (tmp_path / "page/images_per_s.png").is_file()
+
+
+def test_photos_are_looked_at_before_anything_is_measured(words, run_cli, monkeypatch):
+    monkeypatch.setattr(page, "bench_step", lambda cfg: pytest.fail("measured"))
+    code, _, stderr = run_cli("bench", "all", *words, "bench.src=/nonexistent")
+    assert code == 2
+    assert "/nonexistent" in stderr.splitlines()[-1]
+
+
+def test_named_sizes_whatever_the_experiments_own(words, run_cli, monkeypatch):
+    monkeypatch.setattr("beit_pretrain.bench.memory.SIZES", ("tiny", "small"))
+    code, stdout, stderr = run_cli("bench", "memory", *words, "bench.memory_gb=1")
+    assert code == 0, stderr
+    found = last(stdout)
+    assert found["tiny"]["batch"] > 1.5 * found["small"]["batch"] > 0
+
+
+def test_memory_of_a_cpu_that_has_a_gpu_beside_it(words, run_cli, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    code, _, stderr = run_cli("bench", "memory", *words)
+    assert code == 2
+    assert "bench.memory_gb=" in stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (["step"], "+experiment="),
+        *((["step", *TINY, f"trainer.precision={name}"], name) for name in ("foo", "64-true", "16-mixed")),
+        (["loop", *TINY, "trainer.precision=foo"], "trainer.precision="),
+        (["step", *TINY, "trainer.accelerator=gpu"], "has no GPU"),
+        (["step", *TINY, "trainer.accelerator=tpu"], "trainer.accelerator="),
+        (["step", *TINY, "trainer.devices=2"], "trainer.devices must be"),
+        (["step", *TINY, "init_from=runs/x"], "init_from="),
+        (["step", *TINY, "ema=.9"], "python -m beit_pretrain bench step --help"),
+        (["loop", *TINY, "ema=.9"], "python -m beit_pretrain bench loop --help"),
         (["step", "+experiment=tokenizer"], "bench measures pre-training"),
         (["step", *TINY, "bench.variants=[theirs]"], "bench.variants must be"),
         (["step", *TINY, "bench.rounds=0"], "bench.rounds must be"),
@@ -218,7 +313,8 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
         (["steps", "src=x"], "there are views, loader, step, loop, attention, memory, all"),
     ],
 )
-def test_wrong_words(given, said, run_cli):
+def test_wrong_words(given, said, run_cli, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, _, stderr = run_cli("bench", *given)
     assert code == 2
     assert said in stderr.splitlines()[-1]
@@ -226,8 +322,15 @@ def test_wrong_words(given, said, run_cli):
 
 @pytest.mark.parametrize("mode", [None, pytest.param("default", marks=pytest.mark.long)])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_fast_and_the_plain_path_agree(bench, bf16, mode):
-    """Loss and gradients: 1e-5 in fp32; in bf16 both paths lie within 3 % of fp32, tensor by tensor, the loss .2 %."""
+@pytest.mark.parametrize("large", [linear.LARGE, 0], ids=["torch", "onednn"])
+def test_the_fast_and_the_plain_path_agree(bench, bf16, large, mode, monkeypatch):
+    """Loss and gradients: 1e-5 in fp32; in bf16 both paths lie within 3 % of fp32, tensor by tensor, the loss .2 %.
+
+    Also where every product is large enough for oneDNN, which takes those in fp32.
+    """
+    products, product = [], linear.product
+    monkeypatch.setattr(linear, "LARGE", large)
+    monkeypatch.setattr(linear, "product", lambda *given: products.append(given) or product(*given))
     batch = make_batch(bench, 0)
     own = bench.module.model
     plain = theirs(PlainModel(bench.architecture, bench.tokenizer.vocab_size, fused=False, all_patches=False), bench)
@@ -248,6 +351,7 @@ def test_the_fast_and_the_plain_path_agree(bench, bf16, mode):
 
     exact_loss, exact = results(plain_loss(False), plain)
     losses, gradients = zip(results(fast_loss(bf16), own), results(plain_loss(bf16), plain), strict=True)
+    assert bool(products) == (large == 0 and not bf16 and mode is None and linear.ONEDNN is not None)
     bound = 2e-3 if bf16 else 1e-6
     assert losses == pytest.approx([exact_loss] * 2, rel=bound)
     for name, wanted in exact.items():

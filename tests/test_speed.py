@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning import Callback
 from test_cached_tokens import Pretraining, data_of, tokens_of
 from test_datamodule import pretrain_data
 from test_pretraining import module, trainer
 from tiny import TINY
+from torch.autograd import DeviceType
 
 from beit_pretrain.training.metrics import curve
 from beit_pretrain.training.module import read_numbers
-from beit_pretrain.training.speed import Ahead, compile_mode
+from beit_pretrain.training.speed import Ahead, Profile, compile_mode, kernels
 
 
 class KeepsLosses(Pretraining):
@@ -77,14 +80,57 @@ def test_numbers_are_read_in_their_order():
 
 def test_a_profile(shards, dvae_checkpoint, run_cli, tmp_path):
     given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}"]
-    words = ["fit", *TINY, *given, "steps=20", "batch_size=16", "data.workers=0", "profile=true", "ahead=true"]
+    words = ["fit", *TINY, *given, "steps=20", "batch_size=8", "data.workers=0", "profile=true", "ahead=true"]
     code, stdout, stderr = run_cli(*words)
     assert code == 0, stderr
     events = json.loads(gzip.decompress((tmp_path / "run/profile/trace.json.gz").read_bytes()))["traceEvents"]
     assert any("aten::addmm" in event.get("name", "") for event in events)
+    optimiser = [event for event in events if event.get("name", "").startswith("Optimizer.step")]
+    assert len([event for event in optimiser if event.get("cat") == "user_annotation"]) == 5  # steps, not micro-batches
     table = (tmp_path / "run/profile/kernels.txt").read_text().splitlines()
     assert len(table) == 11
     assert "share" in table[0]
     assert sum(float(line.split("%")[0]) for line in table[1:]) > 40
+    assert table[1].split()[-1].startswith(("aten::", "mkldnn::"))
+    assert not any(name in line for line in table for name in ("ProfilerStep", "Optimizer.step", "DataLoader"))
     assert table[1] in stdout
     assert curve(tmp_path / "run/metrics.csv", "train/loss")[0] == list(range(1, 21))
+
+
+class Stops(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step == 12
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(6, 6), (20, 12)])
+def test_a_run_too_short_for_a_profile_says_so(steps, taken, shards, tmp_path, capsys):
+    short = trainer(steps)
+    short.callbacks += [Stops(), Profile(tmp_path / "profile")]
+    short.fit(module(), pretrain_data(shards))
+    assert short.global_step == taken
+    assert f"profile=true needs 15 steps; of {taken} there is no profile" in capsys.readouterr().err
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_gpus_table_has_its_kernels_alone():
+    """Torch gives an operator of the CPU the device time of the kernels it starts, which are events too."""
+
+    def event(key, device, microseconds, annotation=False):
+        times = {"self_device_time_total": microseconds, "self_cpu_time_total": 9}
+        return SimpleNamespace(key=key, device_type=device, is_user_annotation=annotation, count=5, **times)
+
+    table = kernels(
+        [
+            event("aten::mm", DeviceType.CPU, 3000),
+            event("sgemm_128x64", DeviceType.CUDA, 3000),
+            event("Memcpy HtoD", DeviceType.CUDA, 1000),
+            event("ProfilerStep*", DeviceType.CUDA, 5000),
+            event("Optimizer.step#AdamW.step", DeviceType.CUDA, 800, annotation=True),
+        ],
+        10,
+    )
+    rows = [line.split(maxsplit=3) for line in table.splitlines()[1:]]
+    assert [(share, ms, name) for share, ms, _, name in rows] == [
+        ("75.0%", "0.60", "sgemm_128x64"),
+        ("25.0%", "0.20", "Memcpy HtoD"),
+    ]

@@ -55,7 +55,7 @@ def compose_raw(verb: str, overrides: list[str]):
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra_compose(verb, overrides=[readable(word) for word in overrides])
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_explain(error, verb)) from error
+        raise UserError(_explain(error, typed(verb, overrides))) from error
 
 
 def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()):
@@ -96,6 +96,12 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()):
     cfg = OmegaConf.create(plain)
     OmegaConf.set_struct(cfg, True)
     return cfg
+
+
+def typed(verb: str, overrides: list[str]) -> str:
+    """The verb as it stands on a command line: some words of `bench` have a config of their own."""
+    action = next((word.partition("=")[2] for word in overrides if word.startswith("action=")), "step")
+    return f"bench {action}" if verb == "bench_step" else verb
 
 
 def readable(word: str) -> str:

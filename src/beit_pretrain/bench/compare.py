@@ -9,22 +9,31 @@ import numpy as np
 from scipy.stats import binom
 
 CONFIDENCE = 0.95
+FEWEST = 6  # pairs, of which the smallest and the largest ratio make an interval of this confidence
 
 
 class Ratio(NamedTuple):
-    """Median of the ratios of pairs, and an interval that holds the true median with a confidence of 95 %."""
+    """Median of the ratios of pairs, and an interval that holds the true median with a confidence of 95 %.
+
+    Of fewer than `FEWEST` pairs it is their range, which holds it with less.
+    """
 
     median: float
     low: float
     high: float
     pairs: int
 
+    @property
+    def interval(self) -> str:
+        """What `low` and `high` are, for the head of a table."""
+        return "95 % interval" if self.pairs >= FEWEST else "range"
+
 
 def compared(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
     """Seconds of pairs, taken one after the other -> how many times as fast the second is.
 
-    The interval is between order statistics of the ratios (exact for any distribution); of fewer than six pairs it is
-    all of them, which says less than 95 %.
+    The interval is between order statistics of the ratios (exact for any distribution); of fewer than `FEWEST`
+    pairs it is all of them, which says less than 95 %.
     """
     ratios = np.sort(np.asarray(slow, float) / np.asarray(fast, float))
     outside = int(binom.ppf((1 - CONFIDENCE) / 2, len(ratios), 0.5))

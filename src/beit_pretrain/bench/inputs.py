@@ -68,6 +68,25 @@ class Bench(NamedTuple):
             torch.cuda.synchronize(self.device)
 
 
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raise UserError for settings of `fit` that a measurement would not obey."""
+    settings = cfg.trainer
+    if settings.precision not in PRECISIONS:
+        raise UserError(f"bench measures trainer.precision={', '.join(PRECISIONS)}, not {settings.precision}")
+    if settings.accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise UserError(f"bench measures on trainer.accelerator=cpu or gpu, not {settings.accelerator}")
+    if settings.accelerator in ("gpu", "cuda") and not wanted_gpu(settings.accelerator):
+        raise UserError(f"trainer.accelerator={settings.accelerator}: this machine has no GPU")
+    for name in ("devices", "num_nodes"):
+        if settings[name] not in ("auto", 1):
+            raise UserError(f"bench measures one process: trainer.{name} must be auto or 1, not {settings[name]}")
+    if cfg.get("init_from"):
+        raise UserError("bench measures a network of random weights, its shape from model.*; leave init_from= out")
+
+
 def make_bench(cfg: DictConfig) -> Bench:
     """The experiment's network, optimiser and masks. Raises UserError for another task than pre-training."""
     if cfg.task != "pretrain":

@@ -136,4 +136,4 @@ def report(cost: Ratio, together: float, step: float, bare: list[float], saved: 
             f"{saved['seconds'] / (every * step):.2%} at one every {every} steps",
         ],
     ]
-    print(table(["what", "time", f"over a bare loop, of {cost.pairs} pairs (95 % interval)"], rows))
+    print(table(["what", "time", f"over a bare loop, of {cost.pairs} pairs ({cost.interval})"], rows))

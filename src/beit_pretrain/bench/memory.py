@@ -18,6 +18,8 @@ from beit_pretrain.bench.cost import kept_bytes, state_bytes
 from beit_pretrain.bench.inputs import Bench, make_batch, make_bench
 from beit_pretrain.bench.step import our_steps
 from beit_pretrain.errors import UserError
+from beit_pretrain.networks.backbone import SIZES as NETWORKS
+from beit_pretrain.runs.trainer import wanted_gpu
 from beit_pretrain.tables import table
 
 SIZES = ("base", "large")
@@ -94,6 +96,14 @@ def kept(bench: Bench) -> int:
         return kept_bytes(lambda: bench.module.objective(*given))
 
 
+def with_size(cfg: DictConfig, size: str, checkpointing: bool) -> DictConfig:
+    """The experiment with a network of a named size, whatever shape it sets for itself: that would win."""
+    own: Any = OmegaConf.to_container(cfg)
+    shape = {name: value for name, value in own["model"].items() if name not in NETWORKS[size]}
+    own |= {"model": {**shape, "size": size}, "activation_checkpointing": checkpointing}
+    return OmegaConf.create(own)
+
+
 def with_batch(cfg: DictConfig, batch: int) -> DictConfig:
     merged: Any = OmegaConf.merge(cfg, {"batch_size": batch})
     return merged
@@ -101,15 +111,14 @@ def with_batch(cfg: DictConfig, batch: int) -> DictConfig:
 
 def bench_memory(cfg: DictConfig) -> None:
     """Print the largest batches for base and large, and the same as JSON."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = wanted_gpu(cfg.trainer.accelerator)
     if cfg.bench.memory_gb is None and not on_gpu:
-        raise UserError("bench memory on a machine without a GPU needs bench.memory_gb=, such as 24")
+        raise UserError("bench memory on a CPU needs bench.memory_gb=, such as 24")
     limit = int(cfg.bench.memory_gb * GIB) if cfg.bench.memory_gb else torch.cuda.get_device_properties(0).total_memory
     rows, found = [], {}
     for size in SIZES:
         for checkpointing in (False, True):
-            own: Any = OmegaConf.merge(cfg, {"model": {"size": size}, "activation_checkpointing": checkpointing})
-            fits = (tried if on_gpu else reckoned)(own, limit)
+            fits = (tried if on_gpu else reckoned)(with_size(cfg, size, checkpointing), limit)
             found[f"{size}{'_checkpointing' if checkpointing else ''}"] = fits._asdict()
             how = "yes" if checkpointing else "no"
             way = "measured" if fits.measured else "reckoned"

@@ -1,23 +1,29 @@
-"""`bench all`: every measurement of a training step, and of the loader if there are photos, on one page with a plot."""
+"""`bench all`: step, loop, attention and memory, and the loader if there are photos, on one page with a plot.
+
+What has been measured is written after every part: a later one that fails, hours on, costs nothing but itself.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
+from beit_pretrain.bench.attention import bench_attention
 from beit_pretrain.bench.loader import bench_loader
 from beit_pretrain.bench.loop import bench_loop
 from beit_pretrain.bench.memory import bench_memory
-from beit_pretrain.bench.step import bench_step
-from beit_pretrain.compose import compose
+from beit_pretrain.bench.photos import read_photos
+from beit_pretrain.bench.step import OF_CLOCK, bench_step
+from beit_pretrain.compose import compose, quoted
+from beit_pretrain.runs.trainer import wanted_gpu
 
 PAGE, RESULTS, PLOT = "page.md", "results.json", "images_per_s.png"
 
@@ -39,32 +45,40 @@ def measured(action: Callable[[DictConfig], None], cfg: DictConfig) -> tuple[str
 
 
 def bench_all(cfg: DictConfig) -> None:
-    """Measure everything and write the page, the plot and all figures into the folder `bench.out`."""
+    """Measure everything and write the page, the plot and all figures into the folder `bench.out`.
+
+    Memory on a GPU, or where `bench.memory_gb` says of what; the loader where `bench.src` names photos.
+    """
     out = Path(cfg.bench.out)
     out.mkdir(parents=True, exist_ok=True)
-    words = f"+experiment={cfg.name} batch_size={cfg.batch_size} bench.rounds={cfg.bench.rounds}"
+    words = shlex.join(word for word in sys.argv[1:] if word not in ("bench", "all", "action=all"))
     parts: dict[str, tuple[Callable[[DictConfig], None], DictConfig]] = {
         f"step {words}": (bench_step, cfg),
         f"loop {words}": (bench_loop, cfg),
+        f"attention {words}": (bench_attention, cfg),
     }
-    if torch.cuda.is_available() or cfg.bench.memory_gb:
+    if wanted_gpu(cfg.trainer.accelerator) or cfg.bench.memory_gb:
         parts[f"memory {words}"] = (bench_memory, cfg)
     if cfg.bench.src is not None:
-        loader = compose("bench", ["action=loader", f"src='{cfg.bench.src}'", f"seed={cfg.seed}"])
-        parts["loader src=PHOTOS"] = (bench_loader, loader)
+        given = [f"src={quoted(cfg.bench.src)}", f"seed={cfg.seed}"]
+        loader = compose("bench", ["action=loader", *given])
+        read_photos(loader.src, loader.images)  # what is wrong with them is said now, not after hours
+        parts[f"loader {shlex.join([f'src={cfg.bench.src}', given[1]])}"] = (bench_loader, loader)
     page, results = ["# Measured\n"], {}
     for command, (action, settings) in parts.items():
         tables, found = measured(action, settings)
         results[found["bench"]] = found
         page += [f"## bench {found['bench']}\n", f"    python -m beit_pretrain bench {command}\n", tables + "\n"]
-    about = results["step"]
-    page.insert(1, f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['precision']}.\n")
-    plot(results["step"], out / PLOT)
-    page.append(f"![images a second of every variant]({PLOT})\n")
-    (out / PAGE).write_text("\n".join(page))
-    (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+        if found["bench"] == "step":  # the first
+            facts = f"{found['device']}, {found['threads']} threads, torch {found['torch']}, {found['precision']}.\n"
+            page.insert(1, facts)
+            plot(found, out / PLOT)
+            page.append(f"![images a second of every variant]({PLOT})\n")
+        (out / PAGE).write_text("\n".join(page))
+        (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    about = {name: value for name, value in results["step"].items() if name != "seconds"}
     print(f"wrote {out / PAGE}")
-    print(json.dumps({"bench": "all", "page": str(out / PAGE), **{k: v for k, v in about.items() if k != "seconds"}}))
+    print(json.dumps({**about, "bench": "all", "page": str(out / PAGE)}))
 
 
 def plot(step: dict[str, Any], path: Path) -> None:
@@ -81,6 +95,7 @@ def plot(step: dict[str, Any], path: Path) -> None:
         each = sorted(step["batch_size"] / seconds for seconds in step["seconds"][name])
         axes.plot([each[len(each) // 20], each[-1 - len(each) // 20]], [place, place], color="black")
         axes.text(rates[place], place + 0.25, f" {rates[place]:.4g}", va="bottom", fontsize=8)
-    axes.set_xlabel(f"images/s (medians; lines: 90 % of the rounds), batch of {step['batch_size']}, {step['device']}")
+    unit = f"images/s{OF_CLOCK[step['clock']]}"
+    axes.set_xlabel(f"{unit} (medians; lines: 90 % of the rounds), batch of {step['batch_size']}, {step['device']}")
     axes.set_title(f"A training step of {step['experiment']}")
     figure.savefig(path, dpi=120)

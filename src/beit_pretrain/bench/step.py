@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,9 +33,11 @@ from beit_pretrain.bench.inputs import Batch, Bench, configured, make_batch, mak
 from beit_pretrain.bench.peers import peer_steps
 from beit_pretrain.data.batches import Plan
 from beit_pretrain.data.datamodule import PretrainData
-from beit_pretrain.images.views import PretrainViews, jittered_view
-from beit_pretrain.runs.tasks import data_settings
+from beit_pretrain.images.views import jittered_view
+from beit_pretrain.runs.tasks import data_settings, pretrain_views
+from beit_pretrain.runs.trainer import building
 from beit_pretrain.tables import table
+from beit_pretrain.tokens.tokenizer import view_size
 from beit_pretrain.training.optim import clip_gradients
 from beit_pretrain.training.pretrain import Found
 
@@ -45,6 +47,7 @@ PAIRS = (  # what is divided by what
     *(("ours", other) for other in ("reference", "timm", "transformers", "transformers_eager")),
     *((own, "reference_tokenizer") for own in ("ours_tokenizer", "ours_cached")),
 )
+OF_CLOCK = {"wall": "", "cpu": " of processor time"}  # of `bench.clock`: what follows "a second" in a unit
 Variant = Callable[[Batch], None]
 
 
@@ -150,39 +153,41 @@ def shares(bench: Bench, batches: Iterator[dict[str, Tensor]], with_data: bool) 
     return parts if with_data else {name: value for name, value in parts.items() if name != "data wait"}
 
 
-def host_batches(cfg: DictConfig, bench: Bench) -> Iterator[dict[str, Tensor]]:
-    """Batches in the host's memory: of `data.train`, if it is given, else random ones."""
+def host_batches(cfg: DictConfig, bench: Bench) -> Iterable[dict[str, Tensor]]:
+    """Batches in the host's memory: of `data.train`, if it is given, else random ones.
+
+    Opens the shards, but makes no batch and starts no worker before it is iterated over.
+    """
     if cfg.data.train is None:
-        for number in range(PARTS):
-            yield {name: tensor.cpu() for name, tensor in make_batch(bench, number).ours.items() if name != "tokens"}
-        return
-    size = bench.module.model.patch_embed.img_size[0]
-    small = bench.module.model.grid[0] * bench.tokenizer.downsample
-    views = PretrainViews(size, small, exact=cfg.data.exact, channels=cfg.data.channels)
-    data = PretrainData(views=views, masking=bench.masking, **data_settings(cfg))
+        every = (make_batch(bench, number).ours for number in range(PARTS))
+        return ({name: tensor.cpu() for name, tensor in ours.items() if name != "tokens"} for ours in every)
+    with building():
+        side = view_size(bench.module.model.grid, bench.tokenizer, cfg.data.token_image_size)
+        data = PretrainData(views=pretrain_views(cfg, side), masking=bench.masking, **data_settings(cfg))
     dataset = data.train_dataset(Plan(bench.batch_size))
-    yield from DataLoader(dataset, batch_size=None, sampler=range(PARTS), num_workers=cfg.data.workers)
+    return DataLoader(dataset, batch_size=None, sampler=range(PARTS), num_workers=cfg.data.workers)
 
 
 def bench_step(cfg: DictConfig) -> None:
     """Print images/s of every variant, the ratios with their intervals, shares of time, memory; and all as JSON."""
     bench = make_bench(cfg)
     names = list(cfg.bench.variants)
+    on_host = host_batches(cfg, bench)  # before the rounds, which take long: what is wrong with the data is said now
     own = our_steps(bench)
     variants = {**{n: v for n, v in own.items() if n in names}, **peer_steps(bench, names)}
     operations = counted_flops(lambda: own["ours"](make_batch(bench, 0))) / bench.batch_size
     seconds = measure(bench, variants, cfg.bench.rounds, cfg.bench.warm_up, cfg.seed)
     found: dict[str, Any] = {
         "ratios": {f"{a}/{b}": compared(seconds[b], seconds[a]) for a, b in PAIRS if a in seconds and b in seconds},
-        "shares": shares(bench, host_batches(cfg, bench), cfg.data.train is not None),
+        "shares": shares(bench, iter(on_host), cfg.data.train is not None),
         "memory": memory(bench),
         "flops_per_image": operations,
-        "peak_flops": measured_peak(bench.device, bench.bf16),
+        "peak_flops": measured_peak(bench.device, bench.bf16, bench.now),
     }
     rates = {name: bench.batch_size / float(np.median(values)) for name, values in seconds.items()}
     if "ours" in rates:
         found["utilisation"] = operations * rates["ours"] / found["peak_flops"]
-    report(bench, seconds, found)
+    report(bench, seconds, found, OF_CLOCK[cfg.bench.clock])
     found["ratios"] = {name: ratio._asdict() for name, ratio in found["ratios"].items()}
     print(json.dumps({"bench": "step", **facts(bench, cfg), **rates, **found, "seconds": seconds}))
 
@@ -197,17 +202,18 @@ def memory(bench: Bench) -> dict[str, int]:
     return used
 
 
-def report(bench: Bench, seconds: dict[str, list[float]], found: dict[str, Any]) -> None:
-    """The tables for people."""
+def report(bench: Bench, seconds: dict[str, list[float]], found: dict[str, Any], of_clock: str) -> None:
+    """The tables for people; `of_clock` says which seconds they are."""
     rows = []
     for name, values in seconds.items():
         low, middle, high = (1000 * np.percentile(values, share) for share in (10, 50, 90))
         rows.append([name, f"{1000 * bench.batch_size / middle:.4g}", f"{middle:.4g}", f"{low:.4g} to {high:.4g}"])
-    print(table(["variant", "images/s", "ms a step", "10 % to 90 %"], rows))
+    print(table(["variant", f"images/s{of_clock}", "ms a step", "10 % to 90 %"], rows))
     ratios: dict[str, Ratio] = found["ratios"]
     rows = [[name, f"{r.median:.3f}", f"{r.low:.3f} to {r.high:.3f}", str(r.pairs)] for name, r in ratios.items()]
     if rows:
-        print("\n" + table(["times as fast", "median", "95 % interval", "pairs"], rows))
+        interval = next(iter(ratios.values())).interval
+        print("\n" + table(["times as fast", "median", interval, "pairs"], rows))
     total = sum(found["shares"].values())
     rows = [[name, f"{1000 * value:.4g}", f"{value / total:.1%}"] for name, value in found["shares"].items()]
     print("\n" + table(["part of a step, tokenizer on line", "ms", "share"], rows))
@@ -215,7 +221,7 @@ def report(bench: Bench, seconds: dict[str, list[float]], found: dict[str, Any])
     used = f"; ours uses {found['utilisation']:.1%} of it" if "utilisation" in found else ""
     print(
         f"{found['flops_per_image'] / 1e9:.1f} GFLOP an image; large matrix products run at "
-        f"{found['peak_flops'] / 1e12:.3g} TFLOP/s here{used}"
+        f"{found['peak_flops'] / 1e12:.3g} TFLOP/s{of_clock} here{used}"
     )
 
 

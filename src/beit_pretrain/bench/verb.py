@@ -28,5 +28,8 @@ def bench(cfg: DictConfig) -> None:
         raise UserError(f"bench {cfg.action}: there are {', '.join(ACTIONS)}")
     if "src" in cfg and cfg.src is not None and not isinstance(cfg.src, str):
         raise UserError("bench takes one src=: a folder, a tar or a shard folder")
+    if "trainer" in cfg:
+        importlib.import_module("beit_pretrain.bench.inputs").check_settings(cfg)
+        cfg.trainer.devices = cfg.trainer.num_nodes = 1  # auto would be all GPUs to Lightning
     module, function = ACTIONS[cfg.action].split(":")
     getattr(importlib.import_module(module), function)(cfg)

@@ -54,16 +54,7 @@ def pretrain_task(cfg: DictConfig) -> Task:
     grid = patch_grid(cfg.image_size, patch_size)
     targets = read_targets(cfg)
     mean, std = normalisation(cfg, source.about if source else {})
-    views = PretrainViews(
-        image_size=cfg.image_size,
-        token_image_size=targets.view_size(grid, cfg.data.token_image_size),
-        scale=tuple(cfg.data.scale),
-        ratio=tuple(cfg.data.ratio),
-        flip=cfg.data.flip,
-        jitter=tuple(cfg.data.jitter),
-        exact=cfg.data.exact,
-        channels=cfg.data.channels,
-    )
+    views = pretrain_views(cfg, targets.view_size(grid, cfg.data.token_image_size))
     masking = BlockwiseMask(grid, **cfg.mask)
     data = PretrainData(views=views, masking=masking, tokens=targets.cached, **data_settings(cfg))
     if source is None:
@@ -81,6 +72,20 @@ def pretrain_task(cfg: DictConfig) -> Task:
         if len(data.classes) > 1:
             callbacks.append(OnlineKNN(data, **cfg.knn))
     return Task(module, data, callbacks, origin(source))
+
+
+def pretrain_views(cfg: DictConfig, token_image_size: int) -> PretrainViews:
+    """How training images are seen, from the group `data`."""
+    return PretrainViews(
+        image_size=cfg.image_size,
+        token_image_size=token_image_size,
+        scale=tuple(cfg.data.scale),
+        ratio=tuple(cfg.data.ratio),
+        flip=cfg.data.flip,
+        jitter=tuple(cfg.data.jitter),
+        exact=cfg.data.exact,
+        channels=cfg.data.channels,
+    )
 
 
 @dataclass

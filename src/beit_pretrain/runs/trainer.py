@@ -88,6 +88,7 @@ def quieten() -> None:
         "Checkpoint directory .* exists",
         "dataloader is not resumable",
         "Total length of",
+        "You defined a `validation_step` but have no `val_dataloader`",
     ):
         warnings.filterwarnings("ignore", f".*{message}")
 

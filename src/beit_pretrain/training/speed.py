@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor
+from torch.autograd import DeviceType
 
 WARM_UP, PROFILED = 10, 5  # steps before a profile (compilation, first allocations), and in it
-DEAREST = 10  # kernels of the table
+DEAREST = 10  # operations of the table
 
 
 def compile_mode(asked: bool | str, on_gpu: bool, sharded: bool) -> str | None:
@@ -83,7 +85,7 @@ class Ahead:
 
 
 class Profile(Callback):
-    """`profile=true`: a trace of a few steps, for Perfetto or chrome://tracing, and a table of the dearest kernels.
+    """`profile=true`: a trace of a few steps, for Perfetto or chrome://tracing, and a table of the dearest operations.
 
     Args:
         folder: gets `trace.json.gz` and `kernels.txt`.
@@ -92,12 +94,16 @@ class Profile(Callback):
     def __init__(self, folder: Path):
         self.folder = folder
         self._profiler: torch.profiler.profile | None = None
+        self._written = False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
+        if (left := trainer.max_steps - trainer.global_step) < WARM_UP + PROFILED:
+            too_short(left)
+            return
         kinds = [torch.profiler.ProfilerActivity.CPU]
-        kinds += [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+        kinds += [torch.profiler.ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else []
         self._profiler = torch.profiler.profile(
             activities=kinds,
             schedule=torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=PROFILED, repeat=1),
@@ -106,15 +112,20 @@ class Profile(Callback):
         self._profiler.start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs, batch, batch_idx: int) -> None:
-        if self._profiler is not None:
+        if self._profiler is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._profiler.step()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self._profiler is not None:
             self._profiler.stop()
+            if not self._written:
+                too_short(self._profiler.step_num)
             self._profiler = None
 
     def _write(self, profiler: torch.profiler.profile) -> None:
+        if profiler.step_num < WARM_UP + PROFILED:  # stopped in the middle: the figures a step would be wrong
+            return
+        self._written = True
         self.folder.mkdir(parents=True, exist_ok=True)
         plain, trace = self.folder / ".trace.partial", self.folder / "trace.json.gz"
         profiler.export_chrome_trace(str(plain))
@@ -126,10 +137,22 @@ class Profile(Callback):
         print(f"\n{table}\nwrote {trace}", flush=True)
 
 
+def too_short(steps: int) -> None:
+    """Say why there is no profile."""
+    said = f"warning: profile=true needs {WARM_UP + PROFILED} steps; of {steps} there is no profile"
+    print(said, file=sys.stderr, flush=True)
+
+
 def kernels(events: Iterable[Any], count: int) -> str:
-    """The dearest operations by the time in themselves, on the device if there is one: share, milliseconds, calls."""
-    where = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    found = [(getattr(event, where), event) for event in events]
+    """The dearest operations by the time in themselves: share, milliseconds, calls.
+
+    On a GPU they are its kernels and copies alone: torch gives the operators that start them the same time once more.
+    Named regions (a step, the optimiser, waiting for data) are no operations.
+    """
+    own = [event for event in events if not event.is_user_annotation and not event.key.startswith("ProfilerStep")]
+    on_gpu = [event for event in own if event.device_type == DeviceType.CUDA]
+    where = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    found = [(getattr(event, where), event) for event in on_gpu or own]
     total = sum(time for time, _ in found) or 1
     lines = [f"{'share':>6}  {'ms a step':>9}  {'calls':>6}  operation"]
     for time, event in sorted(found, key=lambda pair: -pair[0])[:count]:
