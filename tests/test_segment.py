@@ -312,6 +312,8 @@ class TestRuns:
             (["decoder.layers=[1,1,2,3]"], "must be four numbers up to 2"),
             (["decoder.layers=[2,1,1,1]"], "in ascending order"),
             (["batch_size=1"], "at least 2 images at once"),
+            (["global_batch=1", "batch_size=2"], "at least 2 images at once, not 1"),
+            (["global_batch=2", "trainer.devices=2", "trainer.accelerator=cpu"], "at least 2 images at once, not 1"),
             (["image_size=30"], "not divisible"),
             (["optim.schedule=step"], "optim.schedule must be one of cosine, poly"),
             (["data.resize=[2,1]"], "data.resize must be"),
