@@ -150,7 +150,10 @@ def test_a_segmenter_answers_at_the_size_of_the_image(segmenter_checkpoint):
     assert predictor.overlay(images[0], many[0]).size == images[0].size
 
 
-def test_predictors_need_a_classifier_or_a_segmenter(mim_checkpoint):
+def test_predictors_need_a_classifier_or_a_segmenter(mim_checkpoint, photos, run_cli):
+    code, _, stderr = run_cli("predict", f"init_from={mim_checkpoint}", f"src={photos}")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "holds a mim; a classifier or a segmentation model is needed" in stderr
     with pytest.raises(UserError, match="a classifier or a segmentation model is needed"):
         Predictor(mim_checkpoint)
 
