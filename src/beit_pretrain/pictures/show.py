@@ -237,7 +237,7 @@ def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
     about = read(run / CHECKPOINT).get("beit_pretrain", {})
     if "wandb_id" not in about:
         return
-    logger = wandb_logger(cfg, about["wandb_id"])  # type: ignore[arg-type]
+    logger = wandb_logger(cfg, about["wandb_id"])
     for path in drawn:
         logger.log_image(f"show/{path.stem}", [str(path)])
     logger.experiment.finish()
