@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from beit_pretrain import __main__ as command_line
 from beit_pretrain.networks.backbone import MaskedImageModel
+from beit_pretrain.networks.upernet import Segmenter
 from beit_pretrain.shards.make import make_shards
 from beit_pretrain.training.dvae import DiscreteVAE
 
@@ -137,6 +138,17 @@ def mim_checkpoint(tmp_path_factory) -> Path:
     about = {"mean": [0.5] * 3, "std": [0.5] * 3, "tokenizer": "dvae/last.ckpt"}
     model = seeded(MaskedImageModel, **MIM)
     return write_checkpoint(tmp_path_factory.mktemp("mim") / "last.ckpt", "mim", model, **about)
+
+
+@pytest.fixture(scope="session")
+def segmenter_checkpoint(tmp_path_factory) -> Path:
+    """An untrained segmentation model of three classes, whose maps show more than one."""
+    size = {name: value for name, value in MIM.items() if name != "vocab_size"}
+    model = seeded(Segmenter, 3, {"channels": 16, "aux_channels": 8}, **size)
+    with torch.no_grad():
+        model.decode_head.classifier.weight.mul_(100)
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "classes": ["boats", "cats", "dogs"]}
+    return write_checkpoint(tmp_path_factory.mktemp("segmenter") / "last.ckpt", "segmenter", model, **about)
 
 
 @pytest.fixture(scope="session")

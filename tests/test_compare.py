@@ -100,6 +100,32 @@ def test_folders_and_sources(settings, run_cli, tmp_path):
     assert "given for each stage" in stderr
 
 
+def test_a_source_that_is_not_there_leaves_the_name_free(settings, run_cli, tmp_path, monkeypatch):
+    def made(cfg, out):
+        raise UserError("the shards are made")
+
+    code, _, stderr = run_cli("compare", *settings, "src=nowhere")
+    assert code == 2
+    assert "nowhere" in stderr
+    monkeypatch.setattr(stages, "write_shards", made)
+    assert "the shards are made" in run_cli("compare", *settings)[2]
+    (tmp_path / "run/stages.jsonl").touch()
+    code, _, stderr = run_cli("compare", *settings, "per_class=3")
+    assert code == 2
+    assert "holds a comparison with per_class=2" in stderr
+
+
+def test_classes_are_looked_at_before_anything_is_trained(settings, photos, run_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "train", lambda *args, **settings: pytest.fail("a stage has begun"))
+    for name, words, said in (
+        ("one", [f"src={photos / 'cats'}", "held_out=null"], "classes; a comparison needs at least 2"),
+        ("other", [f"held_out={photos / 'cats'}"], "has other classes than"),
+    ):
+        code, _, stderr = run_cli("compare", *settings, *words, f"run_dir={tmp_path / name}")
+        assert code == 2
+        assert said in stderr
+
+
 def test_every_kind_of_start_has_the_same_fine_tuning(tmp_path, monkeypatch, photos):
     """Labels, steps, batches and seeds are equal; only where the network comes from differs, and the layer decay."""
     make_shards(photos, tmp_path / "data", workers=1)

@@ -117,6 +117,23 @@ def test_mixed_targets_by_hand(smoothing):
     assert target[0, 1].item() == pytest.approx(off + kept[0].float().mean().item() * (on - off), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("more", "images"),
+    [
+        (["global_batch=6", "trainer.devices=2", "trainer.accelerator=cpu"], 3),
+        (["global_batch=3", "batch_size=4", "regularisation.cutmix=1"], 3),
+        (["global_batch=6", "batch_size=3"], 3),
+        (["global_batch=2", "batch_size=5"], None),  # of the 5 never more than 2 come
+    ],
+)
+def test_images_that_are_paired_are_even_in_number(more, images, shards, run_cli, tmp_path):
+    words = finetune_words(shards, tmp_path / "run", "steps=1", "regularisation.mixup=0.8", "preflight=only", *more)
+    code, _, stderr = run_cli(*words)
+    assert code == (0 if images is None else 2)
+    assert images is None or f"pair images: {images} at once" in stderr
+    assert stderr.count("\n") == (images is not None)
+
+
 def test_averaged_weights_by_hand(shards, run_cli, tmp_path):
     """decay x average + (1 - decay) x weights after every step; torch starts the average at the first step's."""
     constant = ["optim.min_lr=2e-3", "model.drop_path_rate=0"]

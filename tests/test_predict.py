@@ -20,7 +20,6 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.views import HALF
 from beit_pretrain.networks.backbone import Classifier
-from beit_pretrain.networks.upernet import Segmenter
 from beit_pretrain.training.segment import ImageSegmenter, Windows, label_maps
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -32,15 +31,6 @@ ODD = Path(os.environ.get("ODD_IMAGES", Path(__file__).parents[2] / "shared/data
 def classifier(tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier") / "last.ckpt"
     return write_checkpoint(path, "classifier", seeded(Classifier, 3, **SIZE), **ABOUT)
-
-
-@pytest.fixture(scope="module")
-def segmenter(tmp_path_factory):
-    path = tmp_path_factory.mktemp("segmenter") / "last.ckpt"
-    model = seeded(Segmenter, 3, {"channels": 16, "aux_channels": 8}, **SIZE)
-    with torch.no_grad():
-        model.decode_head.classifier.weight.mul_(100)
-    return write_checkpoint(path, "segmenter", model, **ABOUT)
 
 
 def lines(path: Path) -> list[dict]:
@@ -118,9 +108,9 @@ def test_every_bad_file_is_listed(classifier, run_cli, tmp_path):
 
 @pytest.mark.skipif(not ODD.is_dir(), reason="ODD_IMAGES names no folder of odd images")
 @pytest.mark.parametrize("kind", ["classifier", pytest.param("segmenter", marks=pytest.mark.long)])
-def test_odd_images(kind, classifier, segmenter, run_cli, tmp_path):
+def test_odd_images(kind, classifier, segmenter_checkpoint, run_cli, tmp_path):
     """Every file is predicted or listed with its reason, and the prediction ends."""
-    checkpoint, out = (classifier, "p.jsonl") if kind == "classifier" else (segmenter, "maps")
+    checkpoint, out = (classifier, "p.jsonl") if kind == "classifier" else (segmenter_checkpoint, "maps")
     code, _, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={ODD}", f"out={out}", "workers=0")
     assert code == 0, stderr
     names = {path.name for path in ODD.iterdir()} - {"manifest.tsv"}
@@ -147,20 +137,23 @@ def test_a_classifier_of_one_image_and_of_a_list(classifier):
     assert all(sum(p.probability for p in found) == pytest.approx(1, abs=1e-5) for found in many)
 
 
-def test_a_segmenter_answers_at_the_size_of_the_image(segmenter):
+def test_a_segmenter_answers_at_the_size_of_the_image(segmenter_checkpoint):
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((30, 50), (64, 33), (20, 90))]
-    predictor = Predictor(segmenter, Windows(flip=True))
+    predictor = Predictor(segmenter_checkpoint, Windows(flip=True))
     many = predictor(images, batch_size=2)
     assert [found.shape for found in many] == [(30, 50), (64, 33), (20, 90)]
-    alone = ImageSegmenter(segmenter, Windows(flip=True))
+    alone = ImageSegmenter(segmenter_checkpoint, Windows(flip=True))
     for image, found in zip(images, many, strict=True):
         assert (alone.segment(image).numpy() == found).mean() > 0.999  # windows in other batches: rounding
     assert predictor(images[0], sizes=[(10, 12)]).shape == (10, 12)
     assert predictor.overlay(images[0], many[0]).size == images[0].size
 
 
-def test_predictors_need_a_classifier_or_a_segmenter(mim_checkpoint):
+def test_predictors_need_a_classifier_or_a_segmenter(mim_checkpoint, photos, run_cli):
+    code, _, stderr = run_cli("predict", f"init_from={mim_checkpoint}", f"src={photos}")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "holds a mim; a classifier or a segmentation model is needed" in stderr
     with pytest.raises(UserError, match="a classifier or a segmentation model is needed"):
         Predictor(mim_checkpoint)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from hashlib import sha256
 
+import numpy as np
 import pytest
 import torch
 from conftest import MIM, write_checkpoint
 from foreign import scrambled
 
+from beit_pretrain.checkpoints.formats import digest
 from beit_pretrain.checkpoints.pretrained import load_pretrained
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.views import HALF
@@ -98,6 +101,16 @@ def test_a_run(words, run_cli, tmp_path):
     assert code == 0, stderr
     for name in ("layers", "attention", "curves"):
         assert (tmp_path / "run/pictures" / f"{name}.png").is_file()
+
+
+def test_a_segmentation_model_is_probed_too(words, segmenter_checkpoint, run_cli):
+    """Its counters of batch norm are tensors without a dimension."""
+    code, stdout, stderr = run_cli(*words, f"init_from={segmenter_checkpoint}", "steps=1")
+    assert code == 0, stderr
+    assert "segmenter: 2 blocks" in stdout
+    state = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.ones(2, dtype=torch.bfloat16)}
+    by_hand = sha256(b"a" + b"\x80\x3f" * 2 + b"b" + np.array([0, 3, 1, 4, 2, 5], "<f4").tobytes())
+    assert digest(state) == by_hand.hexdigest()
 
 
 def test_probes_are_never_put_on_another_backbone(words, mim_checkpoint, run_cli, tmp_path):

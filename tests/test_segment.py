@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -18,6 +19,7 @@ from test_finetune import Crash
 
 from beit_pretrain.images.segment_views import IGNORE, read_labels
 from beit_pretrain.networks.upernet import Maps, Segmenter
+from beit_pretrain.predict import maps
 from beit_pretrain.predict.maps import free_name
 from beit_pretrain.runs import fit as runs
 from beit_pretrain.shards.make import make_shards
@@ -310,6 +312,8 @@ class TestRuns:
             (["decoder.layers=[1,1,2,3]"], "must be four numbers up to 2"),
             (["decoder.layers=[2,1,1,1]"], "in ascending order"),
             (["batch_size=1"], "at least 2 images at once"),
+            (["global_batch=1", "batch_size=2"], "at least 2 images at once, not 1"),
+            (["global_batch=2", "trainer.devices=2", "trainer.accelerator=cpu"], "at least 2 images at once, not 1"),
             (["image_size=30"], "not divisible"),
             (["optim.schedule=step"], "optim.schedule must be one of cosine, poly"),
             (["data.resize=[2,1]"], "data.resize must be"),
@@ -387,6 +391,29 @@ class TestPredict:
         names = [free_name(key, taken) for key in keys]
         assert len(set(names)) == len(names)
         assert not any(name.is_absolute() or ".." in name.parts for name in names)
+
+    def test_no_file_s_name_ends_a_prediction(self, checkpoint, run_cli, tmp_path):
+        """A label map where a folder must be, long names (one of them of two bytes a letter), a place that is taken."""
+        files = ["dir.jpg", "dir.png/in.jpg", f"{'x' * 245}.png", f"{'x' * 245}.jpg", f"{'é' * 120}.jpg", "last.jpg"]
+        for file in files:
+            (tmp_path / "src" / file).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / "src" / file)
+        (tmp_path / "maps/labels/last.png/in").mkdir(parents=True)  # of an earlier prediction
+        code, stdout, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={tmp_path / 'src'}", "out=maps")
+        assert code == 0, stderr
+        assert "5 label maps, 1 could not be read" in stdout
+        assert "last.jpg: last.png cannot be written: " in stdout
+        made = [path for path in (tmp_path / "maps/labels").rglob("*.png") if path.is_file()]
+        assert len(made) == 5
+
+    def test_a_full_disk_ends_a_prediction(self, checkpoint, photos, run_cli, monkeypatch):
+        def full(*args):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(maps, "write", full)
+        code, _, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={photos / 'cats'}", "out=maps")
+        assert code == 2
+        assert "No space left on device" in stderr
 
 
 def variants(name: str) -> list[str]:

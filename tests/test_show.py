@@ -9,7 +9,7 @@ from PIL import Image
 from test_finetune import finetune_words
 
 from beit_pretrain.pictures import grids, show
-from beit_pretrain.pictures.attention import CELL, attention_sheet, heat
+from beit_pretrain.pictures.attention import CELL, NOTE, attention_sheet, heat
 from beit_pretrain.pictures.overlays import palette
 from beit_pretrain.pictures.plots import bars_plot, curves_plot
 from beit_pretrain.pictures.tokens import token_map
@@ -53,7 +53,9 @@ def test_chosen_patches_layers_heads_and_photos(run, photos, run_cli, tmp_path):
     assert code == 0, stderr
     with Image.open(tmp_path / "a.png") as picture:  # two patches x one layer; image, mean, one head
         assert abs(picture.width - (64 + 3 * (CELL + 4))) < 10
-        assert abs(picture.height - (16 + 2 * (CELL + 4))) < 10
+        words = grids.note(NOTE, picture.width).height
+        assert words > 16
+        assert abs(picture.height - (16 + 2 * (CELL + 4)) - words) < 10
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,52 @@ def test_each_run_has_a_colour_and_a_name(tmp_path, monkeypatch):
     assert [kw["label"] for _, kw in drawn] == ["a: loss", None, "b: loss", None]
     bars_plot({"a": [0.1, 0.2], "b": [0.3]}, 0.01, tmp_path / "bars.png", "title")
     assert (tmp_path / "bars.png").stat().st_size > 1000
+
+
+def test_curves_of_one_label_are_of_one_measure(tmp_path, monkeypatch):
+    """A tokenizer's error is drawn for both; a segmenter has pixels of training and mIoU, so both are named."""
+    from matplotlib.axes import Axes
+
+    columns = {
+        "tokenizer": "train/loss,train/reconstruction,val/reconstruction",
+        "segmenter": "train/loss,train/accuracy,val/miou",
+        "trains": "train/loss,train/reconstruction,train/accuracy",
+    }
+    for name, metrics in columns.items():
+        (tmp_path / f"{name}.csv").write_text(f"step,{metrics}\n1,1,2,3\n")
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *args, **kw: drawn.append((args, kw)) or plot(self, *args, **kw))
+    curves_plot({name: tmp_path / f"{name}.csv" for name in columns}, tmp_path / "all.png")
+    assert [(args[1], kw["label"], kw["linestyle"]) for args, kw in drawn] == [
+        ([2.0], "tokenizer: reconstruction", "-"),
+        ([3.0], None, "--"),
+        ([1.0], "segmenter: loss", "-"),
+        ([1.0], "trains: loss", "-"),
+        ([2.0], "segmenter: accuracy", "-"),
+        ([3.0], "segmenter: miou", "--"),
+        ([3.0], "trains: accuracy", "-"),
+    ]
+
+
+def test_a_run_that_lacks_something_shows_the_rest(shards, dvae_checkpoint, run_cli, tmp_path):
+    """Without held-out images those of training; before the first checkpoint curves alone; before both a word."""
+    given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}"]
+    assert run_cli("fit", "+experiment=demo_pretrain", *TINY, *given, "data.val=null")[0] == 0
+    pictures = [f"wrote {tmp_path}/run/pictures/{name}.png" for name in ("curves", "show", "attention", "tokens")]
+    code, stdout, stderr = run_cli("show", f"run={tmp_path / 'run'}", "images=2")
+    assert code == 0, stderr
+    assert stdout.splitlines() == pictures
+    code, _, stderr = run_cli("show", "masked", f"run={tmp_path / 'run'}")
+    assert (code, "split=val: the run has train" in stderr) == (2, True)
+    (tmp_path / "run/checkpoints/last.ckpt").unlink()
+    code, stdout, stderr = run_cli("show", f"run={tmp_path / 'run'}")
+    assert code == 0, stderr
+    assert stdout.splitlines() == pictures[:1]
+    (tmp_path / "run/metrics.csv").unlink()
+    code, _, stderr = run_cli("show", f"run={tmp_path / 'run'}")
+    assert code == 2
+    assert "neither metrics nor a checkpoint" in stderr
 
 
 def test_a_token_map_shows_every_token_in_its_colour():

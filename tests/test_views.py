@@ -31,6 +31,7 @@ from beit_pretrain.images.views import (
     jittered_views,
     normalise,
     per_channel,
+    shorter_side,
     to_array,
 )
 
@@ -297,7 +298,7 @@ class TestClassificationViews:
     @pytest.mark.parametrize(
         ("size", "crop_ratio", "shorter"), [(32, None, 36), (32, 1.0, 32), (56, 0.875, 64), (384, None, 384)]
     )
-    @pytest.mark.parametrize("source", [(120, 120), (120, 80), (40, 64), (97, 131), (83, 57)])
+    @pytest.mark.parametrize("source", [(120, 120), (120, 80), (40, 64), (97, 131), (83, 57), (320, 20)])
     def test_evaluation_equals_torchvision(self, size, crop_ratio, shorter, source):
         image = picture(*source)
         view = centre_view(image, size, crop_ratio)
@@ -306,6 +307,20 @@ class TestClassificationViews:
         assert np.array_equal(view, F.center_crop(resized, [size, size]))
         evaluation = ClassificationViews(size, train=False, crop_ratio=crop_ratio)(image, rng(0))
         assert np.array_equal(evaluation["image"], to_array(view))
+
+    @pytest.mark.parametrize("size", [32, 384])
+    @pytest.mark.parametrize("source", [(900, 30), (30, 900), (97, 5), (1, 40), (600, 1), (1, 600)])
+    def test_of_a_thin_image_the_centre_alone_is_enlarged(self, size, source, monkeypatch):
+        image, made = picture(*source), []
+        shorter = shorter_side(size)
+        expected = F.center_crop(F.resize(image, [shorter], InterpolationMode.BICUBIC), [size, size])
+        resize = Image.Image.resize
+        monkeypatch.setattr(Image.Image, "resize", lambda self, to, *args: made.append(to) or resize(self, to, *args))
+        view = np.asarray(centre_view(image, size), int)
+        assert made == [(size, size)]
+        off = np.abs(view - np.asarray(expected, int))
+        assert off.max() <= 4
+        assert off.mean() < 0.25
 
     def test_evaluation_of_a_large_jpeg_is_close_to_full_decoding(self):
         view = np.asarray(centre_view(as_jpeg(picture(1000, 800)), 64), float)

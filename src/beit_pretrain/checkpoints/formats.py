@@ -152,7 +152,7 @@ def digest(state: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         found.update(name.encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)  # counters are 0-d
     return found.hexdigest()
 
 

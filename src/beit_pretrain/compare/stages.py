@@ -26,6 +26,7 @@ from beit_pretrain.networks.backbone import MaskedImageModel
 from beit_pretrain.runs.fit import fit
 from beit_pretrain.runs.folder import FINISHED
 from beit_pretrain.shards.make import make_shards
+from beit_pretrain.shards.manifest import MANIFEST
 
 MARK = "compare.yaml"  # its config; says that the folder is a comparison's
 STAGES = "stages.jsonl"  # time that each finished stage took
@@ -42,6 +43,7 @@ def compare(cfg: DictConfig) -> dict:
         raise UserError("steps of compare are given for each stage, such as steps.pretrain=1000")
     run_dir = claim(cfg)
     data = write_shards(cfg, run_dir / "data")
+    check_classes(cfg, data)
     tokenizer = run_dir / "tokenizer"
     train(cfg, "compare_tokenizer", tokenizer, steps=cfg.steps.tokenizer, **data)
     seeds = list(range(cfg.seed, cfg.seed + cfg.seeds))
@@ -55,14 +57,17 @@ def compare(cfg: DictConfig) -> dict:
 
 
 def claim(cfg: DictConfig) -> Path:
-    """The comparison's folder. Raises UserError if it holds a comparison of other settings, or anything else."""
+    """The comparison's folder. Raises UserError if it holds a comparison of other settings, or anything else.
+
+    A comparison that has not made a file yet, for instance of a source that is not there, is none.
+    """
     run_dir, mark = Path(cfg.run_dir), Path(cfg.run_dir) / MARK
-    if mark.is_file():
+    if mark.is_file() and any(path != mark and not path.is_dir() for path in run_dir.rglob("*")):
         old, new = plain(OmegaConf.load(mark)), plain(cfg)
         for key in new.keys() - set(FREE):
             if old.get(key) != new[key]:
                 raise UserError(f"{run_dir} holds a comparison with {key}={old.get(key)}; choose another name=")
-    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    elif run_dir.exists() and not mark.is_file() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"run_dir={run_dir} exists and is not from an earlier comparison; choose another name=")
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, mark, resolve=True)
@@ -75,6 +80,15 @@ def write_shards(cfg: DictConfig, out: Path) -> dict[str, Path]:
     make_shards(src["src"], out)
     make_shards(src["held_out"] or src["src"], out, split="val")
     return {"data.train": out / "train", "data.val": out / "val"}
+
+
+def check_classes(cfg: DictConfig, data: dict[str, Path]) -> None:
+    """Raise UserError for classes that cannot be told apart, or that are other ones in the held-out images."""
+    train, val = (json.loads((folder / MANIFEST).read_text())["classes"] for folder in data.values())
+    if len(train) < 2:
+        raise UserError(f"src={cfg.src} has {len(train)} classes; a comparison needs at least 2")
+    if val != train:
+        raise UserError(f"held_out={cfg.held_out} has other classes than src={cfg.src}")
 
 
 def run_seed(cfg: DictConfig, folder: Path, kind: str, seed: int, data: dict[str, Path]) -> None:

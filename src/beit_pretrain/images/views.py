@@ -31,6 +31,7 @@ BRIGHTNESS, CONTRAST, SATURATION = range(3)
 ORDERS = np.array(list(permutations(range(3))))
 GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 EPSILON = 1e-3  # of a level of 8 bits: what float32 may miss an integer by
+THIN = 16  # times as long as wide: from there on an image is never enlarged as a whole
 
 
 class Jitter(NamedTuple):
@@ -238,7 +239,11 @@ def shorter_side(size: int, crop_ratio: float | None = None) -> int:
 
 
 def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None, channels: int = 3) -> Image.Image:
-    """Evaluation view: shorter side to size / crop_ratio (bicubic), then the central (size, size) crop."""
+    """Evaluation view: shorter side to size / crop_ratio (bicubic), then the central (size, size) crop.
+
+    Of a thin image the central part alone is enlarged: 3000 x 1 pixels would take gigabytes. It is the same but for the
+    rounding between Pillow's two passes, whose order depends on the size.
+    """
     shorter = shorter_side(size, crop_ratio)
     # Decode JPEGs at twice the size that is needed: the bicubic filter then still sees every detail that counts.
     if image.format == "JPEG" and min(image.size) > shorter * 2:
@@ -246,10 +251,14 @@ def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None, 
     image = to_channels(image, channels)
     width, height = image.size
     short = min(width, height)
-    image = image.resize(
-        (max(size, int(shorter * width / short)), max(size, int(shorter * height / short))), Image.Resampling.BICUBIC
-    )
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    whole = max(size, int(shorter * width / short)), max(size, int(shorter * height / short))
+    left, top = round((whole[0] - size) / 2), round((whole[1] - size) / 2)
+    if max(width, height) > THIN * short:
+        across, down = width / whole[0], height / whole[1]
+        right, bottom = min(width, (left + size) * across), min(height, (top + size) * down)
+        box = (left * across, top * down, right, bottom)
+        return image.resize((size, size), Image.Resampling.BICUBIC, box)
+    image = image.resize(whole, Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
 
 

@@ -17,6 +17,10 @@ from beit_pretrain.pictures import grids
 
 CELL = 112
 RED = (230, 30, 30)
+NOTE = (
+    "Yellow is the largest value of its map, dark is 0. In %: the share of the red patch's attention that goes to the "
+    "yellow one."
+)
 
 
 def default_patches(grid: tuple[int, int]) -> list[tuple[int, int]]:
@@ -83,7 +87,7 @@ def heat(map_N: Tensor, grid: tuple[int, int]) -> Image.Image:
     picture = Image.fromarray(colours).resize((CELL, CELL), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
     text = f"{most:.0%}" if most >= 0.1 else f"{most:.1%}"
-    draw.text((4, CELL - 14), text, fill="white", font=grids.font(), stroke_width=1, stroke_fill="black")
+    draw.text((4, CELL - 17), text, fill="white", font=grids.font(), stroke_width=1, stroke_fill="black")
     return picture
 
 
@@ -96,7 +100,10 @@ def attention_picture(
     heads: Sequence[int] | None = None,
     patches: Sequence[Sequence[int]] | None = None,
 ) -> Image.Image:
-    """Sheets of several images, one below the other. None = `default_layers`, all heads, `default_patches`."""
+    """Sheets of several images, one below the other, and words on what they show.
+
+    None = `default_layers`, all heads, `default_patches`.
+    """
     from beit_pretrain.networks.attention import attention_maps
 
     layers = list(layers or default_layers(len(model.blocks)))
@@ -105,9 +112,8 @@ def attention_picture(
     patches = [tuple(patch) for patch in patches or default_patches(model.grid)]
     check_choice(layers, heads, patches, len(model.blocks), count, model.grid)
     maps = attention_maps(model, normalised_BCHW, layers)
-    return grids.stack(
-        [
-            attention_sheet(image, {layer: maps[layer][i] for layer in sorted(maps)}, patches, heads, model.grid)
-            for i, image in enumerate(shown_BCHW)
-        ]
-    )
+    sheets = [
+        attention_sheet(image, {layer: maps[layer][i] for layer in sorted(maps)}, patches, heads, model.grid)
+        for i, image in enumerate(shown_BCHW)
+    ]
+    return grids.stack([*sheets, grids.note(NOTE, sheets[0].width)])

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP, CAPTION = 4, 16
+TEXT = 12  # height of letters; blanks of smaller ones can hardly be seen
 GREY = 0.5
 
 
@@ -71,10 +72,26 @@ def stack(pictures: Sequence[Image.Image]) -> Image.Image:
     return canvas
 
 
+def note(text: str, width: int) -> Image.Image:
+    """Words on a strip of `width` pixels, in as many lines as they take."""
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font()) > width - 2 * GAP and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    strip = Image.new("RGB", (width, len(lines) * CAPTION + GAP), "white")
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(strip).text((GAP, number * CAPTION), line, fill="black", font=font())
+    return strip
+
+
 @cache
-def font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int = TEXT) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font: no file of the system is needed."""
-    return ImageFont.load_default()
+    return ImageFont.load_default(size)
 
 
 def to_pil(image_CHW: Tensor) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any
 
 from beit_pretrain.training.metrics import curve, read_rows
 
-# What "loss" and "accuracy" are called in a run's metrics.csv: the first that a run has is drawn.
+# What "loss" and "accuracy" are called in a run's metrics.csv: the first that a run has, if it can be of both splits.
 PANELS = {"loss": ("loss", "reconstruction"), "accuracy": ("masked_token_accuracy", "accuracy", "miou")}
 STYLES = {"train": "-", "val": "--"}
 
@@ -34,8 +34,10 @@ def save(made: Any, path: Path) -> Path:
 def curves_plot(runs: Mapping[str, Path], path: Path, metrics: Sequence[str] | None = None) -> Path:
     """Curves of several runs in one picture: {name: its metrics.csv}; a colour for each run.
 
-    Without `metrics`, loss and accuracy, of training (solid) and of held-out images (dashed); with them, one axis for
-    each metric of that name. Raises ValueError if no run has one of them.
+    Without `metrics`, loss and accuracy, of training (solid) and of held-out images (dashed), under two names where a
+    run has no measure of both; with them, one axis for each metric of that name.
+
+    Raises ValueError if no run has one of them.
     """
     known = {name: read_rows(file)[0] for name, file in runs.items()}
     panels: list[tuple[str, list[tuple[str, ...]]]] = [(metric, [(metric,)]) for metric in metrics or ()]
@@ -47,14 +49,20 @@ def curves_plot(runs: Mapping[str, Path], path: Path, metrics: Sequence[str] | N
     made, axes_row = figure(len(panels))
     for axes, (title, groups) in zip(axes_row, panels, strict=True):
         for number, (name, file) in enumerate(runs.items()):
-            drawn = [metric for group in groups if (metric := first(known[name], group))]
-            for place, metric in enumerate(drawn):
-                label = f"{name}: {metric.split('/')[-1]}" if place == 0 else None  # the title tells the two apart
-                draw(axes, file, metric, label, f"C{number % 10}")
+            drawn = {metric: f"{name}: {metric.split('/')[-1]}" for metric in alike(known[name], groups)}
+            for place, (metric, label) in enumerate(drawn.items()):
+                said = label in list(drawn.values())[:place]  # then the title tells the two apart
+                draw(axes, file, metric, None if said else label, f"C{number % 10}")
         axes.set(title=title if metrics else f"{title} (solid: training, dashed: held out)", xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return save(made, path)
+
+
+def alike(columns: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
+    """One metric of each group: the same measure, the first that a run has in all of them, else the first of each."""
+    both = next((list(metrics) for metrics in zip(*groups, strict=True) if all(m in columns for m in metrics)), None)
+    return both or [metric for group in groups if (metric := first(columns, group))]
 
 
 def first(columns: Sequence[str], names: Sequence[str]) -> str | None:

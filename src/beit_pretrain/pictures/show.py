@@ -9,12 +9,12 @@ layers      accuracy of linear probes by layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 
@@ -23,18 +23,19 @@ from beit_pretrain.images.reading import opened, reason
 from beit_pretrain.images.views import centre_view, normalise, to_array
 from beit_pretrain.pictures import grids
 from beit_pretrain.pictures.attention import attention_picture
-from beit_pretrain.pictures.plots import curves_plot, layers_plot
+from beit_pretrain.pictures.plots import PANELS, curves_plot, layers_plot
 from beit_pretrain.pictures.tokens import token_sheet
 from beit_pretrain.shards.sources import list_images, read_candidate
 from beit_pretrain.training.callbacks import first_images, masked_picture, segmentation_picture
 from beit_pretrain.training.dvae import TokenizerTraining, reconstruction_picture
 from beit_pretrain.training.finetune import Finetuning
-from beit_pretrain.training.metrics import curve
+from beit_pretrain.training.keeping import LAST
+from beit_pretrain.training.metrics import curve, read_rows
 from beit_pretrain.training.pretrain import Pretraining
 from beit_pretrain.training.probe import Probing
 from beit_pretrain.training.segment import Segmentation
 
-METRICS = "metrics.csv"
+METRICS, CHECKPOINT = "metrics.csv", f"checkpoints/{LAST}"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -56,24 +57,32 @@ def show(cfg: DictConfig) -> None:
         if cfg.what not in (None, "curves"):
             raise UserError(f"show {cfg.what} draws one run=; several in one picture are show curves runs=[A,B]")
         together = "-".join(run.name for run in runs)[:80]
-        drawn = [curves(runs, cfg, out or runs[0] / "pictures" / f"curves-{together}.png")]
+        pictures = iter([curves(runs, cfg, out or runs[0] / "pictures" / f"curves-{together}.png")])
     else:
-        drawn = draw(runs[0], cfg, out)
-    for path in drawn:
-        print(f"wrote {path}")
+        pictures = draw(runs[0], cfg, out)
+    drawn = []
+    for path in pictures:
+        print(f"wrote {path}", flush=True)
+        drawn.append(path)
+    if not drawn:
+        raise UserError(f"{runs[0]} has neither metrics nor a checkpoint yet: there is nothing to show")
     log_pictures(runs[0], drawn)
 
 
-def draw(run: Path, cfg: DictConfig, out: Path | None) -> list[Path]:
-    """The pictures of one run; those that its kind does not have are left out unless one is asked for."""
-    folder, drawn = run / "pictures", []
-    if cfg.what in (None, "curves") and (run / METRICS).is_file():
-        if cfg.what == "curves":
-            return [curves([run], cfg, out or folder / "curves.png")]
-        if out is None:
-            drawn.append(curves([run], cfg, folder / "curves.png"))
+def draw(run: Path, cfg: DictConfig, out: Path | None) -> Iterator[Path]:
+    """The pictures of one run, one after the other, as they are written.
+
+    Those that the run does not have are left out unless one is asked for; held-out images that it does not have are
+    those of training then.
+    """
+    folder, what = run / "pictures", cfg.what or ("masked" if out is not None else None)
+    if what == "curves" or (what is None and has_curves(run)):
+        yield curves([run], cfg, out or folder / "curves.png")
+    if what == "curves" or (what is None and not (run / CHECKPOINT).is_file()):
+        return
     module, data = loaded(run)
-    what = cfg.what or ("masked" if out is not None else None)
+    if what is None and cfg.split == "val" and "val" not in data.readers:
+        cfg = cast(DictConfig, OmegaConf.merge(cfg, {"split": "train"}))
     for name in ("masked", "attention", "tokens", "layers"):
         if what not in (None, name):
             continue
@@ -87,8 +96,13 @@ def draw(run: Path, cfg: DictConfig, out: Path | None) -> list[Path]:
             grids.save(picture, path)
         else:
             picture(path)
-        drawn.append(path)
-    return drawn
+        yield path
+
+
+def has_curves(run: Path) -> bool:
+    """Whether a run has measured anything that is drawn without being asked for."""
+    columns = read_rows(run / METRICS)[0] if (run / METRICS).is_file() else []
+    return any(column.split("/")[-1] in names for column in columns for names in PANELS.values())
 
 
 def loaded(run: Path) -> tuple[Any, Any]:
@@ -144,6 +158,8 @@ def layers(module: Any, data: Any, cfg: DictConfig, run: Path) -> Callable[[Path
         return None
     last = {n: curve(run / METRICS, f"val/accuracy_layer_{n:02d}")[1] for n in module.model.layers}
     if not all(last.values()):
+        if cfg.what is None:
+            return None
         raise UserError(
             f"{run / METRICS} has no held-out accuracy by layer: the run had no data.val, or has not validated"
         )
@@ -210,20 +226,18 @@ def chosen_images(module: Any, data: Any, cfg: DictConfig, model: Any, count: in
 
 def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
     """Hand the pictures to the run's W&B run, if it has one."""
-    from omegaconf import OmegaConf
-
     from beit_pretrain.runs.folder import CONFIG, read_config
 
     cfg = read_config(run / CONFIG)
-    if OmegaConf.select(cfg, "logger.kind") != "wandb" or not drawn:
+    if OmegaConf.select(cfg, "logger.kind") != "wandb" or not (run / CHECKPOINT).is_file():
         return
     from beit_pretrain.checkpoints.files import read
     from beit_pretrain.training.weights_and_biases import wandb_logger
 
-    about = read(run / "checkpoints" / "last.ckpt").get("beit_pretrain", {})
+    about = read(run / CHECKPOINT).get("beit_pretrain", {})
     if "wandb_id" not in about:
         return
-    logger = wandb_logger(cfg, about["wandb_id"])  # type: ignore[arg-type]
+    logger = wandb_logger(cfg, about["wandb_id"])
     for path in drawn:
         logger.log_image(f"show/{path.stem}", [str(path)])
     logger.experiment.finish()

@@ -15,7 +15,8 @@ from beit_pretrain.pictures import grids
 from beit_pretrain.pictures.overlays import palette
 
 CELL = 288
-SMALLEST = 26  # pixels of a square in which a number can be read
+NUMBERS = 10  # height of a number
+SMALLEST = 26  # pixels of a square in which one can be read
 
 
 def token_map(ids_N: Tensor, vocab_size: int, cell: int = CELL, hidden_N: Tensor | None = None) -> Image.Image:
@@ -37,7 +38,7 @@ def token_map(ids_N: Tensor, vocab_size: int, cell: int = CELL, hidden_N: Tensor
                     str(number),
                     fill="white",
                     anchor="mm",
-                    font=grids.font(),
+                    font=grids.font(NUMBERS),
                     stroke_width=1,
                     stroke_fill="black",
                 )

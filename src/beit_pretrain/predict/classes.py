@@ -21,7 +21,7 @@ from beit_pretrain.checkpoints.formats import read_checkpoint
 from beit_pretrain.compose import plain
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.views import centre_view, to_array
-from beit_pretrain.predict.images import Views, nothing, source_of, stream, summary, write_bad
+from beit_pretrain.predict.images import Views, no_predictor, nothing, source_of, stream, summary, write_bad
 from beit_pretrain.predict.maps import predict_maps
 from beit_pretrain.training.finetune import ImageClassifier, Prediction
 
@@ -40,6 +40,8 @@ def predict(cfg: DictConfig) -> None:
     if source.kind == "segmenter":
         predict_maps(cfg, source)
         return
+    if source.kind != "classifier":
+        raise no_predictor(cfg.init_from, source.kind)
     out = Path(cfg.out or "predictions.csv")
     if out.is_dir() or out.suffix.lower() not in (".csv", *JSON_LINES):
         raise UserError(f"out={out}: a file is needed, predictions.csv or predictions.jsonl")

@@ -144,6 +144,11 @@ def summary(out: Path, done: str, bad: Sequence[tuple[str, str]], listed: Path |
     return "\n".join(lines)
 
 
+def no_predictor(path: Any, kind: str) -> UserError:
+    """The error for a checkpoint that answers nothing about an image."""
+    return UserError(f"{path} holds a {kind}; a classifier or a segmentation model is needed")
+
+
 def nothing(src: Any, bad: Sequence[tuple[str, str]]) -> UserError:
     """The error for a source of which no file is an image."""
     return UserError(f"none of the {len(bad)} files in {src} could be read as an image ({bad[0][0]}: {bad[0][1]})")

@@ -7,6 +7,7 @@ ADE20K, else 0, 1, .... `classes.csv` says which id and colour is which class.
 from __future__ import annotations
 
 import csv
+import errno
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -17,13 +18,17 @@ from tqdm import tqdm
 
 from beit_pretrain.checkpoints.formats import Checkpoint
 from beit_pretrain.compose import plain
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.images.reading import to_channels, to_rgb
 from beit_pretrain.images.segment_views import SegmentationImages
 from beit_pretrain.images.views import to_array
 from beit_pretrain.pictures.overlays import comparison, palette
 from beit_pretrain.predict.images import Item, Views, nothing, source_of, stream, summary, write_bad
 from beit_pretrain.training.segment import ImageSegmenter, Windows
+
+LONGEST = 200  # bytes of a part of a path; file systems take 255, and temporary names are longer
+# What is wrong with one file's name or place; anything else, such as a full disk, would end all others too.
+OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 
 
 def predict_maps(cfg: DictConfig, source: Checkpoint) -> None:
@@ -34,20 +39,28 @@ def predict_maps(cfg: DictConfig, source: Checkpoint) -> None:
     segmenter = ImageSegmenter(source, Windows(**cfg.test))
     images = source_of(plain(cfg)["src"])
     bad: list[tuple[str, str]] = []
-    taken: set[Path] = set()
+    taken, written = set[Path](), 0
     views = Views(images, partial(seen, views=segmenter.views, channels=segmenter.channels), cfg.map_batch_size)
     with tqdm(total=len(images), desc="segmenting", unit=" images") as bar:
         for items in stream(views, cfg.workers):
             good = [item for item in items if item.problem is None]
             found = segmenter.segment_views([i.views[:-1] for i in good], [i.size for i in good]) if good else []
             for item, labels in zip(good, found, strict=True):
-                write_maps(out, free_name(item.name, taken), labels.numpy().astype(np.uint8), item, segmenter)
+                name = free_name(item.name, taken)
+                try:
+                    write_maps(out, name, labels.numpy().astype(np.uint8), item, segmenter)
+                except OSError as error:
+                    if error.errno not in OF_ONE_FILE:
+                        raise
+                    bad.append((item.name, f"{name} cannot be written: {first_line(error)}"))
+                else:
+                    written += 1
             bad += [(item.name, item.problem) for item in items if item.problem is not None]
             bar.update(len(items))
-    if not taken:
+    if not written:
         raise nothing(cfg.src, bad)
     write_classes(out / "classes.csv", segmenter)
-    print(summary(out, f"{len(taken)} label maps", bad, write_bad(out / "bad.jsonl", bad)))
+    print(summary(out, f"{written} label maps", bad, write_bad(out / "bad.jsonl", bad)))
 
 
 def seen(image: Image.Image, views: SegmentationImages, channels: int) -> list[np.ndarray]:
@@ -65,16 +78,24 @@ def write_maps(out: Path, name: Path, labels_HW: np.ndarray, item: Item, segment
 
 def free_name(key: str, taken: set[Path]) -> Path:
     """A relative path for an image's key, inside the folder whatever the key is, and another for every key."""
-    parts = [part for part in PurePosixPath(key).parts if part not in ("/", ".", "..")] or ["image"]
-    whole = Path(*parts)
-    name = whole.with_suffix(".png")
+    *folders, last = [part for part in PurePosixPath(key).parts if part not in ("/", ".", "..")] or ["image"]
+    # No folder ends as the label maps do: dir.jpg beside dir.png/in.jpg becomes dir.png.
+    folders = [f"{part}_" if part.lower().endswith(".png") else part for part in map(shortened, folders)]
+    folder, stem, whole = Path(*folders), shortened(PurePosixPath(last).stem), shortened(last)
+    name = folder / f"{stem}.png"
     if name in taken:  # a.jpg and a.png of one folder
-        name = whole.with_name(f"{whole.name}.png")
+        name = folder / f"{whole}.png"
     number = 2
     while name in taken:
-        name, number = whole.with_name(f"{whole.name}-{number}.png"), number + 1
+        name, number = folder / f"{whole}-{number}.png", number + 1
     taken.add(name)
     return name
+
+
+def shortened(part: str) -> str:
+    """A part of a path, cut off where it is longer than file systems take."""
+    data = part.encode("utf-8", "surrogateescape")
+    return part if len(data) <= LONGEST else data[:LONGEST].decode("utf-8", "ignore")
 
 
 def label_image(found_HW: np.ndarray, segmenter: ImageSegmenter) -> Image.Image:

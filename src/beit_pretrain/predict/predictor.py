@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from beit_pretrain.checkpoints.formats import read_checkpoint
-from beit_pretrain.errors import UserError
 from beit_pretrain.pictures.overlays import overlay
+from beit_pretrain.predict.images import no_predictor
 from beit_pretrain.training.finetune import ImageClassifier, Prediction
 from beit_pretrain.training.segment import ImageSegmenter, Windows
 
@@ -38,7 +38,7 @@ class Predictor:
         elif source.kind == "classifier":
             self._network = ImageClassifier(source)
         else:
-            raise UserError(f"{checkpoint} holds a {source.kind}; a classifier or a segmentation model is needed")
+            raise no_predictor(checkpoint, source.kind)
         self.classes = self._network.classes
 
     def __call__(

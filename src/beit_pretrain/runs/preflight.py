@@ -16,9 +16,11 @@ from beit_pretrain.data.batches import Plan
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.views import jittered_views
 from beit_pretrain.runs.tasks import Task
+from beit_pretrain.training.finetune import Finetuning
 from beit_pretrain.training.keeping import check_space
 from beit_pretrain.training.optim import configure
 from beit_pretrain.training.pretrain import Pretraining
+from beit_pretrain.training.segment import Segmentation
 
 
 def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list[str]:
@@ -26,6 +28,7 @@ def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list
 
     Raises UserError for what would end the run later.
     """
+    check_micro_batch(cfg, task, trainer)
     rehearse(task)
     lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
     if isinstance(task.module, Pretraining):
@@ -36,6 +39,26 @@ def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list
         raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
     lines.append(f"  precision: {trainer.precision} on {type(trainer.accelerator).__name__}")
     return lines
+
+
+def images_at_once(cfg: DictConfig, trainer: Trainer) -> int:
+    """Images of a micro-batch: `batch_size`, or a process's share of the global batch where that is smaller."""
+    return cfg.global_batch // trainer.world_size // trainer.accumulate_grad_batches
+
+
+def check_micro_batch(cfg: DictConfig, task: Task, trainer: Trainer) -> None:
+    """Raise UserError for micro-batches that are odd where images are paired, or too small for batch norm."""
+    images = images_at_once(cfg, trainer)
+    given = f"global_batch={cfg.global_batch} on {trainer.world_size} processes, batch_size={cfg.batch_size}"
+    if isinstance(task.module, Finetuning):
+        mixed = task.module.regularisation.mixup or task.module.regularisation.cutmix
+        if mixed and images % 2:
+            raise UserError(f"mixup and cutmix pair images: {images} at once ({given}) must be even")
+    if isinstance(task.module, Segmentation):
+        # Over several GPUs the norms see all their images (`make_trainer`).
+        on_gpus = isinstance(trainer.accelerator, CUDAAccelerator)
+        if images * (trainer.world_size if on_gpus else 1) < 2:
+            raise UserError(f"the decoder's batch norms need at least 2 images at once, not {images} ({given})")
 
 
 def disk(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> str:
@@ -74,8 +97,7 @@ def introduce(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
     """The few lines a person wants to see before a run of two weeks starts."""
     parameters = sum(p.numel() for p in task.module.model.parameters())
     settings = task.module.optim
-    accumulate = trainer.accumulate_grad_batches
-    share = cfg.global_batch // trainer.world_size // accumulate
+    accumulate, share = trainer.accumulate_grad_batches, images_at_once(cfg, trainer)
     return "\n".join(
         (
             f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
-import torch
 from hydra.utils import instantiate
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
@@ -150,8 +149,6 @@ def finetune_task(cfg: DictConfig) -> Task:
     patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
     mean, std = normalisation(cfg, source.about if source else {})
     data = labelled_data(cfg, mean)
-    if (cfg.regularisation.mixup or cfg.regularisation.cutmix) and cfg.batch_size % 2:
-        raise UserError(f"mixup and cutmix pair images: batch_size={cfg.batch_size} must be even")
     if source is None:
         model = Classifier(len(data.classes), cfg.model.pool or "avg", **network(cfg))
     else:
@@ -236,8 +233,6 @@ def segment_task(cfg: DictConfig) -> Task:
     """Semantic segmentation."""
     source = None if cfg.from_scratch else read_source(cfg)
     patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
-    if cfg.batch_size == 1 and torch.cuda.device_count() < 2:  # over several GPUs the norms see all their images
-        raise UserError("batch_size=1: the decoder's batch norms need at least 2 images at once")
     mean, std = normalisation(cfg, source.about if source else {})
     windows = Windows(**plain(cfg.test))
     data, names = segmentation_data(cfg, mean, windows)
