@@ -14,6 +14,7 @@ from tiny import last_checkpoint, rows_of, tiny_words
 from beit_pretrain.compose import compose
 from beit_pretrain.errors import UserError
 from beit_pretrain.runs import fit as runs
+from beit_pretrain.runs import resume
 from beit_pretrain.runs.folder import mark_finished, read_config
 from beit_pretrain.runs.sweep import Member, is_finished
 from beit_pretrain.training.metrics import read_rows
@@ -87,6 +88,9 @@ class TestOtherSettings:
                 run_cli(*words)
         (run / ".wandb_id").write_text("abc")
         self.refused(run_cli, words, run)
+        with monkeypatch.context() as patch:  # the first process names one that differs, once they have met
+            patch.setattr(resume, "is_first_process", lambda: False)
+            assert resume.to_resume(compose("fit", [*words[1:], "seed=5"]), run / "checkpoints") == resume.Start()
         (run / "config.yaml").write_bytes(DAMAGED["unfinished"])
         code, _, stderr = run_cli(*words)
         assert code == 2
