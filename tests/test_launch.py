@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from lightning.pytorch.utilities import rank_zero_only
 
 from beit_pretrain.errors import SharedError
 from beit_pretrain.runs.launch import PROCESS_VARIABLES, launched, rank, speaker
@@ -21,6 +22,7 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_NT
 def variables(monkeypatch):
     for name in (*PROCESS_VARIABLES, *TORCHRUN, *SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning keeps it for the process once a Trainer was made
 
     def put(given: dict[str, str]) -> None:
         for name, value in given.items():
