@@ -165,7 +165,7 @@ def test_images_that_are_none(run_cli, tmp_path):
 
 def test_predict_refuses_what_is_no_classifier(run_cli, tmp_path, mim_checkpoint, photos):
     said = one_line(run_cli("predict", f"init_from={mim_checkpoint}", f"src={photos}", f"out={tmp_path / 'p.csv'}"))
-    assert "holds a mim without classes" in said
+    assert "holds a mim; a classifier or a segmentation model is needed" in said
     torch.save({"foo": torch.zeros(2)}, tmp_path / "foreign.pt")
     said = one_line(
         run_cli("predict", f"init_from={tmp_path / 'foreign.pt'}", f"src={photos}", f"out={tmp_path / 'p.csv'}")
