@@ -62,8 +62,31 @@ def test_the_next_batch_is_prepared_before_the_current_one_is_used():
 
 
 @pytest.mark.long
-def test_compiled_the_losses_are_the_same(shards):
-    assert losses(pretrain_data(shards), mode="default") == pytest.approx(losses(pretrain_data(shards)), abs=1e-5)
+def test_compiled_the_losses_are_the_same(shards, dvae_checkpoint, tmp_path):
+    """Of known tokens, since a tokenizer may take the other one of two that are as good, as the next test shows."""
+    folder = tokens_of(shards / "train", tmp_path / "tokens", dvae_checkpoint)
+    plain, compiled = (losses(data_of(shards, folder), mode=mode) for mode in (None, "default"))
+    assert compiled == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.long
+def test_compiled_the_views_are_the_same_and_nearly_all_tokens(shards):
+    """A grey value on the border between two tokens may fall to the other side when it is rounded otherwise."""
+    differ, seen = 0, 0
+
+    class Compares(KeepsLosses):
+        def training_step(self, batch, batch_idx):
+            nonlocal differ, seen
+            (view, tokens), (expected, expected_tokens) = self.prepare(batch), self.image_and_tokens(batch)
+            torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)
+            differ, seen = differ + int((tokens != expected_tokens).sum()), seen + tokens.numel()
+            return super().training_step(batch, batch_idx)
+
+    plain = module()
+    training = Compares(plain.model, plain.tokenizer, plain.optim, plain.mean, plain.std)
+    training.compile_mode = "default"
+    trainer(4, micro_batches=2).fit(training, pretrain_data(shards))
+    assert differ <= 0.02 * seen, (differ, seen)
 
 
 def test_what_is_compiled():
