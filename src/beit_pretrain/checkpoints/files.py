@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.tokens.download import flush_folder
 
 Module = TypeVar("Module", bound=nn.Module)
 KINDS = {
@@ -181,16 +182,6 @@ def link(path: Path, other: Path) -> None:
     except OSError:
         shutil.copy2(path, temporary)
     os.replace(temporary, other)
-
-
-def flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where its file system can be asked for that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -85,10 +85,8 @@ def _image_members(candidate: Candidate, settings: Settings, about: dict[str, An
         width, height = (round(side * settings.resize / shorter) for side in full)
         image, extension = image.resize((width, height), Image.Resampling.LANCZOS), ""
         if image.mode in ("L", "RGB") and max(image.size) <= LARGEST_JPEG:
-            marks = {
-                "restart_marker_rows": 1,
-                "comment": tiles.comment(image),
-            }  # decoding.py then decodes a crop's rows
+            # With these marks decoding.py decodes a crop's rows alone.
+            marks = {"restart_marker_rows": 1, "comment": tiles.comment(image)}
             extension, data = "jpg", _saved(image, "JPEG", quality=settings.quality, **marks)
     if not extension:  # not as the source has it, and not to be lost again
         image.info.pop("transparency", None)  # a colour that new pixels may have by chance
