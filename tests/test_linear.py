@@ -29,10 +29,11 @@ def outcome(function, x, weight, bias):
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("width", [20, 8], ids=["wider", "narrower"])
 @pytest.mark.parametrize("shape", [(5, 12), (3, 7, 12), (2, 3, 4, 12)])
-def test_output_and_gradients_are_torchs(shape, with_bias, always):
+def test_output_and_gradients_are_torchs(shape, width, with_bias, always):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(shape), torch.randn(20, 12), torch.randn(20) if with_bias else None
+    x, weight, bias = torch.randn(shape), torch.randn(width, 12), torch.randn(width) if with_bias else None
     assert by_onednn(x, weight)
     for found, expected in zip(outcome(linear, x, weight, bias), outcome(F.linear, x, weight, bias), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -70,4 +71,5 @@ def test_every_operation_counts_by_whichever_product(monkeypatch):
     monkeypatch.setattr(ours, "LARGE", 0)
     monkeypatch.setattr(ours, "product", lambda *words: called.append(words) or product(*words))
     assert counted_flops(step) == plain
-    assert len(called) == 2 * (4 * len(model.blocks) + 1)  # qkv, proj, fc1, fc2, the head; forward and gradient of x
+    # qkv, proj, fc1, fc2, the head: forward and gradient of x; of fc2, whose input is wider, also the weight's.
+    assert len(called) == 2 * (4 * len(model.blocks) + 1) + len(model.blocks)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from beit_pretrain.networks.linear import linear
 
 ALIGNED = 16  # numbers in whose multiples rows of the bias begin: without, CUDA's kernels copy it at every layer
+KEYS = 8  # a CPU's keys are filled up to multiples of it: products with rows of 197 numbers are slower than of 200
 
 
 class Attention(beit.Attention):
@@ -59,9 +60,13 @@ def attend(q_BHKd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, bias: Tensor | None) 
     if bias is None or q_BHKd.is_cuda or not (torch.is_grad_enabled() and bias.requires_grad):
         return F.scaled_dot_product_attention(q_BHKd, k_BHNd, v_BHNd, attn_mask=bias)
     # On a CPU no fused kernel takes a bias that learns: here it is added by the product itself.
+    missing = -k_BHNd.shape[2] % KEYS
+    if missing:  # keys that nobody looks at; not minus infinity, of which compiled softmax makes NaN
+        bias = F.pad(bias, (0, missing), value=torch.finfo(bias.dtype).min / 2)
+        k_BHNd, v_BHNd = (F.pad(t, (0, 0, 0, missing)) for t in (k_BHNd, v_BHNd))
     shape = (*q_BHKd.shape[:3], k_BHNd.shape[2])
     scores = bias.expand(shape).reshape(-1, *shape[2:])
-    if scores.dtype != q_BHKd.dtype or bias.shape[0] == shape[0]:  # in place only on a copy
+    if scores.dtype != q_BHKd.dtype or (bias.shape[0] == shape[0] and not missing):  # in place only on a copy
         scores = scores.to(q_BHKd.dtype, copy=True)
     q, k, v = (t.flatten(0, 1) for t in (q_BHKd, k_BHNd, v_BHNd))
     scores = scores.baddbmm_(q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)

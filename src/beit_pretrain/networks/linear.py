@@ -1,7 +1,8 @@
 """The linear layers of the backbone: on a CPU oneDNN's products where MKL's, which torch takes, are slower.
 
 Measured on an AMD EPYC with two cores (docs/performance.md): y = x W^T and the gradient of x are 7 to 28 % faster by
-oneDNN, the gradient of W is 6 % faster by MKL. So each takes its own.
+oneDNN; the gradient of W is 6 % faster by MKL, but where x is wider than y (the second layer of an MLP) 7 % by oneDNN.
+So each takes its own.
 """
 
 from __future__ import annotations
@@ -38,9 +39,16 @@ class _Linear(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
             product(grad_MN, weight_NK.t()) if of_x else None,
-            grad_MN.t() @ x_MK if of_weight else None,
+            weight_gradient(grad_MN, x_MK) if of_weight else None,
             grad_MN.sum(0) if of_bias else None,
         )
+
+
+def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
+    """The gradient of W, (N, K)."""
+    if x_MK.shape[1] > grad_MN.shape[1]:
+        return product(grad_MN.t(), x_MK.t())
+    return grad_MN.t() @ x_MK
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
