@@ -29,9 +29,12 @@ def outcome(function, x, weight, bias):
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("width", [20, 8], ids=["wider", "narrower"])
+@pytest.mark.parametrize("width", [20, 12, 8], ids=["wider", "alike", "narrower"])
 @pytest.mark.parametrize("shape", [(5, 12), (3, 7, 12), (2, 3, 4, 12)])
-def test_output_and_gradients_are_torchs(shape, width, with_bias, always):
+@pytest.mark.parametrize("narrow", [True, False], ids=["AVX-512 of AMD", "others"])
+def test_output_and_gradients_are_torchs(narrow, shape, width, with_bias, always, monkeypatch):
+    monkeypatch.setattr(ours, "mkl_is_narrow", lambda: narrow)
+    monkeypatch.setattr(ours, "ROWS", 10)
     torch.manual_seed(0)
     x, weight, bias = torch.randn(shape), torch.randn(width, 12), torch.randn(width) if with_bias else None
     assert by_onednn(x, weight)
@@ -60,7 +63,25 @@ def test_small_products_stay_with_torch():
     assert not by_onednn(torch.randn(3, 12), torch.randn(20, 12))
 
 
-def test_every_operation_counts_by_whichever_product(monkeypatch):
+@pytest.mark.parametrize(
+    ("text", "narrow"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", True),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", False),
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 26\n", False),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: unknown\n", False),
+        ("vendor_id\t: AuthenticAMD\n", False),
+        ("Processor\t: ARMv8\n", False),
+    ],
+)
+def test_which_processors_mkl_does_not_use_whole(text, narrow, monkeypatch):
+    monkeypatch.setattr(ours.Path, "read_text", lambda path: text)
+    assert ours.mkl_is_narrow.__wrapped__() == narrow
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_every_operation_counts_by_whichever_product(narrow, monkeypatch):
+    monkeypatch.setattr(ours, "mkl_is_narrow", lambda: narrow)
     model = mim()
     image, mask = image_and_mask()
 
@@ -71,5 +92,6 @@ def test_every_operation_counts_by_whichever_product(monkeypatch):
     monkeypatch.setattr(ours, "LARGE", 0)
     monkeypatch.setattr(ours, "product", lambda *words: called.append(words) or product(*words))
     assert counted_flops(step) == plain
-    # qkv, proj, fc1, fc2, the head: forward and gradient of x; of fc2, whose input is wider, also the weight's.
-    assert len(called) == 2 * (4 * len(model.blocks) + 1) + len(model.blocks)
+    # qkv, proj, fc1, fc2, the head: forward and gradient of x; of fc2, whose input is wider, always the weight's too.
+    layers = 4 * len(model.blocks) + 1
+    assert len(called) == (3 * layers if narrow else 2 * layers + len(model.blocks))

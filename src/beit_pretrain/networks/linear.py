@@ -1,12 +1,15 @@
 """The linear layers of the backbone: on a CPU oneDNN's products where MKL's, which torch takes, are slower.
 
-Measured on an AMD EPYC with two cores (docs/performance.md): y = x W^T and the gradient of x are 7 to 28 % faster by
-oneDNN; the gradient of W is 6 % faster by MKL, but where x is wider than y (the second layer of an MLP) 7 % by oneDNN.
-So each takes its own.
+Measured on AMD EPYCs with two cores (docs/performance.md). On Zen 4, y = x W^T and the gradient of x are 7 to 28 %
+faster by oneDNN; the gradient of W is 6 % faster by MKL, but where x is wider than y (the second layer of an MLP) 7 % by
+oneDNN.
+On Zen 5 oneDNN takes half of MKL's time for every one of them. So each takes its own.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGE = 1 << 26  # multiply-adds of a product, from which on calling another library is worth it
+ZEN_5 = 26  # a family of processors
+ROWS = 1024  # of x, from which on the gradient of W is faster as its transpose, copied into W's order
 # What torch's own compiler calls on a CPU; a build without oneDNN has no such operator.
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -45,10 +50,35 @@ class _Linear(torch.autograd.Function):
 
 
 def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
-    """The gradient of W, (N, K)."""
-    if x_MK.shape[1] > grad_MN.shape[1]:
+    """The gradient of W, (N, K).
+
+    Which product it is by depends on shapes and the processor alone, never on a timing: a run that is continued sums in
+    the same order.
+    """
+    rows, width = x_MK.shape
+    if width > grad_MN.shape[1]:
         return product(grad_MN.t(), x_MK.t())
-    return grad_MN.t() @ x_MK
+    if not mkl_is_narrow():
+        return grad_MN.t() @ x_MK
+    if rows < ROWS or width == grad_MN.shape[1]:
+        return product(grad_MN.t(), x_MK.t())
+    return product(x_MK.t(), grad_MN.t()).t().contiguous()
+
+
+@cache
+def mkl_is_narrow() -> bool:
+    """Whether MKL uses half of the processor's width only.
+
+    On AMD's processors its code is AVX2's. That is all that Zen 4 can do in a cycle, but not Zen 5 and later.
+    """
+    facts: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+        return facts.get("vendor_id") == "AuthenticAMD" and int(facts["cpu family"]) >= ZEN_5
+    except (OSError, ValueError, KeyError):  # not Linux, or not as it writes it
+        return False
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
