@@ -1,8 +1,8 @@
 """The linear layers of the backbone: on a CPU oneDNN's products where MKL's, which torch takes, are slower.
 
 Measured on AMD EPYCs with two cores (docs/performance.md). On Zen 4, y = x W^T and the gradient of x are 7 to 28 %
-faster by oneDNN; the gradient of W is 6 % faster by MKL, but where x is wider than y (the second layer of an MLP) 7 % by
-oneDNN.
+faster by oneDNN; the gradient of W is 6 % faster by MKL, but where x is wider than y (the second layer of an MLP) 7 %
+by oneDNN.
 On Zen 5 oneDNN takes half of MKL's time for every one of them. So each takes its own.
 """
 
