@@ -2,8 +2,7 @@
 
 Measured on AMD EPYCs with two cores (docs/performance.md). On Zen 4, y = x W^T and the gradient of x are 7 to 28 %
 faster by oneDNN; the gradient of W is 6 % faster by MKL, but where x is wider than y (the second layer of an MLP) 7 %
-by oneDNN.
-On Zen 5 oneDNN takes half of MKL's time for every one of them. So each takes its own.
+by oneDNN. On Zen 5 oneDNN takes about half of MKL's time for every one of them. So each takes its own.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class _Linear(torch.autograd.Function):
 def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
     """The gradient of W, (N, K).
 
-    Which product it is by depends on shapes and the processor alone, never on a timing: a run that is continued sums in
-    the same order.
+    Which product it is by depends on shapes and the processor alone, never on a timing: a run that is continued on
+    such a processor sums in the same order.
     """
     rows, width = x_MK.shape
     if width > grad_MN.shape[1]:
