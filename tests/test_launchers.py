@@ -67,8 +67,10 @@ def sleeper(monkeypatch, tmp_path, said: str):
 @pytest.mark.parametrize(
     ("sent", "received", "ends"), [("SIGINT", "SIGINT", KeyboardInterrupt), ("SIGTERM", "SIGTERM", SystemExit)]
 )
-def test_signals_end_members_and_their_children(sent, received, ends, monkeypatch, tmp_path):
+def test_signals_end_members_and_their_children(sent, received, ends, monkeypatch, tmp_path, request):
     process = sleeper(monkeypatch, tmp_path, received)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def send() -> None:
         while not (tmp_path / "ready").exists() or (tmp_path / "ready").stat().st_size < 2:
