@@ -17,7 +17,8 @@ from torch.autograd import DeviceType
 
 from beit_pretrain.training.metrics import curve
 from beit_pretrain.training.module import read_numbers
-from beit_pretrain.training.speed import Ahead, Profile, compile_mode, kernels
+from beit_pretrain.training.prefetch import DevicePrefetcher
+from beit_pretrain.training.speed import Profile, compile_mode, kernels
 
 
 class KeepsLosses(Pretraining):
@@ -32,7 +33,7 @@ def losses(data, steps: int = 4, ahead: bool = False, mode: str | None = None) -
     training = KeepsLosses(plain.model, plain.tokenizer, plain.optim, plain.mean, plain.std)
     training.compile_mode = mode
     if ahead:
-        data.wrapped = lambda loader: Ahead(loader, training.prepare, training.device)
+        data.wrapped = lambda loader: DevicePrefetcher(loader, training.prepare, training.device)
     trainer(steps, micro_batches=2).fit(training, data)
     return training.losses
 
@@ -44,21 +45,6 @@ def test_batches_made_ahead_are_the_same(shards):
 def test_cached_tokens_ahead(shards, dvae_checkpoint, tmp_path):
     folder = tokens_of(shards / "train", tmp_path / "tokens", dvae_checkpoint)
     assert losses(data_of(shards, folder), ahead=True) == losses(data_of(shards, folder))
-
-
-def test_the_next_batch_is_prepared_before_the_current_one_is_used():
-    order = []
-
-    def prepare(batch):
-        order.append(f"prepared {batch['position']}")
-        return torch.zeros(1), torch.zeros(1)
-
-    ahead = Ahead([{"position": n, "image": torch.zeros(1)} for n in range(3)], prepare, torch.device("cpu"))
-    for batch in ahead:
-        assert batch.keys() == {"position", "view", "tokens"}
-        order.append(f"used {batch['position']}")
-    assert order == ["prepared 0", "prepared 1", "used 0", "prepared 2", "used 1", "used 2"]
-    assert len(ahead) == 3
 
 
 @pytest.mark.long

@@ -305,7 +305,7 @@ def color_jitter(image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor, tiles
 
 def _grey(image_BCHW: Tensor) -> Tensor:
     channels = image_BCHW.shape[1]
-    weight_C = image_BCHW.new_tensor(GREY if channels == 3 else [1.0 / channels] * channels)
+    weight_C = constant(GREY if channels == 3 else (1.0 / channels,) * channels, image_BCHW)
     return (image_BCHW * weight_C.view(1, -1, 1, 1)).sum(1, keepdim=True)  # no matmul: autocast would round it
 
 
@@ -327,8 +327,25 @@ def per_channel(values: Sequence[float], channels: int, name: str) -> tuple[floa
 
 def normalise(image_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(image - mean) / std per channel."""
-    mean_C11 = image_BCHW.new_tensor(mean).view(-1, 1, 1)
-    return (image_BCHW - mean_C11) / image_BCHW.new_tensor(std).view(-1, 1, 1)
+    mean_C11, std_C11 = (constant(values, image_BCHW).view(-1, 1, 1) for values in (mean, std))
+    return (image_BCHW - mean_C11) / std_C11
+
+
+_CONSTANTS: dict[tuple, Tensor] = {}
+
+
+def constant(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """A few numbers as a tensor (len(values),) in the precision and on the device of `like`, made once for each.
+
+    Made anew at every call, it would be a copy for which the host waits until the GPU has done all its work.
+    """
+    if torch.compiler.is_compiling() or type(like) is not Tensor:  # a compiler keeps it; fake tensors must not be kept
+        return like.new_tensor(values)
+    key = (tuple(values), like.dtype, like.device)
+    if key not in _CONSTANTS:
+        with torch.inference_mode(False):  # validation may ask first, and training use it afterwards
+            _CONSTANTS[key] = torch.tensor(values, dtype=like.dtype, device=like.device)
+    return _CONSTANTS[key]
 
 
 def jittered_views(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ from beit_pretrain.training.callbacks import MaskedPictures, OnlineKNN, Progress
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import LAST, Keeper
 from beit_pretrain.training.metrics import is_first_process
+from beit_pretrain.training.prefetch import DevicePrefetcher
 from beit_pretrain.training.pretrain import Pretraining
 from beit_pretrain.training.signals import PREEMPTED, Signals, Stopped
 
@@ -156,7 +157,7 @@ def prepare(cfg: DictConfig, task: Task, start: Start, signals: Signals) -> None
     module.compile_mode = speed.compile_mode(cfg.compile, wanted_gpu(cfg.trainer.accelerator), sharded)
     task.data.patience = 60 * cfg.timeout_minutes
     if cfg.ahead and isinstance(module, Pretraining):
-        task.data.wrapped = lambda loader: speed.Ahead(loader, module.prepare, module.device)
+        task.data.wrapped = lambda loader: DevicePrefetcher(loader, module.prepare, module.device)
 
 
 def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: float) -> None:

@@ -1,20 +1,57 @@
-"""OpenAI's encoder, arranged for the device it runs on: the same function as the `dall_e` package's, sooner.
+"""OpenAI's encoder with its weights prepared for one device: the same function as the `dall_e` package's, faster.
 
-The package converts every weight at every call, scales each residual path in a pass of its own, and leaves the layout
-of images to chance. Here weights are brought into shape once: on a CPU into oneDNN's blocks, on a GPU into half
-precision with channels innermost, but for the output convolution, which stays in single precision as the authors have
-it. The scale of a residual path is multiplied into its last convolution.
+The package converts every weight at every call and scales each residual path in a pass of its own. Here that happens
+once, when the weights are moved to a device:
+* CPU: weights in oneDNN's blocked layout, everything in float32.
+* CUDA: convolutions in fp16 with channels innermost, as in the release, each with its bias and ReLU in one kernel. The
+  output convolution, float32 in the release, is one fp16 product with float32 sums: each weight is split into two fp16
+  numbers whose sum is exact to 2^-22. Its input is fp16 anyway, so nothing else is rounded. cuDNN's float32 convolution
+  would take TF32 (2^-11) by default and choose other tokens at near-ties.
 
-Shapes: B batch, C channels, H W pixels, V vocabulary, h w = H/8, W/8.
+Shapes: B batch, C channels, H W pixels, V vocabulary, h w = H/8, W/8, N = h w.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from beit_pretrain.errors import first_line
+
+FP16_TOP = 2.0**15  # weights are scaled by a power of two to just below it, so that their small halves do not underflow
+
+
+@torch.library.custom_op("beit_pretrain::conv_relu", mutates_args=(), device_types="cuda")
+def conv_relu(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """ReLU of a convolution of stride 1, with its bias, in one kernel of cuDNN."""
+    one = [1, 1]
+    return torch.cudnn_convolution_relu(x_BCHW, weight, bias, one, [padding] * 2, one, 1)
+
+
+@conv_relu.register_kernel("cpu")
+def _(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    return F.relu_(F.conv2d(x_BCHW, weight, bias, padding=padding))
+
+
+@conv_relu.register_fake
+def _(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    shape = (x_BCHW.shape[0], weight.shape[0], *x_BCHW.shape[2:])
+    return x_BCHW.new_empty(shape).to(memory_format=torch.channels_last)
+
+
+def relu_is_fused(device: torch.device) -> bool:
+    """Whether `conv_relu` runs on a device; a warning where it does not."""
+    x = torch.zeros(1, 64, 8, 8, device=device, dtype=torch.half).contiguous(memory_format=torch.channels_last)
+    try:
+        conv_relu(x, x.new_zeros(64, 64, 3, 3).contiguous(memory_format=torch.channels_last), x.new_zeros(64), 1)
+    except (RuntimeError, NotImplementedError) as error:
+        print(f"warning: the tokenizer's ReLUs run as kernels of their own ({first_line(error)})", file=sys.stderr)
+        return False
+    return True
 
 
 class Convolution(NamedTuple):
@@ -23,9 +60,14 @@ class Convolution(NamedTuple):
     weight: Tensor
     bias: Tensor
     padding: int
+    fused: bool  # with its ReLU, where one follows
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+    def relu(self, x: Tensor) -> Tensor:
+        """The convolution, then ReLU."""
+        return conv_relu(x, self.weight, self.bias, self.padding) if self.fused else F.relu_(self(x))
 
 
 class Block(NamedTuple):
@@ -37,45 +79,81 @@ class Block(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         out = F.relu(x)
         for convolution in self.path[:-1]:
-            out = F.relu_(convolution(out))
+            out = convolution.relu(out)
         return self.path[-1](out) + (x if self.identity is None else self.identity(x))
 
 
-class ArrangedEncoder:
-    """Logits of an encoder of the `dall_e` package, from weights arranged for one device.
+class SplitProduct:
+    """A 1x1 convolution of fp16 images with float32 weights (V, C, 1, 1): one product in fp16, summed in float32.
+
+    W * scale = high + low, both fp16, and [x, x] [high, low]^T / scale + b is the result, exact to 2^-22 of W.
+    """
+
+    def __init__(self, weight_VC11: Tensor, bias_V: Tensor):
+        weight_VC = weight_VC11.flatten(1)
+        largest = float(weight_VC.abs().max().clamp(min=1e-30))
+        self.scale = 2.0 ** torch.tensor(FP16_TOP / largest).log2().floor().item()
+        scaled = weight_VC * self.scale
+        high = scaled.half()
+        low = (scaled - high.float()).half()
+        self.weight_2CV = torch.cat([high, low], 1).contiguous().t()
+        self.bias_V = bias_V
+
+    def __call__(self, x_BChw: Tensor) -> Tensor:
+        """(B, V, h, w) float32, V innermost in memory."""
+        x_MC = x_BChw.permute(0, 2, 3, 1).flatten(0, 2)
+        twice_M2C = torch.cat([x_MC, x_MC], 1)
+        if x_MC.is_cuda:
+            out_MV = torch.mm(twice_M2C, self.weight_2CV, out_dtype=torch.float32)
+        else:  # the same numbers: products of fp16 numbers are exact in float32
+            out_MV = twice_M2C.float() @ self.weight_2CV.float()
+        out_MV = out_MV / self.scale + self.bias_V
+        batch, _, height, width = x_BChw.shape
+        return out_MV.unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+
+
+class FusedEncoder:
+    """Logits of an encoder of the `dall_e` package, from weights prepared for one device.
 
     Args:
         encoder: the package's module; it is not changed, and not needed afterwards.
         device: where it will run.
-        half: convolutions but the output one in fp16; None = on CUDA, as in the release.
+        half: convolutions in fp16, with a `SplitProduct` at the end; None = on CUDA.
     """
 
     def __init__(self, encoder: nn.Module, device: torch.device, half: bool | None = None):
         self.device = device
         self.half = device.type == "cuda" if half is None else half
         self.blocked = device.type == "cpu" and not self.half and torch.backends.mkldnn.is_available()
+        self.fused = self.half and relu_is_fused(device)
         blocks: Any = encoder.blocks
-        self.input = self._arranged(blocks.input)
+        self.input = self._prepared(blocks.input)
         self.groups = [
             [self._block(block) for name, block in group.named_children() if name != "pool"]
             for group in (blocks.group_1, blocks.group_2, blocks.group_3, blocks.group_4)
         ]
-        self.output = self._arranged(blocks.output.conv, output=True)
+        last = blocks.output.conv
+        self.output: Convolution | SplitProduct = (
+            SplitProduct(*(self._moved(t) for t in (last.w, last.b))) if self.half else self._prepared(last)
+        )
 
     def _block(self, block: Any) -> Block:
         path = block.res_path
-        convolutions = [self._arranged(c) for c in (path.conv_1, path.conv_2, path.conv_3)]
-        identity = None if isinstance(block.id_path, nn.Identity) else self._arranged(block.id_path)
-        return Block(identity, [*convolutions, self._arranged(path.conv_4, block.post_gain)])
+        convolutions = [self._prepared(c) for c in (path.conv_1, path.conv_2, path.conv_3)]
+        identity = None if isinstance(block.id_path, nn.Identity) else self._prepared(block.id_path)
+        return Block(identity, [*convolutions, self._prepared(path.conv_4, block.post_gain)])
 
-    def _arranged(self, convolution: Any, gain: float = 1.0, output: bool = False) -> Convolution:
-        weight, bias = (t.detach().to(self.device, torch.float32) * gain for t in (convolution.w, convolution.b))
-        if self.half and not output:
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.device, torch.float32)
+
+    def _prepared(self, convolution: Any, gain: float = 1.0) -> Convolution:
+        weight, bias = (self._moved(t) * gain for t in (convolution.w, convolution.b))
+        if self.half:
             weight, bias = weight.half(), bias.half()
         padding = (convolution.kw - 1) // 2
         if self.blocked:
-            return Convolution(weight.to_mkldnn(), bias.to_mkldnn(), padding)
-        return Convolution(weight.contiguous(memory_format=torch.channels_last), bias, padding)
+            return Convolution(weight.to_mkldnn(), bias.to_mkldnn(), padding, False)
+        return Convolution(weight.contiguous(memory_format=torch.channels_last), bias, padding, self.fused)
 
     def __call__(self, image_BCHW: Tensor) -> Tensor:
         """Logits (B, V, h, w) float32 of images after `map_pixels`."""
@@ -92,5 +170,5 @@ class ArrangedEncoder:
             x = F.max_pool2d(x, 2) if number else x
             for block in group:
                 x = block(x)
-        x = F.relu(x)
-        return self.output(x).to_dense() if self.blocked else self.output(x.float())
+        logits = self.output(F.relu(x))
+        return logits.to_dense() if self.blocked else logits

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.tokens.encoder import ArrangedEncoder
+from beit_pretrain.tokens.encoder import FusedEncoder
 
 RECORD = "weights.json"  # size and SHA-256 of the files beside it, as `fetch` first saw them
 
@@ -111,7 +111,7 @@ class OpenAITokenizer:
     `encoder.safetensors` and `decoder.safetensors` are what `fetch` makes of OpenAI's `encoder.pkl` and `decoder.pkl`;
     where they are, nothing else is read. Without them the pickled modules are read, each through `pickled_tensors`.
     Files that `fetch` recorded must still have the size and SHA-256 that they had then.
-    Convolutions run in fp16 on CUDA, as in the release, and in fp32 on a CPU; the output convolution is always fp32.
+    Convolutions run in fp16 on CUDA, as in the release, and in fp32 on a CPU; the output is fp32 on both (`encoder.py`).
 
     Args:
         path: folder with the encoder and, for decoding to pictures, the decoder.
@@ -135,13 +135,15 @@ class OpenAITokenizer:
         self.encoder = encoder
         self.vocab_size = int(encoder.get_parameter("blocks.output.conv.w").shape[0])
         self.in_chans = int(encoder.get_parameter("blocks.input.w").shape[1])
-        self._arranged: ArrangedEncoder | None = None
+        self._fused: FusedEncoder | None = None
         self._decoder: nn.Module | None = None
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> OpenAITokenizer:
+        """Prepare the encoder's weights for a device, now: in a compiled or recorded step it would be too late."""
         self.device = torch.device(device)
-        self._arranged = None
+        if self._fused is None or self._fused.device != self.device:
+            self._fused = FusedEncoder(self.encoder, self.device)
         if self._decoder is not None:
             self._decoder.to(device)
         return self
@@ -155,14 +157,15 @@ class OpenAITokenizer:
 
         # Outside autocast: the package casts by itself, and bf16 logits would change the argmax.
         with torch.autocast(image_BCHW.device.type, enabled=False):
-            return self.arranged(map_pixels(with_channels(image_BCHW.float(), self.in_chans))).argmax(1).flatten(1)
+            return self.fused(map_pixels(with_channels(image_BCHW.float(), self.in_chans))).argmax(1).flatten(1)
 
     @property
-    def arranged(self) -> ArrangedEncoder:
-        """The encoder as the device wants it, arranged at first use; its weights stand beside those that were read."""
-        if self._arranged is None:
-            self._arranged = ArrangedEncoder(self.encoder, self.device)
-        return self._arranged
+    def fused(self) -> FusedEncoder:
+        """The encoder prepared for the device, a copy beside the weights that were read; made by `to`, or here."""
+        if self._fused is None:
+            self.to(self.device)
+        assert self._fused is not None
+        return self._fused
 
     @torch.no_grad()
     def decode(self, ids_BN: Tensor) -> Tensor:

@@ -145,8 +145,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float | None, scale
         norm = norm.full_tensor()
         gradients = [cast(DTensor, gradient).to_local() for gradient in gradients]
     norm = norm * scale
-    factor = torch.as_tensor(scale, device=norm.device, dtype=norm.dtype)
+    factor = scale
     if clip is not None:
         factor = factor * torch.clamp(clip / (norm + 1e-6), max=1.0)
+    if isinstance(factor, Tensor):  # a float64 factor would take a kernel for each gradient instead of one for many
+        factor = factor.to(gradients[0].dtype)
     torch._foreach_mul_(gradients, factor)
     return norm

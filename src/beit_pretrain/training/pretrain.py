@@ -81,7 +81,7 @@ class Pretraining(TrainedModule):
 
     def image_and_tokens(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The backbone's view in [0, 1], and the tokens (B, N): cached ones, or those of the tokenizer's view."""
-        if "view" in batch:  # `speed.Ahead` has made them
+        if "view" in batch:  # `DevicePrefetcher` has made them
             return batch["view"], batch["tokens"]
         if "tokens" in batch:
             return jittered_view(batch, "image"), batch["tokens"]

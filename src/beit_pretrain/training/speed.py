@@ -1,17 +1,16 @@
-"""How a step is executed, which changes none of its numbers: compiled or not, the next batch made ahead, a profile."""
+"""How a step is executed, which changes none of its numbers beyond rounding: compiled, deterministic, profiled."""
 
 from __future__ import annotations
 
 import gzip
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from torch import Tensor
 from torch.autograd import DeviceType
 
 WARM_UP, PROFILED = 10, 5  # steps before a profile (compilation, first allocations), and in it
@@ -32,56 +31,6 @@ def compile_mode(asked: bool | str, on_gpu: bool, sharded: bool) -> str | None:
     if isinstance(asked, bool):
         return "default" if asked else None
     return asked
-
-
-class Ahead:
-    """A loader of which the next batch is already prepared while the current one trains.
-
-    On a GPU the next one is copied, jittered and tokenized on a stream of its own, beside the step. Everywhere, the
-    batches and what stands in them are those of the loader and of `prepare`.
-
-    Args:
-        loader: of batches (dictionaries).
-        prepare: batch on the device -> backbone's view (B, C, H, W) in [0, 1] and tokens (B, N).
-        device: where to.
-    """
-
-    def __init__(self, loader: Any, prepare: Callable[[dict], tuple[Tensor, Tensor]], device: torch.device):
-        self.loader, self.prepare, self.device = loader, prepare, device
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[dict]:
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        waiting: dict | None = None
-        for batch in self.loader:
-            following = self._prepared(batch, stream)
-            if waiting is not None:
-                yield self._joined(waiting, stream)
-            waiting = following
-        if waiting is not None:
-            yield self._joined(waiting, stream)
-
-    @torch.no_grad()
-    def _prepared(self, batch: dict, stream: torch.cuda.Stream | None) -> dict:
-        with torch.cuda.stream(stream):
-            there = {
-                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-            }
-            view, tokens = self.prepare(there)
-        used = ("image", "token_image", "jitter_factors", "jitter_order", "jitter_tiles", "tokens")
-        return {name: value for name, value in there.items() if name not in used} | {"view": view, "tokens": tokens}
-
-    def _joined(self, batch: dict, stream: torch.cuda.Stream | None) -> dict:
-        if stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(stream)
-            for value in batch.values():
-                if isinstance(value, Tensor):
-                    value.record_stream(current)  # its memory must not be given away while the step reads it
-        return batch
 
 
 class Profile(Callback):
