@@ -93,7 +93,7 @@ class ShardData(LightningDataModule):
 
     masking: BlockwiseMask | None = None
     label_maps = False
-    wrapped: Callable[[DataLoader], Any] | None = None  # what becomes of the training loader, such as a `DevicePrefetcher`
+    wrapped: Callable[[DataLoader], Any] | None = None  # around the training loader, such as `DevicePrefetcher`
     patience: float = 0  # seconds to wait for a batch of the workers; 0 = for ever
 
     def train_dataset(self, plan: Plan) -> ShardDataset:

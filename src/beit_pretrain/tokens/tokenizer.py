@@ -111,7 +111,7 @@ class OpenAITokenizer:
     `encoder.safetensors` and `decoder.safetensors` are what `fetch` makes of OpenAI's `encoder.pkl` and `decoder.pkl`;
     where they are, nothing else is read. Without them the pickled modules are read, each through `pickled_tensors`.
     Files that `fetch` recorded must still have the size and SHA-256 that they had then.
-    Convolutions run in fp16 on CUDA, as in the release, and in fp32 on a CPU; the output is fp32 on both (`encoder.py`).
+    Convolutions run in fp16 on CUDA, as in the release, in fp32 on a CPU; the output is fp32 on both (`encoder.py`).
 
     Args:
         path: folder with the encoder and, for decoding to pictures, the decoder.
