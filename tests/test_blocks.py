@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_backbone import N, image_and_mask, mim
 from timm.models import beit
+from torch.backends.cuda import cudnn_sdp_enabled
 
 from beit_pretrain.networks import blocks
 from beit_pretrain.networks.backbone import MaskedImageModel, embed
@@ -151,3 +153,26 @@ def test_compiled_it_is_the_same(at):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for name, grad in gradients(model, found).items():
         torch.testing.assert_close(grad, wanted[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_without_gradients_cudnns_attention_is_not_taken(monkeypatch):
+    """Also not by whoever asks for a fused kernel on a GPU: it would plan anew for every shape."""
+    allowed = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given, **_: allowed.append(cudnn_sdp_enabled()))
+    x = torch.zeros(1, 2, 5, 8)
+    with torch.no_grad():
+        attend(x, x, x, torch.zeros(1, 2, 5, 5))
+        attend(x, x, x, None)
+    assert allowed == [False, False]
+    assert cudnn_sdp_enabled()  # elsewhere it is left as it was
+
+
+def test_a_recomputed_block_saves_no_random_state(monkeypatch):
+    asked = []
+    again = blocks.checkpoint
+    monkeypatch.setattr(blocks, "checkpoint", lambda *given, **how: asked.append(how) or again(*given, **how))
+    model = mim()
+    model.set_grad_checkpointing(True)
+    model(*image_and_mask())
+    assert [how["preserve_rng_state"] for how in asked] == [False] * len(model.blocks)

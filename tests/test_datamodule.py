@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_pretrain.data.batches import EvalPlan, Plan, StepSampler
+from beit_pretrain.data.batches import EvalPlan, Plan, StepSampler, first_position
 from beit_pretrain.data.datamodule import (
     ClassificationData,
     PretrainData,
@@ -259,3 +259,10 @@ class TestErrors:
         next(folder.glob("*.npy")).unlink()
         with pytest.raises(UserError, match="is missing or damaged"):
             labels(ShardReader(folder))
+
+
+def test_a_batch_keeps_its_first_position_on_the_host(shards):
+    data = pretrain_data(shards)
+    batch = data.on_before_batch_transfer(data.train_dataset(Plan(8))[3], 0)
+    assert first_position(batch) == batch["first_position"] == 24
+    assert first_position({"position": torch.tensor([7, 8])}) == 7

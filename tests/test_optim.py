@@ -272,3 +272,18 @@ def test_layers_of_a_segmenter():
     assert "decode_head.bottleneck.conv.weight" in decayed
     assert "decode_head.bottleneck.bn.weight" not in decayed
     assert {name for name, _ in model.named_parameters()} == scale.keys()
+
+
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(20.0, dtype=torch.float64)])
+@pytest.mark.parametrize("clip", [None, 0.1, torch.tensor(0.1)])
+def test_the_clip_factor_has_the_gradients_type(clip, scale, monkeypatch):
+    """A float64 factor would take torch's slow way: a kernel for each gradient."""
+    factors, multiply = [], torch._foreach_mul_
+    monkeypatch.setattr(torch, "_foreach_mul_", lambda given, by: factors.append(by) or multiply(given, by))
+    clip_gradients(parameters(), clip, scale)
+    assert [getattr(factor, "dtype", torch.float32) for factor in factors] == [torch.float32]
+
+
+def test_gradients_that_stay_the_same_are_not_written(monkeypatch):
+    monkeypatch.setattr(torch, "_foreach_mul_", lambda *given: pytest.fail("a pass over all gradients"))
+    assert clip_gradients(parameters(), None, 1.0) > 0

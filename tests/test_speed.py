@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,12 @@ from test_pretraining import module, trainer
 from tiny import TINY
 from torch.autograd import DeviceType
 
+from beit_pretrain.errors import UserError
+from beit_pretrain.training.callbacks import ProgressBar
 from beit_pretrain.training.metrics import curve
 from beit_pretrain.training.module import read_numbers
 from beit_pretrain.training.prefetch import DevicePrefetcher
-from beit_pretrain.training.speed import Profile, compile_mode, kernels
+from beit_pretrain.training.speed import Profile, compile_mode, kernels, make_deterministic
 
 
 class KeepsLosses(Pretraining):
@@ -144,3 +147,75 @@ def test_a_gpus_table_has_its_kernels_alone():
         ("75.0%", "0.60", "sgemm_128x64"),
         ("25.0%", "0.20", "Memcpy HtoD"),
     ]
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(["batch_size=2"], "gradient accumulation (8 micro-batches"), (["batch_size=16", "ahead=true"], "ahead=true")],
+)
+def test_cuda_graphs_are_refused_where_they_break(mode, given, said, shards, dvae_checkpoint, run_cli):
+    data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
+    code, _, stderr = run_cli("fit", *TINY, *data, *given, f"compile={mode}", "steps=1", "run_dir=run")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert f"compile={mode}" in stderr
+    assert said in stderr
+
+
+def test_every_micro_batch_begins_a_step_of_the_cuda_graphs(shards, monkeypatch):
+    begun = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    training = module()
+    monkeypatch.setattr(training, "fast", lambda function: function)
+    for mode, expected in (("default", 0), ("reduce-overhead", 3)):
+        training.compile_mode = mode
+        trainer(3).fit(training, pretrain_data(shards))
+        assert len(begun) == expected
+
+
+@pytest.fixture
+def torchs_flags(monkeypatch):
+    """Torch's own settings, set back after the test."""
+    import torch._inductor.config as inductor
+
+    kept = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark, inductor.deterministic
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = kept[0]
+    torch.backends.cudnn.benchmark, inductor.deterministic = kept[1:]
+
+
+def test_deterministic(shards, dvae_checkpoint, run_cli, torchs_flags, tmp_path):
+    """Torch keeps to algorithms of one order of summation; on a CPU the numbers are those of any other run."""
+    given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", "data.val=null", "data.workers=0"]
+    runs = {}
+    for name in ("false", "true"):
+        code, _, stderr = run_cli(
+            "fit", *TINY, *given, "steps=2", f"deterministic={name}", f"run_dir={tmp_path / name}"
+        )
+        assert code == 0, stderr
+        assert torch.are_deterministic_algorithms_enabled() == (name == "true")
+        runs[name] = curve(tmp_path / name / "metrics.csv", "train/loss")
+    assert runs["true"] == runs["false"]
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_segmentation_on_a_gpu_has_no_deterministic_form(torchs_flags):
+    with pytest.raises(UserError, match="segmentation"):
+        make_deterministic("segment", on_gpu=True)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_progress_bar_shows_numbers_of_the_host(shards):
+    """Lightning's own would be tensors of the device, which every refresh of the bar reads."""
+    training = module()
+    training.log_every = 1
+    bar = ProgressBar()
+    training_loop = trainer(2)
+    training_loop.fit(training, pretrain_data(shards))
+    assert training_loop.progress_bar_metrics == {}
+    shown = bar.get_metrics(training_loop, training)
+    assert shown.keys() == {"loss", "masked_token_accuracy"}
+    assert all(type(value) is float for value in shown.values())

@@ -214,6 +214,20 @@ class ShardDataset(Dataset):
         return {"mask": mask, "mask_index": index}
 
 
+FIRST = "first_position"  # key of a batch
+
+
+def with_first_position(batch: dict) -> dict:
+    """A batch that keeps its first position on the host too: to read it from the device would drain the queue."""
+    position: torch.Tensor = batch["position"]
+    return {**batch, FIRST: int(position[0])} if position.device.type == "cpu" else batch
+
+
+def first_position(batch: dict) -> int:
+    """The run's position of a batch's first image, from the host's copy where there is one."""
+    return batch[FIRST] if FIRST in batch else int(batch["position"][0])
+
+
 def stacked(arrays: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
     """Arrays of one shape as one tensor; of several shapes (whole images) as a list.
 

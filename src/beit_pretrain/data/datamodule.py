@@ -11,7 +11,15 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from beit_pretrain.data.batches import EvalPlan, LabelMapViews, Plan, ShardDataset, StepSampler, Views
+from beit_pretrain.data.batches import (
+    EvalPlan,
+    LabelMapViews,
+    Plan,
+    ShardDataset,
+    StepSampler,
+    Views,
+    with_first_position,
+)
 from beit_pretrain.data.mixture import Mixture
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import Access, ShardReader
@@ -95,6 +103,9 @@ class ShardData(LightningDataModule):
     label_maps = False
     wrapped: Callable[[DataLoader], Any] | None = None  # around the training loader, such as `DevicePrefetcher`
     patience: float = 0  # seconds to wait for a batch of the workers; 0 = for ever
+
+    def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
+        return with_first_position(batch)
 
     def train_dataset(self, plan: Plan) -> ShardDataset:
         """The training batches that `plan` lays out."""

@@ -334,12 +334,17 @@ def normalise(image_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...
 _CONSTANTS: dict[tuple, Tensor] = {}
 
 
+def _may_be_kept(like: Tensor) -> bool:
+    """A compiler keeps constants by itself; a fake tensor must not outlive what it was made for."""
+    return not torch.compiler.is_compiling() and type(like) is Tensor
+
+
 def constant(values: tuple[float, ...], like: Tensor) -> Tensor:
     """A few numbers as a tensor (len(values),) in the precision and on the device of `like`, made once for each.
 
     Made anew at every call, it would be a copy for which the host waits until the GPU has done all its work.
     """
-    if torch.compiler.is_compiling() or type(like) is not Tensor:  # a compiler keeps it; fake tensors must not be kept
+    if not _may_be_kept(like):
         return like.new_tensor(values)
     key = (tuple(values), like.dtype, like.device)
     if key not in _CONSTANTS:

@@ -18,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from timm.models import beit
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from beit_pretrain.networks.linear import linear
 
+# Not cuDNN's: without gradients torch would prefer it, and it makes a new plan for every shape. Not measured yet.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ALIGNED = 16  # numbers in whose multiples rows of the bias begin: without, CUDA's kernels copy it at every layer
 KEYS = 8  # a CPU's keys are filled up to multiples of it: products with rows of 197 numbers are slower than of 200
 
@@ -57,7 +60,10 @@ class Attention(beit.Attention):
 
 def attend(q_BHKd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v, (B, H, K, d); `bias` (1 or B, H, K, N)."""
-    if bias is None or q_BHKd.is_cuda or not (torch.is_grad_enabled() and bias.requires_grad):
+    if q_BHKd.is_cuda:
+        with sdpa_kernel(KERNELS):
+            return F.scaled_dot_product_attention(q_BHKd, k_BHNd, v_BHNd, attn_mask=bias)
+    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
         return F.scaled_dot_product_attention(q_BHKd, k_BHNd, v_BHNd, attn_mask=bias)
     # On a CPU no fused kernel takes a bias that learns: here it is added by the product itself.
     missing = -k_BHNd.shape[2] % KEYS
@@ -166,7 +172,8 @@ def block_outputs(
         drop_B2 = drop_BR[:, 2 * number - 2 : 2 * number] if drop_BR is not None else None
         asked = token_BK if number == len(chosen) else None
         if model.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(run_block, block, x, bias, drop_B2, asked, use_reentrant=False)
+            # A block draws nothing at random (drop path's numbers come from outside): no state to save and set back.
+            x = checkpoint(run_block, block, x, bias, drop_B2, asked, use_reentrant=False, preserve_rng_state=False)
         else:
             x = run_block(block, x, bias, drop_B2, asked)
         outputs.append(x)

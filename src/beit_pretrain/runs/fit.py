@@ -99,6 +99,8 @@ def run_alone(cfg: DictConfig, signals: Signals) -> dict[str, float]:
             raise UserError(f"task={cfg.task} is not one of {', '.join(TASKS)}")
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
+        if cfg.deterministic:
+            speed.make_deterministic(cfg.task, wanted_gpu(cfg.trainer.accelerator))
         seed_everything(cfg.seed, workers=True, verbose=False)
         start = to_resume(cfg, folder)
         task = TASKS[cfg.task](from_checkpoint(cfg, start.path) if start.path else cfg)
@@ -109,6 +111,7 @@ def run_alone(cfg: DictConfig, signals: Signals) -> dict[str, float]:
         if sharded:  # these look at the network in one process, where it is no longer whole
             task.callbacks = [c for c in task.callbacks if not isinstance(c, MaskedPictures | OnlineKNN)]
         trainer = make_trainer(cfg, steps, [agreement, *common_callbacks(cfg, folder, task), *task.callbacks])
+        speed.check_cuda_graphs(cfg.compile, trainer.accumulate_grad_batches, cfg.ahead)
         introduction = introduce(cfg, task, steps, trainer)
         checks = preflight(cfg, task, trainer, steps)
         if sharded:

@@ -91,8 +91,7 @@ class SplitProduct:
 
     def __init__(self, weight_VC11: Tensor, bias_V: Tensor):
         weight_VC = weight_VC11.flatten(1)
-        largest = float(weight_VC.abs().max().clamp(min=1e-30))
-        self.scale = 2.0 ** torch.tensor(FP16_TOP / largest).log2().floor().item()
+        self.scale = (FP16_TOP / weight_VC.abs().max().clamp(min=1e-30)).log2().floor().exp2()
         scaled = weight_VC * self.scale
         high = scaled.half()
         low = (scaled - high.float()).half()

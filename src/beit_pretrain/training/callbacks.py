@@ -31,7 +31,7 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module) -> dict:
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
-        return items
+        return {**items, **getattr(pl_module, "shown", {})}
 
     def on_train_start(self, trainer: Trainer, pl_module) -> None:
         super().on_train_start(trainer, pl_module)

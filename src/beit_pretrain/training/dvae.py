@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_pretrain.checkpoints.files import rebuild
+from beit_pretrain.data.batches import first_position
 from beit_pretrain.errors import UserError
 from beit_pretrain.tokens.tokenizer import codebook_use, square_grid, weights_digest, with_channels
 from beit_pretrain.training.module import TrainedModule
@@ -172,7 +173,7 @@ class TokenizerTraining(TrainedModule):
         temperature = self.relaxation.temperature(self.trainer.global_step / max(1, self.trainer.max_steps))
         logits = self.model.logits(image).float()
         # The noise belongs to the batch: a run that goes on draws what it would have drawn.
-        torch.manual_seed(self.seed * 1_000_003 + int(batch["position"][0]))
+        torch.manual_seed(self.seed * 1_000_003 + first_position(batch))
         weights = F.gumbel_softmax(logits, temperature, dim=1)
         reconstruction = F.mse_loss(self.model.reconstruct(weights), image)
         kl, usage_kl = self.divergences(logits)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from beit_pretrain.checkpoints.formats import Checkpoint, read_checkpoint
 from beit_pretrain.checkpoints.pretrained import classifier
+from beit_pretrain.data.batches import first_position
 from beit_pretrain.errors import UserError
 from beit_pretrain.images.views import HALF, centre_view, normalise, per_channel, to_array
 from beit_pretrain.networks.backbone import Classifier
@@ -75,7 +76,7 @@ class Finetuning(TrainedModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Cross-entropy with smoothed, possibly mixed labels."""
         image = normalise(batch["image"].float() / 255, self.mean, self.std)
-        image, target_BK = self.regularise(image, batch["label"], int(batch["position"][0]))
+        image, target_BK = self.regularise(image, batch["label"], first_position(batch))
         logits = self.fast(self.model.forward)(image, self.drop(batch)).float()
         loss = F.cross_entropy(logits, target_BK)
         self.track(loss=loss, accuracy=(logits.argmax(1) == target_BK.argmax(1)).float().mean())
@@ -105,7 +106,7 @@ class Finetuning(TrainedModule):
         label_B = batch["label"]
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label_B.unsqueeze(1)
         loss = F.cross_entropy(logits, label_B, reduction="sum")
-        self._totals += torch.stack([loss, top[:, 0].sum(), top.any(1).sum(), torch.tensor(len(label_B)).to(loss)])
+        self._totals += torch.stack([loss, top[:, 0].sum(), top.any(1).sum(), loss.new_full((), len(label_B))])
 
     def on_validation_epoch_end(self) -> None:
         loss, top1, top5, images = self.sum_over_processes(self._totals)

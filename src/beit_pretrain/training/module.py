@@ -23,6 +23,7 @@ from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import Keeper
 from beit_pretrain.training.metrics import CsvMetrics
 from beit_pretrain.training.optim import Optim
+from beit_pretrain.training.speed import CUDA_GRAPHS
 
 MOST_KEPT = 1024  # values of a metric that wait to be read
 PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
@@ -57,6 +58,7 @@ class TrainedModule(LightningModule):
         self._sums: dict[str, Tensor] = {}  # (2,) float64 on the CPU: sum of value x weight, sum of weights
         self.compile_mode: str | None = None  # of `fast`; None = nothing is compiled
         self._compiled: dict[str, Callable] = {}
+        self.shown: dict[str, float] = {}  # what the progress bar shows
 
     def configure_model(self) -> None:
         if self.trainer.precision == "64-true":  # Lightning does it later, and would load a checkpoint into float32
@@ -83,10 +85,11 @@ class TrainedModule(LightningModule):
             return None
         return uniforms(self.seed, batch["position"], self.model.branches)
 
-    def loss_scale(self) -> float:
+    def loss_scale(self) -> Tensor | float:
         """What trainer.precision=16-mixed has multiplied the loss by; the fused optimiser takes it out again."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return float(scaler.get_scale()) if scaler is not None else 1.0
+        scale = scaler._get_scale_async() if scaler is not None else None  # get_scale() would wait for the device
+        return 1.0 if scale is None else scale
 
     def gradient_scale(self) -> Tensor | float:
         """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""
@@ -100,6 +103,10 @@ class TrainedModule(LightningModule):
         if key not in self._compiled:
             self._compiled[key] = torch.compile(function, dynamic=False, mode=self.compile_mode, **options)
         return self._compiled[key]
+
+    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
+        if self.compile_mode in CUDA_GRAPHS:  # what the graphs of the last micro-batch gave may be overwritten now
+            torch.compiler.cudagraph_mark_step_begin()
 
     def track(self, weight: Tensor | float = 1.0, **metrics: Tensor | float) -> None:
         """Add values to the weighted means that the next flush writes as `train/<name>`; reads nothing yet."""
@@ -148,8 +155,8 @@ class TrainedModule(LightningModule):
         sums, weights = self.sum_over_processes(torch.stack([self._sums[n] for n in names], dim=1).to(self.device))
         self._sums = {}
         metrics = {f"train/{name}": value for name, value in zip(names, (sums / weights).tolist(), strict=True)}
-        bar = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
-        self.log_dict(bar, prog_bar=True, logger=False)
+        # Numbers of the host: those that Lightning logs are tensors on the device, read at every refresh of the bar.
+        self.shown = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
         self.emit(metrics)
         if self.guard is not None:
             vocab_size = getattr(self.model, "vocab_size", None)

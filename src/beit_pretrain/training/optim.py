@@ -135,7 +135,9 @@ def configure(model: nn.Module, optim: Optim, total_steps: int, depth: int = 0) 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], clip: float | None, scale: Tensor | float = 1.0) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], clip: Tensor | float | None, scale: Tensor | float = 1.0
+) -> Tensor:
     """Multiply all gradients by `scale`, then clip them to norm `clip`. Returns the norm before clipping."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
@@ -149,6 +151,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip: float | None, scale
     if clip is not None:
         factor = factor * torch.clamp(clip / (norm + 1e-6), max=1.0)
     if isinstance(factor, Tensor):  # a float64 factor would take a kernel for each gradient instead of one for many
-        factor = factor.to(gradients[0].dtype)
-    torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+    elif factor != 1:
+        torch._foreach_mul_(gradients, factor)
     return norm

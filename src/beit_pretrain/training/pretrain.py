@@ -124,6 +124,7 @@ class Pretraining(TrainedModule):
         return micro_batches * self._slots / masked
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
         self._slots = batch["mask_index"].numel()
 
     def flush(self) -> None:

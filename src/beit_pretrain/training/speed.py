@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -13,8 +14,48 @@ import torch
 from lightning import Callback, Trainer
 from torch.autograd import DeviceType
 
+from beit_pretrain.errors import UserError
+
 WARM_UP, PROFILED = 10, 5  # steps before a profile (compilation, first allocations), and in it
 DEAREST = 10  # operations of the table
+
+
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
+
+
+def check_cuda_graphs(asked: bool | str, micro_batches: int, ahead: bool) -> None:
+    """Raise UserError where CUDA graphs would give errors or wrong gradients.
+
+    A graph writes into the same memory at every replay: over what gradient accumulation still needs of the
+    micro-batch before (pytorch#169545, pytorch#96693), and under the feet of a batch that is made on another stream.
+    """
+    if asked not in CUDA_GRAPHS:
+        return
+    if micro_batches > 1:
+        raise UserError(
+            f"compile={asked} records CUDA graphs, which gradient accumulation ({micro_batches} micro-batches a step) "
+            "breaks: make batch_size larger, or take compile=default"
+        )
+    if ahead:
+        raise UserError(f"compile={asked} records CUDA graphs, which ahead=true breaks: set one of them back")
+
+
+def make_deterministic(task: str, on_gpu: bool) -> None:
+    """`deterministic=true`: the same bits at every run on one kind of GPU, at a price in speed.
+
+    Raises UserError for segmentation on a GPU: its resizing and its loss have no such form in torch.
+    Without it, sums to which many threads add (gradients of queries, of the mask token, of the bias tables) are added
+    in the order in which they happen to arrive. Must come before the first kernel.
+    """
+    import torch._inductor.config
+
+    if on_gpu and task == "segment":
+        raise UserError("deterministic=true: torch has no deterministic form of segmentation's resizing on a GPU")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS' own condition
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # fills cost bandwidth
+    torch.backends.cudnn.benchmark = False
+    torch._inductor.config.deterministic = True  # kernels' block sizes are not chosen by timings
 
 
 def compile_mode(asked: bool | str, on_gpu: bool, sharded: bool) -> str | None:
