@@ -19,7 +19,7 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks.blocks import Attention, block_outputs
+from beit_pretrain.networks.blocks import Attention, Mlp, PatchEmbed, block_outputs
 from beit_pretrain.networks.linear import Linear, use_linear
 
 # Named sizes: width, depth, heads and the initial layer scale of RECIPE section 3 (tiny and small as in DeiT).
@@ -118,7 +118,8 @@ class Backbone(Beit):
         )
         block: Any
         for block in self.blocks:
-            block.attn.__class__ = Attention  # timm's parameters, our forward
+            block.attn.__class__, block.mlp.__class__ = Attention, Mlp  # timm's parameters, our forward
+        self.patch_embed.__class__ = PatchEmbed
         use_linear(self)
         self.config = config
         # Plain facts that a checkpoint or a file of others says beside its tensors: mean, std, classes, ...

@@ -3,6 +3,8 @@
 * A residual branch that drop path drops is not computed for that image.
 * Of the last block in front of a token head, only the masked positions have queries, a projection and an MLP.
 * The bias of the attention is gathered once a step, in the layout and precision that fused kernels want.
+* Layer scale is multiplied into the weights in front of it and not into every token's output.
+* Patches are embedded by a matrix product, not by a convolution of three channels.
 * Linear layers take the fastest product (`linear.py`).
 
 None of that changes a number by more than rounding. Shapes: B batch, N tokens ([CLS] first), K tokens that are asked
@@ -12,12 +14,13 @@ for, D width, H heads, d width of a head, R residual branches (two a block).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm import layers
 from timm.models import beit
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -29,15 +32,54 @@ ALIGNED = 16  # numbers in whose multiples rows of the bias begin: without, CUDA
 KEYS = 8  # a CPU's keys are filled up to multiples of it: products with rows of 197 numbers are slower than of 200
 
 
+class PatchEmbed(layers.PatchEmbed):
+    """timm's patch embedding (its parameters and their names) as a linear layer on unfolded patches."""
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Embeddings (B, N, D), row-major over the grid. Raises ValueError for images of another size."""
+        height, width = self.patch_size
+        if tuple(image_BCHW.shape[-2:]) != tuple(self.img_size):
+            raise ValueError(f"the network is for images of {self.img_size}, got {tuple(image_BCHW.shape[-2:])}")
+        # (B, C, rows, height, columns, width), then a patch's numbers side by side in the order of the kernel's.
+        patches = image_BCHW.unflatten(3, (-1, width)).unflatten(2, (-1, height)).permute(0, 2, 4, 1, 3, 5)
+        return linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def scaled_linear(layer: nn.Linear, x: Tensor, gamma_D: Tensor | None) -> Tensor:
+    """gamma * (x W^T + b), layer scale's factors (D,) after a linear layer.
+
+    In training they are multiplied into W and b: their gradient comes out of that of W, and neither the layer's output
+    must be kept for it nor two tensors of its size be read. fp16 could not hold such weights where gamma is 1e-5.
+    """
+    if gamma_D is None:
+        return layer(x)
+    if not torch.is_grad_enabled() or compute_dtype(x) == torch.float16:
+        return gamma_D * layer(x)
+    bias = None if layer.bias is None else gamma_D * layer.bias
+    return linear(x, gamma_D.unsqueeze(1) * layer.weight, bias)
+
+
+class Mlp(layers.Mlp):
+    """timm's MLP (its parameters and their names), with the layer scale that follows it."""
+
+    def forward(self, x: Tensor, gamma_D: Tensor | None = None) -> Tensor:
+        return scaled_linear(cast(nn.Linear, self.fc2), self.act(self.fc1(x)), gamma_D)
+
+
 class Attention(beit.Attention):
     """timm's attention (its parameters and their names), also for some of the tokens only."""
 
     def forward(
-        self, x_BND: Tensor, shared_rel_pos_bias: Tensor | None = None, token_BK: Tensor | None = None
+        self,
+        x_BND: Tensor,
+        shared_rel_pos_bias: Tensor | None = None,
+        token_BK: Tensor | None = None,
+        gamma_D: Tensor | None = None,
     ) -> Tensor:
         """Outputs (B, N, D); with `token_BK`, numbers of tokens, those of these tokens (B, K, D).
 
         `shared_rel_pos_bias` (1, H, N, N) is added to the scores; a table of the layer's own is added by itself.
+        `gamma_D`: the layer scale that follows.
         """
         bias = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
@@ -55,7 +97,7 @@ class Attention(beit.Attention):
             k, v = linear(x_BND, of_rest, rest).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
             bias = None if bias is None else bias_rows(bias, token_BK)
         out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return scaled_linear(self.proj, out.transpose(1, 2).flatten(2), gamma_D)
 
 
 def attend(q_BHKd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,11 +121,15 @@ def attend(q_BHKd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, bias: Tensor | None) 
     return torch.bmm(scores.softmax(-1).to(v.dtype), v).unflatten(0, shape[:2])
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision in which products of `x` will run."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def aligned(bias_1HNN: Tensor, like: Tensor) -> Tensor:
     """The same bias in the precision in which attention on `like` will run, its rows beginning at `ALIGNED` numbers."""
-    kind = like.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-    bias_1HNN = bias_1HNN.to(dtype)
+    bias_1HNN = bias_1HNN.to(compute_dtype(like))
     if not like.is_cuda:
         return bias_1HNN
     tokens = bias_1HNN.shape[-1]
@@ -137,21 +183,18 @@ def run_block(
     With `token_BK` its outputs at these tokens alone, (B, K, D).
     """
 
-    def scaled(out: Tensor, gamma: Tensor | None) -> Tensor:
-        return out if gamma is None else gamma * out
-
-    def think(x: Tensor) -> Tensor:
-        return scaled(block.mlp(block.norm2(x)), block.gamma_2)
+    def mlp_branch(x: Tensor) -> Tensor:
+        return block.mlp(block.norm2(x), block.gamma_2)
 
     rate = getattr(block.drop_path1, "drop_prob", 0.0)
     first, second = drop_B2.unbind(1) if drop_B2 is not None else (None, None)
     skip = not (x.is_cuda or torch.compiler.is_compiling())
     if token_BK is None:
-        x = residual(x, lambda x: scaled(block.attn(block.norm1(x), bias), block.gamma_1), rate, first, skip)
+        x = residual(x, lambda x: block.attn(block.norm1(x), bias, gamma_D=block.gamma_1), rate, first, skip)
     else:
-        out = scaled(block.attn(block.norm1(x), bias, token_BK), block.gamma_1)
+        out = block.attn(block.norm1(x), bias, token_BK, block.gamma_1)
         x = residual(at_tokens(x, token_BK), lambda _: out, rate, first)
-    return residual(x, think, rate, second, skip)
+    return residual(x, mlp_branch, rate, second, skip)
 
 
 def block_outputs(
