@@ -10,7 +10,7 @@ CIFAR ?= ../shared/data/cifar100-train.tar
 CIFAR_TEST ?= ../shared/data/cifar100-test.tar
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test test-long test-all soak check format clean
+.PHONY: help demo compare test test-long test-gpu test-all soak check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -24,8 +24,12 @@ compare: $(READY) ## what pre-training is worth, over 3 seeds, on CIFAR-100: CIF
 test: $(READY) ## the tests, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: $(READY) ## the tests that `make test` leaves out: whole processes, signals
-	$(BIN)/python -m pytest -m "long and not soak"
+# Without a GPU its tests run on the CPU, where they can: so that they are right when there is one.
+test-long: $(READY) ## the tests that `make test` leaves out: whole processes, signals, generated code
+	GPU_TESTS_ON_CPU=1 $(BIN)/python -m pytest -m "(long or gpu) and not soak"
+
+test-gpu: $(READY) ## the tests that need a GPU; PYTHON -m pytest -m gpu where torch is installed otherwise
+	$(BIN)/python -m pytest -m gpu
 
 soak: $(READY) ## what takes minutes each: kills, processes, disks, NaN, full-size segmentation; ends with a table; not in test-all
 	$(BIN)/python -m pytest -m soak --timeout=1800

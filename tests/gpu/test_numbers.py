@@ -1,0 +1,246 @@
+"""A GPU computes what a CPU does: views, tokens, attention, the objective and its gradients, within stated bounds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import seeded
+from dall_e import map_pixels
+from dall_e.encoder import Encoder
+from torch import Tensor
+
+from beit_pretrain.images.tiles import SIDE
+from beit_pretrain.images.views import ORDERS, jittered_views, normalise
+from beit_pretrain.networks.backbone import MaskedImageModel
+from beit_pretrain.networks.blocks import aligned, attend, bias_rows
+from beit_pretrain.networks.drop_path import uniforms
+from beit_pretrain.tokens.encoder import SplitProduct, conv_relu
+from beit_pretrain.tokens.tokenizer import OpenAITokenizer
+from beit_pretrain.training.optim import Optim, clip_gradients
+from beit_pretrain.training.pretrain import Pretraining
+
+BATCH, SIZE, PATCHES, MASKED, HALF = 8, 64, 64, 24, (0.5, 0.5, 0.5)
+MODEL = {"image_size": SIZE, "patch_size": 8, "vocab_size": 512, "embed_dim": 128, "depth": 3, "num_heads": 2}
+
+
+def batch_of(count: int = BATCH, seed: int = 0) -> dict[str, Tensor]:
+    """A batch as a loader brings it, on the CPU."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def pixels(side: int) -> Tensor:  # smooth, as photos are: noise has near-ties everywhere
+        coarse = torch.rand(count, 3, 6, 6, generator=draw)
+        return (F.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1) * 255).byte()
+
+    masked = torch.stack([torch.randperm(PATCHES, generator=draw)[:MASKED].sort().values for _ in range(count)])
+    index = masked.clone()
+    index[::2, -3:] = -1  # some images have fewer
+    mask = torch.zeros(count, PATCHES, dtype=torch.bool)
+    for row, chosen in zip(mask, index, strict=True):
+        row[chosen[chosen >= 0]] = True
+    return {
+        "image": pixels(SIZE),
+        "token_image": pixels(SIZE),
+        "jitter_factors": 0.6 + 0.8 * torch.rand(count, 3, generator=draw),
+        "jitter_order": torch.from_numpy(ORDERS)[torch.randint(len(ORDERS), (count,), generator=draw)],
+        "jitter_tiles": torch.randint(0, 256, (count, SIDE**2, 3), generator=draw, dtype=torch.uint8),
+        "mask": mask,
+        "mask_index": index,
+        "position": torch.arange(count) + 100 * seed,
+        "tokens": torch.randint(512, (count, PATCHES), generator=draw),
+    }
+
+
+def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def encoder() -> Encoder:
+    return seeded(Encoder, n_hid=64, n_blk_per_group=2, vocab_size=512).eval().requires_grad_(False)
+
+
+def pretraining(device: torch.device, **settings) -> Pretraining:
+    """A module whose numbers are large enough to matter, with OpenAI's tokenizer in small."""
+    model = seeded(MaskedImageModel, **MODEL | settings)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    tokenizer = OpenAITokenizer.of(encoder()).to(device)
+    module = Pretraining(model.to(device), tokenizer, Optim(lr=1e-3, clip=1.0), HALF, HALF).to(device)
+    module.setup("fit")
+    return module
+
+
+def loss_and_gradients(module: Pretraining, batch: dict[str, Tensor], half: bool = False):
+    """Of the mean over the masked patches, with drop path, of known tokens."""
+    view = batch["image"].float() / 255
+    module.model.zero_grad()
+    with torch.autocast(module.device.type, torch.bfloat16, enabled=half):
+        objective = module.fast(module.objective)
+        found = objective(view, batch["mask"], batch["mask_index"], batch["tokens"], module.drop(batch))
+    loss = found.loss_sum / found.masked
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in module.model.named_parameters()}
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Relative, of the norm; not-a-number never passes a bound."""
+    return float((found.double().cpu() - exact.double().cpu()).norm() / exact.double().cpu().norm())
+
+
+def test_views(device):
+    batch = batch_of()
+    expected, found = jittered_views(batch), jittered_views(moved(batch, device))
+    for one, other in zip(expected, found, strict=True):
+        off = (one - other.cpu()).abs()
+        assert off.max() <= 1.01 / 255 * 2  # a level that was rounded the other way, perhaps stretched by what follows
+        assert (off > 1e-5).float().mean() < 1e-3
+
+
+def test_normalisation(device):
+    image = torch.rand(2, 3, 8, 8)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for _ in range(2):  # the second time its constants are there
+        torch.testing.assert_close(normalise(image.to(device), mean, std).cpu(), normalise(image, mean, std))
+
+
+def test_drop_path_draws_the_same_bits(device):
+    position = torch.tensor([0, 1, 5, 2**40, 2**62])
+    assert torch.equal(uniforms(7, position.to(device), 24).cpu(), uniforms(7, position, 24))
+
+
+def test_tokens_are_those_of_the_package_on_this_device(device):
+    """fp16 convolutions like the package's, a more exact output: near-ties alone may differ."""
+    package = encoder().to(device)
+    image = batch_of(32)["token_image"].to(device).float() / 255
+    with torch.no_grad():
+        expected = package(map_pixels(image)).argmax(1).flatten(1)
+    tokens = OpenAITokenizer.of(encoder()).to(device).encode(image)
+    assert tokens.unique().numel() > 10
+    assert (tokens != expected).float().mean() < 0.02
+
+
+def test_tokens_are_those_of_single_precision(device):
+    image = batch_of(32)["token_image"].float() / 255
+    with torch.no_grad():
+        exact = encoder()(map_pixels(image)).argmax(1).flatten(1)
+    tokens = OpenAITokenizer.of(encoder()).to(device).encode(image.to(device)).cpu()
+    assert (tokens != exact).float().mean() < 0.02
+
+
+def test_the_fused_relu_is_a_convolution_and_a_relu(cuda):
+    x = torch.randn(4, 64, 14, 14, device=cuda).half().contiguous(memory_format=torch.channels_last)
+    weight = (0.05 * torch.randn(128, 64, 3, 3, device=cuda)).half().contiguous(memory_format=torch.channels_last)
+    bias = torch.randn(128, device=cuda).half()
+    torch.library.opcheck(conv_relu, (x, weight, bias, 1))
+    found, exact = conv_relu(x, weight, bias, 1), F.conv2d(x.double(), weight.double(), bias.double(), padding=1).relu()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert error(found, exact) < 1e-3
+
+
+def test_the_split_product_is_as_exact_as_float32(device):
+    weight, bias = 0.05 * torch.randn(512, 2048, 1, 1), torch.randn(512)
+    x = torch.randn(2, 2048, 7, 7).relu().half()
+    exact = F.conv2d(x.double(), weight.double(), bias.double())
+    product = SplitProduct(weight.to(device), bias.to(device))
+    assert error(product(x.to(device).contiguous(memory_format=torch.channels_last)), exact) < 5e-7
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A copy with a gradient of its own."""
+    return tensor.detach().clone().requires_grad_()
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """In float64, on the CPU."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("tokens", [17, 50, 197])
+def test_attention_and_its_bias_gradient(device, tokens, dtype, bound):
+    draw = [torch.randn(4, 3, tokens, 64).to(dtype) for _ in range(4)]
+    bias, weight = torch.randn(1, 3, tokens, tokens), draw.pop()
+    given = [leaf(t.to(device)) for t in (*draw, bias)]
+    exact = [leaf(t.double()) for t in (*draw, bias)]
+    out = attend(*given[:3], aligned(given[3], given[0]))
+    expected = exact_attention(*exact)
+    out.backward(weight.to(device))
+    expected.backward(weight.double())
+    assert error(out, expected) < bound
+    for name, one, other in zip("qkvb", given, exact, strict=True):
+        assert error(one.grad, other.grad) < bound, name
+
+
+def test_attention_of_some_queries(device):
+    """The last block's: rows of the bias are looked up for each image."""
+    tokens, asked = 50, torch.stack([torch.randperm(50)[:20] for _ in range(4)])
+    q, k, v = torch.randn(4, 3, 20, 64), *(torch.randn(4, 3, tokens, 64) for _ in range(2))
+    bias = torch.randn(1, 3, tokens, tokens)
+    given = [leaf(t.to(device)) for t in (q, k, v, bias)]
+    exact = [leaf(t.double()) for t in (q, k, v, bias)]
+    out = attend(*given[:3], bias_rows(aligned(given[3], given[0]), asked.to(device)))
+    rows = exact[3][0].transpose(0, 1)[asked].transpose(1, 2)
+    expected = exact_attention(*exact[:3], rows)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    assert error(out, expected) < 5e-6
+    for one, other in zip(given, exact, strict=True):
+        assert error(one.grad, other.grad) < 5e-6
+
+
+def test_attention_without_gradients_is_the_same(device):
+    q, k, v = (torch.randn(4, 3, 197, 64) for _ in range(3))
+    bias = torch.randn(1, 3, 197, 197)
+    with torch.no_grad():
+        out = attend(*(t.to(device) for t in (q, k, v)), aligned(bias.to(device), q.to(device)))
+    assert error(out, exact_attention(*(t.double() for t in (q, k, v, bias)))) < 5e-6
+
+
+@pytest.mark.parametrize("bias", ["shared", "per_layer", "none"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_are_a_cpus(device, bias, checkpointing):
+    batch = batch_of()
+    expected, exact = loss_and_gradients(pretraining(torch.device("cpu"), rel_pos_bias=bias), batch)
+    module = pretraining(device, rel_pos_bias=bias)
+    module.model.set_grad_checkpointing(checkpointing)
+    loss, gradients = loss_and_gradients(module, moved(batch, device))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert max(error(gradients[name], exact[name]) for name in exact) < 1e-4
+
+
+def test_in_bf16_gradients_are_near(device):
+    """Every tensor within 3 % of float32's, the loss within .2 %."""
+    batch = moved(batch_of(), device)
+    module = pretraining(device)
+    expected, exact = loss_and_gradients(module, batch)
+    loss, gradients = loss_and_gradients(module, batch, half=True)
+    assert loss == pytest.approx(expected, rel=2e-3)
+    worst = {name: error(gradients[name], exact[name]) for name in exact}
+    assert max(worst.values()) < 0.03, worst
+
+
+def test_clipping(device):
+    parameters = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (2, 5, 400)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    there = [torch.nn.Parameter(p.detach().to(device)) for p in parameters]
+    for one, other in zip(there, parameters, strict=True):
+        one.grad = other.grad.clone().to(device)
+    scale = torch.tensor(20.0, dtype=torch.float64)
+    norms = clip_gradients(there, 0.5, scale.to(device)).item(), clip_gradients(parameters, 0.5, scale).item()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    for one, other in zip(there, parameters, strict=True):
+        torch.testing.assert_close(one.grad.cpu(), other.grad)
+
+
+def test_a_copied_module_is_the_same(device):
+    """As averaged weights and predictors copy it."""
+    module = pretraining(device)
+    other = copy.deepcopy(module.model)
+    image = torch.rand(2, 3, SIZE, SIZE, device=device)
+    assert torch.equal(module.model.encode(image), other.encode(image))
