@@ -34,10 +34,11 @@ from beit_pretrain.runs.tasks import TASKS, Task
 from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_steps, wanted_gpu
 from beit_pretrain.shards.processes import end_with_parent
 from beit_pretrain.training import speed
-from beit_pretrain.training.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
+from beit_pretrain.training.callbacks import MaskedPictures, ProgressBar, Throughput
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import LAST, Keeper
 from beit_pretrain.training.metrics import is_first_process
+from beit_pretrain.training.online_knn import OnlineKNN
 from beit_pretrain.training.pretrain import Pretraining
 from beit_pretrain.training.signals import PREEMPTED, Signals, Stopped
 
