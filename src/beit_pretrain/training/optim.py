@@ -135,7 +135,9 @@ def configure(model: nn.Module, optim: Optim, total_steps: int, depth: int = 0) 
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], clip: float | None, scale: Tensor | float = 1.0) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], clip: Tensor | float | None, scale: Tensor | float = 1.0
+) -> Tensor:
     """Multiply all gradients by `scale`, then clip them to norm `clip`. Returns the norm before clipping."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
