@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, errors, largest_difference, last_checkpoint, rows_of, start, steps_written, wait_until
+from tiny import TINY, errors, largest_difference, last_checkpoint, rows_of, start, steps_written, tree, wait_until
 
 from beit_pretrain.training.metrics import read_rows
 
@@ -111,6 +112,22 @@ def test_a_signal_to_one_of_them_stops_both(words, tmp_path):
     assert before < saved == steps_written(run) <= before + 4  # one may have ended between the look and the signal
     assert errors(log) == []
     assert "Traceback" not in log.read_text()
+
+
+def test_a_write_that_fails_ends_both(words, tmp_path):
+    """The first process writes, and finds a quota on its files; the other one waits for it meanwhile."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    words = [*words, "steps=4000", "save_every=3", "log_every=1", "batch_size=4", "trainer.devices=2", "data.val=null"]
+    process = start([*words, f"run_dir={run}"], tmp_path, log)
+    last = run / "checkpoints/last.ckpt"
+    assert wait_until(process, last.is_file), log.read_text()[-3000:]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit := last.stat().st_size // 2, limit))
+    both = tree(process)
+    assert process.wait(60) == 2, log.read_text()[-3000:]
+    assert errors(log) == [f"error: checkpoint {last} cannot be written: File too large; the one before is intact"]
+    assert "Traceback" not in log.read_text()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in both)
+    assert last_checkpoint(run)["global_step"] % 3 == 0
 
 
 def test_their_clocks_agree(words, tmp_path):

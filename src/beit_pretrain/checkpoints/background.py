@@ -49,7 +49,7 @@ class Snapshot:
         copied = self._copied(content, (), before)
         if not any(place[-1] == "cuda" for place in self._buffers):
             return copied, None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)
         event.record()
         return copied, event
 

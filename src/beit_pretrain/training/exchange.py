@@ -38,7 +38,7 @@ class _Buffers:
         self.step = 0
         self.given, self.read = (torch.zeros(PLACES, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2))
         self.sums = torch.zeros(PLACES, dtype=torch.int64, device=device)
-        self.copied = torch.cuda.Event() if on_gpu else None
+        self.copied = torch.cuda.Event(blocking=True) if on_gpu else None  # loader workers need the core
 
 
 class StepExchange:
