@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import MIM
+from lightning import LightningModule
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from test_launch import SRUN, TORCHRUN, variables  # noqa: F401 (a fixture)
 from tiny import tiny_words
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.networks.backbone import MaskedImageModel
+from beit_pretrain.networks.upernet import Segmenter
+from beit_pretrain.runs.children import DDP, has_local_statistics
 from beit_pretrain.runs.cluster import arranged, disagreement, flat, lost_connection
+from beit_pretrain.training.dvae import DiscreteVAE
+from beit_pretrain.training.optim import clip_gradients
 
+MIM_SIZE = {name: value for name, value in MIM.items() if name != "vocab_size"}
 TRAINER = {"accelerator": "cpu", "devices": "auto", "num_nodes": "auto", "strategy": "auto", "precision": "32-true"}
 
 
@@ -78,6 +88,78 @@ def test_what_is_wrong_for_all_processes_is_said_once_with_exit_code_2(wrong, wo
 def test_fsdp_is_a_strategy(variables):  # noqa: F811
     variables({})
     assert isinstance(arranged({**TRAINER, "strategy": "fsdp", "devices": 2}, 3)["strategy"], ModelParallelStrategy)
+
+
+class Wraps(LightningModule):
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args):
+        return self.model(*args)
+
+
+class TestDDP:
+    @pytest.fixture
+    def group(self, tmp_path):
+        """A process group of this process alone."""
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        yield
+        distributed.destroy_process_group()
+
+    def wrapped(self, model: torch.nn.Module, compression: str | None = None) -> DistributedDataParallel:
+        strategy = DDP(compression, parallel_devices=[torch.device("cpu")], cluster_environment=LightningEnvironment())
+        strategy.model = Wraps(model)
+        strategy.configure_ddp()
+        return strategy.model
+
+    def test_gradients_are_views_of_buckets(self, group):
+        ddp = self.wrapped(torch.nn.Linear(3, 2))
+        assert ddp.gradient_as_bucket_view
+        ddp(torch.ones(1, 3)).sum().backward()
+        weight, bias = (parameter.grad for parameter in ddp.module.model.parameters())
+        assert weight.untyped_storage().data_ptr() == bias.untyped_storage().data_ptr()
+        assert clip_gradients(ddp.module.model.parameters(), 0.5, 2.0) > 0.5  # in place, which keeps them views
+        assert weight.untyped_storage().data_ptr() == bias.untyped_storage().data_ptr()
+        assert torch.cat([weight.flatten(), bias]).norm().item() == pytest.approx(0.5, rel=1e-4)
+
+    def test_buffers_are_sent_where_they_differ(self, group):
+        """Statistics of batch norms that count on each process alone, and no tables."""
+        segmenter = Segmenter(3, {"channels": 16, "aux_channels": 8}, **MIM_SIZE)
+        assert self.wrapped(segmenter).broadcast_buffers
+        assert not has_local_statistics(torch.nn.SyncBatchNorm.convert_sync_batchnorm(segmenter))
+        assert not self.wrapped(MaskedImageModel(32, **MIM_SIZE)).broadcast_buffers
+
+    def test_buffers_that_are_not_sent_are_the_same_everywhere(self):
+        """Whatever the weights are, and whatever is computed with them."""
+        masked, image = torch.ones(2, 16).bool(), torch.rand(2, 3, 32, 32)
+        one, other = (MaskedImageModel(32, **MIM_SIZE) for _ in range(2))
+        other.train()(image, masked).sum().backward()
+        buffers = dict(one.named_buffers())
+        assert buffers
+        for name, buffer in other.named_buffers():
+            assert torch.equal(buffer, buffers.pop(name)), name
+        assert not buffers
+        assert not list(DiscreteVAE(32, 8, 1, 8).buffers())
+
+    def test_rounded_gradients(self, group):
+        ddp = self.wrapped(torch.nn.Linear(3, 1), "bf16")
+        ddp(torch.full((1, 3), 1 + 2**-10)).sum().backward()
+        assert ddp.module.model.weight.grad.tolist() == [[1, 1, 1]]  # bf16 has 8 bits
+
+    @pytest.mark.parametrize(
+        ("asked", "said"), [({"devices": 1}, "one process"), ({"devices": 2, "strategy": "fsdp"}, "strategy=fsdp")]
+    )
+    def test_rounding_is_for_ddp(self, asked, said, variables):  # noqa: F811
+        variables({})
+        with pytest.raises(UserError, match=f"gradient_compression=bf16 is for DDP .* not for .*{said}"):
+            arranged({**TRAINER, **asked}, 3, "bf16")
+        assert isinstance(arranged({**TRAINER, "devices": 2}, 3, "bf16")["strategy"], DDP)
+
+    def test_rounding_in_a_run_of_one_process_is_refused(self, words, run_cli):
+        code, _, stderr = run_cli(*words, "steps=1", "gradient_compression=bf16")
+        assert (code, stderr.count("\n")) == (2, 1)
+        assert "not for one process" in stderr
 
 
 @pytest.mark.parametrize("value", ["0", "two", "[]", "true", "-2"])

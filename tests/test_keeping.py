@@ -402,6 +402,7 @@ def test_preflight(words, run_cli, tmp_path):
     assert code == 0, stderr
     for said in ("20 steps of 8", "a sample of train and val decodes", "different tokens in", "GB free", "32-true"):
         assert said in stdout
+    assert "memory: a checkpoint is copied to 0.395 MB of" in stdout  # 32,936 parameters
     assert not (tmp_path / "run").exists()
 
 

@@ -71,7 +71,7 @@ def test_every_rule_is_of_a_setting_that_exists():
     "data.timeout=0 data.timeout=soon data.train=[] data.val=[1,[2]] "
     "data.exact=maybe knn.bank=0 knn.k=abc pictures=-1 model.depth=0 model.drop_path_rate=2 "
     "model.embed_dim=-4 mask.min_aspect=0 "
-    "logger.kind=paper resume=sometimes optim.warmup_steps=1.5".split(),
+    "logger.kind=paper resume=sometimes optim.warmup_steps=1.5 val_minutes=0 gradient_compression=fp16".split(),
 )
 def test_wrong_values_of_a_pre_training_run(word, run_cli, tmp_path):
     words = ["fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", f"run_dir={tmp_path / 'run'}"]

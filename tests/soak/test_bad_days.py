@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -72,9 +73,11 @@ def test_a_disk_that_fills_during_a_checkpoint(words, undisturbed, small_disk, t
     run, filler = disk / "run", disk / "filler"
     process = start([*words, "name=full", f"run_dir={run}"], tmp_path, log)
     assert wait_until(process, (run / "checkpoints/previous.ckpt").is_file)
+    process.send_signal(signal.SIGSTOP)  # the next file is to be last.ckpt, and not the best one of a later validation
     size = (run / "checkpoints/last.ckpt").stat().st_size
     with filler.open("wb") as file:  # leaves room for half a checkpoint
         file.write(b"x" * (shutil.disk_usage(disk).free - size // 2))
+    process.send_signal(signal.SIGCONT)
     said = ended(process, log, 2)
     assert said.endswith("last.ckpt cannot be written: No space left on device; the one before is intact"), said
     good, problems = newest_good(run / "checkpoints")

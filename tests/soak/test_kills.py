@@ -101,7 +101,9 @@ def test_told_to_stop(devices, made, whole, tmp_path, measured):
     assert start(words, tmp_path, tmp_path / "log").wait(600) == 0, (tmp_path / "log").read_text()[-2000:]
     steps = same_run(undisturbed, run)
     same_history(run)
-    assert max(further) <= 2  # the step in hand, and one that may have ended between the look and the signal
+    # The step in hand, and one that may have ended between the look and the signal. With several processes a signal
+    # travels with a step's all-reduce, which may have begun, and is read one step later: so that no step waits.
+    assert max(further) <= (2 if devices == 1 else 4)
     measured(f"{len(waited)} stops of {devices} process(es): {min(waited):.1f} to {max(waited):.1f} s until the exit, ")
     measured(f"steps after the signal: {further}; exit codes 75 and 130; {steps} steps bit-identical, W&B too")
 

@@ -8,10 +8,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -187,13 +187,18 @@ def link(path: Path, other: Path) -> None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, flushes it to the disk and renames it: a name never holds half a file."""
 
+    @contextmanager
+    def target(self, file: BinaryIO) -> Iterator[Any]:
+        """What `torch.save` writes to, for as long as the file is open."""
+        yield file
+
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         path = Path(path)
         temporary = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+            with temporary.open("wb") as file, self.target(file) as target:
+                torch.save(checkpoint, target)
                 file.flush()
                 os.fsync(file.fileno())
             if path.name == "last.ckpt" and path.exists():

@@ -154,7 +154,7 @@ class ShardData(LightningDataModule):
             ranks = range(trainer.node_rank * trainer.num_devices, (trainer.node_rank + 1) * trainer.num_devices)
             self.check_cache(trainer.global_step * self.global_batch, ranks, trainer.world_size)
         sampler = StepSampler(int(trainer.max_steps) * micro_batches, start=trainer.global_step * micro_batches)
-        loader = self._loader(self.train_dataset(plan), sampler)
+        loader = self.loader(self.train_dataset(plan), sampler)
         return loader if self.wrapped is None else self.wrapped(loader)
 
     def check_cache(self, position: int, ranks: Sequence[int], world: int) -> None:
@@ -176,11 +176,12 @@ class ShardData(LightningDataModule):
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         dataset = self.eval_dataset("val", rank, world, images=self.val_images)
-        return self._loader(dataset, range(len(dataset)))
+        return self.loader(dataset, range(len(dataset)))
 
     test_dataloader = val_dataloader
 
-    def _loader(self, dataset: ShardDataset, sampler) -> DataLoader:
+    def loader(self, dataset: ShardDataset, sampler) -> DataLoader:
+        """The batches of a data set that a sampler names, made by the workers."""
         return DataLoader(
             dataset,
             batch_size=None,

@@ -45,10 +45,10 @@ GONE = re.compile(
 )
 
 
-def arranged(trainer: dict[str, Any], minutes: float) -> dict[str, Any]:
+def arranged(trainer: dict[str, Any], minutes: float, compression: str | None = None) -> dict[str, Any]:
     """The settings of `trainer` with devices, nodes, strategy and cluster environment filled in for this process.
 
-    Raises SharedError if they contradict the launcher or the machine.
+    `compression`: how DDP sends gradients. Raises SharedError if they contradict the launcher or the machine.
     """
     launch = launched()
     settings = dict(trainer)
@@ -59,7 +59,7 @@ def arranged(trainer: dict[str, Any], minutes: float) -> dict[str, Any]:
         settings["num_nodes"] = launch.nodes if launch else 1
     devices = count(settings["devices"], gpus)
     check_counts(devices, settings["num_nodes"], gpus, launch)
-    settings["strategy"] = strategy(settings["strategy"], devices * settings["num_nodes"], minutes)
+    settings["strategy"] = strategy(settings["strategy"], devices * settings["num_nodes"], minutes, compression)
     settings["plugins"] = [environment(launch)]
     return settings
 
@@ -110,14 +110,17 @@ def environment(launch: Launch | None) -> ClusterEnvironment:
     return KubeflowEnvironment()
 
 
-def strategy(name: str, world: int, minutes: float) -> Any:
+def strategy(name: str, world: int, minutes: float, compression: str | None = None) -> Any:
     """DDP for more than one process, FSDP when it is asked for; other names are Lightning's."""
-    wait = timedelta(minutes=minutes)
+    wait, is_ddp = timedelta(minutes=minutes), name in ("auto", "ddp") and world > 1
+    if compression is not None and not is_ddp:
+        found = f"trainer.strategy={name}" if world > 1 else "one process"
+        raise SharedError(f"gradient_compression={compression} is for DDP on several processes, not for {found}")
     if name == "fsdp":
         if world == 1:
             raise UserError("trainer.strategy=fsdp shares a network among processes: it needs more than one")
         return FSDP(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=wait)
-    return DDP(timeout=wait) if name in ("auto", "ddp") and world > 1 else name
+    return DDP(compression, timeout=wait) if is_ddp else name
 
 
 def shard(model: Any, mesh: Any) -> None:

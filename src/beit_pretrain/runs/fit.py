@@ -34,10 +34,11 @@ from beit_pretrain.runs.tasks import TASKS, Task
 from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_steps, wanted_gpu
 from beit_pretrain.shards.processes import end_with_parent
 from beit_pretrain.training import speed
-from beit_pretrain.training.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
+from beit_pretrain.training.callbacks import MaskedPictures, ProgressBar, Throughput
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import LAST, Keeper
 from beit_pretrain.training.metrics import is_first_process
+from beit_pretrain.training.online_knn import OnlineKNN
 from beit_pretrain.training.prefetch import DevicePrefetcher
 from beit_pretrain.training.pretrain import Pretraining
 from beit_pretrain.training.signals import PREEMPTED, Signals, Stopped
@@ -152,7 +153,7 @@ def prepare(cfg: DictConfig, task: Task, start: Start, signals: Signals) -> None
     """What watches over the run: its rhythm, its checkpoints, its guard."""
     module, folder = task.module, Path(cfg.run_dir) / "checkpoints"
     module.log_every = cfg.log_every
-    module.keeper = Keeper(folder, cfg.save_every, cfg.save_minutes, cfg.keep_every, signals)
+    module.keeper = Keeper(folder, cfg.save_every, cfg.save_minutes, cfg.keep_every, signals, cfg.val_minutes)
     if start.path == folder / LAST:
         module.keeper.saved_at = start.step
     sharded = cfg.trainer.strategy == "fsdp"
@@ -164,41 +165,46 @@ def prepare(cfg: DictConfig, task: Task, start: Start, signals: Signals) -> None
 
 
 def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: float) -> None:
-    """Run the loop, which passes over a run that has all its steps. Raises Stopped with all saved."""
+    """Run the loop, which passes over a run that has all its steps. Raises Stopped with all saved.
+
+    Signals go on to wait, for `finish` to obey them.
+    """
     keeper = task.module.keeper
     assert keeper is not None
     try:
-        with cluster.connected(trainer, timeout_minutes):
+        with keeper.ending(), cluster.connected(trainer, timeout_minutes):
             trainer.fit(task.module, task.data, ckpt_path=str(resume) if resume else None, weights_only=True)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        if resume is None or keeper.signals.looping:
+        if resume is None or keeper.begun:
             raise
         raise UserError(f"the run cannot go on from {resume}: {type(error).__name__}: {first_line(error)}") from error
     except SystemExit:  # Lightning's answer to a Ctrl-C that came twice
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
-    finally:
-        keeper.end()
 
 
 def finish(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> dict[str, float]:
-    """Save the last checkpoint and measure it, whatever `save_every` and `val_every` are."""
-    module, step = task.module, trainer.global_step
-    assert module.keeper is not None
-    if "val" in task.data.readers and step % min(cfg.val_every, steps):
+    """Have the last checkpoint on the disk and measure it, whatever `save_every` and `val_every` are."""
+    module, step, keeper = task.module, trainer.global_step, task.module.keeper
+    assert keeper is not None
+    if "val" in task.data.readers and step % min(cfg.val_every, steps) and keeper.validated_at != step:
         module.validation_due = True
-    module.keeper.save(module)
-    if module.keeper.signals.told:
-        raise Stopped(module.keeper.signals.told, step)
+    with keeper.ending():
+        keeper.save(module)
+        keeper.settle(trainer)
+        signum = keeper.agreed_signal(trainer)
+    keeper.end()
+    if signum:
+        raise Stopped(signum, step)
     if trainer.is_global_zero:
         early = f" (stopped early after step {step} of {steps})" if step < steps else ""
-        print(f"saved {module.keeper.folder / LAST}{early}", flush=True)
+        print(f"saved {keeper.folder / LAST}{early}", flush=True)
     if module.validation_due:
-        module.keeper.signals.looping = True  # told to stop, all processes break it off after the same batch
+        keeper.signals.looping = True  # told to stop, all processes break it off after the same batch
         with cluster.connected(trainer, cfg.timeout_minutes):
             trainer.validate(module, task.data, verbose=False)
-        module.keeper.end()
+        keeper.end()
     if trainer.is_global_zero:
         mark_finished(Path(cfg.run_dir), step)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

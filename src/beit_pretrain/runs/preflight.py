@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +19,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.images.views import jittered_views
 from beit_pretrain.runs.tasks import Task
 from beit_pretrain.training.finetune import Finetuning
-from beit_pretrain.training.keeping import check_space
+from beit_pretrain.training.keeping import check_space, size
 from beit_pretrain.training.optim import configure
 from beit_pretrain.training.pretrain import Pretraining
 from beit_pretrain.training.segment import Segmentation
@@ -34,6 +36,7 @@ def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list
     if isinstance(task.module, Pretraining):
         lines.append(f"  tokenizer: {try_tokenizer(task)}")
     lines.append(f"  disk: {disk(cfg, task, trainer, steps)}")
+    lines.append(f"  memory: {memory(task)}")
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
     if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
@@ -61,12 +64,28 @@ def check_micro_batch(cfg: DictConfig, task: Task, trainer: Trainer) -> None:
             raise UserError(f"the decoder's batch norms need at least 2 images at once, not {images} ({given})")
 
 
+def numbers_kept(task: Task) -> int:
+    """Numbers of a checkpoint for each parameter: the weight, AdamW's two moments, an average."""
+    return 3 + any(isinstance(callback, WeightAveraging) for callback in task.callbacks)
+
+
+def memory(task: Task) -> str:
+    """A line about the host's memory for the snapshot from which checkpoints are written."""
+    needed = sum(p.numel() for p in task.module.model.parameters()) * numbers_kept(task) * 4
+    line = f"a checkpoint is copied to {size(needed)} of the first process's memory before it is written"
+    with suppress(OSError):  # not on Linux
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        if available and needed > 1024 * int(available[1]):
+            line += f" (warning: {size(1024 * int(available[1]))} are available)"
+    return line
+
+
 def disk(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> str:
     """A line about the disk for the checkpoints of a run. Raises UserError as `check_space`."""
     return check_space(
         Path(cfg.run_dir) / "checkpoints",
         sum(p.numel() for p in task.module.model.parameters()),
-        states=3 + any(isinstance(callback, WeightAveraging) for callback in task.callbacks),
+        states=numbers_kept(task),
         best=bool(trainer.checkpoint_callbacks),
         kept=steps // cfg.keep_every if cfg.keep_every else 0,
         cleared=cfg.resume == "never",

@@ -26,10 +26,11 @@ from beit_pretrain.networks.upernet import Decoder, Segmenter
 from beit_pretrain.runs.network import network, normalisation, origin, read_source
 from beit_pretrain.tokens.cached import OPTIONS, TokenFolder, same_tokenizer
 from beit_pretrain.tokens.tokenizer import Tokenizer, check_channels, view_size
-from beit_pretrain.training.callbacks import MaskedPictures, OnlineKNN, SegmentationPictures
+from beit_pretrain.training.callbacks import MaskedPictures, SegmentationPictures
 from beit_pretrain.training.dvae import DiscreteVAE, Relaxation, TokenizerTraining
 from beit_pretrain.training.finetune import Finetuning, Regularisation
 from beit_pretrain.training.module import TrainedModule
+from beit_pretrain.training.online_knn import OnlineKNN
 from beit_pretrain.training.optim import Optim
 from beit_pretrain.training.pretrain import Pretraining
 from beit_pretrain.training.probe import LayerProbes, Probing

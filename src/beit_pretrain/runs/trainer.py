@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from beit_pretrain.checkpoints import files as checkpoint
+from beit_pretrain.checkpoints.background import BackgroundCheckpointIO
 from beit_pretrain.compose import plain
 from beit_pretrain.errors import SharedError, UserError, first_line
 from beit_pretrain.runs import cluster
@@ -43,8 +43,9 @@ def micro_batches(global_batch: int, batch_size: int, world: int) -> int:
 
 def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer: it runs the loop; gradients, batches, metrics and signals are the modules' own."""
-    settings = cluster.arranged(plain(cfg.trainer), cfg.get("timeout_minutes", 30))
-    plugins = [checkpoint.AtomicCheckpointIO(), *settings.pop("plugins")]
+    compression = cfg.get("gradient_compression") if steps else None  # validating takes none, and has no gradients
+    settings = cluster.arranged(plain(cfg.trainer), cfg.get("timeout_minutes", 30), compression)
+    plugins = [BackgroundCheckpointIO(), *settings.pop("plugins")]
     if settings["precision"] == "auto":
         gpu = wanted_gpu(settings["accelerator"]) and torch.cuda.is_bf16_supported()
         settings["precision"] = "bf16-mixed" if gpu else "32-true"
@@ -67,6 +68,8 @@ def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trai
     )
     # Lightning's handler would end a run with exit code 0 or, of several processes, wait for the others inside itself.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    # Nor is anything left for it to tell the others, which it would do before every micro-batch, and wait.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     if steps:  # validating takes none: the global batch need not divide among its processes
         accumulate = micro_batches(cfg.global_batch, cfg.batch_size, trainer.world_size)
         trainer.accumulate_grad_batches = accumulate

@@ -1,4 +1,4 @@
-"""Callbacks: throughput and data wait, masked | predicted | original pictures, accuracy of a kNN on the features."""
+"""Callbacks: progress, throughput and data wait, masked | predicted | original pictures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from torch import Tensor
 from beit_pretrain.data.batches import ShardDataset
 from beit_pretrain.data.datamodule import ShardData
 from beit_pretrain.errors import UserError
-from beit_pretrain.frozen.knn import TEMPERATURE, sweep
-from beit_pretrain.images.views import ClassificationViews, normalise
+from beit_pretrain.images.views import normalise
 from beit_pretrain.pictures import grids
 from beit_pretrain.pictures.attention import attention_picture
 from beit_pretrain.pictures.overlays import comparison
@@ -178,54 +177,3 @@ def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
     decoded = [F.interpolate(module.tokenizer.decode(t), (side, side)) for t in (predicted_BN, tokens_BN)]
     columns = [grids.hide(image, mask_BN), *decoded, image]
     return grids.grid(columns, ["masked", "predicted", "tokens decoded", "original"])
-
-
-class OnlineKNN(Callback):
-    """Accuracy of a k-nearest-neighbour vote on the backbone's features, where there are labels.
-
-    The feature is the mean patch token of one block, three quarters up: the last block of a masked image model is
-    busy with tokens and looks broken to a kNN (RECIPE section 6).
-
-    Args:
-        data: training images are the bank, held-out ones the queries, in the evaluation view.
-        bank, queries: how many of each.
-        k: neighbours, weighted by exp(cosine / 0.07) as in Wu et al. 2018.
-    """
-
-    def __init__(self, data: ShardData, bank: int = 2000, queries: int = 500, k: int = 10):
-        self.data, self.bank, self.queries, self.k = data, bank, queries, k
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or len(self.data.classes) < 2:
-            return
-        model = pl_module.model
-        views = ClassificationViews(
-            model.patch_embed.img_size[0], train=False, channels=model.patch_embed.proj.in_channels
-        )
-        bank, bank_labels = self._features(pl_module, "train", self.bank, views)
-        queries, labels = self._features(pl_module, "val", self.queries, views)
-        known = (labels >= 0) & torch.isin(labels, bank_labels)  # a class that the bank lacks cannot be voted for
-        if not known.any():
-            return
-        bank, bank_labels, queries, labels = (
-            bank[bank_labels >= 0],
-            bank_labels[bank_labels >= 0],
-            queries[known],
-            labels[known],
-        )
-        found = sweep(bank, bank_labels, queries, labels, len(self.data.classes), [self.k], [TEMPERATURE])
-        for logger in trainer.loggers:
-            logger.log_metrics({"val/knn_accuracy": found[self.k, TEMPERATURE]}, step=trainer.global_step)
-
-    @torch.no_grad()
-    def _features(self, module: Pretraining, split: str, count: int, views) -> tuple[Tensor, Tensor]:
-        dataset = self.data.eval_dataset(split, views=views, images=count)
-        dataset.masking = None
-        layer = max(1, round(len(module.model.blocks) * 0.75)) - 1
-        features, labels = [], []
-        for i in range(len(dataset)):
-            batch = dataset[i]
-            image = normalise(batch["image"].to(module.device).float() / 255, module.mean, module.std)
-            features.append(module.model.hidden_states(image)[layer][:, 1:].mean(1).float())
-            labels.append(batch["label"].to(module.device))
-        return torch.cat(features), torch.cat(labels)

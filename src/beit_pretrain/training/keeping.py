@@ -1,15 +1,20 @@
 """When a run saves, and what it goes on from.
 
 A checkpoint is taken after everything of its step is done and its metrics are written, and before a validation that is
-due then (it says so, and whoever goes on from it validates first). So nothing is repeated and nothing is missed.
+due then (it says so, and whoever goes on from it validates first). So nothing is repeated and nothing is missed. The
+loop waits for a copy in memory; a thread writes it (`checkpoints/background.py`), and whatever ends the run waits for
+that.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,9 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 
 from beit_pretrain.checkpoints import files as checkpoint
-from beit_pretrain.errors import UserError
+from beit_pretrain.checkpoints.background import BackgroundCheckpointIO
+from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.training.exchange import Agreed
 from beit_pretrain.training.metrics import CsvMetrics
 from beit_pretrain.training.signals import Signals, Stopped
 
@@ -36,6 +43,7 @@ class Keeper:
         minutes: save also when so many have passed since the last one; None = by steps alone.
         keep_every: optimiser steps between two that are kept for good; None = none is.
         signals: whether the run is told to stop.
+        val_minutes: validate also when so many have passed since the last validation; None = by steps alone.
     """
 
     def __init__(
@@ -45,29 +53,72 @@ class Keeper:
         minutes: float | None = None,
         keep_every: int | None = None,
         signals: Signals | None = None,
+        val_minutes: float | None = None,
     ):
         self.folder, self.every, self.minutes, self.keep_every = folder, every, minutes, keep_every
+        self.val_minutes = val_minutes
         self.signals = signals or Signals()
-        self.saved_at: int | None = None  # the step of the newest checkpoint of this process
-        self._clock = time.monotonic()
+        self.saved_at: int | None = None  # the step of the newest checkpoint; `signals.saved_at`: of that on the disk
+        self.validated_at = 0  # the step of the newest validation of this process
+        self.begun = False
+        self._saved = self._validated = time.monotonic()
+        self._writer: BackgroundCheckpointIO | None = None
+
+    def __deepcopy__(self, memo: dict) -> Keeper:
+        return self  # a module that is copied (averaged weights) is of the same run
 
     def begin(self) -> None:
         """The loop begins: signals wait for the step in hand from here on."""
-        self._clock = time.monotonic()
-        self.signals.looping = True
+        self._saved = self._validated = time.monotonic()
+        self.begun = self.signals.looping = True
 
     def end(self) -> None:
         """The loop has ended."""
         self.signals.looping = False
 
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Whatever ends the run waits for the checkpoint that is being written; a second Ctrl-C does not."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):  # SystemExit is Lightning's answer to a KeyboardInterrupt
+            if self._writer is not None:
+                self._writer.cancel()
+            self.end()
+            raise
+        except BaseException:
+            try:
+                self.wait()
+            except Exception as error:  # beside what ends the run
+                print(f"warning: {first_line(error)}", file=sys.stderr, flush=True)
+            self.end()
+            raise
+
+    def status(self, step: int) -> Agreed:
+        """What this process says of itself during a step: its signal, and what its clock says."""
+        now = time.monotonic()
+        save = self.minutes is not None and now - self._saved > 60 * self.minutes
+        validate = self.val_minutes is not None and now - self._validated > 60 * self.val_minutes
+        return Agreed(step, self.signals.told, save, validate)
+
     def after_step(self, module: Any) -> None:
-        """Called when an optimiser step and its metrics are done. Raises Stopped after saving, if told to."""
-        step = module.trainer.global_step
-        late, signum = self._agreed(module)
-        if signum or step % self.every == 0 or late or (self.keep_every and step % self.keep_every == 0):
+        """Called when an optimiser step and its metrics are done. Raises Stopped after saving, if told to.
+
+        Raises UserError if the last checkpoint could not be written.
+        """
+        step, last = module.trainer.global_step, module.trainer.max_steps
+        if self._writer is not None:
+            self._writer.check()
+        agreed = self.status(step) if module.trainer.world_size == 1 else module.exchange.read()
+        # What was said before the last checkpoint, or the last validation, is over.
+        late = agreed.save and agreed.step > (self.saved_at or 0)
+        validate = agreed.validate and agreed.step > self.validated_at and module.has_validation
+        module.validation_due = module.validation_due or validate
+        for_good = self.keep_every is not None and step % self.keep_every == 0
+        if agreed.signum or late or validate or for_good or step % self.every == 0 or step == last:
             self.save(module)
-        if signum:
-            raise Stopped(signum, step)
+        if agreed.signum:
+            self._stop(module, agreed.signum)
 
     def after_validation_batch(self, module: Any, number: int) -> None:
         """Called after every batch of a validation, which need not be finished: it is repeated. May raise Stopped."""
@@ -78,36 +129,66 @@ class Keeper:
 
     def after_validation(self, module: Any) -> None:
         """Called when a validation and its metrics are done. Raises Stopped after saving, if told to."""
+        self.validated_at, self._validated = module.trainer.global_step, time.monotonic()
+        if module.trainer.should_stop:  # early: this was the last step
+            self.save(module)
         self._stop_if_told(module)
 
     def _stop_if_told(self, module: Any) -> None:
-        _, signum = self._agreed(module)
-        if signum:
+        if signum := self.agreed_signal(module.trainer):
             self.save(module)
-            raise Stopped(signum, module.trainer.global_step)
+            self._stop(module, signum)
 
-    def _agreed(self, module: Any) -> tuple[bool, int]:
-        """(whether the minutes are over, the signal if one came), the same on all processes."""
-        late = self.minutes is not None and time.monotonic() - self._clock > 60 * self.minutes
-        if module.trainer.world_size == 1:
-            return late, self.signals.told
-        told = torch.tensor([float(late), float(self.signals.told)], device=module.device)
+    def _stop(self, module: Any, signum: int) -> None:
+        self.settle(module.trainer)
+        raise Stopped(signum, module.trainer.global_step)
+
+    def agreed_signal(self, trainer: Any) -> int:
+        """The signal that one of the processes was sent, the same on all of them; all must ask. 0 = none."""
+        if trainer.world_size == 1:
+            return self.signals.told
+        told = torch.tensor(self.signals.told, device=trainer.strategy.root_device)
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        return bool(told[0]), int(told[1])
+        return int(told)
 
     def save(self, module: Any) -> None:
-        """Write `last.ckpt`, and keep it for good if its step is one of those."""
+        """Take a snapshot of the run for `last.ckpt`, unless that is of this step already.
+
+        Raises UserError if the last checkpoint could not be written.
+        """
         trainer = module.trainer
         if self.saved_at == trainer.global_step:
             return
+        self._writer = trainer.strategy.checkpoint_io
+        self._writer.on_written = self._written
+        self.wait()  # the metrics would be flushed behind it anyway
         for logger in trainer.loggers:
             if isinstance(logger, CsvMetrics):
                 logger.sync()  # a power cut must not leave a checkpoint without the metrics that lead to it
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
-        self.saved_at = self.signals.saved_at = trainer.global_step
-        self._clock = time.monotonic()
-        if self.keep_every and trainer.global_step % self.keep_every == 0 and trainer.is_global_zero:
-            checkpoint.link(self.folder / LAST, self.folder / f"step-{trainer.global_step:08d}.ckpt")
+        self.saved_at = trainer.global_step
+        if not trainer.is_global_zero:
+            self.signals.saved_at = self.saved_at
+        self._saved = time.monotonic()
+
+    def _written(self, path: Path, content: dict[str, Any]) -> None:
+        """Called by the thread when a checkpoint is on the disk: keep it for good if its step is one of those."""
+        if path != self.folder / LAST:
+            return
+        step = int(content["global_step"])
+        if self.keep_every and step % self.keep_every == 0:
+            checkpoint.link(path, self.folder / f"step-{step:08d}.ckpt")
+        self.signals.saved_at = step
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk. Raises UserError if it could not be written."""
+        if self._writer is not None:
+            self._writer.wait()
+
+    def settle(self, trainer: Any) -> None:
+        """The same on all processes: none ends before, since launchers end all when one has ended."""
+        self.wait()
+        trainer.strategy.barrier()
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:

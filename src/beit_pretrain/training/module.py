@@ -14,11 +14,12 @@ from typing import Any, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from beit_pretrain.networks.drop_path import uniforms
 from beit_pretrain.runs import cluster
 from beit_pretrain.training import optim as optimisation
+from beit_pretrain.training.exchange import Agreed, StepExchange
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import Keeper
 from beit_pretrain.training.metrics import CsvMetrics
@@ -52,6 +53,7 @@ class TrainedModule(LightningModule):
         self.log_every = 50
         self.batch_ended: float | None = None
         self.keeper: Keeper | None = None
+        self.exchange = StepExchange()
         self.guard: Guard | None = None
         self.validation_due = False  # of the step in hand: a checkpoint says so
         self._kept: dict[str, list[tuple[Tensor | float, Tensor | float]]] = {}  # values and weights, not yet read
@@ -72,6 +74,8 @@ class TrainedModule(LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Rescale and clip here and not by Lightning: its clip refuses fused AdamW under bf16, and knows no scale."""
+        if self.trainer.world_size > 1:
+            self.exchange.finish()
         loss_scale = self.loss_scale()
         clip = None if self.optim.clip is None else self.optim.clip * loss_scale
         norm = optimisation.clip_gradients(self.model.parameters(), clip, self.gradient_scale()) / loss_scale
@@ -88,8 +92,22 @@ class TrainedModule(LightningModule):
     def loss_scale(self) -> Tensor | float:
         """What trainer.precision=16-mixed has multiplied the loss by; the fused optimiser takes it out again."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = scaler._get_scale_async() if scaler is not None else None  # get_scale() would wait for the device
-        return 1.0 if scale is None else scale
+        if scaler is None:
+            return 1.0
+        scale = scaler._get_scale_async()  # on the device: `get_scale` waits for it, at every step
+        return scaler.get_scale() if scale is None else scale
+
+    def masked_patches(self) -> Tensor | int:
+        """Of this process in this step, for a loss that is normalised by those of the global batch."""
+        return 0
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Before the last backward pass of a step, beside which the processes tell one another how things stand."""
+        trainer = self.trainer
+        if trainer.world_size > 1 and (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            step = trainer.global_step + 1
+            given = self.keeper.status(step) if self.keeper is not None else Agreed(step)
+            self.exchange.start(given, self.masked_patches(), self.device)
 
     def gradient_scale(self) -> Tensor | float:
         """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""
@@ -140,11 +158,15 @@ class TrainedModule(LightningModule):
         if last_micro_batch and (step % self.log_every == 0 or step == self.trainer.max_steps):
             self.flush()
         if last_micro_batch and self.keeper is not None:
-            data = getattr(self.trainer, "datamodule", None)
             every = int(self.trainer.val_check_interval)
-            self.validation_due = "val" in getattr(data, "readers", ()) and (batch_idx + 1) % every == 0
+            self.validation_due = self.has_validation and (batch_idx + 1) % every == 0
             self.keeper.after_step(self)
         self.batch_ended = time.perf_counter()  # the last thing of a step: from here on it waits for data
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are held-out images."""
+        return "val" in getattr(getattr(self.trainer, "datamodule", None), "readers", ())
 
     def flush(self) -> None:
         """Write the means since the last flush to the loggers and the progress bar."""
@@ -165,6 +187,9 @@ class TrainedModule(LightningModule):
     def on_train_start(self) -> None:
         if self.keeper is not None:
             self.keeper.begin()
+            # Lightning's loop asks after every step, and knows of steps or of minutes, but not of both.
+            loop: Any = self.trainer.fit_loop.epoch_loop
+            loop._should_check_val_fx = lambda data_fetcher: self.validation_due
         if self.validation_due:  # the run was ended before or during it
             self.validate_now()
 
@@ -200,7 +225,11 @@ class TrainedModule(LightningModule):
     def sum_over_processes(self, values: Tensor | None) -> Tensor:
         """The sum over all processes (the tensor itself in a run of one)."""
         assert values is not None
-        return self.trainer.strategy.reduce(values, reduce_op="sum")
+        if self.trainer.world_size == 1:
+            return values
+        total = values.clone()
+        distributed.all_reduce(total)  # Lightning's own `reduce` has a barrier in front
+        return total
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with.

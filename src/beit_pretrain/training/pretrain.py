@@ -58,7 +58,7 @@ class Pretraining(TrainedModule):
             raise UserError(f"model.vocab_size={model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens")
         self.tokenizer = tokenizer
         self.mean, self.std = tuple(mean), tuple(std)
-        self._masked = torch.zeros(())  # masked patches since the last optimiser step
+        self._masked = torch.zeros((), dtype=torch.int64)  # masked patches since the last optimiser step
         self._tokens_V = torch.zeros(model.vocab_size)  # targets since the last flush
         self._totals = torch.zeros(0)
 
@@ -112,16 +112,19 @@ class Pretraining(TrainedModule):
         self.track(masked, loss=loss_sum / masked, masked_token_accuracy=correct / masked)
         self.track(masked_ratio=masked / tokens_BN.numel())
 
+    def masked_patches(self) -> Tensor:
+        return self._masked
+
     def gradient_scale(self) -> Tensor:
         """Makes the loss a mean over the masked patches of the *global* batch.
 
         A micro-batch divides its sum by a constant, B * K; Lightning divides by the number of micro-batches, DDP by
-        that of processes. How many patches were masked is known only now.
+        that of processes. How many patches were masked is known only at the last micro-batch (`exchange`).
         """
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        masked = self.sum_over_processes(self._masked.double())
+        masked = self._masked if self.trainer.world_size == 1 else self.exchange.masked
         self._masked = torch.zeros_like(self._masked)
-        return micro_batches * self._slots / masked
+        return micro_batches * self._slots / masked.double()
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

@@ -1,0 +1,98 @@
+"""On a GPU: snapshots of a run that goes on, and an exchange for which the host waits nowhere."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import distributed
+
+from beit_pretrain.checkpoints.background import BackgroundCheckpointIO, Snapshot
+from beit_pretrain.checkpoints.files import read
+from beit_pretrain.training.exchange import Agreed, StepExchange
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+BUSY = 10**9  # cycles of a GPU: about half a second
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone, over NCCL."""
+    device = torch.device("cuda", 0)
+    store = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=device)
+    distributed.all_reduce(torch.zeros(1, device=device))  # the first one makes the communicator
+    torch.cuda.synchronize()
+    yield device
+    distributed.destroy_process_group()
+
+
+class TestSnapshot:
+    def test_is_of_the_moment_and_nobody_waits(self):
+        """The device is busy before and changes its tensors after: the copy stands in between."""
+        weight, snapshot = torch.zeros(2**20, device="cuda"), Snapshot()
+        snapshot.take({"weight": weight})  # allocates
+        torch.cuda.synchronize()
+        torch.cuda._sleep(BUSY)
+        weight.fill_(1)
+        began = time.monotonic()
+        copied, complete = snapshot.take({"weight": weight})
+        weight.fill_(2)
+        assert time.monotonic() - began < 0.1
+        assert not complete.query()
+        complete.synchronize()
+        assert copied["weight"].eq(1).all()
+        assert copied["weight"].is_pinned()
+        assert copied["weight"].device.type == "cpu"
+
+    def test_uses_its_pinned_memory_again(self):
+        state, snapshot = {"a": torch.rand(1000, device="cuda"), "b": torch.rand(10)}, Snapshot()
+        first, _ = snapshot.take(state)
+        places = {name: tensor.data_ptr() for name, tensor in first.items()}
+        second, _ = snapshot.take(state)
+        assert {name: tensor.data_ptr() for name, tensor in second.items()} == places
+        assert not second["b"].is_pinned()
+
+
+def test_a_checkpoint_holds_tensors_of_the_host(tmp_path):
+    """Whoever reads it needs no GPU, and the thread has none to wait for but the copy."""
+    io, model = BackgroundCheckpointIO(), torch.nn.Linear(8, 8, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 8, device="cuda")).sum().backward()
+    optimizer.step()
+    expected = model.weight.detach().cpu().clone()
+    torch.cuda._sleep(BUSY)
+    io.save_checkpoint({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "last.ckpt")
+    with torch.no_grad():
+        model.weight.zero_()
+    io.wait()
+    found = torch.load(tmp_path / "last.ckpt", weights_only=True)  # as it lies there, not mapped to the CPU
+    assert found["state_dict"]["weight"].device.type == "cpu"
+    assert torch.equal(found["state_dict"]["weight"], expected)
+    assert read(tmp_path / "last.ckpt")["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0
+
+
+def test_the_host_waits_for_no_exchange(group):
+    """A whole step of exchanges is queued while the device is busy; the sums are right when it gets there."""
+    exchange, masked = StepExchange(), torch.tensor(75, device=group)
+    for number in (1, 2):  # allocates
+        exchange.start(Agreed(number), masked, group)
+        exchange.finish()
+        exchange.read()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(BUSY)
+        began = time.monotonic()
+        exchange.start(Agreed(3, save=True), masked * 2, group)
+        exchange.finish()
+        scale = 10 / exchange.masked.double()
+        assert exchange.read() == Agreed(2)  # that of the step before, which is there already
+        assert time.monotonic() - began < 0.1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert scale.item() == 10 / 150
+    exchange.start(Agreed(4), masked, group)
+    exchange.finish()
+    assert exchange.read() == Agreed(3, save=True)

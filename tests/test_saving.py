@@ -1,0 +1,253 @@
+"""Runs whose checkpoints are written while they go on: nothing is lost, and no error is, however a run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from crash import Crash
+from lightning import Callback
+from test_background import endless
+from test_keeping import in_process, sends, signals_restored, words  # noqa: F401 (fixtures)
+from tiny import last_checkpoint, rows_of
+
+from beit_pretrain.checkpoints.background import BackgroundCheckpointIO
+from beit_pretrain.checkpoints.files import AtomicCheckpointIO
+from beit_pretrain.errors import UserError
+from beit_pretrain.runs import fit as runs
+from beit_pretrain.training.metrics import read_rows
+
+WRITE = AtomicCheckpointIO.save_checkpoint
+
+
+@pytest.fixture
+def short(words, tmp_path) -> list[str]:  # noqa: F811
+    """Ten steps that save after the 4th, the 8th and the last, without validation."""
+    words = [word for word in in_process(words) if not word.startswith("data.val=")]
+    return [*words, "steps=10", f"run_dir={tmp_path / 'run'}"]
+
+
+class Steps(Callback):
+    """How many steps a run has begun."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
+        self.begun = trainer.global_step + 1
+
+
+@pytest.fixture
+def with_callback(monkeypatch):
+    """`with_callback(callback)`: the runs from here on have it."""
+    make = runs.make_trainer
+
+    def add(callback: Callback) -> Callback:
+        monkeypatch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, callback]))
+        return callback
+
+    return add
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Every write takes a while, as on a network's disk."""
+
+    def write(self, checkpoint, path, storage_options=None) -> None:
+        time.sleep(0.3)
+        WRITE(self, checkpoint, path)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", write)
+
+
+def same_content(one, other, place: str = "") -> None:
+    """Assert that two checkpoints hold the same, to the last bit, less what clocks and folders say."""
+    assert type(one) is type(other), place
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            if key not in ("images_per_s", "data_wait", "dirpath", "best_model_path", "best_k_models"):
+                same_content(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            same_content(*pair, f"{place}.{number}")
+    else:
+        assert one == other, place
+
+
+def test_a_checkpoint_is_the_run_as_it_was(short, run_cli, tmp_path, monkeypatch, with_callback):
+    """Written three steps later, it holds what one has that is waited for: weights, moments, sums, loops."""
+    short = [*short, "log_every=3", "keep_every=4"]  # the sums of step 4 are not written yet
+    save = BackgroundCheckpointIO.save_checkpoint
+
+    def waited_for(self, *args, **kwargs) -> None:
+        save(self, *args, **kwargs)
+        self.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BackgroundCheckpointIO, "save_checkpoint", waited_for)
+        assert run_cli(*short, f"run_dir={tmp_path / 'waited'}")[0] == 0
+    steps, begun = with_callback(Steps()), {}
+
+    def late(self, checkpoint, path, storage_options=None) -> None:
+        step, deadline = int(checkpoint["global_step"]), time.monotonic() + 20
+        while steps.begun < min(step + 3, 8) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        begun[step] = steps.begun
+        WRITE(self, checkpoint, path)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", late)
+    code, _, stderr = run_cli(*short)
+    assert code == 0, stderr
+    assert begun[4] == 7  # the step that was in hand when that of step 4 was written
+    for name in ("step-00000004.ckpt", "step-00000008.ckpt", "last.ckpt"):
+        both = [torch.load(tmp_path / run / "checkpoints" / name, weights_only=True) for run in ("waited", "run")]
+        assert both[0]["unwritten"] or name == "last.ckpt"
+        same_content(*both)
+
+
+def test_a_write_that_fails_ends_the_run_at_the_next_step(short, run_cli, tmp_path, monkeypatch, with_callback):
+    """One line, exit code 2, and the checkpoint before it is intact."""
+    steps = with_callback(Steps())
+    fail_from(monkeypatch, 8)
+    code, _, stderr = run_cli(*short)
+    assert (code, stderr.count("error:"), "Traceback" in stderr) == (2, 1, False), stderr
+    assert "disk full of step 8" in stderr
+    assert 8 <= steps.begun <= 10
+    assert last_checkpoint(tmp_path / "run")["global_step"] == 4
+
+
+def fail_from(monkeypatch, step: int) -> None:
+    """Checkpoints from a step on cannot be written, which takes a moment to find out."""
+
+    def write(self, checkpoint, path, storage_options=None) -> None:
+        if checkpoint["global_step"] < step:
+            return WRITE(self, checkpoint, path)
+        time.sleep(0.05)
+        raise UserError(f"disk full of step {checkpoint['global_step']}")
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", write)
+
+
+def test_the_last_write_that_fails(short, run_cli, tmp_path, monkeypatch):
+    """No step comes after it; the run is not called finished."""
+    fail_from(monkeypatch, 10)
+    code, stdout, stderr = run_cli(*short)
+    assert code == 2
+    assert "disk full of step 10" in stderr
+    assert "saved" not in stdout
+    assert not (tmp_path / "run/finished.json").exists()
+
+
+def test_a_write_that_fails_under_a_signal(short, run_cli, tmp_path, monkeypatch, sends):  # noqa: F811
+    """Exit code 2 and not 75: nothing is saved from which the same command could go on."""
+    fail_from(monkeypatch, 6)
+    sends("on_train_batch_start", 5)
+    code, stdout, stderr = run_cli(*short)
+    assert code == 2
+    assert "disk full of step 6" in stderr
+    assert "stopped by" not in stdout
+    assert last_checkpoint(tmp_path / "run")["global_step"] == 4
+
+
+def test_a_write_that_fails_beside_another_error(short, run_cli, monkeypatch, with_callback, capsys):
+    """The run ends by what ended it; the other one is said too."""
+    with_callback(Crash(4))
+    fail_from(monkeypatch, 4)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_cli(*short)
+    assert "warning: disk full of step 4" in capsys.readouterr().err
+
+
+class TestWhatIsBeingWrittenIsWaitedFor:
+    """When a process ends, its last checkpoint is on the disk as a whole."""
+
+    def test_at_the_end(self, short, run_cli, tmp_path, slow):
+        code, stdout, _ = run_cli(*short)
+        assert (code, "saved" in stdout) == (0, True)
+        assert last_checkpoint(tmp_path / "run")["global_step"] == 10
+        assert torch.load(tmp_path / "run/checkpoints/previous.ckpt", weights_only=True)["global_step"] == 8
+
+    def test_when_told_to_stop(self, short, run_cli, tmp_path, slow, sends, signals_restored):  # noqa: F811
+        sends("on_train_batch_start", 5)
+        with pytest.raises(SystemExit) as stopped:
+            run_cli(*short)
+        assert stopped.value.code == 75
+        assert last_checkpoint(tmp_path / "run")["global_step"] == 6
+
+    def test_after_an_error(self, short, run_cli, tmp_path, slow, with_callback):
+        with_callback(Crash(5))
+        with pytest.raises(RuntimeError, match="power cut"):
+            run_cli(*short)
+        assert last_checkpoint(tmp_path / "run")["global_step"] == 4
+
+    def test_when_it_stops_early(self, words, run_cli, tmp_path, slow, with_callback):  # noqa: F811
+        """The step of the last validation, whatever `save_every` is."""
+
+        class Early(Callback):
+            def on_validation_end(self, trainer, pl_module) -> None:
+                trainer.should_stop = True
+
+        with_callback(Early())
+        code, stdout, stderr = run_cli(*in_process(words), f"run_dir={tmp_path / 'run'}", "save_every=1000")
+        assert code == 0, stderr
+        assert "stopped early after step 5 of 20" in stdout
+        saved = last_checkpoint(tmp_path / "run")
+        assert (saved["global_step"], saved["validation_due"]) == (5, False)
+
+    def test_but_not_by_a_second_ctrl_c(self, short, run_cli, tmp_path, monkeypatch, with_callback):
+        """The checkpoint before stays, and nothing half-written."""
+
+        class Twice(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+                if trainer.global_step == 5:  # that of step 4 is on the disk, or half of it
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.05)
+                    began.append(time.monotonic())
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        began: list[float] = []
+        with_callback(Twice())
+        monkeypatch.setattr(torch, "save", endless)
+        code, *_ = run_cli(*short)
+        assert code == 130
+        assert time.monotonic() - began[0] < 10
+        assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+class TestValidationByTheClock:
+    def test_changes_no_number(self, words, run_cli, tmp_path):  # noqa: F811
+        words = [*in_process(words), "steps=6", "save_every=1000"]
+        assert run_cli(*words, f"run_dir={tmp_path / 'steps'}", "val_every=3")[0] == 0
+        often = [*words, f"run_dir={tmp_path / 'clock'}", "val_every=1000", "val_minutes=1e-9"]
+        assert run_cli(*often)[0] == 0
+        rows = [rows_of(tmp_path / run) for run in ("steps", "clock")]
+        for step, row in rows[1].items():
+            assert "val/loss" in row, step
+            assert all(row[name] == value for name, value in rows[0][step].items()), step
+
+    def test_a_restart_in_between_validates_first(self, words, run_cli, tmp_path, sends, signals_restored):  # noqa: F811
+        """As with a validation by steps: the checkpoint before it says that it is due."""
+        words = [*in_process(words), "steps=6", "save_every=1000", "val_every=1000", f"run_dir={tmp_path / 'run'}"]
+        sends("on_validation_batch_start", 2)
+        with pytest.raises(SystemExit):
+            run_cli(*words, "val_minutes=1e-9")
+        signals_restored()
+        saved = last_checkpoint(tmp_path / "run")
+        assert (saved["global_step"], saved["validation_due"]) == (2, True)
+        assert "val/loss" not in rows_of(tmp_path / "run")[2]
+        assert run_cli(*words)[0] == 0
+        assert [step for step, row in rows_of(tmp_path / "run").items() if "val/loss" in row] == [1, 2, 6]
+
+    def test_never_without_held_out_images(self, short, run_cli, tmp_path):
+        assert run_cli(*short, "val_minutes=1e-9", "save_every=1000")[0] == 0
+        rows = read_rows(tmp_path / "run/metrics.csv")[1]
+        assert not any(name.startswith("val/") for row in rows.values() for name in row)
+        assert [path.name for path in Path(tmp_path / "run/checkpoints").iterdir()] == ["last.ckpt"]
