@@ -27,8 +27,8 @@ LOCK = ".lock"
 
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
 FREE_TO_CHANGE = (
-    *("activation_checkpointing", "compile", "ahead", "profile", "resume", "preflight", "trainer", "logger"),
-    *("batch_size", "threads", "run_dir", "timeout_minutes", "pictures", "knn", "test", "max_skipped"),
+    *("activation_checkpointing", "compile", "attention", "ahead", "profile", "resume", "preflight", "trainer"),
+    *("logger", "batch_size", "threads", "run_dir", "timeout_minutes", "pictures", "knn", "test", "max_skipped"),
     *("log_every", "val_every", "save_every", "save_minutes", "keep_every"),
     *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
     *("data.max_bad", "data.train", "data.val"),  # what lies there is compared, wherever it lies (`resume.goes_on`)
