@@ -61,32 +61,41 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def fenced(*shape: int, dtype: torch.dtype, row: int | None = None) -> Tensor:
+def fenced(*shape: int, dtype: torch.dtype, row: int | None = None, device: str = "cpu") -> Tensor:
     """Random numbers with NaN behind the last one, and behind each row, which is `row` numbers long in memory."""
     row = row or shape[-1]
     count = int(np.prod(shape[:-1]))
-    memory = torch.full((count * row + 4096,), float("nan"), dtype=dtype)
-    memory[: count * row].view(count, row)[:, : shape[-1]] = torch.randn(count, shape[-1]).to(dtype)
+    memory = torch.full((count * row + 4096,), float("nan"), dtype=dtype, device=device)
+    memory[: count * row].view(count, row)[:, : shape[-1]] = torch.randn(count, shape[-1]).to(device, dtype)
     return memory[: count * row].view(*shape[:-1], row)[..., : shape[-1]]
 
 
-def inputs(kind: str, images: int, heads: int, keys: int, queries: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+def inputs(
+    kind: str,
+    images: int,
+    heads: int,
+    keys: int,
+    queries: int,
+    width: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> list[Tensor]:
     """[qkv, bias], or [q, kv, bias] and perhaps the queries' tokens; fresh numbers at each call."""
-    lines = queries if kind == "queries" else keys
-    of_each = images if "an image" in kind else 1
-    bias = fenced(of_each, heads, lines, keys, dtype=dtype, row=-(-keys // 16) * 16)
+    there = {"dtype": dtype, "device": device}
+    lines, of_each = queries if kind == "queries" else keys, images if "an image" in kind else 1
+    bias = fenced(of_each, heads, lines, keys, row=-(-keys // 16) * 16, **there)
     if kind.startswith("packed"):
-        return [fenced(images, keys, 3, heads, width, dtype=dtype), bias]
-    given = [
-        fenced(images, queries, heads, width, dtype=dtype),
-        fenced(images, keys, 2, heads, width, dtype=dtype),
-        bias,
-    ]
+        return [fenced(images, keys, 3, heads, width, **there), bias]
+    given = [fenced(images, queries, heads, width, **there), fenced(images, keys, 2, heads, width, **there), bias]
     if kind == "tokens":  # any order, and most of the last third is one token, as in a padded list
         token_BK = torch.randint(0, keys, (images, queries))
         token_BK[:, -(queries // 3) :] = token_BK[:, :1]
-        given.append(token_BK)
+        given.append(token_BK.to(device))
     return given
+
+
+def in_float64(given: list[Tensor]) -> list[Tensor]:
+    return [t.double() if t.is_floating_point() else t for t in given]
 
 
 def ours(*given: Tensor) -> Tensor:
@@ -119,12 +128,21 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
     return {name: ((found[name].double() - t).norm() / t.norm()).item() for name, t in exact.items()}
 
 
-def compare(kind: str, keys: int, queries: int, dtype: torch.dtype, width: int = 64, heads: int = 2) -> None:
+def compare(
+    kind: str,
+    keys: int,
+    queries: int,
+    dtype: torch.dtype,
+    width: int = 64,
+    heads: int = 2,
+    images: int = 2,
+    device: str = "cpu",
+) -> None:
     """Our errors against float64 are not above torch's in the same precision by more than `FACTOR`."""
     torch.manual_seed(keys + queries)
-    given = inputs(kind, 2, heads, keys, queries, width, dtype)
-    grad = torch.randn(2, keys if kind.startswith("packed") else queries, heads, width).to(dtype)
-    exact = results(torchs, [t.double() if t.is_floating_point() else t for t in given], grad.double())
+    given = inputs(kind, images, heads, keys, queries, width, dtype, device)
+    grad = torch.randn(images, keys if kind.startswith("packed") else queries, heads, width).to(device, dtype)
+    exact = results(torchs, in_float64(given), grad.double())
     of_ours, of_torch = (errors(results(function, given, grad), exact) for function in (ours, torchs))
     name = f"{kind}, N {keys}" + ("" if kind.startswith("packed") else f", K {queries}") + f", {str(dtype)[6:]}"
     print(f"{name:42}", *(f"{part} {of_ours[part]:.2g} ({of_torch[part]:.2g})" for part in exact))
@@ -165,7 +183,7 @@ def test_the_gradient_of_the_bias_is_summed_over_parts_of_the_batch(kind, images
     grad = torch.randn(images, 17 if kind == "packed" else 12, 2, 16)
     found, exact = (
         results(ours, given, grad),
-        results(torchs, [t.double() if t.is_floating_point() else t for t in given], grad.double()),
+        results(torchs, in_float64(given), grad.double()),
     )
     assert max(errors(found, exact).values()) < 1e-6
 
@@ -192,7 +210,7 @@ def test_minus_infinity_masks(kind):
         given[3][:, :6] = torch.tensor([3, 4, 7, 7, 8, 9])
     grad = torch.randn(2, 50 if kind == "packed" else 40, 2, 16)
     found = results(ours, given, grad)
-    exact = results(torchs, [t.double() if t.is_floating_point() else t for t in given], grad.double())
+    exact = results(torchs, in_float64(given), grad.double())
     assert not found["out"][:, 7 if kind == "packed" else 2, 0].any()
     assert max(errors(found, exact).values()) < 1e-6
 
@@ -316,8 +334,9 @@ def loss_and_gradients(network: MaskedImageModel) -> dict[str, Tensor]:
     mask.scatter_(1, position_BK, True)
     position_BK[1, 4:], position_BK[2, 1:] = 0, position_BK[2, 0]  # padded lists
     drop = uniforms(0, torch.arange(3), network.branches)
+    there = network.mask_token.device
     network.zero_grad()
-    loss = network.forward_at(image, mask, position_BK, drop).float().sin().mean()
+    loss = network.forward_at(*(t.to(there) for t in (image, mask, position_BK, drop))).float().sin().mean()
     loss.backward()
     return {"loss": loss.detach(), **{n: p.grad for n, p in network.named_parameters() if p.grad is not None}}
 
@@ -340,6 +359,20 @@ def test_a_network_has_the_same_loss_and_gradients(bias, checkpointing):
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, wanted[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bias", ["shared", "per_layer"])
+def test_a_compiled_network_has_the_same_loss_and_gradients(bias, monkeypatch):
+    """In one graph; the compiler hands the operators what they need."""
+    torch.use_deterministic_algorithms(False)
+    network = model(bias)
+    use_triton(network)
+    monkeypatch.setattr(network, "forward_at", torch.compile(network.forward_at, fullgraph=True, dynamic=False))
+    found = loss_and_gradients(network)
+    monkeypatch.undo()
+    for name, tensor in loss_and_gradients(network).items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.long

@@ -25,7 +25,7 @@ INTERPRETED = Path(__file__).with_name("interpreted_attention.py")
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on an H100 or H200
 SIZES = {"base": 12, "large": 16}  # heads, of 64 numbers
 SHAPES = ((197, None), (197, 75), (577, None))  # tokens; queries, where some tokens alone have one
-NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def interpreted(marker: str) -> str:
@@ -56,28 +56,56 @@ def test_errors_of_every_shape_and_precision_by_the_interpreter():
     assert len(table) > 48
 
 
-def compiled(name: str, heads: int, tokens: int, queries: int | None, dtype: torch.dtype, width: int = 64) -> Any:
-    """A kernel of 256 images compiled for sm_90, with the block sizes that a call would take."""
+class Driver:
+    """Says for which GPU Triton compiles; there need not be one."""
+
+    def __init__(self, target: Any):
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return -1  # kernels of a real GPU, in tests that follow, have a cache of their own
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the operators would launch on an H100, compiled as a launch would have it, by name."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from beit_pretrain.networks import triton_attention as ours
+    from beit_pretrain.networks import triton_attention
 
-    rows, packed = queries is not None, queries is None
-    kernel = {"forward": ours.forward_kernel, "backward": ours.backward_kernel, "bias": ours.bias_kernel}[name]
-    shape = ours.Shape(256, queries or tokens, tokens, heads, width, tokens)
-    tiles = ours.TILES["bias_rows" if name == "bias" and rows else name, dtype.itemsize, width]
-    fixed = ours.constants(name, shape, packed, rows, tiles)
-    fixed |= {"kv": None, "grad_kv": None} if packed else {}
-    fixed |= {} if rows else {"row": None}
-    fixed |= {"SHARE": ours.parts(shape, tiles, per_image=False)[1]} if name == "bias" else {}
-    kinds = {"lse": "*fp32", "delta": "*fp32", "grad_bias": "*fp32", "row": "*i64"}
-    kinds |= dict.fromkeys(("bias_image", "bias_head", "bias_line", "images"), "i32")
-    given = {n: "constexpr" if n in fixed else kinds.get(n, NAMES[dtype]) for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(given.values()) if kind != "constexpr"}
-    source = triton.compiler.ASTSource(kernel, given, {n: fixed[n] for n in given if n in fixed}, aligned)
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    found: dict[str, Any] = {}
+
+    def compiled(kernel, programs, like, tiles, *arguments, **fixed):
+        kinds = [value.dtype if isinstance(value, torch.Tensor) else value for value in arguments]
+        how = {"num_warps": tiles.warps, "num_stages": tiles.stages, "grid": (programs,)}
+        found[kernel.__name__] = kernel.warmup(*kinds, **fixed, **how)
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton_attention, "_launch", compiled)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(GPUTarget("cuda", 90, 32)))
+    return found
+
+
+def call_operators(heads: int, tokens: int, queries: int | None, dtype: torch.dtype) -> None:
+    """Forward and backward of 256 images with heads of 64 numbers, on tensors without contents."""
+    from beit_pretrain.networks.triton_attention import attention, attention_backward
+
+    there = {"device": "meta", "dtype": dtype}
+    bias = torch.empty(1, heads, tokens, -(-tokens // 16) * 16, **there)[..., :tokens]
+    if queries is None:
+        given = (torch.empty(256, tokens, 3, heads, 64, **there), None, bias, None)
+    else:
+        q, kv = torch.empty(256, queries, heads, 64, **there), torch.empty(256, tokens, 2, heads, 64, **there)
+        given = (q, kv, bias, torch.empty(256, queries, device="meta", dtype=torch.long))
+    out, lse = attention._init_fn(*given)  # what a GPU would run: such tensors would be sent to the fake one
+    attention_backward._init_fn(torch.empty_like(out), out, lse, *given, True, True)
 
 
 def resources(ptx: str) -> tuple[int, int]:
@@ -97,7 +125,6 @@ def resources(ptx: str) -> tuple[int, int]:
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's ptxas is for Linux")
-@pytest.mark.parametrize("name", ["forward", "backward", "bias"])
 @pytest.mark.parametrize(
     ("size", "tokens", "queries", "dtype"),
     [
@@ -107,20 +134,25 @@ def resources(ptx: str) -> tuple[int, int]:
         ("base", 197, None, torch.float16),
     ],
 )
-def test_compiled_for_an_h100(size, tokens, queries, dtype, name, tmp_path, monkeypatch):
+def test_compiled_for_an_h100(size, tokens, queries, dtype, kernels):
     """No spills in half precision, hardly any in fp32; Hopper's matrix instructions; no atomics."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = compiled(name, SIZES[size], tokens, queries, dtype)
-    ptx = found.asm["ptx"]
-    registers, spilled = resources(ptx)
-    shared, wgmma = found.metadata.shared, ptx.count("wgmma.mma_async")
-    print(f"{name}, {size}, N {tokens}, K {queries}, {str(dtype)[6:]}: {registers} registers, {spilled} bytes spilled,",
-          f"{shared} bytes shared, {wgmma} wgmma")  # fmt: skip
-    assert registers <= 255
-    assert spilled <= (32 if dtype == torch.float32 else 0)
-    assert shared <= SHARED_MEMORY
-    assert (wgmma > 0) == (dtype != torch.float32)  # products of fp32 are exact: no tensor cores
-    assert not re.search(r"\b(atom|red)\.", ptx)
+    call_operators(SIZES[size], tokens, queries, dtype)
+    assert kernels.keys() == {"forward_kernel", "delta_kernel", "backward_kernel", "bias_kernel"}
+    for name, kernel in kernels.items():
+        ptx, shared = kernel.asm["ptx"], kernel.metadata.shared
+        registers, spilled = resources(ptx)
+        wgmma = ptx.count("wgmma.mma_async")
+        print(
+            f"{name}, {size}, N {tokens}, K {queries}, {str(dtype)[6:]}: {registers} registers, {spilled} bytes",
+            end=" ",
+        )
+        print(f"spilled, {shared} bytes shared, {wgmma} wgmma")
+        assert registers <= 255
+        assert spilled <= (32 if dtype == torch.float32 else 0)
+        assert shared <= SHARED_MEMORY
+        # Products of fp32 are exact: no tensor cores.
+        assert (wgmma > 0) == (dtype != torch.float32 and name != "delta_kernel")
+        assert not re.search(r"\b(atom|red)\.", ptx)
 
 
 def test_triton_needs_a_gpu(shards, dvae_checkpoint, run_cli, tmp_path, monkeypatch):
@@ -191,3 +223,62 @@ def test_a_run_goes_on_with_the_other_attention(shards, dvae_checkpoint, run_cli
     assert any(not torch.equal(last[0][name], last[1][name]) for name in last[0])  # it was really ours that ran
     for name in last[0]:
         torch.testing.assert_close(last[0][name], last[1][name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def on_a_gpu() -> Any:
+    """The module with the tests' tools, where there is a GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pytest.importorskip("triton")
+    import interpreted_attention
+
+    return interpreted_attention
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kind", ["packed", "packed, a bias an image", "queries", "tokens"])
+@pytest.mark.parametrize("keys", [50, 197, 577])
+def test_errors_on_a_gpu_are_not_above_torchs(keys, kind, dtype):
+    tools = on_a_gpu()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    tools.compare(kind, keys, 75, dtype, heads=12, images=16, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["packed", "tokens"])
+def test_runs_on_a_gpu_are_equal_bit_by_bit(kind):
+    tools = on_a_gpu()
+    given = tools.inputs(kind, 64, 12, 197, 75, 64, torch.bfloat16, "cuda")
+    grad = torch.randn(64, 197 if kind == "packed" else 75, 12, 64, device="cuda").bfloat16()
+    first = tools.results(tools.ours, given, grad)
+    for _ in range(5):
+        again = tools.results(tools.ours, given, grad)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_a_batch_of_more_than_2_to_the_31_numbers():
+    """The last images give the same bits as alone."""
+    tools = on_a_gpu()
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GiB of free memory")
+    images = 2**31 // (197 * 3 * 12 * 64) + 8
+    qkv, bias = tools.inputs("packed", 4, 12, 197, 0, 64, torch.bfloat16, "cuda")
+    grad = torch.randn(4, 197, 12, 64, device="cuda").bfloat16()
+    alone = tools.results(tools.ours, [qkv, bias], grad)
+    many = qkv.repeat(-(-images // 4), 1, 1, 1, 1)
+    found = tools.results(tools.ours, [many, bias], grad.repeat(len(many) // 4, 1, 1, 1))
+    assert all(torch.equal(found[name][-4:], alone[name]) for name in ("out", "dq", "dk", "dv"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", ["shared", "per_layer"])
+def test_a_compiled_network_on_a_gpu_has_the_same_gradients(bias):
+    tools = on_a_gpu()
+    network = tools.model(bias).cuda()
+    wanted = tools.loss_and_gradients(network)
+    tools.use_triton(network)
+    network.forward_at = torch.compile(network.forward_at, fullgraph=True, dynamic=False)
+    for name, tensor in tools.loss_and_gradients(network).items():
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-4, rtol=1e-4, msg=name)
