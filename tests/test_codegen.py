@@ -81,6 +81,21 @@ def test_what_a_layer_moves(kit, bias, launches, forward, backward, saved):
     assert all(a <= b for a, b in zip(found, (launches, forward, backward, saved), strict=True)), found
 
 
+@pytest.mark.parametrize("bias", ["shared", "per_layer"])
+def test_with_our_own_attention_gradients_are_packed(kit, bias):
+    """One graph; gradients of q, k and v are not copied into one tensor, the bias is read where it lies."""
+    printed = kit("step.py", "4", bias, "--attention", "triton", "--per-layer")
+    found = figures(printed)
+    assert (found["graphs"], found["graph_breaks"], found["cpu"], found["unaligned_products"]) == (1, 0, [], 0)
+    assert (found["extern"]["attention"], found["extern"]["attention_backward"]) == (4, 4)
+    assert not [name for name in found["extern"] if name.startswith("_scaled_dot_product")]
+    assert "stack" not in printed
+    assert found["atomics"] <= {"shared": 3, "per_layer": 6}[bias]  # masked tokens (2), each table's rows
+    layer = found["layer"]
+    assert layer["forward_GB"] <= 1.83
+    assert layer["backward_GB"] <= 2.94
+
+
 def test_deterministic_no_sum_depends_on_the_order_of_arrival(kit):
     found = figures(kit("step.py", "2", "shared", "--deterministic"))
     assert (found["graphs"], found["graph_breaks"], found["atomics"]) == (1, 0, 0)

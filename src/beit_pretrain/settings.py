@@ -125,6 +125,7 @@ RULES: dict[str, Rule] = {
     **{name: whole(1) for name in ("global_batch", "batch_size", "log_every", "val_every", "save_every")},
     "threads": optional(whole(1)),
     "compile": one_of("auto", True, False, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "attention": one_of("auto", "sdpa", "triton"),
     **dict.fromkeys(("ahead", "profile", "deterministic"), SWITCH),
     **dict.fromkeys(("save_minutes", "val_minutes"), optional(POSITIVE)),
     "gradient_compression": one_of(None, "bf16"),

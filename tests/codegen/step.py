@@ -1,6 +1,7 @@
 """The code of the pre-training step: backbone, loss and their gradients.
 
-usage: sh run.sh PYTHON step.py DEPTH BIAS [BATCH] [--checkpoint] [--deterministic] [--per-layer] [--save FOLDER]
+usage: sh run.sh PYTHON step.py DEPTH BIAS [BATCH] [--checkpoint] [--attention triton]
+       [--deterministic] [--per-layer] [--save FOLDER]
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from h100 import Program, empty, generate, to_device
 
 from beit_pretrain.networks.backbone import BIASES, MaskedImageModel
+from beit_pretrain.networks.blocks import attentions
 from beit_pretrain.training.optim import Optim
 from beit_pretrain.training.pretrain import Pretraining
 from beit_pretrain.training.speed import make_deterministic
@@ -28,9 +30,11 @@ class Tokenizer:
     vocab_size, downsample, in_chans = VOCABULARY, 8, 3
 
 
-def programs(depth: int, bias: str, batch: int, checkpoint: bool) -> list[Program]:
+def programs(depth: int, bias: str, batch: int, checkpoint: bool, attention: str) -> list[Program]:
     network = MaskedImageModel(VOCABULARY, embed_dim=WIDTH, depth=depth, num_heads=HEADS, rel_pos_bias=bias)
     network.set_grad_checkpointing(checkpoint)
+    for layer in attentions(network):
+        layer.kernel = attention
     module: Any = Pretraining(to_device(network), Tokenizer(), Optim(lr=1e-3), (0.5,) * 3, (0.5,) * 3)
     module.compile_mode = "default"
     objective = module.fast(module.objective)
@@ -60,6 +64,7 @@ def main() -> None:
     parser.add_argument("bias", choices=BIASES)
     parser.add_argument("batch", type=int, nargs="?", default=256)
     parser.add_argument("--checkpoint", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--attention", choices=("sdpa", "triton"), default="sdpa")
     parser.add_argument("--deterministic", action="store_true", help="as with deterministic=true")
     parser.add_argument("--per-layer", action="store_true", help="also what one layer more costs (twice the time)")
     parser.add_argument("--save", metavar="FOLDER", help="keep the generated programs there")
@@ -68,8 +73,8 @@ def main() -> None:
         make_deterministic("pretrain", on_gpu=True)
     fewer = None
     if ask.per_layer:
-        fewer = report.figures(programs(ask.depth - 1, ask.bias, ask.batch, ask.checkpoint))
-    found = programs(ask.depth, ask.bias, ask.batch, ask.checkpoint)
+        fewer = report.figures(programs(ask.depth - 1, ask.bias, ask.batch, ask.checkpoint, ask.attention))
+    found = programs(ask.depth, ask.bias, ask.batch, ask.checkpoint, ask.attention)
     report.show(found)
     numbers = report.figures(found)
     if fewer is not None:

@@ -3,6 +3,7 @@
 * A residual branch that drop path drops is not computed for that image.
 * Of the last block in front of a token head, only the masked positions have queries, a projection and an MLP.
 * The bias of the attention is gathered once a step, in the layout and precision that fused kernels want.
+* Attention runs by torch's kernels, or by Triton kernels of our own (`Attention.kernel`).
 * Layer scale is multiplied into the weights in front of it and not into every token's output.
 * Patches are embedded by a matrix product, not by a convolution of three channels.
 * Linear layers take the fastest product (`linear.py`).
@@ -29,6 +30,7 @@ from beit_pretrain.networks.linear import linear
 # Not cuDNN's: without gradients torch would prefer it, and it makes a new plan for every shape. Not measured yet.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 ALIGNED = 16  # numbers in whose multiples rows of the bias begin: without, CUDA's kernels copy it at every layer
+TRITON_WIDTHS = (16, 32, 64, 128)  # of the heads that the Triton kernels take
 KEYS = 8  # a CPU's keys are filled up to multiples of it: products with rows of 197 numbers are slower than of 200
 
 
@@ -69,6 +71,13 @@ class Mlp(layers.Mlp):
 class Attention(beit.Attention):
     """timm's attention (its parameters and their names), also for some of the tokens only."""
 
+    kernel = "sdpa"  # or "triton", which is for attention with a bias: `attention=` of `fit`
+
+    @property
+    def width(self) -> int:
+        """d, of a head."""
+        return self.qkv.weight.shape[0] // (3 * self.num_heads)
+
     def forward(
         self,
         x_BND: Tensor,
@@ -88,16 +97,29 @@ class Attention(beit.Attention):
         none: Any = self.k_bias  # zeros: keys have no bias
         if token_BK is None:
             whole = None if self.q_bias is None else torch.cat((self.q_bias, none, self.v_bias))
-            q, k, v = linear(x_BND, self.qkv.weight, whole).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+            qkv = linear(x_BND, self.qkv.weight, whole).unflatten(-1, (3, self.num_heads, -1))
+            q, k, v = qkv.unbind(2)
         else:
             parts = (len(self.qkv.weight) // 3, 2 * len(self.qkv.weight) // 3)
             of_query, of_rest = self.qkv.weight.split(parts)
             rest = None if self.q_bias is None else torch.cat((none, self.v_bias))
             q = linear(at_tokens(x_BND, token_BK), of_query, self.q_bias).unflatten(-1, (self.num_heads, -1))
-            k, v = linear(x_BND, of_rest, rest).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-            bias = None if bias is None else bias_rows(bias, token_BK)
-        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias)
-        return scaled_linear(self.proj, out.transpose(1, 2).flatten(2), gamma_D)
+            kv = linear(x_BND, of_rest, rest).unflatten(-1, (2, self.num_heads, -1))
+            k, v = kv.unbind(2)
+        if bias is not None and self.kernel == "triton":
+            from beit_pretrain.networks.triton_attention import attention_at, packed_attention  # not on every machine
+
+            out_BKHd = packed_attention(qkv, bias) if token_BK is None else attention_at(q, kv, bias, token_BK)
+        else:
+            if bias is not None and token_BK is not None:
+                bias = bias_rows(bias, token_BK)
+            out_BKHd = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias).transpose(1, 2)
+        return scaled_linear(self.proj, out_BKHd.flatten(2), gamma_D)
+
+
+def attentions(network: nn.Module) -> list[Attention]:
+    """The attention of every block in a network."""
+    return [layer for layer in network.modules() if isinstance(layer, Attention)]
 
 
 def attend(q_BHKd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,9 +27,10 @@ LOCK = ".lock"
 
 # What may differ when a run is continued: how it is executed and watched, not what it computes.
 FREE_TO_CHANGE = (
-    *("activation_checkpointing", "compile", "ahead", "deterministic", "profile", "resume", "preflight", "trainer"),
-    *("logger", "batch_size", "threads", "run_dir", "timeout_minutes", "pictures", "knn", "test", "max_skipped"),
-    *("log_every", "val_every", "val_minutes", "save_every", "save_minutes", "keep_every", "gradient_compression"),
+    *("activation_checkpointing", "compile", "attention", "ahead", "deterministic", "profile", "resume", "preflight"),
+    *("trainer", "logger", "batch_size", "threads", "run_dir", "timeout_minutes", "pictures", "knn", "test"),
+    *("max_skipped", "log_every", "val_every", "val_minutes", "save_every", "save_minutes", "keep_every"),
+    "gradient_compression",
     *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
     *("data.max_bad", "data.train", "data.val"),  # what lies there is compared, wherever it lies (`resume.goes_on`)
 )

@@ -6,7 +6,8 @@ import gzip
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning import Callback, Trainer
 from torch.autograd import DeviceType
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.networks.blocks import TRITON_WIDTHS
 
 WARM_UP, PROFILED = 10, 5  # steps before a profile (compilation, first allocations), and in it
 DEAREST = 10  # operations of the table
@@ -72,6 +74,37 @@ def compile_mode(asked: bool | str, on_gpu: bool, sharded: bool) -> str | None:
     if isinstance(asked, bool):
         return "default" if asked else None
     return asked
+
+
+# Compute capability -> the attention that was measured to be faster there (docs/performance.md has the measurement).
+# Empty: no GPU has been measured yet, so `attention=auto` is sdpa everywhere.
+FASTEST_ATTENTION: dict[tuple[int, int], str] = {}
+
+
+def attention_kernel(asked: str, on_gpu: bool, precision: str | int | None, widths: Collection[int]) -> str:
+    """What `attention=` means for a network with heads of these widths: "sdpa", torch's kernels, or "triton", our own.
+
+    Raises UserError where "triton" is asked for and cannot run.
+    """
+    if asked == "auto":
+        fastest = FASTEST_ATTENTION.get(torch.cuda.get_device_capability(), "sdpa") if on_gpu else "sdpa"
+        return "sdpa" if without_triton(on_gpu, precision, widths) else fastest
+    if asked == "triton" and (reason := without_triton(on_gpu, precision, widths)):
+        raise UserError(f"attention=triton {reason}; attention=sdpa runs everywhere")
+    return asked
+
+
+def without_triton(on_gpu: bool, precision: str | int | None, widths: Collection[int]) -> str:
+    """Why the Triton kernels cannot run, in words; "" if they can. In tests Triton's interpreter runs them on a CPU."""
+    if find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a GPU of CUDA, and this run has none"
+    if str(precision).startswith("64"):
+        return f"does not take trainer.precision={precision}"
+    if other := set(widths) - set(TRITON_WIDTHS):
+        return f"takes heads of width {', '.join(map(str, TRITON_WIDTHS))}, and this network's are {min(other)} wide"
+    return ""
 
 
 class Profile(Callback):
