@@ -172,6 +172,8 @@ def prepare(cfg: DictConfig, task: Task, start: Start, signals: Signals) -> None
     sharded = cfg.trainer.strategy == "fsdp"
     module.guard = Guard(Path(cfg.run_dir) / SKIPPED, cfg.max_skipped, cfg.global_batch, sharded)
     module.compile_mode = speed.compile_mode(cfg.compile, wanted_gpu(cfg.trainer.accelerator), sharded)
+    if cfg.task == "pretrain" and not cfg.deterministic:
+        torch.backends.cudnn.benchmark = True  # the encoder's images have one size: its algorithms are timed once
     task.data.patience = 60 * cfg.timeout_minutes
     if cfg.ahead and isinstance(module, Pretraining):
         task.data.wrapped = lambda loader: DevicePrefetcher(loader, module.prepare, module.device)
