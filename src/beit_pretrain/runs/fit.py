@@ -35,6 +35,7 @@ from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_st
 from beit_pretrain.shards.processes import end_with_parent
 from beit_pretrain.training import speed
 from beit_pretrain.training.callbacks import MaskedPictures, OnlineKNN, ProgressBar, Throughput
+from beit_pretrain.training.compile import CompileReport
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import LAST, Keeper
 from beit_pretrain.training.metrics import is_first_process
@@ -205,6 +206,7 @@ def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback
     callbacks: list[Callback] = [
         ProgressBar(refresh_rate=10),
         Throughput(),
+        CompileReport(),
         Replacements(folder.parent / REPLACED, cfg.data.get("max_bad", 0.001)),
     ]
     if cfg.get("profile"):
