@@ -102,7 +102,7 @@ DEVICES: Rule = (
 )
 
 VARIANTS = (
-    *("ours", "ours_tokenizer", "ours_cached", "reference", "reference_tokenizer"),
+    *("ours", "ours_tokenizer", "ours_cached", "reference", "reference_compiled", "reference_tokenizer"),
     *("transformers", "transformers_eager", "timm"),
 )
 
@@ -255,6 +255,7 @@ RULES: dict[str, Rule] = {
     "token_image_size": optional(whole(1, 2**16)),
     **{f"{place}rounds": whole(1) for place in ("", "bench.")},
     "bench.warm_up": whole(0),
+    "bench.steps": optional(whole(1)),
     "bench.clock": one_of("wall", "cpu"),
     "bench.variants": (
         f"a list of some of {', '.join(VARIANTS)}",

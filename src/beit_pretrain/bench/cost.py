@@ -45,7 +45,12 @@ def state_bytes(model: nn.Module) -> int:
 
 def measured_peak(device: torch.device, bf16: bool, now: Callable[[], float]) -> float:
     """FLOP/s of the fastest of some large matrix products in the precision of training; `now` counts the seconds."""
-    sides, dtype = ((1024, 2048) if device.type == "cpu" else (4096, 8192)), torch.bfloat16 if bf16 else torch.float32
+    return product_rate(device, torch.bfloat16 if bf16 else torch.float32, now)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, now: Callable[[], float], sides: Any = None) -> float:
+    """FLOP/s of the fastest of some matrix products of random square matrices with these sides."""
+    sides = sides or ((1024, 2048) if device.type == "cpu" else (4096, 8192))
     best = 0.0
     for side in sides:
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

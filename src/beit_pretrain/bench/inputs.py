@@ -63,6 +63,19 @@ class Bench(NamedTuple):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             yield
 
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Inside, the module's functions run as they are written.
+
+        Counters that hook into torch's dispatcher need that: a compiled function called under one of them is never
+        compiled afterwards.
+        """
+        mode, self.module.compile_mode = self.module.compile_mode, None
+        try:
+            yield
+        finally:
+            self.module.compile_mode = mode
+
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -109,6 +122,8 @@ def make_bench(cfg: DictConfig) -> Bench:
         module = Pretraining(model, tokenizer, Optim(**cast(dict[str, Any], settings)), mean, std, cfg.seed).to(device)
         module.setup("fit")
         module.compile_mode = compile_mode(cfg.compile, on_gpu, sharded=False)
+        if module.compile_mode is not None:
+            torch._dynamo.config.suppress_errors = False  # a failed compilation is an error here, not a slower step
         masking = BlockwiseMask(patch_grid(cfg.image_size, architecture["patch_size"]), **cfg.mask)
     full = cast(Architecture, {**model.config, **architecture})
     now = time.process_time if cfg.bench.clock == "cpu" else time.perf_counter
