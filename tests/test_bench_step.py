@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from beit_pretrain.bench import attention, page
+from beit_pretrain.bench import attention, page, step
 from beit_pretrain.bench.compare import compared
 from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak
 from beit_pretrain.bench.inputs import make_batch, make_bench
@@ -345,6 +345,36 @@ def test_a_failed_compilation_is_an_error_of_bench(words, run_cli, monkeypatch):
     as_after_fit = torch._dynamo.config.patch(suppress_errors=True)  # compile=auto on a GPU leaves it so
     with as_after_fit, pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no such instruction"):
         run_cli("bench", "step", *words, "compile=true", "bench.variants=[ours]")
+
+
+def test_the_peak_is_of_ours_alone(words, run_cli, monkeypatch):
+    """As on a GPU, where the allocator knows the peak of the whole process."""
+    order = []
+    monkeypatch.setattr(step, "on_gpu", lambda bench: True)
+    monkeypatch.setattr(step, "peak_bytes", lambda device, work: work() or order.append("peak") or 5)
+    monkeypatch.setattr(step, "peer_steps", lambda *given: order.append("others") or {})
+    code, stdout, stderr = run_cli("bench", "step", *words, "bench.variants=[ours,timm]")
+    assert code == 0, stderr
+    assert order == ["peak", "others"]
+    assert last(stdout)["memory"]["peak"] == 5
+
+
+def test_on_a_gpu_a_kernel_is_finished_before_the_next(words, monkeypatch):
+    def late(q, k, v, bias):
+        raise RuntimeError("too late")
+
+    cfg = compose("bench_step", ["action=attention", *words], spared=("data.train",))
+    bench = make_bench(cfg)
+    monkeypatch.setattr(attention, "on_gpu", lambda bench: True)
+    monkeypatch.setattr(attention, "kernel_seconds", lambda work: (work(), 0.5)[1])
+    monkeypatch.setitem(attention.KERNELS, "late", (lambda: late, False))
+    found = {}
+    for name, each in attention.measured(bench, attention.make_case(bench, 0, False), 1, 0):
+        assert name not in found
+        found[name] = each
+    assert list(found) == ["eager", "ours", "sdpa", "no_bias", "late"]
+    assert found["ours"]["forward"] == found["ours"]["backward"] == 0.5
+    assert found["late"] == {"failed": "RuntimeError: too late"}
 
 
 def test_compiled_peers_only_where_ours_are(words):

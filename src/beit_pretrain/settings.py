@@ -264,6 +264,11 @@ RULES: dict[str, Rule] = {
     "bench.memory_gb": optional(POSITIVE),
     "bench.src": optional(TEXT),
     "bench.out": TEXT,
+    "device": one_of("auto", "cpu"),
+    "bench.seconds": POSITIVE,
+    "bench.only": optional(("stages, such as base or base,large", lambda v: TEXT[1](v) or TEXTS[1](v))),
+    "bench.tiny": SWITCH,
+    "bench.scratch": optional(TEXT),
     **{f"steps.{name}": whole(1) for name in ("tokenizer", "pretrain", "finetune")},
 }
 

@@ -120,8 +120,8 @@ KERNELS: dict[str, tuple[Callable[[], Kernel], bool]] = {
     "no_bias": (lambda: no_bias, False),
     "sdpa_efficient": (of_backend(SDPBackend.EFFICIENT_ATTENTION), True),
     "sdpa_cudnn": (of_backend(SDPBackend.CUDNN_ATTENTION), True),
-    "flex": (flex, True),  # on a CPU it has no gradient
     "triton": (triton, True),
+    "flex": (flex, True),  # on a CPU it has no gradient
 }
 
 
@@ -179,7 +179,7 @@ def repeatable_backward() -> Iterator[None]:
         yield
 
 
-def timed(bench: Bench, kernel: Kernel, case: Case) -> dict[str, float]:
+def timed(kernel: Kernel, case: Case) -> dict[str, float]:
     """On a GPU: median seconds of the forward and of the backward pass."""
     with repeatable_backward():
         forward = kernel_seconds(lambda: kernel(*case.given))
@@ -216,24 +216,22 @@ def measured(bench: Bench, case: Case, rounds: int, warm_up: int) -> Iterator[tu
     wanted = exact(case)
     for name, make in kernels(bench.device).items():
         try:
-            kernel = make()
-            found = results(kernel, case)
+            working[name] = make()
+            errors[name] = errors_of(results(working[name], case), wanted) if name != "no_bias" else {}
+            if on_gpu(bench):
+                yield name, {**timed(working[name], case), **errors[name]}
         except Exception as error:  # a kernel may refuse a device, a shape or a bias that learns in its own way
+            working.pop(name, None)
             yield name, {"failed": f"{type(error).__name__}: {first_line(error)}"}
-            continue
-        working[name] = kernel
-        if name != "no_bias":  # another function
-            errors[name] = {
-                "errors": relative_errors(found, wanted),
-                "difference": (found["out"].double() - wanted["out"]).abs().max().item(),
-            }
-    del wanted
-    if on_gpu(bench):
-        for name, kernel in working.items():
-            yield name, {**timed(bench, kernel, case), **errors.get(name, {})}
-    else:
+    if not on_gpu(bench):
         for name, seconds in timed_in_turn(bench, working, case, rounds, warm_up).items():
-            yield name, {**seconds, **errors.get(name, {})}
+            yield name, {**seconds, **errors[name]}
+
+
+def errors_of(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Any]:
+    """Relative errors of all tensors, and the largest difference of the output."""
+    difference = (found["out"].double() - wanted["out"]).abs().max().item()
+    return {"errors": relative_errors(found, wanted), "difference": difference}
 
 
 def attention_rows(found: dict[str, dict[str, Any]], operations: float) -> list[list[str]]:

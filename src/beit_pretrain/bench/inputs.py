@@ -144,11 +144,7 @@ def make_tokenizer(cfg: DictConfig) -> Tokenizer:
 def make_batch(bench: Bench, number: int) -> Batch:
     """Random images (what is in them costs no time), real masks, positions of batch `number` of a run."""
     draw = torch.Generator().manual_seed(number)
-    positions = range(number * bench.batch_size, (number + 1) * bench.batch_size)
-    masks = np.stack([bench.masking.draw(generator(0, p, MASK)).reshape(-1) for p in positions])
-    index = np.full((len(masks), bench.masking.max_patches), -1)
-    for row, mask in zip(index, masks, strict=True):
-        row[: mask.sum()] = np.flatnonzero(mask)
+    masks, index = make_masks(bench, number)
     height, width = bench.module.model.grid
     patch, channels = bench.architecture["patch_size"], bench.architecture["in_chans"]
     small = bench.tokenizer.downsample
@@ -163,15 +159,25 @@ def make_batch(bench: Bench, number: int) -> Batch:
         "jitter_factors": 0.6 + 0.8 * torch.rand(len(masks), 3, generator=draw),
         "jitter_order": torch.from_numpy(ORDERS)[torch.randint(len(ORDERS), (len(masks),), generator=draw)],
         "jitter_tiles": torch.randint(0, 256, (len(masks), SIDE**2, channels), generator=draw, dtype=torch.uint8),
-        "mask": torch.from_numpy(masks),
-        "mask_index": torch.from_numpy(index),
-        "position": torch.tensor(positions),
+        "mask": masks,
+        "mask_index": index,
+        "position": torch.arange(len(masks)) + number * len(masks),
         "tokens": torch.randint(bench.tokenizer.vocab_size, masks.shape, generator=draw),
     }
     ours = {name: tensor.to(bench.device) for name, tensor in ours.items()}
     view, token_image = jittered_view(ours, "image"), jittered_view(ours, "token_image")
     image = normalise(view, bench.module.mean, bench.module.std)
     return Batch(ours, view, image, token_image, ours["tokens"][ours["mask"]])
+
+
+def make_masks(bench: Bench, number: int) -> tuple[Tensor, Tensor]:
+    """Masks (B, N) of batch `number` of a run, and the numbers of the masked patches (B, K), filled up with -1."""
+    positions = range(number * bench.batch_size, (number + 1) * bench.batch_size)
+    masks = np.stack([bench.masking.draw(generator(0, p, MASK)).reshape(-1) for p in positions])
+    index = np.full((len(masks), bench.masking.max_patches), -1)
+    for row, mask in zip(index, masks, strict=True):
+        row[: mask.sum()] = np.flatnonzero(mask)
+    return torch.from_numpy(masks), torch.from_numpy(index)
 
 
 def configured(model: nn.Module, optim: Optim) -> AdamW:

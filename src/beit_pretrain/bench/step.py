@@ -33,6 +33,7 @@ from beit_pretrain.bench.compare import Ratio, compared
 from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak, state_bytes
 from beit_pretrain.bench.inputs import Batch, Bench, configured, make_batch, make_bench
 from beit_pretrain.bench.peers import peer_steps
+from beit_pretrain.bench.plots import OF_CLOCK
 from beit_pretrain.bench.timing import Clock, seconds_per_call
 from beit_pretrain.data.batches import Plan
 from beit_pretrain.data.datamodule import PretrainData
@@ -52,7 +53,6 @@ PAIRS = (  # what is divided by what
     *(("ours", other) for other in ("reference", "reference_compiled", "timm", "transformers", "transformers_eager")),
     *((own, "reference_tokenizer") for own in ("ours_tokenizer", "ours_cached")),
 )
-OF_CLOCK = {"wall": "", "cpu": " of processor time"}  # of `bench.clock`: what follows "a second" in a unit
 Variant = Callable[[Batch], None]
 
 
