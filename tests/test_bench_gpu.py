@@ -17,12 +17,12 @@ import torch
 from fake_stages import lines, stage
 from lean import lean_python, refused
 
-from beit_pretrain.bench.gpu import curves, parity, process, runner, step
+from beit_pretrain.bench.gpu import curves, device, parity, process, runner, step
 from beit_pretrain.bench.gpu.blocks import HEADLINES, blocks_of
 from beit_pretrain.bench.gpu.plan import STAGES
 from beit_pretrain.bench.gpu.report import Report, read
 from beit_pretrain.bench.gpu.setup import Setup
-from beit_pretrain.bench.inputs import make_bench
+from beit_pretrain.bench.inputs import make_batch, make_bench
 from beit_pretrain.bench.peers import peer_steps
 from beit_pretrain.errors import UserError
 from beit_pretrain.training.pretrain import Found, Pretraining
@@ -504,3 +504,20 @@ def test_the_users_settings_win_but_for_what_is_compared(setup):
     assert own.config(forced=("compile=reduce-overhead",)).compile == "reduce-overhead"
     assert own.config().name == "base_1k"
     assert own.config(experiment="large_22k").name == "large_22k"
+
+
+def test_stages_compile_the_same_code_and_find_it_in_the_cache(setup):
+    """Torch looks it up by the inputs' layout and by the state of its own switches, among other things."""
+    bench = make_bench(setup.config("batch_size=2"))
+    given, own = make_batch(bench, 0), next(curves.stream(bench, 0))
+    given = {**given.ours, "view": given.view}
+    assert {name: (t.dtype, t.stride()) for name, t in own.items()} == {
+        name: (given[name].dtype, given[name].stride()) for name in own
+    }
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before = [switch.fp32_precision for switch in switches]
+    with device.allowing_tf32(False):
+        assert [switch.fp32_precision == "tf32" for switch in switches] == [False] * 3
+    with device.allowing_tf32(True):
+        assert [switch.fp32_precision for switch in switches] == ["tf32"] * 3
+    assert [switch.fp32_precision for switch in switches] == before

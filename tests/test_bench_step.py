@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from beit_pretrain.bench import attention, page, step
+from beit_pretrain.bench import attention, kernels, page, step
 from beit_pretrain.bench.compare import compared
 from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak
 from beit_pretrain.bench.inputs import make_batch, make_bench
@@ -284,13 +284,13 @@ def test_attention(words, run_cli, precision):
 
 def test_a_kernel_that_is_wrong_or_refuses_is_reported(words, run_cli, monkeypatch):
     def wrong(q, k, v, bias):
-        return attention.eager(q, k, v, 2 * bias)
+        return kernels.eager(q, k, v, 2 * bias)
 
     def refuses(q, k, v, bias):
         raise RuntimeError("No available kernel.\nAborting.")
 
     for name, kernel in {"wrong": wrong, "refuses": refuses}.items():
-        monkeypatch.setitem(attention.KERNELS, name, (lambda kernel=kernel: kernel, False))
+        monkeypatch.setitem(kernels.KERNELS, name, (kernels.on_heads(kernel), False))
     code, stdout, stderr = run_cli("bench", "attention", *words, "bench.rounds=1")
     assert code == 0, stderr
     found = last(stdout)["queries"]["17"]
@@ -360,14 +360,14 @@ def test_the_peak_is_of_ours_alone(words, run_cli, monkeypatch):
 
 
 def test_on_a_gpu_a_kernel_is_finished_before_the_next(words, monkeypatch):
-    def late(q, k, v, bias):
+    def late(given):
         raise RuntimeError("too late")
 
     cfg = compose("bench_step", ["action=attention", *words], spared=("data.train",))
     bench = make_bench(cfg)
     monkeypatch.setattr(attention, "on_gpu", lambda bench: True)
     monkeypatch.setattr(attention, "kernel_seconds", lambda work: (work(), 0.5)[1])
-    monkeypatch.setitem(attention.KERNELS, "late", (lambda: late, False))
+    monkeypatch.setitem(kernels.KERNELS, "late", (lambda: late, False))
     found = {}
     for name, each in attention.measured(bench, attention.make_case(bench, 0, False), 1, 0):
         assert name not in found

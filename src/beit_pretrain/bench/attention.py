@@ -1,168 +1,95 @@
 """`bench attention`: one layer's attention with a bias that learns, by every kernel there is.
 
-Each kernel runs on two cases: queries of all tokens, and of the masked positions alone, as in the last block. Times are
-of the kernel's forward pass and of its backward pass with a given gradient, nothing else. Errors of the output and of
-all gradients are relative norms against the same attention in float64.
+Each kernel runs on two cases: queries of all tokens, and of the masked positions alone, as in the last block. It begins
+with what a linear layer gives, q, k and v in one tensor, and with the bias as it is gathered from its table, and its
+backward pass ends with their gradients: so what a kernel must copy counts. Forward and backward are timed apart, the
+latter with a given gradient. Errors of the output and of all gradients are relative norms against float64.
 
-Another kernel is one more entry of `KERNELS`.
-Shapes: B batch, H heads, K queries, N keys, d width of a head.
+Shapes: B batch, H heads, N tokens, K tokens that have queries, d width of a head.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from beit_pretrain.bench.inputs import Bench, make_bench
+from beit_pretrain.bench.kernels import Inputs, Kernel, eager, kernels, on_heads
 from beit_pretrain.bench.step import facts, on_gpu
 from beit_pretrain.bench.timing import Clock, kernel_seconds
 from beit_pretrain.errors import first_line
-from beit_pretrain.networks.blocks import ALIGNED, aligned, attend, bias_rows
 from beit_pretrain.tables import table
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q (B, H, K, d), k, v (B, H, N, d), bias (1 or B, H, K, N)
 OUTPUTS = ("out", "dq", "dk", "dv", "dbias")
 PRODUCTS = 7  # matrix products of B H K N d multiplications: two forward, five backward
 
 
 class Case(NamedTuple):
-    """Inputs that need gradients, and the gradient of the output."""
+    """Inputs, and the gradient of the output."""
 
-    given: list[Tensor]  # q, k, v, bias
+    given: Inputs
     gradient: Tensor
 
     @property
+    def queries(self) -> int:
+        return int(self.gradient.shape[1])
+
+    @property
     def operations(self) -> int:
-        batch, heads, queries, width = self.given[0].shape
-        return PRODUCTS * 2 * batch * heads * queries * self.given[1].shape[2] * width
-
-
-def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Scores, added bias, softmax, product, as in the release."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
-    return scores.softmax(-1).to(v.dtype) @ v
-
-
-def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """What the network uses: on a CPU the bias inside the product, on a GPU the fused kernel with aligned rows."""
-    return attend(q, k, v, with_aligned_rows(bias, q))
-
-
-def with_aligned_rows(bias: Tensor, like: Tensor) -> Tensor:
-    """`blocks.aligned`, but for rows that are so already: the network aligns its bias once a step."""
-    ready = bias.dtype == like.dtype and bias.stride(2) % ALIGNED == 0
-    return bias if ready else aligned(bias, like)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The fused kernel that torch chooses, with rows of 197 numbers, which CUDA's kernels copy first."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-
-
-def no_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The fused kernel without a bias: what the bias costs at least."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def of_backend(backend: SDPBackend) -> Callable[[], Kernel]:
-    """torch's attention by one backend, the bias' rows aligned as in the network."""
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=with_aligned_rows(bias, q))
-
-    return lambda: kernel
-
-
-def flex() -> Kernel:
-    """FlexAttention, compiled at its first call, the bias looked up in the kernel."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        several = len(bias) > 1
-
-        def with_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return score + (bias[b, h, i, j] if several else bias[0, h, i, j])
-
-        out: Tensor = compiled(q, k, v, score_mod=with_bias)
-        return out
-
-    return kernel
-
-
-TRITON = "beit_pretrain.networks.triton_attention"
-
-
-def triton() -> Kernel:
-    """The project's own kernel."""
-    kernel: Kernel = importlib.import_module(TRITON).attention
-    return kernel
-
-
-# Name -> what makes the kernel, and whether it needs CUDA. Those whose names begin with "triton" need that module.
-KERNELS: dict[str, tuple[Callable[[], Kernel], bool]] = {
-    "eager": (lambda: eager, False),
-    "ours": (lambda: ours, False),
-    "sdpa": (lambda: sdpa, False),
-    "no_bias": (lambda: no_bias, False),
-    "sdpa_efficient": (of_backend(SDPBackend.EFFICIENT_ATTENTION), True),
-    "sdpa_cudnn": (of_backend(SDPBackend.CUDNN_ATTENTION), True),
-    "triton": (triton, True),
-    "flex": (flex, True),  # on a CPU it has no gradient
-}
-
-
-def kernels(device: torch.device) -> dict[str, Callable[[], Kernel]]:
-    """Makers of the kernels that there are for a device."""
-    there = {name: make for name, (make, cuda) in KERNELS.items() if device.type == "cuda" or not cuda}
-    if importlib.util.find_spec(TRITON) is None:
-        there.pop("triton", None)
-    return there
+        batch, queries, heads, width = self.gradient.shape
+        return int(PRODUCTS * 2 * batch * heads * queries * self.given.qkv.shape[1] * width)
 
 
 def make_case(bench: Bench, seed: int, masked_only: bool, dtype: torch.dtype | None = None) -> Case:
-    """Random q, k, v in the layout of a projection and a bias: in single precision of all tokens, as it is gathered
-    from its table; with `masked_only` rows for the queries of each image, as `blocks.bias_rows` makes them."""
+    """Random q, k, v as a linear layer gives them, and a bias in single precision as it is gathered from its table."""
     draw = torch.Generator().manual_seed(seed)
     heads, width = bench.architecture["num_heads"], bench.architecture["embed_dim"]
     height, columns = bench.module.model.grid
-    tokens, queries = 1 + height * columns, bench.masking.max_patches
+    batch, tokens, queries = bench.batch_size, 1 + height * columns, bench.masking.max_patches
     dtype = dtype or (torch.bfloat16 if bench.bf16 else torch.float32)
-    qkv = torch.randn(bench.batch_size, tokens, 3, heads, width // heads, generator=draw)
-    q, k, v = (t.transpose(1, 2) for t in qkv.to(bench.device, dtype).unbind(2))
-    bias = torch.randn(1, heads, tokens, tokens, generator=draw).to(bench.device)
-    if masked_only:
-        asked = torch.rand(bench.batch_size, tokens, generator=draw).argsort(1)[:, :queries].to(bench.device)
-        q, bias = q[:, :, :queries], bias_rows(aligned(bias, q), asked)
-    gradient = torch.randn(q.transpose(1, 2).shape, generator=draw).to(bench.device, dtype).transpose(1, 2)
-    return Case([t.detach().requires_grad_() for t in (q, k, v, bias)], gradient)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(bench.device, dtype)
+
+    bias = torch.randn(1, heads, tokens, tokens, generator=draw).to(bench.device).requires_grad_()
+    if not masked_only:
+        qkv = random(batch, tokens, 3, heads, width // heads).requires_grad_()
+        return Case(Inputs(qkv, bias), random(batch, tokens, heads, width // heads))
+    kv = random(batch, tokens, 2, heads, width // heads).requires_grad_()
+    query = random(batch, queries, heads, width // heads).requires_grad_()
+    asked = torch.rand(batch, tokens, generator=draw).argsort(1)[:, :queries].to(bench.device)
+    return Case(Inputs(kv, bias, query, asked), random(batch, queries, heads, width // heads))
 
 
 def results(kernel: Kernel, case: Case) -> dict[str, Tensor]:
     """Output and gradients."""
-    out = kernel(*case.given)
-    gradients = torch.autograd.grad(out, case.given, case.gradient.to(out.dtype), allow_unused=True)
-    found = zip(OUTPUTS, (out.detach(), *gradients), strict=True)
+    out = kernel(case.given)
+    leaves = case.given.leaves
+    gradients = torch.autograd.grad(out, leaves, case.gradient.to(out.dtype), allow_unused=True)
+    of_qkv, of_bias = gradients[:2]
+    parts = of_qkv.unbind(2) if case.given.query is None else (gradients[2], *of_qkv.unbind(2))
+    found = zip(OUTPUTS, (out.detach(), *parts, of_bias), strict=True)
     return {name: tensor for name, tensor in found if tensor is not None}
 
 
 def exact(case: Case) -> dict[str, Tensor]:
     """The same in float64, by plain products."""
-    given = [t.detach().double().requires_grad_() for t in case.given]
-    return results(eager, Case(given, case.gradient.double()))
+    qkv, bias, query, token_BK = case.given
+    given = Inputs(
+        qkv.detach().double().requires_grad_(),
+        bias.detach().double().requires_grad_(),
+        None if query is None else query.detach().double().requires_grad_(),
+        token_BK,
+    )
+    return results(on_heads(eager, prepared=False)(), Case(given, case.gradient.double()))
 
 
 def relative_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
@@ -182,12 +109,12 @@ def repeatable_backward() -> Iterator[None]:
 def timed(kernel: Kernel, case: Case) -> dict[str, float]:
     """On a GPU: median seconds of the forward and of the backward pass."""
     with repeatable_backward():
-        forward = kernel_seconds(lambda: kernel(*case.given))
-        out = kernel(*case.given)
-        gradient = case.gradient.to(out.dtype)
+        forward = kernel_seconds(lambda: kernel(case.given))
+        out = kernel(case.given)
+        leaves, gradient = case.given.leaves, case.gradient.to(out.dtype)
 
         def backward() -> None:
-            torch.autograd.grad(out, case.given, gradient, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(out, leaves, gradient, retain_graph=True, allow_unused=True)
 
         return {"forward": forward, "backward": kernel_seconds(backward)}
 
@@ -202,9 +129,9 @@ def timed_in_turn(
             clock.seconds.clear()
         for name in np.random.default_rng(abs(number)).permutation(list(found)):
             with clock(f"{name} forward"):
-                out = found[name](*case.given)
+                out = found[name](case.given)
             with clock(f"{name} backward"):
-                torch.autograd.grad(out, case.given, case.gradient, allow_unused=True)
+                torch.autograd.grad(out, case.given.leaves, case.gradient, allow_unused=True)
             del out
     medians = clock.medians()
     return {name: {part: medians[f"{name} {part}"] for part in ("forward", "backward")} for name in found}
@@ -258,7 +185,7 @@ def bench_attention(cfg: DictConfig) -> None:
     cases: dict[str, Any] = {}
     for masked_only in (False, True):
         case = make_case(bench, cfg.seed, masked_only)
-        queries, keys = case.given[0].shape[2], case.given[1].shape[2]
+        queries, keys = case.queries, case.given.qkv.shape[1]
         found = dict(measured(bench, case, cfg.bench.rounds, cfg.bench.warm_up))
         cases[str(queries)] = found
         print(f"{queries} queries, {keys} keys, {bench.batch_size} images")

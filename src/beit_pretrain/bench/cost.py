@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,16 @@ def kept_bytes(forward: Callable[[], Any]) -> int:
 def state_bytes(model: nn.Module) -> int:
     """Bytes of weights, gradients and AdamW's two moments, in single precision."""
     return 4 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def peak_bytes(device: torch.device, work: Callable[[], None]) -> int:
+    """The most bytes in use on the GPU during some work."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 def measured_peak(device: torch.device, bf16: bool, now: Callable[[], float]) -> float:

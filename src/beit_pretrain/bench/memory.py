@@ -16,9 +16,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from beit_pretrain.bench.cost import kept_bytes, state_bytes
+from beit_pretrain.bench.cost import kept_bytes, peak_bytes, state_bytes
 from beit_pretrain.bench.inputs import Bench, make_batch, make_bench
-from beit_pretrain.bench.step import our_steps, peak_bytes
+from beit_pretrain.bench.step import our_steps
 from beit_pretrain.errors import UserError
 from beit_pretrain.networks.backbone import SIZES as NETWORKS
 from beit_pretrain.runs.trainer import wanted_gpu

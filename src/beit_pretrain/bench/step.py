@@ -15,7 +15,6 @@ With one, from what a loader brings:
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from beit_pretrain.bench.compare import Ratio, compared
-from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak, state_bytes
+from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak, peak_bytes, state_bytes
 from beit_pretrain.bench.inputs import Batch, Bench, configured, make_batch, make_bench
 from beit_pretrain.bench.peers import peer_steps
 from beit_pretrain.bench.plots import OF_CLOCK
@@ -238,16 +237,6 @@ def memory(bench: Bench, step: Variant) -> dict[str, int]:
     if on_gpu(bench):
         used["peak"] = peak_bytes(bench.device, lambda: step(batch))
     return used
-
-
-def peak_bytes(device: torch.device, work: Callable[[], None]) -> int:
-    """The most bytes in use on the GPU during some work."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    work()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
 
 
 def report(bench: Bench, seconds: dict[str, list[float]], found: dict[str, Any], of_clock: str) -> None:

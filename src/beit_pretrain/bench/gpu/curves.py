@@ -99,10 +99,11 @@ def stream(bench: Bench, seed: int) -> Iterator[Batch]:
 
 
 def smooth_images(bench: Bench, size: list[int], draw: torch.Generator) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] of a few colours that run into each other."""
+    """Images (B, C, H, W) in [0, 1] of a few colours that run into each other, channels innermost as a loader's."""
     shape = (bench.batch_size, bench.architecture["in_chans"], 4, 4)
     coarse = torch.rand(shape, generator=draw, device=bench.device)
-    return F.interpolate(coarse, size, mode="bicubic", align_corners=False).clamp_(0, 1)
+    image = F.interpolate(coarse, size, mode="bicubic", align_corners=False).clamp_(0, 1)
+    return image.contiguous(memory_format=torch.channels_last)
 
 
 def fast(bench: Bench, start: dict[str, Tensor]) -> Callable[[Batch, float], Tensor]:

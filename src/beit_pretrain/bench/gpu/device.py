@@ -121,11 +121,14 @@ def products(device: torch.device, dtype: torch.dtype, side: int) -> dict[str, f
 def allowing_tf32(allowed: bool) -> Iterator[None]:
     """Products and convolutions of float32 as TF32, or in full (torch's own choice is TF32 for convolutions alone)."""
     products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    unset = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
+        # "none" once more: compiled code is looked up in the cache by this word.
+        torch.backends.cuda.matmul.fp32_precision = unset
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, samples: int = 10) -> float:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from beit_pretrain.bench.attention import exact, kernels, make_case, relative_errors, results
+from beit_pretrain.bench.attention import exact, make_case, relative_errors, results
 from beit_pretrain.bench.gpu.curves import smooth_images
 from beit_pretrain.bench.gpu.device import allowing_tf32
 from beit_pretrain.bench.gpu.report import Report
 from beit_pretrain.bench.gpu.setup import Setup
 from beit_pretrain.bench.inputs import Batch, Bench, make_batch, make_bench
+from beit_pretrain.bench.kernels import kernels
 from beit_pretrain.bench.peers import packages_encoder
 from beit_pretrain.bench.step import facts, forward
 from beit_pretrain.errors import first_line
@@ -33,7 +36,7 @@ def parity(setup: Setup, report: Report) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16)[: 3 if setup.device == "cuda" else 2]:
         for masked_only in (False, True):
             case = make_case(bench, cfg.seed, masked_only, dtype)
-            label, wanted = f"{str(dtype).removeprefix('torch.')} {case.given[0].shape[2]}", exact(case)
+            label, wanted = f"{str(dtype).removeprefix('torch.')} {case.queries}", exact(case)
             for name, make in kernels(bench.device).items():
                 if name in (
                     "no_bias",
@@ -91,12 +94,12 @@ def compiled(setup: Setup, report: Report) -> None:
 
     Raises RuntimeError if something was compiled in pieces or more than once, or is off.
     """
-    shallow = () if setup.tiny else (f"+model.depth={setup.sizes.shallow}",)
+    sizes = setup.sizes
+    shallow = () if setup.tiny else (f"+model.depth={sizes.shallow}",)
+    in_fp32 = setup.config(f"batch_size={sizes.precise}", *shallow, forced=("trainer.precision=32-true",))
     cases: dict[str, Callable[[], list[str]]] = {
-        "fp32": lambda: compare_compiled(
-            setup, report, "fp32", setup.sizes.precise, (*shallow, "trainer.precision=32-true")
-        ),
-        "training": lambda: compare_compiled(setup, report, "training", setup.sizes.base, ()),
+        "fp32": lambda: compare_compiled(report, "fp32", in_fp32),
+        "training": lambda: compare_compiled(report, "training", setup.config(f"batch_size={sizes.base}")),
         "views": lambda: compare_views(setup, report),
     }
     wrong: list[str] = []
@@ -109,15 +112,16 @@ def compiled(setup: Setup, report: Report) -> None:
         raise RuntimeError("; ".join(wrong))
 
 
-def compare_compiled(setup: Setup, report: Report, name: str, batch_size: int, words: tuple[str, ...]) -> list[str]:
+def compare_compiled(report: Report, name: str, cfg: DictConfig) -> list[str]:
     """Compare one network; returns what is wrong."""
-    cfg = setup.config(f"batch_size={batch_size}", *words)
     bench = make_bench(cfg)
     report(about={name: facts(bench, cfg)})
     batches = [make_batch(bench, number) for number in range(BATCHES)]
-    with allowing_tf32(False):
+    with allowing_tf32(False), bench.uncompiled():
+        precise = gradients(bench._replace(bf16=False), batches[0])
+    # In bf16 torch's own settings: code compiled under others would not be found in the cache by later stages.
+    with allowing_tf32(False) if not bench.bf16 else nullcontext():
         with bench.uncompiled():
-            precise = gradients(bench._replace(bf16=False), batches[0])
             eager = gradients(bench, batches[0])
         torch._dynamo.reset()  # another network before is no recompilation of this one
         before = compile_counts()

@@ -169,7 +169,7 @@ def attention(setup: Setup, report: Report) -> None:
     for masked_only in (False, True):
         with report.part("masked only" if masked_only else "all tokens"):
             case = make_case(bench, cfg.seed, masked_only)
-            queries = str(case.given[0].shape[2])
+            queries = str(case.queries)
             report(operations={queries: case.operations})
             for name, found in measured(bench, case, rounds=setup.sizes.rounds, warm_up=1):
                 report(queries={queries: {name: found}})
