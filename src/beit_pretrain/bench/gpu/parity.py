@@ -62,7 +62,8 @@ def token_parity(bench: Bench, image: Tensor) -> dict[str, float]:
     """
     assert isinstance(bench.tokenizer, OpenAITokenizer)
     logits_BVN = varied_logits(bench, image)
-    wanted, package, ours = logits_BVN.argmax(1), packages_encoder(bench)(image), bench.tokenizer.encode(image)
+    fused = OpenAITokenizer.of(bench.tokenizer.encoder).to(bench.device)  # of the changed weights
+    wanted, package, ours = logits_BVN.argmax(1), packages_encoder(bench)(image), fused.encode(image)
     below_BN = logits_BVN.amax(1) - logits_BVN.gather(1, ours.unsqueeze(1)).squeeze(1)
     same = {"ours_and_fp32": ours == wanted, "package_and_fp32": package == wanted, "ours_and_package": ours == package}
     shares = {name: equal.double().mean().item() for name, equal in same.items()}
@@ -85,7 +86,6 @@ def varied_logits(bench: Bench, image: Tensor) -> Tensor:
         logits = precise(map_pixels(image))
         shift_V = -logits.mean((0, 2, 3))
     encoder.blocks.output.conv.b.add_(shift_V.to(encoder.blocks.output.conv.b.device))
-    bench.tokenizer.to(bench.device)  # it takes the new weights
     return (logits + shift_V.view(1, -1, 1, 1)).flatten(2)
 
 
