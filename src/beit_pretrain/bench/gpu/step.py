@@ -107,28 +107,28 @@ def in_turn(setup: Setup, report: Report, cfg: DictConfig, names: tuple[str, ...
 
 def graphs(setup: Setup, report: Report) -> None:
     """A step of few images, without and with CUDA graphs."""
-    compared_modes(setup, report, setup.sizes.graphs, "reduce-overhead")
+    compared_settings(setup, report, setup.sizes.graphs, "compile=default", "compile=reduce-overhead")
 
 
 def autotune(setup: Setup, report: Report) -> None:
     """A step of base with every product tuned."""
-    compared_modes(setup, report, setup.sizes.base, "max-autotune-no-cudagraphs")
+    compared_settings(setup, report, setup.sizes.base, "compile=default", "compile=max-autotune-no-cudagraphs")
 
 
-def compared_modes(setup: Setup, report: Report, batch_size: int, other: str) -> None:
-    """`ours` compiled in the default mode and in another one, in turn; each with a network of its own."""
+def compared_settings(setup: Setup, report: Report, batch_size: int, usual: str, other: str) -> None:
+    """`ours` with one setting and with another, in turn; each with a network of its own."""
     benches: dict[str, Bench] = {}
     variants: dict[str, Variant] = {}
-    for mode in ("default", other):
-        cfg = setup.config(f"batch_size={batch_size}", forced=(f"compile={mode}",))
-        with report.part(mode):
+    for word in (usual, other):
+        cfg = setup.config(f"batch_size={batch_size}", forced=(word,))
+        with report.part(word):
             bench = make_bench(cfg)
             variant = in_graph_steps(our_steps(bench)["ours"])
-            report(about=facts(bench, cfg), started={mode: first_step(bench, variant)})
-            benches[mode], variants[mode] = bench, variant
+            report(about=facts(bench, cfg), started={word: first_step(bench, variant)})
+            benches[word], variants[word] = bench, variant
     if not variants:
-        raise RuntimeError("neither mode ran")
-    rounds_until_late(setup, report, next(iter(benches.values())), variants)
+        raise RuntimeError("neither setting ran")
+    rounds_until_late(setup, report, next(iter(benches.values())), variants, usual)
 
 
 def in_graph_steps(variant: Variant) -> Variant:
@@ -141,7 +141,9 @@ def in_graph_steps(variant: Variant) -> Variant:
     return step
 
 
-def rounds_until_late(setup: Setup, report: Report, bench: Bench, variants: dict[str, Variant]) -> None:
+def rounds_until_late(
+    setup: Setup, report: Report, bench: Bench, variants: dict[str, Variant], usual: str = ""
+) -> None:
     """Interleaved rounds while there is time; what they say is reported after each."""
     rounds = measured_rounds(bench, variants, steps=STEPS if on_gpu(bench) else 1)
     next(rounds)
@@ -151,11 +153,9 @@ def rounds_until_late(setup: Setup, report: Report, bench: Bench, variants: dict
         for name, value in next(rounds).items():
             seconds[name].append(value)
         rates = {name: bench.batch_size / float(np.median(values)) for name, values in seconds.items()}
-        found = ratios(seconds) | {
-            f"{mode}/default": compared(seconds["default"], seconds[mode])
-            for mode in seconds
-            if "default" in seconds and mode != "default"
-        }
+        found = ratios(seconds)
+        if usual in seconds:
+            found |= {f"{n}/{usual}": compared(seconds[usual], seconds[n]) for n in seconds if n != usual}
         report(seconds=seconds, images_per_s=rates, ratios={name: each._asdict() for name, each in found.items()})
         if setup.left() < SPARE + 1.2 * (time.monotonic() - start):
             break
