@@ -19,7 +19,7 @@ from lean import lean_python, refused
 
 from beit_pretrain.bench.gpu import curves, device, parity, process, runner, step
 from beit_pretrain.bench.gpu.blocks import HEADLINES, blocks_of
-from beit_pretrain.bench.gpu.plan import STAGES
+from beit_pretrain.bench.gpu.plan import STAGES, TINY
 from beit_pretrain.bench.gpu.report import Report, read
 from beit_pretrain.bench.gpu.setup import Setup
 from beit_pretrain.bench.inputs import make_batch, make_bench
@@ -151,6 +151,11 @@ def test_a_repeated_run_appends_and_the_page_shows_the_newest(run_stages, tmp_pa
     assert page.count("## timed") == page.count("## fine") == 1
     assert str(every[2]["found"]["began"]) in page
     assert str(every[1]["found"]["began"]) not in page
+
+
+def test_a_chosen_stage_may_have_the_time_of_the_others(run_stages, tmp_path):
+    run_stages([stage("fine", limit=1), stage("timed")], "bench.only=fine", "bench.seconds=100")
+    assert lines(tmp_path / "out")[0]["found"]["left"] > 80
 
 
 @pytest.mark.parametrize("only", ["timed,fine", "[timed,fine]"])
@@ -490,6 +495,16 @@ def test_a_variant_that_fails_leaves_the_others(setup, report, monkeypatch):
     assert found["errors"]["timm"].startswith("OutOfMemoryError: CUDA out of memory")
     assert found["found"]["images_per_s"].keys() == {"ours", "ours_cached", "ours_tokenizer", "reference"}
     assert len(found["found"]["seconds"]["ours"]) == setup.sizes.rounds
+
+
+@pytest.mark.long
+def test_a_peer_that_would_compile_too_long_is_left_out(setup, report, monkeypatch):
+    monkeypatch.setattr(type(setup), "sizes", TINY._replace(words=(*TINY.words, "batch_size=2"), rounds=1))
+    own = setup._replace(tiny=False, words=(*setup.words, f"tokenizer.path={setup._replace(tiny=True).encoder()}"))
+    step.in_turn(own._replace(deadline=time.monotonic() + 50), report, own.config(), ("ours",), ("reference_compiled",))
+    found = read(report.path)
+    assert "left out" in found["errors"]["reference_compiled"]
+    assert found["found"]["images_per_s"].keys() == {"ours"}
 
 
 @pytest.mark.long

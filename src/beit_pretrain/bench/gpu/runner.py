@@ -48,10 +48,11 @@ class Runner:
         stages: in their order.
         job: what every stage is told: words, device, tiny, out, scratch.
         seconds: for everything.
+        chosen: the stages are a choice, and may have the time of those that were not chosen.
     """
 
-    def __init__(self, stages: Sequence[Stage], job: dict[str, Any], seconds: float):
-        self.stages, self.job = list(stages), job
+    def __init__(self, stages: Sequence[Stage], job: dict[str, Any], seconds: float, chosen: bool = False):
+        self.stages, self.job, self.chosen = list(stages), job, chosen
         self.out, self.scratch = Path(job["out"]), Path(job["scratch"])
         self.began = time.monotonic()
         self.deadline = self.began + seconds - min(RESERVE, seconds / 10)
@@ -91,7 +92,8 @@ class Runner:
     def run_one(self, stage: Stage, later: Sequence[Stage]) -> None:
         self.current = self.take(stage)
         print(f"{stage.name}: {stage.about} ...", file=sys.stderr, flush=True)
-        self.current.go(min(stage.limit, self.left()))
+        share = self.left() / (1 + sum(not one.background for one in later))
+        self.current.go(min(max(stage.limit, share) if self.chosen else stage.limit, self.left()))
         self.prepare(next((one for one in later if not one.background), None))
         line = self.current.wait()
         self.check_gpu(self.current)
@@ -223,7 +225,7 @@ def bench_gpu(cfg: DictConfig) -> None:
     words = [word for word in sys.argv[1:] if "=" in word and not word.startswith(OWN)]
     words = words if any(word.startswith("+experiment=") for word in words) else [f"+experiment={EXPERIMENT}", *words]
     job = {"words": words, "device": cfg.device, "tiny": cfg.bench.tiny, "out": str(out), "scratch": str(scratch)}
-    runner = Runner(plan, job, cfg.bench.seconds)
+    runner = Runner(plan, job, cfg.bench.seconds, chosen=cfg.bench.only is not None)
     code = None
     try:
         with terminated_by_signals():
