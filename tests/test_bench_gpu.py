@@ -317,6 +317,10 @@ def test_a_report_is_read_up_to_where_it_was_torn(tmp_path):
     assert read(tmp_path / "x") == {"found": {"a": {"b": [1, 2.12346], "c": None}, "nan": "nan"}}
 
 
+def test_the_config_names_the_stages():
+    assert ",".join(each.name for each in STAGES) in (SOURCE.parent / "conf/bench_gpu.yaml").read_text()
+
+
 def test_the_runner_imports_nothing_heavy():
     code = "import sys, beit_pretrain.bench.gpu.runner; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
@@ -455,6 +459,7 @@ def test_the_compile_stage_fails_where_compilation_does(setup, report, traced, m
     assert read(report.path)["found"]["views"]["graphs"] == 1
 
 
+@pytest.mark.long
 def test_both_paths_learn_the_same_and_other_drops_show(setup, report, monkeypatch):
     monkeypatch.setattr(curves, "WARM_UP", 1)
     monkeypatch.setattr(curves, "RATE", 3e-3)
