@@ -6,13 +6,13 @@ All of it is read from Dynamo's counters here and nowhere else; `fit`, `bench` a
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any, NamedTuple
 
 from lightning import Callback, Trainer
 from tqdm import tqdm
 
-from beit_pretrain.errors import first_line
-
+REMEMBERED = 10_000  # compilations
 REPORT_AFTER = 3  # optimiser steps: by then every function of the step has been compiled
 
 
@@ -53,6 +53,7 @@ def compile_counts() -> CompileCounts:
     """
     from torch._dynamo.utils import calculate_time_spent, counters, get_compilation_metrics  # a second to import
 
+    remember_all()
     frames = counters["frames"]
     return CompileCounts(
         graphs=counters["stats"]["unique_graphs"],
@@ -63,18 +64,32 @@ def compile_counts() -> CompileCounts:
     )
 
 
-def compile_reasons() -> list[str]:
-    """One line for each reason why something was not one graph, compiled once: breaks, recompilations, failures."""
+@cache
+def remember_all() -> None:
+    """Let Dynamo keep what it says of a compilation: its own limit is the last 64."""
+    from torch._dynamo.utils import set_compilation_metrics_limit
+
+    set_compilation_metrics_limit(REMEMBERED)
+
+
+def compile_reasons(counts: CompileCounts) -> list[str]:
+    """One line for each reason of the latest failures, recompilations and graph breaks: of as many as were counted."""
     from torch._dynamo.utils import counters, get_compilation_metrics
 
-    reasons = [f"graph break: {first_line(Exception(text))}" for text in counters["graph_break"]]
-    for metrics in get_compilation_metrics():
-        if metrics.recompile_reason:
-            reasons.append(f"recompiled {metrics.co_name}: {first_line(Exception(metrics.recompile_reason))}")
-        if metrics.fail_reason:
-            failure = f"{metrics.fail_type}: {first_line(Exception(metrics.fail_reason))}"
-            reasons.append(f"not compiled, {metrics.co_name}: {failure}")
+    newest = get_compilation_metrics()[::-1]
+    failed = [
+        f"not compiled, {m.co_name}: {m.fail_type}: {first_lines(m.fail_reason)}" for m in newest if m.fail_reason
+    ]
+    again = [f"recompiled {m.co_name}: {first_lines(m.recompile_reason)}" for m in newest if m.recompile_reason]
+    breaks = [f"graph break: {first_lines(text)}" for text in reversed(counters["graph_break"])]
+    reasons = failed[: counts.fallbacks] + again[: counts.recompilations] + breaks[: counts.graph_breaks]
     return list(dict.fromkeys(reasons))
+
+
+def first_lines(text: str | None, count: int = 2) -> str:
+    """The first lines of a message of Dynamo's as one line."""
+    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    return " ".join(lines[:count])[:300]
 
 
 class CompileReport(Callback):
@@ -113,8 +128,7 @@ class CompileReport(Callback):
         found = self._reported.since(self._before)
         say(f"compiled: {found}")
         if found.fallbacks or not found.graphs:
-            reasons = [reason for reason in compile_reasons() if reason.startswith("not compiled")]
-            why = f" ({reasons[0]})" if reasons else ""
+            why = "".join(f" ({reason})" for reason in compile_reasons(found)[:1])
             say(f"warning: torch.compile fell back to eager execution, which is slower, for a part of the step{why}")
 
 

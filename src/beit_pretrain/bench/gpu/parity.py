@@ -183,5 +183,5 @@ def said_of(counts: CompileCounts) -> list[str]:
     """A line if something was not one graph, compiled once."""
     if counts.clean and counts.graphs == 1:
         return []
-    reasons = f" ({'; '.join(compile_reasons()[:3])})" if compile_reasons() else ""
-    return [f"{counts}, {counts.fallbacks} not compiled{reasons}"]
+    reasons = "; ".join(compile_reasons(counts)[:3])
+    return [f"{counts}, {counts.fallbacks} not compiled ({reasons})"]
