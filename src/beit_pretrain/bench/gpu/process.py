@@ -79,7 +79,7 @@ class StageProcess:
         return " | ".join(lines[-count:])[-400:]
 
     def end(self) -> None:
-        """End the process and all that it has started, which share a session."""
+        """End the process and all that it has started: they are one process group."""
         for signum, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
             if signum == signal.SIGTERM and self.process.poll() is not None:
                 continue
