@@ -13,16 +13,20 @@ import pytest
 import torch
 from torch import nn
 
-from beit_pretrain.bench import page
+from beit_pretrain.bench import attention, kernels, page, step
 from beit_pretrain.bench.compare import compared
 from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak
 from beit_pretrain.bench.inputs import make_batch, make_bench
-from beit_pretrain.bench.memory import kept, largest
+from beit_pretrain.bench.loop import run_in_turn
+from beit_pretrain.bench.memory import MOST, WORKSPACE, kept, predicted
 from beit_pretrain.bench.peers import PlainModel, Transformers
-from beit_pretrain.bench.step import forward, host_batches, our_steps
+from beit_pretrain.bench.step import forward, host_batches, measured_rounds, our_steps, variant_names
 from beit_pretrain.compose import compose
 from beit_pretrain.errors import UserError
 from beit_pretrain.networks import linear
+from beit_pretrain.runs.trainer import quieten
+from beit_pretrain.training.compile import CompileCounts, compile_counts
+from beit_pretrain.training.keeping import Keeper
 from beit_pretrain.training.module import TrainedModule
 
 TINY = (
@@ -128,11 +132,26 @@ def test_bytes_that_are_kept_are_the_same_without_computing(bench):
     assert kept_bytes(lambda: (x * 2).sin().cos()) == 2 * 4 * 35
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2, 3, 100, 1000])
-def test_the_largest_batch_is_found(limit):
-    found = largest(lambda batch: batch <= limit)
-    assert found <= limit
-    assert limit - found <= max(1, limit // 16)
+@pytest.mark.parametrize("room", [0, 1, 3, 20, 24, 100, 1000, 10**9])
+@pytest.mark.parametrize("bend", [1.0, 1.05])
+def test_the_largest_batch_is_predicted_from_two_and_tried(room, bend):
+    """`room` images of 10 bytes beside 50 fixed ones; `bend`: large batches take more than the line says."""
+    limit, asked = int((50 + 10 * room) / (1 - WORKSPACE)) + 1, []
+
+    def used(batch: int) -> int:
+        return 50 + int(10 * batch * (bend if batch > 24 else 1))
+
+    def peak_of(batch: int) -> int | None:
+        asked.append(batch)
+        return used(batch) if used(batch) <= 50 + 10 * room else None
+
+    found = predicted(peak_of, limit)
+    most = min(MOST, int(room / bend) if room > 24 else room)
+    small = {0: 0, 1: 1, 3: 3, 20: 20, 24: 24}  # these lie between the batches that are measured first
+    assert found.used == (used(found.batch) if found.batch else 0)
+    assert found.batch == small[room] if room in small else 0.9 * most < found.batch <= most
+    assert found.batch == 0 or found.batch in asked  # nothing is promised that was not tried
+    assert len(asked) <= 8
 
 
 def last(stdout: str) -> dict:
@@ -208,8 +227,28 @@ def test_loop(words, run_cli, recwarn):
     assert {len(values) for values in found["seconds"].values()} == {3}
     assert found["checkpoint"]["bytes"] > 12 * found["parameters"]
     assert found["loop_over_bare"]["pairs"] == 3
+    assert found["checkpoint"]["until_written"] >= found["checkpoint"]["seconds"] > 0
     assert "Epoch" not in stdout  # the bar is no result
     assert not [str(warning.message) for warning in recwarn if "val_dataloader" in str(warning.message)]
+
+
+def test_the_loop_in_blocks_waits_once_a_block(words, monkeypatch, tmp_path):
+    cfg = compose("bench_step", ["action=loop", *words, "bench.warm_up=0", "bench.rounds=3"], spared=("data.train",))
+    bench, waits = make_bench(cfg), []
+    monkeypatch.setattr(type(bench), "wait", lambda self: waits.append(1))
+    quieten()
+    batches, _ = run_in_turn(cfg, bench, tmp_path, 4)
+    assert len(batches.bare) == len(batches.trained) == 3
+    assert batches.bench.module.model.training
+    assert len(waits) == 4 + 3 + 2  # each end of a block, each bare block, each of two checkpoints
+
+
+def test_the_loop_waits_for_a_checkpoint_that_a_thread_writes(words, run_cli, monkeypatch):
+    monkeypatch.setattr(Keeper, "wait", lambda self: time.sleep(0.3), raising=False)
+    code, stdout, stderr = run_cli("bench", "loop", *words, "bench.rounds=1")
+    assert code == 0, stderr
+    saved = last(stdout)["checkpoint"]
+    assert saved["until_written"] > saved["seconds"] + 0.29
 
 
 def test_the_loop_sees_metrics_being_written(words, run_cli, monkeypatch):
@@ -234,6 +273,127 @@ def test_attention(words, run_cli, precision):
     assert found["seconds"].keys() == {"eager", "ours", "sdpa", "no_bias"}
     assert found["difference"].keys() == {"eager", "ours", "sdpa"}
     assert max(found["difference"].values()) < (1e-5 if precision == "32-true" else 0.1)
+    assert found["queries"].keys() == {"17", "6"}  # all tokens, and the masked alone
+    for of_case in found["queries"].values():
+        for name, of_kernel in of_case.items():
+            assert of_kernel["forward"] > 0
+            assert of_kernel["backward"] > 0
+            assert of_kernel.get("errors", {}).keys() == ({*attention.OUTPUTS} if name != "no_bias" else set())
+            assert max(of_kernel.get("errors", {"": 0}).values()) < (1e-5 if precision == "32-true" else 0.02)
+
+
+def test_a_kernel_that_is_wrong_or_refuses_is_reported(words, run_cli, monkeypatch):
+    def wrong(q, k, v, bias):
+        return kernels.eager(q, k, v, 2 * bias)
+
+    def refuses(q, k, v, bias):
+        raise RuntimeError("No available kernel.\nAborting.")
+
+    for name, kernel in {"wrong": wrong, "refuses": refuses}.items():
+        monkeypatch.setitem(kernels.KERNELS, name, (kernels.on_heads(kernel), False))
+    code, stdout, stderr = run_cli("bench", "attention", *words, "bench.rounds=1")
+    assert code == 0, stderr
+    found = last(stdout)["queries"]["17"]
+    assert found["refuses"] == {"failed": "RuntimeError: No available kernel."}
+    assert "No available kernel" in stdout
+    assert found["wrong"]["errors"]["dbias"] > 0.1
+    assert found["ours"]["errors"]["dbias"] < 1e-5
+
+
+@pytest.fixture
+def counting_backend(monkeypatch):
+    """torch.compile without its slow part; calls of the compiled programs are counted."""
+    calls, compiled = [], torch.compile
+
+    def backend(graph, inputs):
+        return lambda *given: calls.append(len(inputs)) or graph(*given)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **how: compiled(f, backend=backend, **how))
+    yield calls
+    torch._dynamo.reset()
+
+
+def test_what_is_measured_as_compiled_is_compiled(words, run_cli, counting_backend, monkeypatch):
+    """Operations are counted by hooks into the dispatcher, under which Dynamo would give a function up for good."""
+    monkeypatch.setattr(step, "measured_peak", lambda *given: 1e9)  # it takes two seconds
+    before = compile_counts()
+    code, stdout, stderr = run_cli(
+        "bench", "step", *words, "compile=true", "bench.variants=[ours,reference_compiled]", "data.jitter=[0,0,0]"
+    )
+    assert code == 0, stderr
+    found, counts = last(stdout), compile_counts().since(before)
+    assert counts.graphs >= 2
+    assert counts.fallbacks == 0
+    ours = CompileCounts(*(found["started"]["ours"][name] for name in CompileCounts._fields))
+    assert ours.clean
+    assert ours.graphs == 1
+    assert found["started"]["reference_compiled"]["graphs"] >= 1
+    assert found["compiled_later"]["fallbacks"] == 0
+    assert "ours, first step: 1 graph, 0 graph breaks, 0 recompilations" in stdout
+    assert len(counting_backend) >= 2 * 4  # the first step, two rounds and the warm-up; of two variants
+    assert found["flops_per_image"] > 0
+
+
+def test_a_failed_compilation_is_an_error_of_bench(words, run_cli, monkeypatch):
+    compiled = torch.compile
+
+    def backend(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **how: compiled(f, backend=backend, **how))
+    as_after_fit = torch._dynamo.config.patch(suppress_errors=True)  # compile=auto on a GPU leaves it so
+    with as_after_fit, pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no such instruction"):
+        run_cli("bench", "step", *words, "compile=true", "bench.variants=[ours]")
+
+
+def test_the_peak_is_of_ours_alone(words, run_cli, monkeypatch):
+    """As on a GPU, where the allocator knows the peak of the whole process."""
+    order = []
+    monkeypatch.setattr(step, "measured_peak", lambda *given: 1e9)
+    monkeypatch.setattr(step, "on_gpu", lambda bench: True)
+    monkeypatch.setattr(step, "peak_bytes", lambda device, work: work() or order.append("peak") or 5)
+    monkeypatch.setattr(step, "peer_steps", lambda *given: order.append("others") or {})
+    code, stdout, stderr = run_cli("bench", "step", *words, "bench.variants=[ours,timm]")
+    assert code == 0, stderr
+    assert order == ["peak", "others"]
+    assert last(stdout)["memory"]["peak"] == 5
+
+
+def test_on_a_gpu_a_kernel_is_finished_before_the_next(words, monkeypatch):
+    def late(given):
+        raise RuntimeError("too late")
+
+    cfg = compose("bench_step", ["action=attention", *words], spared=("data.train",))
+    bench = make_bench(cfg)
+    monkeypatch.setattr(attention, "on_gpu", lambda bench: True)
+    monkeypatch.setattr(attention, "kernel_seconds", lambda work: (work(), 0.5)[1])
+    monkeypatch.setitem(kernels.KERNELS, "late", (lambda: late, False))
+    found = {}
+    for name, each in attention.measured(bench, attention.make_case(bench, 0, False), 1, 0):
+        assert name not in found
+        found[name] = each
+    assert list(found) == ["eager", "ours", "sdpa", "no_bias", "late"]
+    assert found["ours"]["forward"] == found["ours"]["backward"] == 0.5
+    assert found["late"] == {"failed": "RuntimeError: too late"}
+
+
+def test_compiled_peers_only_where_ours_are(words):
+    cfg = compose("bench_step", ["action=step", *words], spared=("data.train",))
+    bench = make_bench(cfg)
+    assert "reference_compiled" not in variant_names(cfg, bench)
+    bench.module.compile_mode = "default"
+    assert variant_names(cfg, bench) == list(cfg.bench.variants)
+
+
+def test_a_sample_is_the_mean_of_several_steps(bench):
+    ticks = itertools.count()
+    timed, taken = bench._replace(now=lambda: float(next(ticks))), []
+    rounds = measured_rounds(timed, {"a": lambda batch: taken.append(batch)}, steps=5)
+    assert [next(rounds), next(rounds)] == [{"a": 1 / 5}] * 2
+    assert len(taken) == 10
+    assert len({id(batch) for batch in taken}) == 4
 
 
 def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_the_tree_names_every_module_in_its_folder():
     """And nothing that is not there: the tree is read as a reader would."""
     root, named, folder = Path(__file__).parents[1] / "src/beit_pretrain", set(), Path()
     for line in README.partition("    src/beit_pretrain/\n")[2].partition("    cluster/")[0].splitlines():
-        if found := re.match(r"      ([a-z]+)/ ", line):
+        if found := re.match(r"      ([a-z/]+)/ ", line):
             folder = Path(found[1])
         names = re.match(r"\s+((?:\w+\.py\s+)+)", line)
         named |= {folder / name for name in names[1].split()} if names else set()

@@ -12,6 +12,7 @@ import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
+from beit_pretrain.bench.gpu.plan import EXPERIMENT
 from beit_pretrain.compose import compose, config_dir, experiments, show_config
 from beit_pretrain.errors import SharedError, UserError
 from beit_pretrain.runs.launch import local_rank, rank, speaker
@@ -41,7 +42,7 @@ VERBS = {
     "show": Verb(
         "pictures of what runs learned (masked|attention|tokens|curves|layers)", "beit_pretrain.pictures.show:show"
     ),
-    "bench": Verb("measure (views|loader|step|loop|attention|memory|all)", "beit_pretrain.bench.verb:bench"),
+    "bench": Verb("measure (views|loader|step|loop|attention|memory|all|gpu|page)", "beit_pretrain.bench.verb:bench"),
     "compare": Verb(
         "what pre-training is worth: with it, from scratch, and a control, over seeds",
         "beit_pretrain.compare.stages:compare",
@@ -64,13 +65,18 @@ def usage() -> str:
 
 
 # `bench` of a training step takes the settings of `fit`, but for these: it makes its own images and tokenizer.
-TRAINED, TRAINED_CONFIG = ("step", "loop", "attention", "memory", "all"), "bench_step"
+TRAINED = {
+    **dict.fromkeys(("step", "loop", "attention", "memory", "all"), "bench_step"),
+    **dict.fromkeys(("gpu", "page"), "bench_gpu"),
+}
 SPARED = ("data.train", "tokenizer.path")
 
 
 def config_of(verb: str, words: list[str]) -> str:
     """The name of the config that a verb's words are settings of."""
-    return TRAINED_CONFIG if verb == "bench" and any(f"action={name}" in words for name in TRAINED) else verb
+    if verb != "bench":
+        return verb
+    return next((TRAINED[word[7:]] for word in words if word.startswith("action=") and word[7:] in TRAINED), verb)
 
 
 def run(argv: list[str]) -> None:
@@ -100,8 +106,11 @@ def run(argv: list[str]) -> None:
     rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a group cannot be null
     if verb == "tokenize":  # `data` is a group of configs to Hydra
         rest = [f"src={word[5:]}" if word.startswith("data=") else word for word in rest]
+    config = config_of(verb, rest)
+    if config == "bench_gpu" and not any(word.startswith("+experiment=") for word in rest):
+        rest.append(f"+experiment={EXPERIMENT}")
     if "--cfg" in rest:
-        print(show_config(config_of(verb, rest), [word for word in rest if word not in ("--cfg", "job")]))
+        print(show_config(config, [word for word in rest if word not in ("--cfg", "job")]))
         return
     wrong = [word for word in rest if "=" not in word and not word.startswith("~")]
     if wrong:
@@ -109,9 +118,8 @@ def run(argv: list[str]) -> None:
     if multirun:
         importlib.import_module("beit_pretrain.runs.sweep").sweep(rest)
         return
-    config = config_of(verb, rest)
     try:
-        cfg = compose(config, rest, spared=SPARED if config == TRAINED_CONFIG else ())
+        cfg = compose(config, rest, spared=SPARED if config in TRAINED.values() else ())
     except UserError as error:
         if local_rank():  # the machine's first process has the same words, and says it
             raise SharedError(str(error)) from error

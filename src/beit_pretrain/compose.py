@@ -25,7 +25,7 @@ HINTS = {
     "out": "where to write",
     "run": "the folder of a run, such as runs/base_22k",
     "to": "one of unilm, timm, hf, onnx",
-    "action": "what to measure: bench views, loader, step, loop, attention, memory or all",
+    "action": "what to measure: bench views, loader, step, loop, attention, memory, all, gpu or page",
     "task": "an experiment says it: +experiment=NAME",
 }
 
@@ -101,7 +101,7 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()):
 def typed(verb: str, overrides: list[str]) -> str:
     """The verb as it stands on a command line: some words of `bench` have a config of their own."""
     action = next((word.partition("=")[2] for word in overrides if word.startswith("action=")), "step")
-    return f"bench {action}" if verb == "bench_step" else verb
+    return f"bench {action}" if verb in ("bench_step", "bench_gpu") else verb
 
 
 def readable(word: str) -> str:

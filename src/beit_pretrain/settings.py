@@ -102,7 +102,7 @@ DEVICES: Rule = (
 )
 
 VARIANTS = (
-    *("ours", "ours_tokenizer", "ours_cached", "reference", "reference_tokenizer"),
+    *("ours", "ours_tokenizer", "ours_cached", "reference", "reference_compiled", "reference_tokenizer"),
     *("transformers", "transformers_eager", "timm"),
 )
 
@@ -257,6 +257,7 @@ RULES: dict[str, Rule] = {
     "token_image_size": optional(whole(1, 2**16)),
     **{f"{place}rounds": whole(1) for place in ("", "bench.")},
     "bench.warm_up": whole(0),
+    "bench.steps": optional(whole(1)),
     "bench.clock": one_of("wall", "cpu"),
     "bench.variants": (
         f"a list of some of {', '.join(VARIANTS)}",
@@ -265,6 +266,11 @@ RULES: dict[str, Rule] = {
     "bench.memory_gb": optional(POSITIVE),
     "bench.src": optional(TEXT),
     "bench.out": TEXT,
+    "device": one_of("auto", "cpu"),
+    "bench.seconds": POSITIVE,
+    "bench.only": optional(("stages, such as base or base,large", lambda v: TEXT[1](v) or TEXTS[1](v))),
+    "bench.tiny": SWITCH,
+    "bench.scratch": optional(TEXT),
     **{f"steps.{name}": whole(1) for name in ("tokenizer", "pretrain", "finetune")},
 }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binom
 
 CONFIDENCE = 0.95
 FEWEST = 6  # pairs, of which the smallest and the largest ratio make an interval of this confidence
@@ -36,6 +36,15 @@ def compared(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
     pairs it is all of them, which says less than 95 %.
     """
     ratios = np.sort(np.asarray(slow, float) / np.asarray(fast, float))
-    outside = int(binom.ppf((1 - CONFIDENCE) / 2, len(ratios), 0.5))
+    outside = coin_quantile((1 - CONFIDENCE) / 2, len(ratios))
     low, high = max(0, outside - 1), min(len(ratios) - 1, len(ratios) - outside)
     return Ratio(float(np.median(ratios)), float(ratios[low]), float(ratios[high]), len(ratios))
+
+
+def coin_quantile(share: float, flips: int) -> int:
+    """The smallest k for which k heads or fewer of so many flips of a coin have a probability of at least `share`."""
+    below, heads = 1, 0  # of the 2^flips outcomes, those with so many heads or fewer
+    while below < share * 2**flips:
+        heads += 1
+        below += math.comb(flips, heads)
+    return heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -43,9 +44,24 @@ def state_bytes(model: nn.Module) -> int:
     return 4 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def peak_bytes(device: torch.device, work: Callable[[], None]) -> int:
+    """The most bytes in use on the GPU during some work."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
 def measured_peak(device: torch.device, bf16: bool, now: Callable[[], float]) -> float:
     """FLOP/s of the fastest of some large matrix products in the precision of training; `now` counts the seconds."""
-    sides, dtype = ((1024, 2048) if device.type == "cpu" else (4096, 8192)), torch.bfloat16 if bf16 else torch.float32
+    return product_rate(device, torch.bfloat16 if bf16 else torch.float32, now)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, now: Callable[[], float], sides: Any = None) -> float:
+    """FLOP/s of the fastest of some matrix products of random square matrices with these sides."""
+    sides = sides or ((1024, 2048) if device.type == "cpu" else (4096, 8192))
     best = 0.0
     for side in sides:
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))

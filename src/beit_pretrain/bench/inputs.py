@@ -29,7 +29,7 @@ from beit_pretrain.runs.trainer import building, wanted_gpu
 from beit_pretrain.tokens.tokenizer import OpenAITokenizer, Tokenizer
 from beit_pretrain.training.optim import Optim, configure
 from beit_pretrain.training.pretrain import Pretraining
-from beit_pretrain.training.speed import compile_mode
+from beit_pretrain.training.speed import compile_mode, set_attention
 
 
 class Batch(NamedTuple):
@@ -62,6 +62,19 @@ class Bench(NamedTuple):
     def precision(self) -> Iterator[None]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             yield
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Inside, the module's functions run as they are written.
+
+        Counters that hook into torch's dispatcher need that: a compiled function called under one of them is never
+        compiled afterwards.
+        """
+        mode, self.module.compile_mode = self.module.compile_mode, None
+        try:
+            yield
+        finally:
+            self.module.compile_mode = mode
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -104,11 +117,15 @@ def make_bench(cfg: DictConfig) -> Bench:
         architecture = network(cfg)
         model = MaskedImageModel(tokenizer.vocab_size, **architecture).to(device)
         model.set_grad_checkpointing(cfg.activation_checkpointing)
+        set_attention(model, cfg.attention, on_gpu, cfg.trainer.precision)
         settings = {name: value for name, value in cfg.optim.items() if name not in ("warmup_epochs", "warmup_steps")}
         mean, std = (per_channel(cfg[name] or (0.5,), cfg.data.channels, name) for name in ("mean", "std"))
         module = Pretraining(model, tokenizer, Optim(**cast(dict[str, Any], settings)), mean, std, cfg.seed).to(device)
         module.setup("fit")
         module.compile_mode = compile_mode(cfg.compile, on_gpu, sharded=False)
+        if module.compile_mode is not None:
+            torch._dynamo.config.suppress_errors = False  # a failed compilation is an error here, not a slower step
+        torch.backends.cudnn.benchmark = not cfg.deterministic  # as in `fit`
         masking = BlockwiseMask(patch_grid(cfg.image_size, architecture["patch_size"]), **cfg.mask)
     full = cast(Architecture, {**model.config, **architecture})
     now = time.process_time if cfg.bench.clock == "cpu" else time.perf_counter
@@ -129,11 +146,7 @@ def make_tokenizer(cfg: DictConfig) -> Tokenizer:
 def make_batch(bench: Bench, number: int) -> Batch:
     """Random images (what is in them costs no time), real masks, positions of batch `number` of a run."""
     draw = torch.Generator().manual_seed(number)
-    positions = range(number * bench.batch_size, (number + 1) * bench.batch_size)
-    masks = np.stack([bench.masking.draw(generator(0, p, MASK)).reshape(-1) for p in positions])
-    index = np.full((len(masks), bench.masking.max_patches), -1)
-    for row, mask in zip(index, masks, strict=True):
-        row[: mask.sum()] = np.flatnonzero(mask)
+    masks, index = make_masks(bench, number)
     height, width = bench.module.model.grid
     patch, channels = bench.architecture["patch_size"], bench.architecture["in_chans"]
     small = bench.tokenizer.downsample
@@ -148,15 +161,25 @@ def make_batch(bench: Bench, number: int) -> Batch:
         "jitter_factors": 0.6 + 0.8 * torch.rand(len(masks), 3, generator=draw),
         "jitter_order": torch.from_numpy(ORDERS)[torch.randint(len(ORDERS), (len(masks),), generator=draw)],
         "jitter_tiles": torch.randint(0, 256, (len(masks), SIDE**2, channels), generator=draw, dtype=torch.uint8),
-        "mask": torch.from_numpy(masks),
-        "mask_index": torch.from_numpy(index),
-        "position": torch.tensor(positions),
+        "mask": masks,
+        "mask_index": index,
+        "position": torch.arange(len(masks)) + number * len(masks),
         "tokens": torch.randint(bench.tokenizer.vocab_size, masks.shape, generator=draw),
     }
     ours = {name: tensor.to(bench.device) for name, tensor in ours.items()}
     view, token_image = jittered_view(ours, "image"), jittered_view(ours, "token_image")
     image = normalise(view, bench.module.mean, bench.module.std)
     return Batch(ours, view, image, token_image, ours["tokens"][ours["mask"]])
+
+
+def make_masks(bench: Bench, number: int) -> tuple[Tensor, Tensor]:
+    """Masks (B, N) of batch `number` of a run, and the numbers of the masked patches (B, K), filled up with -1."""
+    positions = range(number * bench.batch_size, (number + 1) * bench.batch_size)
+    masks = np.stack([bench.masking.draw(generator(0, p, MASK)).reshape(-1) for p in positions])
+    index = np.full((len(masks), bench.masking.max_patches), -1)
+    for row, mask in zip(index, masks, strict=True):
+        row[: mask.sum()] = np.flatnonzero(mask)
+    return torch.from_numpy(masks), torch.from_numpy(index)
 
 
 def configured(model: nn.Module, optim: Optim) -> AdamW:

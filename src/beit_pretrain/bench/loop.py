@@ -1,9 +1,12 @@
 """`bench loop`: what Lightning, the metrics, their files and the checkpoints add to a bare loop of the same step.
 
-The Trainer of `fit`, with its progress bar, callbacks, guard, keeper and CSV file, trains on batches in memory. Before
-it gets its next batch, a bare loop takes one step with a network of its own on the same batch, so both are slowed alike
-by whatever else happens. Metrics are written every `LOG_EVERY` steps at the latest, so that some are among those
-measured; since that falls on single steps, all steps together are compared beside the pairs.
+The Trainer of `fit`, with its progress bar, callbacks, guard, keeper and CSV file, trains on batches in memory. It
+takes turns with a bare loop that trains a network of its own on the same batches, so whatever else the machine does
+slows both alike. A turn is a block of steps that is waited for once, at its end: what the host does while the device is
+busy costs nothing. On a GPU a block has `BLOCK` steps; a CPU does everything in order, so there a block is one step.
+
+Metrics are written as often as `log_every` says, or every `LOG_EVERY` steps if a block is shorter, so that some of the
+writing is measured; since it falls on single blocks, all blocks together are compared beside the pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from torch import Tensor
 
 from beit_pretrain.bench.compare import Ratio, compared
 from beit_pretrain.bench.inputs import Bench, configured, make_batch, make_bench
-from beit_pretrain.bench.step import BATCHES, backward, facts, forward
+from beit_pretrain.bench.step import BATCHES, backward, facts, forward, on_gpu
+from beit_pretrain.bench.timing import seconds_per_call
 from beit_pretrain.data.replacements import Replacements
 from beit_pretrain.runs.folder import REPLACED, SKIPPED
 from beit_pretrain.runs.trainer import building, make_trainer, quieten
@@ -32,66 +36,95 @@ from beit_pretrain.training.callbacks import ProgressBar, Throughput
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import LAST, Keeper
 from beit_pretrain.training.metrics import CsvMetrics
+from beit_pretrain.training.pretrain import Pretraining
 
-LOG_EVERY = 5  # steps, at the most, between two flushes of the metrics
+BLOCK = 100  # steps on a GPU, unless bench.steps says it
+LOG_EVERY = 5  # steps, at the most, between two flushes of the metrics where a block is shorter than log_every
+SAVES = 2  # checkpoints, of which the last is reported: the first also allocates
 
 
 class InTurn:
-    """Batches for the Trainer; takes a bare step before each. Seconds of both are kept."""
+    """Batches for the Trainer; before each block of them a bare loop takes the same steps.
 
-    def __init__(self, bench: Bench, steps: int):
-        self.bench, self.steps = bench, steps
+    Args:
+        bench: of the bare loop.
+        blocks: how many are measured.
+        steps: of a block.
+    """
+
+    def __init__(self, bench: Bench, blocks: int, steps: int):
+        self.bench, self.blocks, self.steps = bench, blocks, steps
         self.batches = [make_batch(bench, number).ours for number in range(BATCHES)]
         self.optimizer = configured(bench.module.model, bench.module.optim)
-        self.bare: list[float] = []
+        self.bare: list[float] = []  # seconds a step, of every block
         self.trained: list[float] = []
 
     def __len__(self) -> int:
-        return self.steps
+        return self.blocks * self.steps + 1  # the end of a block shows when the next batch is asked for
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        given = None
-        for number in range(self.steps):
-            self.bench.wait()
-            if given is not None:
-                self.trained.append(self.bench.now() - given)
-            batch: dict[str, Any] = {k: v for k, v in self.batches[number % BATCHES].items() if k != "token_image"}
-            self.step(batch)
-            given = self.bench.now()
-            yield {**batch, "bad": []}
+        given = 0.0
+        for number in range(len(self)):
+            if number % self.steps == 0:
+                self.bench.wait()
+                if number:
+                    self.trained.append((self.bench.now() - given) / self.steps)
+                if number < len(self) - 1:
+                    self.bare.append(self.bare_block(number))
+                given = self.bench.now()
+            yield {**self.batch(number), "bad": []}
 
-    def step(self, batch: dict[str, Tensor]) -> None:
+    def bare_block(self, first: int) -> float:
+        """Seconds a step of the bare loop."""
+        return seconds_per_call(self.bench, lambda number: self.step(first + number), self.steps)
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        return {k: v for k, v in self.batches[number % BATCHES].items() if k != "token_image"}
+
+    def step(self, number: int) -> None:
         """The bare step: what the LightningModule computes, its metrics not counted."""
-        start = self.bench.now()
+        batch = self.batch(number)
         view, tokens = self.bench.module.prepare(batch)
         backward(self.bench, batch, forward(self.bench, batch, view, tokens))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.bench.wait()
-        self.bare.append(self.bench.now() - start)
 
 
-def run_in_turn(cfg: DictConfig, bench: Bench, folder: Path) -> tuple[InTurn, dict[str, float]]:
+def run_in_turn(cfg: DictConfig, bench: Bench, folder: Path, steps: int) -> tuple[InTurn, dict[str, float]]:
     """Train with the Trainer and in turn with the bare loop; then the seconds and bytes of a checkpoint."""
-    steps = cfg.bench.rounds + cfg.bench.warm_up + 1  # the time of the last one is not seen from outside
+    batches = InTurn(bench, cfg.bench.warm_up + cfg.bench.rounds, steps)
     ours = make_bench(cfg)  # a network of its own, from the same seed
     module = ours.module
-    module.log_every = min(cfg.log_every, LOG_EVERY)
-    module.keeper = Keeper(folder, every=2 * steps)  # a checkpoint is measured by itself
+    module.log_every = cfg.log_every if steps >= cfg.log_every else min(cfg.log_every, LOG_EVERY)
+    module.keeper = Keeper(folder, every=2 * len(batches))  # a checkpoint is measured by itself
     module.guard = Guard(folder / SKIPPED, cfg.max_skipped, cfg.batch_size)
-    settings = {"global_batch": cfg.batch_size, "run_dir": str(folder), "val_every": steps}
+    settings = {"global_batch": cfg.batch_size, "run_dir": str(folder), "val_every": len(batches)}
     own = OmegaConf.merge(cfg, settings)
     callbacks: list[Callback] = [ProgressBar(refresh_rate=10), Throughput(), Replacements(folder / REPLACED, 1)]
     with building():
-        trainer = make_trainer(own, steps, callbacks)  # type: ignore[arg-type]
+        trainer = make_trainer(own, len(batches), callbacks)  # type: ignore[arg-type]
     trainer.loggers = [CsvMetrics(folder / "metrics.csv")]
-    batches = InTurn(bench, steps)
     with redirect_stdout(sys.stderr):  # Lightning's bar goes where results do
         trainer.fit(module, train_dataloaders=batches)
-    start = time.perf_counter()
-    trainer.save_checkpoint(folder / LAST)
-    saved = {"seconds": time.perf_counter() - start, "bytes": float((folder / LAST).stat().st_size)}
+    for _ in range(SAVES):
+        saved = checkpoint(module, folder / LAST, bench)
     return batches, saved
+
+
+def checkpoint(module: Pretraining, file: Path, bench: Bench) -> dict[str, float]:
+    """Save one. `seconds` of training that it takes, `until_written` until it is on the disk, its `bytes`."""
+    keeper: Any = module.keeper
+    keeper.saved_at = None  # so that the same step is saved again
+    bench.wait()
+    start = time.perf_counter()
+    keeper.save(module)
+    seconds = time.perf_counter() - start
+    getattr(keeper, "wait", lambda: None)()  # for a thread that writes
+    return {
+        "seconds": seconds,
+        "until_written": time.perf_counter() - start,
+        "bytes": float(file.stat().st_size),
+    }
 
 
 def bench_loop(cfg: DictConfig) -> None:
@@ -99,9 +132,9 @@ def bench_loop(cfg: DictConfig) -> None:
     quieten()
     bench = make_bench(cfg)
     with tempfile.TemporaryDirectory(prefix="beit_pretrain-bench-") as folder:
-        batches, saved = run_in_turn(cfg, bench, Path(folder))
-    skip = cfg.bench.warm_up
-    bare, trained = batches.bare[skip : skip + cfg.bench.rounds], batches.trained[skip : skip + cfg.bench.rounds]
+        steps = cfg.bench.steps or (BLOCK if on_gpu(bench) else 1)
+        batches, saved = run_in_turn(cfg, bench, Path(folder), steps)
+    bare, trained = batches.bare[cfg.bench.warm_up :], batches.trained[cfg.bench.warm_up :]
     cost = compared(trained, bare)
     step = sorted(trained)[len(trained) // 2]
     every = cfg.save_every
@@ -112,6 +145,7 @@ def bench_loop(cfg: DictConfig) -> None:
             {
                 "bench": "loop",
                 **facts(bench, cfg),
+                "block": steps,
                 "loop_over_bare": cost._asdict(),
                 "loop_over_bare_together": together,
                 "seconds": {"bare": bare, "trainer": trained},
@@ -129,11 +163,12 @@ def report(cost: Ratio, together: float, step: float, bare: list[float], saved: 
     rows = [
         ["bare loop", f"{1000 * sorted(bare)[len(bare) // 2]:.4g} ms a step", ""],
         ["fit's loop", f"{1000 * step:.4g} ms a step", over],
-        ["all steps together", "", f"{together - 1:+.2%}"],
+        ["all blocks together", "", f"{together - 1:+.2%}"],
         [
-            "a checkpoint",
-            f"{saved['seconds']:.2f} s, {saved['bytes'] / 1e6:,.0f} MB",
+            "training waits for a checkpoint",
+            f"{saved['seconds']:.2f} s",
             f"{saved['seconds'] / (every * step):.2%} at one every {every} steps",
         ],
+        ["until it is on the disk", f"{saved['until_written']:.2f} s, {saved['bytes'] / 1e6:,.0f} MB", ""],
     ]
     print(table(["what", "time", f"over a bare loop, of {cost.pairs} pairs ({cost.interval})"], rows))

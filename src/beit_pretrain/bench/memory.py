@@ -1,20 +1,22 @@
 """`bench memory`: the largest batch of a process, with and without activation checkpointing.
 
-On a GPU batches are tried, larger and larger, until one does not fit. Elsewhere it is reckoned, without computing
-anything: weights, gradients and moments, and what a forward pass keeps, which grows with the batch in a straight line.
+On a GPU the peaks of two small batches are measured, in uncompiled steps; the straight line through them predicts the
+largest batch, which is then tried. Elsewhere it is reckoned, without computing anything: weights, gradients and
+moments, and what a forward pass keeps, which grows with the batch in a straight line too.
 """
 
 from __future__ import annotations
 
-import gc
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from beit_pretrain.bench.cost import kept_bytes, state_bytes
+from beit_pretrain.bench.cost import kept_bytes, peak_bytes, state_bytes
 from beit_pretrain.bench.inputs import Bench, make_batch, make_bench
 from beit_pretrain.bench.step import our_steps
 from beit_pretrain.errors import UserError
@@ -25,49 +27,69 @@ from beit_pretrain.tables import table
 SIZES = ("base", "large")
 MOST = 1 << 14  # images of a batch
 GIB = 2**30
-WORKSPACE = 0.05  # of the memory: what is left for kernels' own needs where the batch is reckoned
+WORKSPACE = 0.05  # of the memory: left for kernels' own needs and for gaps between tensors
+PAIRS = ((8, 24), (1, 3))  # images of the two batches that are measured: the first pair that fits
+TRIES, SMALLER = 4, 0.93  # of the predicted batch; each next one is so much smaller
 
 
 class Fits(NamedTuple):
-    """The largest batch, and what it takes in bytes."""
+    """The largest batch, what it takes in bytes, and whether that was measured."""
 
     batch: int
     used: int
     measured: bool
 
 
-def largest(fits: Any, most: int = MOST) -> int:
-    """The largest number for which `fits` holds, which holds for all below it; 0 if for none."""
-    low, high = 0, 1
-    while high <= most and fits(high):
-        low, high = high, high * 2
-    while high - low > max(1, low // 16):  # within a sixteenth
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def predicted(peak_of: Callable[[int], int | None], limit: int) -> Fits:
+    """The largest batch by the line through two measured peaks, tried out; a little smaller where it does not fit.
+
+    `peak_of`: batch -> the most bytes in use, or None if it does not fit.
+    """
+    for small, large in PAIRS:
+        peaks = peak_of(small), peak_of(large)
+        if peaks[0] is not None and peaks[1] is not None:
+            each = max(1.0, (peaks[1] - peaks[0]) / (large - small))
+            fixed = peaks[0] - small * each
+            batch = min(MOST, int((limit * (1 - WORKSPACE) - fixed) // each))
+            for _ in range(TRIES):
+                if batch <= large:  # known to fit
+                    return Fits(large, peaks[1], True)
+                if (used := peak_of(batch)) is not None:
+                    return Fits(batch, used, True)
+                batch = int(batch * SMALLER)
+            return Fits(large, peaks[1], True)
+    one = peak_of(1)
+    return Fits(0, 0, True) if one is None else Fits(1, one, True)
 
 
 def tried(cfg: DictConfig, limit: int) -> Fits:
-    """On a GPU, by real steps with known tokens. A batch fits if two steps go through below `limit` bytes."""
-    peaks: dict[int, int] = {}
+    """On a GPU, by real steps with known tokens, uncompiled: compiling at every size would take minutes."""
 
-    def fits(batch: int) -> bool:
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            bench = make_bench(with_batch(cfg, batch))
+    def peak_of(batch: int) -> int | None:
+        def two_steps() -> None:
+            bench = make_bench(OmegaConf.merge(cfg, {"batch_size": batch, "compile": False}))  # type: ignore[arg-type]
             step = our_steps(bench)["ours_cached"]
             for number in range(2):
                 step(make_batch(bench, number))
-            bench.wait()
-        except torch.OutOfMemoryError:
-            return False
-        peaks[batch] = torch.cuda.max_memory_reserved()
-        return peaks[batch] <= limit
 
-    batch = largest(fits)
-    return Fits(batch, peaks.get(batch, 0), True)
+        try:
+            return peak_bytes(torch.device("cuda"), two_steps)
+        except torch.OutOfMemoryError:
+            return None
+
+    with memory_limit(limit):
+        return predicted(peak_of, limit)
+
+
+@contextmanager
+def memory_limit(limit: int) -> Iterator[None]:
+    """Let this process have no more of the GPU than so many bytes: as if it were a smaller one."""
+    share = min(1.0, limit / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def reckoned(cfg: DictConfig, limit: int) -> Fits:
@@ -121,7 +143,7 @@ def bench_memory(cfg: DictConfig) -> None:
             fits = (tried if on_gpu else reckoned)(with_size(cfg, size, checkpointing), limit)
             found[f"{size}{'_checkpointing' if checkpointing else ''}"] = fits._asdict()
             how = "yes" if checkpointing else "no"
-            way = "measured" if fits.measured else "reckoned"
+            way = "measured, uncompiled" if fits.measured else "reckoned"
             rows.append([size, how, str(fits.batch), f"{fits.used / GIB:.1f}", way])
     print(table(["network", "activation checkpointing", "largest batch", "GiB", "how"], rows))
     print(json.dumps({"bench": "memory", "memory_bytes": limit, "precision": cfg.trainer.precision, **found}))

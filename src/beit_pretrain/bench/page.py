@@ -21,7 +21,8 @@ from beit_pretrain.bench.loader import bench_loader
 from beit_pretrain.bench.loop import bench_loop
 from beit_pretrain.bench.memory import bench_memory
 from beit_pretrain.bench.photos import read_photos
-from beit_pretrain.bench.step import OF_CLOCK, bench_step
+from beit_pretrain.bench.plots import bars
+from beit_pretrain.bench.step import bench_step
 from beit_pretrain.compose import compose, quoted
 from beit_pretrain.runs.trainer import wanted_gpu
 
@@ -72,30 +73,10 @@ def bench_all(cfg: DictConfig) -> None:
         if found["bench"] == "step":  # the first
             facts = f"{found['device']}, {found['threads']} threads, torch {found['torch']}, {found['precision']}.\n"
             page.insert(1, facts)
-            plot(found, out / PLOT)
+            bars(found, out / PLOT)
             page.append(f"![images a second of every variant]({PLOT})\n")
         (out / PAGE).write_text("\n".join(page))
         (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     about = {name: value for name, value in results["step"].items() if name != "seconds"}
     print(f"wrote {out / PAGE}")
     print(json.dumps({**about, "bench": "all", "page": str(out / PAGE)}))
-
-
-def plot(step: dict[str, Any], path: Path) -> None:
-    """Bars of images/s, with what nine of ten steps took."""
-    from matplotlib.figure import Figure
-
-    names = list(step["seconds"])[::-1]
-    rates = [step[name] for name in names]
-    figure = Figure(figsize=(8, 0.5 * len(names) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
-    own = ["tab:blue" if name.startswith("ours") else "silver" for name in names]
-    axes.barh(names, rates, color=own)
-    for place, name in enumerate(names):
-        each = sorted(step["batch_size"] / seconds for seconds in step["seconds"][name])
-        axes.plot([each[len(each) // 20], each[-1 - len(each) // 20]], [place, place], color="black")
-        axes.text(rates[place], place + 0.25, f" {rates[place]:.4g}", va="bottom", fontsize=8)
-    unit = f"images/s{OF_CLOCK[step['clock']]}"
-    axes.set_xlabel(f"{unit} (medians; lines: 90 % of the rounds), batch of {step['batch_size']}, {step['device']}")
-    axes.set_title(f"A training step of {step['experiment']}")
-    figure.savefig(path, dpi=120)

@@ -121,14 +121,14 @@ def peer_steps(bench: Bench, names: list[str]) -> dict[str, Callable[[Batch], No
     """The other variants among `names`: the same optimiser, clipping by torch."""
     architecture, vocab, clip = bench.architecture, bench.tokenizer.vocab_size, bench.module.optim.clip
 
-    def stepping(
-        model: nn.Module, before: Callable[[], None] | None = None
-    ) -> Callable[[Tensor, Tensor, Tensor], None]:
+    def stepping(model: nn.Module, compiled: bool = False) -> Step:
         optimizer = configured(model.to(bench.device).train(), bench.module.optim)
+        # As a user would: with graph breaks where there are some, and shapes that may change.
+        loss_of: Any = torch.compile(model) if compiled else model
 
         def step(image: Tensor, mask: Tensor, token_M: Tensor) -> None:
             with bench.precision():
-                loss = model(image, mask, token_M)
+                loss = loss_of(image, mask, token_M)
             loss.backward()
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -141,20 +141,23 @@ def peer_steps(bench: Bench, names: list[str]) -> dict[str, Callable[[Batch], No
     if {"reference", "reference_tokenizer"} & set(names):
         plain = stepping(PlainModel(architecture, vocab, fused=False, all_patches=False))
         encode = packages_encoder(bench)
-        variants["reference"] = lambda batch: plain(batch.image, batch.ours["mask"], batch.token_M)
+        variants["reference"] = on_images(plain)
         variants["reference_tokenizer"] = lambda batch: plain(
             batch.image, batch.ours["mask"], encode(batch.token_image)[batch.ours["mask"]]
         )
+    if "reference_compiled" in names:
+        compiled = stepping(PlainModel(architecture, vocab, fused=False, all_patches=False), compiled=True)
+        variants["reference_compiled"] = on_images(compiled)
     if "timm" in names:
         timm = stepping(PlainModel(architecture, vocab, fused=True, all_patches=True))
-        variants["timm"] = lambda batch: timm(batch.image, batch.ours["mask"], batch.token_M)
+        variants["timm"] = on_images(timm)
     for attention, name in (("sdpa", "transformers"), ("eager", "transformers_eager")):
         if name in names:  # one network each: two of them cost memory, not time
-            variants[name] = transformers_step(stepping(Transformers(architecture, vocab, attention)))
+            variants[name] = on_images(stepping(Transformers(architecture, vocab, attention)))
     return {name: variant for name, variant in variants.items() if name in names}
 
 
-def transformers_step(step: Step) -> Callable[[Batch], None]:
+def on_images(step: Step) -> Callable[[Batch], None]:
     return lambda batch: step(batch.image, batch.ours["mask"], batch.token_M)
 
 

@@ -1,11 +1,12 @@
 """`bench step`: how fast a training step is, next to other people's, and what it spends its time on.
 
 All variants take the same images, masks and tokens, in one process, in turn, in an order drawn anew every round, so
-that whatever else the machine does slows all of them alike. A step is forward, backward, clipping and fused AdamW.
+that whatever else the machine does slows all of them alike. A step is forward, backward, clipping and fused AdamW. On a
+GPU a sample is the mean of several steps between two CUDA events.
 
 Without a tokenizer, from normalised images and known tokens:
-* `ours`; `reference`, the authors' release written out plainly; `timm`, with its fused attention and a token head on
-  all patches; `transformers` and `transformers_eager`.
+* `ours`; `reference`, the authors' release written out plainly, and `reference_compiled`, the same under torch.compile;
+  `timm`, with its fused attention and a token head on all patches; `transformers` and `transformers_eager`.
 With one, from what a loader brings:
 * `ours_tokenizer`: two uint8 views, jitter and normalisation on the device, our encoder;
 * `ours_cached`: one uint8 view with its tokens, jitter and normalisation on the device;
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from beit_pretrain.bench.compare import Ratio, compared
-from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak, state_bytes
+from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak, peak_bytes, state_bytes
 from beit_pretrain.bench.inputs import Batch, Bench, configured, make_batch, make_bench
 from beit_pretrain.bench.peers import peer_steps
+from beit_pretrain.bench.plots import OF_CLOCK
+from beit_pretrain.bench.timing import Clock, seconds_per_call
 from beit_pretrain.data.batches import Plan
 from beit_pretrain.data.datamodule import PretrainData
 from beit_pretrain.images.views import jittered_view
@@ -38,16 +41,17 @@ from beit_pretrain.runs.tasks import data_settings, pretrain_views
 from beit_pretrain.runs.trainer import building
 from beit_pretrain.tables import table
 from beit_pretrain.tokens.tokenizer import view_size
+from beit_pretrain.training.compile import CompileCounts, compile_counts
 from beit_pretrain.training.optim import clip_gradients
 from beit_pretrain.training.pretrain import Found
 
 BATCHES = 4  # different ones, in turn
+STEPS = 5  # of a sample on a GPU, unless bench.steps says it
 PARTS = 6  # steps in which the parts are timed; the first is not counted
 PAIRS = (  # what is divided by what
-    *(("ours", other) for other in ("reference", "timm", "transformers", "transformers_eager")),
+    *(("ours", other) for other in ("reference", "reference_compiled", "timm", "transformers", "transformers_eager")),
     *((own, "reference_tokenizer") for own in ("ours_tokenizer", "ours_cached")),
 )
-OF_CLOCK = {"wall": "", "cpu": " of processor time"}  # of `bench.clock`: what follows "a second" in a unit
 Variant = Callable[[Batch], None]
 
 
@@ -88,38 +92,43 @@ def backward(bench: Bench, batch: dict[str, Tensor], found: Found) -> None:
     clip_gradients(bench.module.model.parameters(), bench.module.optim.clip, slots / found.masked)
 
 
-def measure(
-    bench: Bench, variants: dict[str, Variant], rounds: int, warm_up: int, seed: int = 0
-) -> dict[str, list[float]]:
-    """Seconds of a step of every variant in every round."""
+def flops_per_image(bench: Bench) -> float:
+    """Operations of forward and backward, counted on the uncompiled functions."""
+    batch = make_batch(bench, 0)
+
+    def once() -> None:
+        backward(bench, batch.ours, forward(bench, batch.ours, batch.view, batch.ours["tokens"]))
+
+    with bench.uncompiled():
+        operations = counted_flops(once)
+    bench.module.model.zero_grad()
+    return operations / bench.batch_size
+
+
+def first_step(bench: Bench, variant: Variant) -> dict[str, Any]:
+    """Take the first step of a variant: its seconds, and what torch.compile made of it."""
+    batch, before, clock = make_batch(bench, 0), compile_counts(), Clock(bench)
+    with clock("first"):
+        variant(batch)
+    counts = compile_counts().since(before)
+    return {"first_step": clock.seconds["first"][0], **(counts._asdict() if any(counts) else {})}
+
+
+def measured_rounds(
+    bench: Bench, variants: dict[str, Variant], seed: int = 0, steps: int = 1
+) -> Iterator[dict[str, float]]:
+    """Rounds without end: seconds of a step of every variant, the mean of so many steps in a row."""
     batches = [make_batch(bench, number) for number in range(BATCHES)]
-    order, clock = np.random.default_rng(seed), Clock(bench)
-    for number in tqdm(range(-warm_up, rounds), desc="measuring", unit=" rounds"):
-        if number == 0:
-            clock.seconds.clear()
-        batch = batches[number % BATCHES]
-        # Other draws of drop path every round.
-        batch.ours["position"] = torch.arange(bench.batch_size, device=bench.device) + abs(number) * bench.batch_size
-        for name in order.permutation(list(variants)):
-            with clock(str(name)):
-                variants[name](batch)
-    return {name: clock.seconds[name] for name in variants}
+    order = np.random.default_rng(seed)
 
+    def sample(variant: Variant, start: int) -> float:
+        return seconds_per_call(bench, lambda number: variant(batches[(start + number) % BATCHES]), steps)
 
-class Clock:
-    """Seconds of named pieces of work, each waited for on the device."""
-
-    def __init__(self, bench: Bench):
-        self.bench = bench
-        self.seconds: dict[str, list[float]] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.bench.wait()
-        start = self.bench.now()
-        yield
-        self.bench.wait()
-        self.seconds.setdefault(name, []).append(self.bench.now() - start)
+    for number in count():
+        for batch in batches:  # other draws of drop path every round
+            batch.ours["position"] = torch.arange(bench.batch_size, device=bench.device) + number * bench.batch_size
+        found = {str(name): sample(variants[name], number) for name in order.permutation(list(variants))}
+        yield {name: found[name] for name in variants}
 
 
 def shares(bench: Bench, batches: Iterator[dict[str, Tensor]], with_data: bool) -> dict[str, float]:
@@ -171,16 +180,26 @@ def host_batches(cfg: DictConfig, bench: Bench) -> Iterable[dict[str, Tensor]]:
 def bench_step(cfg: DictConfig) -> None:
     """Print images/s of every variant, the ratios with their intervals, shares of time, memory; and all as JSON."""
     bench = make_bench(cfg)
-    names = list(cfg.bench.variants)
+    names = variant_names(cfg, bench)
     on_host = host_batches(cfg, bench)  # before the rounds, which take long: what is wrong with the data is said now
     own = our_steps(bench)
-    variants = {**{n: v for n, v in own.items() if n in names}, **peer_steps(bench, names)}
-    operations = counted_flops(lambda: own["ours"](make_batch(bench, 0))) / bench.batch_size
-    seconds = measure(bench, variants, cfg.bench.rounds, cfg.bench.warm_up, cfg.seed)
+    operations = flops_per_image(bench)
+    variants = {name: own[name] for name in own if name in names}
+    started = {name: first_step(bench, variant) for name, variant in variants.items()}
+    used = memory(bench, next(iter(variants.values()), own["ours"]))  # before the others' networks are there
+    variants |= peer_steps(bench, names)
+    started |= {name: first_step(bench, variant) for name, variant in variants.items() if name not in started}
+    before = compile_counts()
+    rounds = measured_rounds(bench, variants, cfg.seed, cfg.bench.steps or (STEPS if on_gpu(bench) else 1))
+    taken = list(tqdm(islice(rounds, cfg.bench.warm_up + cfg.bench.rounds), desc="measuring", unit=" rounds"))
+    kept = taken[cfg.bench.warm_up :]
+    seconds = {name: [each[name] for each in kept] for name in variants}
     found: dict[str, Any] = {
-        "ratios": {f"{a}/{b}": compared(seconds[b], seconds[a]) for a, b in PAIRS if a in seconds and b in seconds},
+        "ratios": ratios(seconds),
         "shares": shares(bench, iter(on_host), cfg.data.train is not None),
-        "memory": memory(bench),
+        "memory": used,
+        "started": started,
+        "compiled_later": compile_counts().since(before)._asdict(),
         "flops_per_image": operations,
         "peak_flops": measured_peak(bench.device, bench.bf16, bench.now),
     }
@@ -192,13 +211,31 @@ def bench_step(cfg: DictConfig) -> None:
     print(json.dumps({"bench": "step", **facts(bench, cfg), **rates, **found, "seconds": seconds}))
 
 
-def memory(bench: Bench) -> dict[str, int]:
-    """Bytes of ours: weights, gradients and moments; what a forward pass keeps; on a GPU the most that was in use."""
+def variant_names(cfg: DictConfig, bench: Bench) -> list[str]:
+    """Those of the config; compiled ones of others only where ours are compiled."""
+    return [name for name in cfg.bench.variants if bench.module.compile_mode is not None or "compiled" not in name]
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, Ratio]:
+    """How many times as fast ours are as others, for the variants that were measured."""
+    return {f"{a}/{b}": compared(seconds[b], seconds[a]) for a, b in PAIRS if a in seconds and b in seconds}
+
+
+def on_gpu(bench: Bench) -> bool:
+    return bench.device.type == "cuda"
+
+
+def memory(bench: Bench, step: Variant) -> dict[str, int]:
+    """Bytes: weights, gradients and moments; what an uncompiled forward pass keeps; the most in use in a step on a GPU.
+
+    The last is of all that this process has on the GPU, so it is measured before others' networks are there.
+    """
     batch = make_batch(bench, 0)
-    kept = kept_bytes(lambda: forward(bench, batch.ours, batch.view, batch.ours["tokens"]))
+    with bench.uncompiled():
+        kept = kept_bytes(lambda: forward(bench, batch.ours, batch.view, batch.ours["tokens"]))
     used = {"state": state_bytes(bench.module.model), "activations": kept}
-    if bench.device.type == "cuda":
-        used["peak"] = torch.cuda.max_memory_allocated(bench.device)
+    if on_gpu(bench):
+        used["peak"] = peak_bytes(bench.device, lambda: step(batch))
     return used
 
 
@@ -217,6 +254,9 @@ def report(bench: Bench, seconds: dict[str, list[float]], found: dict[str, Any],
     total = sum(found["shares"].values())
     rows = [[name, f"{1000 * value:.4g}", f"{value / total:.1%}"] for name, value in found["shares"].items()]
     print("\n" + table(["part of a step, tokenizer on line", "ms", "share"], rows))
+    for name, start in found["started"].items():
+        if "graphs" in start:
+            print(f"\n{name}, first step: {CompileCounts(*(start[field] for field in CompileCounts._fields))}")
     print("\nmemory: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in found["memory"].items()))
     used = f"; ours uses {found['utilisation']:.1%} of it" if "utilisation" in found else ""
     print(

@@ -19,6 +19,8 @@ ACTIONS = {  # action -> module:function, taking the composed config
     "attention": "beit_pretrain.bench.attention:bench_attention",
     "memory": "beit_pretrain.bench.memory:bench_memory",
     "all": "beit_pretrain.bench.page:bench_all",
+    "gpu": "beit_pretrain.bench.gpu.runner:bench_gpu",
+    "page": "beit_pretrain.bench.gpu.page:bench_page",
 }
 
 
@@ -28,7 +30,7 @@ def bench(cfg: DictConfig) -> None:
         raise UserError(f"bench {cfg.action}: there are {', '.join(ACTIONS)}")
     if "src" in cfg and cfg.src is not None and not isinstance(cfg.src, str):
         raise UserError("bench takes one src=: a folder, a tar or a shard folder")
-    if "trainer" in cfg:
+    if "trainer" in cfg and cfg.action not in ("gpu", "page"):  # these import nothing heavy
         importlib.import_module("beit_pretrain.bench.inputs").check_settings(cfg)
         cfg.trainer.devices = cfg.trainer.num_nodes = 1  # auto would be all GPUs to Lightning
     module, function = ACTIONS[cfg.action].split(":")

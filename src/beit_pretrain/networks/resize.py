@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.interpolate import make_interp_spline
 from torch import Tensor
 
 EXTRA_ROWS = 3
@@ -39,6 +38,8 @@ def _resize_axis(offsets: np.ndarray, axis: int, patches: int) -> np.ndarray:
         return offsets.take(np.arange(reach - new_reach, reach + new_reach + 1), axis=axis)
     if reach == 0:  # a single known offset says nothing about the others
         return np.repeat(offsets, 2 * new_reach + 1, axis=axis)
+    from scipy.interpolate import make_interp_spline  # for larger images alone: training does without SciPy
+
     half = progression(reach, new_reach)
     known = np.concatenate([-half[::-1], [0.0], half])
     wanted = np.arange(-new_reach, new_reach + 1).clip(known[0], known[-1])

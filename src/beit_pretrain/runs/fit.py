@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 from beit_pretrain.compose import plain
 from beit_pretrain.data.replacements import Replacements
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.networks.blocks import attentions
 from beit_pretrain.runs import cluster
 from beit_pretrain.runs.folder import REPLACED, SKIPPED, alone, finished_step, mark_finished
 from beit_pretrain.runs.launch import is_child, is_restarted
@@ -36,10 +35,10 @@ from beit_pretrain.runs.trainer import building, make_trainer, quieten, total_st
 from beit_pretrain.shards.processes import end_with_parent
 from beit_pretrain.training import speed
 from beit_pretrain.training.callbacks import MaskedPictures, ProgressBar, Throughput
+from beit_pretrain.training.compile import CompileReport
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import LAST, Keeper
 from beit_pretrain.training.metrics import is_first_process
-from beit_pretrain.training.module import TrainedModule
 from beit_pretrain.training.online_knn import OnlineKNN
 from beit_pretrain.training.prefetch import DevicePrefetcher
 from beit_pretrain.training.pretrain import Pretraining
@@ -108,7 +107,8 @@ def run_alone(cfg: DictConfig, signals: Signals) -> dict[str, float]:
         seed_everything(cfg.seed, workers=True, verbose=False)
         start = to_resume(cfg, folder)
         task = TASKS[cfg.task](from_checkpoint(cfg, start.path) if start.path else cfg)
-        choose_attention(cfg, task.module)
+        backbone = task.module.backbone if isinstance(task.module, Probing) else task.module.model
+        speed.set_attention(backbone, cfg.attention, wanted_gpu(cfg.trainer.accelerator), cfg.trainer.precision)
         task.module.images = cluster.contents(task.data)
         goes_on(task.module, start)
         steps = total_steps(cfg, task.data.samples)
@@ -145,15 +145,6 @@ def run_alone(cfg: DictConfig, signals: Signals) -> dict[str, float]:
             raise
         close_loggers(trainer, "finished")
         return metrics
-
-
-def choose_attention(cfg: DictConfig, module: TrainedModule) -> None:
-    """Set what runs the attention of the network (of probes: of the frozen backbone). Raises UserError if it cannot."""
-    layers = attentions(module.backbone if isinstance(module, Probing) else module.model)
-    on_gpu, widths = wanted_gpu(cfg.trainer.accelerator), {layer.width for layer in layers}
-    kernel = speed.attention_kernel(cfg.attention, on_gpu, cfg.trainer.precision, widths)
-    for layer in layers:
-        layer.kernel = kernel
 
 
 def close_loggers(trainer: Trainer, how: str) -> None:
@@ -230,6 +221,7 @@ def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback
     callbacks: list[Callback] = [
         ProgressBar(refresh_rate=10),
         Throughput(),
+        CompileReport(),
         Replacements(folder.parent / REPLACED, cfg.data.get("max_bad", 0.001)),
     ]
     if cfg.get("profile"):

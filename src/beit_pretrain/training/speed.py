@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from torch import nn
 from torch.autograd import DeviceType
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks.blocks import TRITON_WIDTHS
+from beit_pretrain.networks.blocks import TRITON_WIDTHS, attentions
 
 WARM_UP, PROFILED = 10, 5  # steps before a profile (compilation, first allocations), and in it
 DEAREST = 10  # operations of the table
@@ -92,6 +93,14 @@ def attention_kernel(asked: str, on_gpu: bool, precision: str | int | None, widt
     if asked == "triton" and (reason := without_triton(on_gpu, precision, widths)):
         raise UserError(f"attention=triton {reason}; attention=sdpa runs everywhere")
     return asked
+
+
+def set_attention(network: nn.Module, asked: str, on_gpu: bool, precision: str | int | None) -> None:
+    """Set what runs the attention of every block in a network. Raises UserError where "triton" cannot."""
+    layers = attentions(network)
+    kernel = attention_kernel(asked, on_gpu, precision, {layer.width for layer in layers})
+    for layer in layers:
+        layer.kernel = kernel
 
 
 def without_triton(on_gpu: bool, precision: str | int | None, widths: Collection[int]) -> str:

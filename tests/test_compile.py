@@ -1,0 +1,113 @@
+"""What torch.compile made of a step is counted, and a run says it once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import TINY
+
+from beit_pretrain.training.compile import CompileCounts, compile_counts, compile_reasons
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def counts_of(function, *inputs) -> CompileCounts:
+    before = compile_counts()
+    compiled = torch.compile(function, backend="eager", dynamic=False)
+    for given in inputs:
+        compiled(given)
+    return compile_counts().since(before)
+
+
+def test_one_graph_is_clean():
+    found = counts_of(lambda x: x.sin() + 1, torch.ones(3), torch.zeros(3))
+    assert found.clean
+    assert found[:4] == (1, 0, 0, 0)
+    assert found.seconds > 0
+
+
+def test_graph_breaks_are_counted():
+    def breaks(x):
+        x = x.sin()
+        torch._dynamo.graph_break()
+        return x.cos()
+
+    found = counts_of(breaks, torch.ones(3))
+    assert found[:4] == (2, 1, 0, 0)
+    assert not found.clean
+    assert any(reason.startswith("graph break: ") for reason in compile_reasons(found))
+
+
+def test_recompilations_are_counted():
+    found = counts_of(lambda x: x.sin() + 2, torch.ones(3), torch.ones(4), torch.ones(4))
+    assert found[:4] == (2, 0, 1, 0)
+    assert not found.clean
+    assert any(reason.startswith("recompiled <lambda>: ") for reason in compile_reasons(found))
+
+
+def test_functions_that_stay_uncompiled_are_counted():
+    def fails(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    before = compile_counts()
+    with torch._dynamo.config.patch(suppress_errors=True):
+        torch.compile(lambda x: x.sin() + 3, backend=fails)(torch.ones(3))
+    found = compile_counts().since(before)
+    assert found[:4] == (0, 0, 0, 1)
+    assert not found.clean
+    assert any("not compiled, <lambda>: BackendCompilerFailed" in reason for reason in compile_reasons(found))
+
+
+def test_a_function_compiled_too_often_counts_as_uncompiled():
+    found = counts_of(lambda x: x.sin() + 4, *(torch.ones(n) for n in range(2, 13)))
+    assert found.recompilations > 5
+    assert found.fallbacks > 0
+
+
+def fitted(run_cli, shards, tokenizer, *words) -> list[str]:
+    given = [
+        f"data.train={shards / 'train'}",
+        f"tokenizer.path={tokenizer}",
+        "data.workers=0",
+        "model.drop_path_rate=0",
+    ]
+    code, stdout, stderr = run_cli("fit", *TINY, *given, "steps=5", "batch_size=16", "run_dir=run", *words)
+    assert code == 0, stderr
+    return [line for line in stderr.splitlines() if "compile" in line]
+
+
+def with_backend(monkeypatch, backend) -> None:
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode=None, **how: compiled(f, backend=backend, **how))
+
+
+def test_a_run_says_once_what_was_compiled(run_cli, shards, dvae_checkpoint, monkeypatch):
+    with_backend(monkeypatch, "eager")
+    lines = fitted(run_cli, shards, dvae_checkpoint, "compile=true")
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("compiled: ")
+    assert " 0 recompilations" in lines[0]
+    assert not lines[0].startswith("compiled: 0 graphs")
+
+
+def test_a_run_that_falls_back_to_eager_says_so_in_one_line(run_cli, shards, dvae_checkpoint, monkeypatch):
+    def fails(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    with_backend(monkeypatch, fails)
+    with torch._dynamo.config.patch(suppress_errors=True):  # as compile=auto has it on a GPU
+        lines = fitted(run_cli, shards, dvae_checkpoint, "compile=true")
+    assert [line for line in lines if line.startswith("compiled: 0 graphs")], lines
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "fell back to eager" in warnings[0]
+    assert "BackendCompilerFailed: backend='fails' raised: RuntimeError: no such instruction" in warnings[0]
+
+
+def test_an_uncompiled_run_says_nothing(run_cli, shards, dvae_checkpoint):
+    assert fitted(run_cli, shards, dvae_checkpoint) == []
