@@ -230,7 +230,7 @@ def test_a_config_beside_that_is_none(text, trained, run_cli, tmp_path):
     assert "Not known" in (tmp_path / "hf" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("to", ["unilm", "timm", "hf", "onnx"])
+@pytest.mark.parametrize("to", ["unilm", *(pytest.param(to, marks=pytest.mark.long) for to in ("timm", "hf", "onnx"))])
 def test_no_space_left(to, trained, tmp_path):
     """The shell's limit on file sizes, in a process of its own: one line, nothing half-written."""
     command = f"ulimit -f 20; exec '{sys.executable}' -m beit_pretrain export to={to} out={OUT[to]}"

@@ -174,6 +174,7 @@ def command(src: Path, dvae: Path, *words: str) -> list[str]:
     return [*start, *settings.split(), *words]
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line(shards, dvae_checkpoint, whole, tmp_path):
     source = Path(shutil.copytree(shards / "train", tmp_path / "src"))
 
