@@ -88,13 +88,6 @@ def test_a_stage_that_fails_or_dies_costs_no_other(run_stages, tmp_path):
     assert "no kernel" in page
 
 
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 def test_a_stage_that_hangs_is_killed_at_its_limit_with_all_it_started(run_stages, tmp_path):
     started = time.monotonic()
     code, _, stderr = run_stages([stage("hangs", limit=1), stage("fine")])
@@ -103,7 +96,7 @@ def test_a_stage_that_hangs_is_killed_at_its_limit_with_all_it_started(run_stage
     hangs, fine = lines(tmp_path / "out")
     assert hangs["status"] == "timeout"
     assert "still running after" in hangs["error"]
-    assert all(gone(pid) for pid in hangs["found"]["children"])
+    assert all(tiny.gone(pid) for pid in hangs["found"]["children"])
     assert fine["status"] == "ok"
 
 
@@ -249,7 +242,7 @@ def test_told_to_stop_it_ends_the_stage_and_writes_the_page(signum, code, starte
     assert started.returncode == code, stderr
     fine, hangs = lines(tmp_path / "out")
     assert (fine["status"], hangs["status"]) == ("ok", "stopped")
-    assert all(gone(pid) for pid in hangs["found"]["children"])
+    assert all(tiny.gone(pid) for pid in hangs["found"]["children"])
     assert "## hangs" in (tmp_path / "out/page.md").read_text()
     assert "| hangs | stopped" in stdout
 
@@ -261,9 +254,9 @@ def test_killed_itself_it_leaves_what_was_found(started, tmp_path, run_cli):
     (partial,) = (tmp_path / "out").glob("hangs.partial.jsonl")
     stage_process = read(partial)["found"]["children"][0]
     deadline = time.monotonic() + 30
-    while not gone(stage_process) and time.monotonic() < deadline:
+    while not tiny.gone(stage_process) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert gone(stage_process)  # a stage ends with the runner
+    assert tiny.gone(stage_process)  # a stage ends with the runner
     code, stdout, stderr = run_cli("bench", "page", "bench.out=out")
     assert code == 0, stderr
     assert [line["status"] for line in lines(tmp_path / "out")] == ["ok", "cut short"]

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, errors, largest_difference, last_checkpoint, rows_of, start, steps_written, tree, wait_until
+from tiny import (
+    TINY,
+    errors,
+    gone,
+    largest_difference,
+    last_checkpoint,
+    rows_of,
+    start,
+    steps_written,
+    tree,
+    wait_until,
+)
 
 from beit_pretrain.training.metrics import read_rows
 
@@ -126,7 +137,7 @@ def test_a_write_that_fails_ends_both(words, tmp_path):
     assert process.wait(60) == 2, log.read_text()[-3000:]
     assert errors(log) == [f"error: checkpoint {last} cannot be written: File too large; the one before is intact"]
     assert "Traceback" not in log.read_text()
-    assert not any(Path(f"/proc/{pid}").exists() for pid in both)
+    assert all(gone(pid) for pid in both)
     assert last_checkpoint(run)["global_step"] % 3 == 0
 
 

@@ -85,6 +85,14 @@ def tree(process: subprocess.Popen) -> list[int]:
     return found
 
 
+def gone(pid: int) -> bool:
+    """Whether a process has ended. One whose parent ended first waits in /proc, as a zombie, until init sees to it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def end_all() -> None:
     """Kill what is left of what was started."""
     for process in STARTED:

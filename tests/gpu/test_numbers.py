@@ -88,7 +88,8 @@ def loss_and_gradients(module: Pretraining, batch: dict[str, Tensor], half: bool
 
 def error(found: Tensor, exact: Tensor) -> float:
     """Relative, of the norm; not-a-number never passes a bound."""
-    return float((found.double().cpu() - exact.double().cpu()).norm() / exact.double().cpu().norm())
+    exact = exact.detach().double().cpu()
+    return float((found.detach().double().cpu() - exact).norm() / exact.norm())
 
 
 def test_views(device):

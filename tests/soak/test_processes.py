@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from offline import same_history
-from tiny import errors, largest_difference, last_checkpoint, rows_of, start, steps_written, tree, wait_until
+from tiny import errors, gone, largest_difference, last_checkpoint, rows_of, start, steps_written, tree, wait_until
 
 from beit_pretrain import load_pretrained
 
@@ -106,7 +106,7 @@ def test_a_process_that_the_run_started_itself(signum, within, words, tmp_path, 
     (said,) = errors(log)
     assert "another process of the run ended, or did not answer" in said or "process 1 of the run was killed" in said
     assert took < within
-    assert not Path(f"/proc/{child}").exists()
+    assert gone(child)
     assert start(words, tmp_path, log).wait(300) == 0, log.read_text()[-3000:]
     assert list(rows_of(run)) == list(range(1, 41))
     measured(f"{signum.name}: ended after {took:.0f} s, exit code 2; {said.removeprefix('error: ')[:70]}...")
