@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from beit_pretrain.bench import attention, kernels, page, step
+from beit_pretrain.bench import attention, inputs, kernels, page, step
 from beit_pretrain.bench.compare import compared
 from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak
 from beit_pretrain.bench.inputs import make_batch, make_bench
@@ -52,6 +52,14 @@ def bench(words):
     for parameter in bench.module.model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return bench
+
+
+def test_a_measurement_obeys_deterministic(words, monkeypatch):
+    asked: list = []
+    monkeypatch.setattr(inputs, "make_deterministic", lambda *given: asked.append(given))
+    for switch in ("false", "true"):
+        make_bench(compose("bench_step", ["action=step", *words, f"deterministic={switch}"], spared=("data.train",)))
+    assert asked == [("pretrain", False)]
 
 
 def theirs(model: nn.Module, bench) -> nn.Module:

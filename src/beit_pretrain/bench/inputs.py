@@ -29,7 +29,7 @@ from beit_pretrain.runs.trainer import building, wanted_gpu
 from beit_pretrain.tokens.tokenizer import OpenAITokenizer, Tokenizer
 from beit_pretrain.training.optim import Optim, configure
 from beit_pretrain.training.pretrain import Pretraining
-from beit_pretrain.training.speed import compile_mode, set_attention
+from beit_pretrain.training.speed import compile_mode, make_deterministic, set_attention
 
 
 class Batch(NamedTuple):
@@ -108,6 +108,8 @@ def make_bench(cfg: DictConfig) -> Bench:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     on_gpu = wanted_gpu(cfg.trainer.accelerator)
+    if cfg.deterministic:
+        make_deterministic(cfg.task, on_gpu)
     device = torch.device("cuda" if on_gpu else "cpu")
     if on_gpu and cfg.bench.clock == "cpu":
         raise UserError("bench.clock=cpu measures a CPU's work; on a GPU it must be wall")
