@@ -227,6 +227,7 @@ def test_wandb_is_offline_without_an_account(words, run_cli, tmp_path, monkeypat
     assert runs_written[0].endswith(about["wandb_id"])
 
 
+@pytest.mark.long
 def test_one_step_of_base_22k_on_a_cpu(shards, openai_files_full, run_cli, tmp_path):
     """The paper's experiment as it is shipped, but for the batch: 224 px, 8192 tokens, the dall_e package's encoder."""
     words = ["fit", "+experiment=base_22k", f"data.train={shards / 'train'}", f"tokenizer.path={openai_files_full}"]
