@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from fake_stages import lines, stage
 from lean import lean_python, refused
 
-from beit_pretrain.bench.gpu import curves, device, parity, process, runner, step
+from beit_pretrain.bench.gpu import curves, device, parity, process, run, runner, step
 from beit_pretrain.bench.gpu.blocks import HEADLINES, blocks_of
 from beit_pretrain.bench.gpu.plan import STAGES, TINY
 from beit_pretrain.bench.gpu.report import Report, read
@@ -294,6 +295,32 @@ def test_a_page_needs_lines(run_cli, tmp_path):
         assert "gpu.jsonl" in stderr.splitlines()[-1]
 
 
+def test_what_is_no_number_is_shown_as_such(run_cli, tmp_path):
+    """The table that has it is the one that matters."""
+    report, wrong = Report(tmp_path / "parity.partial.jsonl"), float("nan")
+    report(attention={"bfloat16 197": {"sdpa": {"out": 2e-3}, "triton": {"out": wrong}}})
+    report(tokens={"ours_and_fp32": wrong, "package_and_fp32": 1, "ours_and_package": 1})
+    report(tokens={"tokens": 9, "distinct": 3, "far": float("inf")})
+    Report(tmp_path / "curves.partial.jsonl")(losses={"fast": [2.0, wrong]}, difference={"mean": wrong})
+    code, _, stderr = run_cli("bench", "page", f"bench.out={tmp_path}")
+    assert code == 0, stderr
+    assert "warning" not in stderr
+    page = (tmp_path / "page.md").read_text()
+    for text in ("out 2.0e-03", "out nan", "nan%", "inf standard deviations"):
+        assert text in page
+    assert (tmp_path / "curves.png").stat().st_size > 3000
+
+
+def test_a_page_leaves_out_what_is_no_line_and_plots_that_fail(run_cli, tmp_path):
+    base = {"stage": "base", "status": "ok", "seconds": 1.0, "found": {"seconds": {"ours": [1]}, "about": {"a": 1}}}
+    torn = ({"stage": "large", "status": "ok"}, {"stage": "wide", "seconds": 1}, {"status": "ok", "seconds": 1})
+    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (base, *torn)))
+    code, _, stderr = run_cli("bench", "page", f"bench.out={tmp_path}")
+    assert code == 0, stderr
+    assert "a plot was not drawn" in stderr
+    assert "large" not in (tmp_path / "page.md").read_text()
+
+
 @pytest.mark.parametrize("name", [each.name for each in STAGES])
 def test_findings_that_are_not_complete_are_no_reason_to_fail(name):
     for found in ({"about": {}}, {"started": {"ours": {}}}, {"compared": {"fp32": {}}}, {"queries": {"5": {"a": {}}}}):
@@ -437,8 +464,72 @@ def test_the_compile_stage_fails_on_other_numbers(setup, report, traced, monkeyp
         return Found(loss_sum * (1.01 if torch.compiler.is_compiling() else 1), masked, correct)
 
     monkeypatch.setattr(Pretraining, "objective", off)
-    with pytest.raises(RuntimeError, match=r"fp32: compiled and eager differ by 0\.01"):
+    with pytest.raises(RuntimeError, match=r"fp32: compiled and eager differ: loss 0\.01"):
         parity.compiled(setup._replace(words=("+experiment=base_22k", "compile=true")), report)
+
+
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        ({"sdpa_efficient": {"out": 1e-3}, "triton": {"out": 1.4e-3}, "eager": {"out": 1}, "sdpa_cudnn": "no"}, []),
+        ({"sdpa_efficient": {"out": 1e-3}, "triton": {"out": 1.6e-3}}, ["triton: out is off by 1.6e-03"]),
+        ({"sdpa_efficient": "refused", "ours": {"out": 1.0, "dq": float("nan")}}, ["ours: dq is not finite"]),
+        ({"triton": "RuntimeError: an illegal memory access"}, ["triton: RuntimeError"]),
+    ],
+)
+def test_kernels_of_our_own_are_judged(found, wrong):
+    said = parity.wrong_kernels(found)
+    assert len(said) == len(wrong)
+    assert all(line.startswith(start) for line, start in zip(said, wrong, strict=True))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.02, float("nan")])
+def test_the_compile_stage_looks_at_numbers_in_training_precision_too(factor, setup, report, monkeypatch):
+    """That is what all other stages run."""
+    bench = make_bench(setup.config("batch_size=2"))._replace(bf16=True)
+    taken, calls = parity.gradients, itertools.count()
+
+    def off(bench, batch):
+        loss, found = taken(bench, batch)
+        scale = factor if next(calls) == 2 else 1.0  # the first one is in fp32, the second one eager
+        return loss * scale, {name: gradient * scale for name, gradient in found.items()}
+
+    monkeypatch.setattr(parity, "make_bench", lambda cfg: bench)
+    monkeypatch.setattr(parity, "gradients", off)
+    said = [line for line in parity.compare_compiled(report, "x", setup.config("batch_size=2")) if "differ" in line]
+    assert len(said) == (factor != 1)
+
+
+def test_two_settings_that_give_other_numbers_are_seen(report):
+    one, two = torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.5])
+    step.compare_numbers(report, {"a": (2.0, {"x": one})}, "a", "b")
+    step.compare_numbers(report, {"a": (2.0, {"x": one}), "b": (2.001, {"x": one})}, "a", "b")
+    assert read(report.path)["found"]["numbers"]["gradients"] == 0
+    for loss, gradient in ((2.0, two), (2.1, one), (float("nan"), one), (2.0, one * float("nan"))):
+        with pytest.raises(RuntimeError, match="b is not a"):
+            step.compare_numbers(report, {"a": (2.0, {"x": one}), "b": (loss, {"x": gradient})}, "a", "b")
+
+
+def test_a_run_that_is_cut_short_has_said_how_fast_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "LOOKS", 0.01)
+    said: list[dict] = []
+    rows = "step,train/loss,train/images_per_s,train/data_wait\n10,2.0,100,0.5\n20,1.5,200,0.25\n"
+    with run.watched(tmp_path, said.append):
+        time.sleep(0.05)
+        assert not said  # nothing is written yet
+        (tmp_path / "metrics.csv").write_text(rows)
+        while not said:
+            time.sleep(0.01)
+    assert (said[-1]["images_per_s"], said[-1]["data_wait"]) == (150, 0.375)
+
+
+def test_loader_workers_are_no_more_than_shared_memory_takes(setup, monkeypatch):
+    monkeypatch.setattr(run, "cores", lambda: 17)
+    full = setup._replace(tiny=False)
+    for free, expected in ((2**26, 0), (2**30, 13), (2**40, 16)):
+        monkeypatch.setattr(run.shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(0, 0, free))
+        assert run.loader_workers(full) == expected
+    assert run.loader_workers(setup) == 0
 
 
 def test_the_compile_stage_fails_where_compilation_does(setup, report, traced, monkeypatch):

@@ -156,28 +156,20 @@ def test_prefetched_steps_have_the_same_losses(device):
 
 
 def test_prefetching_runs_beside_the_step(cuda):
-    """The copy of batch 2 ends before a long step on batch 1 does."""
-    on_host = [{"image": torch.zeros(64, 3, 224, 224, dtype=torch.uint8).pin_memory()} for _ in range(2)]
-    ends = []
+    """A step may begin while the batch after it is still being made, which takes long here."""
+    on_host = [{"image": torch.zeros(1, dtype=torch.uint8).pin_memory()} for _ in range(3)]
+    made = []
 
     def prepare(batch):
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        ends.append(event)
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        made.append(torch.cuda.current_stream().record_event())
         return batch["image"], batch["image"]
 
-    a = torch.randn(8192, 8192, device=cuda)
-    prefetcher = iter(DevicePrefetcher(on_host, prepare, cuda))
-    torch.cuda.synchronize()
-    a @ a  # cuBLAS is there
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    next(prefetcher)
-    for _ in range(5):
-        a @ a
-    end.record()
-    torch.cuda.synchronize()
-    assert start.elapsed_time(ends[1]) < start.elapsed_time(end)
+    for number, _ in enumerate(DevicePrefetcher(on_host, prepare, cuda), start=1):
+        begun = torch.cuda.current_stream().record_event()
+        begun.synchronize()
+        assert made[number - 1].query()  # its own batch
+        assert number == len(on_host) or not made[number].query()
 
 
 def test_cuda_graphs_have_the_same_losses(cuda):

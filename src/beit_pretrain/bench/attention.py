@@ -108,15 +108,14 @@ def repeatable_backward() -> Iterator[None]:
 
 def timed(kernel: Kernel, case: Case) -> dict[str, float]:
     """On a GPU: median seconds of the forward and of the backward pass."""
-    with repeatable_backward():
-        forward = kernel_seconds(lambda: kernel(case.given))
-        out = kernel(case.given)
-        leaves, gradient = case.given.leaves, case.gradient.to(out.dtype)
+    forward = kernel_seconds(lambda: kernel(case.given))
+    out = kernel(case.given)
+    leaves, gradient = case.given.leaves, case.gradient.to(out.dtype)
 
-        def backward() -> None:
-            torch.autograd.grad(out, leaves, gradient, retain_graph=True, allow_unused=True)
+    def backward() -> None:
+        torch.autograd.grad(out, leaves, gradient, retain_graph=True, allow_unused=True)
 
-        return {"forward": forward, "backward": kernel_seconds(backward)}
+    return {"forward": forward, "backward": kernel_seconds(backward)}
 
 
 def timed_in_turn(
@@ -143,10 +142,12 @@ def measured(bench: Bench, case: Case, rounds: int, warm_up: int) -> Iterator[tu
     wanted = exact(case)
     for name, make in kernels(bench.device).items():
         try:
-            working[name] = make()
-            errors[name] = errors_of(results(working[name], case), wanted) if name != "no_bias" else {}
-            if on_gpu(bench):
-                yield name, {**timed(working[name], case), **errors[name]}
+            with repeatable_backward():  # around the first call, which compiles
+                working[name] = make()
+                errors[name] = errors_of(results(working[name], case), wanted) if name != "no_bias" else {}
+                seconds = timed(working[name], case) if on_gpu(bench) else {}
+            if seconds:
+                yield name, {**seconds, **errors[name]}
         except Exception as error:  # a kernel may refuse a device, a shape or a bias that learns in its own way
             working.pop(name, None)
             yield name, {"failed": f"{type(error).__name__}: {first_line(error)}"}

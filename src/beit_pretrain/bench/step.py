@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -53,6 +53,7 @@ PAIRS = (  # what is divided by what
     *((own, "reference_tokenizer") for own in ("ours_tokenizer", "ours_cached")),
 )
 Variant = Callable[[Batch], None]
+Gradients = tuple[float, dict[str, Tensor]]  # the loss, and the gradients by name
 
 
 def our_steps(bench: Bench) -> dict[str, Variant]:
@@ -90,6 +91,27 @@ def backward(bench: Bench, batch: dict[str, Tensor], found: Found) -> None:
     slots = batch["mask_index"].numel()
     (found.loss_sum / slots).backward()
     clip_gradients(bench.module.model.parameters(), bench.module.optim.clip, slots / found.masked)
+
+
+def gradients(bench: Bench, batch: Batch) -> Gradients:
+    """Loss, the mean over the masked patches, and all gradients."""
+    model: nn.Module = bench.module.model
+    model.zero_grad()
+    found = forward(bench, batch.ours, batch.view, batch.ours["tokens"])
+    loss = found.loss_sum / found.masked
+    loss.backward()
+    kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.item(), kept
+
+
+def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Any]:
+    """Relative norm of the difference of all gradients together, and of the tensor that is off most."""
+    norms = {name: ((found[name] - wanted[name]).norm().item(), wanted[name].norm().item()) for name in wanted}
+    each = {name: off / norm for name, (off, norm) in norms.items() if norm > 0}
+    worst = max(each, key=lambda name: each[name])
+    together = [sum(pair[place] ** 2 for pair in norms.values()) ** 0.5 for place in (0, 1)]
+    return {"all": together[0] / together[1], "worst": each[worst], "where": worst}
 
 
 def flops_per_image(bench: Bench) -> float:

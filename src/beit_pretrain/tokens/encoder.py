@@ -5,8 +5,8 @@ once, when the weights are moved to a device:
 * CPU: weights in oneDNN's blocked layout, everything in float32.
 * CUDA: convolutions in fp16 with channels innermost, as in the release, each with its bias and ReLU in one kernel. The
   output convolution, float32 in the release, is one fp16 product with float32 sums: each weight is split into two fp16
-  numbers whose sum is exact to 2^-22. Its input is fp16 anyway, so nothing else is rounded. cuDNN's float32 convolution
-  would take TF32 (2^-11) by default and choose other tokens at near-ties.
+  numbers whose sum is exact to 2^-22. Its input is fp16 anyway, so but for the sums nothing else is rounded. cuDNN's
+  float32 convolution would take TF32 (2^-11) by default and choose other tokens at near-ties.
 
 Shapes: B batch, C channels, H W pixels, V vocabulary, h w = H/8, W/8, N = h w.
 """
@@ -86,7 +86,8 @@ class Block(NamedTuple):
 class SplitProduct:
     """A 1x1 convolution of fp16 images with float32 weights (V, C, 1, 1): one product in fp16, summed in float32.
 
-    W * scale = high + low, both fp16, and [x, x] [high, low]^T / scale + b is the result, exact to 2^-22 of W.
+    W * scale = high + low, both fp16, and [x, x] [low, high]^T / scale + b is the result, exact to 2^-22 of W. The low
+    halves come first: tensor cores round their sums towards zero, which costs the less the smaller these are.
     """
 
     def __init__(self, weight_VC11: Tensor, bias_V: Tensor):
@@ -95,7 +96,7 @@ class SplitProduct:
         scaled = weight_VC * self.scale
         high = scaled.half()
         low = (scaled - high.float()).half()
-        self.weight_2CV = torch.cat([high, low], 1).contiguous().t()
+        self.weight_2CV = torch.cat([low, high], 1).contiguous().t()
         self.bias_V = bias_V
 
     def __call__(self, x_BChw: Tensor) -> Tensor:

@@ -33,6 +33,18 @@ def share(value: float) -> str:
     return f"{value:.1%}"
 
 
+NO_NUMBERS = ("nan", "inf", "-inf")
+
+
+def restored(value: Any) -> Any:
+    """Findings with the numbers that JSON does not know, which stand there as text."""
+    if isinstance(value, dict):
+        return {key: restored(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [restored(each) for each in value]
+    return float(value) if isinstance(value, str) and value in NO_NUMBERS else value
+
+
 def facts_blocks(found: dict[str, Any]) -> list[Block]:
     rows = [[name, str(value)] for name, value in found.get("versions", {}).items()]
     for group in ("machine", "gpu"):
@@ -140,6 +152,8 @@ def step_blocks(found: dict[str, Any]) -> list[Block]:
     if "flops_per_image" in found and "peak_flops" in found:
         operations = f"{found['flops_per_image'] / 1e9:.1f} GFLOP an image"
         facts.append(f"{operations}; large matrix products run at {tera(found['peak_flops'])} TFLOP/s.")
+    if off := found.get("numbers"):
+        facts.append(f"Both settings, a step: loss apart by {off['loss']:.2g}, gradients by {off['gradients']:.2g}.")
     return [*blocks, Block(text=" ".join(facts))] if facts else blocks
 
 
@@ -215,7 +229,8 @@ def blocks_of(line: Line) -> list[Block]:
         blocks.append(Block(("went wrong", "how"), errors))
     if line.get("found"):
         try:
-            blocks += BLOCKS.get(line["stage"], lambda found: [Block(code=json.dumps(found)[:2000])])(line["found"])
+            show = BLOCKS.get(line["stage"], lambda found: [Block(code=json.dumps(found)[:2000])])
+            blocks += show(restored(line["found"]))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:  # of a stage that was cut short
             blocks.append(Block(text=f"Not all of it can be shown ({type(error).__name__}: {error})."))
     return [block for block in blocks if any((block.rows, block.text, block.code, block.plot))]
@@ -250,7 +265,7 @@ def headline(line: Line) -> str:
     if line.get("error"):
         return str(line["error"])[:100]
     try:
-        said = HEADLINES[line["stage"]](line.get("found", {}))
+        said = HEADLINES[line["stage"]](restored(line.get("found", {})))
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         said = ""
     errors = line.get("errors", {})

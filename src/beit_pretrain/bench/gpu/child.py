@@ -1,6 +1,6 @@
 """The process of one stage: `python -m beit_pretrain.bench.gpu.child JOB`, started by the runner ahead of its turn.
 
-It imports what the stage needs, waits for a line with the seconds it has, runs the stage and ends. Exit code 0: done;
+It imports what the stage needs, waits for a line with its deadline, runs the stage and ends. Exit code 0: done;
 1: the stage failed, and the report says how; `NO_GPU`: there is none.
 """
 
@@ -39,11 +39,11 @@ def main() -> int:
         line = sys.stdin.readline()
         if not line:  # the runner ended
             return 1
-        seconds, start = float(line), time.monotonic()
-        faulthandler.dump_traceback_later(max(1.0, seconds - MARGIN))
+        deadline, start = float(line), time.monotonic()
+        faulthandler.dump_traceback_later(max(1.0, deadline - start - MARGIN))
         if job["device"] == "cpu" and "torch" in sys.modules:
             light_compiler()
-        stage(Setup.of(job, start + seconds), report)
+        stage(Setup.of(job, deadline), report)
         report.took(time.monotonic() - start)
     except BaseException as error:
         traceback.print_exc()

@@ -10,19 +10,21 @@ import html
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from beit_pretrain.bench.gpu.blocks import Block, Line, blocks_of, summary
+from beit_pretrain.bench.gpu.blocks import Block, Line, blocks_of, restored, summary
 from beit_pretrain.bench.gpu.plan import STAGES
 from beit_pretrain.bench.gpu.report import PARTIAL, read
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.tables import table
 
 LINES, PAGE, HTML = "gpu.jsonl", "page.md", "page.html"
 BARS, CURVES = "images_per_s.png", "curves.png"
+HELD: dict[str, Any] = {"stage": str, "status": str, "seconds": (int, float)}  # what every line has
 
 
 def lines_of(out: Path) -> list[Line]:
@@ -37,7 +39,7 @@ def lines_of(out: Path) -> list[Line]:
             parsed = json.loads(line)
         except ValueError:
             continue
-        if isinstance(parsed, dict) and isinstance(parsed.get("stage"), str):
+        if isinstance(parsed, dict) and all(isinstance(parsed.get(name), kind) for name, kind in HELD.items()):
             found.append(parsed)
     if not found:
         raise UserError(f"{out / LINES} has no line of a stage")
@@ -87,7 +89,10 @@ def write_page(out: Path, plots: bool = True) -> None:
     """Write page.md and page.html (and the plots) of a folder's gpu.jsonl."""
     stages = newest(lines_of(out))
     if plots and importlib.util.find_spec("matplotlib"):
-        draw(stages, out)
+        try:
+            draw(stages, out)
+        except Exception as error:  # the tables matter more
+            print(f"warning: a plot was not drawn: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
     abouts = {stage.name: stage.about for stage in STAGES}
     overview = summary(stages.values())
     text, body = ["# bench gpu\n", as_markdown(overview) + "\n"], [as_html(overview, out)]
@@ -112,7 +117,7 @@ def draw(stages: dict[str, Line], out: Path) -> None:
         bars({**found["about"], **found["images_per_s"], "seconds": found["seconds"]}, out / BARS)
     losses = stages.get("curves", {}).get("found", {}).get("losses")
     if losses:
-        curves(losses, out / CURVES)
+        curves(restored(losses), out / CURVES)
 
 
 def as_markdown(block: Block) -> str:

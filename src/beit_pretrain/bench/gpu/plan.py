@@ -28,16 +28,16 @@ class Stage(NamedTuple):
 EXPERIMENT = "base_22k"  # unless +experiment= says another
 HERE = "beit_pretrain.bench.gpu"
 STAGES = (
-    Stage("facts", "versions, bandwidth, peak of matrix products", f"{HERE}.device:facts", 5, 40),
+    Stage("facts", "versions, bandwidth, peak of matrix products", f"{HERE}.device:facts", 5, 90),
     Stage("data", "synthetic JPEGs into shards", f"{HERE}.run:data", 10, 150, background=True),
     Stage("warm", "compiled code of the reference and of large", f"{HERE}.step:warm", 30, 200, background=True),
-    Stage("parity", "attention and tokens against float64 and fp32", f"{HERE}.parity:parity", 10, 60, timed=False),
+    Stage("parity", "attention and tokens against float64 and fp32", f"{HERE}.parity:parity", 10, 120, timed=False),
     Stage("compile", "compiled against eager: loss, gradients", f"{HERE}.parity:compiled", 25, 150, timed=False),
     Stage("curves", "loss over 200 steps, fast and plain", f"{HERE}.curves:curves", 25, 120, timed=False),
-    Stage("base", "a step of base next to others", f"{HERE}.step:base", 40, 110),
+    Stage("base", "a step of base next to others", f"{HERE}.step:base", 40, 150),
     Stage("large", "a step of large", f"{HERE}.step:large", 30, 80),
     Stage("attention", "attention kernels", f"{HERE}.step:attention", 15, 60),
-    Stage("fit", "a real run: loader, cached tokens, profile", f"{HERE}.run:fit", 40, 130),
+    Stage("fit", "a real run: loader, cached tokens, profile", f"{HERE}.run:fit", 50, 150),
     Stage("triton", "a step of base by either attention", f"{HERE}.step:triton", 45, 120),
     Stage("prefetch", "fit with the tokenizer on line, prefetched or not", f"{HERE}.run:prefetch", 45, 110),
     Stage("wide", "a step of base with more images", f"{HERE}.step:wide", 35, 100),
@@ -86,7 +86,7 @@ FULL = Sizes(
     switched=80,
     side=8192,
     copied=2**30,
-    rounds=20,
+    rounds=12,
 )
 NETWORK = (  # of a tiny one
     "model.size=null +model.embed_dim=32 +model.depth=2 +model.num_heads=2 +model.init_values=0.1 "

@@ -42,7 +42,7 @@ class StageProcess:
         self.log_start = self.log.stat().st_size
         with suppress(OSError):  # it has ended already: its exit code will say so
             assert self.process.stdin is not None
-            self.process.stdin.write(f"{seconds}\n".encode())
+            self.process.stdin.write(f"{self.deadline}\n".encode())  # a clock that all processes share
             self.process.stdin.close()
 
     def wait(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Report:
 
             gc.collect()
             if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # what failed may have left the process without its GPU
+                    torch.cuda.empty_cache()
 
     def took(self, seconds: float) -> None:
         """The stage has ended."""

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,14 +18,17 @@ from beit_pretrain.bench.compare import compared
 from beit_pretrain.bench.cost import measured_peak
 from beit_pretrain.bench.gpu.report import Report
 from beit_pretrain.bench.gpu.setup import Setup
-from beit_pretrain.bench.inputs import Bench, make_bench
+from beit_pretrain.bench.inputs import Batch, Bench, make_batch, make_bench
 from beit_pretrain.bench.peers import peer_steps
 from beit_pretrain.bench.step import (
     STEPS,
+    Gradients,
     Variant,
+    distance,
     facts,
     first_step,
     flops_per_image,
+    gradients,
     measured_rounds,
     memory,
     on_gpu,
@@ -32,9 +37,10 @@ from beit_pretrain.bench.step import (
 )
 
 OURS = ("ours_cached", "ours_tokenizer")
-PEERS = ("reference", "reference_tokenizer", "timm", "transformers", "reference_compiled")
+PEERS = ("reference", "reference_compiled", "reference_tokenizer", "timm", "transformers")
 SPARE = 4.0  # seconds of a stage's time that are kept for its end
-COMPILING = 60.0  # seconds that compiling a peer may take, if it is not in the cache
+COMPILING, COMPILED = 60.0, 25.0  # seconds that a peer's first step may take, compiled then or found in the cache
+LOSS_OFF, GRADIENTS_OFF = 1e-2, 5e-2  # relative difference of a step under two settings, from which on they are wrong
 
 
 def base(setup: Setup, report: Report) -> None:
@@ -63,6 +69,7 @@ def warm(setup: Setup, report: Report) -> None:
         bench = make_bench(base_config(setup))
         reference = peer_steps(bench, ["reference_compiled"])["reference_compiled"]
         report(started={"base": {"reference_compiled": first_step(bench, reference)}})
+        warmed(setup).write_text("")
         del bench, reference
     with report.part("large"):
         torch._dynamo.reset()
@@ -70,6 +77,12 @@ def warm(setup: Setup, report: Report) -> None:
         own = our_steps(bench)
         for name in OURS:
             report(started={"large": {name: first_step(bench, own[name])}})
+
+
+def warmed(setup: Setup) -> Path:
+    """A file that is there if the compiled reference is in the cache, for these settings."""
+    name = hashlib.sha256(repr((setup.words, setup.sizes)).encode()).hexdigest()[:16]
+    return setup.scratch / f"reference-compiled-{name}"
 
 
 def base_config(setup: Setup) -> DictConfig:
@@ -99,7 +112,9 @@ def in_turn(setup: Setup, report: Report, cfg: DictConfig, names: tuple[str, ...
         report(peak_flops=measured_peak(bench.device, bench.bf16, bench.now))
     for name in peers:
         with report.part(name):
-            need = COMPILING if "compiled" in name and not setup.tiny else SPARE
+            need = SPARE
+            if "compiled" in name and not setup.tiny:
+                need = COMPILED if warmed(setup).is_file() else COMPILING
             if setup.left() < need:
                 raise TimeoutError(f"left out: {setup.left():.0f} s are left, it may need {need:.0f}")
             variant = peer_steps(bench, [name])[name]
@@ -124,19 +139,47 @@ def autotune(setup: Setup, report: Report) -> None:
 
 
 def compared_settings(setup: Setup, report: Report, batch_size: int, usual: str, other: str) -> None:
-    """`ours` with one setting and with another, in turn; each with a network of its own."""
+    """`ours` with one setting and with another, in turn; each with a network of its own, from the same weights.
+
+    Before the first step, loss and gradients of both are compared.
+    """
     benches: dict[str, Bench] = {}
     variants: dict[str, Variant] = {}
+    numbers: dict[str, Gradients] = {}
     for word in (usual, other):
         cfg = setup.config(f"batch_size={batch_size}", forced=(word,))
         with report.part(word):
             bench = make_bench(cfg)
+            report(about=facts(bench, cfg))
             variant = in_graph_steps(our_steps(bench)["ours"])
-            report(about=facts(bench, cfg), started={word: first_step(bench, variant)})
+
+            def one(batch: Batch, word: str = word, bench: Bench = bench) -> None:
+                torch.compiler.cudagraph_mark_step_begin()
+                numbers[word] = gradients(bench, batch)
+
+            started = first_step(bench, one)
+            report(started={word: started})
+            if bench.module.compile_mode is not None and "graphs" not in started:
+                raise RuntimeError(f"{word} compiled nothing: it ran what the other setting had compiled")
+            variant(make_batch(bench, 0))
             benches[word], variants[word] = bench, variant
     if not variants:
         raise RuntimeError("neither setting ran")
+    with report.part("numbers"):
+        compare_numbers(report, numbers, usual, other)
+    numbers.clear()
     rounds_until_late(setup, report, next(iter(benches.values())), variants, usual)
+
+
+def compare_numbers(report: Report, numbers: dict[str, Gradients], usual: str, other: str) -> None:
+    """Report how far a step's loss and gradients are apart under two settings. Raises RuntimeError if too far."""
+    if usual not in numbers or other not in numbers:
+        return
+    (loss, wanted), (its_loss, found) = numbers[usual], numbers[other]
+    of_loss, of_gradients = abs(its_loss / loss - 1), distance(found, wanted)["all"]
+    report(numbers={"loss": of_loss, "gradients": of_gradients})
+    if not (of_loss < LOSS_OFF and of_gradients < GRADIENTS_OFF):
+        raise RuntimeError(f"{other} is not {usual}: loss off by {of_loss:.2g}, gradients by {of_gradients:.2g}")
 
 
 def in_graph_steps(variant: Variant) -> Variant:
