@@ -109,5 +109,19 @@ def test_a_run_that_falls_back_to_eager_says_so_in_one_line(run_cli, shards, dva
     assert "BackendCompilerFailed: backend='fails' raised: RuntimeError: no such instruction" in warnings[0]
 
 
+def test_a_task_that_compiles_nothing_says_so_if_it_was_asked_to(run_cli, shards, tmp_path):
+    words = [f"data.train={shards / 'train'}", "data.val=null", "data.workers=0", "steps=2", "logger=csv"]
+    note = "note: compile=true has no effect: runs of this task are not compiled"
+    for asked, said in (("true", [note]), ("auto", [])):
+        given = ["fit", "+experiment=demo_tokenizer", *words, f"compile={asked}", f"run_dir={tmp_path / asked}"]
+        code, _, stderr = run_cli(*given)
+        assert code == 0, stderr
+        assert [line for line in stderr.splitlines() if "compile" in line] == said
+
+
+def test_pieces_for_ddp_are_said():
+    assert str(CompileCounts(2, seconds=1.0, pieces=3)).startswith("2 graphs (for DDP in 5 pieces), 0 graph breaks")
+
+
 def test_an_uncompiled_run_says_nothing(run_cli, shards, dvae_checkpoint):
     assert fitted(run_cli, shards, dvae_checkpoint) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 
 import pytest
@@ -55,3 +56,30 @@ def test_all_reduces_do_not_wait(monkeypatch):
     for number in range(3):
         step(exchange, Agreed(number))
     assert waits == [False] * 3
+
+
+def test_the_wait_for_a_copy_ends(monkeypatch):
+    """By an error that is told in one line, before NCCL ends the process without a word."""
+
+    class Copied:
+        def __init__(self, looks: float):
+            self.looks = looks
+
+        def query(self) -> bool:
+            self.looks -= 1
+            return self.looks < 0
+
+        def record(self) -> None:
+            pass
+
+    exchange = StepExchange()
+    for number in (1, 2):
+        step(exchange, Agreed(number))
+    for buffers in exchange._buffers:
+        buffers.copied = Copied(3)
+    assert step(exchange, Agreed(3)) == Agreed(2)
+    for buffers in exchange._buffers:
+        buffers.copied = Copied(math.inf)
+    exchange.patience = 0.01
+    with pytest.raises(RuntimeError, match="the exchange of step 3 timed out"):
+        step(exchange, Agreed(4))

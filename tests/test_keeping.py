@@ -270,7 +270,7 @@ class TestSignals:
 
     def test_lightning_does_not_take_them(self, words, run_cli, tmp_path, monkeypatch):
         taken = []
-        monkeypatch.setattr(Keeper, "begin", lambda self: taken.append(signal.getsignal(signal.SIGTERM)))
+        monkeypatch.setattr(Keeper, "begin", lambda self, trainer: taken.append(signal.getsignal(signal.SIGTERM)))
         assert run_cli(*in_process(words), "steps=1", f"run_dir={tmp_path / 'run'}")[0] == 0
         assert [handler.__self__.__class__ for handler in taken] == [Signals]
 

@@ -284,6 +284,14 @@ def test_the_clip_factor_has_the_gradients_type(clip, scale, monkeypatch):
     assert [getattr(factor, "dtype", torch.float32) for factor in factors] == [torch.float32]
 
 
+def test_the_factor_of_half_gradients_is_not_rounded():
+    """In bf16 .7011 is .6992, and 1.5 times that the number below."""
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    parameter.grad = torch.full_like(parameter, 1.5)
+    clip_gradients([parameter], None, torch.tensor(0.7011, dtype=torch.float64))
+    assert parameter.grad.item() == 1.0546875
+
+
 def test_gradients_that_stay_the_same_are_not_written(monkeypatch):
     monkeypatch.setattr(torch, "_foreach_mul_", lambda *given: pytest.fail("a pass over all gradients"))
     assert clip_gradients(parameters(), None, 1.0) > 0

@@ -19,6 +19,7 @@ from beit_pretrain.checkpoints.background import BackgroundCheckpointIO
 from beit_pretrain.checkpoints.files import AtomicCheckpointIO
 from beit_pretrain.errors import UserError
 from beit_pretrain.runs import fit as runs
+from beit_pretrain.training.keeping import Keeper
 from beit_pretrain.training.metrics import read_rows
 
 WRITE = AtomicCheckpointIO.save_checkpoint
@@ -134,6 +135,38 @@ def fail_from(monkeypatch, step: int) -> None:
         raise UserError(f"disk full of step {checkpoint['global_step']}")
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", write)
+
+
+def test_a_best_checkpoint_that_fails_before_any_other(words, run_cli, monkeypatch, with_callback):  # noqa: F811
+    """It is written by the same thread, and ends the run as soon."""
+    steps = with_callback(Steps())
+    fail_from(monkeypatch, 1)
+    code, _, stderr = run_cli(*in_process(words), "save_every=1000", "val_every=2", "steps=12")
+    assert (code, stderr.count("error:")) == (2, 1), stderr
+    assert "disk full of step 2" in stderr
+    assert 2 <= steps.begun <= 4
+
+
+def test_a_best_checkpoint_is_waited_for_too(words, run_cli, tmp_path, slow, with_callback):  # noqa: F811
+    with_callback(Crash(3))
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_cli(*in_process(words), "save_every=1000", "val_every=2", f"run_dir={tmp_path / 'run'}")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["best.ckpt"]
+
+
+def test_a_signal_while_a_checkpoint_is_taken_costs_no_other(short, run_cli, tmp_path, monkeypatch, signals_restored):  # noqa: F811
+    """That may take long: the write before it is waited for."""
+    save = Keeper.save
+
+    def told(self, module) -> None:
+        save(self, module)
+        if module.trainer.global_step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Keeper, "save", told)
+    with pytest.raises(SystemExit, match="75"):
+        run_cli(*short)
+    assert last_checkpoint(tmp_path / "run")["global_step"] == 8
 
 
 def test_the_last_write_that_fails(short, run_cli, tmp_path, monkeypatch):

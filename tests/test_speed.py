@@ -21,7 +21,7 @@ from beit_pretrain.training.callbacks import ProgressBar
 from beit_pretrain.training.metrics import curve
 from beit_pretrain.training.module import read_numbers
 from beit_pretrain.training.prefetch import DevicePrefetcher
-from beit_pretrain.training.speed import Profile, compile_mode, kernels, make_deterministic
+from beit_pretrain.training.speed import Profile, check_cuda_graphs, compile_mode, kernels, make_deterministic
 
 
 class KeepsLosses(Pretraining):
@@ -160,6 +160,21 @@ def test_cuda_graphs_are_refused_where_they_break(mode, given, said, shards, dva
     assert (code, stderr.count("\n")) == (2, 1)
     assert f"compile={mode}" in stderr
     assert said in stderr
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_how_ddp_gets_a_compiled_step(whole, shards, dvae_checkpoint, run_cli, tmp_path):
+    given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", "data.val=null", "steps=1"]
+    with torch._dynamo.config.patch(optimize_ddp=whole):  # set back afterwards
+        code, _, stderr = run_cli("fit", *TINY, *given, f"optimize_ddp={not whole}", f"run_dir={tmp_path / 'run'}")
+        assert code == 0, stderr
+        assert torch._dynamo.config.optimize_ddp == (not whole)
+
+
+def test_cuda_graphs_are_refused_for_fsdp():
+    with pytest.raises(UserError, match="fsdp"):
+        check_cuda_graphs("reduce-overhead", 1, ahead=False, sharded=True)
+    check_cuda_graphs("default", 1, ahead=False, sharded=True)
 
 
 def test_every_micro_batch_begins_a_step_of_the_cuda_graphs(shards, monkeypatch):

@@ -13,7 +13,7 @@ from dall_e.encoder import Encoder
 from beit_pretrain.errors import UserError
 from beit_pretrain.networks.backbone import Classifier
 from beit_pretrain.tokens import encoder as encoder_module
-from beit_pretrain.tokens.encoder import FusedEncoder, SplitProduct, conv_relu
+from beit_pretrain.tokens.encoder import FusedEncoder, SplitProduct, conv_relu, in_two_kernels
 from beit_pretrain.tokens.tokenizer import (
     OpenAITokenizer,
     check_channels,
@@ -329,16 +329,32 @@ class TestFusedEncoder:
         weight = torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
         torch.library.opcheck(conv_relu, (x, weight, torch.randn(16), 1))
 
-    def test_without_the_fused_kernel_it_is_the_same(self, encoder, monkeypatch, capsys):
-        expected = FusedEncoder(encoder, torch.device("cpu"), half=True)(map_pixels(images()))
+    @pytest.mark.parametrize("wrong", ["no such kernel", "not-a-number", "other numbers", ""])
+    def test_cudnns_kernel_is_tried_before_it_is_used(self, wrong, monkeypatch, capsys):
+        """For every shape: in its place another one, since a CPU has none."""
 
-        def fails(*given):
-            raise RuntimeError("cuDNN has no such kernel")
+        def kernel(*given):
+            if wrong == "no such kernel":
+                raise RuntimeError("cuDNN has no such kernel")
+            return in_two_kernels(*given) * {"not-a-number": torch.nan, "other numbers": 1.1, "": 1.001}[wrong]
 
-        monkeypatch.setattr(encoder_module, "conv_relu", fails)
-        plain = FusedEncoder(encoder, torch.device("cpu"), half=True)
-        assert "cuDNN has no such kernel" in capsys.readouterr().err
-        assert torch.equal(plain(map_pixels(images())), expected)
+        monkeypatch.setattr(encoder_module, "in_one_kernel", kernel)
+        works = encoder_module.one_kernel_works(torch.randn(2, 8, 6, 6), torch.randn(16, 8, 3, 3), torch.randn(16), 1)
+        assert works == (wrong == "")
+        said = capsys.readouterr().err
+        assert ("16x8x3x3 convolutions are not fused" in said) == (wrong != "")
+
+    def test_deterministic_it_is_not_used(self, encoder):
+        """cuDNN's fused kernel may take any algorithm."""
+        assert FusedEncoder(encoder, torch.device("cpu"), half=True).fused
+        torch.use_deterministic_algorithms(True)
+        try:
+            plain = FusedEncoder(encoder, torch.device("cpu"), half=True)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert not plain.fused
+        fused = FusedEncoder(encoder, torch.device("cpu"), half=True)
+        assert torch.equal(plain(map_pixels(images())), fused(map_pixels(images())))
 
 
 def without_last_bits(x: torch.Tensor, bits: int = 13) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable
@@ -157,3 +158,12 @@ def test_gradients_that_are_rounded_to_bf16(words, runs, tmp_path):
     more = ["batch_size=4", "trainer.devices=2", f"run_dir={run}", "log_every=1", "gradient_compression=bf16"]
     assert start([*words, *more], tmp_path, log).wait(240) == 0, log.read_text()[-3000:]
     assert 1e-7 < largest_difference(runs / "2", run) < 1e-2
+
+
+def test_a_compiled_step_is_cut_into_pieces_and_says_so(words, tmp_path):
+    """So that gradients are sent while the next ones are computed; `optimize_ddp=false` keeps it whole."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    larger = ["model.embed_dim=192", "model.depth=4", "model.num_heads=3"]  # beyond the first bucket's 1 MB
+    more = ["batch_size=4", "trainer.devices=2", f"run_dir={run}", "log_every=1", "compile=true", "data.val=null"]
+    assert start([*words, *larger, *more], tmp_path, log).wait(280) == 0, log.read_text()[-3000:]
+    assert re.search(r"compiled: \d+ graphs? \(for DDP in \d+ pieces\)", log.read_text())

@@ -129,6 +129,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("ahead", "profile", "deterministic"), SWITCH),
     **dict.fromkeys(("save_minutes", "val_minutes"), optional(POSITIVE)),
     "gradient_compression": one_of(None, "bf16"),
+    "optimize_ddp": SWITCH,
     "keep_every": optional(whole(1)),
     "max_skipped": whole(1),
     "preflight": one_of(True, "only"),

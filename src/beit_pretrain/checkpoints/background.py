@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.checkpoints.files import AtomicCheckpointIO
+from beit_pretrain.errors import first_line
 
 PATIENCE = 1.0  # seconds for a write that is cancelled to end
 _open: set[int] = set()  # descriptors of files that are being written
@@ -58,7 +60,7 @@ class Snapshot:
             place = (*place, value.device.type)
             buffer = before.get(place)
             if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-                buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+                buffer = host_memory_like(value)
             self._buffers[place] = buffer
             return buffer.copy_(value.detach(), non_blocking=True)
         if isinstance(value, dict):
@@ -69,6 +71,16 @@ class Snapshot:
         if type(value) in (list, tuple):
             return type(value)(self._copied(item, (*place, number), before) for number, item in enumerate(value))
         return copy.deepcopy(value)
+
+
+def host_memory_like(value: Tensor) -> Tensor:
+    """Memory of the host for a copy: pinned for a tensor on a GPU, unless the system refuses so much of it."""
+    if value.is_cuda:
+        try:
+            return torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False)
+        except RuntimeError as error:
+            print(f"warning: the memory for checkpoints is not pinned ({first_line(error)})", file=sys.stderr)
+    return torch.empty_like(value, device="cpu", requires_grad=False)
 
 
 class BackgroundCheckpointIO(AtomicCheckpointIO):
@@ -101,7 +113,8 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
     def _write(self, content: dict[str, Any], complete: torch.cuda.Event | None, path: Path) -> None:
         try:
             if complete is not None:
-                complete.synchronize()
+                with torch.cuda.device(complete.device):  # else a thread's device is the first, which may be another's
+                    complete.synchronize()
             super().save_checkpoint(content, path)
             self.on_written(path, content)
         except BaseException as error:

@@ -180,15 +180,18 @@ class ShardData(LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def loader(self, dataset: ShardDataset, sampler) -> DataLoader:
-        """The batches of a data set that a sampler names, made by the workers."""
+    def loader(self, dataset: ShardDataset, sampler, kept: bool = False) -> DataLoader:
+        """The batches of a data set that a sampler names, made by the workers.
+
+        `kept`: they stay on the host and are asked for once, so they are not pinned, and the workers end.
+        """
         return DataLoader(
             dataset,
             batch_size=None,
             sampler=sampler,
             num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.workers > 0,
+            pin_memory=torch.cuda.is_available() and not kept,
+            persistent_workers=self.workers > 0 and not kept,
             worker_init_fn=begin_worker,
             timeout=self.patience if self.workers else 0,
         )

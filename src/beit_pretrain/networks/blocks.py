@@ -165,7 +165,7 @@ def bias_rows(bias_1HNN: Tensor, token_BK: Tensor) -> Tensor:
     rows = bias_1HNN[0].transpose(0, 1)  # (N, H, N): one look-up brings a token's rows of all heads
     if width != tokens:
         rows = F.pad(rows, (0, width - tokens))
-    # An embedding, since its gradient is summed in a fixed order also on a GPU.
+    # An embedding: on a GPU its gradient has a kernel whose order of summation is fixed, for `deterministic=true`.
     found = F.embedding(token_BK, rows.flatten(1)).unflatten(-1, (heads, -1))
     return found.transpose(1, 2)[..., :tokens]
 

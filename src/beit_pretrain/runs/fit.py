@@ -116,7 +116,7 @@ def run_alone(cfg: DictConfig, signals: Signals) -> dict[str, float]:
         if sharded:  # these look at the network in one process, where it is no longer whole
             task.callbacks = [c for c in task.callbacks if not isinstance(c, MaskedPictures | OnlineKNN)]
         trainer = make_trainer(cfg, steps, [agreement, *common_callbacks(cfg, folder, task), *task.callbacks])
-        speed.check_cuda_graphs(cfg.compile, trainer.accumulate_grad_batches, cfg.ahead)
+        speed.check_cuda_graphs(cfg.compile, trainer.accumulate_grad_batches, cfg.ahead, sharded)
         introduction = introduce(cfg, task, steps, trainer)
         checks = preflight(cfg, task, trainer, steps)
         if sharded:
@@ -162,7 +162,9 @@ def prepare(cfg: DictConfig, task: Task, start: Start, signals: Signals) -> None
         module.keeper.saved_at = start.step
     sharded = cfg.trainer.strategy == "fsdp"
     module.guard = Guard(Path(cfg.run_dir) / SKIPPED, cfg.max_skipped, cfg.global_batch, sharded)
+    module.exchange.patience = 0.9 * 60 * cfg.timeout_minutes  # before NCCL, which ends a process without a word
     module.compile_mode = speed.compile_mode(cfg.compile, wanted_gpu(cfg.trainer.accelerator), sharded)
+    torch._dynamo.config.optimize_ddp = bool(cfg.optimize_ddp)
     if cfg.task == "pretrain" and not cfg.deterministic:
         torch.backends.cudnn.benchmark = True  # the encoder's images have one size: its algorithms are timed once
     task.data.patience = 60 * cfg.timeout_minutes
@@ -221,7 +223,7 @@ def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback
     callbacks: list[Callback] = [
         ProgressBar(refresh_rate=10),
         Throughput(),
-        CompileReport(),
+        CompileReport(asked=cfg.compile),
         Replacements(folder.parent / REPLACED, cfg.data.get("max_bad", 0.001)),
     ]
     if cfg.get("profile"):

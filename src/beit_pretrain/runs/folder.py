@@ -30,7 +30,7 @@ FREE_TO_CHANGE = (
     *("activation_checkpointing", "compile", "attention", "ahead", "deterministic", "profile", "resume", "preflight"),
     *("trainer", "logger", "batch_size", "threads", "run_dir", "timeout_minutes", "pictures", "knn", "test"),
     *("max_skipped", "log_every", "val_every", "val_minutes", "save_every", "save_minutes", "keep_every"),
-    "gradient_compression",
+    *("gradient_compression", "optimize_ddp"),
     *("data.workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
     *("data.max_bad", "data.train", "data.val"),  # what lies there is compared, wherever it lies (`resume.goes_on`)
 )

@@ -36,8 +36,8 @@ def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list
     if isinstance(task.module, Pretraining):
         lines.append(f"  tokenizer: {try_tokenizer(task)}")
     lines.append(f"  disk: {disk(cfg, task, trainer, steps)}")
-    lines.append(f"  memory: {memory(task)}")
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
+    lines.append(f"  memory: {memory(task, on_gpu)}")
     if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
     lines.append(f"  precision: {trainer.precision} on {type(trainer.accelerator).__name__}")
@@ -69,9 +69,13 @@ def numbers_kept(task: Task) -> int:
     return 3 + any(isinstance(callback, WeightAveraging) for callback in task.callbacks)
 
 
-def memory(task: Task) -> str:
-    """A line about the host's memory for the snapshot from which checkpoints are written."""
-    needed = sum(p.numel() for p in task.module.model.parameters()) * numbers_kept(task) * 4
+def memory(task: Task, pinned: bool) -> str:
+    """A line about the host's memory for the snapshot from which checkpoints are written.
+
+    `pinned`: torch gives pinned memory in powers of two, for each tensor.
+    """
+    sizes = (4 * p.numel() for p in task.module.model.parameters())
+    needed = numbers_kept(task) * sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
     line = f"a checkpoint is copied to {size(needed)} of the first process's memory before it is written"
     with suppress(OSError):  # not on Linux
         available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())

@@ -22,36 +22,57 @@ from torch import Tensor, nn
 
 from beit_pretrain.errors import first_line
 
+FUSED_OFF = 0.01  # of the largest number: from which on a fused kernel's are wrong
 FP16_TOP = 2.0**15  # weights are scaled by a power of two to just below it, so that their small halves do not underflow
 
 
 @torch.library.custom_op("beit_pretrain::conv_relu", mutates_args=(), device_types="cuda")
 def conv_relu(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """ReLU of a convolution of stride 1, with its bias, in one kernel of cuDNN."""
+    """ReLU of a convolution of stride 1 with a bias: in one kernel of cuDNN, where that works for the shapes."""
+    shapes = (x_BCHW.device, x_BCHW.dtype, x_BCHW.shape, weight.shape)
+    if shapes not in _FUSED:
+        _FUSED[shapes] = one_kernel_works(x_BCHW, weight, bias, padding)
+    way = in_one_kernel if _FUSED[shapes] else in_two_kernels
+    return way(x_BCHW, weight, bias, padding)
+
+
+_FUSED: dict[tuple, bool] = {}  # shapes -> whether cuDNN's kernel works for them
+
+
+def in_one_kernel(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     one = [1, 1]
     return torch.cudnn_convolution_relu(x_BCHW, weight, bias, one, [padding] * 2, one, 1)
 
 
 @conv_relu.register_kernel("cpu")
-def _(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+def in_two_kernels(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     return F.relu_(F.conv2d(x_BCHW, weight, bias, padding=padding))
+
+
+def one_kernel_works(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> bool:
+    """Whether cuDNN has that kernel for these shapes, and it gives the right numbers; a warning where not.
+
+    torch hands it the memory of the output, times zero, as one more summand: here that memory is full of NaN before.
+    """
+    expected = in_two_kernels(x_BCHW, weight, bias, padding)
+    try:
+        poison = torch.full_like(expected, torch.nan)
+        del poison
+        found = in_one_kernel(x_BCHW, weight, bias, padding)
+        if bool((found - expected).abs().max() <= FUSED_OFF * expected.abs().max()):  # not-a-number is not
+            return True
+        reason = "other numbers"
+    except (RuntimeError, NotImplementedError) as error:
+        reason = first_line(error)
+    shape = "x".join(map(str, weight.shape))
+    print(f"warning: the tokenizer's {shape} convolutions are not fused with ReLU ({reason})", file=sys.stderr)
+    return False
 
 
 @conv_relu.register_fake
 def _(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
     shape = (x_BCHW.shape[0], weight.shape[0], *x_BCHW.shape[2:])
     return x_BCHW.new_empty(shape).to(memory_format=torch.channels_last)
-
-
-def relu_is_fused(device: torch.device) -> bool:
-    """Whether `conv_relu` runs on a device; a warning where it does not."""
-    x = torch.zeros(1, 64, 8, 8, device=device, dtype=torch.half).contiguous(memory_format=torch.channels_last)
-    try:
-        conv_relu(x, x.new_zeros(64, 64, 3, 3).contiguous(memory_format=torch.channels_last), x.new_zeros(64), 1)
-    except (RuntimeError, NotImplementedError) as error:
-        print(f"warning: the tokenizer's ReLUs run as kernels of their own ({first_line(error)})", file=sys.stderr)
-        return False
-    return True
 
 
 class Convolution(NamedTuple):
@@ -125,7 +146,8 @@ class FusedEncoder:
         self.device = device
         self.half = device.type == "cuda" if half is None else half
         self.blocked = device.type == "cpu" and not self.half and torch.backends.mkldnn.is_available()
-        self.fused = self.half and relu_is_fused(device)
+        # cuDNN's kernel may take any algorithm, whatever torch is told of determinism.
+        self.fused = self.half and not torch.are_deterministic_algorithms_enabled()
         blocks: Any = encoder.blocks
         self.input = self._prepared(blocks.input)
         self.groups = [

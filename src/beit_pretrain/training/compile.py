@@ -24,6 +24,7 @@ class CompileCounts(NamedTuple):
     recompilations: int = 0  # of functions that had been compiled before, for other inputs
     fallbacks: int = 0  # times that a function could not be compiled and ran eagerly instead
     seconds: float = 0.0  # spent on compiling
+    pieces: int = 0  # into which graphs were cut for DDP, beyond one each
 
     def since(self, before: CompileCounts) -> CompileCounts:
         return CompileCounts(
@@ -32,6 +33,7 @@ class CompileCounts(NamedTuple):
             self.recompilations - before.recompilations,
             self.fallbacks - before.fallbacks,
             self.seconds - before.seconds,
+            self.pieces - before.pieces,
         )
 
     @property
@@ -40,8 +42,9 @@ class CompileCounts(NamedTuple):
         return self.graphs > 0 and not (self.graph_breaks or self.recompilations or self.fallbacks)
 
     def __str__(self) -> str:
+        cut = f" (for DDP in {self.graphs + self.pieces} pieces)" if self.pieces else ""
         return (
-            f"{plural(self.graphs, 'graph')}, {plural(self.graph_breaks, 'graph break')}, "
+            f"{plural(self.graphs, 'graph')}{cut}, {plural(self.graph_breaks, 'graph break')}, "
             f"{plural(self.recompilations, 'recompilation')}, {self.seconds:.1f} s"
         )
 
@@ -54,11 +57,12 @@ def compile_counts() -> CompileCounts:
     from torch._dynamo.utils import calculate_time_spent, counters, get_compilation_metrics  # a second to import
 
     remember_all()
-    frames = counters["frames"]
+    frames, graphs = counters["frames"], counters["stats"]["unique_graphs"]
     return CompileCounts(
-        graphs=counters["stats"]["unique_graphs"],
+        graphs=graphs,
         graph_breaks=sum(counters["graph_break"].values()),
         recompilations=sum(metrics.recompile_reason is not None for metrics in get_compilation_metrics()),
+        pieces=max(0, counters["aot_autograd"]["total"] - graphs),  # DDPOptimizer compiles each by itself
         fallbacks=frames["total"] - frames["ok"],
         seconds=calculate_time_spent().get("total_wall_time", 0.0),
     )
@@ -96,9 +100,13 @@ class CompileReport(Callback):
     """Prints the counts once, after the first steps of a run that compiles, and a warning where it fell back to eager.
 
     What was compiled again later is pointed out when training ends.
+
+    Args:
+        asked: `compile=` of the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, asked: bool | str = "auto") -> None:
+        self._asked = asked
         self._first = 0  # the step at which this process began
         self._before = CompileCounts()
         self._reported: CompileCounts | None = None
@@ -123,6 +131,10 @@ class CompileReport(Callback):
     def _report(self, trainer: Trainer, pl_module: Any) -> None:
         self._reported = CompileCounts()
         if pl_module.compile_mode is None or not trainer.is_global_zero:
+            return
+        if not pl_module.compiles:
+            if self._asked != "auto":
+                say(f"note: compile={str(self._asked).lower()} has no effect: runs of this task are not compiled")
             return
         self._reported = compile_counts()
         found = self._reported.since(self._before)

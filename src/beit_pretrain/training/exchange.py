@@ -10,6 +10,8 @@ for the step in hand, and all processes act on the same values after the same st
 
 from __future__ import annotations
 
+import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, distributed
 from beit_pretrain.training.signals import SIGNALS
 
 MASKED, SAVE, VALIDATE, FIRST_SIGNAL = 0, 1, 2, 3  # places in the sums; a count for each signal stands at the end
+LOOK = 5e-4  # seconds between two looks whether a copy has arrived; loader workers need the core meanwhile
 PLACES = FIRST_SIGNAL + len(SIGNALS)
 
 
@@ -38,7 +41,7 @@ class _Buffers:
         self.step = 0
         self.given, self.read = (torch.zeros(PLACES, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2))
         self.sums = torch.zeros(PLACES, dtype=torch.int64, device=device)
-        self.copied = torch.cuda.Event(blocking=True) if on_gpu else None  # loader workers need the core
+        self.copied = torch.cuda.Event() if on_gpu else None
 
 
 class StepExchange:
@@ -48,6 +51,7 @@ class StepExchange:
     """
 
     def __init__(self) -> None:
+        self.patience = math.inf  # seconds to wait for the others
         self._buffers: tuple[_Buffers, _Buffers] | None = None
         self._work: distributed.Work | None = None
         self._now = 0  # which of the two buffers is the current step's
@@ -77,6 +81,17 @@ class StepExchange:
         if buffers.copied is not None:
             buffers.copied.record()
 
+    def _wait_for(self, buffers: _Buffers) -> None:
+        """Wait until a copy has arrived; in Python, which can obey a signal meanwhile, and give up by itself.
+
+        NCCL, which gives up at the run's time-out, would end the process without a word. Raises RuntimeError.
+        """
+        deadline = time.monotonic() + self.patience
+        while buffers.copied is not None and not buffers.copied.query():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the exchange of step {buffers.step} timed out")
+            time.sleep(LOOK)
+
     @property
     def masked(self) -> Tensor:
         """Masked patches of all processes in the step whose exchange is finished, int64, on the device."""
@@ -88,8 +103,7 @@ class StepExchange:
         if self._buffers is None or self._steps < 2:
             return Agreed()
         buffers = self._buffers[1 - self._now]
-        if buffers.copied is not None:
-            buffers.copied.synchronize()
+        self._wait_for(buffers)
         sums = buffers.read.tolist()
         signum = max((s for s, count in zip(SIGNALS, sums[FIRST_SIGNAL:], strict=True) if count), default=0)
         return Agreed(buffers.step, int(signum), sums[SAVE] > 0, sums[VALIDATE] > 0)

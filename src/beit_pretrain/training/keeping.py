@@ -67,8 +67,10 @@ class Keeper:
     def __deepcopy__(self, memo: dict) -> Keeper:
         return self  # a module that is copied (averaged weights) is of the same run
 
-    def begin(self) -> None:
+    def begin(self, trainer: Any) -> None:
         """The loop begins: signals wait for the step in hand from here on."""
+        self._writer = trainer.strategy.checkpoint_io  # it also writes `best.ckpt`, perhaps before any `last.ckpt`
+        self._writer.on_written = self._written
         self._saved = self._validated = time.monotonic()
         self.begun = self.signals.looping = True
 
@@ -117,8 +119,10 @@ class Keeper:
         for_good = self.keep_every is not None and step % self.keep_every == 0
         if agreed.signum or late or validate or for_good or step % self.every == 0 or step == last:
             self.save(module)
-        if agreed.signum:
-            self._stop(module, agreed.signum)
+        # One that came while the last write was waited for: it need not cost another step, and another write.
+        signum = self.signals.told if module.trainer.world_size == 1 and self.saved_at == step else agreed.signum
+        if signum:
+            self._stop(module, signum)
 
     def after_validation_batch(self, module: Any, number: int) -> None:
         """Called after every batch of a validation, which need not be finished: it is repeated. May raise Stopped."""
@@ -159,8 +163,8 @@ class Keeper:
         trainer = module.trainer
         if self.saved_at == trainer.global_step:
             return
-        self._writer = trainer.strategy.checkpoint_io
-        self._writer.on_written = self._written
+        if self._writer is None:  # the run has no step to take
+            self._writer = trainer.strategy.checkpoint_io
         self.wait()  # the metrics would be flushed behind it anyway
         for logger in trainer.loggers:
             if isinstance(logger, CsvMetrics):

@@ -122,6 +122,11 @@ class TrainedModule(LightningModule):
             self._compiled[key] = torch.compile(function, dynamic=False, mode=self.compile_mode, **options)
         return self._compiled[key]
 
+    @property
+    def compiles(self) -> bool:
+        """Whether anything has been compiled."""
+        return bool(self._compiled)
+
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         if self.compile_mode in CUDA_GRAPHS:  # what the graphs of the last micro-batch gave may be overwritten now
             torch.compiler.cudagraph_mark_step_begin()
@@ -186,7 +191,7 @@ class TrainedModule(LightningModule):
 
     def on_train_start(self) -> None:
         if self.keeper is not None:
-            self.keeper.begin()
+            self.keeper.begin(self.trainer)
             # Lightning's loop asks after every step, and knows of steps or of minutes, but not of both.
             loop: Any = self.trainer.fit_loop.epoch_loop
             loop._should_check_val_fx = lambda data_fetcher: self.validation_due

@@ -68,7 +68,7 @@ class OnlineKNN(Callback):
         dataset = self.data.eval_dataset(split, trainer.global_rank, trainer.world_size, views=views, images=count)
         dataset.masking = None
         images, labels = [], []
-        for batch in self.data.loader(dataset, range(len(dataset))):
+        for batch in self.data.loader(dataset, range(len(dataset)), kept=True):
             images.append(batch["image"])
             labels.append(batch["label"])
         total = min(count, self.data.readers[split].samples)

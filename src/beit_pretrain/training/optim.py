@@ -150,8 +150,9 @@ def clip_gradients(
     factor = scale
     if clip is not None:
         factor = factor * torch.clamp(clip / (norm + 1e-6), max=1.0)
-    if isinstance(factor, Tensor):  # a float64 factor would take a kernel for each gradient instead of one for many
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+    if isinstance(factor, Tensor):  # in another precision it would take a kernel for each gradient, not one for many
+        half = gradients[0].dtype in (torch.bfloat16, torch.float16)  # which would round the factor by .4 %
+        torch._foreach_mul_(gradients, factor.float() if half else factor.to(gradients[0].dtype))
     elif factor != 1:
         torch._foreach_mul_(gradients, factor)
     return norm

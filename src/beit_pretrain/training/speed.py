@@ -26,11 +26,12 @@ DEAREST = 10  # operations of the table
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
 
 
-def check_cuda_graphs(asked: bool | str, micro_batches: int, ahead: bool) -> None:
+def check_cuda_graphs(asked: bool | str, micro_batches: int, ahead: bool, sharded: bool = False) -> None:
     """Raise UserError where CUDA graphs would give errors or wrong gradients.
 
     A graph writes into the same memory at every replay: over what gradient accumulation still needs of the
     micro-batch before (pytorch#169545, pytorch#96693), and under the feet of a batch that is made on another stream.
+    It reads parameters where they were at first: FSDP moves them (`sharded`).
     """
     if asked not in CUDA_GRAPHS:
         return
@@ -41,6 +42,8 @@ def check_cuda_graphs(asked: bool | str, micro_batches: int, ahead: bool) -> Non
         )
     if ahead:
         raise UserError(f"compile={asked} records CUDA graphs, which ahead=true breaks: set one of them back")
+    if sharded:
+        raise UserError(f"compile={asked} records CUDA graphs, which trainer.strategy=fsdp breaks: take compile=false")
 
 
 def make_deterministic(task: str, on_gpu: bool) -> None:
