@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 Line = dict[str, Any]  # of gpu.jsonl
 Rows = list[list[str]]
+BARS, CURVES = "images_per_s.png", "curves.png"  # plots
 
 
 class Block(NamedTuple):
@@ -107,7 +108,7 @@ def curves_blocks(found: dict[str, Any]) -> list[Block]:
     return [
         Block(head, rows),
         Block(("path", "steps", "mean loss of the last 20"), last),
-        Block(plot="curves.png"),
+        Block(plot=CURVES),
         Block(text="difference: the plain path from the fast one on the same data; noise: other data from it."),
     ]
 
@@ -213,7 +214,8 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], list[Block]]] = {
     "parity": parity_blocks,
     "compile": compile_blocks,
     "curves": curves_blocks,
-    **dict.fromkeys(("base", "large", "wide", "wider", "triton", "graphs", "autotune"), step_blocks),
+    **dict.fromkeys(("large", "wide", "wider", "triton", "graphs", "autotune"), step_blocks),
+    "base": lambda found: [*step_blocks(found), Block(plot=BARS)],
     "attention": attention_blocks,
     "fit": fit_blocks,
     "prefetch": prefetch_blocks,

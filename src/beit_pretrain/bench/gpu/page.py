@@ -16,14 +16,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from beit_pretrain.bench.gpu.blocks import Block, Line, blocks_of, restored, summary
+from beit_pretrain.bench.gpu.blocks import BARS, CURVES, Block, Line, blocks_of, restored, summary
 from beit_pretrain.bench.gpu.plan import STAGES
 from beit_pretrain.bench.gpu.report import PARTIAL, read
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.tables import table
 
 LINES, PAGE, HTML = "gpu.jsonl", "page.md", "page.html"
-BARS, CURVES = "images_per_s.png", "curves.png"
 HELD: dict[str, Any] = {"stage": str, "status": str, "seconds": (int, float)}  # what every line has
 
 
