@@ -20,7 +20,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback
+from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -36,7 +36,6 @@ from beit_pretrain.training.callbacks import ProgressBar, Throughput
 from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.keeping import LAST, Keeper
 from beit_pretrain.training.metrics import CsvMetrics
-from beit_pretrain.training.pretrain import Pretraining
 
 BLOCK = 100  # steps on a GPU, unless bench.steps says it
 LOG_EVERY = 5  # steps, at the most, between two flushes of the metrics where a block is shorter than log_every
@@ -100,31 +99,37 @@ def run_in_turn(cfg: DictConfig, bench: Bench, folder: Path, steps: int) -> tupl
     module.guard = Guard(folder / SKIPPED, cfg.max_skipped, cfg.batch_size)
     settings = {"global_batch": cfg.batch_size, "run_dir": str(folder), "val_every": len(batches)}
     own = OmegaConf.merge(cfg, settings)
-    callbacks: list[Callback] = [ProgressBar(refresh_rate=10), Throughput(), Replacements(folder / REPLACED, 1)]
+    saves = Saves(bench, folder / LAST)
+    callbacks: list[Callback] = [ProgressBar(refresh_rate=10), Throughput(), Replacements(folder / REPLACED, 1), saves]
     with building():
         trainer = make_trainer(own, len(batches), callbacks)  # type: ignore[arg-type]
     trainer.loggers = [CsvMetrics(folder / "metrics.csv")]
     with redirect_stdout(sys.stderr):  # Lightning's bar goes where results do
         trainer.fit(module, train_dataloaders=batches)
-    for _ in range(SAVES):
-        saved = checkpoint(module, folder / LAST, bench)
-    return batches, saved
+    return batches, saves.found
 
 
-def checkpoint(module: Pretraining, file: Path, bench: Bench) -> dict[str, float]:
-    """Save one. `seconds` of training that it takes, `until_written` until it is on the disk, its `bytes`."""
-    keeper: Any = module.keeper
-    keeper.saved_at = None  # so that the same step is saved again
-    bench.wait()
-    start = time.perf_counter()
-    keeper.save(module)
-    seconds = time.perf_counter() - start
-    getattr(keeper, "wait", lambda: None)()  # for a thread that writes
-    return {
-        "seconds": seconds,
-        "until_written": time.perf_counter() - start,
-        "bytes": float(file.stat().st_size),
-    }
+class Saves(Callback):
+    """Saves some checkpoints when the loop ends, while it is still the loop that waits for them.
+
+    `found`, of the last one: `seconds` of training that it takes, `until_written` until it is on the disk, its `bytes`.
+    """
+
+    def __init__(self, bench: Bench, file: Path):
+        self.bench, self.file = bench, file
+        self.found: dict[str, float] = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        keeper: Keeper = pl_module.keeper
+        for _ in range(SAVES):
+            keeper.saved_at = None  # so that the same step is saved again
+            self.bench.wait()
+            start = time.perf_counter()
+            keeper.save(pl_module)
+            seconds = time.perf_counter() - start
+            keeper.wait()
+            written = time.perf_counter() - start
+            self.found = {"seconds": seconds, "until_written": written, "bytes": float(self.file.stat().st_size)}
 
 
 def bench_loop(cfg: DictConfig) -> None:
