@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
@@ -100,7 +101,7 @@ def try_tokenizer(task: Task) -> str:
     """Encode a few images; how many different tokens came out."""
     dataset = task.data.train_dataset(Plan(task.data.global_batch))
     samples = [dataset.sample(position) for position in range(min(4, task.data.samples))]
-    batch = {key: torch.stack([torch.as_tensor(s[key]) for s in samples]) for key in samples[0] if key != "bad"}
+    batch = {key: torch.as_tensor(np.stack([s[key] for s in samples])) for key in samples[0] if key != "bad"}
     tokenizer = cast(Pretraining, task.module).tokenizer
     tokens = batch["tokens"] if tokenizer is None or "tokens" in batch else tokenizer.encode(jittered_views(batch)[1])
     if tokens.shape[1] != batch["mask"].shape[1]:
