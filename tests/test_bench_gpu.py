@@ -368,6 +368,7 @@ def on_a_lean_machine(tmp_path: Path, *words: str) -> list[dict]:
     return lines(tmp_path / "out")
 
 
+@pytest.mark.long
 def test_some_stages_on_a_lean_machine(tmp_path):
     found = on_a_lean_machine(tmp_path, "bench.only=facts,attention")
     assert [(line["stage"], line["status"]) for line in found] == [("facts", "ok"), ("attention", "ok")]
@@ -433,6 +434,7 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 def test_the_compile_stage_fails_on_a_graph_break(setup, report, traced, monkeypatch):
     objective = Pretraining.objective
 
