@@ -154,6 +154,22 @@ def test_a_best_checkpoint_is_waited_for_too(words, run_cli, tmp_path, slow, wit
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["best.ckpt"]
 
 
+def test_a_run_that_has_no_step_to_take_hears_of_its_checkpoint_too(short, run_cli, tmp_path, monkeypatch):
+    """Its last checkpoint was lost, and one that is kept for good has all steps."""
+    given = [*short, "steps=8", "keep_every=8"]
+    assert run_cli(*given)[0] == 0
+    for name in ("checkpoints/last.ckpt", "checkpoints/previous.ckpt", "finished.json"):
+        (tmp_path / "run" / name).unlink()
+    heard, written = [], Keeper._written
+    monkeypatch.setattr(
+        Keeper, "_written", lambda self, path, held: heard.append(path.name) or written(self, path, held)
+    )
+    code, _, stderr = run_cli(*given)
+    assert code == 0, stderr
+    assert heard == ["last.ckpt"]
+    assert last_checkpoint(tmp_path / "run")["global_step"] == 8
+
+
 def test_a_signal_while_a_checkpoint_is_taken_costs_no_other(short, run_cli, tmp_path, monkeypatch, signals_restored):  # noqa: F811
     """That may take long: the write before it is waited for."""
     save = Keeper.save

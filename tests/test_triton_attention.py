@@ -262,7 +262,7 @@ def test_a_batch_of_more_than_2_to_the_31_numbers():
     """The last images give the same bits as alone."""
     tools = on_a_gpu()
     if torch.cuda.mem_get_info()[0] < 30 << 30:
-        pytest.skip("needs 30 GiB of free memory")
+        pytest.skip("needs 30 GiB of free memory on the GPU")
     images = 2**31 // (197 * 3 * 12 * 64) + 8
     qkv, bias = tools.inputs("packed", 4, 12, 197, 0, 64, torch.bfloat16, "cuda")
     grad = torch.randn(4, 197, 12, 64, device="cuda").bfloat16()

@@ -12,7 +12,7 @@ from beit_pretrain.training.guards import Guard
 from beit_pretrain.training.optim import clip_gradients, configure
 from beit_pretrain.training.prefetch import DevicePrefetcher
 from beit_pretrain.training.speed import make_deterministic
-from gpu.test_numbers import batch_of, error, loss_and_gradients, moved, pretraining
+from gpu.test_numbers import assert_near, batch_of, error, loss_and_gradients, moved, pretraining
 
 
 @pytest.fixture(autouse=True)
@@ -58,21 +58,17 @@ def weights(module) -> torch.Tensor:
 def test_compiled_loss_and_gradients_are_the_eager_ones(device, bias):
     batch = moved(batch_of(), device)
     module = pretraining(device, rel_pos_bias=bias)
-    expected, exact = loss_and_gradients(module, batch)
+    exact = loss_and_gradients(module, batch)
     module.compile_mode = "default"
-    loss, gradients = loss_and_gradients(module, batch)
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert max(error(gradients[name], exact[name]) for name in exact) < 1e-4
+    assert_near(loss_and_gradients(module, batch), exact, 1e-5, 1e-4)
 
 
 def test_compiled_in_bf16_gradients_are_near(device):
     batch = moved(batch_of(), device)
     module = pretraining(device)
-    expected, exact = loss_and_gradients(module, batch)
+    exact = loss_and_gradients(module, batch)
     module.compile_mode = "default"
-    loss, gradients = loss_and_gradients(module, batch, half=True)
-    assert loss == pytest.approx(expected, rel=2e-3)
-    assert max(error(gradients[name], exact[name]) for name in exact) < 0.03
+    assert_near(loss_and_gradients(module, batch, half=True), exact, 2e-3, 0.03)
 
 
 def test_three_steps_are_compiled_once(device):

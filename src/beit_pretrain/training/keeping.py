@@ -69,10 +69,14 @@ class Keeper:
 
     def begin(self, trainer: Any) -> None:
         """The loop begins: signals wait for the step in hand from here on."""
-        self._writer = trainer.strategy.checkpoint_io  # it also writes `best.ckpt`, perhaps before any `last.ckpt`
-        self._writer.on_written = self._written
+        self._watch(trainer)  # it also writes `best.ckpt`, perhaps before any `last.ckpt`
         self._saved = self._validated = time.monotonic()
         self.begun = self.signals.looping = True
+
+    def _watch(self, trainer: Any) -> None:
+        """Wait for this run's writer from here on, and hear of what it has written."""
+        self._writer = trainer.strategy.checkpoint_io
+        self._writer.on_written = self._written
 
     def end(self) -> None:
         """The loop has ended."""
@@ -163,8 +167,7 @@ class Keeper:
         trainer = module.trainer
         if self.saved_at == trainer.global_step:
             return
-        if self._writer is None:  # the run has no step to take
-            self._writer = trainer.strategy.checkpoint_io
+        self._watch(trainer)  # a run that has no step to take has not begun
         self.wait()  # the metrics would be flushed behind it anyway
         for logger in trainer.loggers:
             if isinstance(logger, CsvMetrics):

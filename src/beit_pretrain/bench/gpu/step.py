@@ -154,10 +154,9 @@ def compared_settings(setup: Setup, report: Report, batch_size: int, usual: str,
             variant = in_graph_steps(our_steps(bench)["ours"])
 
             def one(batch: Batch, word: str = word, bench: Bench = bench) -> None:
-                torch.compiler.cudagraph_mark_step_begin()
                 numbers[word] = gradients(bench, batch)
 
-            started = first_step(bench, one)
+            started = first_step(bench, in_graph_steps(one))
             report(started={word: started})
             if bench.module.compile_mode is not None and "graphs" not in started:
                 raise RuntimeError(f"{word} compiled nothing: it ran what the other setting had compiled")
