@@ -22,10 +22,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from beit_pretrain import __main__ as command_line
-from beit_pretrain.networks.backbone import MaskedImageModel
-from beit_pretrain.networks.upernet import Segmenter
-from beit_pretrain.shards.make import make_shards
-from beit_pretrain.training.dvae import DiscreteVAE
+from beit_pretrain.data.write.make_shards import make_shards
+from beit_pretrain.models.backbone import MaskedImageModel
+from beit_pretrain.models.upernet import Segmenter
+from beit_pretrain.tasks.tokenizer import DiscreteVAE
 
 DVAE = {"vocab_size": 32, "width": 8, "blocks": 1, "code_dim": 8, "in_chans": 3}
 MIM = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -81,7 +81,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 def shards(tmp_path_factory) -> Path:
     """A folder with `train` and `val`: synthetic images of 48 pixels in 10 classes, shards of 12 samples."""
     out = tmp_path_factory.mktemp("shards") / "out"
-    make_shards("synthetic", out, images=60, size=48, val=0.2, samples_per_shard=12, workers=1)
+    make_shards("synthetic", out, images=60, size=48, val=0.2, samples_per_shard=12, num_workers=1)
     return out
 
 

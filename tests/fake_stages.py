@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from beit_pretrain.bench.gpu.plan import Stage
+from beit_pretrain.benchmarks.gpu.plan import Stage
 
 FOR_EVER = 1000
 

@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
-from beit_pretrain.networks import triton_attention
-from beit_pretrain.networks.backbone import MaskedImageModel
-from beit_pretrain.networks.blocks import attentions
-from beit_pretrain.networks.drop_path import uniforms
-from beit_pretrain.networks.triton_attention import Shape, Tiles, attention_at, packed_attention, parts
+from beit_pretrain.models import triton_attention
+from beit_pretrain.models.backbone import MaskedImageModel
+from beit_pretrain.models.blocks import attentions
+from beit_pretrain.models.drop_path import uniforms
+from beit_pretrain.models.triton_attention import Shape, Tiles, attention_at, packed_attention, parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("packed", "packed, a bias an image", "queries", "tokens")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks.backbone import SIZES, Classifier, MaskedImageModel, patch_grid
+from beit_pretrain.models.backbone import SIZES, Classifier, MaskedImageModel, patch_grid
 
 TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

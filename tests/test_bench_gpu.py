@@ -18,16 +18,16 @@ import torch
 from fake_stages import lines, stage
 from lean import lean_python, refused
 
-from beit_pretrain.bench.gpu import curves, device, parity, process, run, runner, step
-from beit_pretrain.bench.gpu.blocks import HEADLINES, blocks_of
-from beit_pretrain.bench.gpu.plan import STAGES, TINY
-from beit_pretrain.bench.gpu.report import Report, read
-from beit_pretrain.bench.gpu.setup import Setup
-from beit_pretrain.bench.inputs import make_batch, make_bench
-from beit_pretrain.bench.peers import peer_steps
+from beit_pretrain.benchmarks.gpu import curves, device, parity, process, run, runner, step
+from beit_pretrain.benchmarks.gpu.blocks import HEADLINES, blocks_of
+from beit_pretrain.benchmarks.gpu.plan import STAGES, TINY
+from beit_pretrain.benchmarks.gpu.report import Report, read
+from beit_pretrain.benchmarks.gpu.setup import Setup
+from beit_pretrain.benchmarks.inputs import make_batch, make_bench
+from beit_pretrain.benchmarks.peers import peer_steps
 from beit_pretrain.errors import UserError
-from beit_pretrain.tokens.tokenizer import OpenAITokenizer
-from beit_pretrain.training.pretrain import Found, Pretraining
+from beit_pretrain.tasks.pretrain import MIMOutput, Pretraining
+from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
 
 HERE, SOURCE = Path(__file__).parent, Path(__file__).parents[1] / "src"
 
@@ -201,7 +201,7 @@ def test_a_gpu_that_is_lost_later_is_a_failed_stage(run_stages, tmp_path):
 DRIVER = """
 import sys
 from fake_stages import stage
-from beit_pretrain.bench.gpu import runner
+from beit_pretrain.benchmarks.gpu import runner
 from beit_pretrain.__main__ import main
 runner.STAGES = (stage("fine"), stage("hangs"), stage("timed"))
 sys.argv = ["beit_pretrain", "bench", "gpu", "device=cpu", "bench.tiny=true", "bench.out=out", "bench.scratch=scratch"]
@@ -342,7 +342,7 @@ def test_the_config_names_the_stages():
 
 
 def test_the_runner_imports_nothing_heavy():
-    code = "import sys, beit_pretrain.bench.gpu.runner; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    code = "import sys, beit_pretrain.benchmarks.gpu.runner; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "[]"
@@ -463,7 +463,7 @@ def test_the_compile_stage_fails_on_other_numbers(setup, report, traced, monkeyp
 
     def off(self, image, *given):
         loss_sum, masked, correct = objective(self, image, *given)
-        return Found(loss_sum * (1.01 if torch.compiler.is_compiling() else 1), masked, correct)
+        return MIMOutput(loss_sum * (1.01 if torch.compiler.is_compiling() else 1), masked, correct)
 
     monkeypatch.setattr(Pretraining, "objective", off)
     with pytest.raises(RuntimeError, match=r"fp32: compiled and eager differ: loss 0\.01"):

@@ -13,20 +13,20 @@ import pytest
 import torch
 from torch import nn
 
-from beit_pretrain.bench import attention, inputs, kernels, page, step
-from beit_pretrain.bench.compare import compared
-from beit_pretrain.bench.cost import counted_flops, kept_bytes, measured_peak
-from beit_pretrain.bench.inputs import make_batch, make_bench
-from beit_pretrain.bench.loop import run_in_turn
-from beit_pretrain.bench.memory import MOST, WORKSPACE, kept, predicted
-from beit_pretrain.bench.peers import PlainModel, Transformers
-from beit_pretrain.bench.step import forward, host_batches, measured_rounds, our_steps, variant_names
+from beit_pretrain.benchmarks import attention, inputs, kernels, page, step
+from beit_pretrain.benchmarks.compare import compared
+from beit_pretrain.benchmarks.cost import counted_flops, kept_bytes, measured_peak
+from beit_pretrain.benchmarks.inputs import make_batch, make_bench
+from beit_pretrain.benchmarks.loop import run_in_turn
+from beit_pretrain.benchmarks.memory import MOST, WORKSPACE, kept, predicted
+from beit_pretrain.benchmarks.peers import PlainModel, Transformers
+from beit_pretrain.benchmarks.step import forward, host_batches, measured_rounds, our_steps, variant_names
 from beit_pretrain.compose import compose
+from beit_pretrain.engine.compile import CompileCounts, compile_counts
+from beit_pretrain.engine.module import TrainedModule
+from beit_pretrain.engine.trainer import silence_warnings
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks import linear
-from beit_pretrain.runs.trainer import quieten
-from beit_pretrain.training.compile import CompileCounts, compile_counts
-from beit_pretrain.training.module import TrainedModule
+from beit_pretrain.models import linear
 
 TINY = (
     "+experiment=base_22k image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 model.size=null "
@@ -186,7 +186,7 @@ def test_step(words, run_cli):
 
 def test_step_on_real_batches(words, run_cli, shards):
     code, stdout, stderr = run_cli(
-        "bench", "step", *words, "bench.variants=[ours]", f"data.train={shards / 'train'}", "data.workers=0"
+        "bench", "step", *words, "bench.variants=[ours]", f"data.train={shards / 'train'}", "data.num_workers=0"
     )
     assert code == 0, stderr
     assert last(stdout)["shares"]["data wait"] > 0
@@ -201,7 +201,7 @@ def test_wrong_data_is_said_before_the_rounds(words, run_cli):
 
 
 def test_real_batches_are_seen_as_the_experiment_says(words, shards):
-    given = [f"data.train={shards / 'train'}", "data.workers=0", "data.jitter=[0,0,0]", "data.flip=0"]
+    given = [f"data.train={shards / 'train'}", "data.num_workers=0", "data.jitter=[0,0,0]", "data.flip=0"]
     whole = ["data.scale=[1,1]", "data.ratio=[1,1]"]  # of square images: nothing is left to chance
     cfg = compose("bench_step", ["action=step", *words, *given, *whole])
     bench = make_bench(cfg)
@@ -214,7 +214,7 @@ def test_real_batches_are_seen_as_the_experiment_says(words, shards):
 
 def test_one_clock_for_all_that_is_divided(words, run_cli, monkeypatch):
     clocks = []
-    monkeypatch.setattr("beit_pretrain.bench.step.measured_peak", lambda *given: clocks.append(given[-1]) or 1e9)
+    monkeypatch.setattr("beit_pretrain.benchmarks.step.measured_peak", lambda *given: clocks.append(given[-1]) or 1e9)
     code, stdout, stderr = run_cli("bench", "step", *words, "bench.variants=[ours]", "bench.clock=cpu")
     assert code == 0, stderr
     assert clocks == [time.process_time]
@@ -243,7 +243,7 @@ def test_the_loop_in_blocks_waits_once_a_block(words, monkeypatch, tmp_path):
     cfg = compose("bench_step", ["action=loop", *words, "bench.warm_up=0", "bench.rounds=3"], spared=("data.train",))
     bench, waits = make_bench(cfg), []
     monkeypatch.setattr(type(bench), "wait", lambda self: waits.append(1))
-    quieten()
+    silence_warnings()
     batches, _ = run_in_turn(cfg, bench, tmp_path, 4)
     assert len(batches.bare) == len(batches.trained) == 3
     assert batches.bench.module.model.training
@@ -409,7 +409,7 @@ def test_a_sample_is_the_mean_of_several_steps(bench):
 
 
 def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
-    monkeypatch.setattr("beit_pretrain.bench.memory.SIZES", ("tiny",))
+    monkeypatch.setattr("beit_pretrain.benchmarks.memory.SIZES", ("tiny",))
     code, stdout, stderr = run_cli(
         *("bench", "all", *words[:-1], words[-1], "bench.memory_gb=1", f"bench.out={tmp_path / 'page'}"),
         "bench.variants=[ours,reference]",
@@ -452,7 +452,7 @@ def test_photos_are_looked_at_before_anything_is_measured(words, run_cli, monkey
 
 
 def test_named_sizes_whatever_the_experiments_own(words, run_cli, monkeypatch):
-    monkeypatch.setattr("beit_pretrain.bench.memory.SIZES", ("tiny", "small"))
+    monkeypatch.setattr("beit_pretrain.benchmarks.memory.SIZES", ("tiny", "small"))
     code, stdout, stderr = run_cli("bench", "memory", *words, "bench.memory_gb=1")
     assert code == 0, stderr
     found = last(stdout)

@@ -10,9 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_pretrain.bench.views import EXACT, PLAIN, VARIANTS, Sides, authors, compare, half_a_pixel, jitter_after, ours
+from beit_pretrain.benchmarks.views import (
+    EXACT,
+    PLAIN,
+    VARIANTS,
+    Sides,
+    authors,
+    compare,
+    half_a_pixel,
+    jitter_after,
+    ours,
+)
 from beit_pretrain.data.order import VIEW, generator
-from beit_pretrain.images.views import PretrainViews, jittered_views
+from beit_pretrain.transforms.views import TwoViewTransform, jittered_views
 
 SIDES = Sides(32, 16)
 JITTER = "only jitter after the crop"
@@ -31,7 +41,7 @@ def found(files) -> dict:
 @pytest.mark.parametrize(("recipe", "exact"), [(authors, True), (ours, False)])
 def test_the_ends_are_what_training_sees(files, recipe, exact):
     """`authors` and `ours` are the two settings of the views' own class, bit for bit."""
-    views = PretrainViews(*SIDES, exact=exact)
+    views = TwoViewTransform(*SIDES, pil_reference=exact)
     for position in range(6):
         arrays = views(Image.open(io.BytesIO(files[position])), generator(0, position, VIEW))
         expected = jittered_views({name: torch.from_numpy(array)[None] for name, array in arrays.items()})
@@ -45,7 +55,7 @@ def test_both_orders_show_the_same_box():
     array = np.zeros((60, 90, 3), np.uint8)
     array[:, :20] = 255
     image = Image.fromarray(array)
-    views = PretrainViews(*SIDES, jitter=(0.0, 0.0, 0.0))
+    views = TwoViewTransform(*SIDES, jitter=(0.0, 0.0, 0.0))
     flips = 0
     for position in range(12):
         draw = views.draw(image.size, generator(0, position, VIEW))
@@ -82,7 +92,7 @@ def test_scaled_decoding_counts_where_images_are_large(files):
 def test_half_a_pixel_moves_less_than_one():
     ramp = np.tile(np.arange(90, dtype=np.uint8)[None, :, None], (60, 1, 3))
     image = Image.fromarray(ramp)
-    views = PretrainViews(*SIDES, jitter=(0.0, 0.0, 0.0), flip=0.0)
+    views = TwoViewTransform(*SIDES, jitter=(0.0, 0.0, 0.0), flip=0.0)
     for position in range(4):
         draw = views.draw(image.size, generator(1, position, VIEW))
         moved = half_a_pixel(image, draw, SIDES).image - authors(image, draw, SIDES).image

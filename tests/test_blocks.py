@@ -9,10 +9,10 @@ from test_backbone import N, image_and_mask, mim
 from timm.models import beit
 from torch.backends.cuda import cudnn_sdp_enabled
 
-from beit_pretrain.networks import blocks
-from beit_pretrain.networks.backbone import MaskedImageModel, embed
-from beit_pretrain.networks.blocks import aligned, attend, bias_rows, residual
-from beit_pretrain.networks.drop_path import uniforms
+from beit_pretrain.models import blocks
+from beit_pretrain.models.backbone import MaskedImageModel, embed
+from beit_pretrain.models.blocks import bias_rows, biased_attention, pad_bias_stride, residual
+from beit_pretrain.models.drop_path import uniforms
 
 TOKENS, HEADS = 1 + N, 2
 
@@ -101,7 +101,7 @@ def test_attention_is_the_formula(learns, images, keys):
     q, k, v = (torch.randn(3, HEADS, n, 8, requires_grad=True) for n in (5, keys, keys))
     bias = torch.randn(images, HEADS, 5, keys, requires_grad=learns)
     expected = (q @ k.transpose(-2, -1) / 8**0.5 + bias).softmax(-1) @ v
-    found = attend(q, k, v, bias)
+    found = biased_attention(q, k, v, bias)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     inputs = (q, k, v, bias) if learns else (q, k, v)
     for one, other in zip(
@@ -114,7 +114,7 @@ def test_the_bias_is_aligned_where_kernels_want_it(monkeypatch):
     """As on a GPU: rows begin at multiples of 16 numbers, also those of the asked tokens; values and gradient stay."""
     bias = torch.randn(1, HEADS, TOKENS, TOKENS, requires_grad=True)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    padded = aligned(bias, torch.zeros(1))
+    padded = pad_bias_stride(bias, torch.zeros(1))
     token_BK = torch.tensor([[3, 0, 16], [5, 5, 1]])
     rows = bias_rows(padded, token_BK)
     for tensor in (padded, rows):
@@ -133,7 +133,7 @@ def test_under_autocast_the_bias_is_of_its_precision(at):
     model, (image, mask) = mim(), image_and_mask()
     full = model.forward_at(image, mask, at)
     with torch.autocast("cpu", torch.bfloat16):
-        assert aligned(model.rel_pos_bias()[None], image).dtype == torch.bfloat16
+        assert pad_bias_stride(model.rel_pos_bias()[None], image).dtype == torch.bfloat16
         half = model.forward_at(image, mask, at)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0.05)
@@ -162,8 +162,8 @@ def test_without_gradients_cudnns_attention_is_not_taken(monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *given, **_: allowed.append(cudnn_sdp_enabled()))
     x = torch.zeros(1, 2, 5, 8)
     with torch.no_grad():
-        attend(x, x, x, torch.zeros(1, 2, 5, 5))
-        attend(x, x, x, None)
+        biased_attention(x, x, x, torch.zeros(1, 2, 5, 5))
+        biased_attention(x, x, x, None)
     assert allowed == [False, False]
     assert cudnn_sdp_enabled()  # elsewhere it is left as it was
 

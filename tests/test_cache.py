@@ -19,7 +19,7 @@ from test_sources import tar_bytes
 from beit_pretrain.data import cache
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
 from beit_pretrain.data.order import Sample
-from beit_pretrain.data.reader import Access, ShardReader
+from beit_pretrain.data.reader import RemoteOptions, ShardReader
 from beit_pretrain.errors import UserError
 
 SIZE = 10240  # of a tar with a small file
@@ -100,7 +100,7 @@ def test_the_files_of_others_are_neither_touched_nor_counted(tmp_path):
 def test_a_full_disk_is_named(full_disk, shards, serve, tmp_path):
     """A disk that holds less than data.cache_gb says."""
     disk, server = full_disk(20_000), serve(shards / "train")
-    reader = ShardReader(server.url, Access(str(disk / "cache"), retries=3))
+    reader = ShardReader(server.url, RemoteOptions(str(disk / "cache"), retries=3))
     with pytest.raises(UserError, match=rf"^data\.cache_dir={disk}/cache with shard-000000\.tar: No space left"):
         reader.read(Sample(0, 0))
     assert server.requests["shard-000000.tar"] == 1  # another try would not mend it

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import MIM, write_checkpoint
 
-from beit_pretrain.checkpoints.files import AtomicCheckpointIO, load_exactly, read, read_own
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks.backbone import MaskedImageModel
+from beit_pretrain.models.backbone import MaskedImageModel
+from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO, load_exactly, read, read_own
 
 
 def refusal(function, *args) -> str:

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from test_make_shards import read_back
 
+from beit_pretrain.data import cifar
+from beit_pretrain.data.manifest import read_manifest, verify_shards
+from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError
-from beit_pretrain.shards import cifar
-from beit_pretrain.shards.make import make_shards
-from beit_pretrain.shards.manifest import read_manifest, verify_shards
 
 NAMES = [b"apple", b"bear", b"cloud"]
 
@@ -55,7 +55,7 @@ def test_round_trip(official, unpacked, tmp_path):
             tar.extractall(tmp_path, filter="data")
         source = tmp_path / "cifar-100-python"
     for split, count, seed in (("train", 20, 0), ("val", 7, 1)):
-        (folder,) = make_shards(source, tmp_path / "out", split=split, workers=1, samples_per_shard=8)
+        (folder,) = make_shards(source, tmp_path / "out", split=split, num_workers=1, samples_per_shard=8)
         assert read_manifest(folder)["classes"] == [name.decode() for name in NAMES]
         assert verify_shards(folder, progress=False) == []
         content = batch(count, seed)
@@ -70,13 +70,13 @@ def test_round_trip(official, unpacked, tmp_path):
 
 
 def test_half_done_archives_are_gone_on_with(official, tmp_path, monkeypatch):
-    from beit_pretrain.shards import make as shards
+    from beit_pretrain.data.write import make_shards as shards
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "write_manifest", None)
         with pytest.raises(TypeError):
-            make_shards(official, tmp_path / "out", workers=1)
-    assert len(read_back(make_shards(official, tmp_path / "out", workers=1)[0])) == 20
+            make_shards(official, tmp_path / "out", num_workers=1)
+    assert len(read_back(make_shards(official, tmp_path / "out", num_workers=1)[0])) == 20
 
 
 class Evil:
@@ -120,7 +120,7 @@ def test_bad_archives(kind, tmp_path):
     meta = as_python2({b"fine_label_names": NAMES})
     source = archive(tmp_path / "cifar-100-python.tar.gz", train=bad(kind, tmp_path / "mark"), test=b"", meta=meta)
     with pytest.raises(UserError, match="not CIFAR-100's python version") as caught:
-        make_shards(source, tmp_path / "out", workers=1)
+        make_shards(source, tmp_path / "out", num_workers=1)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "mark").exists()
     assert not (tmp_path / "out").exists()
@@ -129,9 +129,9 @@ def test_bad_archives(kind, tmp_path):
 def test_no_archive_at_all(tmp_path):
     (tmp_path / "cifar-100-python.tar.gz").write_bytes(b"x" * 99)
     with pytest.raises(UserError, match="not CIFAR-100"):
-        make_shards(tmp_path / "cifar-100-python.tar.gz", tmp_path / "out", workers=1)
+        make_shards(tmp_path / "cifar-100-python.tar.gz", tmp_path / "out", num_workers=1)
     archive(tmp_path / "cifar-100-python.tgz", train=b"x")
     with pytest.raises(UserError, match="lacks the file meta"):
-        make_shards(tmp_path / "cifar-100-python.tgz", tmp_path / "out", workers=1)
+        make_shards(tmp_path / "cifar-100-python.tgz", tmp_path / "out", num_workers=1)
     with pytest.raises(UserError, match="split=other is none of them"):
-        make_shards(tmp_path / "cifar-100-python.tgz", tmp_path / "out", split="other", workers=1)
+        make_shards(tmp_path / "cifar-100-python.tgz", tmp_path / "out", split="other", num_workers=1)

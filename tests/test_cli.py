@@ -97,8 +97,8 @@ def pretrain_words(shards, dvae_checkpoint, tmp_path):
         f"data.val={shards / 'val'}",
         f"tokenizer.path={dvae_checkpoint}",
         f"run_dir={tmp_path / 'run'}",
-        *("image_size=32", "patch_size=8", "mask.max_patches=6", "mask.min_block=1", "steps=2", "global_batch=4"),
-        *("model.embed_dim=32", "model.num_heads=2", "model.depth=2", "data.workers=0", "data.val_images=8"),
+        *("image_size=32", "patch_size=8", "mask.max_patches=6", "mask.min_block=1", "steps=2", "global_batch_size=4"),
+        *("model.embed_dim=32", "model.num_heads=2", "model.depth=2", "data.num_workers=0", "data.val_images=8"),
     ]
 
 
@@ -120,8 +120,8 @@ def pretrain_words(shards, dvae_checkpoint, tmp_path):
         ("model.num_heads=3", "not divisible by model.num_heads=3"),
         ("tokenizer=null", "tokenizer=none needs data.tokens=FOLDER"),
         ("run_dir={text}", "text.ckpt"),
-        ("global_batch=5 batch_size=2", "not a multiple"),
-        ("data.workers=-1", "workers"),
+        ("global_batch_size=5 batch_size=2", "not a multiple"),
+        ("data.num_workers=-1", "num_workers"),
         ("optim.lr=fast", "lr"),
         ("trainer.accelerator=abacus", "abacus"),
         ("resume=sometimes", "auto, never"),
@@ -146,7 +146,7 @@ def test_bad_settings(word, said, pretrain_words, run_cli, tmp_path, mim_checkpo
 
 def test_a_classifier_needs_a_backbone_of_its_size(shards, mim_checkpoint, run_cli, tmp_path):
     words = ["fit", "+experiment=demo_finetune", f"data.train={shards / 'train'}", f"run_dir={tmp_path / 'run'}"]
-    said = one_line(run_cli(*words, f"init_from={mim_checkpoint}", "data.workers=0"))
+    said = one_line(run_cli(*words, f"init_from={mim_checkpoint}", "data.num_workers=0"))
     assert "2 blocks of width 32" in said
     assert "but model.embed_dim asks for embed_dim=128" in said
     assert not (tmp_path / "run").exists()
@@ -158,7 +158,7 @@ def test_images_that_are_none(run_cli, tmp_path):
         run_cli("shards", "make", f"src={tmp_path / 'photos'}", f"out={tmp_path / 'out'}")
     )
     (tmp_path / "photos" / "cat" / "a.jpg").write_text("no image")
-    words = ["shards", "make", f"src={tmp_path / 'photos'}", f"out={tmp_path / 'out'}", "workers=1"]
+    words = ["shards", "make", f"src={tmp_path / 'photos'}", f"out={tmp_path / 'out'}", "num_workers=1"]
     one_line(run_cli(*words))
     assert not (tmp_path / "out").exists()
 
@@ -182,7 +182,14 @@ def test_an_error_in_a_loader_worker_is_one_line_too(shards, run_cli, tmp_path):
         if path.suffix == ".tar":  # every image loses its head, the sizes stay: a shard that rotted on the disk
             data = data.replace(b"\xff\xd8\xff", b"\x00\x00\x00")
         (broken / path.name).write_bytes(data)
-    words = ["fit", "+experiment=demo_tokenizer", f"data.train={broken}", "data.workers=1", "steps=1", "global_batch=2"]
+    words = [
+        "fit",
+        "+experiment=demo_tokenizer",
+        f"data.train={broken}",
+        "data.num_workers=1",
+        "steps=1",
+        "global_batch_size=2",
+    ]
     said = one_line(run_cli(*words, f"run_dir={tmp_path / 'run'}", "threads=1"))
     assert "cannot be decoded" in said
     assert ".tar" in said
@@ -192,7 +199,7 @@ def test_images_without_a_class_cannot_be_classified(photos, run_cli, tmp_path):
     mixed = tmp_path / "mixed"
     shutil.copytree(photos, mixed)
     shutil.copy(next(photos.rglob("*.jpg")), mixed / "loose.jpg")
-    assert run_cli("shards", "make", f"src={mixed}", f"out={tmp_path / 'out'}", "workers=1")[0] == 0
+    assert run_cli("shards", "make", f"src={mixed}", f"out={tmp_path / 'out'}", "num_workers=1")[0] == 0
     words = ["fit", "+experiment=demo_finetune", "from_scratch=true", f"data.train={tmp_path / 'out/train'}"]
     assert "1 images without a class" in one_line(run_cli(*words, f"run_dir={tmp_path / 'run'}"))
 
@@ -200,6 +207,8 @@ def test_images_without_a_class_cannot_be_classified(photos, run_cli, tmp_path):
 @pytest.mark.parametrize("name", ["plain", "two words", "a=b", "a,b", "it's", "für $5", "(x)", "[1]", "100%", "a:b"])
 def test_paths_with_odd_names(name, photos, run_cli, tmp_path):
     shutil.copytree(photos, tmp_path / name)
-    code, _, stderr = run_cli("shards", "make", f"src={tmp_path / name}", f"out={tmp_path / 'out' / name}", "workers=1")
+    code, _, stderr = run_cli(
+        "shards", "make", f"src={tmp_path / name}", f"out={tmp_path / 'out' / name}", "num_workers=1"
+    )
     assert code == 0, stderr
     assert (tmp_path / "out" / name / "train/manifest.json").is_file()

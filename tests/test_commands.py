@@ -8,9 +8,9 @@ import pytest
 from conftest import seeded, write_checkpoint
 from PIL import Image
 
-from beit_pretrain.images.views import HALF
-from beit_pretrain.networks.backbone import Classifier
-from beit_pretrain.predict import images
+from beit_pretrain.inference import image_stream as images
+from beit_pretrain.models.backbone import Classifier
+from beit_pretrain.transforms.views import HALF
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,15 @@ def test_predict_takes_a_single_file(classifier, photos, run_cli, tmp_path):
 def test_validate_and_show_a_run_whose_sources_are_gone(shards, dvae_checkpoint, mim_checkpoint, run_cli, tmp_path):
     backbone = tmp_path / "moved.ckpt"
     backbone.write_bytes(mim_checkpoint.read_bytes())
-    words = ["fit", "+experiment=demo_finetune", f"init_from={backbone}", "steps=1", "val_every=1", "global_batch=4"]
-    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0", "image_size=32"]
+    words = [
+        "fit",
+        "+experiment=demo_finetune",
+        f"init_from={backbone}",
+        "steps=1",
+        "val_every=1",
+        "global_batch_size=4",
+    ]
+    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0", "image_size=32"]
     words += ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", f"run_dir={tmp_path / 'run'}"]
     code, _, stderr = run_cli(*words)
     assert code == 0, stderr
@@ -89,7 +96,7 @@ def test_validate_and_show_a_run_whose_sources_are_gone(shards, dvae_checkpoint,
     code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}")
     assert code == 0, stderr
     assert "val/accuracy" in stdout
-    assert "has no picture of masked" in run_cli("show", "masked", f"run={tmp_path / 'run'}")[2]
+    assert "has no picture of masked" in run_cli("visualize", "masked", f"run={tmp_path / 'run'}")[2]
 
 
 def test_shards_verify_and_show(shards, run_cli, tmp_path):
@@ -130,6 +137,6 @@ def test_predict_does_not_take_a_shortage_of_memory_for_bad_files(classifier, ph
         raise MemoryError
 
     monkeypatch.setattr(images, "opened", short)
-    code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src={photos}", "out=p.csv", "workers=0")
+    code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src={photos}", "out=p.csv", "num_workers=0")
     assert code == 2
     assert stderr.splitlines()[-1].startswith("error: not enough memory to decode ")

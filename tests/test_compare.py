@@ -9,14 +9,14 @@ import torch
 from conftest import seeded
 from test_cifar import NAMES, archive, as_python2, batch
 
-from beit_pretrain.compare import stages
-from beit_pretrain.compare.results import promises
 from beit_pretrain.compose import compose
 from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError
-from beit_pretrain.shards.make import make_shards
-from beit_pretrain.tokens.shuffled import ShuffledTokenizer
-from beit_pretrain.training.dvae import DVAETokenizer
+from beit_pretrain.examples import compare as stages
+from beit_pretrain.examples.compare_results import promises
+from beit_pretrain.tasks.tokenizer import DVAETokenizer
+from beit_pretrain.tokenizers.shuffled import ShuffledTokenizer
 
 
 def test_shuffled_tokens_are_those_of_another_image(dvae_checkpoint):
@@ -50,7 +50,7 @@ def test_promises_are_held_against_the_spread_of_the_seeds(found, kept):
 
 @pytest.fixture
 def settings(tmp_path, photos):
-    return [f"src={photos}", f"held_out={photos}", f"run_dir={tmp_path / 'run'}", "seeds=1", "per_class=2"] + [
+    return [f"src={photos}", f"held_out={photos}", f"run_dir={tmp_path / 'run'}", "seeds=1", "labels_per_class=2"] + [
         "steps={tokenizer:2,pretrain:2,finetune:2}",
         "probe_images=10",
     ]
@@ -81,9 +81,9 @@ def test_a_comparison_is_stopped_and_goes_on(settings, run_cli, tmp_path, monkey
     assert {"tokenizer", "pretrained", "control", "finetune-scratch", "probe-control"} <= found["stages"].keys()
     for name in ("RESULTS.md", "accuracy.png", "layers.png", "curves.png"):
         assert (tmp_path / "run" / name).stat().st_size > 500
-    code, _, stderr = run_cli("compare", *settings, "per_class=3")
+    code, _, stderr = run_cli("compare", *settings, "labels_per_class=3")
     assert code == 2
-    assert "holds a comparison with per_class=2" in stderr
+    assert "holds a comparison with labels_per_class=2" in stderr
     code, stdout, _ = run_cli("compare", *settings)  # nothing is left to do but the table
     assert code == 0
     assert stdout.count("finished before") == 9
@@ -110,9 +110,9 @@ def test_a_source_that_is_not_there_leaves_the_name_free(settings, run_cli, tmp_
     monkeypatch.setattr(stages, "write_shards", made)
     assert "the shards are made" in run_cli("compare", *settings)[2]
     (tmp_path / "run/stages.jsonl").touch()
-    code, _, stderr = run_cli("compare", *settings, "per_class=3")
+    code, _, stderr = run_cli("compare", *settings, "labels_per_class=3")
     assert code == 2
-    assert "holds a comparison with per_class=2" in stderr
+    assert "holds a comparison with labels_per_class=2" in stderr
 
 
 def test_classes_are_looked_at_before_anything_is_trained(settings, photos, run_cli, tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_classes_are_looked_at_before_anything_is_trained(settings, photos, run_
 
 def test_every_kind_of_start_has_the_same_fine_tuning(tmp_path, monkeypatch, photos):
     """Labels, steps, batches and seeds are equal; only where the network comes from differs, and the layer decay."""
-    make_shards(photos, tmp_path / "data", workers=1)
+    make_shards(photos, tmp_path / "data", num_workers=1)
     asked: dict[str, dict] = {}
     monkeypatch.setattr(stages, "fit", lambda cfg: asked.setdefault(cfg.name, cfg))
     cfg = compose("compare", [f"src={photos}", f"run_dir={tmp_path}"])

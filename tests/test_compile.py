@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import TINY
 
-from beit_pretrain.training.compile import CompileCounts, compile_counts, compile_reasons
+from beit_pretrain.engine.compile import CompileCounts, compile_counts, compile_reasons
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def fitted(run_cli, shards, tokenizer, *words) -> list[str]:
     given = [
         f"data.train={shards / 'train'}",
         f"tokenizer.path={tokenizer}",
-        "data.workers=0",
+        "data.num_workers=0",
         "model.drop_path_rate=0",
     ]
     code, stdout, stderr = run_cli("fit", *TINY, *given, "steps=5", "batch_size=16", "run_dir=run", *words)
@@ -110,7 +110,7 @@ def test_a_run_that_falls_back_to_eager_says_so_in_one_line(run_cli, shards, dva
 
 
 def test_a_task_that_compiles_nothing_says_so_if_it_was_asked_to(run_cli, shards, tmp_path):
-    words = [f"data.train={shards / 'train'}", "data.val=null", "data.workers=0", "steps=2", "logger=csv"]
+    words = [f"data.train={shards / 'train'}", "data.val=null", "data.num_workers=0", "steps=2", "logger=csv"]
     note = "note: compile=true has no effect: runs of this task are not compiled"
     for asked, said in (("true", [note]), ("auto", [])):
         given = ["fit", "+experiment=demo_tokenizer", *words, f"compile={asked}", f"run_dir={tmp_path / asked}"]

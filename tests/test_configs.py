@@ -7,16 +7,21 @@ import torch
 from omegaconf import OmegaConf
 
 from beit_pretrain.compose import compose, config_dir, experiments
-from beit_pretrain.runs.preflight import off_recipe
-from beit_pretrain.runs.tasks import TASKS, network, optim
-from beit_pretrain.runs.trainer import total_steps
+from beit_pretrain.engine.preflight import lr_hint
+from beit_pretrain.engine.tasks import TASKS, network, optim
+from beit_pretrain.engine.trainer import total_steps
 
 NAMES = sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml"))
 
 
 def words(name: str, shards, dvae_checkpoint, mim_checkpoint) -> list[str]:
     text = (config_dir() / "experiment" / f"{name}.yaml").read_text()
-    result = [f"+experiment={name}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0"]
+    result = [
+        f"+experiment={name}",
+        f"data.train={shards / 'train'}",
+        f"data.val={shards / 'val'}",
+        "data.num_workers=0",
+    ]
     if "tokenizer.path=" in text:
         result += ["tokenizer=dvae", f"tokenizer.path={dvae_checkpoint}"]
     if name == "continue_own":
@@ -96,8 +101,8 @@ def test_pretraining_has_the_recipes_numbers(name):
     assert (settings.lr, settings.min_lr, settings.warmup_steps, settings.clip) == (1.5e-3, 1e-5, warmup, clip)
     assert (settings.weight_decay, settings.layer_decay, tuple(settings.betas)) == (0.05, None, (0.9, 0.999))
     assert settings.eps == 1e-8
-    assert (cfg.global_batch, cfg.epochs, cfg.mask.max_patches, cfg.mask.min_block) == (2048, epochs, 75, 16)
-    assert (cfg.recipe.global_batch, cfg.recipe.lr) == (2048, 1.5e-3)
+    assert (cfg.global_batch_size, cfg.epochs, cfg.mask.max_patches, cfg.mask.min_block) == (2048, epochs, 75, 16)
+    assert (cfg.recipe.global_batch_size, cfg.recipe.lr) == (2048, 1.5e-3)
     assert total_steps(cfg, images) == int(epochs * images / 2048)
     arguments = network(cfg)
     paper = name == "base_1k_paper"
@@ -114,11 +119,11 @@ def test_pretraining_has_the_recipes_numbers(name):
 def test_finetuning_has_the_recipes_numbers(name):
     cfg = composed(name)
     o, r = cfg.optim, cfg.regularisation
-    found = (o.lr, cfg.global_batch, cfg.epochs, o.warmup_epochs, o.layer_decay, cfg.model.drop_path_rate)
+    found = (o.lr, cfg.global_batch_size, cfg.epochs, o.warmup_epochs, o.layer_decay, cfg.model.drop_path_rate)
     assert (*found, o.weight_decay, r.mixup, r.cutmix, o.clip, r.erasing) == FINETUNING[name]
     assert (o.min_lr, r.label_smoothing, cfg.data.auto_augment) == (1e-6, 0.1, "rand-m9-mstd0.5-inc1")
     assert cfg.image_size == 224
-    assert (cfg.recipe.global_batch, cfg.recipe.lr) == (cfg.global_batch, o.lr)
+    assert (cfg.recipe.global_batch_size, cfg.recipe.lr) == (cfg.global_batch_size, o.lr)
 
 
 @pytest.mark.parametrize("name", SAME_BUT_SIZE)
@@ -138,7 +143,7 @@ def test_the_probes_are_the_recipes():
     assert (base.probe.layer, base.probe.pool, base.epochs) == (9, "avg", 50)
     assert (large.probe.layer, large.probe.pool, large.epochs) == (14, "avg", 50)
     for cfg in (release, base, large):
-        assert (cfg.optim.lr, cfg.global_batch, cfg.optim.weight_decay) == (4e-3, 1024, 1e-4)
+        assert (cfg.optim.lr, cfg.global_batch_size, cfg.optim.weight_decay) == (4e-3, 1024, 1e-4)
         assert cfg.data.auto_augment is None
 
 
@@ -150,7 +155,7 @@ def test_segmentation_has_the_recipes_numbers(name):
     assert found == SEGMENTATION[name]
     assert (settings.schedule, settings.warmup_steps, settings.warmup_start, settings.min_lr) == ("poly", 1500, 1e-6, 0)
     assert (settings.weight_decay, tuple(settings.betas), settings.clip) == (0.05, (0.9, 0.999), None)
-    assert (cfg.steps, cfg.global_batch, cfg.recipe.lr) == (160_000, 16, settings.lr)
+    assert (cfg.steps, cfg.global_batch_size, cfg.recipe.lr) == (160_000, 16, settings.lr)
     assert (cfg.decoder.pool_scales, cfg.decoder.channels, cfg.decoder.aux_channels) == ([1, 2, 3, 6], None, 256)
     assert (cfg.data.resize, cfg.data.max_share, cfg.data.flip, cfg.data.distort) == ([0.5, 2.0], 0.75, 0.5, True)
     assert (cfg.mean, cfg.std) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -169,13 +174,13 @@ def test_every_experiment_of_the_recipe_is_checked_above():
     ("words", "said"),
     [
         ([], None),
-        (["global_batch=512"], "suggested: optim.lr=0.000375 (linear rule; square root: 0.00075)"),
-        (["global_batch=512", "optim.lr=3.75e-4"], None),
-        (["global_batch=4096"], "suggested: optim.lr=0.003 (linear"),
-        (["global_batch=512", "recipe=null"], None),
+        (["global_batch_size=512"], "suggested: optim.lr=0.000375 (linear rule; square root: 0.00075)"),
+        (["global_batch_size=512", "optim.lr=3.75e-4"], None),
+        (["global_batch_size=4096"], "suggested: optim.lr=0.003 (linear"),
+        (["global_batch_size=512", "recipe=null"], None),
     ],
 )
 def test_a_global_batch_off_the_recipe_is_pointed_out(words, said):
-    lines = off_recipe(composed("base_22k", *words))
+    lines = lr_hint(composed("base_22k", *words))
     assert len(lines) == (said is not None)
     assert said is None or said in lines[0]

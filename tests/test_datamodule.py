@@ -12,33 +12,33 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_pretrain.data.batches import EvalPlan, Plan, StepSampler, first_position
 from beit_pretrain.data.datamodule import (
     ClassificationData,
     PretrainData,
     first_of_each_class,
     labels,
 )
+from beit_pretrain.data.dataset import BatchSchedule, EvalSchedule, StepSampler, first_position
 from beit_pretrain.data.order import MASK, VIEW, Order, generator
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.masking import BlockwiseMask
-from beit_pretrain.images.views import ClassificationViews, PretrainViews
+from beit_pretrain.transforms.masking import BlockwiseMask
+from beit_pretrain.transforms.views import ClassificationTransform, TwoViewTransform
 
-VIEWS = PretrainViews(image_size=32, token_image_size=32)
+VIEWS = TwoViewTransform(image_size=32, token_image_size=32)
 MASKING = BlockwiseMask((4, 4), max_patches=6, min_block=2, attempts=1)  # few attempts: few masks reach the cap
 JITTER = {"jitter_factors", "jitter_order", "jitter_tiles"}
 KEYS = JITTER | {"image", "token_image", "label", "position", "mask", "mask_index"}
 
 
 def pretrain_data(shards, **settings) -> PretrainData:
-    settings = {"global_batch": 8, "workers": 0, "window": 16, "streams": 4, "seed": 3} | settings
+    settings = {"global_batch_size": 8, "num_workers": 0, "window": 16, "streams": 4, "seed": 3} | settings
     return PretrainData(shards / "train", shards / "val", views=VIEWS, masking=MASKING, **settings)
 
 
 def classification_data(shards, **settings) -> ClassificationData:
-    settings = {"global_batch": 8, "workers": 0, "seed": 3} | settings
-    views = {"train_views": ClassificationViews(32), "val_views": ClassificationViews(32, train=False)}
+    settings = {"global_batch_size": 8, "num_workers": 0, "seed": 3} | settings
+    views = {"train_views": ClassificationTransform(32), "val_views": ClassificationTransform(32, train=False)}
     return ClassificationData(shards / "train", shards / "val", **views, **settings)
 
 
@@ -92,7 +92,7 @@ def test_mask_index_lists_the_masked_patches(expected):
 def test_a_position_is_made_of_its_parts(shards, expected):
     """Sample, view and mask of a position, each from its own module with its own random numbers."""
     reader = ShardReader(shards / "train")
-    order = Order(reader.sizes, seed=3, window=16, streams=4)
+    order = Order(reader.sizes, seed=3, shuffle_block_size=16, shuffle_streams=4)
     for i, position in enumerate(expected[1]["position"].tolist()):
         data, label = reader.read(order.sample_at(position))
         image = Image.open(io.BytesIO(data))
@@ -103,11 +103,11 @@ def test_a_position_is_made_of_its_parts(shards, expected):
 
 
 def test_workers_do_not_matter(shards, expected):
-    assert_equal(batches(pretrain_data(shards, workers=2)), expected)
+    assert_equal(batches(pretrain_data(shards, num_workers=2)), expected)
 
 
 def test_a_spawned_worker_makes_the_same_batches(shards, expected):
-    dataset = pretrain_data(shards).train_dataset(Plan(8))
+    dataset = pretrain_data(shards).train_dataset(BatchSchedule(8))
     dataset[0]  # fills the caches, which must not travel
     assert_equal([pickle.loads(pickle.dumps(dataset))[1]], expected[1:2])
 
@@ -140,7 +140,7 @@ def test_the_seed_matters(shards, expected):
 
 
 def test_an_epoch_has_every_image_once(shards):
-    data = pretrain_data(shards, global_batch=10)
+    data = pretrain_data(shards, global_batch_size=10)
     reader = data.readers["train"]
     assert data.samples % 10 == 0
     steps = data.samples // 10
@@ -153,7 +153,7 @@ def test_an_epoch_has_every_image_once(shards):
 @pytest.mark.parametrize(("world", "batch_size"), list(itertools.product((1, 2, 3, 5), (1, 4, 100))))
 @pytest.mark.parametrize("samples", [1, 11, 12])
 def test_every_held_out_image_is_seen_once(world, batch_size, samples):
-    plans = [EvalPlan(samples, batch_size, rank, world) for rank in range(world)]
+    plans = [EvalSchedule(samples, batch_size, rank, world) for rank in range(world)]
     seen = [list(plan.positions(batch)) for plan in plans for batch in range(len(plan))]
     assert sorted(itertools.chain(*seen)) == list(range(samples))
     assert all(0 < len(batch) <= batch_size + 1 for batch in seen)
@@ -178,7 +178,7 @@ def test_val_images_is_a_cap(shards):
 
 
 def test_no_held_out_images_no_validation(shards):
-    data = PretrainData(shards / "train", views=VIEWS, masking=MASKING, global_batch=8)
+    data = PretrainData(shards / "train", views=VIEWS, masking=MASKING, global_batch_size=8)
     assert data.val_dataloader() == []
 
 
@@ -200,7 +200,7 @@ def test_labels_are_those_of_the_images(shards):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_per_class_takes_the_first_of_every_class(shards, count):
-    data = classification_data(shards, per_class=count, global_batch=10)
+    data = classification_data(shards, labels_per_class=count, global_batch_size=10)
     reader = data.readers["train"]
     assert data.samples == 10 * count
     everything = [(shard, i) for shard, size in enumerate(reader.sizes) for i in range(size)]
@@ -212,7 +212,7 @@ def test_per_class_takes_the_first_of_every_class(shards, count):
 
 
 def test_per_class_with_fewer_images_takes_all(shards):
-    assert classification_data(shards, per_class=10**6).samples == ShardReader(shards / "train").samples
+    assert classification_data(shards, labels_per_class=10**6).samples == ShardReader(shards / "train").samples
 
 
 def test_the_sampler_counts_from_its_start():
@@ -222,9 +222,9 @@ def test_the_sampler_counts_from_its_start():
 class TestErrors:
     def test_settings(self, shards, tmp_path):
         with pytest.raises(UserError, match=r"data\.workers must be 0 or more, got -1"):
-            pretrain_data(shards, workers=-1)
-        with pytest.raises(UserError, match=r"data\.per_class must be at least 1, got 0"):
-            pretrain_data(shards, per_class=0)
+            pretrain_data(shards, num_workers=-1)
+        with pytest.raises(UserError, match=r"data\.labels_per_class must be at least 1, got 0"):
+            pretrain_data(shards, labels_per_class=0)
         with pytest.raises(UserError, match="does not exist"):
             pretrain_data(tmp_path / "nowhere")
         with pytest.raises(UserError, match=r"give .*train"):
@@ -242,7 +242,7 @@ class TestErrors:
         manifest["classes"][0] = "another"
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(UserError, match="has other classes"):
-            PretrainData(shards / "train", folder, views=VIEWS, masking=MASKING, global_batch=8)
+            PretrainData(shards / "train", folder, views=VIEWS, masking=MASKING, global_batch_size=8)
 
     def test_shards_and_manifest_must_belong_together(self, shards, tmp_path):
         folder = shutil.copytree(shards / "val", tmp_path / "val")
@@ -263,6 +263,6 @@ class TestErrors:
 
 def test_a_batch_keeps_its_first_position_on_the_host(shards):
     data = pretrain_data(shards)
-    batch = data.on_before_batch_transfer(data.train_dataset(Plan(8))[3], 0)
+    batch = data.on_before_batch_transfer(data.train_dataset(BatchSchedule(8))[3], 0)
     assert first_position(batch) == batch["first_position"] == 24
     assert first_position({"position": torch.tensor([7, 8])}) == 7

@@ -15,15 +15,15 @@ from dall_e.encoder import Encoder
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beit_pretrain.data.batches import with_first_position
-from beit_pretrain.images import views
-from beit_pretrain.images.tiles import SIDE
-from beit_pretrain.networks.backbone import Classifier, MaskedImageModel
-from beit_pretrain.tokens.tokenizer import OpenAITokenizer
-from beit_pretrain.training.finetune import Finetuning, Regularisation
-from beit_pretrain.training.guards import Guard
-from beit_pretrain.training.optim import Optim
-from beit_pretrain.training.pretrain import Pretraining
+from beit_pretrain.data.dataset import with_first_position
+from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
+from beit_pretrain.engine.optim import Optim
+from beit_pretrain.models.backbone import Classifier, MaskedImageModel
+from beit_pretrain.tasks.finetune import Finetuning, MixConfig
+from beit_pretrain.tasks.pretrain import Pretraining
+from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
+from beit_pretrain.transforms import views
+from beit_pretrain.transforms.mean_color_grid import SIDE
 
 GPU = torch.device("cuda", 0)
 BATCH, HALF = 4, (0.5, 0.5, 0.5)
@@ -78,7 +78,7 @@ def with_trainer(module):
         accumulate_grad_batches=1, world_size=1, strategy=reduce, precision_plugin=None, global_step=3, max_steps=10
     )
     module._device = GPU
-    module.guard = Guard(None, 20, BATCH)
+    module.guard = NonFiniteGuard(None, 20, BATCH)
     return module
 
 
@@ -128,7 +128,7 @@ def test_a_finetuning_step_never_waits(monkeypatch):
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     architecture = {name: value for name, value in MIM.items() if name != "vocab_size"}
     network = Classifier(10, **architecture)
-    regularisation = Regularisation(mixup=0.8, cutmix=1.0)
+    regularisation = MixConfig(mixup=0.8, cutmix=1.0)
     with FAKE:
         module = Finetuning(moved(network), Optim(lr=1e-3), regularisation, HALF, HALF)
     with_trainer(module)

@@ -14,8 +14,8 @@ import pytest
 from loopback import Answer, serving
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.tokens import download as module
-from beit_pretrain.tokens.download import Unreachable, download
+from beit_pretrain.tokenizers import transfer as module
+from beit_pretrain.tokenizers.transfer import DownloadError, download
 
 DATA = bytes(range(256)) * 80  # 20 KiB
 OTHER = DATA[::-1]
@@ -114,7 +114,7 @@ def test_a_later_call_resumes(server, path):
 def test_a_killed_process_is_resumed(server, path):
     server.next = [Answer(slow=0.1)]
     code = f"download({server.url + '/f.bin'!r}, Path({str(path)!r}))"
-    code = f"from pathlib import Path; from beit_pretrain.tokens.download import download; {code}"
+    code = f"from pathlib import Path; from beit_pretrain.tokenizers.transfer import download; {code}"
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     limit = time.monotonic() + 30
@@ -286,7 +286,7 @@ def test_nobody_answers(path, pauses):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(Unreachable, match="Connection refused"):
+    with pytest.raises(DownloadError, match="Connection refused"):
         download(f"http://127.0.0.1:{port}/f.bin", path, attempts=4)
     assert pauses == [1, 2, 4]
 

@@ -8,9 +8,9 @@ import torch
 from conftest import MIM, seeded
 from timm.layers import DropPath
 
-from beit_pretrain.networks.backbone import MaskedImageModel
-from beit_pretrain.networks.blocks import residual
-from beit_pretrain.networks.drop_path import uniforms
+from beit_pretrain.models.backbone import MaskedImageModel
+from beit_pretrain.models.blocks import residual
+from beit_pretrain.models.drop_path import uniforms
 
 
 def reference(seed: int, position: int, branches: int) -> list[float]:

@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
+from beit_pretrain.engine.optim import Optim
 from beit_pretrain.errors import UserError
-from beit_pretrain.training.dvae import (
+from beit_pretrain.tasks.tokenizer import (
     DiscreteVAE,
     DVAETokenizer,
-    Relaxation,
+    GumbelConfig,
     TokenizerTraining,
     reconstruction_picture,
 )
-from beit_pretrain.training.optim import Optim
 
 TINY = {"vocab_size": 16, "width": 8, "blocks": 1, "code_dim": 8}
 
 
-def training(relaxation: Relaxation | None = None, **settings) -> TokenizerTraining:
-    return TokenizerTraining(DiscreteVAE(**TINY | settings), Optim(lr=1e-3), relaxation or Relaxation())
+def training(relaxation: GumbelConfig | None = None, **settings) -> TokenizerTraining:
+    return TokenizerTraining(DiscreteVAE(**TINY | settings), Optim(lr=1e-3), relaxation or GumbelConfig())
 
 
 class TestTemperature:
@@ -30,10 +30,10 @@ class TestTemperature:
         [(0.0, 1.0), (0.175, 0.5), (0.35, 0.25), (0.525, 0.125), (0.7, 1 / 16), (0.8, 1 / 16), (1.0, 1 / 16)],
     )
     def test_halves_in_equal_times(self, progress, expected):
-        assert Relaxation().temperature(progress) == pytest.approx(expected)
+        assert GumbelConfig().temperature(progress) == pytest.approx(expected)
 
     def test_over_the_whole_run(self):
-        relaxation = Relaxation(temperature_end=0.5, anneal=1.0)
+        relaxation = GumbelConfig(temperature_end=0.5, anneal=1.0)
         assert relaxation.temperature(0.5) == pytest.approx(math.sqrt(0.5))
 
 
@@ -90,7 +90,7 @@ def test_overfits_a_few_colours():
     torch.manual_seed(0)
     colours = torch.tensor([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20]], dtype=torch.uint8)
     batch = {"image": colours.view(4, 3, 1, 1).expand(-1, -1, 16, 16), "position": torch.zeros(4, dtype=torch.long)}
-    module = training(Relaxation(usage_weight=0.01), width=16)
+    module = training(GumbelConfig(usage_weight=0.01), width=16)
     # training_step asks the trainer for nothing but the progress of the run.
     module.trainer = run = SimpleNamespace(global_step=0, max_steps=400)
     optimizer = torch.optim.Adam(module.model.parameters(), lr=2e-3)
@@ -114,7 +114,7 @@ def test_overfits_a_few_colours():
 @pytest.mark.parametrize("bad", [{"anneal": 0}, {"temperature_end": 0}, {"temperature_end": 2}])
 def test_impossible_relaxations_are_refused(bad):
     with pytest.raises(UserError, match="relaxation"):
-        Relaxation(**bad)
+        GumbelConfig(**bad)
 
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path):

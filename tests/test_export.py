@@ -15,10 +15,10 @@ from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
 from PIL import Image
 from safetensors.torch import load_file
 
-from beit_pretrain.checkpoints import export as exporting
-from beit_pretrain.checkpoints.pretrained import load_pretrained
-from beit_pretrain.images.views import ClassificationViews
-from beit_pretrain.networks.backbone import Classifier, MaskedImageModel
+from beit_pretrain.models.backbone import Classifier, MaskedImageModel
+from beit_pretrain.models.checkpoints import export as exporting
+from beit_pretrain.models.checkpoints.pretrained import load_pretrained
+from beit_pretrain.transforms.views import ClassificationTransform
 
 NETWORK = {name: value for name, value in MIM.items() if name != "vocab_size"}
 NAMES = ["cat", "dog", "a, b 'c'"]
@@ -150,13 +150,13 @@ def test_what_stands_in_a_folder_of_hugging_face(trained, run_cli, tmp_path):
     assert card.startswith("---\nlibrary_name: transformers")
     assert "| accuracy | 0.875 |" in card
     assert "After 10 optimiser steps." in card
-    assert "global_batch: 64" in card
+    assert "global_batch_size: 64" in card
     # The processor makes our evaluation view: same resize, crop and normalisation.
     rng = torch.Generator().manual_seed(0)
     small = torch.randint(0, 256, (3, 4, 3), generator=rng, dtype=torch.uint8).numpy()
     photo = Image.fromarray(small).resize((90, 60), Image.Resampling.BICUBIC)
     theirs = BeitImageProcessor.from_pretrained(tmp_path / "hf")(photo, return_tensors="pt").pixel_values[0]
-    view = torch.from_numpy(ClassificationViews(32, False)(photo, None)["image"]).float() / 255
+    view = torch.from_numpy(ClassificationTransform(32, False)(photo, None)["image"]).float() / 255
     ours = (view - torch.tensor(ABOUT["mean"])[:, None, None]) / torch.tensor(ABOUT["std"])[:, None, None]
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().mean() < 0.02  # torchvision's resize on tensors, Pillow's on images

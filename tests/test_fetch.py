@@ -18,9 +18,9 @@ from loopback import Answer, serving
 
 from beit_pretrain.compose import compose
 from beit_pretrain.errors import UserError
-from beit_pretrain.tokens import download as download_module
-from beit_pretrain.tokens import fetch as module
-from beit_pretrain.tokens.tokenizer import OpenAITokenizer
+from beit_pretrain.tokenizers import download as module
+from beit_pretrain.tokenizers import transfer as download_module
+from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
 
 PICKLES = ["decoder.pkl", "encoder.pkl"]
 WHOLE = ["decoder.pkl", "decoder.safetensors", "encoder.pkl", "encoder.safetensors", "weights.json"]
@@ -46,7 +46,7 @@ def out(tmp_path) -> Path:
 def fetched(openai_files, tmp_path_factory) -> Path:
     """A folder as `fetch` leaves it."""
     out = tmp_path_factory.mktemp("fetched") / "out"
-    module.fetch(compose("fetch", [f"src={openai_files}", f"out={out}"]))
+    module.fetch(compose("download", [f"src={openai_files}", f"out={out}"]))
     return out
 
 
@@ -76,7 +76,7 @@ def images() -> torch.Tensor:
 class TestFetch:
     def test_download_convert_and_use(self, server, openai_files, out, run_cli):
         before = OpenAITokenizer(openai_files)
-        code, stdout, stderr = run_cli("fetch", f"out={out}", *addresses(server))
+        code, stdout, stderr = run_cli("download", f"out={out}", *addresses(server))
         assert code == 0, stderr
         assert f"tokenizer.path={out}" in stdout
         assert sorted(os.listdir(out)) == WHOLE
@@ -102,13 +102,13 @@ class TestFetch:
 
     def test_a_second_time_asks_nobody(self, server, copy, run_cli):
         before = {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
-        assert run_cli("fetch", f"out={copy}", *addresses(server))[0] == 0
+        assert run_cli("download", f"out={copy}", *addresses(server))[0] == 0
         assert not server.asked
         assert {path.name: path.stat().st_mtime_ns for path in copy.iterdir()} == before
 
     def test_files_put_there_by_hand(self, server, openai_files, out, run_cli):
         shutil.copytree(openai_files, out)
-        assert run_cli("fetch", f"out={out}", *addresses(server))[0] == 0
+        assert run_cli("download", f"out={out}", *addresses(server))[0] == 0
         assert not server.asked
         assert sorted(os.listdir(out)) == WHOLE
         assert json.loads((out / "weights.json").read_text())["encoder.pkl"]["source"] == "put there by hand"
@@ -116,25 +116,25 @@ class TestFetch:
     @pytest.mark.parametrize("scheme", ["{server}", "{folder}", "file://{folder}", "file://{folder}/"])
     def test_sources(self, scheme, server, openai_files, out, run_cli):
         src = scheme.format(server=server.url, folder=openai_files)
-        code, _, stderr = run_cli("fetch", f"out={out}", f"src={src}")
+        code, _, stderr = run_cli("download", f"out={out}", f"src={src}")
         assert code == 0, stderr
         assert sorted(os.listdir(out)) == WHOLE
 
     def test_broken_and_resumed_by_the_next_command(self, server, out, run_cli):
         size = len(server.files["/encoder.pkl"])
         server.next = [Answer(cut=size // 2), Answer(status=403)]
-        assert "403" in one_line(run_cli("fetch", f"out={out}", *addresses(server)))
+        assert "403" in one_line(run_cli("download", f"out={out}", *addresses(server)))
         assert not [name for name in os.listdir(out) if not name.startswith(".")]
         server.asked.clear()
-        assert run_cli("fetch", f"out={out}", *addresses(server))[0] == 0
+        assert run_cli("download", f"out={out}", *addresses(server))[0] == 0
         assert server.asked[0] == ("/encoder.pkl", f"bytes={size // 2}-", '"1"')
         assert sorted(os.listdir(out)) == WHOLE
 
     def test_what_had_come_goes_when_the_file_is_put_there(self, server, openai_files, out, run_cli):
         server.next = [Answer(cut=1000), Answer(status=403)]
-        one_line(run_cli("fetch", f"out={out}", *addresses(server)))
+        one_line(run_cli("download", f"out={out}", *addresses(server)))
         shutil.copytree(openai_files, out, dirs_exist_ok=True)
-        assert run_cli("fetch", f"out={out}", *addresses(server))[0] == 0
+        assert run_cli("download", f"out={out}", *addresses(server))[0] == 0
         assert sorted(os.listdir(out)) == WHOLE
 
     def test_what_a_killed_process_left_is_swept_up(self, openai_files, out, run_cli):
@@ -143,20 +143,20 @@ class TestFetch:
             (out / f".{name}").write_text("left over")
         for name in ("encoder.safetensors.partial", "weights.json.partial"):
             (out / f".{name}").write_text("half")
-        assert run_cli("fetch", f"out={out}", f"src={openai_files}")[0] == 0
+        assert run_cli("download", f"out={out}", f"src={openai_files}")[0] == 0
         assert sorted(os.listdir(out)) == WHOLE
 
     def test_what_is_in_the_way(self, openai_files, out, run_cli, tmp_path):
         (tmp_path / "file").write_text("")
-        one_line(run_cli("fetch", f"out={tmp_path / 'file'}", f"src={openai_files}"))
+        one_line(run_cli("download", f"out={tmp_path / 'file'}", f"src={openai_files}"))
         (out / "encoder.pkl").mkdir(parents=True)
-        assert "encoder.pkl" in one_line(run_cli("fetch", f"out={out}", f"src={openai_files}"))
+        assert "encoder.pkl" in one_line(run_cli("download", f"out={out}", f"src={openai_files}"))
         assert os.listdir(out) == ["encoder.pkl"]
 
     def test_without_a_network(self, out, run_cli, monkeypatch):
         monkeypatch.setattr(download_module, "sleep", lambda seconds: None)
         nowhere = [f"{kind}=http://127.0.0.1:9/{kind}.pkl" for kind in module.KINDS]  # port 9: discard
-        said = one_line(run_cli("fetch", f"out={out}", *nowhere))
+        said = one_line(run_cli("download", f"out={out}", *nowhere))
         assert "without a network: download http://127.0.0.1:9/encoder.pkl and http://127.0.0.1:9/decoder.pkl" in said
         assert f"put what you got into {out} here, and run the same command again" in said
 
@@ -176,18 +176,18 @@ class TestFetch:
             raise PermissionError(13, "Permission denied", str(copy))
 
         monkeypatch.setattr(module, "alone", refuse)
-        assert run_cli("fetch", f"out={copy}")[0] == 0
+        assert run_cli("download", f"out={copy}")[0] == 0
         (copy / "decoder.safetensors").unlink()
-        assert "Permission denied" in one_line(run_cli("fetch", f"out={copy}"))
+        assert "Permission denied" in one_line(run_cli("download", f"out={copy}"))
 
     def test_wrong_settings(self, openai_files, out, run_cli, tmp_path):
         (tmp_path / "half").mkdir()
         shutil.copy(openai_files / "encoder.pkl", tmp_path / "half")
-        assert "holds no decoder.pkl" in one_line(run_cli("fetch", f"out={out}", f"src={tmp_path / 'half'}"))
-        assert "no encoder.pkl and no decoder.pkl" in one_line(run_cli("fetch", f"out={out}", "src=nowhere"))
-        assert "one folder" in one_line(run_cli("fetch", f"out={out}", "src=[a,b]"))
-        assert "is no address" in one_line(run_cli("fetch", f"out={out}", "src=ftp://host/x"))
-        assert "out is missing" in one_line(run_cli("fetch"))
+        assert "holds no decoder.pkl" in one_line(run_cli("download", f"out={out}", f"src={tmp_path / 'half'}"))
+        assert "no encoder.pkl and no decoder.pkl" in one_line(run_cli("download", f"out={out}", "src=nowhere"))
+        assert "one folder" in one_line(run_cli("download", f"out={out}", "src=[a,b]"))
+        assert "is no address" in one_line(run_cli("download", f"out={out}", "src=ftp://host/x"))
+        assert "out is missing" in one_line(run_cli("download"))
         assert not out.exists() or not list(out.iterdir())
 
 
@@ -221,7 +221,7 @@ class TestRefusals:
             words = [f"src={tmp_path / 'src'}"]
         elif way == "by hand":
             shutil.copytree(tmp_path / "src", out)
-        assert said in one_line(run_cli("fetch", f"out={out}", *words))
+        assert said in one_line(run_cli("download", f"out={out}", *words))
         assert not (tmp_path / "executed").exists()
         # A person's own file is not deleted; of what was fetched, nothing stays.
         assert sorted(os.listdir(out)) == (PICKLES if way == "by hand" else [])
@@ -232,7 +232,7 @@ class TestRefusals:
         data = bytearray((copy / name).read_bytes())
         data[-1] ^= 1
         (copy / name).write_bytes(data if how == "bit" else data[:-1])
-        said = one_line(run_cli("fetch", f"out={copy}", *addresses(server)))
+        said = one_line(run_cli("download", f"out={copy}", *addresses(server)))
         assert f"{copy / name} has changed since it was recorded in weights.json" in said
         assert ("another SHA-256" if how == "bit" else f"{len(data) - 1} bytes, not {len(data)}") in said
         assert not server.asked
@@ -240,7 +240,7 @@ class TestRefusals:
             with pytest.raises(UserError, match="has changed since it was recorded"):
                 OpenAITokenizer(copy).decode(torch.zeros(1, 16, dtype=torch.int64))
         (copy / name).unlink()  # what the line says helps
-        assert run_cli("fetch", f"out={copy}", *addresses(server))[0] == 0
+        assert run_cli("download", f"out={copy}", *addresses(server))[0] == 0
         OpenAITokenizer(copy).decode(torch.zeros(1, 16, dtype=torch.int64))
 
     def test_another_file_at_the_address_later(self, server, openai_files, copy, run_cli, tmp_path):
@@ -250,7 +250,7 @@ class TestRefusals:
         encoder.blocks.input.b.data += 1
         torch.save(encoder, tmp_path / "other.pkl")
         server.files["/encoder.pkl"] = (tmp_path / "other.pkl").read_bytes()
-        said = one_line(run_cli("fetch", f"out={copy}", *addresses(server)))
+        said = one_line(run_cli("download", f"out={copy}", *addresses(server)))
         assert f"is not the encoder.pkl that {copy / 'weights.json'} tells of" in said
         assert not list(copy.glob("*encoder*"))
 
@@ -259,7 +259,7 @@ class TestRefusals:
     )
     def test_a_record_that_is_none(self, text, copy, run_cli):
         (copy / "weights.json").write_text(text)
-        assert "weights.json is no record of weights" in one_line(run_cli("fetch", f"out={copy}"))
+        assert "weights.json is no record of weights" in one_line(run_cli("download", f"out={copy}"))
         with pytest.raises(UserError, match="is no record of weights"):
             OpenAITokenizer(copy)
 
@@ -270,7 +270,7 @@ class TestRefusals:
             return save({name: t + (name == "blocks.input.b") * 1e-7 for name, t in tensors.items()}, metadata)
 
         monkeypatch.setattr(safetensors.torch, "save", wrong)
-        said = one_line(run_cli("fetch", f"out={out}", f"src={openai_files}"))
+        said = one_line(run_cli("download", f"out={out}", f"src={openai_files}"))
         assert "what was written is not what" in said
         assert sorted(os.listdir(out)) == ["encoder.pkl", "weights.json"]
 
@@ -287,7 +287,7 @@ class TestOnlyTheSafetensors:
     def test_pickles_may_be_deleted(self, server, copy, run_cli):
         for name in PICKLES:
             (copy / name).unlink()
-        assert run_cli("fetch", f"out={copy}", *addresses(server))[0] == 0
+        assert run_cli("download", f"out={copy}", *addresses(server))[0] == 0
         assert not server.asked
 
     def test_a_broken_one_is_not_replaced_by_the_pickle(self, copy):
@@ -304,14 +304,14 @@ class TestOnlyTheSafetensors:
     def test_without_a_record_they_are_read_all_the_same(self, copy, run_cli):
         (copy / "weights.json").unlink()
         ids = OpenAITokenizer(copy).encode(images())
-        assert run_cli("fetch", f"out={copy}")[0] == 0  # made again from the pickles
+        assert run_cli("download", f"out={copy}")[0] == 0  # made again from the pickles
         assert sorted(os.listdir(copy)) == WHOLE
         assert torch.equal(OpenAITokenizer(copy).encode(images()), ids)
 
     def test_a_folder_of_pickles_says_how_to_convert_them(self, openai_files, capsys):
         OpenAITokenizer(openai_files)
         said = capsys.readouterr().err
-        assert f"python -m beit_pretrain fetch out={openai_files}" in said
+        assert f"python -m beit_pretrain download out={openai_files}" in said
         assert said.count("\n") == 1
 
 

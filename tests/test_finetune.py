@@ -14,20 +14,20 @@ from crash import Crash
 from PIL import Image
 
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.images.views import HALF
-from beit_pretrain.networks.backbone import Classifier
-from beit_pretrain.runs import fit as runs
-from beit_pretrain.shards.make import make_shards
-from beit_pretrain.training.finetune import Finetuning, ImageClassifier, Regularisation
-from beit_pretrain.training.metrics import curve
-from beit_pretrain.training.optim import Optim
+from beit_pretrain.data.write.make_shards import make_shards
+from beit_pretrain.engine import fit as runs
+from beit_pretrain.engine.metrics import curve
+from beit_pretrain.engine.optim import Optim
+from beit_pretrain.models.backbone import Classifier
+from beit_pretrain.tasks.finetune import Finetuning, ImageClassifier, MixConfig
+from beit_pretrain.transforms.views import HALF
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.0}
 
 
 def module(**regularisation) -> Finetuning:
     model = seeded(Classifier, 10, **SIZE)
-    return Finetuning(model, Optim(lr=1e-3), Regularisation(**regularisation), HALF, HALF)
+    return Finetuning(model, Optim(lr=1e-3), MixConfig(**regularisation), HALF, HALF)
 
 
 def test_smoothed_targets():
@@ -64,9 +64,9 @@ def test_overfits_one_batch():
 @pytest.mark.parametrize("val_batch", [1, 5, 12])
 def test_validation_counts_every_image_once(val_batch, shards, run_cli, tmp_path):
     """The metrics do not depend on how the images are cut into batches, nor on a last batch that is smaller."""
-    words = ["fit", "+experiment=demo_finetune", "from_scratch=true", "steps=1", "val_every=1", "global_batch=4"]
-    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0", "log_every=1"]
-    words += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "data.per_class=2"]
+    words = ["fit", "+experiment=demo_finetune", "from_scratch=true", "steps=1", "val_every=1", "global_batch_size=4"]
+    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0", "log_every=1"]
+    words += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "data.labels_per_class=2"]
     assert run_cli(*words, f"run_dir={tmp_path / 'one'}", "data.val_batch=64")[0] == 0
     assert run_cli(*words, f"run_dir={tmp_path / 'other'}", f"data.val_batch={val_batch}")[0] == 0
     for name in ("val/loss", "val/accuracy", "val/top5_accuracy"):
@@ -87,9 +87,16 @@ def test_image_classifier(tmp_path):
 
 
 def finetune_words(shards, run_dir, *more: str) -> list[str]:
-    words = ["fit", "+experiment=demo_finetune", "from_scratch=true", "global_batch=8", "val_every=2", "save_every=1"]
-    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0", "log_every=1"]
-    words += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "data.per_class=null"]
+    words = [
+        "fit",
+        "+experiment=demo_finetune",
+        "from_scratch=true",
+        "global_batch_size=8",
+        "val_every=2",
+        "save_every=1",
+    ]
+    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0", "log_every=1"]
+    words += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "data.labels_per_class=null"]
     return [*words, "optim.warmup_steps=0", "threads=1", f"run_dir={run_dir}", *more]
 
 
@@ -120,10 +127,10 @@ def test_mixed_targets_by_hand(smoothing):
 @pytest.mark.parametrize(
     ("more", "images"),
     [
-        (["global_batch=6", "trainer.devices=2", "trainer.accelerator=cpu"], 3),
-        (["global_batch=3", "batch_size=4", "regularisation.cutmix=1"], 3),
-        (["global_batch=6", "batch_size=3"], 3),
-        (["global_batch=2", "batch_size=5"], None),  # of the 5 never more than 2 come
+        (["global_batch_size=6", "trainer.devices=2", "trainer.accelerator=cpu"], 3),
+        (["global_batch_size=3", "batch_size=4", "regularisation.cutmix=1"], 3),
+        (["global_batch_size=6", "batch_size=3"], 3),
+        (["global_batch_size=2", "batch_size=5"], None),  # of the 5 never more than 2 come
     ],
 )
 def test_images_that_are_paired_are_even_in_number(more, images, shards, run_cli, tmp_path):
@@ -171,7 +178,7 @@ def test_a_run_with_averaged_weights_goes_on(shards, run_cli, tmp_path, monkeypa
 @pytest.mark.parametrize("batch_size", [2, 8])
 def test_accumulation_takes_the_steps_of_one_batch(batch_size, shards, run_cli, tmp_path):
     """4 x 8 and 16 x 2 images as 1 x 32."""
-    more = ["steps=3", "global_batch=32", "model.drop_path_rate=0"]
+    more = ["steps=3", "global_batch_size=32", "model.drop_path_rate=0"]
     assert run_cli(*finetune_words(shards, tmp_path / "one", *more))[0] == 0
     assert run_cli(*finetune_words(shards, tmp_path / "many", *more, f"batch_size={batch_size}"))[0] == 0
     losses = [curve(tmp_path / run / "metrics.csv", "train/loss")[1] for run in ("one", "many")]
@@ -202,7 +209,7 @@ def test_early_stopping(shards, run_cli, tmp_path):
 
 def test_intermediate_fine_tuning(shards, photos, mim_checkpoint, run_cli, tmp_path):
     """Pre-trained -> classes of one data set -> classes of another: the blocks go along, the head starts afresh."""
-    make_shards(photos, tmp_path / "data", val=0.2, workers=1)
+    make_shards(photos, tmp_path / "data", val=0.2, num_workers=1)
     first = ["from_scratch=false", "model.drop_path_rate=0", "steps=2"]
     assert run_cli(*finetune_words(shards, tmp_path / "large", *first, f"init_from={mim_checkpoint}"))[0] == 0
     data = [f"data.train={tmp_path / 'data/train'}", f"data.val={tmp_path / 'data/val'}", "optim.lr=1e-9"]
@@ -220,7 +227,7 @@ def test_intermediate_fine_tuning(shards, photos, mim_checkpoint, run_cli, tmp_p
 COUNTS = """
 import json, sys
 from beit_pretrain.compose import compose
-from beit_pretrain.runs import fit
+from beit_pretrain.engine import fit
 found = fit.validate(compose("validate", sys.argv[2:]))
 fit.is_first_process() and open(sys.argv[1], "w").write(json.dumps(found))
 """
@@ -230,10 +237,10 @@ fit.is_first_process() and open(sys.argv[1], "w").write(json.dumps(found))
 @pytest.mark.timeout(900)  # six processes start
 def test_101_images_on_1_2_and_3_processes(run_cli, tmp_path):
     """The same counts exactly, the same losses within 1e-6; batches of 7 end differently on each."""
-    make_shards("synthetic", tmp_path / "data", images=121, val=101 / 121, size=32, workers=1)
+    make_shards("synthetic", tmp_path / "data", images=121, val=101 / 121, size=32, num_workers=1)
     val = ShardReader(tmp_path / "data/val").samples
     assert val == 101
-    words = finetune_words(tmp_path / "data", tmp_path / "run", "steps=2", "global_batch=4", "data.val_batch=7")
+    words = finetune_words(tmp_path / "data", tmp_path / "run", "steps=2", "global_batch_size=4", "data.val_batch=7")
     assert run_cli(*words)[0] == 0
     (tmp_path / "count.py").write_text(COUNTS)
     found = []

@@ -8,18 +8,18 @@ import pytest
 import torch
 from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
 
-from beit_pretrain.checkpoints.files import read
-from beit_pretrain.checkpoints.pretrained import load_pretrained
 from beit_pretrain.compose import compose
-from beit_pretrain.networks.backbone import SIZES, MaskedImageModel
-from beit_pretrain.runs import tasks
+from beit_pretrain.engine import tasks
+from beit_pretrain.models.backbone import SIZES, MaskedImageModel
+from beit_pretrain.models.checkpoints.files import read
+from beit_pretrain.models.checkpoints.pretrained import load_pretrained
 
-BRIEF = ["epochs=null", "optim.warmup_epochs=null", "steps=2", "global_batch=4", "threads=1", "log_every=1"]
+BRIEF = ["epochs=null", "optim.warmup_epochs=null", "steps=2", "global_batch_size=4", "threads=1", "log_every=1"]
 
 
 @pytest.fixture
 def words(shards, tmp_path):
-    data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0"]
+    data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0"]
     return [*data, *BRIEF, f"run_dir={tmp_path / 'run'}", "logger=csv"]
 
 
@@ -63,7 +63,7 @@ class TestContinuedPreTraining:
         authors_file.unlink()
         code, stdout, stderr = run_cli(*words)
         assert "already finished" in stdout, stderr
-        code, _, stderr = run_cli("show", f"run={tmp_path / 'run'}", "images=2")
+        code, _, stderr = run_cli("visualize", f"run={tmp_path / 'run'}", "images=2")
         assert code == 0, stderr
 
     def test_another_tokenizer_needs_a_new_head(self, pretrain_words, run_cli, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_views import picture
 
-from beit_pretrain.images.jpeg_rows import cut_rows
+from beit_pretrain.transforms.jpeg_rows import cut_rows
 
 MARKED = {"quality": 92, "restart_marker_rows": 1}
 

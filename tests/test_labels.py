@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.io import savemat
-from test_image_reading import encoded
+from test_image_io import encoded
 from test_make_shards import make, read_back
 from test_sources import tar_bytes, write_folder
 
+from beit_pretrain.data.manifest import read_manifest
+from beit_pretrain.data.write.labels import read_labels, segmentation_names
 from beit_pretrain.errors import UserError
-from beit_pretrain.shards.labels import read_labels, segmentation_names
-from beit_pretrain.shards.manifest import read_manifest
 
 WNIDS = ["n02", "n01", "n03"]  # of ILSVRC2012_ID 1, 2, 3: not in sorted order
 

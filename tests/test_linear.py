@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from test_backbone import image_and_mask, mim
 
-from beit_pretrain.bench.cost import counted_flops
-from beit_pretrain.networks import linear as ours
-from beit_pretrain.networks.linear import Linear, by_onednn, linear
+from beit_pretrain.benchmarks.cost import counted_flops
+from beit_pretrain.models import linear as ours
+from beit_pretrain.models.linear import Linear, by_onednn, linear
 
 pytestmark = pytest.mark.skipif(ours.ONEDNN is None, reason="torch without oneDNN")
 

@@ -13,23 +13,23 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from test_image_reading import bomb, encoded
+from test_image_io import bomb, encoded
 from test_sources import CLASSES, class_files, damaged_tar, tar_bytes, write_folder
 
+from beit_pretrain.data.manifest import read_manifest, summary, verify_shards
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.sources import list_images
+from beit_pretrain.data.write import make_shards as shards
+from beit_pretrain.data.write import sample_encoder as members
+from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.reading import EXTENSIONS, opened, to_channels, to_rgb
-from beit_pretrain.images.views import PretrainViews
-from beit_pretrain.shards import make as shards
-from beit_pretrain.shards import members
-from beit_pretrain.shards.make import make_shards
-from beit_pretrain.shards.manifest import read_manifest, summary, verify_shards
-from beit_pretrain.shards.sources import list_images
+from beit_pretrain.transforms.image_io import EXTENSIONS, open_image, to_channels, to_rgb
+from beit_pretrain.transforms.views import TwoViewTransform
 
 
 def make(src, out: Path, **options) -> Path:
-    return make_shards(src, out, **{"workers": 1, "samples_per_shard": 5} | options)[-1]
+    return make_shards(src, out, **{"num_workers": 1, "samples_per_shard": 5} | options)[-1]
 
 
 def read_back(folder: Path) -> list[dict]:
@@ -118,7 +118,7 @@ def test_same_bytes_whatever_the_workers(source, tmp_path):
     sources = [source, tmp_path / "broken"]
     first = make(sources, tmp_path / "first", val=0.3).parent
     again = make(sources, tmp_path / "again", val=0.3).parent
-    spread = make(sources, tmp_path / "spread", val=0.3, workers=2).parent
+    spread = make(sources, tmp_path / "spread", val=0.3, num_workers=2).parent
     other = make(sources, tmp_path / "other", val=0.3, seed=1).parent
     assert contents(first) == contents(again) == contents(spread) != contents(other)
     assert len(contents(first)) > 10
@@ -181,10 +181,10 @@ def test_a_shard_without_samples_is_left_out(tmp_path):
 
 def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
     files = {"good.png": encoded(0, (10, 10), "PNG"), "over.png": encoded(1, (11, 10), "PNG"), "bomb.png": bomb(60000)}
-    opened: list[tuple[int, int]] = []
+    open_image: list[tuple[int, int]] = []
 
     def watched(image: Image.Image) -> Image.Image:
-        opened.append(image.size)
+        open_image.append(image.size)
         return to_rgb(image)
 
     monkeypatch.setattr(members, "to_rgb", watched)
@@ -192,7 +192,7 @@ def test_bombs_are_refused_before_decoding(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         folder = make(write_folder(tmp_path / "src", files), tmp_path / "out", max_pixels=100)
-    assert opened == [(10, 10)]
+    assert open_image == [(10, 10)]
     assert set(rejected(folder)) == {"over.png", "bomb.png"}
     assert all("max_pixels=100" in reason for reason in rejected(folder).values())
     assert limit == Image.MAX_IMAGE_PIXELS
@@ -283,8 +283,8 @@ def test_alpha_outlives_resizing(tmp_path):
     assert all(np.abs(pixels - expected).max() <= 1 for pixels in colours)
     assert made["la.png"].mode == "LA"
     reader = ShardReader(folder)
-    views = PretrainViews(16, 8, channels=4)
-    with opened(reader.read(Sample(0, 0)).data) as image:
+    views = TwoViewTransform(16, 8, channels=4)
+    with open_image(reader.read(Sample(0, 0)).data) as image:
         assert views(image, np.random.default_rng(0))["image"].shape == (4, 16, 16)
 
 
@@ -380,7 +380,7 @@ def test_validation_split(tmp_path):
     sizes = {"ant": 1, "bee": 2, "cat": 20, "dog": 7}
     files = {f"{c}/{c}{i}.jpg": encoded(100 * k + i) for k, (c, n) in enumerate(sizes.items()) for i in range(n)}
     src = write_folder(tmp_path / "src", files)
-    train, val = make_shards(src, tmp_path / "out", val=0.25, workers=1)
+    train, val = make_shards(src, tmp_path / "out", val=0.25, num_workers=1)
     assert (train.name, val.name) == ("train", "val")
     assert read_manifest(train)["classes"] == read_manifest(val)["classes"] == list(sizes)
     assert read_manifest(train)["class_counts"] == [1, 1, 15, 5]
@@ -388,9 +388,12 @@ def test_validation_split(tmp_path):
     parts = [{s["about"]["source"] for s in read_back(folder)} for folder in (train, val)]
     assert not parts[0] & parts[1]
     assert parts[0] | parts[1] == set(files)
-    extreme = make_shards(src, tmp_path / "extreme", val=0.99, workers=1)
+    extreme = make_shards(src, tmp_path / "extreme", val=0.99, num_workers=1)
     assert read_manifest(extreme[0])["class_counts"] == [1, 1, 1, 1]
-    assert make_shards("synthetic", tmp_path / "s", val=0.5, images=20, size=16, workers=1)[1] == tmp_path / "s" / "val"
+    assert (
+        make_shards("synthetic", tmp_path / "s", val=0.5, images=20, size=16, num_workers=1)[1]
+        == tmp_path / "s" / "val"
+    )
 
 
 def test_val_of_images_alone_in_their_class(tmp_path):
@@ -398,7 +401,7 @@ def test_val_of_images_alone_in_their_class(tmp_path):
     src = write_folder(tmp_path / "src", files)
     chosen = []
     for seed in (0, 1):
-        train, val = make_shards(src, tmp_path / str(seed), val=0.1, workers=1, seed=seed)
+        train, val = make_shards(src, tmp_path / str(seed), val=0.1, num_workers=1, seed=seed)
         assert (read_manifest(train)["samples"], read_manifest(val)["samples"]) == (360, 40)
         assert len(read_manifest(train)["classes"]) == len(read_manifest(val)["classes"]) == 400
         parts = [{s["about"]["source"] for s in read_back(folder)} for folder in (train, val)]
@@ -411,7 +414,7 @@ def test_val_pools_single_and_unlabelled_images(tmp_path):
     files = {f"ant/{i}.png": encoded(i, (2, 2), "PNG") for i in range(10)}
     files |= {f"alone{i}/{i}.png": encoded(20 + i, (2, 2), "PNG") for i in range(6)}
     files |= {f"{i}.png": encoded(40 + i, (2, 2), "PNG") for i in range(4)}
-    train, val = make_shards(write_folder(tmp_path / "src", files), tmp_path / "out", val=0.3, workers=1)
+    train, val = make_shards(write_folder(tmp_path / "src", files), tmp_path / "out", val=0.3, num_workers=1)
     sources = [s["about"]["source"] for s in read_back(val)]
     assert sum(name.startswith("ant/") for name in sources) == 3
     assert len(sources) == 3 + 3
@@ -422,7 +425,7 @@ def test_val_pools_single_and_unlabelled_images(tmp_path):
 @pytest.mark.parametrize("val", [0.01, 0.99])
 def test_val_takes_from_the_pool_if_there_is_nothing_else(names, val, tmp_path):
     src = write_folder(tmp_path / "src", {name: encoded(i) for i, name in enumerate(names)})
-    folders = make_shards(src, tmp_path / "out", val=val, workers=1)
+    folders = make_shards(src, tmp_path / "out", val=val, num_workers=1)
     assert [read_manifest(folder)["samples"] for folder in folders] == [1, 1]
 
 
@@ -458,7 +461,7 @@ BAD_OPTIONS = [
     {"seed": -1},
     {"resize": 0},
     {"quality": 0},
-    {"workers": 0},
+    {"num_workers": 0},
     {"window": [5, 5]},
     {"percentiles": [99, 1]},
     {"percentiles": [-1, 50]},

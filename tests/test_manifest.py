@@ -11,17 +11,17 @@ from conftest import spoil
 from PIL import Image
 from test_sources import class_files, tar_bytes, write_folder
 
+from beit_pretrain.data.manifest import INDEX_DTYPE, index_shard, read_manifest, summary, verify_shards
+from beit_pretrain.data.write.contact_sheet import contact_sheet
+from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError
-from beit_pretrain.shards.make import make_shards
-from beit_pretrain.shards.manifest import INDEX_DTYPE, index_shard, read_manifest, summary, verify_shards
-from beit_pretrain.shards.sheet import contact_sheet
 
 
 @pytest.fixture
 def split(tmp_path) -> Path:
     """18 images in 4 shards."""
     source = write_folder(tmp_path / "source", class_files())
-    return make_shards(source, tmp_path / "out", workers=1, samples_per_shard=5)[0]
+    return make_shards(source, tmp_path / "out", num_workers=1, samples_per_shard=5)[0]
 
 
 def test_index_leads_to_the_members(split):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from beit_pretrain.data.order import MASK, generator
-from beit_pretrain.images.masking import BlockwiseMask
+from beit_pretrain.transforms.masking import BlockwiseMask
 
 PAPER = BlockwiseMask((14, 14), 75)
 

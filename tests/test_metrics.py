@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from beit_pretrain.training.metrics import CsvMetrics, curve, read_rows
+from beit_pretrain.engine.metrics import CsvMetrics, curve, read_rows
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_cut_back(path):
     for step in range(1, 6):
         logger.log_metrics({"a": step}, step=step)
     again = CsvMetrics(path)
-    again.cut_back(3)
+    again.truncate_after(3)
     assert curve(path, "a") == ([1, 2, 3], [1.0, 2.0, 3.0])
     again.log_metrics({"a": 40}, step=4)
     assert curve(path, "a") == ([1, 2, 3, 4], [1.0, 2.0, 3.0, 40.0])
@@ -71,7 +71,7 @@ def test_cut_back(path):
 def test_cut_back_to_the_beginning(path):
     logger = CsvMetrics(path)
     logger.log_metrics({"a": 1}, step=1)
-    logger.cut_back(0)
+    logger.truncate_after(0)
     assert table(path) == [["step", "a"]]
     assert curve(path, "a") == ([], [])
 

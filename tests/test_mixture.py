@@ -15,7 +15,7 @@ A, B, C = [5, 7, 3], [12, 0, 4], [30]
 
 
 def mixture(weights=(0.7, 0.3), sizes=(A, B), seed=1) -> Mixture:
-    orders = [Order(list(s), seed + i, window=4, streams=2) for i, s in enumerate(sizes)]
+    orders = [Order(list(s), seed + i, shuffle_block_size=4, shuffle_streams=2) for i, s in enumerate(sizes)]
     return Mixture(orders, weights, seed)
 
 
@@ -86,7 +86,7 @@ def test_what_is_read_was_announced(world):
     for position in (0, 50, 3 * mixed.block - 1):
         for rank in range(world):
             soon = mixed.samples_at(range(position + (rank - position) % world, position + 6, world))
-            assert set(soon[:, 0]) <= set(mixed.shards_ahead(position, rank, world))
+            assert set(soon[:, 0]) <= set(mixed.upcoming_shards(position, rank, world))
 
 
 def test_no_place_rests_on_what_numpy_does_not_promise(monkeypatch):

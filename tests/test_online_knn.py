@@ -9,10 +9,10 @@ import pytest
 import torch
 from test_pretraining import data, module
 
-from beit_pretrain.frozen.knn import TEMPERATURE, sweep
-from beit_pretrain.images.views import HALF, ClassificationViews, normalise
-from beit_pretrain.training import online_knn
-from beit_pretrain.training.online_knn import Labelled, OnlineKNN
+from beit_pretrain.evaluation import online_knn
+from beit_pretrain.evaluation.knn import TEMPERATURE, sweep
+from beit_pretrain.evaluation.online_knn import Labelled, OnlineKNN
+from beit_pretrain.transforms.views import HALF, ClassificationTransform, normalise
 
 
 class Logger:
@@ -36,7 +36,7 @@ def network():
 
 def by_hand(network, shards, bank: int, queries: int, k: int) -> float:
     """The vote, image by image."""
-    views = ClassificationViews(32, train=False)
+    views = ClassificationTransform(32, train=False)
     found = []
     for split, count in (("train", bank), ("val", queries)):
         dataset = data(shards).eval_dataset(split, views=views, images=count)

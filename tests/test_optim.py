@@ -7,12 +7,7 @@ import torch
 from torch import nn
 
 from beit_pretrain.compose import compose
-from beit_pretrain.errors import UserError
-from beit_pretrain.networks.backbone import Classifier, MaskedImageModel
-from beit_pretrain.networks.upernet import Segmenter
-from beit_pretrain.runs.tasks import optim
-from beit_pretrain.runs.trainer import total_steps
-from beit_pretrain.training.optim import (
+from beit_pretrain.engine.optim import (
     Optim,
     clip_gradients,
     configure,
@@ -21,6 +16,11 @@ from beit_pretrain.training.optim import (
     parameter_groups,
     poly_rate,
 )
+from beit_pretrain.engine.tasks import optim
+from beit_pretrain.engine.trainer import total_steps
+from beit_pretrain.errors import UserError
+from beit_pretrain.models.backbone import Classifier, MaskedImageModel
+from beit_pretrain.models.upernet import Segmenter
 
 TINY = {"image_size": 16, "patch_size": 8, "embed_dim": 16, "num_heads": 2}
 

@@ -24,7 +24,7 @@ def everything(sizes: list[int]) -> list[Sample]:
 @pytest.mark.parametrize("window", [1, 4, 4096])
 @pytest.mark.parametrize("streams", [1, 3, 64])
 def test_every_sample_once_an_epoch(sizes, window, streams):
-    order = Order(sizes, seed=1, window=window, streams=streams)
+    order = Order(sizes, seed=1, window=window, shuffle_streams=streams)
     assert order.samples == sum(sizes)
     for number in (0, 1, 7):
         assert sorted(epoch(order, number)) == everything(sizes)
@@ -38,9 +38,9 @@ def test_epochs_and_seeds_differ():
 
 
 def test_an_order_is_a_function_of_its_arguments():
-    order = Order(UNEVEN, seed=3, window=4, streams=3)
+    order = Order(UNEVEN, seed=3, shuffle_block_size=4, shuffle_streams=3)
     expected = epoch(order, 2)
-    again = Order(UNEVEN, seed=3, window=4, streams=3)
+    again = Order(UNEVEN, seed=3, shuffle_block_size=4, shuffle_streams=3)
     assert [again.sample_at(k) for k in reversed(range(2 * again.samples, 3 * again.samples))] == expected[::-1]
     assert epoch(pickle.loads(pickle.dumps(order)), 2) == expected
 
@@ -59,7 +59,7 @@ def test_nothing_to_order(sizes):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_positions_are_dealt_to_every_rank(world):
     for step in (0, 3):
-        shares = [list(positions(step, rank, world, global_batch=8)) for rank in range(world)]
+        shares = [list(positions(step, rank, world, global_batch_size=8)) for rank in range(world)]
         assert sorted(itertools.chain(*shares)) == list(range(8 * step, 8 * (step + 1)))
         assert {len(share) for share in shares} == {8 // world}
 
@@ -71,9 +71,9 @@ def test_an_uneven_deal_is_refused():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_reads_its_own_share_of_the_shards(world):
-    order = Order([10] * 16, seed=0, window=20, streams=4)
+    order = Order([10] * 16, seed=0, shuffle_block_size=20, shuffle_streams=4)
     shards = [
-        {order.sample_at(k).shard for step in range(20) for k in positions(step, rank, world, global_batch=8)}
+        {order.sample_at(k).shard for step in range(20) for k in positions(step, rank, world, global_batch_size=8)}
         for rank in range(world)
     ]
     assert [len(s) for s in shards] == [16 // world] * world
@@ -81,7 +81,7 @@ def test_a_rank_reads_its_own_share_of_the_shards(world):
 
 
 def test_a_window_keeps_reads_near():
-    order = Order([10] * 100, seed=0, window=40, streams=4)
+    order = Order([10] * 100, seed=0, shuffle_block_size=40, shuffle_streams=4)
     first_epoch = epoch(order, 0)
     for stream in range(4):
         samples = first_epoch[stream::4]
@@ -103,7 +103,7 @@ def test_a_far_position_of_a_large_set_is_found_at_once():
 @pytest.mark.parametrize("streams", [1, 3, 64])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_many_positions_at_once_are_those_one_by_one(streams, shuffle):
-    order = Order(UNEVEN, seed=1, window=4, streams=streams, shuffle=shuffle)
+    order = Order(UNEVEN, seed=1, shuffle_block_size=4, shuffle_streams=streams, shuffle=shuffle)
     for some in (range(0, 130), range(100, 3, -7), np.array([5, 5, 400, 0]), range(0)):
         assert order.samples_at(some).tolist() == [list(order.sample_at(int(k))) for k in some]
 
@@ -112,14 +112,14 @@ def test_many_positions_at_once_are_those_one_by_one(streams, shuffle):
 @pytest.mark.parametrize("position", [0, 77, 155, 163, 10**6])
 def test_what_is_read_was_announced(world, position):
     """The shards of the next window of every stream, and nothing that is far away."""
-    order = Order([5] * 32, seed=2, window=10, streams=4)
+    order = Order([5] * 32, seed=2, shuffle_block_size=10, shuffle_streams=4)
     for rank in range(world):
         first = position + (rank - position) % world
         soon = order.samples_at(range(first, position + 40, world))[:, 0]
-        ahead = order.shards_ahead(position, rank, world)
+        ahead = order.upcoming_shards(position, rank, world)
         assert set(soon) <= set(ahead)
         assert len(ahead) == len(set(ahead)) <= 2 * 4 * 4 // world
-        now = order.shards_ahead(position, rank, world, windows=1)
+        now = order.upcoming_shards(position, rank, world, windows=1)
         assert ahead[: len(now)] == now  # soonest first
         assert order.sample_at(first).shard in now
 
@@ -172,6 +172,6 @@ def test_orders_are_the_same_under_every_numpy(monkeypatch):
 
         shuffle = permutation
 
-    expected = epoch(Order(UNEVEN, seed=3, window=4, streams=3), 1)
+    expected = epoch(Order(UNEVEN, seed=3, shuffle_block_size=4, shuffle_streams=3), 1)
     monkeypatch.setattr(np.random, "Generator", Other)
-    assert epoch(Order(UNEVEN, seed=3, window=4, streams=3), 1) == expected
+    assert epoch(Order(UNEVEN, seed=3, shuffle_block_size=4, shuffle_streams=3), 1) == expected

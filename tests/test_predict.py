@@ -18,9 +18,9 @@ from beit_pretrain import Predictor
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.views import HALF
-from beit_pretrain.networks.backbone import Classifier
-from beit_pretrain.training.segment import ImageSegmenter, Windows, label_maps
+from beit_pretrain.models.backbone import Classifier
+from beit_pretrain.tasks.segment import ImageSegmenter, SlidingWindow, label_maps
+from beit_pretrain.transforms.views import HALF
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 ABOUT = {"mean": list(HALF), "std": list(HALF), "classes": ["boats", "cats", "dogs"]}
@@ -67,10 +67,10 @@ def test_a_tar_and_files_are_sources_too(classifier, photos, run_cli, tmp_path):
     assert all(found["tar"][name] == top for name, top in found["files"].items())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_shards_are_a_source(workers, shards, classifier, run_cli, tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_are_a_source(num_workers, shards, classifier, run_cli, tmp_path):
     words = ["predict", f"init_from={classifier}", f"src={shards / 'val'}", "out=p.jsonl", "batch_size=5"]
-    code, stdout, stderr = run_cli(*words, f"workers={workers}")
+    code, stdout, stderr = run_cli(*words, f"num_workers={num_workers}")
     assert code == 0, stderr
     assert "10 images" in stdout
     reader, predictor = ShardReader(shards / "val"), Predictor(classifier)
@@ -111,7 +111,7 @@ def test_every_bad_file_is_listed(classifier, run_cli, tmp_path):
 def test_odd_images(kind, classifier, segmenter_checkpoint, run_cli, tmp_path):
     """Every file is predicted or listed with its reason, and the prediction ends."""
     checkpoint, out = (classifier, "p.jsonl") if kind == "classifier" else (segmenter_checkpoint, "maps")
-    code, _, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={ODD}", f"out={out}", "workers=0")
+    code, _, stderr = run_cli("predict", f"init_from={checkpoint}", f"src={ODD}", f"out={out}", "num_workers=0")
     assert code == 0, stderr
     names = {path.name for path in ODD.iterdir()} - {"manifest.tsv"}
     if kind == "classifier":
@@ -140,10 +140,10 @@ def test_a_classifier_of_one_image_and_of_a_list(classifier):
 def test_a_segmenter_answers_at_the_size_of_the_image(segmenter_checkpoint):
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((30, 50), (64, 33), (20, 90))]
-    predictor = Predictor(segmenter_checkpoint, Windows(flip=True))
+    predictor = Predictor(segmenter_checkpoint, SlidingWindow(flip=True))
     many = predictor(images, batch_size=2)
     assert [found.shape for found in many] == [(30, 50), (64, 33), (20, 90)]
-    alone = ImageSegmenter(segmenter_checkpoint, Windows(flip=True))
+    alone = ImageSegmenter(segmenter_checkpoint, SlidingWindow(flip=True))
     for image, found in zip(images, many, strict=True):
         assert (alone.segment(image).numpy() == found).mean() > 0.999  # windows in other batches: rounding
     assert predictor(images[0], sizes=[(10, 12)]).shape == (10, 12)

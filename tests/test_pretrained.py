@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import beit_pretrain
-from beit_pretrain.checkpoints.formats import read_checkpoint
-from beit_pretrain.checkpoints.pretrained import load_pretrained
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks.backbone import SIZES, Classifier, FeatureExtractor, MaskedImageModel
-from beit_pretrain.training.dvae import DiscreteVAE
+from beit_pretrain.models.backbone import SIZES, Classifier, FeatureExtractor, MaskedImageModel
+from beit_pretrain.models.checkpoints.formats import read_checkpoint
+from beit_pretrain.models.checkpoints.pretrained import load_pretrained
+from beit_pretrain.tasks.tokenizer import DiscreteVAE
 
 BIASES = ("shared", "per_layer", "none")
 GEOMETRY = [(32, 4), (32, 8), (48, 16), (64, 32), (224, 32), (512, 32)]
@@ -282,7 +282,7 @@ class TestHeads:
                 assert close(ours, theirs)
 
     def test_cls_pooling_keeps_the_final_norm(self, mim_checkpoint):
-        from beit_pretrain.checkpoints.pretrained import classifier
+        from beit_pretrain.models.checkpoints.pretrained import classifier
 
         model = classifier(read_checkpoint(mim_checkpoint), num_classes=5, pool="token")
         assert torch.equal(model.norm.weight, read_checkpoint(mim_checkpoint).state["norm.weight"])

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from lightning import Trainer
 
-from beit_pretrain.data.batches import Plan
 from beit_pretrain.data.datamodule import PretrainData
+from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.order import MASK, generator
+from beit_pretrain.engine.optim import Optim
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.masking import BlockwiseMask
-from beit_pretrain.images.views import HALF, PretrainViews, color_jitter
-from beit_pretrain.networks.backbone import MaskedImageModel
-from beit_pretrain.training.dvae import DVAETokenizer
-from beit_pretrain.training.optim import Optim
-from beit_pretrain.training.pretrain import IGNORE, Pretraining, masked_targets, nearest_visible
+from beit_pretrain.models.backbone import MaskedImageModel
+from beit_pretrain.tasks.pretrain import IGNORE, Pretraining, masked_targets, nearest_visible
+from beit_pretrain.tasks.tokenizer import DVAETokenizer
+from beit_pretrain.transforms.masking import BlockwiseMask
+from beit_pretrain.transforms.views import HALF, TwoViewTransform, color_jitter
 
 TINY = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 # One attempt a block: images differ widely in how many patches are masked, which is what the objective must bear.
@@ -47,9 +47,9 @@ def module(tokenizer=None, drop_path_rate=0.0, lr=1e-3, clip=None, **settings) -
     return Pretraining(model, tokenizer or Brightness(), Optim(lr=lr, clip=clip), HALF, HALF)
 
 
-def data(shards, global_batch: int = 8, **settings) -> PretrainData:
-    views = PretrainViews(image_size=32, token_image_size=32)
-    settings = {"global_batch": global_batch, "workers": 0} | settings
+def data(shards, global_batch_size: int = 8, **settings) -> PretrainData:
+    views = TwoViewTransform(image_size=32, token_image_size=32)
+    settings = {"global_batch_size": global_batch_size, "num_workers": 0} | settings
     return PretrainData(shards / "train", shards / "val", views=views, masking=MASKING, **settings)
 
 
@@ -116,7 +116,7 @@ class TestOneStep:
 
     def expected(self, shards) -> tuple[Pretraining, dict]:
         """Equation (1) written out: the mean cross-entropy over all masked patches of the batch of eight."""
-        batch = data(shards).train_dataset(Plan(8))[0]
+        batch = data(shards).train_dataset(BatchSchedule(8))[0]
         counts = batch["mask"].sum(1)
         assert len(set(counts.tolist())) > 1
         assert counts[:4].sum() != counts[4:].sum()  # micro-batches of unequal weight, or the test shows nothing

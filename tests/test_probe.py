@@ -11,14 +11,14 @@ import torch
 from conftest import MIM, write_checkpoint
 from foreign import scrambled
 
-from beit_pretrain.checkpoints.formats import digest
-from beit_pretrain.checkpoints.pretrained import load_pretrained
+from beit_pretrain.engine.metrics import read_rows
+from beit_pretrain.engine.optim import Optim
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.views import HALF
-from beit_pretrain.networks.backbone import Features, MaskedImageModel
-from beit_pretrain.training.metrics import read_rows
-from beit_pretrain.training.optim import Optim
-from beit_pretrain.training.probe import LayerProbes, Probing, pooled
+from beit_pretrain.models.backbone import Features, MaskedImageModel
+from beit_pretrain.models.checkpoints.formats import digest
+from beit_pretrain.models.checkpoints.pretrained import load_pretrained
+from beit_pretrain.tasks.linear_probe import LayerProbes, Probing, pooled
+from beit_pretrain.transforms.views import HALF
 
 
 def batch(count: int = 6) -> dict:
@@ -76,8 +76,16 @@ def test_another_pool_is_refused():
 
 @pytest.fixture
 def words(shards, mim_checkpoint, tmp_path):
-    data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0", "threads=1"]
-    size = ["image_size=32", "epochs=null", "steps=4", "global_batch=6", "val_every=2", "save_every=2", "log_every=1"]
+    data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0", "threads=1"]
+    size = [
+        "image_size=32",
+        "epochs=null",
+        "steps=4",
+        "global_batch_size=6",
+        "val_every=2",
+        "save_every=2",
+        "log_every=1",
+    ]
     where = [f"init_from={mim_checkpoint}", f"run_dir={tmp_path / 'run'}", "logger=csv"]
     return ["fit", "+experiment=probe_1k", *data, *size, *where]
 
@@ -97,7 +105,7 @@ def test_a_run(words, run_cli, tmp_path):
     code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu")
     assert code == 0, stderr
     assert f"{last['val/accuracy']:.4f}" in stdout
-    code, stdout, stderr = run_cli("show", f"run={tmp_path / 'run'}")
+    code, stdout, stderr = run_cli("visualize", f"run={tmp_path / 'run'}")
     assert code == 0, stderr
     for name in ("layers", "attention", "curves"):
         assert (tmp_path / "run/pictures" / f"{name}.png").is_file()

@@ -14,7 +14,7 @@ PARENT = """
 import os, sys
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
-from beit_pretrain.shards.processes import end_with_parent
+from beit_pretrain.processes import end_with_parent
 
 class Large(Dataset):
     def __getitem__(self, number):
@@ -40,13 +40,13 @@ def alive(pid: int) -> bool:
 def test_workers_end_with_a_killed_parent():
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    workers = [int(word) for word in parent.stdout.readline().split()]
-    assert len(set(workers)) == 2
+    num_workers = [int(word) for word in parent.stdout.readline().split()]
+    assert len(set(num_workers)) == 2
     time.sleep(1)  # both now wait with the next batch, which the pipe does not hold
-    assert all(map(alive, workers))
+    assert all(map(alive, num_workers))
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     ends = time.monotonic() + 60
-    while any(map(alive, workers)) and time.monotonic() < ends:
+    while any(map(alive, num_workers)) and time.monotonic() < ends:
         time.sleep(0.2)
-    assert not any(map(alive, workers))
+    assert not any(map(alive, num_workers))

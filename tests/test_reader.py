@@ -14,7 +14,7 @@ from conftest import spoil
 from beit_pretrain.data import remote
 from beit_pretrain.data.datamodule import labels
 from beit_pretrain.data.order import Sample
-from beit_pretrain.data.reader import Access, ShardReader
+from beit_pretrain.data.reader import RemoteOptions, ShardReader
 from beit_pretrain.errors import UserError
 
 
@@ -24,8 +24,8 @@ def no_pauses(monkeypatch):
 
 
 @pytest.fixture
-def access(tmp_path) -> Access:
-    return Access(cache_dir=str(tmp_path / "cache"), retries=2, timeout=0.5)
+def access(tmp_path) -> RemoteOptions:
+    return RemoteOptions(cache_dir=str(tmp_path / "cache"), retries=2, timeout=0.5)
 
 
 @pytest.fixture

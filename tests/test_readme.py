@@ -18,7 +18,7 @@ SMALL = {
     "finetune_own": "image_size=32 patch_size=8 epochs=null optim.warmup_epochs=null model.size=null "
     "+model.embed_dim=32 +model.depth=2 +model.num_heads=2",
 }
-BRIEF = "steps=2 global_batch=4 data.workers=0 threads=1"
+BRIEF = "steps=2 global_batch_size=4 data.num_workers=0 threads=1"
 
 
 def commands() -> list[str]:
@@ -40,7 +40,7 @@ def test_command(number, place, run_cli, monkeypatch):
     assert words[:3] == ["python", "-m", "beit_pretrain"]
     experiment = next((w.split("=")[1] for w in words if w.startswith("+experiment=")), None)
     extra = f"{BRIEF} {SMALL[experiment]}".split() if experiment else []
-    extra += ["data.workers=0", "threads=1", "linear.epochs=2"] if words[3] == "probe" else []
+    extra += ["data.num_workers=0", "threads=1", "linear.epochs=2"] if words[3] == "probe" else []
     code, stdout, stderr = run_cli(*words[3:], *extra)
     assert code == 0, stderr
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.interpolate import RectBivariateSpline
 
-from beit_pretrain.networks.resize import progression, resize_positions, resize_state, resize_table
+from beit_pretrain.models.resize import progression, resize_positions, resize_state, resize_table
 
 
 def table(grid: tuple[int, int], heads: int = 3, smooth: bool = False) -> torch.Tensor:

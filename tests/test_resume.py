@@ -12,17 +12,17 @@ from omegaconf import OmegaConf
 from tiny import last_checkpoint, rows_of, tiny_words
 
 from beit_pretrain.compose import compose
+from beit_pretrain.engine import fit as runs
+from beit_pretrain.engine import resume
+from beit_pretrain.engine.metrics import read_rows
+from beit_pretrain.engine.run_folder import mark_finished, read_config
+from beit_pretrain.engine.sweep import SweepRun, is_finished
 from beit_pretrain.errors import UserError
-from beit_pretrain.runs import fit as runs
-from beit_pretrain.runs import resume
-from beit_pretrain.runs.folder import mark_finished, read_config
-from beit_pretrain.runs.sweep import Member, is_finished
-from beit_pretrain.training.metrics import read_rows
 
 
 @pytest.fixture
 def words(shards, dvae_checkpoint, tmp_path):
-    more = ["data.workers=0", "pictures=0", "steps=4", "save_every=2", f"run_dir={tmp_path / 'run'}"]
+    more = ["data.num_workers=0", "num_visualizations=0", "steps=4", "save_every=2", f"run_dir={tmp_path / 'run'}"]
     return ["fit", *tiny_words(shards, dvae_checkpoint), *more]
 
 
@@ -58,7 +58,7 @@ class TestDamagedConfig:
         assert "run/config.yaml cannot be read" in stderr
 
     def test_a_sweep_takes_its_member_for_unfinished(self, words, tmp_path):
-        member = Member("run", tmp_path / "run", {}, words[1:])
+        member = SweepRun("run", tmp_path / "run", {}, words[1:])
         member.folder.mkdir()
         mark_finished(member.folder, 4)
         assert not is_finished(member)
@@ -90,7 +90,7 @@ class TestOtherSettings:
         self.refused(run_cli, words, run)
         with monkeypatch.context() as patch:  # the first process names one that differs, once they have met
             patch.setattr(resume, "is_first_process", lambda: False)
-            assert resume.to_resume(compose("fit", [*words[1:], "seed=5"]), run / "checkpoints") == resume.Start()
+            assert resume.find_resume(compose("fit", [*words[1:], "seed=5"]), run / "checkpoints") == resume.Start()
         (run / "config.yaml").write_bytes(DAMAGED["unfinished"])
         code, _, stderr = run_cli(*words)
         assert code == 2

@@ -15,15 +15,15 @@ import torch
 from crash import Crash
 from lightning.pytorch.plugins import MixedPrecision
 
-from beit_pretrain.checkpoints import files as checkpoint
-from beit_pretrain.runs import cluster
-from beit_pretrain.runs import fit as runs
-from beit_pretrain.shards.make import make_shards
-from beit_pretrain.training.metrics import curve
-from beit_pretrain.training.pretrain import Pretraining
+from beit_pretrain.data.write.make_shards import make_shards
+from beit_pretrain.engine import distributed as cluster
+from beit_pretrain.engine import fit as runs
+from beit_pretrain.engine.metrics import curve
+from beit_pretrain.models.checkpoints import files as checkpoint
+from beit_pretrain.tasks.pretrain import Pretraining
 
 TINY = (
-    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch=8 batch_size=4 data.workers=0 "
+    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 batch_size=4 data.num_workers=0 "
     "model.embed_dim=32 model.num_heads=2 model.depth=2 data.val_images=8 log_every=1 threads=1"
 ).split()
 
@@ -95,7 +95,15 @@ def test_a_run_goes_on_with_other_micro_batches(before, after, words, run_cli, t
 @pytest.mark.parametrize("experiment", ["demo_pretrain", "demo_tokenizer", "demo_finetune"])
 def test_every_kind_of_run_in_every_precision(experiment, precision, shards, dvae_checkpoint, run_cli, tmp_path):
     words = ["fit", f"+experiment={experiment}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
-    words += ["steps=2", "val_every=2", "global_batch=4", "data.workers=0", "image_size=32", "log_every=1", "threads=1"]
+    words += [
+        "steps=2",
+        "val_every=2",
+        "global_batch_size=4",
+        "data.num_workers=0",
+        "image_size=32",
+        "log_every=1",
+        "threads=1",
+    ]
     words += {
         "demo_pretrain": [f"tokenizer.path={dvae_checkpoint}", "mask.max_patches=6", "mask.min_block=1"],
         "demo_tokenizer": [],
@@ -110,7 +118,7 @@ def test_a_loss_scale_is_not_taken_for_a_gradient(words, run_cli, tmp_path, monk
     """trainer.precision=16-mixed, which Lightning allows on a GPU alone: norm and clip are those of the gradient."""
     words = [*words, "steps=4", "val_every=4", "optim.warmup_steps=1"]
     assert run_cli(*words, f"run_dir={tmp_path / 'full'}")[0] == 0
-    arranged = cluster.arranged
+    arranged = cluster.resolve_trainer_args
 
     def halved(*settings) -> dict:
         found = arranged(*settings)
@@ -179,7 +187,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(words, shards, run_cli, tmp
     assert code == 0, stderr
     assert "already finished" in stdout
     shutil.rmtree(data)
-    make_shards("synthetic", data, images=60, size=48, val=0.2, samples_per_shard=12, workers=1, seed=1)
+    make_shards("synthetic", data, images=60, size=48, val=0.2, samples_per_shard=12, num_workers=1, seed=1)
     code, _, stderr = run_cli(*words, *here, "steps=2", "val_every=2")
     assert code == 2
     assert "was trained with other images than data.train holds now" in stderr
@@ -231,7 +239,15 @@ def test_wandb_is_offline_without_an_account(words, run_cli, tmp_path, monkeypat
 def test_one_step_of_base_22k_on_a_cpu(shards, openai_files_full, run_cli, tmp_path):
     """The paper's experiment as it is shipped, but for the batch: 224 px, 8192 tokens, the dall_e package's encoder."""
     words = ["fit", "+experiment=base_22k", f"data.train={shards / 'train'}", f"tokenizer.path={openai_files_full}"]
-    words += ["logger=csv", "epochs=null", "steps=1", "global_batch=2", "data.workers=0", "log_every=1", "threads=2"]
+    words += [
+        "logger=csv",
+        "epochs=null",
+        "steps=1",
+        "global_batch_size=2",
+        "data.num_workers=0",
+        "log_every=1",
+        "threads=2",
+    ]
     code, _, stderr = run_cli(*words, f"run_dir={tmp_path / 'run'}")
     assert code == 0, stderr
     _, (loss,) = curve(tmp_path / "run/metrics.csv", "train/loss")

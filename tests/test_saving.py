@@ -11,16 +11,16 @@ import pytest
 import torch
 from crash import Crash
 from lightning import Callback
-from test_background import endless
-from test_keeping import in_process, sends, signals_restored, words  # noqa: F401 (fixtures)
+from test_background_checkpoint import endless
+from test_checkpointing import in_process, sends, signals_restored, words  # noqa: F401 (fixtures)
 from tiny import last_checkpoint, rows_of
 
-from beit_pretrain.checkpoints.background import BackgroundCheckpointIO
-from beit_pretrain.checkpoints.files import AtomicCheckpointIO
+from beit_pretrain.engine import fit as runs
+from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
+from beit_pretrain.engine.checkpointing import CheckpointManager
+from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.errors import UserError
-from beit_pretrain.runs import fit as runs
-from beit_pretrain.training.keeping import Keeper
-from beit_pretrain.training.metrics import read_rows
+from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO
 
 WRITE = AtomicCheckpointIO.save_checkpoint
 
@@ -36,10 +36,10 @@ class Steps(Callback):
     """How many steps a run has begun."""
 
     def __init__(self) -> None:
-        self.begun = 0
+        self.prepare_view = 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
-        self.begun = trainer.global_step + 1
+        self.prepare_view = trainer.global_step + 1
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def test_a_checkpoint_is_the_run_as_it_was(short, run_cli, tmp_path, monkeypatch
 
     def late(self, checkpoint, path, storage_options=None) -> None:
         step, deadline = int(checkpoint["global_step"]), time.monotonic() + 20
-        while steps.begun < min(step + 3, 8) and time.monotonic() < deadline:
+        while steps.prepare_view < min(step + 3, 8) and time.monotonic() < deadline:
             time.sleep(0.01)
-        begun[step] = steps.begun
+        begun[step] = steps.prepare_view
         WRITE(self, checkpoint, path)
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", late)
@@ -121,7 +121,7 @@ def test_a_write_that_fails_ends_the_run_at_the_next_step(short, run_cli, tmp_pa
     code, _, stderr = run_cli(*short)
     assert (code, stderr.count("error:"), "Traceback" in stderr) == (2, 1, False), stderr
     assert "disk full of step 8" in stderr
-    assert 8 <= steps.begun <= 10
+    assert 8 <= steps.prepare_view <= 10
     assert last_checkpoint(tmp_path / "run")["global_step"] == 4
 
 
@@ -144,7 +144,7 @@ def test_a_best_checkpoint_that_fails_before_any_other(words, run_cli, monkeypat
     code, _, stderr = run_cli(*in_process(words), "save_every=1000", "val_every=2", "steps=12")
     assert (code, stderr.count("error:")) == (2, 1), stderr
     assert "disk full of step 2" in stderr
-    assert 2 <= steps.begun <= 4
+    assert 2 <= steps.prepare_view <= 4
 
 
 def test_a_best_checkpoint_is_waited_for_too(words, run_cli, tmp_path, slow, with_callback):  # noqa: F811
@@ -160,9 +160,9 @@ def test_a_run_that_has_no_step_to_take_hears_of_its_checkpoint_too(short, run_c
     assert run_cli(*given)[0] == 0
     for name in ("checkpoints/last.ckpt", "checkpoints/previous.ckpt", "finished.json"):
         (tmp_path / "run" / name).unlink()
-    heard, written = [], Keeper._written
+    heard, written = [], CheckpointManager._written
     monkeypatch.setattr(
-        Keeper, "_written", lambda self, path, held: heard.append(path.name) or written(self, path, held)
+        CheckpointManager, "_written", lambda self, path, held: heard.append(path.name) or written(self, path, held)
     )
     code, _, stderr = run_cli(*given)
     assert code == 0, stderr
@@ -172,14 +172,14 @@ def test_a_run_that_has_no_step_to_take_hears_of_its_checkpoint_too(short, run_c
 
 def test_a_signal_while_a_checkpoint_is_taken_costs_no_other(short, run_cli, tmp_path, monkeypatch, signals_restored):  # noqa: F811
     """That may take long: the write before it is waited for."""
-    save = Keeper.save
+    save = CheckpointManager.save
 
     def told(self, module) -> None:
         save(self, module)
         if module.trainer.global_step == 8:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Keeper, "save", told)
+    monkeypatch.setattr(CheckpointManager, "save", told)
     with pytest.raises(SystemExit, match="75"):
         run_cli(*short)
     assert last_checkpoint(tmp_path / "run")["global_step"] == 8

@@ -17,18 +17,17 @@ from conftest import seeded, spoil, write_checkpoint
 from PIL import Image
 from test_finetune import Crash
 
-from beit_pretrain.images.segment_views import IGNORE, read_labels
-from beit_pretrain.networks.upernet import Maps, Segmenter
-from beit_pretrain.predict import maps
-from beit_pretrain.predict.maps import free_name
-from beit_pretrain.runs import fit as runs
-from beit_pretrain.shards.make import make_shards
-from beit_pretrain.training.metrics import curve
-from beit_pretrain.training.optim import Optim
-from beit_pretrain.training.segment import (
+from beit_pretrain.data.write.make_shards import make_shards
+from beit_pretrain.engine import fit as runs
+from beit_pretrain.engine.metrics import curve
+from beit_pretrain.engine.optim import Optim
+from beit_pretrain.inference import label_maps as maps
+from beit_pretrain.inference.label_maps import free_name
+from beit_pretrain.models.upernet import Maps, Segmenter
+from beit_pretrain.tasks.segment import (
     ImageSegmenter,
     Segmentation,
-    Windows,
+    SlidingWindow,
     best_classes,
     confusion,
     pixel_loss,
@@ -37,6 +36,7 @@ from beit_pretrain.training.segment import (
     slide,
     starts,
 )
+from beit_pretrain.transforms.segmentation import IGNORE, read_labels
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}
 SMALL = {"aux_channels": 8, "channels": 16}
@@ -44,10 +44,17 @@ ADE = Path(os.environ.get("ADE20K_MINI", Path(__file__).parents[2] / "shared/dat
 
 
 def words(shards, run_dir, *more: str) -> list[str]:
-    result = ["fit", "+experiment=demo_segment", "from_scratch=true", "steps=2", "val_every=2", "global_batch=4"]
-    result += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.workers=0", "log_every=1"]
+    result = ["fit", "+experiment=demo_segment", "from_scratch=true", "steps=2", "val_every=2", "global_batch_size=4"]
+    result += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0", "log_every=1"]
     result += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "optim.warmup_steps=0"]
-    return [*result, "decoder.channels=16", "decoder.aux_channels=8", "pictures=2", f"run_dir={run_dir}", *more]
+    return [
+        *result,
+        "decoder.channels=16",
+        "decoder.aux_channels=8",
+        "num_visualizations=2",
+        f"run_dir={run_dir}",
+        *more,
+    ]
 
 
 def state_of(run) -> dict[str, torch.Tensor]:
@@ -181,7 +188,7 @@ class TestWindows:
                     logits = slide(model, image.flip(-1) if mirror else image)
                     logits = logits.flip(-1) if mirror else logits
                     total += torch.nn.functional.interpolate(logits, size, mode="bilinear")[0].softmax(0)
-            found = segmented(model, images, size, Windows(flip=True))
+            found = segmented(model, images, size, SlidingWindow(flip=True))
         assert (found == total.argmax(0)).float().mean() > 0.999
 
 
@@ -198,8 +205,8 @@ def test_classes_may_be_enlarged_one_after_the_other(views, limit):
 def test_dropout_and_drop_path_belong_to_positions():
     model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
     module = Segmentation(model, Optim(lr=1e-3), (0.5,) * 3, (0.5,) * 3, seed=1)
-    keep = module.keep(torch.arange(2000))
-    assert torch.equal(keep[7], module.keep(torch.tensor([7]))[0])
+    keep = module.dropout_mask(torch.arange(2000))
+    assert torch.equal(keep[7], module.dropout_mask(torch.tensor([7]))[0])
     assert keep.shape == (2000, 16 + 8)
     assert keep.unique().tolist() == pytest.approx([0, 1 / 0.9])
     assert keep.mean().item() == pytest.approx(1, abs=0.01)
@@ -222,7 +229,7 @@ class TestRuns:
         for name in ("miou", "macc", "aacc"):
             printed = next(line.split()[1] for line in stdout.splitlines() if line.startswith(f"val/{name} "))
             assert float(printed) == pytest.approx(curve(run / "metrics.csv", f"val/{name}")[1][-1], abs=1e-4)
-        assert run_cli("show", f"run={run}", "images=2")[0] == 0
+        assert run_cli("visualize", f"run={run}", "images=2")[0] == 0
         assert Image.open(run / "pictures/show.png").width > 900
         code, stdout, stderr = run_cli("validate", f"run={run}", "test.scales=[0.5,1,1.5]", "test.flip=true")
         assert code == 0, stderr
@@ -267,7 +274,7 @@ class TestRuns:
 
         shutil.copytree(shards / "train", tmp_path / "train")
         spoil(tmp_path / "train", 0, [1])
-        more = [f"data.train={tmp_path / 'train'}", "data.max_bad=1", "global_batch=12", "steps=4"]
+        more = [f"data.train={tmp_path / 'train'}", "data.max_corrupt_fraction=1", "global_batch_size=12", "steps=4"]
         code, _, stderr = run_cli(*words(shards, tmp_path / "run", *more))
         assert code == 0, stderr
         assert "not an image" in (tmp_path / "run/replaced.jsonl").read_text()
@@ -293,10 +300,10 @@ class TestRuns:
     @pytest.mark.timeout(3600)  # 4 minutes of CPU time
     def test_the_shipped_config_at_512(self, run_cli, tmp_path):
         """Two steps of the real thing: base, two crops of 512, 150 classes, and a whole image. 10 GB of memory."""
-        make_shards("synthetic", tmp_path / "data", images=4, size=560, val=0.25, workers=1)
-        settings = ["fit", "+experiment=segment_ade20k_base", "from_scratch=true", "steps=2", "global_batch=2"]
+        make_shards("synthetic", tmp_path / "data", images=4, size=560, val=0.25, num_workers=1)
+        settings = ["fit", "+experiment=segment_ade20k_base", "from_scratch=true", "steps=2", "global_batch_size=2"]
         settings += [f"data.train={tmp_path / 'data/train'}", f"data.val={tmp_path / 'data/val'}", "num_classes=150"]
-        settings += ["logger=csv", "data.workers=0", "log_every=1", "pictures=0", "optim.warmup_steps=0"]
+        settings += ["logger=csv", "data.num_workers=0", "log_every=1", "num_visualizations=0", "optim.warmup_steps=0"]
         code, _, stderr = run_cli(*settings, "data.val_images=1", f"run_dir={tmp_path / 'run'}")
         assert code == 0, stderr
         losses = curve(tmp_path / "run/metrics.csv", "train/decode_loss")[1]
@@ -312,8 +319,11 @@ class TestRuns:
             (["decoder.layers=[1,1,2,3]"], "must be four numbers up to 2"),
             (["decoder.layers=[2,1,1,1]"], "in ascending order"),
             (["batch_size=1"], "at least 2 images at once"),
-            (["global_batch=1", "batch_size=2"], "at least 2 images at once, not 1"),
-            (["global_batch=2", "trainer.devices=2", "trainer.accelerator=cpu"], "at least 2 images at once, not 1"),
+            (["global_batch_size=1", "batch_size=2"], "at least 2 images at once, not 1"),
+            (
+                ["global_batch_size=2", "trainer.devices=2", "trainer.accelerator=cpu"],
+                "at least 2 images at once, not 1",
+            ),
             (["image_size=30"], "not divisible"),
             (["optim.schedule=step"], "optim.schedule must be one of cosine, poly"),
             (["data.resize=[2,1]"], "data.resize must be"),
@@ -331,15 +341,24 @@ class TestRuns:
         assert not (tmp_path / "run").exists()
 
     def test_shards_without_label_maps(self, photos, run_cli, tmp_path):
-        make_shards(photos, tmp_path / "data", val=0.2, workers=1)
+        make_shards(photos, tmp_path / "data", val=0.2, num_workers=1)
         code, _, stderr = run_cli(*words(tmp_path / "data", tmp_path / "run", "num_classes=3"))
         assert code == 2
         assert "has no label maps" in stderr
 
     def test_test_settings_are_of_segmentation(self, shards, run_cli, tmp_path):
-        tuned = ["fit", "+experiment=demo_finetune", "from_scratch=true", "steps=1", "global_batch=4", "image_size=32"]
+        tuned = [
+            "fit",
+            "+experiment=demo_finetune",
+            "from_scratch=true",
+            "steps=1",
+            "global_batch_size=4",
+            "image_size=32",
+        ]
         tuned += ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", f"data.train={shards / 'train'}"]
-        assert run_cli(*tuned, f"data.val={shards / 'val'}", "data.workers=0", f"run_dir={tmp_path / 'run'}")[0] == 0
+        assert (
+            run_cli(*tuned, f"data.val={shards / 'val'}", "data.num_workers=0", f"run_dir={tmp_path / 'run'}")[0] == 0
+        )
         code, _, stderr = run_cli("validate", f"run={tmp_path / 'run'}", "test.flip=true")
         assert code == 2
         assert "test.flip is of segmentation" in stderr
@@ -441,7 +460,7 @@ def test_overfits_one_batch():
 def test_image_segmenter(tmp_path):
     model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
     path = write_checkpoint(tmp_path / "a.ckpt", "segmenter", model, classes=["a", "b", "c"], mean=[0.5] * 3)
-    segmenter = ImageSegmenter(path, Windows(flip=True, scales=(1.0, 2.0)))
+    segmenter = ImageSegmenter(path, SlidingWindow(flip=True, scales=(1.0, 2.0)))
     for mode, size in (("RGB", (50, 70)), ("L", (31, 33)), ("CMYK", (200, 9))):
         found = segmenter.segment(Image.new(mode, size))
         assert found.shape == size[::-1]
@@ -452,12 +471,12 @@ def test_image_segmenter(tmp_path):
 def test_the_real_pairs_of_ade20k(tmp_path):
     """Names and numbers against the files themselves, read here without any code of the project."""
     from beit_pretrain.data.datamodule import SegmentationData
-    from beit_pretrain.images.segment_views import SegmentationCrops, SegmentationImages
+    from beit_pretrain.transforms.segmentation import SegmentationEvalTransform, SegmentationTrainTransform
 
-    make_shards(str(ADE / "sampleData"), tmp_path / "data", workers=1)
-    views = SegmentationCrops(64, 150), SegmentationImages(512, 150)
+    make_shards(str(ADE / "sampleData"), tmp_path / "data", num_workers=1)
+    views = SegmentationTrainTransform(64, 150), SegmentationEvalTransform(512, 150)
     train = tmp_path / "data" / "train"
-    data = SegmentationData(train, train, train_views=views[0], val_views=views[1], global_batch=2)
+    data = SegmentationData(train, train, train_views=views[0], val_views=views[1], global_batch_size=2)
     names = data.readers["train"].manifest["segmentation_classes"]
     table = [line.split("\t") for line in (ADE / "objectInfo150.txt").read_text().splitlines()[1:]]
     assert [(names[0], names[2], names[149])] == [("wall", "sky", "flag")]

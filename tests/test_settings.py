@@ -62,14 +62,14 @@ def test_every_rule_is_of_a_setting_that_exists():
 
 @pytest.mark.parametrize(
     "word",
-    "seed=null seed=1.7 seed=-1 steps=1.5 steps=abc steps=true epochs=0 global_batch=0 batch_size=abc threads=0 "
+    "seed=null seed=1.7 seed=-1 steps=1.5 steps=abc steps=true epochs=0 global_batch_size=0 batch_size=abc threads=0 "
     "mean=abc std=[0,0,0] optim.betas=[2,3] optim.betas=[0.9] optim.lr=0 optim.lr=fast "
     "optim.clip=-1 optim.layer_decay=2 "
     "data.jitter=abc data.jitter=[1,2] data.flip=abc data.flip=2 data.val_batch=0 data.val_images=0 "
-    "data.window=abc data.streams=0 data.scale=[-1,-.5] data.scale=[1,.5] data.ratio=[0,1] data.workers=-1 "
-    "data.weights=1 data.weights=[1,0] data.weights=[a] data.max_bad=2 data.max_bad=-1 data.cache_gb=0 data.retries=-1 "
+    "data.shuffle_block_size=abc data.shuffle_streams=0 data.scale=[-1,-.5] data.scale=[1,.5] data.ratio=[0,1] data.num_workers=-1 "
+    "data.weights=1 data.weights=[1,0] data.weights=[a] data.max_corrupt_fraction=2 data.max_corrupt_fraction=-1 data.cache_gb=0 data.retries=-1 "
     "data.timeout=0 data.timeout=soon data.train=[] data.val=[1,[2]] "
-    "data.exact=maybe knn.bank=0 knn.k=abc pictures=-1 model.depth=0 model.drop_path_rate=2 "
+    "data.pil_reference=maybe knn.bank=0 knn.k=abc num_visualizations=-1 model.depth=0 model.drop_path_rate=2 "
     "model.embed_dim=-4 mask.min_aspect=0 "
     "logger.kind=paper resume=sometimes optim.warmup_steps=1.5 val_minutes=0 gradient_compression=fp16".split(),
 )
@@ -85,10 +85,10 @@ def test_wrong_values_of_a_pre_training_run(word, run_cli, tmp_path):
 @pytest.mark.parametrize(
     ("verb", "word"),
     [
-        ("fetch", "encoder=ftp://host/encoder.pkl"),
-        ("fetch", "decoder=null"),
-        ("fetch", "timeout=0"),
-        ("fetch", "attempts=0"),
+        ("download", "encoder=ftp://host/encoder.pkl"),
+        ("download", "decoder=null"),
+        ("download", "timeout=0"),
+        ("download", "attempts=0"),
         ("shards", "val=abc"),
         ("shards", "images=abc"),
         ("shards", "resize=0"),
@@ -100,7 +100,7 @@ def test_wrong_values_of_a_pre_training_run(word, run_cli, tmp_path):
         ("demo", "threads=abc"),
         ("demo", "steps.pretrain=0"),
         ("predict", "top=0"),
-        ("show", "images=0"),
+        ("visualize", "images=0"),
     ],
 )
 def test_wrong_values_of_the_other_verbs(verb, word, run_cli, tmp_path):

@@ -6,17 +6,17 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from test_image_reading import encoded
+from test_image_io import encoded
 
+from beit_pretrain.data.sources import Candidate, list_images, read_candidate, rows, units
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.reading import opened
-from beit_pretrain.shards.sources import Candidate, list_images, read_candidate, rows, units
+from beit_pretrain.transforms.image_io import open_image
 
 CLASSES = ("ant", "bee", "cat")
 
 
-def class_files(per_class: int = 6) -> dict[str, bytes]:
-    return {f"{c}/{c}_{i}.jpg": encoded(100 * k + i) for k, c in enumerate(CLASSES) for i in range(per_class)}
+def class_files(labels_per_class: int = 6) -> dict[str, bytes]:
+    return {f"{c}/{c}_{i}.jpg": encoded(100 * k + i) for k, c in enumerate(CLASSES) for i in range(labels_per_class)}
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> Path:
@@ -129,7 +129,7 @@ def test_list_images(tmp_path):
         assert [c.key for c in found] == sorted(files)
     (single,) = list_images(folder / "ant" / "ant_0.jpg")
     assert single.key == "ant_0.jpg"
-    with opened(read_candidate(single)) as image:
+    with open_image(read_candidate(single)) as image:
         assert image.size == (24, 18)
 
 

@@ -10,18 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning import Callback
-from test_cached_tokens import Pretraining, data_of, tokens_of
 from test_datamodule import pretrain_data
 from test_pretraining import module, trainer
+from test_token_cache import Pretraining, data_of, tokens_of
 from tiny import TINY
 from torch.autograd import DeviceType
 
+from beit_pretrain.engine.callbacks import ProgressBar
+from beit_pretrain.engine.device_prefetch import DevicePrefetcher
+from beit_pretrain.engine.metrics import curve
+from beit_pretrain.engine.module import read_numbers
+from beit_pretrain.engine.speed import Profile, check_cuda_graphs, compile_mode, kernels, make_deterministic
 from beit_pretrain.errors import UserError
-from beit_pretrain.training.callbacks import ProgressBar
-from beit_pretrain.training.metrics import curve
-from beit_pretrain.training.module import read_numbers
-from beit_pretrain.training.prefetch import DevicePrefetcher
-from beit_pretrain.training.speed import Profile, check_cuda_graphs, compile_mode, kernels, make_deterministic
 
 
 class KeepsLosses(Pretraining):
@@ -93,7 +93,16 @@ def test_numbers_are_read_in_their_order():
 def test_a_profile(shards, dvae_checkpoint, run_cli, tmp_path):
     given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}"]
     # Images enough that some operations are dear: of 8, a fast processor's ten dearest are 40 % of a step.
-    words = ["fit", *TINY, *given, "steps=20", "batch_size=32", "data.workers=0", "profile=true", "ahead=true"]
+    words = [
+        "fit",
+        *TINY,
+        *given,
+        "steps=20",
+        "batch_size=32",
+        "data.num_workers=0",
+        "profile=true",
+        "device_prefetch=true",
+    ]
     code, stdout, stderr = run_cli(*words)
     assert code == 0, stderr
     events = json.loads(gzip.decompress((tmp_path / "run/profile/trace.json.gz").read_bytes()))["traceEvents"]
@@ -152,7 +161,10 @@ def test_a_gpus_table_has_its_kernels_alone():
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize(
     ("given", "said"),
-    [(["batch_size=2"], "gradient accumulation (8 micro-batches"), (["batch_size=16", "ahead=true"], "ahead=true")],
+    [
+        (["batch_size=2"], "gradient accumulation (8 micro-batches"),
+        (["batch_size=16", "device_prefetch=true"], "device_prefetch=true"),
+    ],
 )
 def test_cuda_graphs_are_refused_where_they_break(mode, given, said, shards, dvae_checkpoint, run_cli):
     data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
@@ -203,7 +215,12 @@ def torchs_flags(monkeypatch):
 
 def test_deterministic(shards, dvae_checkpoint, run_cli, torchs_flags, tmp_path):
     """Torch keeps to algorithms of one order of summation; on a CPU the numbers are those of any other run."""
-    given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", "data.val=null", "data.workers=0"]
+    given = [
+        f"data.train={shards / 'train'}",
+        f"tokenizer.path={dvae_checkpoint}",
+        "data.val=null",
+        "data.num_workers=0",
+    ]
     runs = {}
     for name in ("false", "true"):
         code, _, stderr = run_cli(

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from tiny import errors, start, tiny_words
 
+from beit_pretrain.engine.metrics import curve
+from beit_pretrain.engine.sweep import SweepRun, combine, describe, last_words, members_of, sort_words, summary
 from beit_pretrain.errors import UserError
-from beit_pretrain.runs.sweep import Member, combine, describe, last_words, members_of, sort_words, summary
-from beit_pretrain.training.metrics import curve
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def words(shards, dvae_checkpoint):
         (["tokenizer=glob(*n*,exclude=s*)"], ["tokenizer_none", "tokenizer_openai"]),
         (["seed=1,2", "seed=3,4"], ["seed_3", "seed_4"]),  # said twice: the last one counts
         (["seed=1,1,2"], ["seed_1", "seed_2"]),
-        (["optim.clip=null,3", "data.exact=true,false"], [
+        (["optim.clip=null,3", "data.pil_reference=true,false"], [
             "clip_null_exact_true", "clip_null_exact_false", "clip_3_exact_true", "clip_3_exact_false"
         ]),
     ],
@@ -106,7 +106,7 @@ def test_whose_setting_it_is():
 
 
 def test_the_summary_has_the_best_first_and_the_failed_last(tmp_path):
-    members = [Member(n, tmp_path / n, {"seed": n}, []) for n in ("a", "b", "c")]
+    members = [SweepRun(n, tmp_path / n, {"seed": n}, []) for n in ("a", "b", "c")]
     for name, loss in (("a", 2.0), ("b", 1.0), ("c", 0.5)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.csv").write_text(f"step,train/loss,val/loss\n1,3,9\n2,2,{loss}\n")
@@ -132,7 +132,7 @@ def test_a_sweep_of_six_with_one_that_fails(words, tmp_path):
     """The sixth lacks a tokenizer at first. A second call runs that one alone."""
     source = next(word.partition("=")[2] for word in words if word.startswith("tokenizer.path="))
     words = [word for word in words if not word.startswith("tokenizer.path=")]
-    command = ["fit", "-m", *words, "steps=1", "name=s", "sweep.jobs=2", "data.workers=0"]
+    command = ["fit", "-m", *words, "steps=1", "name=s", "sweep.jobs=2", "data.num_workers=0"]
     command += [f"tokenizer.path={source},{tmp_path / 'late.ckpt'}", "seed=1,2,3"]
     (tmp_path / "late.ckpt").symlink_to(source)
     blocked = tmp_path / "runs/s"

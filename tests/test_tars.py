@@ -5,11 +5,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from test_image_reading import encoded
+from test_image_io import encoded
 
+from beit_pretrain.data import tars
+from beit_pretrain.data.tars import DEVICE, LINK, OUTSIDE, SPARSE, scan_tar
 from beit_pretrain.errors import UserError
-from beit_pretrain.shards import tars
-from beit_pretrain.shards.tars import DEVICE, LINK, OUTSIDE, SPARSE, scan_tar
 
 
 def member(

@@ -12,15 +12,15 @@ from conftest import spoil, write_checkpoint
 
 from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.images.reading import opened
-from beit_pretrain.images.views import PretrainViews, jittered_views
-from beit_pretrain.tokens import tokenize as tokenizing
-from beit_pretrain.tokens.cached import TokenFolder, record_dtype
-from beit_pretrain.training.dvae import DiscreteVAE, DVAETokenizer
+from beit_pretrain.tasks.tokenizer import DiscreteVAE, DVAETokenizer
+from beit_pretrain.tokenizers import tokenize as tokenizing
+from beit_pretrain.tokenizers.token_cache import TokenFolder, record_dtype
+from beit_pretrain.transforms.image_io import open_image
+from beit_pretrain.transforms.views import TwoViewTransform, jittered_views
 
-TINY = "image_size=32 patch_size=8 workers=0 threads=1 accelerator=cpu".split()
+TINY = "image_size=32 patch_size=8 num_workers=0 threads=1 accelerator=cpu".split()
 MODEL = (
-    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch=8 data.workers=0 steps=3 val_every=3 "
+    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 data.num_workers=0 steps=3 val_every=3 "
     "model.embed_dim=32 model.num_heads=2 model.depth=2 data.val_images=8 log_every=1 threads=1 data.scale=[0.08,1] "
     "data.ratio=[0.75,1.3333333333333333] data.jitter=[0.4,0.4,0.4] trainer.accelerator=cpu"
 ).split()
@@ -36,25 +36,25 @@ def copied(shards, tmp_path) -> Path:
     return Path(shutil.copytree(shards, tmp_path / "data"))
 
 
-@pytest.mark.parametrize("more", [[], ["jitter=null"], ["exact=true"], ["workers=1", "batch_size=3"]])
+@pytest.mark.parametrize("more", [[], ["jitter=null"], ["pil_reference=true"], ["num_workers=1", "batch_size=3"]])
 def test_tokens_are_those_of_the_views_that_are_recorded(more, words, copied, dvae_checkpoint, run_cli):
     code, stdout, stderr = run_cli(*words, f"data={copied / 'train'}", "views=2", "seed=5", *more)
     assert code == 0, stderr
     assert "50 images x 2 views x 4 x 4 tokens of 32" in stdout
     folder = copied / "train/tokens"
     assert f"data.tokens={folder}" in stdout
-    settings = {"jitter": (0, 0, 0)} if "jitter=null" in more else {"exact": "exact=true" in more}
-    views, tokenizer = PretrainViews(32, 32, **settings), DVAETokenizer(dvae_checkpoint)
+    settings = {"jitter": (0, 0, 0)} if "jitter=null" in more else {"exact": "pil_reference=true" in more}
+    views, tokenizer = TwoViewTransform(32, 32, **settings), DVAETokenizer(dvae_checkpoint)
     reader, number = ShardReader(copied / "train"), 0
     for shard, entry in enumerate(reader.shards):
         records = np.load(folder / entry.name.replace(".tar", ".tokens.npy"))
         assert (records.shape, records.dtype) == ((entry.samples, 2), record_dtype(16))
         for row in range(entry.samples):
             for view in range(2):
-                with opened(reader.read(Sample(shard, row)).data) as image:
+                with open_image(reader.read(Sample(shard, row)).data) as image:
                     rng = generator(5, number + view * 2**40, CACHED_VIEW)
                     drawn = views.draw(image.size, rng)
-                    arrays = views.seen(image, drawn)
+                    arrays = views.apply(image, drawn)
                 batch = {name: torch.from_numpy(array)[None] for name, array in arrays.items()}
                 record = records[row, view]
                 assert record["tokens"].tolist() == tokenizer.encode(jittered_views(batch)[1])[0].tolist()
@@ -80,9 +80,9 @@ def test_from_tokens_to_a_backbone_without_a_tokenizer(words, copied, run_cli, t
     code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu")
     assert code == 0, stderr
     assert "val/loss" in stdout
-    code, stdout, _ = run_cli("show", f"run={tmp_path / 'run'}")
+    code, stdout, _ = run_cli("visualize", f"run={tmp_path / 'run'}")
     assert (code, "attention.png" in stdout, "show.png" in stdout) == (0, True, False)
-    code, _, stderr = run_cli("show", "masked", f"run={tmp_path / 'run'}")
+    code, _, stderr = run_cli("visualize", "masked", f"run={tmp_path / 'run'}")
     assert (code, stderr) == (2, "error: the run trains from cached tokens alone; only a tokenizer can draw them\n")
     for none in ("tokenizer=none", "tokenizer=null"):
         code, stdout, stderr = run_cli(*fit, *held_out, train, none, "resume=never")
@@ -215,7 +215,7 @@ def test_a_vocabulary_beyond_16_bits(shards, tmp_path, words, run_cli):
 
 
 def test_the_digest_is_of_the_weights(openai_files, dvae_checkpoint, tmp_path):
-    from beit_pretrain.tokens.tokenizer import OpenAITokenizer, weights_digest
+    from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer, weights_digest
 
     tokenizer = OpenAITokenizer(openai_files)
     digest = tokenizer.digest()

@@ -11,17 +11,17 @@ from dall_e import map_pixels, unmap_pixels
 from dall_e.encoder import Encoder
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks.backbone import Classifier
-from beit_pretrain.tokens import encoder as encoder_module
-from beit_pretrain.tokens.encoder import FusedEncoder, SplitProduct, conv_relu, in_two_kernels
-from beit_pretrain.tokens.tokenizer import (
+from beit_pretrain.models.backbone import Classifier
+from beit_pretrain.tasks.tokenizer import DiscreteVAE, DVAETokenizer
+from beit_pretrain.tokenizers import dalle_encoder as encoder_module
+from beit_pretrain.tokenizers.dalle_encoder import FusedEncoder, SplitProduct, conv_relu, in_two_kernels
+from beit_pretrain.tokenizers.tokenizer import (
     OpenAITokenizer,
     check_channels,
     codebook_use,
     square_grid,
     view_size,
 )
-from beit_pretrain.training.dvae import DiscreteVAE, DVAETokenizer
 
 
 def images(side: int = 32, batch: int = 2) -> torch.Tensor:

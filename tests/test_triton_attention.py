@@ -15,11 +15,11 @@ import torch
 from crash import Crash
 from tiny import start, tiny_words
 
-from beit_pretrain.checkpoints import files as checkpoint
+from beit_pretrain.engine import fit as runs
+from beit_pretrain.engine import speed
+from beit_pretrain.engine.metrics import curve
 from beit_pretrain.errors import UserError
-from beit_pretrain.runs import fit as runs
-from beit_pretrain.training import speed
-from beit_pretrain.training.metrics import curve
+from beit_pretrain.models.checkpoints import files as checkpoint
 
 INTERPRETED = Path(__file__).with_name("interpreted_attention.py")
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on an H100 or H200
@@ -78,7 +78,7 @@ def kernels(tmp_path, monkeypatch) -> dict[str, Any]:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from beit_pretrain.networks import triton_attention
+    from beit_pretrain.models import triton_attention
 
     found: dict[str, Any] = {}
 
@@ -95,7 +95,7 @@ def kernels(tmp_path, monkeypatch) -> dict[str, Any]:
 
 def call_operators(heads: int, tokens: int, queries: int | None, dtype: torch.dtype) -> None:
     """Forward and backward of 256 images with heads of 64 numbers, on tensors without contents."""
-    from beit_pretrain.networks.triton_attention import attention, attention_backward
+    from beit_pretrain.models.triton_attention import attention, attention_backward
 
     there = {"device": "meta", "dtype": dtype}
     bias = torch.empty(1, heads, tokens, -(-tokens // 16) * 16, **there)[..., :tokens]
@@ -207,7 +207,14 @@ def test_everything_is_imported_without_triton():
 def test_a_run_goes_on_with_the_other_attention(shards, dvae_checkpoint, run_cli, tmp_path, monkeypatch):
     """Begun with torch's, continued with ours: the same losses within rounding."""
     pytest.importorskip("triton")
-    words = ["fit", *tiny_words(shards, dvae_checkpoint), "data.workers=0", "steps=4", "val_every=4", "save_every=2"]
+    words = [
+        "fit",
+        *tiny_words(shards, dvae_checkpoint),
+        "data.num_workers=0",
+        "steps=4",
+        "val_every=4",
+        "save_every=2",
+    ]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
     make = runs.make_trainer
     monkeypatch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(3)]))

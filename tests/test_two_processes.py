@@ -25,7 +25,7 @@ from tiny import (
     wait_until,
 )
 
-from beit_pretrain.training.metrics import read_rows
+from beit_pretrain.engine.metrics import read_rows
 
 pytestmark = pytest.mark.long
 
@@ -51,9 +51,15 @@ def installed(tmp_path_factory) -> Callable[[Path], dict[str, str]]:
 @pytest.fixture(scope="module")
 def words(shards, dvae_checkpoint) -> list[str]:
     """Two micro-batches a step on two processes. Metrics are written at the end alone, as in most steps of a run."""
-    words = [w for w in TINY if not w.startswith(("log_every", "val_every", "batch_size", "data.workers"))]
+    words = [w for w in TINY if not w.startswith(("log_every", "val_every", "batch_size", "data.num_workers"))]
     words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
-    words += [f"log_every={STEPS}", f"val_every={STEPS}", f"save_every={STEPS}", "pictures=0", "data.workers=1"]
+    words += [
+        f"log_every={STEPS}",
+        f"val_every={STEPS}",
+        f"save_every={STEPS}",
+        "num_visualizations=0",
+        "data.num_workers=1",
+    ]
     return ["fit", *words, f"steps={STEPS}", "knn.bank=24", "knn.queries=9", "data.val_images=10"]
 
 

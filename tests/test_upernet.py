@@ -10,11 +10,11 @@ from conftest import MIM, write_checkpoint
 from foreign import hf_config, scrambled
 from safetensors.torch import load_file
 
-from beit_pretrain.checkpoints.formats import read_checkpoint
-from beit_pretrain.checkpoints.pretrained import load_pretrained, segmenter
 from beit_pretrain.errors import UserError
-from beit_pretrain.networks.backbone import Classifier, FeatureExtractor, MaskedImageModel
-from beit_pretrain.networks.upernet import Segmenter, default_layers
+from beit_pretrain.models.backbone import Classifier, FeatureExtractor, MaskedImageModel
+from beit_pretrain.models.checkpoints.formats import read_checkpoint
+from beit_pretrain.models.checkpoints.pretrained import load_pretrained, segmenter
+from beit_pretrain.models.upernet import Segmenter, default_layers
 
 NETWORK = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
 ABOUT = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "classes": ["a", "b", "c"], "reduce_labels": False}

@@ -13,17 +13,17 @@ from torchvision.transforms import functional as F
 
 from beit_pretrain.data.order import VIEW, generator
 from beit_pretrain.errors import UserError
-from beit_pretrain.images import tiles
-from beit_pretrain.images.decoding import Crop
-from beit_pretrain.images.views import (
+from beit_pretrain.transforms import mean_color_grid as tiles
+from beit_pretrain.transforms.scaled_decoding import Crop
+from beit_pretrain.transforms.views import (
     BRIGHTNESS,
     CONTRAST,
     HALF,
     SATURATION,
-    ClassificationViews,
-    Draw,
+    AugmentParams,
+    ClassificationTransform,
     Jitter,
-    PretrainViews,
+    TwoViewTransform,
     centre_view,
     color_jitter,
     draw_crop,
@@ -38,7 +38,7 @@ from beit_pretrain.images.views import (
 ADJUST = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
 ORDERS = list(itertools.permutations((BRIGHTNESS, CONTRAST, SATURATION)))
 PAPER_CROP = ((0.08, 1.0), (3 / 4, 4 / 3))
-SMALL = PretrainViews(image_size=32, token_image_size=16)
+SMALL = TwoViewTransform(image_size=32, token_image_size=16)
 
 
 def picture(width: int = 90, height: int = 70, seed: int = 0) -> Image.Image:
@@ -62,12 +62,12 @@ def rng(position: int) -> np.random.Generator:
     return generator(0, position, VIEW)
 
 
-def drawn(views: PretrainViews, size: tuple[int, int], position: int):
+def drawn(views: TwoViewTransform, size: tuple[int, int], position: int):
     """Jitter, flip and crop that the views draw at a position: the order of the draws is part of a run's identity."""
     numbers = rng(position)
     jitter = draw_jitter(numbers, views.jitter)
     flip, crop = numbers.random() < views.flip, draw_crop(numbers, *size, views.scale, views.ratio)
-    if flip and not views.exact:  # the box is drawn in the flipped image
+    if flip and not views.pil_reference:  # the box is drawn in the flipped image
         crop = crop._replace(left=size[0] - crop.left - crop.width)
     return jitter, flip, crop
 
@@ -131,10 +131,10 @@ class TestPretrainViews:
 
     def test_without_a_side_there_is_no_tokenizers_view(self):
         """As with cached tokens: the backbone's view is the same."""
-        one, both = PretrainViews(32, None)(picture(), rng(1)), PretrainViews(32, 16)(picture(), rng(1))
+        one, both = TwoViewTransform(32, None)(picture(), rng(1)), TwoViewTransform(32, 16)(picture(), rng(1))
         assert one.keys() == both.keys() - {"token_image"}
         assert all(np.array_equal(one[name], both[name]) for name in one)
-        assert "token_image" not in PretrainViews(32, None, exact=True)(picture(), rng(1))
+        assert "token_image" not in TwoViewTransform(32, None, pil_reference=True)(picture(), rng(1))
 
     def test_some_are_flipped_and_some_are_not(self):
         flips = [drawn(SMALL, (90, 70), position)[1] for position in range(8)]
@@ -143,7 +143,7 @@ class TestPretrainViews:
     @pytest.mark.parametrize("position", range(8))
     def test_exact_equals_the_authors_pipeline(self, position):
         """Jitter and flip of the whole decoded JPEG, then the two crops, with PIL and torchvision."""
-        views = PretrainViews(image_size=32, token_image_size=16, exact=True)
+        views = TwoViewTransform(image_size=32, token_image_size=16, pil_reference=True)
         jpeg = as_jpeg(picture(300, 260))
         (factors, order), flip, crop = drawn(views, jpeg.size, position)
         view = views(as_jpeg(picture(300, 260)), rng(position))
@@ -155,7 +155,7 @@ class TestPretrainViews:
         assert np.array_equal(view["token_image"], torchvision_crop(image, crop, 16, InterpolationMode.LANCZOS))
 
     def test_exact_views_are_not_jittered_again(self):
-        views = PretrainViews(image_size=32, token_image_size=16, exact=True)
+        views = TwoViewTransform(image_size=32, token_image_size=16, pil_reference=True)
         view = views(picture(), rng(3))
         batch = {name: torch.from_numpy(array)[None] for name, array in view.items()}
         image, token_image = jittered_views(batch)
@@ -169,7 +169,7 @@ class TestPretrainViews:
             batches = [
                 {
                     k: torch.from_numpy(v)[None]
-                    for k, v in PretrainViews(**settings, exact=e)(picture(), rng(position)).items()
+                    for k, v in TwoViewTransform(**settings, pil_reference=e)(picture(), rng(position)).items()
                 }
                 for e in (False, True)
             ]
@@ -219,12 +219,12 @@ class TestJitter:
         image = Image.new("RGB", (80, 40), "white")
         image.paste("black", (0, 0, 40, 40))
         jitter = Jitter(np.array([1, 0.6, 1], np.float32), np.arange(3))
-        draws = [Draw(jitter, False, Crop(0, left, 40, 40)) for left in (0, 40)]
+        draws = [AugmentParams(jitter, False, Crop(0, left, 40, 40)) for left in (0, 40)]
         seen = []
         for draw in draws:
-            arrays = PretrainViews(16, 8).seen(image, draw)
+            arrays = TwoViewTransform(16, 8).apply(image, draw)
             views = jittered_views({name: torch.from_numpy(array)[None] for name, array in arrays.items()})
-            exact = PretrainViews(16, 8, exact=True).seen(image, draw)
+            exact = TwoViewTransform(16, 8, pil_reference=True).apply(image, draw)
             for name, view in zip(("image", "token_image"), views, strict=True):
                 assert torch.allclose(view[0], torch.from_numpy(exact[name]) / 255, atol=0.01)
             seen.append(views[0].mean().item())
@@ -274,12 +274,12 @@ class TestJitter:
     @pytest.mark.parametrize("exact", [False, True])
     def test_views_have_the_channels_asked_for(self, channels, exact):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8), "RGBA")
-        views = PretrainViews(16, 8, exact=exact, channels=channels)(image, np.random.default_rng(0))
+        views = TwoViewTransform(16, 8, exact=exact, channels=channels)(image, np.random.default_rng(0))
         assert views["image"].shape == (channels, 16, 16)
         assert views["token_image"].shape == (channels, 8, 8)
         for train in (False, True):
             policy = "rand-m9-mstd0.5-inc1" if channels < 4 else None
-            view = ClassificationViews(16, train, auto_augment=policy, channels=channels)
+            view = ClassificationTransform(16, train, auto_augment=policy, channels=channels)
             assert view(image, np.random.default_rng(0))["image"].shape == (channels, 16, 16)
 
     def test_mean_per_channel(self):
@@ -305,7 +305,7 @@ class TestClassificationViews:
         assert view.size == (size, size)
         resized = F.resize(image, [shorter], InterpolationMode.BICUBIC)
         assert np.array_equal(view, F.center_crop(resized, [size, size]))
-        evaluation = ClassificationViews(size, train=False, crop_ratio=crop_ratio)(image, rng(0))
+        evaluation = ClassificationTransform(size, train=False, crop_ratio=crop_ratio)(image, rng(0))
         assert np.array_equal(evaluation["image"], to_array(view))
 
     @pytest.mark.parametrize("size", [32, 384])
@@ -328,7 +328,7 @@ class TestClassificationViews:
         assert np.abs(view - full).mean() < 1.5
 
     def test_training_is_a_flipped_crop(self):
-        views = ClassificationViews(32)
+        views = ClassificationTransform(32)
         for position in range(6):
             numbers = rng(position)
             crop = draw_crop(numbers, 90, 70, views.scale, views.ratio)
@@ -338,14 +338,14 @@ class TestClassificationViews:
 
     def test_randaugment_depends_on_the_position_alone(self):
         policy = "rand-m9-mstd0.5-inc1"
-        views = ClassificationViews(32, auto_augment=policy)
+        views = ClassificationTransform(32, auto_augment=policy)
         random.seed(1)
         np.random.seed(1)
         first = [views(picture(), rng(position))["image"] for position in range(6)]
         random.seed(2)
         np.random.seed(2)
-        fresh = ClassificationViews(32, auto_augment=policy)  # as another worker builds it
+        fresh = ClassificationTransform(32, auto_augment=policy)  # as another worker builds it
         again = [fresh(picture(), rng(position))["image"] for position in reversed(range(6))][::-1]
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-        plain = [ClassificationViews(32)(picture(), rng(position))["image"] for position in range(6)]
+        plain = [ClassificationTransform(32)(picture(), rng(position))["image"] for position in range(6)]
         assert sum(not np.array_equal(a, b) for a, b in zip(first, plain, strict=True)) >= 4

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from beit_pretrain.training.metrics import read_rows
+from beit_pretrain.engine.metrics import read_rows
 
 TINY = (
-    "+experiment=demo_pretrain image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch=16 "
-    "batch_size=2 data.workers=1 model.embed_dim=32 model.num_heads=2 model.depth=2 model.drop_path_rate=.1 "
+    "+experiment=demo_pretrain image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=16 "
+    "batch_size=2 data.num_workers=1 model.embed_dim=32 model.num_heads=2 model.depth=2 model.drop_path_rate=.1 "
     "data.val_images=8 data.val_batch=4 log_every=1 threads=1 val_every=2 trainer.accelerator=cpu optim.warmup_steps=1"
 ).split()
 OFFLINE = ("logger=wandb", "logger.mode=offline")

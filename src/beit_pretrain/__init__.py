@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from beit_pretrain.checkpoints.pretrained import load_pretrained
-    from beit_pretrain.predict.predictor import Predictor
+    from beit_pretrain.inference.predictor import Predictor
+    from beit_pretrain.models.checkpoints.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["Predictor", "load_pretrained"]
@@ -13,11 +13,11 @@ __all__ = ["Predictor", "load_pretrained"]
 def __getattr__(name: str):
     """The names above at first use: they need torch, which the command line's --help does not wait for."""
     if name == "load_pretrained":
-        from beit_pretrain.checkpoints.pretrained import load_pretrained
+        from beit_pretrain.models.checkpoints.pretrained import load_pretrained
 
         return load_pretrained
     if name == "Predictor":
-        from beit_pretrain.predict.predictor import Predictor
+        from beit_pretrain.inference.predictor import Predictor
 
         return Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

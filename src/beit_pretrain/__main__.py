@@ -12,11 +12,11 @@ import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from beit_pretrain.bench.gpu.plan import EXPERIMENT
+from beit_pretrain.benchmarks.gpu.plan import EXPERIMENT
 from beit_pretrain.compose import compose, config_dir, experiments, show_config
-from beit_pretrain.errors import SharedError, UserError
-from beit_pretrain.runs.launch import local_rank, rank, speaker
-from beit_pretrain.training.signals import obeyed_early
+from beit_pretrain.engine.dist_env import local_rank, rank, speaker
+from beit_pretrain.engine.preemption import early_signals
+from beit_pretrain.errors import AllRanksError, UserError
 
 
 class Verb(NamedTuple):
@@ -27,27 +27,36 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "fetch": Verb("OpenAI's dVAE, for tokenizer.path: download, check, convert", "beit_pretrain.tokens.fetch:fetch"),
-    "shards": Verb("make, index, verify or show shards (make|index|verify|show)", "beit_pretrain.commands:shards"),
-    "tokenize": Verb("tokens of shards, computed once for data.tokens", "beit_pretrain.tokens.tokenize:tokenize"),
-    "fit": Verb(
-        "train: a tokenizer, a backbone, a classifier, a segmenter; +experiment= says", "beit_pretrain.runs.fit:fit"
+    "fetch": Verb(
+        "OpenAI's dVAE, for tokenizer.path: download, check, convert", "beit_pretrain.tokenizers.download:fetch"
     ),
-    "probe": Verb("linear probes and kNN on the frozen features of every layer", "beit_pretrain.frozen.layers:probe"),
-    "validate": Verb("metrics of a run on held-out images", "beit_pretrain.runs.fit:validate"),
-    "predict": Verb("class probabilities or label maps of images", "beit_pretrain.predict.classes:predict"),
+    "shards": Verb(
+        "make, index, verify or show shards (make|index|verify|show)", "beit_pretrain.data.write.shards:shards"
+    ),
+    "tokenize": Verb("tokens of shards, computed once for data.tokens", "beit_pretrain.tokenizers.tokenize:tokenize"),
+    "fit": Verb(
+        "train: a tokenizer, a backbone, a classifier, a segmenter; +experiment= says", "beit_pretrain.engine.fit:fit"
+    ),
+    "probe": Verb(
+        "linear probes and kNN on the frozen features of every layer", "beit_pretrain.evaluation.probe_layers:probe"
+    ),
+    "validate": Verb("metrics of a run on held-out images", "beit_pretrain.engine.fit:validate"),
+    "predict": Verb("class probabilities or label maps of images", "beit_pretrain.inference.predict:predict"),
     "export": Verb(
-        "a checkpoint for the authors' code, timm, Hugging Face or ONNX", "beit_pretrain.checkpoints.export:export"
+        "a checkpoint for the authors' code, timm, Hugging Face or ONNX",
+        "beit_pretrain.models.checkpoints.export:export",
     ),
     "show": Verb(
-        "pictures of what runs learned (masked|attention|tokens|curves|layers)", "beit_pretrain.pictures.show:show"
+        "pictures of what runs learned (masked|attention|tokens|curves|layers)", "beit_pretrain.engine.visualize:show"
     ),
-    "bench": Verb("measure (views|loader|step|loop|attention|memory|all|gpu|page)", "beit_pretrain.bench.verb:bench"),
+    "bench": Verb(
+        "measure (views|loader|step|loop|attention|memory|all|gpu|page)", "beit_pretrain.benchmarks.verb:bench"
+    ),
     "compare": Verb(
         "what pre-training is worth: with it, from scratch, and a control, over seeds",
-        "beit_pretrain.compare.stages:compare",
+        "beit_pretrain.examples.compare:compare",
     ),
-    "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.demo:demo"),
+    "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.examples.demo:demo"),
 }
 
 WORDS = {"shards": "action", "bench": "action", "show": "what"}  # verbs that take a word: the setting that it means
@@ -116,13 +125,13 @@ def run(argv: list[str]) -> None:
     if wrong:
         raise UserError(f"settings are given as key=value, not {wrong[0]!r}")
     if multirun:
-        importlib.import_module("beit_pretrain.runs.sweep").sweep(rest)
+        importlib.import_module("beit_pretrain.engine.sweep").sweep(rest)
         return
     try:
         cfg = compose(config, rest, spared=SPARED if config in TRAINED.values() else ())
     except UserError as error:
         if local_rank():  # the machine's first process has the same words, and says it
-            raise SharedError(str(error)) from error
+            raise AllRanksError(str(error)) from error
         raise
     module, function = VERBS[verb].function.split(":")
     getattr(importlib.import_module(module), function)(cfg)
@@ -132,10 +141,10 @@ def main() -> int:
     """Entry point: exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
     words = sys.argv[1:]
     try:
-        with obeyed_early("fit") if words[:1] == ["fit"] and not {"-m", "--multirun"} & {*words} else nullcontext():
+        with early_signals("fit") if words[:1] == ["fit"] and not {"-m", "--multirun"} & {*words} else nullcontext():
             run(words)
     except UserError as error:
-        if not isinstance(error, SharedError) or rank() == 0:
+        if not isinstance(error, AllRanksError) or rank() == 0:
             print(f"error: {speaker()}{error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ HINTS = {
     "data.train": "shards of training images; make them with: python -m beit_pretrain shards make src=FOLDER out=DATA, "
     "then data.train=DATA/train",
     "tokenizer.path": "the folder of OpenAI's dVAE (encoder.pkl, decoder.pkl); get it with: "
-    "python -m beit_pretrain fetch out=FOLDER; or a tokenizer of your own: fit +experiment=tokenizer, "
+    "python -m beit_pretrain download out=FOLDER; or a tokenizer of your own: fit +experiment=tokenizer, "
     "then tokenizer=dvae tokenizer.path=runs/tokenizer/checkpoints/last.ckpt",
     "init_from": "the checkpoint of a pre-training run, such as runs/base_22k/checkpoints/last.ckpt "
     "(or from_scratch=true)",
@@ -156,7 +156,7 @@ def show_config(verb: str, overrides: list[str]) -> str:
     return OmegaConf.to_yaml(compose_raw(verb, overrides))
 
 
-def plain(cfg: Any) -> dict[str, Any]:
+def to_dict(cfg: Any) -> dict[str, Any]:
     """A group of settings as a plain dictionary."""
     from omegaconf import OmegaConf
 

@@ -9,12 +9,12 @@ class UserError(Exception):
     def __init__(self, message: str):
         # A loader worker's error comes back as the text of its whole traceback: what was said stands at its end.
         said = str(message)
-        for name in ("UserError", "SharedError"):
+        for name in ("UserError", "AllRanksError"):
             said = said.rsplit(f"{__name__}.{name}: ", 1)[-1]
         super().__init__(said.strip())
 
 
-class SharedError(UserError):
+class AllRanksError(UserError):
     """A UserError that every process of a run raises alike: only the first one says it."""
 
 

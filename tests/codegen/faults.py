@@ -23,7 +23,7 @@ number = empty(64, dtype=torch.long)
 CALLS = {"so far": 0}
 
 
-def aligned(bias: Tensor) -> Tensor:
+def pad_bias_stride(bias: Tensor) -> Tensor:
     return F.pad(bias, (0, 11))[..., :197]
 
 
@@ -53,7 +53,7 @@ CASES: list[tuple[str, Callable, tuple, Callable[[dict], bool]]] = [
     ("atomics", lambda x, i: x[i], (square, number), lambda f: f["atomics"] == 1),
     (
         "bias aligned",
-        lambda q, bias: F.scaled_dot_product_attention(q, q, q, attn_mask=aligned(bias)),
+        lambda q, bias: F.scaled_dot_product_attention(q, q, q, attn_mask=pad_bias_stride(bias)),
         (q, bias),
         lambda f: strides(f) == ["(0, 41024, 208, 1)"],
     ),
@@ -65,7 +65,7 @@ CASES: list[tuple[str, Callable, tuple, Callable[[dict], bool]]] = [
     ),
     (
         "bias copied for every image",
-        lambda q, bias: F.scaled_dot_product_attention(q, q, q, attn_mask=aligned(bias.repeat(8, 1, 1, 1))),
+        lambda q, bias: F.scaled_dot_product_attention(q, q, q, attn_mask=pad_bias_stride(bias.repeat(8, 1, 1, 1))),
         (q, bias),
         lambda f: len(strides(f)) == 1 and not strides(f)[0].startswith("(0,"),
     ),

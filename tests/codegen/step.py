@@ -14,11 +14,11 @@ import report
 import torch
 from h100 import Program, empty, generate, to_device
 
-from beit_pretrain.networks.backbone import BIASES, MaskedImageModel
-from beit_pretrain.networks.blocks import attentions
-from beit_pretrain.training.optim import Optim
-from beit_pretrain.training.pretrain import Pretraining
-from beit_pretrain.training.speed import make_deterministic
+from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.speed import make_deterministic
+from beit_pretrain.models.backbone import BIASES, MaskedImageModel
+from beit_pretrain.models.blocks import attentions
+from beit_pretrain.tasks.pretrain import Pretraining
 
 WIDTH, HEADS, SIDE, PATCHES, MASKED, VOCABULARY = 768, 12, 224, 196, 75, 8192  # of the paper's base model
 STEPS = 3  # a step that recompiles does so by then
@@ -37,7 +37,7 @@ def programs(depth: int, bias: str, batch: int, checkpoint: bool, attention: str
         layer.kernel = attention
     module: Any = Pretraining(to_device(network), Tokenizer(), Optim(lr=1e-3), (0.5,) * 3, (0.5,) * 3)
     module.compile_mode = "default"
-    objective = module.fast(module.objective)
+    objective = module.maybe_compile(module.objective)
     # Images, masks, masked positions, tokens, drop path's numbers.
     arguments = (
         empty(batch, 3, SIDE, SIDE),

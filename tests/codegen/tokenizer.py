@@ -13,10 +13,10 @@ import torch
 from dall_e.encoder import Encoder
 from h100 import DEVICE, Program, empty, generate, mode
 
-from beit_pretrain.networks.backbone import MaskedImageModel
-from beit_pretrain.tokens.tokenizer import OpenAITokenizer
-from beit_pretrain.training.optim import Optim
-from beit_pretrain.training.pretrain import Pretraining
+from beit_pretrain.engine.optim import Optim
+from beit_pretrain.models.backbone import MaskedImageModel
+from beit_pretrain.tasks.pretrain import Pretraining
+from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
 
 SIDE, TOKEN_SIDE, TILES = 224, 112, 64
 STEPS = 3  # a step that recompiles does so by then
@@ -29,7 +29,7 @@ def programs(batch: int) -> list[Program]:
     network = MaskedImageModel(tokenizer.vocab_size, embed_dim=64, depth=1, num_heads=1)
     module: Any = Pretraining(network, tokenizer, Optim(lr=1e-3), (0.5,) * 3, (0.5,) * 3)
     module.compile_mode = "default"
-    views_and_tokens = module.fast(module.image_and_tokens)
+    views_and_tokens = module.maybe_compile(module.image_and_tokens)
     # A batch as workers send it: bytes, channels innermost.
     byte, whole = torch.uint8, torch.long
     arguments = {

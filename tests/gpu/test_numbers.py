@@ -13,15 +13,15 @@ from dall_e import map_pixels
 from dall_e.encoder import Encoder
 from torch import Tensor
 
-from beit_pretrain.images.tiles import SIDE
-from beit_pretrain.images.views import ORDERS, jittered_views, normalise
-from beit_pretrain.networks.backbone import MaskedImageModel
-from beit_pretrain.networks.blocks import aligned, attend, bias_rows
-from beit_pretrain.networks.drop_path import uniforms
-from beit_pretrain.tokens.encoder import SplitProduct, conv_relu
-from beit_pretrain.tokens.tokenizer import OpenAITokenizer
-from beit_pretrain.training.optim import Optim, clip_gradients
-from beit_pretrain.training.pretrain import Pretraining
+from beit_pretrain.engine.optim import Optim, clip_gradients
+from beit_pretrain.models.backbone import MaskedImageModel
+from beit_pretrain.models.blocks import bias_rows, biased_attention, pad_bias_stride
+from beit_pretrain.models.drop_path import uniforms
+from beit_pretrain.tasks.pretrain import Pretraining
+from beit_pretrain.tokenizers.dalle_encoder import SplitProduct, conv_relu
+from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
+from beit_pretrain.transforms.mean_color_grid import SIDE
+from beit_pretrain.transforms.views import ORDERS, jittered_views, normalise
 
 BATCH, SIZE, PATCHES, MASKED, HALF = 8, 64, 64, 24, (0.5, 0.5, 0.5)
 MODEL = {"image_size": SIZE, "patch_size": 8, "vocab_size": 512, "embed_dim": 128, "depth": 3, "num_heads": 2}
@@ -83,8 +83,8 @@ def loss_and_gradients(module: Pretraining, batch: dict[str, Tensor], half: bool
     view = batch["image"].float() / 255
     module.model.zero_grad()
     with torch.autocast(module.device.type, torch.bfloat16, enabled=half):
-        objective = module.fast(module.objective)
-        found = objective(view, batch["mask"], batch["mask_index"], batch["tokens"], module.drop(batch))
+        objective = module.maybe_compile(module.objective)
+        found = objective(view, batch["mask"], batch["mask_index"], batch["tokens"], module.drop_path_noise(batch))
     loss = found.loss_sum / found.masked
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in module.model.named_parameters()}
@@ -191,7 +191,7 @@ def test_attention_and_its_bias_gradient(device, tokens, dtype, bound):
     bias, weight = torch.randn(1, 3, tokens, tokens), draw.pop()
     given = [leaf(t.to(device)) for t in (*draw, bias)]
     exact = [leaf(t.double()) for t in (*draw, bias)]
-    out = attend(*given[:3], aligned(given[3], given[0]))
+    out = biased_attention(*given[:3], pad_bias_stride(given[3], given[0]))
     expected = exact_attention(*exact)
     out.backward(weight.to(device))
     expected.backward(weight.double())
@@ -207,7 +207,7 @@ def test_attention_of_some_queries(device):
     bias = torch.randn(1, 3, tokens, tokens)
     given = [leaf(t.to(device)) for t in (q, k, v, bias)]
     exact = [leaf(t.double()) for t in (q, k, v, bias)]
-    out = attend(*given[:3], bias_rows(aligned(given[3], given[0]), asked.to(device)))
+    out = biased_attention(*given[:3], bias_rows(pad_bias_stride(given[3], given[0]), asked.to(device)))
     rows = exact[3][0].transpose(0, 1)[asked].transpose(1, 2)
     expected = exact_attention(*exact[:3], rows)
     out.square().sum().backward()
@@ -221,7 +221,7 @@ def test_attention_without_gradients_is_the_same(device):
     q, k, v = (torch.randn(4, 3, 197, 64) for _ in range(3))
     bias = torch.randn(1, 3, 197, 197)
     with torch.no_grad():
-        out = attend(*(t.to(device) for t in (q, k, v)), aligned(bias.to(device), q.to(device)))
+        out = biased_attention(*(t.to(device) for t in (q, k, v)), pad_bias_stride(bias.to(device), q.to(device)))
     assert error(out, exact_attention(*(t.double() for t in (q, k, v, bias)))) < exact_bound(device)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import distributed
 
-from beit_pretrain.checkpoints.background import BackgroundCheckpointIO, Snapshot
-from beit_pretrain.checkpoints.files import read
-from beit_pretrain.training.exchange import Agreed, StepExchange
+from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO, Snapshot
+from beit_pretrain.engine.step_exchange import Agreed, StepExchange
+from beit_pretrain.models.checkpoints.files import read
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BUSY = 10**9  # cycles of a GPU: about half a second

@@ -13,12 +13,12 @@ from crash import Crash
 from tiny import last_checkpoint, read_rows, start
 
 from beit_pretrain import load_pretrained
-from beit_pretrain.runs import fit as runs
-from beit_pretrain.training.metrics import curve
+from beit_pretrain.engine import fit as runs
+from beit_pretrain.engine.metrics import curve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = (
-    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch=8 batch_size=4 data.workers=0 "
+    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 batch_size=4 data.num_workers=0 "
     "model.embed_dim=32 model.num_heads=2 model.depth=2 data.val_images=8 log_every=1 threads=1 compile=false"
 ).split()
 
@@ -92,7 +92,7 @@ def test_a_gpus_checkpoint_is_read_on_a_cpu(words, run_cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [["compile=true"], ["compile=true", "ahead=true"], ["activation_checkpointing=true"]]
+    "settings", [["compile=true"], ["compile=true", "device_prefetch=true"], ["activation_checkpointing=true"]]
 )
 def test_ways_to_execute_have_the_same_losses(settings, words, run_cli, tmp_path):
     found = {}
@@ -129,14 +129,14 @@ def test_fp16_with_a_loss_scale(cuda, words, run_cli, tmp_path):
 
 def test_finetuning_validation_and_prediction(words, photos, mim_checkpoint, shards, accelerator, run_cli, tmp_path):
     given = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"init_from={mim_checkpoint}"]
-    sizes = "image_size=32 global_batch=8 data.workers=0 epochs=null steps=2 log_every=1 compile=false".split()
+    sizes = "image_size=32 global_batch_size=8 data.num_workers=0 epochs=null steps=2 log_every=1 compile=false".split()
     run = tmp_path / "finetune"
     code, _, stderr = run_cli(
         "fit", "+experiment=finetune_own", *given, *sizes, accelerator, "trainer.devices=1", f"run_dir={run}"
     )
     assert code == 0, stderr
     assert run_cli("validate", f"run={run}", accelerator)[0] == 0
-    code, _, stderr = run_cli("predict", f"init_from={run / 'checkpoints/last.ckpt'}", f"src={photos}", "workers=0")
+    code, _, stderr = run_cli("predict", f"init_from={run / 'checkpoints/last.ckpt'}", f"src={photos}", "num_workers=0")
     assert code == 0, stderr
 
 

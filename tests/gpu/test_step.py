@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from beit_pretrain.checkpoints.files import load_exactly
-from beit_pretrain.networks.backbone import MaskedImageModel
-from beit_pretrain.training.guards import Guard
-from beit_pretrain.training.optim import clip_gradients, configure
-from beit_pretrain.training.prefetch import DevicePrefetcher
-from beit_pretrain.training.speed import make_deterministic
+from beit_pretrain.engine.device_prefetch import DevicePrefetcher
+from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
+from beit_pretrain.engine.optim import clip_gradients, configure
+from beit_pretrain.engine.speed import make_deterministic
+from beit_pretrain.models.backbone import MaskedImageModel
+from beit_pretrain.models.checkpoints.files import load_exactly
 from gpu.test_numbers import assert_near, batch_of, error, loss_and_gradients, moved, pretraining
 
 
@@ -33,8 +33,8 @@ def steps(module, batches, optimizer=None, half: bool = False) -> list[torch.Ten
         module.on_train_batch_start(batch, number)
         with torch.autocast(module.device.type, torch.bfloat16, enabled=half):
             view, tokens = module.prepare(batch)
-            objective = module.fast(module.objective)
-            found = objective(view, batch["mask"], batch["mask_index"], tokens, module.drop(batch))
+            objective = module.maybe_compile(module.objective)
+            found = objective(view, batch["mask"], batch["mask_index"], tokens, module.drop_path_noise(batch))
         slots = batch["mask_index"].numel()
         (found.loss_sum / slots).backward()
         clip_gradients(module.model.parameters(), module.optim.clip, slots / found.masked)
@@ -92,16 +92,16 @@ def test_compiled_tokens_are_the_eager_ones(device):
 def test_a_step_never_waits_for_the_device(cuda):
     module = pretraining(cuda, drop_path_rate=0.1)
     optimizer, batches = optimiser(module), batches_of(cuda, 3, tokens=False)
-    module.guard = guard = Guard(None, 20, 8)
+    module.guard = guard = NonFiniteGuard(None, 20, 8)
     steps(module, batches[:1], optimizer)  # what is made once
-    guard.examine(torch.ones((), device=cuda), optimizer, 0)
+    guard.check(torch.ones((), device=cuda), optimizer, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(3):
             on_host = {name: tensor.pin_memory() for name, tensor in batch_of(seed=number).items() if name != "tokens"}
             there = {name: tensor.to(cuda, non_blocking=True) for name, tensor in on_host.items()}
             steps(module, [there], optimizer, half=True)
-            guard.examine(torch.ones((), device=cuda), optimizer, number)
+            guard.check(torch.ones((), device=cuda), optimizer, number)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -112,10 +112,10 @@ def test_a_step_without_a_finite_gradient_changes_nothing(device):
     steps(module, batches_of(device, 2), optimizer)
     before = weights(module)
     moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
-    guard = Guard(None, 20, 8)
+    guard = NonFiniteGuard(None, 20, 8)
     for parameter in module.model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
-    skipped = guard.examine(clip_gradients(module.model.parameters(), 1.0), optimizer, 2)
+    skipped = guard.check(clip_gradients(module.model.parameters(), 1.0), optimizer, 2)
     optimizer.step()
     assert skipped.item() == 1
     assert torch.equal(weights(module), before)
@@ -123,7 +123,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(device):
         assert all(torch.equal(state[name], kept[name]) for name in kept)
     for parameter in module.model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    assert guard.examine(clip_gradients(module.model.parameters(), 1.0), optimizer, 3).item() == 0
+    assert guard.check(clip_gradients(module.model.parameters(), 1.0), optimizer, 3).item() == 0
     optimizer.step()
     assert not torch.equal(weights(module), before)
 

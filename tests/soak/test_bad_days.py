@@ -17,8 +17,8 @@ import pytest
 import torch
 from tiny import errors, last_checkpoint, rows_of, same_run, same_weights, start, steps_written, tree, wait_until
 
-from beit_pretrain.training.keeping import newest_good
-from beit_pretrain.training.metrics import read_rows
+from beit_pretrain.engine.checkpointing import newest_good
+from beit_pretrain.engine.metrics import read_rows
 
 pytestmark = [pytest.mark.soak, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -28,7 +28,7 @@ STEPS = 60
 @pytest.fixture(scope="session")
 def words(made) -> list[str]:
     """A run of a good epoch that opens one shard after the other."""
-    return [*made.words, f"steps={STEPS}", "data.window=36", "data.streams=1"]
+    return [*made.words, f"steps={STEPS}", "data.shuffle_block_size=36", "data.shuffle_streams=1"]
 
 
 @pytest.fixture(scope="session")
@@ -214,7 +214,7 @@ def test_nan_for_good(words, undisturbed, watch, tmp_path, measured):
     """NaN for good from step 12 on: the run stops in time with the last good weights."""
     log, run = tmp_path / "log", tmp_path / "runs/nan"
     orders = watch(POISON="12-")
-    said = ended(start([*words, "name=nan", "max_skipped=3"], tmp_path, log, **orders), log, 2)
+    said = ended(start([*words, "name=nan", "max_nonfinite_steps=3"], tmp_path, log, **orders), log, 2)
     assert "3 steps in a row had no finite gradient and were skipped, up to step 15" in said
     content = last_checkpoint(run)
     good = torch.load(undisturbed / "checkpoints/step-00000012.ckpt", weights_only=True)

@@ -14,7 +14,7 @@ from tiny import largest_difference, signal_group, start, steps_written, wait_un
 
 pytestmark = [pytest.mark.soak, pytest.mark.long, pytest.mark.timeout(1800)]
 
-BATCH = ["global_batch=16", "batch_size=2"]  # on one process 8 micro-batches, on four 2
+BATCH = ["global_batch_size=16", "batch_size=2"]  # on one process 8 micro-batches, on four 2
 Seen = dict[int, list[tuple[int, str]]]  # step -> (position, digest of its image) of all its micro-batches
 
 
@@ -35,9 +35,9 @@ def in_parts(words: list[str], stops: list[tuple[int, int, int]], steps: int, fo
     """
     run, rng = folder / "runs/parts", random.Random(2)
     seen: Seen = {}
-    for number, (processes, workers, stop) in enumerate([*stops, (1, 2, steps)]):
+    for number, (processes, num_workers, stop) in enumerate([*stops, (1, 2, steps)]):
         record, log = folder / f"part{number}", folder / f"log{number}"
-        more = [f"steps={steps}", "name=parts", f"trainer.devices={processes}", f"data.workers={workers}"]
+        more = [f"steps={steps}", "name=parts", f"trainer.devices={processes}", f"data.num_workers={num_workers}"]
         process = start([*words, *more], folder, log, **watch(record))
         aim = max(stop, steps_written(run) + 1)
         if stop < steps:

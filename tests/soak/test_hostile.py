@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_image_reading import encoded
+from test_image_io import encoded
 from test_tars import hostile_tar, huge_file
 from tiny import errors, start
 
@@ -113,13 +113,13 @@ def test_path_tricks_in_tars(command, tmp_path, measured):
     given = tmp_path / "given"
     given.mkdir()
     hostile_tar(given / "tricks.tar")
-    assert command(["shards", "make", f"src={given / 'tricks.tar'}", "out=made", "workers=1"], 0) == ""
+    assert command(["shards", "make", f"src={given / 'tricks.tar'}", "out=made", "num_workers=1"], 0) == ""
     made = tmp_path / "work/made/train"
     manifest = json.loads((made / "manifest.json").read_text())
     assert (manifest["samples"], manifest["rejected"]) == (1, 8)
     reasons = {json.loads(line)["reason"] for line in (made / "rejected.jsonl").read_text().splitlines()}
     (given / "oversized.tar").write_bytes(huge_file())
-    said = command(["shards", "make", f"src={given / 'oversized.tar'}", "out=big", "workers=1"])
+    said = command(["shards", "make", f"src={given / 'oversized.tar'}", "out=big", "num_workers=1"])
     assert not (tmp_path / "work/big").exists()
     with tarfile.open(given / "foreign.tar", "w") as tar:  # to be indexed where it lies, in a folder of its own
         for name in ("../up.jpg", "/abs.jpg", "a/good.jpg"):
@@ -170,8 +170,8 @@ def test_a_manifest_that_points_elsewhere(made, command, tmp_path, measured):
     for name in ("../../secret.tar", "/etc/passwd.tar", "http://host/x.tar", "pipe:touch executed.tar"):
         refused(rewritten("name", name), [*fit, data])
     refused(rewritten("sha256", "../../.."), [*fit, data])
-    refused(index, [*fit, data, "data.streams=1"], "shard-000000.index.npy")
-    refused(huge_index, [*fit, data, "data.streams=1"], "shard-000000.index.npy")
+    refused(index, [*fit, data, "data.shuffle_streams=1"], "shard-000000.index.npy")
+    refused(huge_index, [*fit, data, "data.shuffle_streams=1"], "shard-000000.index.npy")
     tokens = [word for word in fit if not word.startswith("tokenizer")]
     tokens = [*tokens, data, "tokenizer=none", "data.val=null", f"data.tokens={given / 'train/tokens'}"]
     refused(rewritten("name", "../../secret.npy"), tokens, "tokens/tokens.json")

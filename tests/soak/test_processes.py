@@ -25,7 +25,13 @@ PATIENCE = 40  # of torchrun with what it ends
 @pytest.fixture
 def words(made) -> list[str]:
     """Four processes take two micro-batches each, two of them four."""
-    return [*made.words, "global_batch=16", "batch_size=2", "data.workers=1", f"timeout_minutes={TIMEOUT / 60}"]
+    return [
+        *made.words,
+        "global_batch_size=16",
+        "batch_size=2",
+        "data.num_workers=1",
+        f"timeout_minutes={TIMEOUT / 60}",
+    ]
 
 
 def free_port() -> str:
@@ -137,7 +143,7 @@ def test_a_process_that_differs(what, words, made, tmp_path, measured):
     words = [*words, "steps=2", "name=x"]
     other = [*words, "optim.lr=1e-3"]
     if what == "data":
-        line = "shards make src=synthetic out=other images=480 val=.1 size=48 samples_per_shard=36 workers=1 seed=1"
+        line = "shards make src=synthetic out=other images=480 val=.1 size=48 samples_per_shard=36 num_workers=1 seed=1"
         assert start(line.split(), tmp_path, tmp_path / "make").wait(120) == 0
         other = [*words, f"data.train={tmp_path / 'other/train'}"]
     both = as_slurm_starts([words, other], [free_port()] * 2, tmp_path)

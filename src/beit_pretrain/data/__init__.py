@@ -1,1 +1,1 @@
-"""From shards to batches: which sample stands at which position, its bytes, batches, data modules."""
+"""Shards, and the order in which a run reads them."""

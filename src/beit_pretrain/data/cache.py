@@ -29,8 +29,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from beit_pretrain.data.manifest import INDEX_DTYPE, index_shard
 from beit_pretrain.errors import UserError
-from beit_pretrain.shards.manifest import INDEX_DTYPE, index_shard
 
 RECENT = 60.0  # seconds since its last use in which a shard does not make room for one that is fetched ahead
 TOUCH = 1.0  # seconds between two notes of a shard's use by one process

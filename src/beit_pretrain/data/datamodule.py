@@ -11,23 +11,23 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from beit_pretrain.data.batches import (
-    EvalPlan,
-    LabelMapViews,
-    Plan,
+from beit_pretrain.data.dataset import (
+    BatchSchedule,
+    EvalSchedule,
+    LabelMapTransform,
     ShardDataset,
     StepSampler,
-    Views,
+    Transform,
     with_first_position,
 )
+from beit_pretrain.data.loader_workers import begin_worker
 from beit_pretrain.data.mixture import Mixture
 from beit_pretrain.data.order import Order
-from beit_pretrain.data.reader import Access, ShardReader
-from beit_pretrain.data.workers import begin_worker
+from beit_pretrain.data.reader import RemoteOptions, ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.images.masking import BlockwiseMask
-from beit_pretrain.images.views import ClassificationViews, PretrainViews
-from beit_pretrain.tokens.cached import CachedTokens, TokenFolder
+from beit_pretrain.tokenizers.token_cache import CachedTokens, TokenFolder
+from beit_pretrain.transforms.masking import BlockwiseMask
+from beit_pretrain.transforms.views import ClassificationTransform, TwoViewTransform
 
 Source = str | Path | Sequence[str | Path]
 
@@ -38,13 +38,13 @@ class ShardData(LightningDataModule):
     Args:
         train: shard folder or location of the training images, or a list of them.
         val: the same of held-out images; None = no validation.
-        global_batch: images of one optimiser step over all processes and micro-batches.
+        global_batch_size: images of one optimiser step over all processes and micro-batches.
         seed: of order, views and masks.
         workers: loader processes per training process; 0 = none.
         window, streams: see `order.Order`.
         val_batch: images of a validation batch.
         val_images: at most so many validation images.
-        per_class: train on so many images of each class only (the first ones in the shards' order).
+        labels_per_class: train on so many images of each class only (the first ones in the shards' order).
         weights: how often each of several training sets is drawn from; None = every image of all of them once an epoch.
         access: how remote shards are had.
     """
@@ -56,16 +56,16 @@ class ShardData(LightningDataModule):
         train: Source,
         val: Source | None = None,
         *,
-        global_batch: int,
+        global_batch_size: int,
         seed: int = 0,
-        workers: int = 4,
-        window: int = 4096,
-        streams: int = 64,
+        num_workers: int = 4,
+        shuffle_block_size: int = 4096,
+        shuffle_streams: int = 64,
         val_batch: int = 64,
         val_images: int | None = None,
-        per_class: int | None = None,
+        labels_per_class: int | None = None,
         weights: Sequence[float] | None = None,
-        access: Access | None = None,
+        access: RemoteOptions | None = None,
     ):
         super().__init__()
         self.tokens: dict[str, CachedTokens] = {}  # of the splits that have them: their views are fixed
@@ -75,15 +75,15 @@ class ShardData(LightningDataModule):
             classes, known = self.readers["val"].classes, self.classes
             if classes and classes != known and not self.readers["train"].classes_differ:
                 raise UserError(f"data.val={val} has other classes than data.train={train}; make both in one go")
-        if weights is not None and per_class is not None:
-            raise UserError("data.weights and data.per_class exclude each other")
-        self.weights, self.access = weights, access or Access()
-        if workers < 0:
-            raise UserError(f"data.workers must be 0 or more, got {workers}")
-        self.global_batch, self.seed, self.workers = global_batch, seed, workers
-        self.window, self.streams = window, streams
+        if weights is not None and labels_per_class is not None:
+            raise UserError("data.weights and data.labels_per_class exclude each other")
+        self.weights, self.access = weights, access or RemoteOptions()
+        if num_workers < 0:
+            raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
+        self.global_batch_size, self.seed, self.num_workers = global_batch_size, seed, num_workers
+        self.shuffle_block_size, self.shuffle_streams = shuffle_block_size, shuffle_streams
         self.val_batch, self.val_images = val_batch, val_images
-        self.subset = None if per_class is None else first_of_each_class(self.readers["train"], per_class)
+        self.subset = None if labels_per_class is None else first_of_each_class(self.readers["train"], labels_per_class)
 
     @property
     def classes(self) -> list[str]:
@@ -95,7 +95,7 @@ class ShardData(LightningDataModule):
         """Training images."""
         return self.readers["train"].samples if self.subset is None else len(self.subset)
 
-    def views(self, split: str) -> Views | LabelMapViews:
+    def views(self, split: str) -> Transform | LabelMapTransform:
         """How the images of "train" or "val" are seen."""
         raise NotImplementedError
 
@@ -107,7 +107,7 @@ class ShardData(LightningDataModule):
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         return with_first_position(batch)
 
-    def train_dataset(self, plan: Plan) -> ShardDataset:
+    def train_dataset(self, plan: BatchSchedule) -> ShardDataset:
         """The training batches that `plan` lays out."""
         views = self.views("train")
         return ShardDataset(
@@ -121,9 +121,11 @@ class ShardData(LightningDataModule):
         reader = self.readers["train"]
         if self.weights is None:
             sizes = reader.sizes if self.subset is None else [len(self.subset)]
-            return Order(sizes, self.seed, self.window, self.streams)
+            return Order(sizes, self.seed, self.shuffle_block_size, self.shuffle_streams)
         # Each set has an order of its own: with one seed for all, equal sets would be read in step.
-        orders = [Order(s, self.seed + i, self.window, self.streams) for i, s in enumerate(reader.parts())]
+        orders = [
+            Order(s, self.seed + i, self.shuffle_block_size, self.shuffle_streams) for i, s in enumerate(reader.parts())
+        ]
         return Mixture(orders, self.weights, self.seed)
 
     def eval_dataset(
@@ -131,13 +133,13 @@ class ShardData(LightningDataModule):
         split: str = "val",
         rank: int = 0,
         world: int = 1,
-        views: Views | LabelMapViews | None = None,
+        views: Transform | LabelMapTransform | None = None,
         images: int | None = None,
     ) -> ShardDataset:
         """Every image of a split (or its first `images`) once and in order, with fixed views and masks."""
         reader = self.readers[split]
         samples = reader.samples if images is None else min(reader.samples, images)
-        plan = EvalPlan(samples, self.val_batch, rank, world)
+        plan = EvalSchedule(samples, self.val_batch, rank, world)
         order = Order(reader.sizes, shuffle=False)
         tokens = None if views else self.tokens.get(split)
         views = views or self.views("val")
@@ -149,10 +151,10 @@ class ShardData(LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         micro_batches = trainer.accumulate_grad_batches
-        plan = Plan(self.global_batch, trainer.global_rank, trainer.world_size, micro_batches)
+        plan = BatchSchedule(self.global_batch_size, trainer.global_rank, trainer.world_size, micro_batches)
         if self.readers["train"].remote:
             ranks = range(trainer.node_rank * trainer.num_devices, (trainer.node_rank + 1) * trainer.num_devices)
-            self.check_cache(trainer.global_step * self.global_batch, ranks, trainer.world_size)
+            self.check_cache(trainer.global_step * self.global_batch_size, ranks, trainer.world_size)
         sampler = StepSampler(int(trainer.max_steps) * micro_batches, start=trainer.global_step * micro_batches)
         loader = self.loader(self.train_dataset(plan), sampler)
         return loader if self.wrapped is None else self.wrapped(loader)
@@ -162,12 +164,12 @@ class ShardData(LightningDataModule):
         reader, order, limit = self.readers["train"], self.train_order(), self.access.cache_gb * 1e9
         if self.subset is not None:
             return
-        here = {shard for rank in ranks for shard in order.shards_ahead(position, rank, world, windows=1)}
+        here = {shard for rank in ranks for shard in order.upcoming_shards(position, rank, world, windows=1)}
         needed = sum(reader.shards[shard].bytes for shard in here if reader.is_remote(shard))
         if needed > limit:
             raise UserError(
                 f"data.cache_gb={self.access.cache_gb:g} is too small: this node reads from {len(here):,} shards of "
-                f"{needed / 1e9:.3g} GB at once; set it higher, or data.window or data.streams lower"
+                f"{needed / 1e9:.3g} GB at once; set it higher, or data.shuffle_block_size or data.shuffle_streams lower"
             )
 
     def val_dataloader(self) -> DataLoader | list:
@@ -189,11 +191,11 @@ class ShardData(LightningDataModule):
             dataset,
             batch_size=None,
             sampler=sampler,
-            num_workers=self.workers,
+            num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available() and not kept,
-            persistent_workers=self.workers > 0 and not kept,
+            persistent_workers=self.num_workers > 0 and not kept,
             worker_init_fn=begin_worker,
-            timeout=self.patience if self.workers else 0,
+            timeout=self.patience if self.num_workers else 0,
         )
 
 
@@ -208,7 +210,7 @@ class PretrainData(ShardData):
         train,
         val=None,
         *,
-        views: PretrainViews,
+        views: TwoViewTransform,
         masking: BlockwiseMask,
         tokens: Mapping[str, Sequence[TokenFolder]] | None = None,
         **settings,
@@ -219,7 +221,7 @@ class PretrainData(ShardData):
             if split in self.readers:
                 self.tokens[split] = CachedTokens(folders, self.readers[split], views, masking.grid, split)
 
-    def views(self, split: str) -> Views:
+    def views(self, split: str) -> Transform:
         return self._views
 
 
@@ -227,12 +229,12 @@ class ClassificationData(ShardData):
     """One view of every image with its label: augmented in training, resized and centre-cropped in validation."""
 
     def __init__(
-        self, train, val=None, *, train_views: ClassificationViews, val_views: ClassificationViews, **settings
+        self, train, val=None, *, train_views: ClassificationTransform, val_views: ClassificationTransform, **settings
     ):
         super().__init__(train, val, **settings)
         self._views = {"train": train_views, "val": val_views}
 
-    def views(self, split: str) -> Views:
+    def views(self, split: str) -> Transform:
         return self._views[split]
 
 
@@ -241,7 +243,7 @@ class SegmentationData(ShardData):
 
     label_maps = True
 
-    def __init__(self, train, val=None, *, train_views: LabelMapViews, val_views: LabelMapViews, **settings):
+    def __init__(self, train, val=None, *, train_views: LabelMapTransform, val_views: LabelMapTransform, **settings):
         super().__init__(train, val, **settings)
         self._views = {"train": train_views, "val": val_views}
         for reader in self.readers.values():
@@ -249,7 +251,7 @@ class SegmentationData(ShardData):
                 if not folder.about["segmentation"]:
                     raise UserError(f"{folder} has no label maps (.seg.png); segmentation needs them")
 
-    def views(self, split: str) -> LabelMapViews:
+    def views(self, split: str) -> LabelMapTransform:
         return self._views[split]
 
 
@@ -261,7 +263,7 @@ def labels(reader: ShardReader) -> np.ndarray:
 def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
     """(samples, 2) shard and index of the first `count` samples of every class: the shards' order is already random."""
     if count < 1:
-        raise UserError(f"data.per_class must be at least 1, got {count}")
+        raise UserError(f"data.labels_per_class must be at least 1, got {count}")
     taken = np.zeros(len(reader.classes), np.int64)
     chosen = []
     for shard in range(len(reader.sizes)):
@@ -270,5 +272,5 @@ def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
                 taken[label] += 1
                 chosen.append((shard, index))
     if not chosen:
-        raise UserError(f"{reader.folders[0]} has no labels; data.per_class needs images in class folders")
+        raise UserError(f"{reader.folders[0]} has no labels; data.labels_per_class needs images in class folders")
     return np.asarray(chosen, np.int64)

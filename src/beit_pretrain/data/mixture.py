@@ -38,7 +38,7 @@ class Mixture:
         self.counts = shares(weights, len(orders))
         self.block = int(self.counts.sum())
         self.samples = sum(order.samples for order in orders)
-        self.streams = orders[0].streams
+        self.shuffle_streams = orders[0].shuffle_streams
         self.sizes = np.concatenate([order.sizes for order in orders])
         self._first_shard = np.cumsum([0] + [len(order.sizes) for order in orders])
         self._pattern = lru_cache(maxsize=64)(self._shuffled)
@@ -80,14 +80,14 @@ class Mixture:
             own[here] = number * self.counts[dataset[here]] + before[offset[here]]
         return dataset, own
 
-    def shards_ahead(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
+    def upcoming_shards(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
         """Shards that are read soon. A data set's places fall to any rank: all ranks read from all of them."""
         block, offset = divmod(position, self.block)
         passed = self._pattern(block)[0][:offset]
         ahead = []
         for number, (order, first) in enumerate(zip(self.orders, self._first_shard.tolist())):
             own = block * int(self.counts[number]) + int((passed == number).sum())
-            ahead += [first + shard for shard in order.shards_ahead(own, windows=windows)]
+            ahead += [first + shard for shard in order.upcoming_shards(own, windows=windows)]
         return ahead
 
     def _shuffled(self, block: int) -> tuple[np.ndarray, np.ndarray]:

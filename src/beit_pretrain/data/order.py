@@ -61,17 +61,26 @@ class Order:
         shuffle: False gives the samples as they stand in the shards, every epoch alike (validation).
     """
 
-    def __init__(self, sizes: list[int], seed: int = 0, window: int = 4096, streams: int = 64, shuffle: bool = True):
+    def __init__(
+        self,
+        sizes: list[int],
+        seed: int = 0,
+        shuffle_block_size: int = 4096,
+        shuffle_streams: int = 64,
+        shuffle: bool = True,
+    ):
         if not sizes or min(sizes) < 0 or sum(sizes) == 0:
             raise ValueError("an order needs at least one sample")
-        if window < 1 or not 1 <= streams <= 4096:
-            raise UserError(f"data.window={window} must be 1 or more, data.streams={streams} between 1 and 4096")
+        if shuffle_block_size < 1 or not 1 <= shuffle_streams <= 4096:
+            raise UserError(
+                f"data.shuffle_block_size={shuffle_block_size} must be 1 or more, data.shuffle_streams={shuffle_streams} between 1 and 4096"
+            )
         self.sizes = np.asarray(sizes, np.int64)
-        self.seed, self.window, self.shuffle = seed, window, shuffle
+        self.seed, self.shuffle_block_size, self.shuffle = seed, shuffle_block_size, shuffle
         self.samples = int(self.sizes.sum())
-        self.streams = max(1, min(streams, len(sizes))) if shuffle else 1
+        self.shuffle_streams = max(1, min(shuffle_streams, len(sizes))) if shuffle else 1
         self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)
-        self._window = lru_cache(maxsize=2 * self.streams)(self._permute_window)
+        self._window = lru_cache(maxsize=2 * self.shuffle_streams)(self._permute_window)
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_shards_of_epoch", "_window")}
@@ -79,7 +88,7 @@ class Order:
     def __setstate__(self, state: dict) -> None:  # caches cannot travel to a spawned worker: it starts with empty ones
         self.__dict__.update(state)
         self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)
-        self._window = lru_cache(maxsize=2 * self.streams)(self._permute_window)
+        self._window = lru_cache(maxsize=2 * self.shuffle_streams)(self._permute_window)
 
     def sample_at(self, position: int) -> Sample:
         """The sample at `position` (>= 0, endless: epoch e holds positions [e * samples, (e + 1) * samples))."""
@@ -105,17 +114,17 @@ class Order:
         """How often the sample at `position` has come before."""
         return position // self.samples if self.shuffle else 0
 
-    def shards_ahead(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
+    def upcoming_shards(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
         """Shards that `rank` of `world` reads in the windows it is in at `position`, then in the following ones."""
         first = position + (rank - position) % world
-        one_of_each_stream = range(first, first + math.lcm(self.streams, world), world)
+        one_of_each_stream = range(first, first + math.lcm(self.shuffle_streams, world), world)
         found: dict[int, None] = {}  # a set that keeps its order
         for number in range(windows):
             for k in one_of_each_stream:
-                epoch, k = divmod(k + number * self.window * self.streams, self.samples)
-                stream, window = k % self.streams, k // self.streams // self.window
+                epoch, k = divmod(k + number * self.shuffle_block_size * self.shuffle_streams, self.samples)
+                stream, window = k % self.shuffle_streams, k // self.shuffle_streams // self.shuffle_block_size
                 start, length = (int(v) for v in self._stream(np.asarray(stream)))
-                begin, end = window * self.window, min((window + 1) * self.window, length)
+                begin, end = window * self.shuffle_block_size, min((window + 1) * self.shuffle_block_size, length)
                 shards, ends = self._shards_of_epoch(epoch if self.shuffle else 0)
                 i, j = np.searchsorted(ends, [start + begin, start + end - 1], side="right")
                 found |= dict.fromkeys(shards[i : j + 1].tolist())
@@ -124,22 +133,22 @@ class Order:
     def _stream(self, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where streams begin in the epoch's concatenation, and their lengths."""
         # The first `samples % streams` streams are one sample longer than the others.
-        base, longer = divmod(self.samples, self.streams)
+        base, longer = divmod(self.samples, self.shuffle_streams)
         return stream * base + np.minimum(stream, longer), base + (stream < longer)
 
     def _unshuffled(self, epoch: np.ndarray, k: np.ndarray) -> np.ndarray:
         """Places in the epochs' concatenations of shards of the k-th samples of epochs."""
-        stream, k = k % self.streams, k // self.streams
+        stream, k = k % self.shuffle_streams, k // self.shuffle_streams
         start, length = self._stream(stream)
-        number, offset = np.divmod(k, self.window)
-        begin = number * self.window
+        number, offset = np.divmod(k, self.shuffle_block_size)
+        begin = number * self.shuffle_block_size
         # Epoch, stream and window share the 64-bit half of the key: 24, 12 and 28 bits of it.
         key = (epoch << 40) | (stream << 28) | number
         windows, first, inverse, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
         by_window = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))
         moved = np.empty_like(offset)
         for window, i, members in zip(windows, first, by_window):
-            permutation = self._window(int(window) % 2**64, int(min(self.window, length[i] - begin[i])))
+            permutation = self._window(int(window) % 2**64, int(min(self.shuffle_block_size, length[i] - begin[i])))
             moved[members] = permutation[offset[members]]
         return start + begin + moved
 
@@ -160,8 +169,8 @@ def as_array(positions: range | Sequence[int] | np.ndarray) -> np.ndarray:
     return np.asarray(positions, np.int64)
 
 
-def positions(step: int, rank: int, world: int, global_batch: int) -> range:
+def positions(step: int, rank: int, world: int, global_batch_size: int) -> range:
     """Positions that `rank` of `world` processes consumes in global step `step`."""
-    if global_batch % world:
-        raise ValueError(f"the global batch {global_batch} cannot be dealt evenly to {world} processes")
-    return range(step * global_batch + rank, (step + 1) * global_batch, world)
+    if global_batch_size % world:
+        raise ValueError(f"the global batch {global_batch_size} cannot be dealt evenly to {world} processes")
+    return range(step * global_batch_size + rank, (step + 1) * global_batch_size, world)

@@ -19,10 +19,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
+from beit_pretrain.data.manifest import INDEX_DTYPE, MANIFEST, index_path, parse_manifest, read_manifest
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.remote import Remote, is_remote
 from beit_pretrain.errors import UserError
-from beit_pretrain.shards.manifest import INDEX_DTYPE, MANIFEST, index_path, parse_manifest, read_manifest
 
 MANIFEST_LIMIT = 1 << 30  # bytes of a remote manifest
 INDEX_MEMORY = 64 << 20  # bytes of indices that a process keeps
@@ -37,7 +37,7 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Access:
+class RemoteOptions:
     """How remote shards are had: folder and gigabytes of the cache, further tries, seconds without a byte."""
 
     cache_dir: str | None = None
@@ -59,9 +59,9 @@ class ShardReader:
     Raises UserError if a folder, its manifest, a shard or an index is missing or does not belong together.
     """
 
-    def __init__(self, source: str | Path | Sequence[str | Path], access: Access | None = None):
+    def __init__(self, source: str | Path | Sequence[str | Path], access: RemoteOptions | None = None):
         sources = [source] if isinstance(source, str | Path) else list(source)
-        self.folders = [_folder(s, access or Access()) for s in sources]
+        self.folders = [_folder(s, access or RemoteOptions()) for s in sources]
         self.manifest: dict[str, Any] = self.folders[0].about
         named = [folder.about["classes"] for folder in self.folders]
         self.classes_differ = any(classes != named[0] for classes in named)
@@ -226,7 +226,7 @@ class LocalFolder:
 class RemoteFolder:
     """A shard folder elsewhere, through the cache. Raises UserError if its manifest cannot be had."""
 
-    def __init__(self, location: str, access: Access):
+    def __init__(self, location: str, access: RemoteOptions):
         self.remote = Remote(location, access.retries, access.timeout)
         data = self.remote.read(MANIFEST, MANIFEST_LIMIT, _check_end)
         text, where = data.decode("utf-8", errors="replace"), f"{MANIFEST} of {self.remote}"
@@ -259,7 +259,7 @@ class RemoteFolder:
         self.remote.fetch(shard.name, file, shard.bytes, check=lambda: check_content(file, shard))
 
 
-def _folder(source: str | Path, access: Access) -> LocalFolder | RemoteFolder:
+def _folder(source: str | Path, access: RemoteOptions) -> LocalFolder | RemoteFolder:
     return RemoteFolder(str(source), access) if is_remote(source) else LocalFolder(source)
 
 

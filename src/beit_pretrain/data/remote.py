@@ -40,11 +40,11 @@ PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before the second try, doubled befor
 _jitter = random.Random()  # of its own: the global one belongs to the views
 
 
-class Refused(Exception):
+class PermanentError(Exception):
     """A failure that another try would not mend."""
 
 
-class Unwritable(Exception):
+class LocalWriteError(Exception):
     """The OSError of the file that a transfer is written to: it is not the server's."""
 
     def __init__(self, error: OSError):
@@ -129,9 +129,9 @@ class Remote:
                 self._try(name, out, limit)
                 check()
                 return
-            except Unwritable as unwritable:
+            except LocalWriteError as unwritable:
                 raise unwritable.error from None
-            except (Refused, OSError, http.client.HTTPException) as error:
+            except (PermanentError, OSError, http.client.HTTPException) as error:
                 why, asked = _reason(error), _retry_after(error)
                 if _lasting(error):
                     raise UserError(f"{name} of {self} cannot be fetched: {why}") from None
@@ -149,7 +149,7 @@ class Remote:
         with contextlib.closing(self._chunks(name, out)) as chunks:
             for chunk in chunks:
                 if out.tell() + len(chunk) > limit:
-                    raise Refused(f"it has more than {limit:,} bytes")
+                    raise PermanentError(f"it has more than {limit:,} bytes")
                 with _writing():
                     out.write(chunk)
                 if (passed := time.monotonic() - since) > self.timeout:
@@ -175,7 +175,7 @@ def _writing() -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise Unwritable(error) from error
+        raise LocalWriteError(error) from error
 
 
 def _of_http(url: str, out: BinaryIO, timeout: float) -> Generator[bytes]:
@@ -251,7 +251,7 @@ def _lasting(error: Exception) -> bool:
     """Whether another try would not mend it."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code < 500 and error.code not in (408, 416, 425, 429)
-    return isinstance(error, Refused | http.client.InvalidURL | FileNotFoundError | PermissionError)
+    return isinstance(error, PermanentError | http.client.InvalidURL | FileNotFoundError | PermissionError)
 
 
 def _reason(error: Exception) -> str:
@@ -262,7 +262,7 @@ def _reason(error: Exception) -> str:
         return first_line(error.reason) if isinstance(error.reason, BaseException) else str(error.reason)
     if isinstance(error, TimeoutError):
         return f"it stalled ({first_line(error)})"
-    kind = f"{type(error).__name__}: " if _lasting(error) and not isinstance(error, Refused) else ""
+    kind = f"{type(error).__name__}: " if _lasting(error) and not isinstance(error, PermanentError) else ""
     return kind + first_line(error)
 
 

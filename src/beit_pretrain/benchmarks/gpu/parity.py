@@ -1,0 +1,204 @@
+"""The stages that compare numbers: attention and tokens with more precise ones, compiled functions with eager ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from beit_pretrain.benchmarks.attention import exact, make_case, relative_errors, results
+from beit_pretrain.benchmarks.gpu.curves import smooth_images
+from beit_pretrain.benchmarks.gpu.device import allowing_tf32
+from beit_pretrain.benchmarks.gpu.report import Report
+from beit_pretrain.benchmarks.gpu.setup import Setup
+from beit_pretrain.benchmarks.inputs import Bench, make_batch, make_bench
+from beit_pretrain.benchmarks.kernels import kernels
+from beit_pretrain.benchmarks.peers import packages_encoder
+from beit_pretrain.benchmarks.step import distance, facts, gradients
+from beit_pretrain.engine.compile import CompileCounts, compile_counts, compile_reasons
+from beit_pretrain.errors import first_line
+from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
+
+OFF = 1e-3  # relative difference between compiled and eager in fp32 at which the stage fails
+# The same in bf16: of the loss; and gradients, next to fp32's, may be so many times as far off as eager ones.
+LOSS_OFF, TIMES_OFF = 1e-2, 1.5
+VIEWS_OFF = 2 / 255  # of a pixel of a view: a level that was rounded the other way, stretched by what follows
+OWN_KERNELS, THEIRS = ("ours", "triton"), "sdpa_efficient"  # the former may be at most `TIMES_OFF` times as far off
+BATCHES = 3  # with which a compiled function is called: none but the first may compile it
+
+
+def parity(setup: Setup, report: Report) -> None:
+    """How many tokens agree; relative errors of every attention kernel from float64. Errors of ours are judged.
+
+    Kernels of our own come last: what fails inside a kernel leaves a process without its GPU.
+    """
+    cfg = setup.config(f"batch_size={setup.sizes.parity}")
+    bench = make_bench(cfg)
+    report(about=facts(bench, cfg))
+    with report.part("tokens"):
+        small = [side * bench.tokenizer.downsample for side in bench.module.model.grid]
+        draw = torch.Generator(bench.device).manual_seed(cfg.seed)
+        report(tokens=token_parity(bench, smooth_images(bench, small, draw)))
+    there = kernels(bench.device)
+    # Not: no_bias, another function; flex, which compiles for long and is in the stage `attention`.
+    theirs = [name for name in there if name not in ("no_bias", "flex", "triton")]
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 3 if setup.device == "cuda" else 2]
+    found: dict[str, dict[str, Any]] = {}
+    for names in (theirs, [name for name in there if name == "triton"]):
+        for dtype, masked_only in product(dtypes, (False, True)):
+            case = make_case(bench, cfg.seed, masked_only, dtype)
+            label, wanted = f"{str(dtype).removeprefix('torch.')} {case.queries}", exact(case)
+            for name in names:
+                try:
+                    errors: Any = relative_errors(results(there[name](), case), wanted)
+                except Exception as error:  # a kernel that refuses a precision is no failure of the stage
+                    errors = f"{type(error).__name__}: {first_line(error)}"
+                found.setdefault(label, {})[name] = errors
+                report(attention={label: {name: errors}})
+    for label, each in found.items():
+        with report.part(f"attention, {label}"):
+            if wrong := wrong_kernels(each):
+                raise RuntimeError("; ".join(wrong))
+
+
+def wrong_kernels(found: dict[str, dict[str, float] | str]) -> list[str]:
+    """What is wrong with the errors of some kernels, by name; one that did not run is a text and not judged here.
+
+    But for ours: they must run.
+    """
+    wrong, usual = [], found.get(THEIRS)
+    for name, errors in found.items():
+        if isinstance(errors, str):
+            wrong += [f"{name}: {errors}"] if name in OWN_KERNELS else []
+            continue
+        for output, error in errors.items():
+            if not math.isfinite(error):
+                wrong.append(f"{name}: {output} is not finite")
+            elif name in OWN_KERNELS and isinstance(usual, dict) and not error <= TIMES_OFF * usual[output]:
+                wrong.append(f"{name}: {output} is off by {error:.1e}, {THEIRS}'s by {usual[output]:.1e}")
+    return wrong
+
+
+@torch.no_grad()
+def token_parity(bench: Bench, image: Tensor) -> dict[str, float]:
+    """Shares of tokens on which two encoders agree: ours, the package's module, and that in real fp32.
+
+    `distinct`: tokens that occur. `far`: how far the logits of our tokens lie below fp32's largest, at the most, in
+    standard deviations of all logits: 0 where they agree, little for near-ties.
+    """
+    assert isinstance(bench.tokenizer, OpenAITokenizer)
+    logits_BVN = varied_logits(bench, image)
+    fused = OpenAITokenizer.of(bench.tokenizer.encoder).to(bench.device)  # of the changed weights
+    wanted, package, ours = logits_BVN.argmax(1), packages_encoder(bench)(image), fused.encode(image)
+    below_BN = logits_BVN.amax(1) - logits_BVN.gather(1, ours.unsqueeze(1)).squeeze(1)
+    same = {"ours_and_fp32": ours == wanted, "package_and_fp32": package == wanted, "ours_and_package": ours == package}
+    shares = {name: equal.double().mean().item() for name, equal in same.items()}
+    far = (below_BN / logits_BVN.std()).max().item()
+    return {**shares, "far": far, "tokens": wanted.numel(), "distinct": len(wanted.unique())}
+
+
+def varied_logits(bench: Bench, image: Tensor) -> Tensor:
+    """Logits (B, V, N) of the package's encoder in real fp32, after its output bias was set to give many tokens.
+
+    With random weights alone a few tokens win everywhere, on which any two encoders agree.
+    """
+    from dall_e import map_pixels
+
+    encoder: Any = bench.tokenizer.encoder  # type: ignore[attr-defined]
+    precise: Any = copy.deepcopy(encoder).to(bench.device)
+    for module in precise.modules():
+        module.use_float16 = False
+    with allowing_tf32(False):
+        logits = precise(map_pixels(image))
+        shift_V = -logits.mean((0, 2, 3))
+    encoder.blocks.output.conv.b.add_(shift_V.to(encoder.blocks.output.conv.b.device))
+    return (logits + shift_V.view(1, -1, 1, 1)).flatten(2)
+
+
+def compiled(setup: Setup, report: Report) -> None:
+    """Loss and gradients of compiled and eager steps, in fp32 and in training's precision; one graph, compiled once.
+
+    Raises RuntimeError if something was compiled in pieces or more than once, or is off.
+    """
+    sizes = setup.sizes
+    shallow = () if setup.tiny else (f"+model.depth={sizes.shallow}",)
+    in_fp32 = setup.config(f"batch_size={sizes.precise}", *shallow, forced=("trainer.precision=32-true",))
+    cases: dict[str, Callable[[], list[str]]] = {
+        "fp32": lambda: compare_compiled(report, "fp32", in_fp32),
+        "training": lambda: compare_compiled(report, "training", setup.config(f"batch_size={sizes.base}")),
+        "views": lambda: compare_views(setup, report),
+    }
+    wrong: list[str] = []
+    for name, compare in cases.items():
+        said = ["it raised an error"]
+        with report.part(name):
+            said = compare()
+        wrong += [f"{name}: {line}" for line in said]
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+
+
+def compare_compiled(report: Report, name: str, cfg: DictConfig) -> list[str]:
+    """Compare one network; returns what is wrong."""
+    bench = make_bench(cfg)
+    report(about={name: facts(bench, cfg)})
+    batches = [make_batch(bench, number) for number in range(BATCHES)]
+    with allowing_tf32(False), bench.uncompiled():
+        precise = gradients(bench._replace(bf16=False), batches[0])
+    # In bf16 torch's own settings: code compiled under others would not be found in the cache by later stages.
+    with allowing_tf32(False) if not bench.bf16 else nullcontext():
+        with bench.uncompiled():
+            eager = gradients(bench, batches[0])
+        torch._dynamo.reset()  # another network before is no recompilation of this one
+        before = compile_counts()
+        fast = gradients(bench, batches[0])
+        for batch in batches[1:]:
+            gradients(bench, batch)
+    counts = compile_counts().since(before)
+    found = {
+        "loss": {"eager": eager[0], "compiled": fast[0], "fp32": precise[0]},
+        "from_eager": distance(fast[1], eager[1]),
+        "eager_from_fp32": distance(eager[1], precise[1]),
+        "compiled_from_fp32": distance(fast[1], precise[1]),
+        **counts._asdict(),
+    }
+    report(compared={name: found})
+    of_loss, of_gradients = abs(fast[0] / eager[0] - 1), found["from_eager"]["all"]
+    if bench.bf16:
+        of_gradients, usual = found["compiled_from_fp32"]["all"], found["eager_from_fp32"]["all"]
+        right = of_loss < LOSS_OFF and of_gradients < TIMES_OFF * usual + OFF
+    else:
+        right = of_loss < OFF and of_gradients < OFF
+    if right:  # not-a-number is not
+        return said_of(counts)
+    return [*said_of(counts), f"compiled and eager differ: loss {of_loss:.2g}, gradients {of_gradients:.2g}"]
+
+
+def compare_views(setup: Setup, report: Report) -> list[str]:
+    """Compare the jittered view of a batch, as training with cached tokens makes it."""
+    bench = make_bench(setup.config(f"batch_size={setup.sizes.base}"))
+    cached = [{k: v for k, v in make_batch(bench, n).ours.items() if k != "token_image"} for n in range(BATCHES)]
+    with bench.uncompiled():
+        eager, _ = bench.module.prepare(cached[0])
+    torch._dynamo.reset()
+    before = compile_counts()
+    compiled, *_ = [bench.module.prepare(batch)[0] for batch in cached]
+    counts = compile_counts().since(before)
+    off = (compiled - eager).abs().max().item()
+    report(views={"largest_difference": off, **counts._asdict()})
+    return [*said_of(counts), *([] if off <= VIEWS_OFF else [f"compiled and eager views differ by {off:.2g}"])]
+
+
+def said_of(counts: CompileCounts) -> list[str]:
+    """A line if something was not one graph, compiled once."""
+    if counts.clean and counts.graphs == 1:
+        return []
+    reasons = "; ".join(compile_reasons(counts)[:3])
+    return [f"{counts}, {counts.fallbacks} not compiled ({reasons})"]

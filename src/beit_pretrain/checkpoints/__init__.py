@@ -1,1 +1,0 @@
-"""Checkpoints of everyone: read, told apart, resized, written."""

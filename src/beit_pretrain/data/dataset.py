@@ -1,0 +1,255 @@
+"""Batches: which positions stand in one, and how it is made of them.
+
+One loader item is one micro-batch of one process, made whole in a worker: the sampler counts micro-batches, `Plan`
+says which positions of the run stand in each, and everything about a position is a function of (seed, position). So
+the order needs no distributed sampler, and resuming starts the sampler elsewhere.
+
+An image that cannot be decoded is replaced by the next one in its shard, seen with the same random numbers; that too is
+a function of the position alone. The batch then lists it under `bad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+
+from beit_pretrain.data.mixture import Mixture
+from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, positions
+from beit_pretrain.data.prefetch import ShardPrefetcher
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.errors import UserError, stop_if_memory_was_short
+from beit_pretrain.tokenizers.token_cache import CachedTokens
+from beit_pretrain.transforms.image_io import open_image, reason
+from beit_pretrain.transforms.masking import BlockwiseMask
+from beit_pretrain.transforms.views import TwoViewTransform
+
+NEIGHBOURS = 16  # images in a row that may be bad
+
+
+class PendingSample(NamedTuple):
+    """A sample whose views are drawn but not yet made. Making them raises nearly everything on broken files."""
+
+    views: Callable[[], dict[str, np.ndarray]]
+    label: int
+
+
+class Transform(Protocol):
+    """Arrays of one sample from its image (opened, not decoded) and the random numbers of its position."""
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]: ...
+
+
+class LabelMapTransform(Protocol):
+    """The same of an image and its label map."""
+
+    def __call__(
+        self, image: Image.Image, rng: np.random.Generator, label_map: Image.Image
+    ) -> dict[str, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """Which positions stand in micro-batch m of a process: global batches, dealt to ranks, cut into micro-batches."""
+
+    global_batch_size: int
+    rank: int = 0
+    world: int = 1
+    micro_batches: int = 1
+
+    def positions(self, micro_batch: int) -> range:
+        """Positions of the process's micro-batch number `micro_batch`, counted from the beginning of the run."""
+        step, part = divmod(micro_batch, self.micro_batches)
+        share = positions(step, self.rank, self.world, self.global_batch_size)
+        size = len(share) // self.micro_batches
+        return share[part * size : (part + 1) * size]
+
+
+@dataclass(frozen=True)
+class EvalSchedule:
+    """Every sample once: rank r takes every world-th, in batches; the last one may be smaller, or larger by one.
+
+    All ranks have as many batches (if there is a sample for each): a network that is cut over processes needs them all.
+    """
+
+    samples: int
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+
+    def positions(self, batch: int) -> range:
+        end = (batch + 1) * self.batch_size if batch + 1 < len(self) else self.samples
+        return range(self.rank, self.samples, self.world)[batch * self.batch_size : end]
+
+    def __len__(self) -> int:
+        least = max(self.samples // self.world, int(self.rank < self.samples))
+        return -(-least // self.batch_size)
+
+
+class ShardDataset(Dataset):
+    """Item m is the collated micro-batch m of the plan.
+
+    Keys: those of the views, stacked (a list where shapes differ; with cached tokens, `tokens` (B, N) int64 in place of
+    the tokenizer's view), and `label` (B,), `position` (B,); with masking `mask` (B, N) bool and `mask_index` (B, K)
+    int64, the masked patches in ascending order padded with -1 (K = the cap: static shapes).
+    If images had to be replaced, and only then, `bad` is a list of dictionaries: position, shard, key, reason and
+    replaced_by (the key of the image that stands in).
+    With `label_maps` the views are `LabelMapTransform`; a sample without a usable label map is a bad one.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        order: Order | Mixture,
+        plan: BatchSchedule | EvalSchedule,
+        views: Transform | LabelMapTransform,
+        masking: BlockwiseMask | None = None,
+        subset: np.ndarray | None = None,
+        seed: int = 0,
+        label_maps: bool = False,
+        tokens: CachedTokens | None = None,
+    ):
+        self.reader, self.order, self.plan = reader, order, plan
+        self.views: Any = views
+        self.masking, self.subset, self.seed, self.label_maps = masking, subset, seed, label_maps
+        self.tokens = tokens
+        self._ahead: ShardPrefetcher | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_ahead": None}  # a thread does not travel to a worker
+
+    def __getitem__(self, micro_batch: int) -> dict[str, Any]:
+        positions = self.plan.positions(micro_batch)
+        if isinstance(self.plan, BatchSchedule) and self.reader.remote:
+            if self._ahead is None:
+                self._ahead = ShardPrefetcher(self.reader, self.order, self.plan.rank, self.plan.world, positions[0])
+            self._ahead.at(positions[0])
+        bad: list[dict[str, Any]] = []
+        addresses = [Sample(*address) for address in self.order.samples_at(positions).tolist()]
+        # Each kind of work for the whole batch: what is small costs half as much while the processor's caches hold it.
+        masks = [self._mask(position) for position in positions]
+        begun = [self._begun(*of) for of in zip(positions, addresses, strict=True)]
+        made = [self._made(*of, bad) for of in zip(positions, addresses, begun, strict=True)]
+        samples = [{**arrays, **mask} for arrays, mask in zip(made, masks, strict=True)]
+        batch: dict[str, Any] = {key: stacked([s[key] for s in samples]) for key in samples[0]}
+        return {**batch, "bad": bad} if bad else batch
+
+    def __len__(self) -> int:
+        if isinstance(self.plan, EvalSchedule):
+            return len(self.plan)
+        raise TypeError("training batches have no end; the sampler counts them")
+
+    def sample(self, position: int) -> dict[str, np.ndarray]:
+        """The arrays of one position; a pure function of the seed, the shards and the position."""
+        address = self.order.sample_at(position)
+        return {**self._made(position, address, self._begun(position, address), []), **self._mask(position)}
+
+    def _made(
+        self, position: int, address: Sample, begun: PendingSample, bad: list[dict[str, Any]]
+    ) -> dict[str, np.ndarray]:
+        """What a position shows, from its sample or the first one after it that is an image; adds to `bad`.
+
+        Raises UserError if there is none among the next few, or if the shard cannot be read.
+        """
+        failures: list[tuple[Sample, str]] = []
+        for neighbour in range(NEIGHBOURS):
+            sample = self._neighbour(address, neighbour)
+            if failures and sample == failures[0][0]:  # once round the shard
+                break
+            views, label = self._begun(position, address, neighbour) if neighbour else begun
+            try:
+                arrays = views()
+            except UserError:
+                raise  # the shard itself
+            except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+                stop_if_memory_was_short(error, f"{self.reader.key(sample)} of {self.reader.where(sample.shard)}")
+                failures.append((sample, reason(error)))
+                continue
+            bad += [self._record(position, failed, why, sample) for failed, why in failures]
+            about = {"label": np.asarray(label, np.int64), "position": np.asarray(position, np.int64)}
+            return {**arrays, **about}
+        (first, why), where = failures[0], self.reader.where(failures[0][0].shard)
+        others = f" and the {len(failures) - 1} images after it" if len(failures) > 1 else ""
+        raise UserError(f"sample {self.reader.key(first)} of {where}{others} cannot be decoded: {why}")
+
+    def _begun(self, position: int, address: Sample, neighbour: int = 0) -> PendingSample:
+        """Read an image's file and draw its views, without decoding it. Raises UserError if the shard is broken."""
+        sample = self._neighbour(address, neighbour)
+        data, label = self.reader.read(sample)
+        if self.tokens is not None:
+            return PendingSample(self.tokens.view(sample, self.order.epoch_of(position), data), label)
+        rng = generator(self.seed, position, VIEW)
+        if isinstance(self.views, TwoViewTransform):
+            return PendingSample(self.views.prepare_view(data, rng), label)
+        return PendingSample(lambda: self._opened_and_seen(data, sample, rng), label)
+
+    def _opened_and_seen(self, data: bytes, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        with open_image(data) as image:
+            if not self.label_maps:
+                return self.views(image, rng)
+            with open_image(self.reader.label_map(sample)) as label_map:
+                return self.views(image, rng, label_map)
+
+    def _neighbour(self, address: Sample, distance: int) -> Sample:
+        """The sample so many places after an address, in the same shard, round its end."""
+        if self.subset is None:
+            return Sample(address.shard, (address.row + distance) % self.reader.sizes[address.shard])
+        return Sample(*self.subset[(address.row + distance) % len(self.subset)].tolist())
+
+    def _record(self, position: int, failed: Sample, why: str, instead: Sample) -> dict[str, Any]:
+        where, keys = self.reader.where(failed.shard), [self.reader.key(sample) for sample in (failed, instead)]
+        return {"position": position, "shard": where, "key": keys[0], "reason": why, "replaced_by": keys[1]}
+
+    def _mask(self, position: int) -> dict[str, np.ndarray]:
+        """The mask of a position, if there is masking."""
+        if self.masking is None:
+            return {}
+        mask = self.masking.draw(generator(self.seed, position, MASK)).reshape(-1)
+        index = np.full(self.masking.max_patches, -1, np.int64)
+        masked = np.flatnonzero(mask)
+        index[: len(masked)] = masked
+        return {"mask": mask, "mask_index": index}
+
+
+FIRST = "first_position"  # key of a batch
+
+
+def with_first_position(batch: dict) -> dict:
+    """A batch that keeps its first position on the host too: to read it from the device would drain the queue."""
+    position: torch.Tensor = batch["position"]
+    return {**batch, FIRST: int(position[0])} if position.device.type == "cpu" else batch
+
+
+def first_position(batch: dict) -> int:
+    """The run's position of a batch's first image, from the host's copy where there is one."""
+    return batch[FIRST] if FIRST in batch else int(batch["position"][0])
+
+
+def stacked(arrays: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
+    """Arrays of one shape as one tensor; of several shapes (whole images) as a list.
+
+    Images (C, H, W) whose channels are innermost in memory stay so (torch's `channels_last`).
+    """
+    if all(array.shape == arrays[0].shape for array in arrays):
+        if all(array.ndim == 3 and array.strides[0] == array.itemsize < array.strides[2] for array in arrays):
+            return torch.from_numpy(np.stack([array.transpose(1, 2, 0) for array in arrays])).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack(arrays))
+    return [torch.from_numpy(array) for array in arrays]
+
+
+class StepSampler(Sampler[int]):
+    """Counts micro-batches from `start` to `total`; its length is always the whole run's, as Lightning's count is."""
+
+    def __init__(self, total: int, start: int = 0):
+        self.total, self.start = total, start
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.total))
+
+    def __len__(self) -> int:
+        return self.total

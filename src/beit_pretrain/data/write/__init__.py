@@ -1,0 +1,1 @@
+"""From folders and tars of images to WebDataset shards."""

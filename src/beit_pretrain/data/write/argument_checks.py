@@ -1,0 +1,120 @@
+"""What a make refuses: values that cannot be right, sources that would count twice or have changed, targets in use."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from beit_pretrain.data.manifest import MANIFEST, read_manifest
+from beit_pretrain.data.write.file_index import Listing, distinct_names, source_units
+from beit_pretrain.data.write.sample_encoder import Settings
+from beit_pretrain.data.write.staging import show
+from beit_pretrain.errors import UserError
+
+
+def check_arguments(sources: list[str], split: str, num_workers: int | None, settings: Settings) -> None:
+    """Raise UserError for a value that cannot be right."""
+    s = settings
+    drawn = "synthetic" in sources
+    rising = all(a < b for a, b in [s.percentiles, s.window or (0, 1)])
+    wrong = {
+        f"val must be at least 0 and below 1, got {s.val}": not 0 <= s.val < 1,
+        "val above 0 writes train and val; leave split= out": s.val > 0 and split != "train",
+        f"split must be a plain folder name, got {show(split)}": not split
+        or Path(split).name != split
+        or split.startswith("."),
+        f"samples_per_shard must be 1 or more, got {s.samples_per_shard}": s.samples_per_shard < 1,
+        f"seed must be at least 0 and below 2^63, got {s.seed}": not 0 <= s.seed < 2**63,
+        f"resize must be 1 pixel or more, or null, got {s.resize}": s.resize is not None and s.resize < 1,
+        f"quality must be 1 to 100, got {s.quality}": not 1 <= s.quality <= 100,
+        f"window and percentiles must rise, got {s.window} and {s.percentiles}": not rising,
+        f"percentiles must be 0 to 100, got {s.percentiles}": not all(0 <= p <= 100 for p in s.percentiles),
+        f"max_pixels must be 1 or more, got {s.max_pixels}": s.max_pixels < 1,
+        f"workers must be 1 or more, got {num_workers}": num_workers is not None and num_workers < 1,
+        f"images must be 1 or more, got {s.images}": drawn and s.images < 1,
+        f"size must be 16 pixels or more, got {s.size}": drawn and s.size < 16,
+        "src is empty; give a folder, a tar, a list of these, or synthetic": not sources,
+        "the synthetic set cannot be mixed with other sources": drawn and len(sources) > 1,
+        "the synthetic set is drawn at size=; leave resize= out": drawn and s.resize is not None,
+    }
+    for message, holds in wrong.items():
+        if holds:
+            raise UserError(message)
+
+
+def check_sources(sources: list[str], out: Path) -> None:
+    """Raise UserError for sources that would be read twice, and for a target inside a source."""
+    folders = [Path(source).resolve() for source in sources if source != "synthetic"]
+    if len(set(folders)) < len(folders):
+        raise UserError("src names a source twice; its images would count twice")
+    known = set(folders)
+    for folder in folders:
+        if outer := known.intersection(folder.parents):
+            raise UserError(f"src={folder} lies inside src={min(outer)}; its images would count twice")
+    for folder in folders:
+        if folder.is_dir() and out.resolve().is_relative_to(folder):  # the next run would take the shards for sources
+            raise UserError(f"out={out} lies inside src={folder}; choose an out= elsewhere")
+
+
+def check_unchanged(work: Path, sources: list[str], split: str, images: int) -> None:
+    """Raise UserError for a source that is not as it was when the half-done run listed it."""
+    advice = f"since the half-done run in {work} began; delete that folder to start anew"
+    listed = iter(Listing(work / "listing").units)
+    with redirect_stderr(io.StringIO()):  # what was left out has been said when it was listed
+        for unit in source_units(sources, split, images):
+            before = next(listed, None)
+            if before is not None and unit.path != before.path and before.path and not os.path.exists(before.path):
+                raise UserError(f"{before.path} is missing {advice}")
+            if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
+                raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
+            if before.stamp != unit.stamp:
+                raise UserError(f"{unit.path} has changed {advice}")
+    if (gone := next(listed, None)) is not None:
+        raise UserError(f"{gone.path} is missing {advice}")
+
+
+def check_targets(out: Path, names: list[str], settings: Settings, sources: list[str], half_done: bool) -> bool:
+    """Whether the targets hold finished shards of the same settings. Raises UserError if they hold anything else."""
+    advice = "choose another out=, or delete it first"
+    finished = []
+    for target in (out / name for name in names):
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            continue
+        if half_done or not (target / MANIFEST).is_file():
+            raise UserError(f"{target} exists and is not empty; {advice}")
+        manifest = read_manifest(target)
+        now = {"seed": settings.seed, "source": source_name(sources), **chosen(sources, settings)}
+        made = {"seed": manifest["seed"], "source": manifest["source"], **manifest["settings"]}
+        for key in now:
+            if made.get(key) != now[key]:
+                raise UserError(
+                    f"{target} holds shards with {key}={show(made.get(key))}, not {show(now[key])}; {advice}"
+                )
+        finished.append(target)
+    if 0 < len(finished) < len(names):
+        raise UserError(f"{finished[0]} exists and is not empty; {advice}")
+    return bool(finished)
+
+
+def check_same_listing(out: Path, names: list[str], about: dict[str, Any]) -> None:
+    """Raise UserError if the finished targets were made from other files."""
+    for name in names:
+        manifest = read_manifest(out / name)
+        if any(manifest.get(key) != value for key, value in about.items()):
+            raise UserError(
+                f"{out / name} holds shards of other files or classes; choose another out=, or delete it first"
+            )
+
+
+def chosen(sources: list[str], settings: Settings) -> dict[str, Any]:
+    """The settings that the manifest tells."""
+    left_out = {"seed"} if sources == ["synthetic"] else {"seed", "images", "size"}
+    return {name: value for name, value in settings._asdict().items() if name not in left_out}
+
+
+def source_name(sources: list[str]) -> str:
+    """The sources' names alone: paths would differ from machine to machine."""
+    return ", ".join(distinct_names([Path(source).resolve() for source in sources]))

@@ -1,0 +1,164 @@
+"""What is stored of one image: read, decoded in full once, shrunk or brought to 8 bits where that is asked for.
+
+A file that is no usable image raises what Pillow raises, and is rejected. One that cannot be read raises UserError,
+since another time it could be.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from beit_pretrain.data import cifar
+from beit_pretrain.data.sources import Candidate, read_candidate
+from beit_pretrain.data.write import synthetic
+from beit_pretrain.errors import UserError
+from beit_pretrain.transforms import mean_color_grid as tiles
+from beit_pretrain.transforms.image_io import (
+    EXTENSIONS,
+    IntensityWindow,
+    alpha_of,
+    deep_grey_and_alpha,
+    has_deep_colours,
+    is_deep,
+    is_grey,
+    open_image,
+    to_grey8,
+    to_rgb,
+)
+
+LARGEST_JPEG = 65_500  # pixels a side that libjpeg writes
+
+
+class Settings(NamedTuple):
+    """What determines the bytes of the shards, apart from the source."""
+
+    samples_per_shard: int
+    seed: int
+    val: float
+    resize: int | None
+    quality: int
+    window: list[float] | None
+    percentiles: list[float]
+    max_pixels: int
+    images: int
+    size: int
+
+    @property
+    def levels(self) -> IntensityWindow:
+        """How grey images become 8 bits."""
+        low, high = self.percentiles
+        return IntensityWindow((self.window[0], self.window[1]) if self.window else None, (low, high))
+
+
+def sample_members(candidate: Candidate, label: int, settings: Settings) -> dict[str, bytes]:
+    """The members of a sample by extension. Raises whatever Pillow raises for a file that is not a usable image.
+
+    Raises UserError if the file cannot be read, which says nothing of the image.
+    """
+    about: dict[str, Any] = {"source": candidate.key}
+    if candidate.kind == "synthetic":
+        drawn = synthetic.draw(candidate.offset, settings.seed, settings.size)
+        members = {"jpg": drawn.jpeg(settings.quality), "seg.png": drawn.segmentation_png()}
+        about |= {"shape": drawn.shape, "background": drawn.background}
+    else:
+        members = _image_members(candidate, settings, about)
+    if label >= 0:
+        members["cls"] = str(label).encode()
+    return members | {"json": json.dumps(about).encode()}
+
+
+def _image_members(candidate: Candidate, settings: Settings, about: dict[str, Any]) -> dict[str, bytes]:
+    """Image and label map to store for a file, once both have been decoded in full. Adds to `about` what was done."""
+    data = _read(candidate, settings.max_pixels)
+    if candidate.kind == "cifar":
+        planes = np.frombuffer(data, np.uint8).reshape(3, cifar.SIDE, cifar.SIDE)
+        image, extension = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0))), ""
+    else:
+        image, extension = _decoded(data, settings, about)
+    full, shorter = image.size, min(image.size)
+    if settings.resize is not None and shorter > settings.resize:
+        width, height = (round(side * settings.resize / shorter) for side in full)
+        image, extension = image.resize((width, height), Image.Resampling.LANCZOS), ""
+        if image.mode in ("L", "RGB") and max(image.size) <= LARGEST_JPEG:
+            # With these marks decoding.py decodes a crop's rows alone.
+            marks = {"restart_marker_rows": 1, "comment": tiles.comment(image)}
+            extension, data = "jpg", _saved(image, "JPEG", quality=settings.quality, **marks)
+    if not extension:  # not as the source has it, and not to be lost again
+        image.info.pop("transparency", None)  # a colour that new pixels may have by chance
+        extension, data = "png", _saved(image, "PNG")
+    members = {extension: data}
+    if candidate.mask:
+        members["seg.png"] = _mask(candidate.mask, full, image.size, settings.max_pixels)
+    return members
+
+
+def _read(candidate: Candidate, max_pixels: int) -> bytes:
+    """The bytes of a file. Raises OSError for a link that led nowhere when it was listed already, ValueError for what
+    is not to be read, UserError for whatever else cannot be."""
+    try:
+        return read_candidate(candidate, max_pixels)
+    except OSError as error:
+        if candidate.size == -1:
+            raise
+        raise _unreadable(candidate.path, error) from None
+
+
+def _unreadable(path: str, error: OSError) -> UserError:
+    kept = "what is finished is kept: give the same command again"
+    return UserError(f"{path} cannot be read: {error.strerror or error}; {kept}")
+
+
+def _decoded(data: bytes, settings: Settings, about: dict[str, Any]) -> tuple[Image.Image, str]:
+    """An image decoded in full, L or RGB, with A where that tells something and the bytes are not kept; the extension
+    under which they may be, "" = they may not. Adds to `about` the values that became 0 and 255, or that it is deep."""
+    if (both := deep_grey_and_alpha(data, settings.max_pixels)) is not None:
+        grey, about["window"] = to_grey8(both[0], settings.levels)
+        return Image.merge("LA", (grey, both[1])), ""
+    with open_image(data, settings.max_pixels) as image:
+        if has_deep_colours(image):
+            about["bits"] = 16
+        image.load()
+        extension, deep = EXTENSIONS[image.format or ""], is_deep(image)
+        if deep or (settings.window and is_grey(image)):
+            stored, about["window"] = to_grey8(image if deep else image.convert("L"), settings.levels)
+            extension = ""
+        else:  # conversion may fail, too, and the reader will do the same
+            stored = image.convert("L") if image.mode in ("L", "LA") else to_rgb(image)
+        shrunk = settings.resize is not None and min(image.size) > settings.resize
+        if (shrunk or not extension) and not deep and (alpha := alpha_of(image)) is not None:
+            stored = Image.merge(f"{stored.mode}A", (*stored.split(), alpha))
+    return stored, extension
+
+
+def _mask(file: str, full: tuple[int, int], size: tuple[int, int], max_pixels: int) -> bytes:
+    """A label map as PNG bytes, its values untouched, brought to `size`. Raises OSError or ValueError if it is none.
+
+    Raises UserError if there is one that cannot be read.
+    """
+    try:
+        data = Path(file).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise OSError(f"its label map {Path(file).name}: {error.strerror}") from None
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    with open_image(data, max_pixels) as mask:
+        mask.load()
+        if mask.size != full:
+            raise ValueError(f"its label map has {mask.width} x {mask.height} pixels, the image {full[0]} x {full[1]}")
+        if mask.mode not in ("L", "P", "I", "I;16"):
+            raise ValueError(f"its label map is of mode {mask.mode}, not one number per pixel")
+        if mask.format == "PNG" and size == full:
+            return data
+        return _saved(mask.resize(size, Image.Resampling.NEAREST), "PNG")
+
+
+def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

@@ -1,0 +1,44 @@
+"""The verb shards, which takes its composed config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from beit_pretrain.errors import UserError
+
+
+def shards(cfg: DictConfig) -> None:
+    """make: write shards; index: take over existing ones; verify: check them, exit code 2 if anything is wrong; show:
+    summary and contact sheet."""
+    from beit_pretrain.data.manifest import summary, verify_shards
+    from beit_pretrain.data.write.contact_sheet import contact_sheet
+    from beit_pretrain.data.write.index_existing import index_shards
+    from beit_pretrain.data.write.make_shards import make_shards
+
+    if cfg.action in ("index", "verify", "show") and not isinstance(cfg.src, str):
+        raise UserError(f"shards {cfg.action} takes one folder as src=, not a list; give one after the other")
+    if cfg.action == "make":
+        if not cfg.out:
+            raise UserError("out is missing: the folder for the shards, such as out=data/mine")
+        settings = {str(name): value for name, value in cfg.items() if name not in ("action", "src", "out")}
+        src = cfg.src if isinstance(cfg.src, str) else list(cfg.src)
+        for folder in make_shards(src, cfg.out, **settings):
+            print(f"made {folder}\n{summary(folder)}")
+    elif cfg.action == "index":
+        folder = index_shards(cfg.src, cfg.out, cfg.labels, cfg.num_workers)
+        print(f"indexed {folder}\n{summary(folder)}")
+    elif cfg.action == "verify":
+        problems = verify_shards(cfg.src, num_workers=cfg.num_workers)
+        if problems:
+            print("\n".join(problems))
+            raise UserError(f"{cfg.src}: {len(problems)} problem(s)")
+        print(f"{cfg.src}: fine")
+    elif cfg.action == "show":
+        print(summary(cfg.src))
+        sheet = Path(cfg.out or Path(cfg.src) / "contact-sheet.png")
+        contact_sheet(cfg.src, sheet)
+        print(f"wrote {sheet}")
+    else:
+        raise UserError(f"shards {cfg.action}: there are make, index, verify and show")

@@ -1,0 +1,123 @@
+"""The hidden folder in which shards are made: what a killed run left there is gone on with, and published whole.
+
+OUT/.making/lock          held while a process works
+OUT/.making/plan.json     settings and sources; written once everything is listed
+OUT/.making/listing/      what is to be read, and in which order (listing.py)
+OUT/.making/reports-*/    a report per finished shard
+OUT/.making/train/, val/  the shards; become OUT/train, OUT/val when all are finished
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from beit_pretrain.data.manifest import MANIFEST
+from beit_pretrain.data.write.shard_writer import PARTIAL, write_atomically
+from beit_pretrain.errors import UserError
+
+WORK = ".making"
+
+
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """Lend `out/.making`, locked. What is in it stays if the block fails, unless nothing was planned yet.
+
+    Raises UserError if another process works there, or it cannot be written.
+    """
+    work = out / WORK
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        with open(work / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is making shards in {out}; wait for it, or choose another out="
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            try:
+                yield work
+            finally:
+                if not (work / "plan.json").exists():
+                    shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        kept = "; what is finished is kept: give the same command again" if (work / "plan.json").exists() else ""
+        raise UserError(f"cannot write shards to {out}: {error.strerror or error}{kept}") from None
+    finally:
+        for folder in made:
+            with suppress(OSError):  # not empty, as all went well or is to be gone on with
+                folder.rmdir()
+
+
+def read_plan(work: Path) -> dict[str, Any] | None:
+    """The plan of a half-done run; None if there is none (then whatever else is there goes)."""
+    try:
+        plan: dict[str, Any] = json.loads((work / "plan.json").read_bytes())
+        return plan
+    except (OSError, ValueError):
+        for path in work.iterdir():
+            if path.name != "lock":
+                discard(path)
+        return None
+
+
+def write_plan(work: Path, plan: dict[str, Any]) -> None:
+    """Say what is being made: from now on the folder is gone on with."""
+    write_atomically(work / "plan.json", json.dumps(plan).encode())
+
+
+def check_same(work: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError, by name, for the first setting that differs between the half-done run and this one."""
+    for key in sorted(before.keys() | now.keys()):
+        if (old := before.get(key)) != (new := now.get(key)):
+            raise UserError(
+                f"{work} holds a half-done run with {key}={show(old)}, not {show(new)}; give the same settings to go "
+                "on with it, or delete that folder to start anew"
+            )
+
+
+def show(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(show, value))}]"
+    return "null" if value is None else str(value)
+
+
+def publish(work: Path, name: str, out: Path) -> None:
+    """Make a finished split, with its manifest, visible under its name."""
+    for path in (work / name).glob(f"*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        (out / name).rmdir()  # an empty one
+    os.rename(work / name, out / name)
+
+
+def is_published(work: Path, name: str, out: Path) -> bool:
+    """Whether a split of the half-done run is at its place already."""
+    return not (work / name).exists() and (out / name / MANIFEST).is_file()
+
+
+def close(work: Path) -> None:
+    """Remove the work folder: the plan last, so that whoever finds a plan can go on."""
+    for path in work.iterdir():
+        if path.name not in ("plan.json", "lock"):
+            discard(path)
+    (work / "plan.json").unlink()
+    shutil.rmtree(work)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

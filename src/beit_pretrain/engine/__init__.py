@@ -1,0 +1,1 @@
+"""What runs a training: trainer, optimiser, checkpoints, resume, preemption, processes, sweeps."""

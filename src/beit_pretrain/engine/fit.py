@@ -1,0 +1,259 @@
+"""From a composed config to a finished run; fit, validate.
+
+The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/`, `checkpoints/`, and, if there were any, the lists
+`replaced.jsonl` of bad images and `skipped.jsonl` of steps without a finite gradient.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import torch
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from beit_pretrain.compose import to_dict
+from beit_pretrain.data.corrupt_images import CorruptImages
+from beit_pretrain.engine import distributed as cluster
+from beit_pretrain.engine import speed
+from beit_pretrain.engine.callbacks import MaskedPictures, ProgressBar, Throughput
+from beit_pretrain.engine.checkpointing import LAST, CheckpointManager
+from beit_pretrain.engine.compile import CompileReport
+from beit_pretrain.engine.device_prefetch import DevicePrefetcher
+from beit_pretrain.engine.dist_env import is_child, is_restarted
+from beit_pretrain.engine.metrics import is_first_process
+from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
+from beit_pretrain.engine.preemption import PREEMPTED, Preempted, PreemptionSignals
+from beit_pretrain.engine.preflight import preflight, run_summary
+from beit_pretrain.engine.resume import (
+    ResumeState,
+    check_same_data,
+    find_resume,
+    from_checkpoint,
+    load_run,
+    open_folder,
+    restore_config,
+)
+from beit_pretrain.engine.run_folder import REPLACED, SKIPPED, exclusive_lock, finished_step, mark_finished
+from beit_pretrain.engine.tasks import TASKS, Task
+from beit_pretrain.engine.trainer import as_user_errors, make_trainer, silence_warnings, total_steps, wanted_gpu
+from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.evaluation.online_knn import OnlineKNN
+from beit_pretrain.processes import end_with_parent
+from beit_pretrain.tasks.linear_probe import Probing
+from beit_pretrain.tasks.pretrain import Pretraining
+
+# Kind of checkpoint -> the metric of held-out images that says which one is the best, and which way.
+BEST_BY = {
+    "mim": ("val/loss", "min"),
+    "tokenizer": ("val/reconstruction", "min"),
+    "classifier": ("val/accuracy", "max"),
+    "probe": ("val/accuracy", "max"),
+    "segmenter": ("val/miou", "max"),
+}
+
+
+def fit(cfg: DictConfig) -> dict[str, float]:
+    """Train what the config describes; returns the last validation metrics.
+
+    Raises KeyboardInterrupt after Ctrl-C, and SystemExit(75) after SIGTERM or SIGUSR1, with all saved.
+    """
+    silence_warnings()
+    if is_child():
+        end_with_parent()
+    if is_restarted():  # the job began anew once; now it goes on
+        cfg.resume = "auto"
+
+    def on_exit(stopped: Preempted) -> int:
+        if is_first_process():
+            saved = "" if stopped.step is None else f", saved {Path(cfg.run_dir) / 'checkpoints' / LAST}"
+            same = f"the same command{' without resume=never' if cfg.resume == 'never' else ''}"
+            print(f"{stopped}{saved}; {same} goes on{' from there' * bool(saved)}", flush=True)
+        if is_child():  # the process that started this one has the exit code that counts
+            return 0
+        return 130 if stopped.signum == signal.SIGINT else PREEMPTED
+
+    try:
+        with PreemptionSignals(on_exit) as signals:
+            return run(cfg, signals)
+    except Preempted as stopped:
+        code = on_exit(stopped)
+        if stopped.signum == signal.SIGINT and code:
+            raise KeyboardInterrupt from None
+        raise SystemExit(code) from None
+
+
+def run(cfg: DictConfig, signals: PreemptionSignals) -> dict[str, float]:
+    """The same, with the signals that end it. Raises Stopped."""
+    run_dir = Path(cfg.run_dir)
+    # Before anything in it is read: a run that is just ending still writes there. A folder that is not there yet is
+    # made after the preflight checks.
+    with exclusive_lock(run_dir, is_first_process() and cfg.preflight != "only" and run_dir.is_dir()):
+        return run_locked(cfg, signals)
+
+
+def run_locked(cfg: DictConfig, signals: PreemptionSignals) -> dict[str, float]:
+    """The same, in a folder that no other run writes into, if it is there. Raises Stopped."""
+    run_dir, folder = Path(cfg.run_dir), Path(cfg.run_dir) / "checkpoints"
+    with as_user_errors():
+        if cfg.task not in TASKS:
+            raise UserError(f"task={cfg.task} is not one of {', '.join(TASKS)}")
+        if cfg.threads is not None:
+            torch.set_num_threads(cfg.threads)
+        if cfg.deterministic:
+            speed.make_deterministic(cfg.task, wanted_gpu(cfg.trainer.accelerator))
+        seed_everything(cfg.seed, workers=True, verbose=False)
+        start = find_resume(cfg, folder)
+        task = TASKS[cfg.task](from_checkpoint(cfg, start.path) if start.path else cfg)
+        backbone = task.module.backbone if isinstance(task.module, Probing) else task.module.model
+        speed.set_attention(backbone, cfg.attention, wanted_gpu(cfg.trainer.accelerator), cfg.trainer.precision)
+        task.module.images = cluster.contents(task.data)
+        check_same_data(task.module, start)
+        steps = total_steps(cfg, task.data.samples)
+        agreement, sharded = cluster.RankConsistencyCheck(), cfg.trainer.strategy == "fsdp"
+        if sharded:  # these look at the network in one process, where it is no longer whole
+            task.callbacks = [c for c in task.callbacks if not isinstance(c, MaskedPictures | OnlineKNN)]
+        trainer = make_trainer(cfg, steps, [agreement, *common_callbacks(cfg, folder, task), *task.callbacks])
+        speed.check_cuda_graphs(cfg.compile, trainer.accumulate_grad_batches, cfg.device_prefetch, sharded)
+        introduction = run_summary(cfg, task, steps, trainer)
+        checks = preflight(cfg, task, trainer, steps)
+        if sharded:
+            cluster.fit_for_fsdp(cfg, task.data, trainer.world_size)
+    if cfg.preflight == "only":
+        if is_first_process():
+            print("\n".join([introduction, *checks, "ready: the same command without preflight=only starts the run"]))
+        return {}
+    if is_first_process():
+        print(introduction + (f"\n  continuing {cfg.name} after step {start.step}" if start.path else ""), flush=True)
+    if start.path and finished_step(run_dir) == start.step:
+        if is_first_process():
+            restore_config(cfg)
+            print("  already finished; more steps would be another run: choose another name=, or resume=never")
+        return {}
+    with exclusive_lock(run_dir, is_first_process()):
+        with as_user_errors():
+            prepare(cfg, task, start, signals)
+            open_folder(cfg, trainer, task.module, start)
+            agreement.facts = cluster.facts(to_dict(cfg), task.data, start.step)
+        try:
+            train(task, trainer, start.path, cfg.timeout_minutes)
+            metrics = finish(cfg, task, trainer, steps)
+        except Preempted:
+            close_loggers(trainer, "stopped")
+            raise
+        close_loggers(trainer, "finished")
+        return metrics
+
+
+def close_loggers(trainer: Trainer, how: str) -> None:
+    """Tell the loggers that nothing more comes."""
+    for logger in trainer.loggers:
+        logger.finalize(how)
+
+
+def prepare(cfg: DictConfig, task: Task, start: ResumeState, signals: PreemptionSignals) -> None:
+    """What watches over the run: its rhythm, its checkpoints, its guard."""
+    module, folder = task.module, Path(cfg.run_dir) / "checkpoints"
+    module.log_every = cfg.log_every
+    module.keeper = CheckpointManager(
+        folder, cfg.save_every, cfg.save_minutes, cfg.keep_every, signals, cfg.val_minutes
+    )
+    if start.path == folder / LAST:
+        module.keeper.saved_at = start.step
+    sharded = cfg.trainer.strategy == "fsdp"
+    module.guard = NonFiniteGuard(Path(cfg.run_dir) / SKIPPED, cfg.max_nonfinite_steps, cfg.global_batch_size, sharded)
+    module.exchange.patience = 0.9 * 60 * cfg.timeout_minutes  # before NCCL, which ends a process without a word
+    module.compile_mode = speed.compile_mode(cfg.compile, wanted_gpu(cfg.trainer.accelerator), sharded)
+    torch._dynamo.config.optimize_ddp = bool(cfg.optimize_ddp)
+    if cfg.task == "pretrain" and not cfg.deterministic:
+        torch.backends.cudnn.benchmark = True  # the encoder's images have one size: its algorithms are timed once
+    task.data.patience = 60 * cfg.timeout_minutes
+    if cfg.device_prefetch and isinstance(module, Pretraining):
+        task.data.wrapped = lambda loader: DevicePrefetcher(loader, module.prepare, module.device)
+
+
+def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: float) -> None:
+    """Run the loop, which passes over a run that has all its steps. Raises Stopped with all saved.
+
+    Signals go on to wait, for `finish` to obey them.
+    """
+    keeper = task.module.keeper
+    assert keeper is not None
+    try:
+        with keeper.ending(), cluster.distributed_errors(trainer, timeout_minutes):
+            trainer.fit(task.module, task.data, ckpt_path=str(resume) if resume else None, weights_only=True)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        if resume is None or keeper.prepare_view:
+            raise
+        raise UserError(f"the run cannot go on from {resume}: {type(error).__name__}: {first_line(error)}") from error
+    except SystemExit:  # Lightning's answer to a Ctrl-C that came twice
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def finish(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> dict[str, float]:
+    """Have the last checkpoint on the disk and measure it, whatever `save_every` and `val_every` are."""
+    module, step, keeper = task.module, trainer.global_step, task.module.keeper
+    assert keeper is not None
+    if "val" in task.data.readers and step % min(cfg.val_every, steps) and keeper.validated_at != step:
+        module.validation_due = True
+    with keeper.ending():
+        keeper.save(module)
+        keeper.settle(trainer)
+        signum = keeper.agreed_signal(trainer)
+    keeper.end()
+    if signum:
+        raise Preempted(signum, step)
+    if trainer.is_global_zero:
+        early = f" (stopped early after step {step} of {steps})" if step < steps else ""
+        print(f"saved {keeper.folder / LAST}{early}", flush=True)
+    if module.validation_due:
+        keeper.signals.looping = True  # told to stop, all processes break it off after the same batch
+        with cluster.distributed_errors(trainer, cfg.timeout_minutes):
+            trainer.validate(module, task.data, verbose=False)
+        keeper.end()
+    if trainer.is_global_zero:
+        mark_finished(Path(cfg.run_dir), step)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback]:
+    """Progress, throughput, bad images, and the best checkpoint where there are held-out images."""
+    callbacks: list[Callback] = [
+        ProgressBar(refresh_rate=10),
+        Throughput(),
+        CompileReport(asked=cfg.compile),
+        CorruptImages(folder.parent / REPLACED, cfg.data.get("max_corrupt_fraction", 0.001)),
+    ]
+    if cfg.get("profile"):
+        callbacks.append(speed.Profile(folder.parent / "profile"))
+    if "val" in task.data.readers:
+        metric, mode = BEST_BY[task.module.kind]
+        callbacks.append(ModelCheckpoint(folder, "best", monitor=metric, mode=mode, enable_version_counter=False))
+    return callbacks
+
+
+def validate(cfg: DictConfig) -> dict[str, float]:
+    """Metrics of a run's last checkpoint on held-out images; prints and returns them."""
+    silence_warnings()
+    given = {name: value for name, value in cfg.test.items() if value is not None}
+    overrides = OmegaConf.create(
+        {**({"data": {"val": cfg.data.val}} if cfg.data.val else {}), **({"test": given} if given else {})}
+    )
+    with as_user_errors():
+        run_cfg, task = load_run(cfg.run, overrides)
+    if given and run_cfg.task != "segment":
+        raise UserError(f"test.{next(iter(given))} is of segmentation; {cfg.run} is a run of task {run_cfg.task}")
+    if "val" not in task.data.readers:
+        raise UserError("the run has no held-out images; give data.val=FOLDER")
+    run_cfg.trainer = cfg.trainer
+    with as_user_errors():
+        trainer = make_trainer(run_cfg, 0, [ProgressBar(), CorruptImages(None, 1)])
+    trainer.validate(task.module, task.data, verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for name, value in sorted(metrics.items()) if trainer.is_global_zero else ():
+        print(f"{name:32} {value:.4f}")
+    return metrics

@@ -1,0 +1,122 @@
+"""Metrics of a run as a CSV file that survives restarts.
+
+Lightning's CSVLogger deletes its file when a run starts again. This one appends, and cuts back to the step from which
+the run resumes, so that no step stands twice.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from beit_pretrain.errors import UserError, first_line
+
+
+class CsvMetrics(Logger):
+    """One row per step, one column per metric; new columns are added as they come.
+
+    Args:
+        path: the file, by custom `metrics.csv` in the run's folder.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        self.path = Path(path)
+        self.rows: dict[int, dict[str, float]] = {}
+        self.columns: list[str] = ["step"]
+        if is_first_process() and self.path.is_file():
+            self.columns, self.rows = read_rows(self.path)
+            self._rewrite()
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> CsvMetrics:
+        return self
+
+    @rank_zero_only
+    def log_hyperparams(self, params, *args, **kwargs) -> None:
+        """The run's settings stand in its config.yaml."""
+
+    @rank_zero_only
+    def truncate_after(self, step: int, validation_due: bool = False) -> None:
+        """Forget everything after `step`: the run resumes there, with a validation if one is due."""
+        self.rows = {s: row for s, row in self.rows.items() if s <= step}
+        if validation_due and step in self.rows:
+            self.rows[step] = {k: v for k, v in self.rows[step].items() if not k.startswith("val/")}
+        self._rewrite()
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Have everything on the disk, whatever becomes of the machine."""
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        known = step in self.rows
+        row = self.rows.setdefault(step, {})
+        row.update({name: float(value) for name, value in metrics.items()})
+        new = [name for name in metrics if name not in self.columns]
+        self.columns += new
+        if new or known or not self.path.is_file():
+            self._rewrite()
+        else:
+            with self.path.open("a", newline="") as file:
+                self._writer(file).writerow({"step": step, **row})
+
+    def _writer(self, file) -> csv.DictWriter:
+        return csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
+
+    def _rewrite(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".partial")
+        with temporary.open("w", newline="") as file:
+            writer = self._writer(file)
+            writer.writeheader()
+            writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, also before a trainer has launched its processes (and knows)."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def read_rows(path: str | Path) -> tuple[list[str], dict[int, dict[str, float]]]:
+    """Columns, and {step: {metric: value}} of a metrics file; empty cells are left out.
+
+    Raises UserError if it is no such file.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        whole = text[: text.rfind("\n") + 1]  # a last line without its end was torn by a crash
+        with io.StringIO(whole, newline="") as file:
+            reader = csv.DictReader(file)
+            rows = {int(r["step"]): {k: float(v) for k, v in r.items() if k != "step" and v} for r in reader}
+            return list(reader.fieldnames or ["step"]), rows
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); move it away, and the run goes on") from None
+
+
+def curve(path: str | Path, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric."""
+    _, rows = read_rows(path)
+    points = [(step, row[metric]) for step, row in sorted(rows.items()) if metric in row]
+    return [step for step, _ in points], [value for _, value in points]

@@ -1,0 +1,152 @@
+"""What a person wants to know, and what must work, before a run of two weeks starts."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from lightning import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.callbacks import WeightAveraging
+from omegaconf import DictConfig
+
+from beit_pretrain.data.dataset import BatchSchedule
+from beit_pretrain.engine.checkpointing import check_space, size
+from beit_pretrain.engine.optim import configure
+from beit_pretrain.engine.tasks import Task
+from beit_pretrain.errors import UserError
+from beit_pretrain.tasks.finetune import Finetuning
+from beit_pretrain.tasks.pretrain import Pretraining
+from beit_pretrain.tasks.segment import Segmentation
+from beit_pretrain.transforms.views import jittered_views
+
+
+def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list[str]:
+    """Try everything that a run needs before its folder is touched; a line for each check, for people.
+
+    Raises UserError for what would end the run later.
+    """
+    check_micro_batch(cfg, task, trainer)
+    dry_run(task)
+    lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
+    if isinstance(task.module, Pretraining):
+        lines.append(f"  tokenizer: {try_tokenizer(task)}")
+    lines.append(f"  disk: {disk(cfg, task, trainer, steps)}")
+    on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
+    lines.append(f"  memory: {memory(task, on_gpu)}")
+    if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
+        raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
+    lines.append(f"  precision: {trainer.precision} on {type(trainer.accelerator).__name__}")
+    return lines
+
+
+def images_at_once(cfg: DictConfig, trainer: Trainer) -> int:
+    """Images of a micro-batch: `batch_size`, or a process's share of the global batch where that is smaller."""
+    return cfg.global_batch_size // trainer.world_size // trainer.accumulate_grad_batches
+
+
+def check_micro_batch(cfg: DictConfig, task: Task, trainer: Trainer) -> None:
+    """Raise UserError for micro-batches that are odd where images are paired, or too small for batch norm."""
+    images = images_at_once(cfg, trainer)
+    given = f"global_batch_size={cfg.global_batch_size} on {trainer.world_size} processes, batch_size={cfg.batch_size}"
+    if isinstance(task.module, Finetuning):
+        mixed = task.module.regularisation.mixup or task.module.regularisation.cutmix
+        if mixed and images % 2:
+            raise UserError(f"mixup and cutmix pair images: {images} at once ({given}) must be even")
+    if isinstance(task.module, Segmentation):
+        # Over several GPUs the norms see all their images (`make_trainer`).
+        on_gpus = isinstance(trainer.accelerator, CUDAAccelerator)
+        if images * (trainer.world_size if on_gpus else 1) < 2:
+            raise UserError(f"the decoder's batch norms need at least 2 images at once, not {images} ({given})")
+
+
+def numbers_kept(task: Task) -> int:
+    """Numbers of a checkpoint for each parameter: the weight, AdamW's two moments, an average."""
+    return 3 + any(isinstance(callback, WeightAveraging) for callback in task.callbacks)
+
+
+def memory(task: Task, pinned: bool) -> str:
+    """A line about the host's memory for the snapshot from which checkpoints are written.
+
+    `pinned`: torch gives pinned memory in powers of two, for each tensor.
+    """
+    sizes = (4 * p.numel() for p in task.module.model.parameters())
+    needed = numbers_kept(task) * sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
+    line = f"a checkpoint is copied to {size(needed)} of the first process's memory before it is written"
+    with suppress(OSError):  # not on Linux
+        available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        if available and needed > 1024 * int(available[1]):
+            line += f" (warning: {size(1024 * int(available[1]))} are available)"
+    return line
+
+
+def disk(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> str:
+    """A line about the disk for the checkpoints of a run. Raises UserError as `check_space`."""
+    return check_space(
+        Path(cfg.run_dir) / "checkpoints",
+        sum(p.numel() for p in task.module.model.parameters()),
+        states=numbers_kept(task),
+        best=bool(trainer.checkpoint_callbacks),
+        kept=steps // cfg.keep_every if cfg.keep_every else 0,
+        cleared=cfg.resume == "never",
+    )
+
+
+def try_tokenizer(task: Task) -> str:
+    """Encode a few images; how many different tokens came out."""
+    dataset = task.data.train_dataset(BatchSchedule(task.data.global_batch_size))
+    samples = [dataset.sample(position) for position in range(min(4, task.data.samples))]
+    batch = {key: torch.as_tensor(np.stack([s[key] for s in samples])) for key in samples[0] if key != "bad"}
+    tokenizer = cast(Pretraining, task.module).tokenizer
+    tokens = batch["tokens"] if tokenizer is None or "tokens" in batch else tokenizer.encode(jittered_views(batch)[1])
+    if tokens.shape[1] != batch["mask"].shape[1]:
+        raise UserError(f"the tokenizer gives {tokens.shape[1]} tokens for {batch['mask'].shape[1]} patches")
+    return f"{len(tokens.unique())} different tokens in {len(tokens)} images"
+
+
+def dry_run(task: Task) -> None:
+    """Make one sample of each split and the optimiser, before the run's folder is touched: what fails, fails here."""
+    task.data.train_dataset(BatchSchedule(task.data.global_batch_size)).sample(0)
+    if "val" in task.data.readers:
+        task.data.eval_dataset("val").sample(0)
+    configure(task.module.model, task.module.optim, total_steps=1)
+
+
+def run_summary(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
+    """The few lines a person wants to see before a run of two weeks starts."""
+    parameters = sum(p.numel() for p in task.module.model.parameters())
+    settings = task.module.optim
+    accumulate, share = trainer.accumulate_grad_batches, images_at_once(cfg, trainer)
+    return "\n".join(
+        (
+            f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",
+            f"  {steps:,} steps of {cfg.global_batch_size} ({trainer.world_size} processes x {share} images x {accumulate})"
+            f", {steps * cfg.global_batch_size / task.data.samples:.4g} epochs, precision {trainer.precision}",
+            f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
+            f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",
+            *([f"  from {task.origin}"] if task.origin else []),
+            f"  folder {cfg.run_dir}",
+            *lr_hint(cfg),
+            *(["  note: the run is shorter than its warm-up"] if settings.warmup_steps >= steps else []),
+        )
+    )
+
+
+def lr_hint(cfg: DictConfig) -> list[str]:
+    """A line about a global batch that is not the recipe's, with the rate that it would suggest; else none."""
+    recipe = cfg.get("recipe")
+    if recipe is None or cfg.global_batch_size == recipe.global_batch_size:
+        return []
+    ratio = cfg.global_batch_size / recipe.global_batch_size
+    if math.isclose(cfg.optim.lr, recipe.lr * ratio, rel_tol=0.01):
+        return []
+    return [
+        f"  note: the recipe's global batch is {recipe.global_batch_size} (learning rate {recipe.lr:g}), this one is "
+        f"{cfg.global_batch_size}; suggested: optim.lr={recipe.lr * ratio:.3g} (linear rule; square root: "
+        f"{recipe.lr * math.sqrt(ratio):.3g})"
+    ]

@@ -1,0 +1,189 @@
+"""From where a run goes on: the newest good checkpoint of its folder, if the settings are the same; its loggers too."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from lightning import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from beit_pretrain.compose import to_dict
+from beit_pretrain.data.corrupt_images import truncate_after
+from beit_pretrain.engine.checkpointing import LAST, newest_good
+from beit_pretrain.engine.metrics import CsvMetrics, is_first_process
+from beit_pretrain.engine.module import TrainedModule
+from beit_pretrain.engine.run_folder import (
+    CONFIG,
+    REPLACED,
+    SKIPPED,
+    WANDB_ID,
+    clear,
+    differences,
+    read_config,
+    resume_config,
+    set_aside,
+)
+from beit_pretrain.engine.tasks import TASKS, Task
+from beit_pretrain.errors import UserError
+from beit_pretrain.models.checkpoints import files as checkpoint
+
+
+class ResumeState(NamedTuple):
+    """Where a run goes on."""
+
+    path: Path | None = None  # the checkpoint; None = a new run
+    step: int = 0  # optimiser steps that are done
+    validation_due: bool = False  # of that step
+    about: dict = {}  # what the checkpoint says of itself
+    rows: int = 0  # of metrics, that were written until then
+    images: dict[str, str] = {}  # split -> the contents of the data that it was trained on
+
+
+def find_resume(cfg: DictConfig, folder: Path) -> ResumeState:
+    """Where the run goes on: at the newest good checkpoint of its folder.
+
+    Raises UserError if the folder has a run of other settings, or checkpoints that cannot be read.
+    """
+    begun = any(folder.glob("*.ckpt"))
+    # Before the first checkpoint the other processes may find what the first one of the same run has just written; they
+    # are compared with it when they meet.
+    if cfg.resume == "never" or not (begun or is_first_process()):
+        return ResumeState()
+    old, lost = settings_of_folder(Path(cfg.run_dir), begun)
+    if old is not None:
+        same_settings(old, cfg)
+    newest, problems = newest_good(folder)
+    warn(f"{problem}; going on from {newest}" for problem in problems)
+    if newest is None:
+        return ResumeState()
+    content = checkpoint.read(newest)
+    if old is None:
+        said = content.get("settings")
+        warn([f"{lost}; {newest} says {'them' if said else 'none either, and nothing is compared'}"])
+        same_settings(said or to_dict(cfg), cfg)
+    return ResumeState(
+        newest,
+        step=int(content.get("global_step", 0)),
+        validation_due=bool(content.get("validation_due")),
+        about=content.get("beit_pretrain", {}),
+        rows=int(content.get("rows", 0)),
+        images=content.get("images", {}),
+    )
+
+
+def settings_of_folder(run_dir: Path, begun: bool) -> tuple[dict | None, str]:
+    """(the settings in a run's config.yaml, why there are none). Raises UserError if nothing else can say them."""
+    if not (run_dir / CONFIG).is_file():
+        return None, f"{run_dir} has no {CONFIG} with its settings"
+    try:
+        return to_dict(read_config(run_dir / CONFIG)), ""
+    except UserError as error:
+        if not begun:
+            raise UserError(f"{error}; resume=never starts over") from None
+        return None, str(error)
+
+
+def same_settings(old: dict, cfg: DictConfig) -> None:
+    """Raise UserError if a run of other settings is in the folder: its metrics and checkpoints are not this one's."""
+    different = differences(old, to_dict(cfg))
+    if different:
+        raise UserError(
+            f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
+            f"{'; ...' if len(different) > 3 else ''}); choose another name=, or resume=never to start over"
+        )
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Say it once, however many processes there are."""
+    for warning in warnings if is_first_process() else ():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def write_config(cfg: DictConfig) -> None:
+    """Say in a run's folder what its settings are."""
+    partial = Path(cfg.run_dir) / f".{CONFIG}.partial"
+    OmegaConf.save(cfg, partial, resolve=True)
+    partial.replace(partial.with_name(CONFIG))  # other processes may read it just now
+
+
+def restore_config(cfg: DictConfig) -> None:
+    """Write a run's config.yaml again if it is gone or damaged."""
+    try:
+        read_config(Path(cfg.run_dir) / CONFIG)
+    except UserError:
+        write_config(cfg)
+
+
+def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start: ResumeState) -> None:
+    """Make the run's folder what it was at `start`, write its config, attach the loggers."""
+    run_dir = Path(cfg.run_dir)
+    module.settings = resume_config(to_dict(cfg))
+    if is_first_process():  # the trainer does not know its rank before it has launched its processes
+        if start.path:
+            set_aside(start.path)
+            for name in (REPLACED, SKIPPED):
+                truncate_after(run_dir / name, start.step)
+        elif find_resume(cfg, run_dir / "checkpoints").path:  # the folder was not there when this was asked first
+            raise UserError(f"another process has trained in {run_dir} meanwhile; the same command goes on from there")
+        else:
+            clear(run_dir, another=cfg.resume == "never")
+        write_config(cfg)
+    metrics = CsvMetrics(run_dir / "metrics.csv")
+    if start.path:
+        metrics.truncate_after(start.step, start.validation_due)
+        lost = start.rows - len(metrics.rows)
+        if lost > 0:
+            warn([f"{metrics.path} lacks {lost} of the {start.rows} rows that were written up to step {start.step}"])
+    trainer.loggers = [metrics]
+    if cfg.logger.kind == "wandb":
+        from beit_pretrain.engine.wandb_logger import same_id, wandb_logger
+
+        run_id = start.about.get("wandb_id") or same_id(run_dir / WANDB_ID, is_first_process())
+        module.about["wandb_id"] = run_id
+        logger = wandb_logger(cfg, run_id)
+        trainer.loggers = [metrics, logger]
+        logger.begin(metrics.rows)
+
+
+def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[DictConfig, Task]:
+    """Config and task of a finished (or running) run, with the weights of its last checkpoint."""
+    run = Path(run)
+    if not (run / CONFIG).is_file():
+        raise UserError(f"{run} is not the folder of a run (it has no {CONFIG})")
+    cfg = cast(DictConfig, OmegaConf.merge(read_config(run / CONFIG), overrides or {}))
+    last = run / "checkpoints" / LAST
+    task = TASKS[cfg.task](from_checkpoint(cfg, last))
+    _, state, about = checkpoint.read_own(last, task.module.kind)
+    same_backbone(task.module, about, last)
+    checkpoint.load_exactly(task.module.model, state, last)
+    return cfg, task
+
+
+def same_backbone(module: TrainedModule, about: dict, last: Path) -> None:
+    """Raise UserError if probes were trained on another backbone than they are put on now."""
+    if about.get("backbone") != module.about.get("backbone"):
+        raise UserError(f"{last} was trained on another backbone than {module.about.get('init_from')} holds now")
+
+
+def check_same_data(module: TrainedModule, start: ResumeState) -> None:
+    """Raise UserError if the data, or the backbone of probes, are no longer those that the run began with."""
+    if start.path:
+        same_backbone(module, start.about, start.path)
+    images = module.images  # their contents, wherever they lie now
+    for split in sorted({*images, *start.images}) if start.images else ():
+        if images.get(split) != start.images.get(split):
+            raise UserError(
+                f"{start.path} was trained with other images than data.{split} holds now; give it the same shards "
+                "(they may lie elsewhere), or choose another name=, or resume=never to start over"
+            )
+
+
+def from_checkpoint(cfg: DictConfig, last: Path) -> DictConfig:
+    """The config with the network of the run's own checkpoint: what it once started from need not exist any more."""
+    if cfg.task == "probe":  # it holds the probes alone; their backbone stays where it was
+        return cfg
+    own = {"init_from": str(last), "from_scratch": False, "new_head": False}
+    return cast(DictConfig, OmegaConf.merge(cfg, {name: value for name, value in own.items() if name in cfg}))

@@ -1,0 +1,196 @@
+"""How a step is executed, which changes none of its numbers beyond rounding: compiled, deterministic, profiled."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import sys
+from collections.abc import Collection, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import nn
+from torch.autograd import DeviceType
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.models.blocks import TRITON_WIDTHS, attentions
+
+WARM_UP, PROFILED = 10, 5  # steps before a profile (compilation, first allocations), and in it
+DEAREST = 10  # operations of the table
+
+
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
+
+
+def check_cuda_graphs(asked: bool | str, micro_batches: int, device_prefetch: bool, sharded: bool = False) -> None:
+    """Raise UserError where CUDA graphs would give errors or wrong gradients.
+
+    A graph writes into the same memory at every replay: over what gradient accumulation still needs of the
+    micro-batch before (pytorch#169545, pytorch#96693), and under the feet of a batch that is made on another stream.
+    It reads parameters where they were at first: FSDP moves them (`sharded`).
+    """
+    if asked not in CUDA_GRAPHS:
+        return
+    if micro_batches > 1:
+        raise UserError(
+            f"compile={asked} records CUDA graphs, which gradient accumulation ({micro_batches} micro-batches a step) "
+            "breaks: make batch_size larger, or take compile=default"
+        )
+    if device_prefetch:
+        raise UserError(f"compile={asked} records CUDA graphs, which device_prefetch=true breaks: set one of them back")
+    if sharded:
+        raise UserError(f"compile={asked} records CUDA graphs, which trainer.strategy=fsdp breaks: take compile=false")
+
+
+def make_deterministic(task: str, on_gpu: bool) -> None:
+    """`deterministic=true`: the same bits at every run on one kind of GPU, at a price in speed.
+
+    Raises UserError for segmentation on a GPU: its resizing and its loss have no such form in torch.
+    Without it, sums to which many threads add (gradients of queries, of the mask token, of the bias tables) are added
+    in the order in which they happen to arrive. Must come before the first kernel.
+    """
+    import torch._inductor.config
+
+    if on_gpu and task == "segment":
+        raise UserError("deterministic=true: torch has no deterministic form of segmentation's resizing on a GPU")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS' own condition
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # fills cost bandwidth
+    torch.backends.cudnn.benchmark = False
+    torch._inductor.config.deterministic = True  # kernels' block sizes are not chosen by timings
+
+
+def compile_mode(asked: bool | str, on_gpu: bool, sharded: bool) -> str | None:
+    """The mode of torch.compile for `compile=`; None = not at all.
+
+    "auto" compiles on a GPU, where a network is whole (FSDP gathers its pieces by hooks, at which a graph breaks), and
+    goes on uncompiled if that fails; any other value says by itself what is to be done.
+    """
+    if asked == "auto":
+        if not on_gpu or sharded:
+            return None
+        torch._dynamo.config.suppress_errors = True
+        return "default"
+    if isinstance(asked, bool):
+        return "default" if asked else None
+    return asked
+
+
+# Compute capability -> the attention that was measured to be faster there (docs/performance.md has the measurement).
+# Empty: no GPU has been measured yet, so `attention=auto` is sdpa everywhere.
+FASTEST_ATTENTION: dict[tuple[int, int], str] = {}
+
+
+def attention_kernel(asked: str, on_gpu: bool, precision: str | int | None, widths: Collection[int]) -> str:
+    """What `attention=` means for a network with heads of these widths: "sdpa", torch's kernels, or "triton", our own.
+
+    Raises UserError where "triton" is asked for and cannot run.
+    """
+    if asked == "auto":
+        fastest = FASTEST_ATTENTION.get(torch.cuda.get_device_capability(), "sdpa") if on_gpu else "sdpa"
+        return "sdpa" if without_triton(on_gpu, precision, widths) else fastest
+    if asked == "triton" and (reason := without_triton(on_gpu, precision, widths)):
+        raise UserError(f"attention=triton {reason}; attention=sdpa runs everywhere")
+    return asked
+
+
+def set_attention(network: nn.Module, asked: str, on_gpu: bool, precision: str | int | None) -> None:
+    """Set what runs the attention of every block in a network. Raises UserError where "triton" cannot."""
+    layers = attentions(network)
+    kernel = attention_kernel(asked, on_gpu, precision, {layer.width for layer in layers})
+    for layer in layers:
+        layer.kernel = kernel
+
+
+def without_triton(on_gpu: bool, precision: str | int | None, widths: Collection[int]) -> str:
+    """Why the Triton kernels cannot run, in words; "" if they can. In tests Triton's interpreter runs them on a CPU."""
+    if find_spec("triton") is None:
+        return "needs the package triton, which is not installed"
+    if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a GPU of CUDA, and this run has none"
+    if str(precision).startswith("64"):
+        return f"does not take trainer.precision={precision}"
+    if other := set(widths) - set(TRITON_WIDTHS):
+        return f"takes heads of width {', '.join(map(str, TRITON_WIDTHS))}, and this network's are {min(other)} wide"
+    return ""
+
+
+class Profile(Callback):
+    """`profile=true`: a trace of a few steps, for Perfetto or chrome://tracing, and a table of the dearest operations.
+
+    Args:
+        folder: gets `trace.json.gz` and `kernels.txt`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._profiler: torch.profiler.profile | None = None
+        self._written = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        if (left := trainer.max_steps - trainer.global_step) < WARM_UP + PROFILED:
+            too_short(left)
+            return
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [torch.profiler.ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else []
+        self._profiler = torch.profiler.profile(
+            activities=kinds,
+            schedule=torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=PROFILED, repeat=1),
+            on_trace_ready=self._write,
+        )
+        self._profiler.start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs, batch, batch_idx: int) -> None:
+        if self._profiler is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._profiler.step()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+            if not self._written:
+                too_short(self._profiler.step_num)
+            self._profiler = None
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        if profiler.step_num < WARM_UP + PROFILED:  # stopped in the middle: the figures a step would be wrong
+            return
+        self._written = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        plain, trace = self.folder / ".trace.partial", self.folder / "trace.json.gz"
+        profiler.export_chrome_trace(str(plain))
+        with plain.open("rb") as source, gzip.open(trace, "wb", compresslevel=5) as target:
+            shutil.copyfileobj(source, target)
+        plain.unlink()
+        table = kernels(profiler.key_averages(), DEAREST)
+        (self.folder / "kernels.txt").write_text(table + "\n")
+        print(f"\n{table}\nwrote {trace}", flush=True)
+
+
+def too_short(steps: int) -> None:
+    """Say why there is no profile."""
+    said = f"warning: profile=true needs {WARM_UP + PROFILED} steps; of {steps} there is no profile"
+    print(said, file=sys.stderr, flush=True)
+
+
+def kernels(events: Iterable[Any], count: int) -> str:
+    """The dearest operations by the time in themselves: share, milliseconds, calls.
+
+    On a GPU they are its kernels and copies alone: torch gives the operators that start them the same time once more.
+    Named regions (a step, the optimiser, waiting for data) are no operations.
+    """
+    own = [event for event in events if not event.is_user_annotation and not event.key.startswith("ProfilerStep")]
+    on_gpu = [event for event in own if event.device_type == DeviceType.CUDA]
+    where = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    found = [(getattr(event, where), event) for event in on_gpu or own]
+    total = sum(time for time, _ in found) or 1
+    lines = [f"{'share':>6}  {'ms a step':>9}  {'calls':>6}  operation"]
+    for time, event in sorted(found, key=lambda pair: -pair[0])[:count]:
+        calls = event.count / PROFILED
+        lines.append(f"{time / total:6.1%}  {time / 1000 / PROFILED:9.2f}  {calls:6.4g}  {event.key[:80]}")
+    return "\n".join(lines)

@@ -1,0 +1,270 @@
+"""Sweeps: `fit -m optim.lr=1e-3,2e-3 seed=1,2,3` is a run for each combination, in a process and folder of its own.
+
+Hydra's grammar says what is swept: lists with commas, choice(), range(), glob(). A member's folder is named by its
+values, so that the same call finds it again: members that are finished are skipped, the others go on where they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from beit_pretrain.compose import compose, config_dir, quoted, readable, to_dict
+from beit_pretrain.engine.dist_env import launched
+from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config
+from beit_pretrain.engine.sweep_launchers import RunResult, launcher, run_all
+from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.tables import write_csv
+
+LOG = "log.txt"  # of a member: what it printed
+LONGEST_NAME = 120
+FIRST = ("val/loss", "val/accuracy", "val/masked_token_accuracy", "val/knn_accuracy")  # of the metrics in the table
+
+
+class SweepRun(NamedTuple):
+    """One run of a sweep."""
+
+    name: str  # its values in short: lr_0.001_seed_1
+    folder: Path
+    swept: dict[str, str]  # key -> value
+    words: list[str]  # settings for `fit`
+
+
+class ParsedOverrides(NamedTuple):
+    """The words of a sweep's command line: the sweep's own settings, the launcher's, and those of its members."""
+
+    own: list[str]
+    launcher: list[str]
+    settings: list[str]
+
+
+def sweep(words: list[str]) -> None:
+    """Run all members of a sweep, print and write a summary. Ends with exit code 1 if any of them failed."""
+    if launched():
+        raise UserError("a sweep starts its own processes: call fit -m once, not under torchrun or srun")
+    own, launcher_words, settings = sort_words(words)
+    jobs = compose("sweep", own).jobs
+    folder, members = members_of(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".sweep.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another sweep is running in {folder}") from None
+    with lock:
+        waiting = [member for member in members if not is_finished(member)]
+        print(f"sweep of {len(members)} runs in {folder}" + skipped(len(members) - len(waiting)), flush=True)
+        start = launcher(launcher_words, folder, jobs, [(m.words, m.folder / LOG) for m in waiting])
+        outcomes = run_all([m.name for m in waiting], start.start, start.at_once, progress)
+    failed = [(m, o) for m, o in zip(waiting, outcomes, strict=True) if o.code]
+    codes = {m.name: o.code for m, o in failed}
+    header, rows = summary(members, codes)
+    write_csv(folder / "sweep.csv", header, rows)
+    print(table(header, rows) + f"\nwrote {folder / 'sweep.csv'}", flush=True)
+    if failed:
+        print(f"error: {len(failed)} of {len(members)} runs failed:", file=sys.stderr)
+        for member, outcome in failed:
+            print(f"  {member.name}: exit code {outcome.code}: {last_words(member.folder / LOG)}", file=sys.stderr)
+        print("the same command runs them again, and only them", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def skipped(count: int) -> str:
+    return f"; {count} finished already" if count else ""
+
+
+def sort_words(words: list[str]) -> ParsedOverrides:
+    """Which words of the command line are for the sweep, which for its launcher, which for its members."""
+    own, launcher_words, settings = [], [], []
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        if key.startswith("sweep."):
+            own.append(word.lstrip("+").removeprefix("sweep."))
+        elif key == "hydra/launcher" or key.startswith("hydra.launcher."):
+            launcher_words.append(word.lstrip("+"))
+        elif key.startswith(("hydra.", "hydra/")):
+            raise UserError(f"{word}: of Hydra's own settings a sweep takes hydra/launcher and hydra.launcher.*")
+        else:
+            settings.append(word)
+    return ParsedOverrides(own, launcher_words, settings)
+
+
+def members_of(words: list[str]) -> tuple[Path, list[SweepRun]]:
+    """The folder of a sweep and its members. Raises UserError if nothing is swept, or no member has a config."""
+    combinations = combine(words)
+    if len(combinations) < 2:
+        raise UserError("there is nothing to sweep: give a setting several values, such as seed=1,2,3")
+    base = first_that_composes([settings for _, settings in combinations])
+    swept_keys = {key for swept, _ in combinations for key in swept}
+    if {"name", "run_dir"} & swept_keys:
+        raise UserError("name and run_dir belong to the whole sweep; its runs get folders of their own")
+    keys = {word.partition("=")[0].lstrip("+") for word in words}
+    name, folder = str(base.name), Path(base.run_dir)
+    if "experiment" in {key.lstrip("+") for key in swept_keys} and not keys & {"name", "run_dir"}:
+        name, folder = "sweep", folder.parent / "sweep"  # the experiments have names of their own
+    members = []
+    for swept, settings in combinations:
+        short = describe(swept)
+        kept = [word for word in settings if word.partition("=")[0].lstrip("+") not in ("name", "run_dir")]
+        own = [f"name={quoted(f'{name}/{short}')}", f"run_dir={quoted(folder / short)}"]
+        members.append(SweepRun(short, folder / short, swept, [*kept, *own]))
+    if len({member.folder for member in members}) < len(members):
+        raise UserError("two runs of the sweep have the same values")
+    return folder, members
+
+
+def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
+    """({swept key: value}, settings of the member) for each combination, the last swept key changing fastest."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    choices: dict[str, list[str]] = {}
+    swept: list[str] = []
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        for word in words:
+            try:
+                (override,) = parser.parse_overrides([word])
+            except HydraException:  # a path, or meant as Hydra's own syntax: the member says what is wrong
+                choices[word.partition("=")[0]] = [readable(word)]
+                continue
+            key = override.get_key_element()
+            swept = [other for other in swept if other != key]
+            choices.pop(key, None)  # said twice: the last one counts
+            if not override.is_sweep_override():
+                choices[key] = [word]
+            elif override.is_discrete_sweep():
+                choices[key] = list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
+                swept.append(key)
+            else:
+                raise UserError(f"{word} has no end of values: give a list, choice(), range() or glob()")
+            if not choices[key]:
+                raise UserError(f"{word} has no value")
+    return [
+        (
+            {key: word.partition("=")[2] for key, word in zip(choices, settings, strict=True) if key in swept},
+            [*settings],
+        )
+        for settings in itertools.product(*choices.values())
+    ]
+
+
+def first_that_composes(candidates: list[list[str]]) -> Any:
+    """The config of the first member that has one: what is wrong with one of them is that one's failure.
+
+    Raises UserError, the first one's, if none has.
+    """
+    first: UserError | None = None
+    for settings in candidates:
+        try:
+            return compose("fit", settings)
+        except UserError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def describe(swept: dict[str, str]) -> str:
+    """A folder's name from the swept values, such as lr_0.001_seed_1: the same values always give the same name."""
+    last = [re.split(r"[./@]", key.lstrip("+~"))[-1] for key in swept]
+    keys = [short if last.count(short) == 1 else key.lstrip("+~") for short, key in zip(last, swept, strict=True)]
+    name = "_".join(f"{plain_text(key)}_{plain_text(value)}" for key, value in zip(keys, swept.values(), strict=True))
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{short_hash(name)}"
+
+
+def plain_text(value: str) -> str:
+    """A value in characters that are harmless in paths and settings; what that loses is kept as a short hash."""
+    text = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    text = text.lower() if text in ("True", "False") else text  # as people write them
+    if re.fullmatch(r"[A-Za-z0-9_.+-]{1,40}", text) and text.strip("."):
+        return text
+    kept = re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")[-40:]
+    return f"{kept}-{short_hash(text)}".lstrip("-")
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def is_finished(member: SweepRun) -> bool:
+    """Whether a member has done all its steps, with these settings."""
+    if not (member.folder / FINISHED).is_file():
+        return False
+    try:
+        cfg, old = compose("fit", member.words), read_config(member.folder / CONFIG)
+    except UserError:  # the member itself says what is wrong
+        return False
+    return cfg.resume != "never" and not differences(to_dict(old), to_dict(cfg))
+
+
+def progress(number: int, total: int, name: str, outcome: RunResult | None) -> None:
+    """A line when a member starts, and one when it has ended."""
+    said = "started"
+    if outcome is not None:
+        how = f"failed with exit code {outcome.code}" if outcome.code else "finished"
+        said = f"{how} after {outcome.seconds:.0f} s"
+    print(f"[{number}/{total}] {name}: {said}", flush=True)
+
+
+def last_words(log: Path) -> str:
+    """The last line that a member printed; if that is an error of ours, the whole of it."""
+    try:
+        text = log.read_bytes()[-20_000:].decode(errors="replace")
+    except OSError as error:
+        return first_line(error)
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    said = [line for line in lines if line.startswith("error:")]
+    return (said or lines or ["it printed nothing"])[-1]
+
+
+def summary(members: list[SweepRun], codes: dict[str, int]) -> tuple[tuple[str, ...], list[tuple]]:
+    """Header and rows: name, state, swept values, steps, last metrics; the best run first, failed ones at the end."""
+    last = {member.name: last_metrics(member.folder / "metrics.csv") for member in members}
+    metrics = sorted({name for values in last.values() for name in values if name.startswith("val/")})
+    metrics = metrics or sorted({name for values in last.values() for name in values if name == "train/loss"})
+    key = "val/accuracy" if "val/accuracy" in metrics else "val/loss" if "val/loss" in metrics else "train/loss"
+    metrics.sort(key=lambda name: (name != key, name not in FIRST, name))
+    sign = -1 if key == "val/accuracy" else 1
+
+    def place(member: SweepRun) -> tuple:
+        value = last[member.name].get(key)
+        return member.name in codes, value is None, sign * (value or 0.0), member.name
+
+    keys = list(members[0].swept)
+    rows = []
+    for member in sorted(members, key=place):
+        state = f"failed ({codes[member.name]})" if member.name in codes else "finished"
+        values = last[member.name]
+        figures = [values.get(name, "") for name in ("step", *metrics)]
+        rows.append((member.name, state, *(member.swept[k] for k in keys), *figures))
+    return ("run", "state", *(k.lstrip("+") for k in keys), "step", *metrics), rows
+
+
+def last_metrics(path: Path) -> dict[str, float]:
+    """The last value of every metric of a run, and the last step; nothing if there is no such file."""
+    from beit_pretrain.engine.metrics import read_rows
+
+    if not path.is_file():
+        return {}
+    values: dict[str, float] = {}
+    for step, row in sorted(read_rows(path)[1].items()):
+        values.update(row, step=step)
+    return values
+
+
+def table(header: tuple[str, ...], rows: list[tuple], columns: int = 8) -> str:
+    """The summary for people: the swept values are in the runs' names already, further metrics in the file."""
+    at = header.index("step")
+    kept = [0, 1, *range(at, min(len(header), at + columns - 2))]
+    text = [[header[i] for i in kept]]
+    text += [[f"{row[i]:.5g}" if isinstance(row[i], float) else str(row[i]) for i in kept] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    return "\n".join("  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in text)

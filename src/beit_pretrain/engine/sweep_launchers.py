@@ -1,0 +1,286 @@
+"""Where the members of a sweep run: processes of this machine, or jobs that submitit sends to SLURM (or runs here).
+
+Each member is the shipped `fit` in a fresh process: a second run in one process would inherit its process group, its
+random state and its memory.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from beit_pretrain.engine.dist_env import PROCESS_VARIABLES
+from beit_pretrain.errors import UserError, first_line
+
+PATIENCE = 120.0  # seconds that a member has for its last checkpoint after a signal
+REQUEUE = 75  # exit code of a run, and so of a sweep, that was told to make room: start it again
+
+
+class RunResult(NamedTuple):
+    """How a member ended."""
+
+    code: int
+    seconds: float
+
+
+class Handle(Protocol):
+    """A member that was started."""
+
+    def poll(self) -> int | None: ...  # exit code, None while it runs
+
+    def stop(self, number: int) -> None: ...  # hand on a signal
+
+
+class Launcher(NamedTuple):
+    """How the members of a sweep are started: `start(member, slot)`, at most `at_once` slots."""
+
+    start: Callable[[int, int], Handle]
+    at_once: int
+
+
+Work = list[tuple[list[str], Path]]  # settings and log file of every member
+
+
+def launcher(words: list[str], folder: Path, jobs: int, work: Work) -> Launcher:
+    """The launcher that `hydra/launcher=` names: basic (the default), submitit_local or submitit_slurm."""
+    name = next((w.partition("=")[2] for w in words if w.startswith("hydra/launcher=")), "basic")
+    settings = [w.removeprefix("hydra.launcher.") for w in words if w.startswith("hydra.launcher.")]
+    if name == "basic":
+        if settings:
+            raise UserError(f"hydra.launcher.{settings[0]} needs hydra/launcher=submitit_slurm")
+        gpus = shared_gpus(jobs)
+        return Launcher(lambda i, slot: Process(*work[i], gpus[slot] if gpus else None), jobs)
+    if name not in ("submitit_local", "submitit_slurm"):
+        raise UserError(f"hydra/launcher={name} is not one of basic, submitit_local, submitit_slurm")
+    executor = submitit_executor(name.removeprefix("submitit_"), settings, folder)
+    tasks = [Job(command(words), log, str(Path.cwd())) for words, log in work]
+    if name == "submitit_local":
+        return Launcher(lambda i, slot: Submitted(executor.submit(tasks[i])), jobs)
+    with executor.batch():  # one job array: SLURM itself holds back what is too many at once
+        sent = [executor.submit(task) for task in tasks]
+    if sent:
+        print(f"sent to SLURM as {sent[0].job_id.partition('_')[0]}; Ctrl-C cancels", flush=True)
+    return Launcher(lambda i, slot: Submitted(sent[i]), max(1, len(sent)))
+
+
+def run_all(
+    names: list[str],
+    start: Callable[[int, int], Handle],
+    at_once: int,
+    report: Callable[[int, int, str, RunResult | None], None],
+) -> list[RunResult]:
+    """Run every member, at most `at_once` at a time, whatever becomes of the others. Signals are handed on to them."""
+    outcomes: dict[int, RunResult] = {}
+    running: dict[int, tuple[Handle, int, float]] = {}
+    slots = list(range(at_once))
+    todo = iter(range(len(names)))
+    with stopping(running):
+        while len(outcomes) < len(names):
+            while slots and (number := next(todo, None)) is not None:
+                slot = slots.pop(0)
+                running[number] = start(number, slot), slot, time.monotonic()
+                report(number + 1, len(names), names[number], None)
+            for number, (handle, slot, begun) in list(running.items()):
+                if (code := handle.poll()) is not None:
+                    del running[number]
+                    slots.append(slot)
+                    outcomes[number] = RunResult(code, time.monotonic() - begun)
+                    report(number + 1, len(names), names[number], outcomes[number])
+            time.sleep(0.1)
+    return [outcomes[number] for number in range(len(names))]
+
+
+class PreemptionSignal(BaseException):
+    """SIGTERM or SIGUSR1: a scheduler wants the machine back."""
+
+
+@contextmanager
+def stopping(running: dict[int, tuple[Handle, int, float]]) -> Iterator[None]:
+    """What ends the sweep ends its members: Ctrl-C as Ctrl-C, a scheduler's signals as SIGTERM, with time to save."""
+
+    def tell(*_: object) -> None:
+        raise PreemptionSignal
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    except BaseException as error:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        end(
+            [handle for handle, _, _ in running.values()],
+            signal.SIGTERM if isinstance(error, PreemptionSignal) else signal.SIGINT,
+        )
+        if isinstance(error, PreemptionSignal):
+            print("stopped; the same command goes on", file=sys.stderr)
+            raise SystemExit(REQUEUE) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end(handles: list[Handle], number: int) -> None:
+    """Hand a signal to members and wait for them; after `PATIENCE`, or a further Ctrl-C, they are killed."""
+    for handle in handles:
+        handle.stop(number)
+    deadline = time.monotonic() + PATIENCE
+    with suppress(KeyboardInterrupt):
+        while any(handle.poll() is None for handle in handles) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    for handle in handles:
+        if handle.poll() is None:
+            handle.stop(signal.SIGKILL)
+
+
+def command(words: list[str]) -> list[str]:
+    """`fit` with these settings, by the Python that runs now."""
+    return [sys.executable, "-m", "beit_pretrain", "fit", *words]
+
+
+def member_environment(gpus: str | None = None) -> dict[str, str]:
+    """The environment of a member: that of the sweep, less what belongs to a run's own processes."""
+    kept = {k: v for k, v in os.environ.items() if k not in PROCESS_VARIABLES and not k.startswith("TORCHELASTIC_")}
+    return kept if gpus is None else {**kept, "CUDA_VISIBLE_DEVICES": gpus}
+
+
+def begin(command: list[str], log: Path, cwd: str | None = None, gpus: str | None = None) -> subprocess.Popen:
+    """A member's process, with a session of its own: a signal reaches it and its children once, through the sweep."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=member_environment(gpus),
+            cwd=cwd,
+            start_new_session=True,
+        )
+
+
+def signal_group(process: subprocess.Popen, number: int) -> None:
+    """Signal a member and its children."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+class Process:
+    """A member as a process of this machine."""
+
+    def __init__(self, words: list[str], log: Path, gpus: str | None):
+        self.process = begin(command(words), log, gpus=gpus)
+
+    def poll(self) -> int | None:
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code  # a signal, as a shell writes it
+
+    def stop(self, number: int) -> None:
+        if self.process.poll() is None:
+            signal_group(self.process, number)
+
+
+def shared_gpus(jobs: int) -> list[str] | None:
+    """CUDA_VISIBLE_DEVICES for each of `jobs` members at once; None for all GPUs (or none) to every member."""
+    if jobs == 1:
+        return None
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        visible = [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    else:
+        import torch
+
+        visible = [str(number) for number in range(torch.cuda.device_count())]
+    if not visible:
+        return None
+    share = max(1, len(visible) // jobs)
+    return [",".join(visible[i * share % len(visible) :][:share]) for i in range(jobs)]
+
+
+def submitit_executor(cluster: str, settings: list[str], folder: Path) -> Any:
+    """submitit's executor with the settings of Hydra's launcher of that name. Raises UserError for unknown ones."""
+    try:
+        import submitit
+        from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf, LocalQueueConf, SlurmQueueConf
+    except ImportError:
+        raise UserError(f"hydra/launcher=submitit_{cluster} needs: pip install 'beit_pretrain[sweep]'") from None
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    defaults = OmegaConf.structured(LocalQueueConf if cluster == "local" else SlurmQueueConf)
+    defaults.submitit_folder, defaults.name = str(folder.absolute() / ".submitit" / "%j"), "beit_pretrain"
+    if cluster == "slurm":
+        defaults.max_num_timeout = 100  # a run goes on exactly where it was
+    try:
+        given: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.from_dotlist(settings)))  # type: ignore[assignment]
+    except (OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"hydra.launcher: {first_line(error)}") from error
+    if cluster == "local" and (given["tasks_per_node"], given["nodes"]) != (1, 1):
+        raise UserError("hydra/launcher=submitit_local: several processes on one machine are trainer.devices=N")
+    place, timeouts = given.pop("submitit_folder"), given.pop("max_num_timeout", None)
+    base = OmegaConf.structured(BaseQueueConf).keys()
+    given.pop("_target_", None)
+    try:
+        executor = submitit.AutoExecutor(
+            folder=place, cluster=cluster, **({} if timeouts is None else {f"{cluster}_max_num_timeout": timeouts})
+        )
+        executor.update_parameters(**{k if k in base else f"{cluster}_{k}": v for k, v in given.items()})
+    except (RuntimeError, ValueError, TypeError, NameError) as error:  # no sbatch here, or a setting it cannot take
+        raise UserError(f"hydra/launcher=submitit_{cluster}: {first_line(error)}") from error
+    return executor
+
+
+class Job:
+    """A member inside a job of submitit: it is pickled, sent, called there, and called again when it was requeued."""
+
+    def __init__(self, command: list[str], log: Path, cwd: str):
+        self.command, self.log, self.cwd = command, log, cwd
+        self.process: subprocess.Popen | None = None
+
+    def __call__(self) -> int:
+        process = self.process = begin(self.command, Path(self.cwd) / self.log, self.cwd)
+        told: list[int] = []
+
+        def forward_signal(number: int, _: object) -> None:
+            if not told:  # a cancelled job hears it from the terminal and from submitit
+                signal_group(process, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            told.append(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, forward_signal)
+        code = process.wait()
+        return code if code >= 0 else 128 - code
+
+    def checkpoint(self) -> Any:
+        """Before a time limit or preemption: let the run save, then have the same job put into the queue again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.process is not None:
+            signal_group(self.process, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(PATIENCE)
+        return DelayedSubmission(Job(self.command, self.log, self.cwd))
+
+
+class Submitted:
+    """A member as a job of submitit."""
+
+    def __init__(self, job: Any):
+        self.job = job
+
+    def poll(self) -> int | None:
+        if not self.job.done():
+            return None
+        try:
+            return next((code for code in self.job.results() if code), 0)
+        except Exception:  # submitit's own: cancelled, killed, out of time; the job's own log says more
+            return 1
+
+    def stop(self, number: int) -> None:
+        self.job.cancel(check=False)

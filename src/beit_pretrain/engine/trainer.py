@@ -1,0 +1,111 @@
+"""Lightning's Trainer for a run: how many steps, micro-batches and processes, in which precision."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from hydra.errors import InstantiationException
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from beit_pretrain.compose import to_dict
+from beit_pretrain.engine import distributed as cluster
+from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
+from beit_pretrain.errors import AllRanksError, UserError, first_line
+
+
+def total_steps(cfg: DictConfig, samples: int) -> int:
+    """Optimiser steps of the run, from `steps` or `epochs`."""
+    if (cfg.steps is None) == (cfg.epochs is None):
+        raise AllRanksError("set the length of the run by either steps=N or epochs=N")
+    steps = cfg.steps if cfg.steps is not None else int(cfg.epochs * samples / cfg.global_batch_size)
+    if steps < 1:
+        raise AllRanksError(
+            f"the run has {steps} steps: {samples} images make no global batch of {cfg.global_batch_size}"
+        )
+    return int(steps)
+
+
+def micro_batches(global_batch_size: int, batch_size: int, world: int) -> int:
+    """Micro-batches per process and optimiser step. Raises UserError if the numbers do not divide."""
+    share = global_batch_size // world
+    if global_batch_size % world or share == 0 or share % min(batch_size, share):
+        raise AllRanksError(
+            f"global_batch_size={global_batch_size} is not a multiple of batch_size={batch_size} times {world} processes"
+        )
+    return share // min(batch_size, share)
+
+
+def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trainer:
+    """Lightning's Trainer: it runs the loop; gradients, batches, metrics and signals are the modules' own."""
+    compression = cfg.get("gradient_compression") if steps else None  # validating takes none, and has no gradients
+    settings = cluster.resolve_trainer_args(to_dict(cfg.trainer), cfg.get("timeout_minutes", 30), compression)
+    plugins = [BackgroundCheckpointIO(), *settings.pop("plugins")]
+    if settings["precision"] == "auto":
+        gpu = wanted_gpu(settings["accelerator"]) and torch.cuda.is_bf16_supported()
+        settings["precision"] = "bf16-mixed" if gpu else "32-true"
+    # A decoder's batch norms see few images a GPU: statistics over all of them, as in the release. CPUs have no such.
+    settings["sync_batchnorm"] = cfg.task == "segment" and wanted_gpu(settings["accelerator"])
+    trainer = Trainer(
+        **settings,
+        max_steps=steps,
+        logger=False,
+        callbacks=callbacks,
+        # Without a ModelCheckpoint of ours Lightning would add one of its own, which writes at the end.
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        default_root_dir=cfg.run_dir,
+        use_distributed_sampler=False,  # batches are dealt to processes by their positions
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        log_every_n_steps=1,  # metrics have a rhythm of their own; this only keeps a warning away
+        plugins=plugins,
+    )
+    # Lightning's handler would end a run with exit code 0 or, of several processes, wait for the others inside itself.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    # Nor is anything left for it to tell the others, which it would do before every micro-batch, and wait.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    if steps:  # validating takes none: the global batch need not divide among its processes
+        accumulate = micro_batches(cfg.global_batch_size, cfg.batch_size, trainer.world_size)
+        trainer.accumulate_grad_batches = accumulate
+        trainer.val_check_interval = min(cfg.val_every, steps) * accumulate
+    return trainer
+
+
+def wanted_gpu(accelerator: str) -> bool:
+    """Whether a run with this accelerator is on a GPU of CUDA."""
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def silence_warnings() -> None:
+    """Keep advertisements and warnings about what is so on purpose away from the lines that matter."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        "LeafSpec",
+        "does not have many workers",
+        "Checkpoint directory .* exists",
+        "dataloader is not resumable",
+        "Total length of",
+        "You defined a `validation_step` but have no `val_dataloader`",
+    ):
+        warnings.filterwarnings("ignore", f".*{message}")
+
+
+@contextmanager
+def as_user_errors() -> Iterator[None]:
+    """Errors while a run is built come from its settings: one line for the person who wrote them."""
+    try:
+        yield
+    except InstantiationException as error:
+        raise UserError(first_line(error.__cause__ or error)) from error
+    except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise UserError(first_line(error)) from error
+    except (MisconfigurationException, OmegaConfBaseException) as error:
+        raise UserError(first_line(error)) from error

@@ -1,0 +1,1 @@
+"""The demo and the comparison: whole runs from images to a report."""

@@ -1,0 +1,204 @@
+"""What a comparison found: numbers, tables, pictures, and whether they are what pre-training promises."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from beit_pretrain.compose import to_dict
+from beit_pretrain.engine.metrics import curve
+from beit_pretrain.examples import report as demo_report
+from beit_pretrain.tables import table
+from beit_pretrain.visualization.plots import bars_plot, curves_plot, layers_plot
+
+UNTRAINED = "not trained"  # what "from scratch" means to a probe
+KINDS = {"pretrained": "pre-trained", "control": "control: shuffled targets", "scratch": "from scratch"}
+MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5"}
+
+
+def last_value(path: Path, metric: str) -> float | None:
+    """The last value of a metric of a run, None if it was never measured."""
+    values = curve(path, metric)[1] if path.is_file() else []
+    return values[-1] if values else None
+
+
+def report(cfg: DictConfig, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Write `results.json`, `RESULTS.md` and the pictures of a finished comparison; print the tables."""
+    numbers = collected(cfg, run_dir, seeds)
+    (run_dir / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    accuracies = {KINDS[kind].split(":")[0]: numbers["fine_tuned"][kind]["accuracy"] for kind in KINDS}
+    title = f"fine-tuned on {numbers['labelled_images']} labelled images, {len(seeds)} seeds"
+    bars_plot(accuracies, 1 / numbers["classes"], run_dir / "accuracy.png", title)
+    names = {kind: name.split(":")[0] for kind, name in KINDS.items()} | {"scratch": UNTRAINED}
+    by_start = {names[k]: {m: mean_of(rows) for m, rows in found.items()} for k, found in numbers["layers"].items()}
+    layers_plot(by_start, run_dir / "layers.png")
+    files = {f"{kind} {seeds[0]}": run_dir / f"seed-{seeds[0]}/finetune-{kind}/metrics.csv" for kind in KINDS}
+    curves_plot(files, run_dir / "curves.png")
+    text = tables(numbers)
+    (run_dir / "RESULTS.md").write_text(text)
+    print(f"\n{text}\nwrote {run_dir}: RESULTS.md, results.json, accuracy.png, layers.png, curves.png", flush=True)
+    return numbers
+
+
+def collected(cfg: DictConfig, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Every number of the comparison, a list over the seeds each."""
+    folders = [run_dir / f"seed-{seed}" for seed in seeds]
+    train = json.loads((run_dir / "data/train/manifest.json").read_text())
+    val = json.loads((run_dir / "data/val/manifest.json").read_text())
+    counts = train["class_counts"]
+    fine_tuned = {
+        kind: {m: [last_value(f / f"finetune-{kind}/metrics.csv", f"val/{m}") for f in folders] for m in MEASURES}
+        for kind in KINDS
+    }
+    return {
+        "settings": to_dict(cfg),
+        "seeds": list(seeds),
+        "classes": len(counts),
+        "training_images": sum(counts),
+        "labelled_images": sum(min(count, cfg.labels_per_class) for count in counts),
+        "held_out_images": min(sum(val["class_counts"]), cfg.val_images),
+        "fine_tuned": fine_tuned,
+        "layers": {kind: by_layer([f / f"probe-{kind}/layers.csv" for f in folders]) for kind in KINDS},
+        "masked_token_accuracy": {
+            kind: [last_value(f / kind / "metrics.csv", "val/masked_token_accuracy") for f in folders]
+            for kind in ("pretrained", "control")
+        },
+        "majority_token_accuracy": [
+            last_value(f / "pretrained/metrics.csv", "val/majority_token_accuracy") for f in folders
+        ],
+        "stages": stages(run_dir),
+        **demo_report.machine(cfg.threads),
+    }
+
+
+def by_layer(files: Sequence[Path]) -> dict[str, list[list[float]]]:
+    """{"linear probe": a list for each seed of accuracies by layer, "kNN": the same}."""
+    found: dict[str, list[list[float]]] = {"linear probe": [], "kNN": []}
+    for file in files:
+        with file.open(newline="") as opened:
+            rows = list(csv.DictReader(opened))
+        found["linear probe"].append([float(row["linear"]) for row in rows])
+        found["kNN"].append([float(row["knn"]) for row in rows])
+    return found
+
+
+def stages(run_dir: Path) -> dict[str, dict[str, float]]:
+    """Seconds, and seconds of CPU time, of each kind of stage: the mean over the seeds."""
+    taken: dict[str, list[dict[str, float]]] = {}
+    file = run_dir / "stages.jsonl"
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        entry = json.loads(line)
+        taken.setdefault(entry["stage"].rpartition("/")[2], []).append(entry)
+    return {
+        name: {key: statistics.fmean(e[key] for e in entries) for key in ("seconds", "cpu_seconds")}
+        for name, entries in taken.items()
+    }
+
+
+def mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Means over the seeds of what each has by layer."""
+    return [statistics.fmean(column) for column in zip(*rows, strict=True)]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Largest less smallest."""
+    return max(values) - min(values)
+
+
+def promises(numbers: dict[str, Any]) -> list[tuple[str, bool]]:
+    """What pre-training is to show, and whether it did: the gain and the control, against the spread of the seeds."""
+    found = {kind: numbers["fine_tuned"][kind]["accuracy"] for kind in KINDS}
+    mean = {kind: statistics.fmean(values) for kind, values in found.items()}
+    widest = max(spread(found["pretrained"]), spread(found["scratch"]))
+    gain, other = mean["pretrained"] - mean["scratch"], mean["control"] - mean["scratch"]
+    allowed = max(spread(found["control"]), spread(found["scratch"]))
+    return [
+        (
+            f"pre-training beats training from scratch by {100 * gain:.2f} points, more than the spread of the seeds "
+            f"({100 * widest:.2f} points between the best and the worst)",
+            gain > widest,
+        ),
+        (
+            f"the control does not help: {100 * other:+.2f} points against training from scratch, "
+            f"within the spread of {100 * allowed:.2f}, or below",
+            other <= allowed,
+        ),
+    ]
+
+
+def tables(numbers: dict[str, Any]) -> str:
+    """The results as a page of Markdown."""
+    header = ["fine-tuning", *(f"{m}, mean +- sd" for m in MEASURES.values()), "top-1 by seed"]
+    layers = ["", "measure", *map(str, range(1, layer_count(numbers) + 1))]
+    parts = (
+        conditions(numbers),
+        table(header, accuracy_rows(numbers)),
+        "\n".join(f"* {'yes' if kept else '**NO**'}: {text}." for text, kept in promises(numbers)),
+        "Frozen features, top-1 by layer (mean +- sd over the seeds):",
+        table(layers, layer_rows(numbers)),
+        masked_tokens(numbers),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def conditions(numbers: dict[str, Any]) -> str:
+    """On what, with what and for how long it was measured."""
+    settings, times = numbers["settings"], numbers["stages"].items()
+    return "\n".join(
+        (
+            f"{numbers['training_images']:,} training images of {numbers['classes']} classes, "
+            f"{numbers['labelled_images']:,} of them with labels for fine-tuning ({settings['labels_per_class']} a class); "
+            f"{numbers['held_out_images']:,} held-out images; seeds {', '.join(map(str, numbers['seeds']))}.",
+            f"{numbers['device']}, {numbers['threads']} thread(s), torch {numbers['torch']}, precision "
+            f"{settings['precision']}; steps: {', '.join(f'{k} {v:,}' for k, v in settings['steps'].items())}.",
+            "A stage took, mean over the seeds: "
+            + "; ".join(f"{name} {t['seconds']:.0f} s ({t['cpu_seconds']:.0f} s of CPU)" for name, t in times)
+            + ".",
+        )
+    )
+
+
+def masked_tokens(numbers: dict[str, Any]) -> str:
+    """How well the two pre-trainings did at their own task."""
+    kinds = {**numbers["masked_token_accuracy"], "the most frequent token": numbers["majority_token_accuracy"]}
+    said = (f"{kind} {', '.join(f'{v:.1%}' for v in values)}" for kind, values in kinds.items())
+    return f"Masked tokens of held-out images that were found, by seed: {'; '.join(said)}."
+
+
+def layer_count(numbers: dict[str, Any]) -> int:
+    """Layers of the backbone."""
+    return len(numbers["layers"]["pretrained"]["linear probe"][0])
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation in per cent."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.fmean(values):.2f} +- {100 * deviation:.2f}"
+
+
+def accuracy_rows(numbers: dict[str, Any]) -> list[list[str]]:
+    """A row for each way to start."""
+    return [
+        [
+            name,
+            *(shown(numbers["fine_tuned"][kind][m]) for m in MEASURES),
+            ", ".join(f"{100 * v:.2f}" for v in numbers["fine_tuned"][kind]["accuracy"]),
+        ]
+        for kind, name in KINDS.items()
+    ]
+
+
+def layer_rows(numbers: dict[str, Any]) -> list[list[str]]:
+    """Two rows, linear probe and kNN, for each way to start; a network from scratch is one that is not trained."""
+    names = {**KINDS, "scratch": UNTRAINED}
+    return [
+        [names[kind], measure, *(shown(column) for column in zip(*rows, strict=True))]
+        for kind, found in numbers["layers"].items()
+        for measure, rows in found.items()
+    ]

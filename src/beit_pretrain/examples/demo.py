@@ -1,0 +1,174 @@
+"""The demo: the main job from images to a classifier, on two cores in a quarter of an hour, ending with a report.
+
+Shards -> dVAE -> masked image modelling -> fine-tuning on few labels, beside the same network from scratch with the
+same labels and steps. Every stage is the verb that a user would type, with a small experiment.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from beit_pretrain.compose import compose, quoted
+from beit_pretrain.data.datamodule import labels
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.sources import check_sources
+from beit_pretrain.data.write.contact_sheet import contact_sheet
+from beit_pretrain.data.write.make_shards import make_shards
+from beit_pretrain.engine.fit import fit
+from beit_pretrain.engine.metrics import read_rows
+from beit_pretrain.engine.visualize import show
+from beit_pretrain.errors import UserError
+from beit_pretrain.examples import report
+
+MARK = "demo.yaml"  # its config; says that the folder is a demo's
+STAGES = ("data", "tokenizer", "pretrain")
+
+
+def demo(cfg: DictConfig) -> dict:
+    """Run all stages and write `report.html` and `report.json` into the run folder. Returns the report's numbers."""
+    started = time.perf_counter()
+    if not isinstance(cfg.steps, DictConfig):
+        raise UserError("steps of the demo are given for each stage, such as steps.pretrain=1000")
+    src = cfg.src if isinstance(cfg.src, str) else list(cfg.src)
+    check_sources([src] if isinstance(src, str) else src)  # a typo must not cost the last demo's results
+    run_dir = clean_folder(cfg)
+    timings: dict[str, float] = {}
+
+    def stage(title: str, name: str) -> None:
+        timings[name] = time.perf_counter() - started
+        print(f"\n== {title} ({timings[name]:.0f} s since the start) ==", flush=True)
+
+    stage("1/4 shards", "shards")
+    try:
+        data = write_shards(cfg, src, run_dir / "data")
+    except UserError:  # sources that list but do not decode: leave nothing behind
+        (run_dir / MARK).unlink()
+        with suppress(OSError):
+            run_dir.rmdir()
+        raise
+    stage("2/4 tokenizer: a dVAE", "tokenizer")
+    tokenizer_cfg = stage_config(cfg, "demo_tokenizer", "tokenizer", steps=cfg.steps.tokenizer, **data)
+    tokenizer = fit(tokenizer_cfg)
+    path = run_dir / "tokenizer/checkpoints/last.ckpt"
+    stage("3/4 pre-training: predict the tokens of masked patches", "pretrain")
+    steps = {"steps": cfg.steps.pretrain, "tokenizer.path": path}
+    pretrained = fit(stage_config(cfg, "demo_pretrain", "pretrain", **steps, **data))
+    stage("4/4 fine-tuning on few labels, and the same from scratch", "finetune")
+    classes = compare(cfg, run_dir, data)
+    draw(run_dir)
+    timings["end"] = time.perf_counter() - started
+    shards = ShardReader(data["data.train"])
+    numbers = {
+        "source": shards.manifest["source"],
+        "training_images": shards.samples,
+        "masked_token_accuracy": pretrained["val/masked_token_accuracy"],
+        "majority_token_accuracy": pretrained["val/majority_token_accuracy"],
+        "copy_token_accuracy": pretrained["val/copy_token_accuracy"],
+        "codebook_perplexity": pretrained["val/codebook_perplexity"],
+        "codebook_distinct": int(pretrained["val/codebook_distinct"]),
+        "vocab_size": int(tokenizer_cfg.model.vocab_size),
+        "reconstruction_mse": tokenizer["val/reconstruction"],
+        "knn_accuracy": last_value(run_dir / "pretrain/metrics.csv", "val/knn_accuracy"),
+        **classes,
+        "seed": int(cfg.seed),
+        "steps": dict(cfg.steps),
+        "stage_starts_s": {name: round(seconds, 1) for name, seconds in timings.items()},
+        "seconds": round(timings["end"], 1),
+        **report.machine(cfg.threads),
+    }
+    page = report.write(numbers, run_dir)
+    print(f"\n{report.summary(numbers)}\n\nreport: {page}", flush=True)
+    return numbers
+
+
+def clean_folder(cfg: DictConfig) -> Path:
+    """The run folder, without what an earlier demo left there. Raises UserError if it holds anything else."""
+    run_dir = Path(cfg.run_dir)
+    if (run_dir / MARK).is_file():
+        for old in [run_dir / stage for stage in STAGES] + sorted(run_dir.glob("finetune-*")):
+            shutil.rmtree(old, ignore_errors=True)
+        for old in (run_dir / "report.json", run_dir / "report.html"):  # a demo that fails must not seem to have ended
+            old.unlink(missing_ok=True)
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"run_dir={run_dir} exists and is not from an earlier demo; choose another name=")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, run_dir / MARK, resolve=True)
+    return run_dir
+
+
+def write_shards(cfg: DictConfig, src: str | list[str], out: Path) -> dict[str, Path]:
+    """Make the shards; returns the settings that point to them."""
+    if cfg.src == "synthetic":
+        images = cfg.images + cfg.val_images
+        make_shards("synthetic", out, images=images, val=cfg.val_images / images, seed=cfg.seed, size=cfg.resize)
+    else:
+        make_shards(src, out, val=0.1, seed=cfg.seed, resize=cfg.resize)
+    contact_sheet(out / "train", out / "contact-sheet.png")
+    return {"data.train": out / "train", "data.val": out / "val"}
+
+
+def stage_config(cfg: DictConfig, experiment: str, stage: str, **settings) -> DictConfig:
+    """The composed config of one stage, with a folder of its own inside the demo's."""
+    common = {
+        "name": f"{cfg.name}/{stage}",
+        "run_dir": Path(cfg.run_dir) / stage,
+        "seed": cfg.seed,
+        "threads": cfg.threads,
+        "data.num_workers": cfg.num_workers,
+        "resume": "never",
+    }
+    words = [f"{key}={quoted(value)}" for key, value in {**common, **settings}.items()]
+    return compose("fit", [f"+experiment={experiment}", *words])
+
+
+def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:
+    """Fine-tune with and without pre-training, over the seeds. None for accuracies where the labels do not allow it."""
+    train, val = (ShardReader(data[f"data.{split}"]) for split in ("train", "val"))
+    classes = len(train.classes)
+    nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0, "classes": classes}
+    train_labels, val_labels = labels(train), labels(val)
+    loose = int((train_labels < 0).sum() + (val_labels < 0).sum())
+    if loose or len(np.intersect1d(train_labels, val_labels)) < 2:
+        note = f"{loose} images have no class" if loose else "fewer than two classes have images in both splits"
+        note += ": nothing to fine-tune on"
+        print(note)
+        return {**nothing, "finetune_note": note}
+    labels_per_class = max(1, min(cfg.labels_per_class, cfg.max_labelled // classes))
+    labelled = int(np.minimum(np.bincount(train_labels, minlength=classes), labels_per_class).sum())
+    accuracies: dict[str, list[float]] = {"finetune": [], "scratch": []}
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for kind, extra in (
+            ("finetune", {"init_from": run_dir / "pretrain/checkpoints/last.ckpt"}),
+            # From scratch there is nothing for a layer decay to protect: without it the baseline is stronger.
+            ("scratch", {"from_scratch": True, "optim.layer_decay": None}),
+        ):
+            settings = {**data, **extra, "data.labels_per_class": labels_per_class, "data.val_images": cfg.val_images}
+            settings |= {"steps": cfg.steps.finetune, "seed": seed}
+            run = stage_config(cfg, "demo_finetune", f"finetune-{kind}-{seed}", **settings)
+            accuracies[kind].append(fit(run)["val/accuracy"])
+    return {
+        **{f"{kind}_accuracy": float(np.mean(values)) for kind, values in accuracies.items()},
+        **{f"{kind}_accuracies": values for kind, values in accuracies.items()},
+        "chance_accuracy": 1 / classes,
+        "classes": classes,
+        "labelled_images": labelled,
+        "held_out_images": min(val.samples, cfg.val_images),
+    }
+
+
+def draw(run_dir: Path) -> None:
+    """The pictures of the report that no run has drawn by itself."""
+    for name in ("tokenizer", "pretrain"):
+        show(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))
+
+
+def last_value(path: Path, metric: str) -> float | None:
+    """The last value of a metric, None if it was never measured."""
+    values = [row[metric] for _, row in sorted(read_rows(path)[1].items()) if metric in row]
+    return values[-1] if values else None

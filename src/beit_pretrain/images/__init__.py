@@ -1,1 +1,0 @@
-"""From a file's bytes to what a network sees: decoding, crops, views, masks."""

@@ -1,0 +1,1 @@
+"""Predictions for images: classes and label maps."""

@@ -1,0 +1,1 @@
+"""The networks: BEiT on timm, attention, UPerNet."""

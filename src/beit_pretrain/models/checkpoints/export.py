@@ -1,0 +1,349 @@
+"""Checkpoints in other people's formats: the authors' .pth, timm, Hugging Face, ONNX.
+
+Each export is written under a temporary name, opened again by the software it is for, and compared: the command says
+that it succeeded only when that software gives our numbers. The authors' format has no installed software; it is read
+back by `load_pretrained`, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.models.beit import gen_relative_position_index
+from torch import Tensor, nn
+
+from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.models.backbone import Classifier, MaskedImageModel
+from beit_pretrain.models.checkpoints import hf
+from beit_pretrain.models.checkpoints.formats import read_checkpoint
+from beit_pretrain.models.checkpoints.infer_architecture import TABLE
+from beit_pretrain.models.checkpoints.model_card import MARK, card
+from beit_pretrain.models.checkpoints.pretrained import classifier, load_pretrained, mim, segmenter
+from beit_pretrain.models.upernet import Segmenter
+from beit_pretrain.transforms.views import HALF, per_channel, shorter_side
+
+SUFFIXES = {"unilm": ".pth", "timm": ".safetensors", "onnx": ".onnx", "hf": ""}
+TOLERANCE = 1e-4  # of the largest output: other software sums in another order
+Model = MaskedImageModel | Classifier | Segmenter
+
+
+def export(cfg: DictConfig) -> Path:
+    """Write `cfg.init_from` as `cfg.out` in the format `cfg.to`. Raises UserError for what cannot be, or differs."""
+    out = Path(cfg.out).absolute()
+    suffix = SUFFIXES[cfg.to]
+    if suffix and out.suffix != suffix:
+        raise UserError(f"out={out} must end with {suffix} for to={cfg.to}")
+    if not suffix and out.is_file():
+        raise UserError(f"out={out} is a file; to=hf writes a folder")
+    if suffix and out.is_dir():
+        raise UserError(f"out={out} is a folder; to={cfg.to} writes a file")
+    if out.resolve() in (Path(cfg.init_from).resolve(), Path(cfg.init_from).resolve().parent):
+        raise UserError(f"out={cfg.out} is where init_from={cfg.init_from} is read from; choose another place")
+    foreign = [name for name in ("config.json", "README.md") if (out / name).exists()]
+    if foreign and not ((out / "README.md").exists() and MARK in (out / "README.md").read_text(errors="replace")):
+        raise UserError(f"out={cfg.out} has a {foreign[0]} that no export wrote; choose another folder")
+    source = read_checkpoint(cfg.init_from)
+    if source.kind == "backbone":
+        raise UserError(f"{cfg.init_from} has neither a token head nor classes; there is nothing to export")
+    if source.kind == "segmenter" and cfg.to != "hf":
+        raise UserError(f"{cfg.init_from} is a segmentation model; it can be written with to=hf alone")
+    drop = source.architecture.get("drop_path_rate", 0.0)  # idle here, but part of what the files say
+    builders: dict[str, Callable[..., Model]] = {"mim": mim, "classifier": classifier, "segmenter": segmenter}
+    model = builders[source.kind](source, cfg.image_size, drop_path_rate=drop)
+    write: Callable[[Model, Path], str] = {"unilm": to_unilm, "timm": to_timm, "onnx": to_onnx, "hf": to_hf}[cfg.to]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".partial-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        with quiet():
+            how_to_open = write(model, partial)
+            if cfg.to == "hf":
+                (partial / "README.md").write_text(card(model, source))
+        publish(partial, out)
+    except (RuntimeError, ValueError, SafetensorError) as error:  # a full disk, in the words of torch and safetensors
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{out} cannot be written: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+    print(f"wrote {cfg.out}; opened again and compared: the same numbers\n{how_to_open.format(out=cfg.out)}")
+    return out
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Give a finished export its name; of a folder, file by file, and nothing else in it is touched."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [partial] if partial.is_file() else partial.iterdir():
+        file.chmod(0o666 & ~umask)  # safetensors writes files for their owner alone
+    if partial.is_file():
+        os.replace(partial, out)
+        return
+    out.mkdir(exist_ok=True)
+    for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):  # what makes it a model comes last
+        os.replace(file, out / file.name)
+
+
+@contextmanager
+def quiet():
+    """Other people's libraries announce themselves, warn and draw progress bars; an error still shows."""
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def label(model: Model) -> dict[str, Any]:
+    """What our own files say beside the tensors."""
+    return {"kind": kind_of(model), "model": dict(model.config), **model.about}
+
+
+def kind_of(model: Model) -> str:
+    """What a checkpoint of a network holds, as in `formats.Checkpoint`."""
+    if isinstance(model, Segmenter):
+        return "segmenter"
+    return "mim" if isinstance(model, MaskedImageModel) else "classifier"
+
+
+def to_unilm(model: Model, path: Path) -> str:
+    """The authors' file: tensors under "model", an index buffer beside every table; and our label."""
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    index = gen_relative_position_index(model.grid)
+    state |= {n.replace(TABLE, "relative_position_index"): index for n in list(state) if n.endswith(TABLE)}
+    torch.save({"model": state, "beit_pretrain": label(model)}, path)
+    same_network(model, path)
+    return "load it with the authors' scripts (finetune={out}), or beit_pretrain.load_pretrained('{out}')"
+
+
+def to_timm(model: Model, path: Path) -> str:
+    """A safetensors file that `timm.create_model(..., checkpoint_path=)` takes; of a mim, the backbone alone."""
+    import timm
+
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if isinstance(model, MaskedImageModel):
+        state = {n: t for n, t in state.items() if not n.startswith(("lm_head.", "mask_token"))}
+    save_file(state, path, metadata={"format": "pt", "beit_pretrain": json.dumps({**label(model), "kind": "timm"})})
+    name, settings = timm_arguments(model)
+    try:
+        theirs = timm.create_model(name, checkpoint_path=str(path), **settings).eval()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"timm does not open the export: {first_line(error)}") from error
+    image, _ = probe(model)
+    with torch.no_grad():
+        if isinstance(model, MaskedImageModel):
+            compare(model.encode(image), cast(Any, theirs).forward_features(image), "timm")
+        else:
+            compare(model(image), theirs(image), "timm")
+    words = "".join(f", {key}={value!r}" for key, value in settings.items())
+    return f"timm.create_model('{name}', checkpoint_path='{{out}}'{words})"
+
+
+def timm_arguments(model: Model) -> tuple[str, dict[str, Any]]:
+    """(name of timm's model, the arguments in which ours differs from it)."""
+    config = model.config
+    large = config["embed_dim"] == 1024
+    defaults: dict[str, Any] = {"img_size": 224, "patch_size": 16, "in_chans": 3, "num_classes": 1000, "mlp_ratio": 4.0}
+    defaults |= {"embed_dim": 1024 if large else 768, "depth": 24 if large else 12, "num_heads": 16 if large else 12}
+    defaults |= {"init_values": 1e-5 if large else 0.1, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
+    defaults |= {"use_shared_rel_pos_bias": False, "global_pool": "avg"}
+    ours = {name: config[name] for name in defaults if name in config}
+    ours |= {"img_size": config["image_size"], "use_abs_pos_emb": config["abs_pos_emb"]}
+    ours |= {"use_rel_pos_bias": config["rel_pos_bias"] == "per_layer"}
+    ours |= {"use_shared_rel_pos_bias": config["rel_pos_bias"] == "shared"}
+    ours |= {"num_classes": config.get("num_classes", 0), "global_pool": config.get("pool", "")}
+    # The value only starts a training, the file has the real ones; create_model drops arguments that are None.
+    ours["init_values"] = 0 if ours["init_values"] is None else defaults["init_values"]
+    different = {name: value for name, value in ours.items() if value != defaults[name]}
+    return f"beit_{'large' if large else 'base'}_patch16_224", different
+
+
+def to_hf(model: Model, path: Path) -> str:
+    """A folder for `from_pretrained`: config.json, model.safetensors, preprocessor_config.json."""
+    transformers = needed("transformers")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # that a BeitModel leaves the head behind is no news
+    if model.grid[0] != model.grid[1]:
+        raise UserError(
+            "to=hf: transformers swaps height and width on grids that are not square; to=timm or unilm keeps them"
+        )
+    kind = kind_of(model)
+    count = 0 if isinstance(model, MaskedImageModel) else model.num_classes
+    classes = (model.about.get("classes") or [f"LABEL_{i}" for i in range(count)]) if count else None
+    architecture = hf.ARCHITECTURES[kind]
+    path.mkdir(exist_ok=True)
+    config = transformers.BeitConfig(**hf_config(model, classes), architectures=[architecture], dtype="float32")
+    config.save_pretrained(path)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if config.num_hidden_layers > len(model.blocks):  # see hf.USED
+        first = {n: t for n, t in state.items() if n.startswith("blocks.0.")}
+        last = f"blocks.{len(model.blocks)}."
+        state |= {n.replace("blocks.0.", last): torch.zeros_like(t) for n, t in first.items()}
+    named = hf.to_names(state, kind)
+    save_file({n: t.contiguous() for n, t in named.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    transformers.BeitImageProcessor(**processor_settings(model)).save_pretrained(path)
+    same_network(model, path)
+    theirs = getattr(transformers, architecture).from_pretrained(path).eval()
+    transformers.BeitModel.from_pretrained(path)
+    transformers.logging.set_verbosity(verbosity)
+    image, mask = probe(model)
+    with torch.no_grad():
+        if isinstance(model, MaskedImageModel):
+            compare(model(image, mask), theirs(image, bool_masked_pos=mask).logits[mask], "transformers")
+        else:
+            ours = model(image).main if isinstance(model, Segmenter) else model(image)
+            compare(ours, theirs(image).logits, "transformers")
+    return f"transformers.{architecture}.from_pretrained('{{out}}')"
+
+
+def processor_settings(model: Model) -> dict[str, Any]:
+    """How images are prepared: the evaluation view; for a segmenter, the whole image squeezed into a square."""
+    size = model.config["image_size"]
+    square = {"height": size, "width": size}
+    half = per_channel(HALF, model.config["in_chans"], "mean")
+    levels = {"image_mean": list(model.about.get("mean", half)), "image_std": list(model.about.get("std", half))}
+    if isinstance(model, Segmenter):
+        reduce_labels = bool(model.about.get("reduce_labels", True))
+        return {**levels, "size": square, "do_center_crop": False, "do_reduce_labels": reduce_labels}
+    shorter = shorter_side(size, model.about.get("crop_ratio"))
+    return {**levels, "size": {"shortest_edge": shorter}, "crop_size": square, "do_center_crop": True}
+
+
+def hf_config(model: Model, classes: list[str] | None) -> dict[str, Any]:
+    """Our architecture in the words of `BeitConfig`."""
+    ours = model.config
+    said: dict[str, Any] = {
+        "image_size": ours["image_size"],
+        "patch_size": ours["patch_size"],
+        "num_channels": ours["in_chans"],
+        "hidden_size": ours["embed_dim"],
+        "num_hidden_layers": ours["depth"],
+        "num_attention_heads": ours["num_heads"],
+        "intermediate_size": int(ours["embed_dim"] * ours["mlp_ratio"]),
+        "layer_scale_init_value": ours["init_values"] or 0.0,
+        "layer_norm_eps": ours["norm_eps"],
+        "drop_path_rate": ours["drop_path_rate"],
+        "use_absolute_position_embeddings": ours["abs_pos_emb"],
+        "use_relative_position_bias": ours["rel_pos_bias"] == "per_layer",
+        "use_shared_relative_position_bias": ours["rel_pos_bias"] == "shared",
+    }
+    if classes is None:
+        return said | {"use_mask_token": True, "vocab_size": ours["vocab_size"], "use_mean_pooling": True}
+    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    if "decoder" in ours:
+        return said | names | decoder_config(ours)
+    return said | {"use_mean_pooling": ours["pool"] == "avg", **names}
+
+
+def decoder_config(ours: dict[str, Any]) -> dict[str, Any]:
+    """A segmenter's heads in the words of `BeitConfig`. Raises UserError for what transformers does not have."""
+    decoder, depth = ours["decoder"], ours["depth"]
+    if decoder["channels"] != ours["embed_dim"]:
+        raise UserError(
+            f"to=hf: the decoder has {decoder['channels']} channels; transformers' has as many as the backbone is "
+            f"wide ({ours['embed_dim']})"
+        )
+    if len(set(decoder["layers"])) < 4:
+        raise UserError(f"to=hf: transformers refuses decoder.layers={decoder['layers']}, with a block twice")
+    return {
+        "num_hidden_layers": max(depth, decoder["layers"][-1] + 1),
+        hf.USED: depth,
+        "out_indices": [layer + 1 for layer in decoder["layers"]],
+        "pool_scales": decoder["pool_scales"],
+        "use_auxiliary_head": decoder["aux_channels"] is not None,
+        "auxiliary_channels": decoder["aux_channels"] or 256,
+        "auxiliary_num_convs": decoder["aux_convs"],
+        "use_mean_pooling": True,
+    }
+
+
+class AllTokens(nn.Module):
+    """Logits (B, N, V) of every patch: a graph's outputs have a fixed number of dimensions."""
+
+    def __init__(self, model: MaskedImageModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.model.lm_head(self.model.encode(image, mask)[:, 1:])
+
+
+def to_onnx(model: Model, path: Path) -> str:
+    """A graph with a free batch size: image -> logits (B, classes), or image, mask -> logits (B, N, V)."""
+    onnxruntime = needed("onnxruntime")
+    needed("onnxscript")
+    image, mask = probe(model)
+    batch = torch.export.Dim("batch")
+    masked = isinstance(model, MaskedImageModel)
+    plain = copy.deepcopy(model)
+    for attention in plain.modules():
+        if hasattr(attention, "fused_attn"):
+            attention.fused_attn = False  # type: ignore[assignment]  # its strides do not survive the tracing
+    network: nn.Module = AllTokens(plain).eval() if isinstance(plain, MaskedImageModel) else plain
+    inputs = {"image": image, "mask": mask} if masked else {"image": image}
+    torch.onnx.export(
+        network,
+        tuple(inputs.values()),
+        str(path),
+        input_names=list(inputs),
+        output_names=["logits"],
+        dynamic_shapes=tuple({0: batch} for _ in inputs),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for count in (1, len(image)):  # the batch must really be free
+        few = {name: tensor[:count] for name, tensor in inputs.items()}
+        with torch.no_grad():
+            expected = network(*few.values())
+        found = session.run(None, {name: tensor.numpy() for name, tensor in few.items()})[0]
+        compare(expected, torch.from_numpy(found), "onnxruntime")
+    return f"onnxruntime.InferenceSession('{{out}}').run(None, {{{{{', '.join(repr(n) + ': ...' for n in inputs)}}}}})"
+
+
+def needed(name: str) -> Any:
+    """A module that only an export needs. Raises UserError with the command that installs it."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"this export needs {name}: pip install 'beit_pretrain[export]'") from error
+
+
+def probe(model: Model) -> tuple[Tensor, Tensor]:
+    """Three random images and masks, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = model.grid
+    sides = (rows * model.config["patch_size"], columns * model.config["patch_size"])
+    image = torch.randn(3, model.config["in_chans"], *sides, generator=generator)
+    return image, torch.rand(3, rows * columns, generator=generator) < 0.4
+
+
+def same_network(model: Model, path: Path) -> None:
+    """Raise UserError unless `load_pretrained` reads every tensor back bit by bit."""
+    head = {"mim": "mim", "classifier": "classify", "segmenter": "segment"}[kind_of(model)]
+    again = load_pretrained(path, head)
+    theirs = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(tensor, theirs[name]):
+            raise UserError(f"the export does not read back: {name} differs")
+
+
+def compare(ours: Tensor, theirs: Tensor, who: str) -> None:
+    """Raise UserError unless two outputs agree."""
+    error = (ours - theirs).abs().max().item() / max(1.0, ours.abs().max().item())
+    if not error <= TOLERANCE:
+        raise UserError(f"{who} opens the export, but its outputs differ from ours by {error:.2g} of their size")

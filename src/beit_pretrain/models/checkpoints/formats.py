@@ -1,0 +1,176 @@
+"""Everyone's BEiT checkpoints in our names (RECIPE section 8): the authors', timm's, Hugging Face's, our own.
+
+`read_checkpoint` finds out what a file or folder is, translates its names to those of `backbone.py`, and infers the
+architecture from the tensors, or from the config that lies beside them. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.models.checkpoints import hf
+from beit_pretrain.models.checkpoints.files import KINDS, read_tensors
+from beit_pretrain.models.checkpoints.infer_architecture import HEADS, believed_facts, floats, infer
+
+# Buffers that follow from the architecture; some files hold them.
+DERIVED = ("relative_position_index", "attn.k_bias", "position_ids")
+# What the networks of RECIPE section 8 may be called, and in which entry a file keeps their tensors.
+ENTRIES = ("state_dict", "model", "module")
+PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
+SEGMENTATION = ("decode_head.", "auxiliary_head.")  # without a prefix beside a backbone that has one
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+# Names that give away what a file is, when it is no BEiT: (pattern, what it seems to be).
+FOREIGN = (
+    (r"decoder_(embed|blocks)\.", "a masked autoencoder (MAE)"),
+    (r"^beit3\.", "a BEiT-3"),
+    (r"(student|teacher)\.|dino_head", "a DINO or iBOT pre-training"),
+    (r"^encoder\.blocks\.\d+\.(to_logits|net)|^blocks\.group_\d|codebook|quantize", "a tokenizer (dVAE)"),
+    (r"^(visual|vision_model|text_model)\.", "a CLIP-like model"),
+    (r"layers\.\d+\.(blocks|downsample)\.", "a Swin transformer"),
+    (r"^(conv1|layer1\.\d+)\.", "a ResNet"),
+    (r"^vit\.", "a ViT of Hugging Face"),
+    (
+        r"attention\.(q|k|v)_proj",
+        "the state dict of a transformers 5 model in memory; give its save_pretrained() folder",
+    ),
+    (r"^blocks\.\d+\.attn\.qkv\.bias", "a ViT or DeiT (its k has a bias), no BEiT"),
+    (r"decode_head\.", "a segmentation model of another kind"),
+)
+
+
+@dataclass
+class Checkpoint:
+    """A BEiT in our names.
+
+    Attributes:
+        path: where it was read.
+        format: "beit_pretrain", "unilm or timm", or "hf".
+        kind: "mim" (mask token and token head), "classifier", "segmenter", or "backbone" (none of these).
+        architecture: arguments of `backbone.Backbone`; of a mim also `vocab_size`, of a classifier also
+            `num_classes` and `pool`, of a segmenter also `num_classes` and `decoder`.
+        state: tensors by the names of `backbone.py`.
+        about: plain facts beside them, as far as the file has them: mean, std, classes, crop_ratio, ...
+    """
+
+    path: Path
+    format: str
+    kind: str
+    architecture: dict[str, Any]
+    state: dict[str, Tensor]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(path: str | Path, image_size: Sequence[int] | None = None) -> Checkpoint:
+    """Read a checkpoint of any known format. Raises UserError, in one line, for anything else.
+
+    `image_size`, (height, width), says of which grid its position tables are, should they be of no square one.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    in_folder = path.is_dir() and (path / "config.json").is_file()
+    content, said = read_folder(path) if in_folder else read_tensors(path)
+    state, known = unwrap(content, said, path)
+    if known.get("kind") in ("tokenizer", "probe"):
+        raise UserError(f"{path} holds {KINDS[known['kind']]}, not a backbone")
+    for name in [name for name in state if name.endswith(DERIVED)]:
+        if name.endswith("k_bias") and state[name].any():
+            raise UserError(f"{path}: {name} is not zero; BEiT's k has no bias")
+        del state[name]
+    if hf.is_hf(state):
+        state, architecture, about = hf.translate(state, folder, path)
+        found = "hf"
+    else:
+        architecture = dict(known["model"]) if isinstance(known.get("model"), dict) else {}
+        about = {name: value for name, value in known.items() if name not in ("kind", "model")}
+        about = {**timm_facts(folder if in_folder else None), **about}
+        if isinstance(content.get("global_step"), int):
+            about["step"] = content["global_step"]
+        found = "beit_pretrain" if known else "unilm or timm"
+        state = {name.replace(".conv_seg.", ".classifier."): tensor for name, tensor in state.items()}
+    if not {"patch_embed.proj.weight", "cls_token"} <= state.keys():
+        raise UserError(f"{path} is no BEiT: it seems to be {seems(state)}")
+    kind = next((kind for kind, name in HEADS.items() if name in state), "backbone")
+    state = floats(state, path)
+    architecture = infer(state, kind, architecture, path, image_size)
+    about = believed_facts(about, architecture["in_chans"], architecture.get("num_classes"), path)
+    return Checkpoint(path, found, kind, architecture, state, about)
+
+
+def read_folder(folder: Path) -> tuple[dict, dict]:
+    """What `read_tensors` gives, of the weights in a folder with a config.json, in one file or in several."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+    for name in WEIGHTS:
+        parts = hf.read_json(folder / f"{name}.index.json").get("weight_map")
+        if isinstance(parts, dict):
+            content: dict = {}
+            for part in sorted({str(part) for part in parts.values()}):
+                if part != Path(part).name:
+                    raise UserError(f"{folder / name}.index.json names {part!r}, which is no file beside it")
+                content |= read_tensors(folder / part)[0]
+            return content, {}
+    raise UserError(f"{folder} has a config.json, but neither {' nor '.join(WEIGHTS)}")
+
+
+def unwrap(content: dict, known: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, what a file of ours says of itself) from the dictionary that a file holds."""
+    entry = next((content[name] for name in ENTRIES if isinstance(content.get(name), dict)), content)
+    if isinstance(content.get("beit_pretrain"), dict):
+        known = content["beit_pretrain"]
+    state = {str(name): tensor for name, tensor in entry.items() if isinstance(tensor, Tensor)}
+    if not state:
+        keys = sorted(map(str, content))
+        listed = f"its keys are {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}" if keys else "it is empty"
+        raise UserError(f"{path} holds no tensors by name ({listed})")
+    while prefix := next((p for p in PREFIXES if all(name.startswith((p, *SEGMENTATION)) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state, known
+
+
+def timm_facts(folder: Path | None) -> dict[str, Any]:
+    """Normalisation and crop of a timm model's folder (config.json with `pretrained_cfg`)."""
+    if folder is None:
+        return {}
+    said = hf.read_json(folder / "config.json").get("pretrained_cfg")
+    names = {"mean": "mean", "std": "std", "crop_ratio": "crop_pct"}
+    return {ours: said[name] for ours, name in names.items() if name in said} if isinstance(said, dict) else {}
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names and numbers: whether two files hold the same network."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(name.encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)  # counters are 0-d
+    return found.hexdigest()
+
+
+def seems(names: Any) -> str:
+    """What the tensors of a file seem to belong to."""
+    for pattern, what in FOREIGN:
+        if any(re.search(pattern, name) for name in names):
+            return what
+    first = sorted(names)[:3]
+    return f"something else, with tensors such as {', '.join(first)}"
+
+
+def sizes(architecture: dict[str, Any]) -> str:
+    """An architecture in words, for people."""
+    scale = "layer scale" if architecture["init_values"] is not None else "no layer scale"
+    bias = {"shared": "one shared bias table", "per_layer": "a bias table per block", "none": "no relative bias"}
+    return (
+        f"{architecture['depth']} blocks of width {architecture['embed_dim']}, {architecture['num_heads']} heads, "
+        f"patches of {architecture['patch_size']}, image size {architecture['image_size']}, "
+        f"{bias[architecture['rel_pos_bias']]}, {'absolute positions, ' if architecture['abs_pos_emb'] else ''}{scale}"
+    )

@@ -1,1 +1,0 @@
-"""The backbone and what is put on it."""

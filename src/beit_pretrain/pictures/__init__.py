@@ -1,1 +1,0 @@
-"""What people look at: grids of images, label maps, attention, tokens, curves."""

@@ -1,1 +1,0 @@
-"""A trained network on a person's images."""

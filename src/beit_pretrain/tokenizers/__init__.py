@@ -1,0 +1,1 @@
+"""Images to visual tokens: the protocol, DALL-E's dVAE, our own, the token cache."""

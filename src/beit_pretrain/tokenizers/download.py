@@ -1,0 +1,144 @@
+"""The verb `fetch`: OpenAI's dVAE into a folder, checked, recorded and converted once to safetensors.
+
+The files are pickles. Each is read once, without executing anything in it, and from then on only the safetensors made
+of it are used. Size and SHA-256 of both are recorded at first use (`weights.json`) and checked ever after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.tokenizers.tokenizer import RECORD, build, pickled_tensors, read_verified, recorded, safe_tensors
+from beit_pretrain.tokenizers.transfer import DownloadError, alone, download, publish
+
+KINDS = ("encoder", "decoder")
+
+
+def fetch(cfg: DictConfig) -> None:
+    """Download what is missing of the encoder and the decoder, and convert what is not converted."""
+    out = Path(cfg.out).expanduser()
+    addresses = _addresses(cfg, out)
+    ready = [_is_ready(out, kind) for kind in KINDS]  # both are checked, whatever the first is
+    if not all(ready):
+        out.mkdir(parents=True, exist_ok=True)
+        with alone(out / ".fetch.lock"):
+            for kind in KINDS:
+                if not _is_ready(out, kind):  # another process may have come first
+                    _obtain(out, kind, addresses, cfg)
+                    _convert(out, kind)
+    sizes = {name: entry["bytes"] for name, entry in recorded(out).items() if name.endswith(".safetensors")}
+    print("\n".join(f"{out / name}: {size:,} bytes, as recorded in {RECORD}" for name, size in sorted(sizes.items())))
+    print(f"use them with tokenizer.path={out}")
+
+
+def _addresses(cfg: DictConfig, out: Path) -> dict[str, str]:
+    """Kind -> where its pickle comes from, by `src`, or else by the two addresses."""
+    if not isinstance(cfg.src, str):
+        raise UserError("src of fetch is openai, or one folder with encoder.pkl and decoder.pkl")
+    if cfg.src == "openai":
+        return {kind: cfg[kind] for kind in KINDS}
+    if re.match(r"[a-z]+://", cfg.src):
+        return {kind: f"{cfg.src.rstrip('/')}/{kind}.pkl" for kind in KINDS}
+    folder = Path(cfg.src).expanduser()
+    lacking = [f"{kind}.pkl" for kind in KINDS if not (folder / f"{kind}.pkl").is_file()]
+    if lacking:
+        raise UserError(f"src={cfg.src} holds no {' and no '.join(lacking)}")
+    return {kind: (folder / f"{kind}.pkl").resolve().as_uri() for kind in KINDS}
+
+
+def _is_ready(folder: Path, kind: str) -> bool:
+    """Whether the safetensors are there, recorded and unchanged. Raises UserError if a recorded file has changed."""
+    known = recorded(folder)
+    for name in (f"{kind}.pkl", f"{kind}.safetensors"):
+        if name in known and (folder / name).exists():
+            read_verified(folder / name)
+    name = f"{kind}.safetensors"
+    return name in known and (folder / name).exists()
+
+
+def _obtain(out: Path, kind: str, addresses: dict[str, str], cfg: DictConfig) -> None:
+    """Download the pickle unless it is there, and record it."""
+    file, url = out / f"{kind}.pkl", addresses[kind]
+    known = recorded(out).get(file.name)
+
+    def check(partial: Path) -> None:
+        data = partial.read_bytes()
+        build(pickled_tensors(data, kind, url), kind, url)
+        if known and hashlib.sha256(data).hexdigest() != known["sha256"]:
+            raise UserError(f"{url} is not the {file.name} that {out / RECORD} tells of; delete that file to take it")
+
+    there = file.exists()
+    try:
+        download(url, file, check=check, timeout=cfg.timeout, attempts=cfg.attempts)
+    except DownloadError as error:
+        wanted = " and ".join(addresses[k] for k in KINDS if not (out / f"{k}.pkl").exists())
+        raise UserError(
+            f"{error}; without a network: download {wanted} on another machine, put what you got into {out} here, "
+            f"and run the same command again"
+        ) from error
+    if not there:
+        _record(out, file.name, file.read_bytes(), url)
+
+
+def _convert(folder: Path, kind: str) -> None:
+    """Write the pickle's tensors as safetensors, read them back, compare, and only then give the file its name."""
+    source, file = folder / f"{kind}.pkl", folder / f"{kind}.safetensors"
+    data = read_verified(source)
+    tensors = {name: tensor.contiguous() for name, tensor in pickled_tensors(data, kind, source).items()}
+    module = build(tensors, kind, source)
+    if source.name not in recorded(folder):
+        _record(folder, source.name, data, "put there by hand")
+    temporary = folder / f".{file.name}.partial"
+    try:
+        packed = safetensors.torch.save(tensors, metadata={"format": "pt"})
+        temporary.write_bytes(packed)
+        written = safe_tensors(temporary.read_bytes(), kind, file)
+        if not _same(tensors, written) or not _agree(module, build(written, kind, file), kind):
+            raise UserError(f"{file}: what was written is not what {source} holds; nothing was kept")
+        publish(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _record(folder, file.name, packed, source.name)
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether names, types, shapes and every bit agree."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype
+        and a[name].shape == b[name].shape
+        and torch.equal(a[name].flatten().view(torch.uint8), b[name].flatten().view(torch.uint8))
+        for name in a
+    )
+
+
+@torch.no_grad()
+def _agree(a: nn.Module, b: nn.Module, kind: str) -> bool:
+    """Whether two encoders give equal logits and tokens, two decoders equal pictures, on random input."""
+    generator = torch.Generator().manual_seed(0)
+    if kind == "encoder":
+        channels = a.get_parameter("blocks.input.w").shape[1]
+        x = torch.rand(2, channels, 64, 64, generator=generator)
+    else:
+        vocab_size = a.get_parameter("blocks.input.w").shape[1]
+        ids = torch.randint(vocab_size, (2, 4, 4), generator=generator)
+        x = nn.functional.one_hot(ids, vocab_size).permute(0, 3, 1, 2).float()
+    one, other = a(x), b(x)
+    return torch.equal(one.nan_to_num(), other.nan_to_num()) and torch.equal(one.argmax(1), other.argmax(1))
+
+
+def _record(folder: Path, name: str, data: bytes, source: str) -> None:
+    """Add a file's size and SHA-256 to the folder's record."""
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "source": source}
+    record = recorded(folder) | {name: entry}
+    temporary = folder / f".{RECORD}.partial"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    publish(temporary, folder / RECORD)

@@ -1,0 +1,252 @@
+"""Cached tokens: the ids of a few fixed views of every image, from which a run trains without a tokenizer.
+
+`tokenize` (tokenize.py) writes a folder of them for a shard folder:
+
+    tokens.json               what they are of: images, tokenizer, settings of the views; size and SHA-256 of every file
+    shard-000000.tokens.npy   (samples, views) records of `record_dtype`, for shard-000000.tar
+
+A record holds the tokens of a view, and the crop, flip and jitter that show the same view to the backbone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit_pretrain.data.cache import Shard
+from beit_pretrain.data.manifest import SHA256
+from beit_pretrain.data.order import Sample
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.remote import is_remote
+from beit_pretrain.errors import UserError
+from beit_pretrain.transforms.views import AugmentParams, Crop, Jitter, TwoViewTransform
+
+FORMAT = "beit_pretrain-tokens/1"
+TOKENS = "tokens.json"
+HEADER = 1024  # bytes in which the header of a file ends
+OPTIONS = {"train": "data.tokens", "val": "data.val_tokens"}
+
+
+def record_dtype(patches: int) -> np.dtype:
+    """One view: its tokens, and how it was made. A crop of height 0: the image could not be decoded."""
+    return np.dtype(
+        [
+            ("tokens", "<u2", (patches,)),
+            ("crop", "<u4", (4,)),  # top, left, height, width in pixels of the original
+            ("flip", "?"),
+            ("jitter_factors", "<f4", (3,)),  # all 1: no jitter
+            ("jitter_order", "u1", (3,)),
+        ]
+    )
+
+
+def tokens_name(shard: str) -> str:
+    """File name of a shard's tokens."""
+    return f"{shard.removesuffix('.tar')}.tokens.npy"
+
+
+def images_digest(shards: Sequence[Shard]) -> str:
+    """SHA-256 over the manifest's names, counts and checksums of all shards."""
+    text = "".join(f"{shard.sha256} {shard.samples} {shard.name}\n" for shard in shards)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def view_settings(views: TwoViewTransform) -> dict[str, Any]:
+    """Settings of the views as they stand in JSON."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(views)))
+    return settings
+
+
+class TokenFolder:
+    """What a folder of tokens says of itself. Raises UserError if there is none, or it is damaged or not finished."""
+
+    def __init__(self, path: str | Path):
+        if is_remote(path):
+            raise UserError(f"{path}: tokens are read from a local folder; copy them to this machine")
+        self.path = Path(path).expanduser()
+        file = self.path / TOKENS
+        if not file.is_file():
+            if (self.path / "tokens" / TOKENS).is_file():
+                raise UserError(f"{path} has no {TOKENS}, but its folder tokens has: give {self.path / 'tokens'}")
+            raise UserError(f"{path} has no {TOKENS}; make tokens with: python -m beit_pretrain tokenize data=SHARDS")
+        try:
+            about = json.loads(file.read_text("utf-8"))
+            if about["format"] != FORMAT:
+                raise UserError(f"{file} has format {about['format']!r}, this version reads {FORMAT!r}")
+            self._take(about)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); make the tokens again") from None
+
+    def _take(self, about: dict[str, Any]) -> None:
+        self.images, self.view, self.tokenizer = about["images"], about["view"], about["tokenizer"]
+        self.count, self.vocab_size = about["views"], about["tokenizer"]["vocab_size"]
+        height, width = about["grid"]
+        self.grid: tuple[int, int] = (height, width)
+        whole = (height, width, self.count, self.vocab_size, self.view["token_image_size"])
+        if not all(type(n) is int and 0 < n <= 2**16 for n in whole):
+            raise ValueError("its grid, views, vocabulary or token_image_size is none")
+        for digest in (self.images["sha256"], self.tokenizer["sha256"], *(s["sha256"] for s in about["shards"])):
+            if not SHA256.fullmatch(digest):
+                raise ValueError("a SHA-256 is none")
+        self.shards = [Shard(s["name"], s["samples"], s["bytes"], s["sha256"]) for s in about["shards"]]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class CachedTokens:
+    """Tokens and views of the images of a reader: the views of an image come in turn, one an epoch.
+
+    Args:
+        folders: of tokens, one for each of the reader's folders.
+        reader: of the images.
+        views: as the run sees images; the tokens must be of such views.
+        grid: the run's patches.
+        split: "train" or "val".
+
+    Raises UserError, by name, for tokens of other images, views or patches.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[TokenFolder],
+        reader: ShardReader,
+        views: TwoViewTransform,
+        grid: tuple[int, int],
+        split: str = "train",
+    ):
+        option, images = OPTIONS[split], f"data.{split}"
+        if len(folders) != len(reader.folders):
+            raise UserError(f"{option} names {len(folders)} folders for the {len(reader.folders)} of {images}")
+        for folder, of in zip(folders, reader.folders):
+            if folder.images["sha256"] != images_digest(of.shards) or len(folder.shards) != len(of.shards):
+                raise UserError(f"{option}={folder} holds tokens of other images than {images}={of}")
+            _check_settings(folder, views, grid, option)
+            for file, shard in zip(folder.shards, of.shards):
+                _check_file(folder.path / tokens_name(shard.name), file)
+        self.folders, self.views, self.patches = list(folders), views, grid[0] * grid[1]
+        self._sizes = np.asarray(reader.sizes)
+        self._first = np.cumsum([0] + [len(folder.shards) for folder in folders])
+        self._checked: set[int] = set()
+        self._file = lru_cache(maxsize=256)(self._open)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_file"}
+
+    def __setstate__(self, state: dict) -> None:  # open files do not travel to a worker
+        self.__dict__.update(state)
+        self._file = lru_cache(maxsize=256)(self._open)
+
+    def view(self, sample: Sample, epoch: int, data: bytes) -> Callable[[], dict[str, np.ndarray]]:
+        """What makes `image`, its jitter and `tokens` (N,) of a sample from its image file's bytes.
+
+        Raises UserError if the file with its tokens is missing or damaged.
+        """
+        folder = self.folders[int(np.searchsorted(self._first, sample.shard, side="right")) - 1]
+        file = self._file(sample.shard)
+        record = file.read(sample.row * folder.count + epoch % folder.count)
+        if int(record["tokens"].max()) >= folder.vocab_size:
+            raise UserError(f"{file.path} is damaged: it has a token beyond the {folder.vocab_size} of its tokenizer")
+        return lambda: self._replayed(data, record)
+
+    def _replayed(self, data: bytes, record: np.void) -> dict[str, np.ndarray]:
+        crop = Crop(*record["crop"].tolist())
+        if not crop.height:
+            raise ValueError("it could not be decoded when its tokens were made")
+        jitter = Jitter(record["jitter_factors"].copy(), record["jitter_order"].astype(np.int64))
+        arrays = self.views.seen_bytes(data, AugmentParams(jitter, bool(record["flip"]), crop), names=("image",))
+        return {**arrays, "tokens": record["tokens"].astype(np.int64)}
+
+    def _open(self, shard: int) -> _TokenFile:
+        number = int(np.searchsorted(self._first, shard, side="right")) - 1
+        folder = self.folders[number]
+        entry = folder.shards[shard - int(self._first[number])]
+        path = folder.path / entry.name
+        if shard not in self._checked:  # once in a process: half a millisecond
+            _check_content(path, entry)
+            self._checked.add(shard)
+        return _TokenFile(path, (int(self._sizes[shard]), folder.count), record_dtype(self.patches))
+
+
+def same_tokenizer(folders: Sequence[TokenFolder], name: str = "", sha256: str | None = None) -> None:
+    """Raise UserError if tokens are not all of one tokenizer, or not of that with the digest."""
+    first = folders[0].tokenizer
+    for folder in folders:
+        if folder.tokenizer["sha256"] != first["sha256"]:
+            raise UserError(f"{folders[0]} and {folder} hold tokens of different tokenizers")
+    if sha256 is not None and sha256 != first["sha256"]:
+        raise UserError(
+            f"{folders[0]} holds tokens of another tokenizer ({first['name']}, SHA-256 {first['sha256'][:12]}...) "
+            f"than {name} (SHA-256 {sha256[:12]}...)"
+        )
+
+
+def _check_settings(folder: TokenFolder, views: TwoViewTransform, grid: tuple[int, int], option: str) -> None:
+    """Raise UserError for the first setting of the views that is not the run's."""
+    asked = view_settings(views)
+    for name in asked.keys() | folder.view.keys():
+        if (made := folder.view.get(name)) != (now := asked.get(name)):
+            setting = name if name == "image_size" else f"data.{name}"
+            raise UserError(f"{option}={folder} holds tokens of views with {setting}={made}, not {now}")
+    if folder.grid != grid:
+        made, now = (f"{height} x {width}" for height, width in (folder.grid, grid))
+        raise UserError(f"{option}={folder} holds {made} tokens an image, the run has {now} patches")
+
+
+def _check_file(path: Path, entry: Shard) -> None:
+    """Raise UserError if a file of tokens is missing or of another size, or belongs to another shard."""
+    try:
+        fits = path.name == entry.name and os.stat(path).st_size == entry.bytes
+    except OSError:
+        fits = False
+    if not fits:
+        raise UserError(f"{path} is missing or not as {TOKENS} says; make the tokens again")
+
+
+def _check_content(path: Path, entry: Shard) -> None:
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if digest != entry.sha256:
+        raise UserError(f"{path} has changed (another SHA-256 than in {TOKENS}); make the tokens again")
+
+
+class _TokenFile:
+    """An open file of records (samples, views). Raises UserError if it is not one of this shape."""
+
+    def __init__(self, path: Path, shape: tuple[int, int], dtype: np.dtype):
+        self.path, self.dtype = path, dtype
+        try:
+            with open(path, "rb") as file:
+                if np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError("an unknown version")
+                header = np.lib.format.read_array_header_1_0(file, HEADER)
+                self._start = file.tell()
+            if header != (shape, False, dtype):
+                raise ValueError(f"{header[0]} records")
+            self.fd = os.open(path, os.O_RDONLY)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or damaged: {error}") from None
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+    def read(self, number: int) -> np.void:
+        """The record so many places after the first."""
+        size = self.dtype.itemsize
+        data = os.pread(self.fd, size, self._start + number * size)
+        if len(data) < size:
+            raise UserError(f"{self.path} is shorter than its header says; make the tokens again")
+        record: np.void = np.frombuffer(data, self.dtype)[0]
+        return record

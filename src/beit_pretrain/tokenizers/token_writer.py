@@ -1,0 +1,181 @@
+"""The hidden folder in which tokens are made, by any number of processes: what is there is gone on with.
+
+.tokens.making/plan.json   images, tokenizer and settings; whoever comes first writes it, all others must agree
+.tokens.making/tokens/     the files of finished shards; renamed to `tokens` when all are there, with tokens.json
+.tokens.making/lock-*      held while a process works on a part
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.write.shard_writer import write_atomically
+from beit_pretrain.data.write.staging import check_same, publish, show
+from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.tokenizers.token_cache import HEADER, TOKENS, TokenFolder, record_dtype, tokens_name
+
+_held: set[IO] = set()  # locks of this process
+
+
+def _let_go() -> None:
+    """In a forked child: it must not hold its parent's locks, which it would for seconds after a kill of that."""
+    for lock in _held:
+        lock.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def work_folder(out: Path, part: tuple[int, int]) -> Iterator[Path]:
+    """Lend the hidden folder beside `out`, locked for this part; what is in it stays if the block fails.
+
+    Raises UserError if another process works on the same part, or the folder cannot be written.
+    """
+    work = out.parent / f".{out.name}.making"
+    try:
+        (work / out.name).mkdir(parents=True, exist_ok=True)
+        with open(work / f"lock-{part[0]}-of-{part[1]}", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is making this part of {out}; wait for it") from None
+            except OSError:  # a file system without locks
+                pass
+            _held.add(lock)
+            try:
+                yield work
+            finally:
+                _held.discard(lock)
+    except OSError as error:
+        raise UserError(
+            f"cannot write tokens to {out}: {error.strerror or error}; what is finished is kept: give the same "
+            "command again"
+        ) from None
+    finally:
+        if not (work / "plan.json").exists():  # nothing was begun, or all is done
+            for left in work.glob("lock-*"):
+                left.unlink(missing_ok=True)
+            for folder in (work / out.name, work):
+                with suppress(OSError):
+                    folder.rmdir()
+
+
+def begin(work: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, if nobody has yet. Raises UserError if the half-done set has another one."""
+    file = work / "plan.json"
+    if not file.exists():
+        temporary = work / f"plan.{os.getpid()}.partial"
+        write_atomically(temporary, json.dumps(plan).encode())
+        try:
+            os.link(temporary, file)
+        except FileExistsError:  # another part was faster
+            pass
+        except OSError:  # a file system without links
+            os.replace(temporary, file)
+        temporary.unlink(missing_ok=True)
+    try:
+        before = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({first_line(error)}); delete {work} to start anew") from None
+    check_same(work, _flat(before), _flat(plan))
+
+
+def _flat(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their names on the command line, as far as they have one there."""
+    flat: dict[str, Any] = {}
+    for key, value in plan.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, "" if key == "view" else f"{key}.")
+        elif key != "shards":
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def is_finished(out: Path, plan: dict[str, Any]) -> bool:
+    """Whether the tokens are there. Raises UserError if `out` holds anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    advice = "choose another out=, or delete it first"
+    if not (out / TOKENS).is_file():
+        raise UserError(f"{out} exists and is not empty; {advice}")
+    TokenFolder(out)
+    before, now = _flat(json.loads((out / TOKENS).read_bytes())), _flat(plan)
+    for key in now:
+        if before.get(key) != now[key]:
+            raise UserError(f"{out} holds tokens with {key}={show(before.get(key))}, not {show(now[key])}; {advice}")
+    return True
+
+
+def save(path: Path, records: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, records, version=(1, 0), allow_pickle=False)
+    write_atomically(path, buffer.getvalue())
+
+
+def is_whole(path: Path, shape: tuple[int, int], dtype: np.dtype) -> bool:
+    """Whether a file of a half-done set is finished, and of this shape."""
+    try:
+        with open(path, "rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                return False
+            header = np.lib.format.read_array_header_1_0(file, HEADER)
+            rest = os.fstat(file.fileno()).st_size - file.tell()
+    except (OSError, ValueError):
+        return False
+    return header == (shape, False, dtype) and rest == shape[0] * shape[1] * dtype.itemsize
+
+
+def finish(work: Path, out: Path, plan: dict[str, Any], reader: ShardReader) -> bool:
+    """Give a set its manifest and its name, if it is complete; whether it was."""
+    folder, dtype = work / out.name, record_dtype(plan["grid"][0] * plan["grid"][1])
+    files = [folder / tokens_name(shard.name) for shard in reader.shards]
+    missing = [file for file, size in zip(files, reader.sizes) if not is_whole(file, (size, plan["views"]), dtype)]
+    if missing:
+        print(
+            f"this part is done; {len(missing):,} of {len(files):,} shards are left to other parts, or to the same "
+            "command without part="
+        )
+        return False
+    with open(work / "lock-finish", "w") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_finished(out, plan):
+            return True
+        undecodable = 0
+        entries = []
+        for file, size in zip(files, reader.sizes):
+            data = file.read_bytes()
+            records = np.load(io.BytesIO(data), allow_pickle=False)
+            undecodable += int((records["crop"][:, 0, 2] == 0).sum())
+            digest = hashlib.sha256(data).hexdigest()
+            entries.append({"name": file.name, "samples": size, "bytes": len(data), "sha256": digest})
+        about = {**plan, "undecodable": undecodable, "shards": entries}
+        write_atomically(folder / TOKENS, (json.dumps(about, indent=1) + "\n").encode())
+        publish(work, out.name, out.parent)
+        shutil.rmtree(work, ignore_errors=True)
+    return True
+
+
+def summary(out: Path) -> str:
+    """A line on finished tokens for people."""
+    about = json.loads((out / TOKENS).read_bytes())
+    size = sum(entry["bytes"] for entry in about["shards"])
+    bad = f", {about['undecodable']:,} images without" if about["undecodable"] else ""
+    return (
+        f"{about['images']['samples']:,} images x {about['views']} views x {about['grid'][0]} x {about['grid'][1]} "
+        f"tokens of {about['tokenizer']['vocab_size']:,}, {size / 1e6:,.1f} MB{bad}"
+    )

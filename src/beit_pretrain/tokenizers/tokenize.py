@@ -1,0 +1,287 @@
+"""The verb `tokenize`: token ids of fixed views of every image of a shard folder (cached.py says what comes out).
+
+View v of sample n is a function of (seed, v, n) alone, and a file of the views of its shard, so any number of machines
+can work on parts of a set, in any order, killed and started again (folder.py), and the result is the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
+from beit_pretrain.data.reader import RemoteOptions, ShardReader
+from beit_pretrain.data.remote import is_remote
+from beit_pretrain.engine.trainer import as_user_errors
+from beit_pretrain.errors import UserError, first_line, stop_if_memory_was_short
+from beit_pretrain.models.backbone import patch_grid
+from beit_pretrain.processes import cores, end_with_parent
+from beit_pretrain.tokenizers.token_cache import FORMAT, images_digest, record_dtype, tokens_name, view_settings
+from beit_pretrain.tokenizers.token_writer import begin, finish, is_finished, is_whole, save, summary, work_folder
+from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, view_size
+from beit_pretrain.transforms.image_io import open_image, reason
+from beit_pretrain.transforms.mean_color_grid import SIDE
+from beit_pretrain.transforms.views import TwoViewTransform, jittered_view
+
+SHOWN = 20  # images that could not be decoded which are named
+
+
+class Chunk(NamedTuple):
+    """Samples [start, stop) of a shard: what goes through the tokenizer at once, all views of each."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+class TokenizeOptions(NamedTuple):
+    """How tokens are computed: what may differ between parts of a set without making other tokens."""
+
+    part: tuple[int, int] = (0, 1)  # k of n: shards k, k + n, k + 2n, ...
+    batch_size: int = 64  # views at once
+    num_workers: int = 0
+    device: torch.device = torch.device("cpu")
+
+
+ALL_AT_ONCE = TokenizeOptions()
+
+
+def tokenize(cfg: DictConfig) -> None:
+    """Tokens of one or more shard folders, beside the shards of each or in `out`."""
+    sources = [cfg.src] if isinstance(cfg.src, str) else list(cfg.src)
+    if len(sources) > 1 and cfg.out:
+        raise UserError("out= takes the tokens of one data set; those of a list lie in each one's own folder tokens")
+    for source in sources:
+        if is_remote(source) and not cfg.out:
+            raise UserError(f"{source} is on another machine: out= must say where its tokens go, such as out=FOLDER")
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if cfg.get("tokenizer") is None or not cfg.tokenizer.get("_target_"):
+        raise UserError("a tokenizer is needed: tokenizer=openai or tokenizer=dvae, with tokenizer.path=")
+    with as_user_errors():
+        tokenizer: Tokenizer = instantiate(cfg.tokenizer)
+        check_channels(tokenizer, cfg.channels)
+        views, grid = make_views(cfg, tokenizer)
+        device = device_of(cfg.accelerator)
+        tokenizer.to(device)
+    num_workers = cores() if cfg.num_workers is None else cfg.num_workers
+    how = TokenizeOptions(read_part(cfg.part), cfg.batch_size, num_workers, device)
+    access = RemoteOptions(cfg.cache_dir, cfg.cache_gb, cfg.retries, cfg.timeout)
+    for source in sources:
+        reader = ShardReader(source, access)
+        out = Path(cfg.out or Path(source) / "tokens").expanduser()
+        if make_tokens(reader, out, tokenizer, views, grid, cfg.views, cfg.seed, how):
+            print(f"made {out}\n{summary(out)}\nuse them with data.tokens={out}")
+
+
+def make_views(cfg: DictConfig, tokenizer: Tokenizer) -> tuple[TwoViewTransform, tuple[int, int]]:
+    """The views that the settings describe, and the grid of their patches."""
+    grid = patch_grid(cfg.image_size, cfg.patch_size or 16)
+    views = TwoViewTransform(
+        cfg.image_size,
+        view_size(grid, tokenizer, cfg.token_image_size),
+        tuple(cfg.scale),
+        tuple(cfg.ratio),
+        cfg.flip,
+        tuple(cfg.jitter or (0, 0, 0)),
+        cfg.pil_reference,
+        cfg.channels,
+    )
+    return views, grid
+
+
+def device_of(accelerator: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda". Raises UserError if there is none."""
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise UserError("accelerator=cuda, but no CUDA device is to be seen")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def read_part(text: str | None) -> tuple[int, int]:
+    """(k, n) of "k/n", the part of shards k, k + n, ...; all of them without. Raises UserError."""
+    if text is None:
+        return 0, 1
+    number, parts = (int(word) for word in text.split("/"))
+    if not number < parts:
+        raise UserError(f"part={text}: parts of {parts} are 0/{parts} to {parts - 1}/{parts}")
+    return number, parts
+
+
+def make_tokens(
+    reader: ShardReader,
+    out: Path,
+    tokenizer: Tokenizer,
+    views: TwoViewTransform,
+    grid: tuple[int, int],
+    count: int,
+    seed: int = 0,
+    how: TokenizeOptions = ALL_AT_ONCE,
+) -> bool:
+    """Compute what is missing of a part, and finish the set if nothing is missing any more: whether it is finished.
+
+    `tokenizer`: on the device; `count`: views of each image. A half-done set of the same settings is gone on with, a
+    finished one left as it is. Raises UserError for other settings, or if `out` cannot be written.
+    """
+    if tokenizer.vocab_size > 2**16:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size:,} tokens; at most 65,536 can be stored")
+    plan = {
+        "format": FORMAT,
+        "images": {"samples": reader.samples, "sha256": images_digest(reader.shards)},
+        "tokenizer": _identity(tokenizer),
+        "views": count,
+        "seed": seed,
+        "grid": list(grid),
+        "view": view_settings(views),
+        "device": how.device.type,
+        "Pillow": PIL.__version__,
+    }
+    with work_folder(out, how.part) as work:
+        if is_finished(out, plan):
+            shutil.rmtree(work, ignore_errors=True)
+            return True
+        begin(work, plan)
+        try:
+            _write_part(work / out.name, reader, tokenizer, TokenViews(reader, views, count, seed), grid, how)
+        except FileNotFoundError:  # another process, with other parts, was faster and has finished the set
+            if not is_finished(out, plan):
+                raise
+            return True
+        return finish(work, out, plan, reader)
+
+
+def _identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"name": type(tokenizer).__name__, "sha256": tokenizer.digest(), "vocab_size": tokenizer.vocab_size}
+
+
+class TokenViews(Dataset):
+    """Item `Chunk`: views of its samples for the tokenizer, and the records that their tokens go into."""
+
+    def __init__(self, reader: ShardReader, views: TwoViewTransform, count: int, seed: int):
+        self.reader, self.views, self.count, self.seed = reader, views, count, seed
+        self.first = np.cumsum([0, *reader.sizes])
+
+    def __getitem__(self, chunk: Chunk) -> dict[str, Any]:
+        """`token_image` (n, C, h, w) uint8, `jitter_factors` and `jitter_order` (n, 3), `records` (n,) without tokens,
+        `bad`: (key, reason) of the images that cannot be decoded. n is samples times views."""
+        if chunk.start == 0:  # the set is signed with the manifest's digests: once for each shard, that they hold
+            self.reader.check_content(chunk.shard)
+        records = np.zeros((chunk.stop - chunk.start) * self.count, record_dtype(0))
+        arrays, bad = [], []
+        for row in range(chunk.start, chunk.stop):
+            sample, here = Sample(chunk.shard, row), (row - chunk.start) * self.count
+            data = self.reader.read(sample).data
+            try:
+                made = [self._made(data, sample, view, records[here + view]) for view in range(self.count)]
+            except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+                name = f"{self.reader.key(sample)} of {self.reader.where(chunk.shard)}"
+                stop_if_memory_was_short(error, name)
+                bad.append((name, reason(error)))
+                records[here : here + self.count] = np.zeros((), records.dtype)
+                made = [self._nothing()] * self.count
+            arrays += made
+        # Arrays, not tensors: they come through a pipe, where tensors would need shared memory, which may be short.
+        batch = {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
+        return {**batch, "records": records, "bad": bad}
+
+    def _made(self, data: bytes, sample: Sample, view: int, record: np.void) -> dict[str, np.ndarray]:
+        """One view of an image; notes in `record` how it was made."""
+        number = int(self.first[sample.shard]) + sample.row
+        with open_image(data) as image:
+            drawn = self.views.draw(image.size, generator(self.seed, view << 40 | number, CACHED_VIEW))
+            arrays = self.views.apply(image, drawn, names=("token_image",))
+        record["crop"], record["flip"] = drawn.crop, drawn.flip
+        record["jitter_factors"], record["jitter_order"] = drawn.jitter.factors, drawn.jitter.order
+        return arrays
+
+    def _nothing(self) -> dict[str, np.ndarray]:
+        side = self.views.token_image_size or 1
+        image = np.zeros((self.views.channels, side, side), np.uint8)
+        return {
+            "token_image": image,
+            "jitter_factors": np.ones(3, np.float32),
+            "jitter_order": np.arange(3),
+            "jitter_tiles": np.zeros((SIDE * SIDE, self.views.channels), np.uint8),
+        }
+
+
+def _as_it_is(item: dict[str, Any]) -> dict[str, Any]:
+    return item
+
+
+def _write_part(
+    folder: Path,
+    reader: ShardReader,
+    tokenizer: Tokenizer,
+    views: TokenViews,
+    grid: tuple[int, int],
+    how: TokenizeOptions,
+) -> None:
+    """Write the files of a part that are missing. Raises UserError or OSError."""
+    dtype = record_dtype(grid[0] * grid[1])
+    shards = range(how.part[0], len(reader.sizes), how.part[1])
+    files = {shard: folder / tokens_name(reader.shards[shard].name) for shard in shards}
+    missing = [s for s in shards if not is_whole(files[s], (reader.sizes[s], views.count), dtype)]
+    step = max(1, how.batch_size // views.count)
+    chunks = [Chunk(s, i, min(i + step, reader.sizes[s])) for s in missing for i in range(0, reader.sizes[s], step)]
+    for shard in missing:
+        if not reader.sizes[shard]:
+            save(files[shard], np.zeros((0, views.count), dtype))
+    total, left = (sum(reader.sizes[s] for s in some) for some in (shards, missing))
+    loader = DataLoader(
+        views,
+        batch_size=None,
+        sampler=chunks,
+        num_workers=min(how.num_workers, len(chunks)),
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        worker_init_fn=end_with_parent,
+    )
+    records: list[np.ndarray] = []
+    bad: list[tuple[str, str]] = []
+    with tqdm(total=total, initial=total - left, unit=" images", desc="tokenize") as bar, _failing(how.device):
+        for chunk, batch in zip(chunks, loader):
+            records.append(encoded(tokenizer, batch, dtype, how.device))
+            bad += batch["bad"]
+            if chunk.stop == reader.sizes[chunk.shard]:
+                save(files[chunk.shard], np.concatenate(records).reshape(-1, views.count))
+                records = []
+            bar.update(chunk.stop - chunk.start)
+    for key, why in bad[:SHOWN]:
+        print(f"warning: {key} cannot be decoded ({why}); it has no tokens, a neighbour will stand in for it")
+    if len(bad) > SHOWN:
+        print(f"warning: and {len(bad) - SHOWN:,} more images")
+
+
+@contextmanager
+def _failing(device: torch.device) -> Iterator[None]:
+    """What torch raises when memory is short, on the device or in a worker, as a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"tokenizing on {device} failed: {first_line(error)}; what is finished is kept: give the same command "
+            "again, with a smaller batch_size= or fewer num_workers= if memory is short"
+        ) from error
+
+
+def encoded(tokenizer: Tokenizer, batch: dict[str, Any], dtype: np.dtype, device: torch.device) -> np.ndarray:
+    """The records (n,) of a batch of `TokenViews`, with their tokens."""
+    records = np.zeros(len(batch["records"]), dtype)
+    for name in batch["records"].dtype.names:
+        if name != "tokens":
+            records[name] = batch["records"][name]
+    views = ("token_image", "jitter_factors", "jitter_order", "jitter_tiles")
+    on_device = {name: torch.from_numpy(batch[name]).to(device) for name in views}
+    records["tokens"] = tokenizer.encode(jittered_view(on_device, "token_image")).cpu().numpy()
+    records["tokens"][records["crop"][:, 2] == 0] = 0
+    return records

@@ -1,1 +1,0 @@
-"""Tokenizers that exist, and tokens that are computed once."""

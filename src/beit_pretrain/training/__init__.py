@@ -1,1 +1,0 @@
-"""The LightningModules, and what watches over a run."""

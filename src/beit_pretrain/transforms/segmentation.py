@@ -1,0 +1,180 @@
+"""Images with label maps for segmentation: the training crop and the whole image at test time (RECIPE section 7).
+
+Label maps follow ADE20K's convention by default: 0 in the file is nothing that counts, ids 1 ... K become classes
+0 ... K - 1, and IGNORE marks what does not count. Shapes: C channels, H W pixels, S the side of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from beit_pretrain.transforms.image_io import to_channels
+from beit_pretrain.transforms.views import HALF, to_array
+
+IGNORE = 255
+LONGEST = 4  # the longer side of a resized image is at most so many times the shorter side that is asked for
+CROPS = 10  # tries for a crop that is not mostly of one class
+SHIFT, FACTORS, HUE = 32.0, (0.5, 1.5), 18 / 180  # photometric distortion; hue in turns
+
+
+def read_labels(label_map: Image.Image, classes: int, reduce_labels: bool, size: tuple[int, int]) -> np.ndarray:
+    """Classes (H, W) uint8 of a label map, IGNORE where a pixel does not count.
+
+    Raises ValueError if it is no label map of an image of `size` (width, height), or has ids beyond the classes.
+    """
+    if label_map.size != size:
+        raise ValueError(f"its label map has {label_map.width} x {label_map.height} pixels, not {size[0]} x {size[1]}")
+    if label_map.mode not in ("L", "P", "1", "I", "I;16"):
+        raise ValueError(f"its label map is of mode {label_map.mode}, not one number per pixel")
+    ids = np.asarray(label_map).astype(np.int32)
+    if reduce_labels:
+        ids = np.where((ids == 0) | (ids == IGNORE), IGNORE, ids - 1)
+    beyond = (ids != IGNORE) & ((ids < 0) | (ids >= classes))
+    if beyond.any():
+        found = int(ids[beyond][0]) + reduce_labels
+        raise ValueError(f"its label map has the id {found}, beyond the {classes} classes")
+    return ids.astype(np.uint8)
+
+
+def fitted(size: tuple[int, int], shorter: float) -> tuple[int, int]:
+    """(width, height) with the same aspect, the shorter side `shorter`, the longer at most LONGEST times that."""
+    factor = min(shorter / min(size), LONGEST * shorter / max(size))
+    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
+
+
+@dataclass(frozen=True)
+class SegmentationTrainTransform:
+    """Training: resize by a random ratio, a crop that is not mostly of one class, flip, photometric distortion.
+
+    Args:
+        size: S, pixels; ratio 1 brings an image's shorter side to it.
+        classes: number of classes. reduce_labels: the label maps' 0 is ignored, ids shift by one.
+        ratio: of the random resize, uniform.
+        max_share: largest share of one class among a crop's pixels that count.
+        flip: probability of a horizontal flip.
+        distort: whether brightness, contrast, saturation and hue are distorted.
+        fill: colour in [0, 1] beyond the edges of a small image: the mean of the normalisation.
+        channels: of the views.
+    """
+
+    size: int
+    classes: int
+    reduce_labels: bool = True
+    ratio: tuple[float, float] = (0.5, 2.0)
+    max_share: float = 0.75
+    flip: float = 0.5
+    distort: bool = True
+    fill: tuple[float, ...] = HALF
+    channels: int = 3
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator, label_map: Image.Image) -> dict[str, np.ndarray]:
+        """`image` (C, S, S) uint8 and `target` (S, S) uint8, IGNORE where nothing counts."""
+        image = to_channels(image, self.channels)
+        labels = read_labels(label_map, self.classes, self.reduce_labels, image.size)
+        width, height = fitted(image.size, self.size * rng.uniform(*self.ratio))
+        resized = np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+        top, left = self._place(resized, rng)
+        h, w = min(self.size, height), min(self.size, width)
+        target = resized[top : top + h, left : left + w]
+        sx, sy = image.width / width, image.height / height
+        box = (left * sx, top * sy, min((left + w) * sx, image.width), min((top + h) * sy, image.height))
+        pixels = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR, box=box))
+        flip = rng.random() < self.flip
+        pixels = distorted(pixels, rng) if self.distort else pixels
+        if flip:
+            pixels, target = pixels[:, ::-1], target[:, ::-1]
+        return self._padded(pixels.reshape(h, w, self.channels), target)
+
+    def _place(self, labels_HW: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+        """Top and left of the first crop with at most `max_share` of one class, else of the last one tried."""
+        height, width = labels_HW.shape
+        top = left = 0
+        for _ in range(CROPS):
+            top = int(rng.integers(max(0, height - self.size) + 1))
+            left = int(rng.integers(max(0, width - self.size) + 1))
+            crop = labels_HW[top : top + self.size, left : left + self.size]
+            counts = np.bincount(crop.ravel(), minlength=256)[:IGNORE]
+            if counts.max() <= self.max_share * counts.sum() and counts.any():
+                break
+        return top, left
+
+    def _padded(self, pixels_HWC: np.ndarray, target_HW: np.ndarray) -> dict[str, np.ndarray]:
+        h, w = target_HW.shape
+        image = np.empty((self.channels, self.size, self.size), np.uint8)
+        image[:] = np.rint(np.multiply(self.fill, 255)).astype(np.uint8)[:, None, None]
+        image[:, :h, :w] = pixels_HWC.transpose(2, 0, 1)
+        target = np.full((self.size, self.size), IGNORE, np.uint8)
+        target[:h, :w] = target_HW
+        return {"image": image, "target": target}
+
+
+@dataclass(frozen=True)
+class SegmentationEvalTransform:
+    """Testing: the whole image at some scales, and its label map at the original size.
+
+    Args:
+        size: of the shorter side at scale 1, pixels.
+        classes, reduce_labels, channels: see `SegmentationTrainTransform`.
+        scales: factors of `size`.
+    """
+
+    size: int
+    classes: int
+    reduce_labels: bool = True
+    scales: Sequence[float] = (1.0,)
+    channels: int = 3
+
+    def __call__(
+        self, image: Image.Image, rng: np.random.Generator | None, label_map: Image.Image
+    ) -> dict[str, np.ndarray]:
+        """`scale_0`, `scale_1`, ... (C, h, w) uint8, one for each scale, and `target` (H, W) uint8."""
+        image = to_channels(image, self.channels)
+        labels = read_labels(label_map, self.classes, self.reduce_labels, image.size)
+        return {**self.scaled(image), "target": labels}
+
+    def scaled(self, image: Image.Image) -> dict[str, np.ndarray]:
+        """The image (already of the right channels) at every scale."""
+        sizes = [fitted(image.size, self.size * scale) for scale in self.scales]
+        return {f"scale_{i}": to_array(image.resize(size, Image.Resampling.BILINEAR)) for i, size in enumerate(sizes)}
+
+
+def distorted(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Photometric distortion of uint8 pixels (H, W) or (H, W, C), each step with probability 1/2.
+
+    Brightness, then contrast either before or after saturation and hue. Grey has neither of these; a fourth channel
+    stays as it is.
+    """
+    applied = rng.random(5) < 0.5
+    shift, (contrast, saturation) = rng.uniform(-SHIFT, SHIFT), rng.uniform(*FACTORS, 2)
+    turn = rng.uniform(-HUE, HUE)
+    if pixels.ndim == 3 and pixels.shape[2] == 4:
+        colours = _distorted(pixels[..., :3], applied, shift, contrast, saturation, turn)
+        return np.concatenate([colours, pixels[..., 3:]], axis=2)
+    return _distorted(pixels, applied, shift, contrast, saturation, turn)
+
+
+def _distorted(
+    pixels: np.ndarray, applied: np.ndarray, shift: float, contrast: float, saturation: float, turn: float
+) -> np.ndarray:
+    brightness, first, contrasted, saturated, turned = applied
+    pixels = _linear(pixels, 1.0, shift) if brightness else pixels
+    if contrasted and first:
+        pixels = _linear(pixels, contrast, 0.0)
+    if pixels.ndim == 3 and (saturated or turned):
+        hsv = np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("HSV"))
+        if saturated:
+            hsv[..., 1] = _linear(hsv[..., 1], saturation, 0.0)
+        if turned:
+            hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # a circle of 256: uint8 wraps as hues do
+        pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    if contrasted and not first:
+        pixels = _linear(pixels, contrast, 0.0)
+    return pixels
+
+
+def _linear(pixels: np.ndarray, factor: float, shift: float) -> np.ndarray:
+    return np.clip(pixels.astype(np.float32) * factor + shift, 0, 255).astype(np.uint8)

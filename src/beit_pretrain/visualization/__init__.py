@@ -1,0 +1,1 @@
+"""Pictures: grids, attention maps, token maps, overlays, plots."""

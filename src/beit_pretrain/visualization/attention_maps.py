@@ -1,0 +1,119 @@
+"""Self-attention of chosen patches, for layers and heads, as in the paper's figure (BEiT, section 3.4, figure 2).
+
+Shapes: C channels, H W pixels, A heads, h w patches, N = h w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.visualization import grids
+
+CELL = 112
+RED = (230, 30, 30)
+NOTE = (
+    "Yellow is the largest value of its map, dark is 0. In %: the share of the red patch's attention that goes to the "
+    "yellow one."
+)
+
+
+def default_patches(grid: tuple[int, int]) -> list[tuple[int, int]]:
+    """Three reference patches (row, column) along the diagonal."""
+    return [(grid[0] * i // 4, grid[1] * i // 4) for i in (1, 2, 3)]
+
+
+def default_layers(depth: int) -> list[int]:
+    """A third, two thirds and the end of the depth."""
+    return sorted({max(1, round(depth * share)) for share in (1 / 3, 2 / 3, 1)})
+
+
+def check_choice(
+    layers: Sequence[int], heads: Sequence[int], patches: Sequence[Sequence[int]], depth: int, num_heads: int, grid
+) -> None:
+    """Raise UserError for a layer, head or patch that the network does not have."""
+    for name, values, most in (("layers", layers, depth), ("heads", heads, num_heads)):
+        if wrong := [value for value in values if not 1 <= value <= most]:
+            raise UserError(f"{name}={list(values)}: {wrong[0]} is none of 1 to {most}")
+    for row, column in patches:
+        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+            raise UserError(f"patches: [{row}, {column}] is outside the {grid[0]} x {grid[1]} patches (from [0, 0])")
+
+
+def attention_sheet(
+    image_CHW: Tensor,
+    maps: Mapping[int, Tensor],
+    patches: Sequence[Sequence[int]],
+    heads: Sequence[int],
+    grid: tuple[int, int],
+) -> Image.Image:
+    """A row for each patch and layer: the image with the patch in red, the mean over all heads, then single heads.
+
+    `maps`: {layer: probabilities (A, 1 + N, 1 + N)} of this image (`attention.attention_maps`); heads count from 1.
+    Each map is scaled to its own largest value, which stands beside it in per cent.
+    """
+    rows, names = [], []
+    for row, column in patches:
+        for layer, map_ANN in maps.items():
+            seen_AN = map_ANN[:, 1 + row * grid[1] + column, 1:]  # where the patch looks, [CLS] left out
+            chosen = [seen_AN.mean(0), *(seen_AN[head - 1] for head in heads)]
+            rows.append([marked(image_CHW, (row, column), grid), *(heat(map_N, grid) for map_N in chosen)])
+            names.append(f"layer {layer}\npatch\n{row}, {column}")
+    captions = ["patch in red", "mean of heads", *(f"head {head}" for head in heads)]
+    return grids.sheet(rows, captions, names, CELL)
+
+
+def marked(image_CHW: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Image.Image:
+    """The image, enlarged, with a red frame round a patch."""
+    picture = grids.to_pil(image_CHW).resize((CELL, CELL), Image.Resampling.BICUBIC)
+    height, width = CELL / grid[0], CELL / grid[1]
+    box = (patch[1] * width, patch[0] * height, (patch[1] + 1) * width - 1, (patch[0] + 1) * height - 1)
+    ImageDraw.Draw(picture).rectangle(box, outline=RED, width=2)
+    return picture
+
+
+def heat(map_N: Tensor, grid: tuple[int, int]) -> Image.Image:
+    """A map over patches in colours, dark for nothing, yellow for its largest value, which is written below."""
+    from matplotlib import colormaps
+
+    values = map_N.detach().float().cpu().view(*grid).numpy()
+    most = float(values.max())
+    colours = (colormaps["viridis"](values / max(most, 1e-12))[..., :3] * 255).round().astype(np.uint8)
+    picture = Image.fromarray(colours).resize((CELL, CELL), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    text = f"{most:.0%}" if most >= 0.1 else f"{most:.1%}"
+    draw.text((4, CELL - 17), text, fill="white", font=grids.font(), stroke_width=1, stroke_fill="black")
+    return picture
+
+
+@torch.no_grad()
+def attention_picture(
+    model,
+    normalised_BCHW: Tensor,
+    shown_BCHW: Tensor,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    patches: Sequence[Sequence[int]] | None = None,
+) -> Image.Image:
+    """Sheets of several images, one below the other, and words on what they show.
+
+    None = `default_layers`, all heads, `default_patches`.
+    """
+    from beit_pretrain.models.attention import attention_maps
+
+    layers = list(layers or default_layers(len(model.blocks)))
+    count = int(model.config["num_heads"])
+    heads = list(heads or range(1, count + 1))
+    patches = [tuple(patch) for patch in patches or default_patches(model.grid)]
+    check_choice(layers, heads, patches, len(model.blocks), count, model.grid)
+    maps = attention_maps(model, normalised_BCHW, layers)
+    sheets = [
+        attention_sheet(image, {layer: maps[layer][i] for layer in sorted(maps)}, patches, heads, model.grid)
+        for i, image in enumerate(shown_BCHW)
+    ]
+    return grids.stack([*sheets, grids.note(NOTE, sheets[0].width)])

@@ -1,0 +1,206 @@
+"""Checkpoints written by a thread: what is written is what was there, and whatever goes wrong is heard of."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit_pretrain.engine import background_checkpoint as background
+from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO, Snapshot
+from beit_pretrain.errors import UserError
+from beit_pretrain.models.checkpoints.files import read
+
+
+class Gate:
+    """Lets `torch.save` begin when it is opened."""
+
+    def __init__(self, monkeypatch):
+        self.reached, self.opened, save = threading.Event(), threading.Event(), torch.save
+
+        def held(content, file):
+            self.reached.set()
+            assert self.opened.wait(20)
+            save(content, file)
+
+        monkeypatch.setattr(torch, "save", held)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.opened.set()  # no thread is left waiting
+
+
+def run_state() -> dict:
+    """A network with its optimiser after a step, and the kinds of containers that a checkpoint has."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    more = {"loops": {"done": [1, 2]}, "pair": (torch.ones(2), 3), "sums": {"loss": torch.ones(2, dtype=torch.float64)}}
+    return {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()], **more}
+
+
+def test_what_the_loop_changes_afterwards_is_not_written(gate, tmp_path):
+    content, io = run_state(), BackgroundCheckpointIO()
+    expected = {"weight": content["state_dict"]["weight"].clone()}
+    moments = content["optimizer_states"][0]["state"][0]["exp_avg"].clone()
+    io.save_checkpoint(content, tmp_path / "last.ckpt")
+    assert gate.reached.wait(20)
+    for tensor in (*content["state_dict"].values(), *content["optimizer_states"][0]["state"][0].values()):
+        tensor.fill_(7)
+    content["pair"][0].fill_(7)
+    content["sums"]["loss"].fill_(7)
+    content["loops"]["done"].append(3)
+    content["optimizer_states"][0]["param_groups"][0]["lr"] = 7
+    del content["state_dict"]["bias"]
+    assert not (tmp_path / "last.ckpt").exists()
+    gate.opened.set()
+    io.wait()
+    found = read(tmp_path / "last.ckpt")
+    assert torch.equal(found["state_dict"]["weight"], expected["weight"])
+    assert set(found["state_dict"]) == {"weight", "bias"}
+    assert torch.equal(found["optimizer_states"][0]["state"][0]["exp_avg"], moments)
+    assert found["optimizer_states"][0]["param_groups"][0]["lr"] == 1e-3
+    assert found["loops"] == {"done": [1, 2]}
+    assert found["pair"][0].tolist() == [1, 1]
+    assert found["sums"]["loss"].tolist() == [1, 1]
+
+
+class TestSnapshot:
+    def test_uses_its_memory_again(self):
+        snapshot, state = Snapshot(), torch.nn.Linear(3, 2).state_dict()
+        first, _ = snapshot.take({"state_dict": state})
+        place = first["state_dict"]["weight"].data_ptr()
+        state["weight"].fill_(3)
+        second, event = snapshot.take({"state_dict": state})
+        assert event is None  # nothing was on a GPU
+        assert second["state_dict"]["weight"].data_ptr() == place != state["weight"].data_ptr()
+        assert second["state_dict"]["weight"].eq(3).all()
+        third, _ = snapshot.take({"state_dict": {"weight": torch.zeros(5)}})
+        assert third["state_dict"]["weight"].tolist() == [0] * 5
+
+    def test_keeps_what_a_state_dict_says_of_itself(self):
+        state = torch.nn.BatchNorm1d(2).state_dict()
+        copied = Snapshot().take({"state_dict": state})[0]["state_dict"]
+        assert type(copied) is OrderedDict
+        assert copied._metadata == state._metadata
+
+    def test_keeps_the_memory_format(self):
+        image = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        copied = Snapshot().take({"image": image})[0]["image"]
+        assert copied.stride() == image.stride()
+        assert torch.equal(copied, image)
+
+
+class TestOrder:
+    def test_the_next_save_waits_for_the_one_before(self, gate, tmp_path):
+        io, written = BackgroundCheckpointIO(), []
+        io.on_written = lambda path, content: written.append(content["step"])
+        io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+        threading.Timer(0.2, gate.opened.set).start()
+        io.save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
+        assert written[0] == 1
+        io.wait()
+        assert written == [1, 2]
+        assert read(tmp_path / "previous.ckpt") == {"step": 1}
+
+    def test_a_file_is_removed_or_read_after_what_is_being_written(self, gate, tmp_path):
+        io, best = BackgroundCheckpointIO(), tmp_path / "best.ckpt"
+        for call in (io.load_checkpoint, io.remove_checkpoint):
+            gate.opened.clear()
+            io.save_checkpoint({"step": 1}, best)
+            threading.Timer(0.2, gate.opened.set).start()
+            call(best)
+        assert not best.exists()
+
+    def test_after_its_teardown_it_writes_at_once(self, tmp_path):
+        io = BackgroundCheckpointIO()
+        io.teardown()
+        io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+        assert read(tmp_path / "last.ckpt") == {"step": 1}
+
+
+class TestErrors:
+    @pytest.fixture
+    def failed(self, tmp_path) -> BackgroundCheckpointIO:
+        """One whose last write has failed, as on a full disk; nobody has heard of it yet."""
+        io = BackgroundCheckpointIO()
+        (tmp_path / "file").write_text("")
+        io.save_checkpoint({"step": 1}, tmp_path / "file" / "last.ckpt")
+        io._thread.join()
+        return io
+
+    @pytest.mark.parametrize("call", ["check", "wait", "save_checkpoint"])
+    def test_are_raised_in_the_main_thread_once(self, call, failed, tmp_path):
+        words = ({"step": 2}, tmp_path / "last.ckpt") if call == "save_checkpoint" else ()
+        with pytest.raises(UserError, match="cannot be written: File exists"):
+            getattr(failed, call)(*words)
+        failed.wait()
+        failed.save_checkpoint({"step": 3}, tmp_path / "last.ckpt")
+        failed.wait()
+        assert read(tmp_path / "last.ckpt") == {"step": 3}
+
+    def test_of_what_follows_a_write_count_too(self, tmp_path):
+        def full(path, content):
+            raise OSError(28, "No space left on device")
+
+        io = BackgroundCheckpointIO()
+        io.on_written = full
+        io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+        with pytest.raises(OSError, match="No space left"):
+            io.wait()
+
+    def test_a_write_that_is_under_way_is_not_waited_for(self, gate, tmp_path):
+        io = BackgroundCheckpointIO()
+        io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+        io.check()
+        assert not gate.opened.is_set()
+
+
+def endless(content, file) -> None:
+    """In place of `torch.save`: ten minutes."""
+    for _ in range(6000):
+        file.write(b"x" * 1000)
+        time.sleep(0.1)
+
+
+class TestTheEndOfAProcess:
+    def test_a_write_is_broken_off(self, tmp_path, monkeypatch):
+        io = BackgroundCheckpointIO()
+        io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+        io.wait()
+        monkeypatch.setattr(torch, "save", endless)
+        io.save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
+        began = time.monotonic()
+        io.cancel()
+        assert not io._thread.is_alive()
+        assert time.monotonic() - began < 5
+        assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+        assert read(tmp_path / "last.ckpt") == {"step": 1}
+
+    def test_a_loader_worker_does_not_hold_a_half_written_file(self, gate, tmp_path):
+        io = BackgroundCheckpointIO()
+        io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+        assert gate.reached.wait(20)
+        partial = tmp_path / ".last.ckpt.partial"
+        assert partial in open_files()
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            assert partial not in pool.apply(open_files)
+        gate.opened.set()
+        io.wait()
+        assert read(tmp_path / "last.ckpt") == {"step": 1}
+        assert not background._open
+
+
+def open_files() -> list[Path]:
+    """Files that this process has open."""
+    return [Path(os.readlink(link)) for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and link.exists()]

@@ -1,0 +1,136 @@
+"""Existing WebDataset shards get an index and a manifest, and are not touched."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from test_image_io import encoded
+from test_sources import tar_bytes, write_folder
+
+from beit_pretrain.data.manifest import read_manifest, verify_shards
+from beit_pretrain.data.order import Sample
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.write.index_existing import index_shards
+from beit_pretrain.errors import UserError
+
+
+@pytest.fixture
+def foreign(tmp_path) -> Path:
+    """Two tars of another hand: text labels, a caption, one sample without a label."""
+    first = {"a.jpg": encoded(0), "a.cls": b"2", "b.png": encoded(1, kind="PNG"), "b.cls": b"0", "b.txt": b"a bee"}
+    return write_folder(tmp_path / "src", {"x-0.tar": tar_bytes(first), "x-1.tar": tar_bytes({"c.jpg": encoded(2)})})
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_index(foreign, elsewhere, tmp_path):
+    before = {path.name: path.read_bytes() for path in foreign.iterdir()}
+    folder = index_shards(foreign, tmp_path / "out" if elsewhere else None, num_workers=1)
+    assert {name: (foreign / name).read_bytes() for name in before} == before
+    assert len(os.listdir(foreign)) == (2 if elsewhere else 6)
+    manifest = read_manifest(folder)
+    assert (manifest["samples"], manifest["classes"], manifest["class_counts"]) == (3, ["0", "1", "2"], [1, 0, 1])
+    assert verify_shards(folder, progress=False) == []
+    reader = ShardReader(folder)
+    assert reader.read(Sample(0, 0))[:2] == (encoded(0), 2)
+    assert reader.read(Sample(1, 0))[:2] == (encoded(2), -1)
+    with pytest.raises(UserError, match=r"has a manifest\.json already"):
+        index_shards(foreign, tmp_path / "out" if elsewhere else None, num_workers=1)
+
+
+def index_of(files: list[tuple[str, bytes]], folder: Path) -> list[tuple[bytes, int]]:
+    """Image and label of the samples of a tar with these members, in their order, names more than once too."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    write_folder(folder, {"a.tar": buffer.getvalue()})
+    made = index_shards(folder, num_workers=1)
+    assert verify_shards(made, progress=False) == []
+    reader = ShardReader(made)
+    return [reader.read(Sample(0, row))[:2] for row in range(reader.samples)]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected", "left_out"),
+    [
+        # WebDataset's dotted extensions: the last part says what a member is.
+        ([("k.input.jpg", b"in"), ("k.target.cls", b"3"), ("k.depth.png", b"of")], [(b"in", 3)], 1),
+        ([("k.thumb.jpg", b"th"), ("k.top.cls", b"1"), ("k.jpg", b"im"), ("k.cls", b"2")], [(b"im", 2)], 1),
+        ([("k.jpg", b"im"), ("k.cls", b"2"), ("k.thumb.jpg", b"th"), ("k.top.cls", b"1")], [(b"im", 2)], 1),
+        # A key that comes again is another sample, with members of its own.
+        (
+            [("a.jpg", b"1"), ("a.cls", b"5"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.cls", b"6")],
+            [(b"1", 5), (b"2", -1), (b"3", 6)],
+            0,
+        ),
+        ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"5")], [(b"1", 5), (b"2", -1)], 0),
+        ([("a.jpg", b""), ("b.jpg", b"2"), ("c.png", b"")], [(b"2", -1)], 2),
+    ],
+)
+def test_samples_of_foreign_tars(files, expected, left_out, tmp_path, capsys):
+    assert index_of(files, tmp_path / "src") == expected
+    said = f"warning: left out {left_out} images: empty, or further ones of a sample"
+    assert (said in capsys.readouterr().err) == bool(left_out)
+
+
+def test_a_full_disk_is_named_and_left_empty(full_disk, foreign):
+    disk = full_disk(8192)  # two pages: a link and an index
+    with pytest.raises(UserError, match=rf"^cannot write to {disk}/out: No space left on device$"):
+        index_shards(foreign, disk / "out", num_workers=1)
+    assert os.listdir(disk) == []
+
+
+def test_class_names(foreign, tmp_path):
+    (tmp_path / "names").write_text("ant\nbee\ncat\ndog\n")
+    assert read_manifest(index_shards(foreign, tmp_path / "out", tmp_path / "names", 1))["classes"][2:] == [
+        "cat",
+        "dog",
+    ]
+    (tmp_path / "names").write_text("ant\n")
+    with pytest.raises(UserError, match="names 1 classes, but the shards have the number 2"):
+        index_shards(foreign, tmp_path / "other", tmp_path / "names", 1)
+
+
+def test_what_is_refused(foreign, tmp_path):
+    write_folder(tmp_path, {"none/a.txt": b"x", "text/a.tar": tar_bytes({"a.txt": b"x"}), "bad/a.tar": b"x" * 600})
+    many = {"huge": b"4000000000", "vast": b"1" + b"0" * 30, "most": b"1000000", "endless": b"9" * 5000}
+    write_folder(tmp_path, {f"{name}/a.tar": tar_bytes({"a.jpg": b"x", "a.cls": text}) for name, text in many.items()})
+    write_folder(tmp_path, {f"second/{n}.tar": tar_bytes({"a.jpg": b"x", "a.cls": n.encode()}) for n in ("1", "x")})
+    write_folder(tmp_path, {"gz/b.tar.gz": b"x", "gz/a.tgz": b"x", "nested/part/a.tar": b"x", "nested/a.txt": b"x"})
+    names = ("img:0.tar", "-0.tar", "(1)-0.tar", "a\\b.tar", "a\nb.tar", "#.tar")
+    write_folder(tmp_path, {f"name{i}/{name}": tar_bytes({"a.jpg": b"x"}) for i, name in enumerate(names)})
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/a.tar")
+    write_folder(tmp_path, {"word/a.tar": tar_bytes({"a.jpg": b"x", "a.cls": b"dog"})})
+    write_folder(tmp_path, {"minus/a.tar": tar_bytes({"a.jpg": b"x", "a.cls": b"-7"}), "taken/x-0.tar": b"mine"})
+    for name, words in (
+        ("none", "holds no tars"),
+        ("missing", "holds no tars"),
+        ("text", "holds no image"),
+        ("bad", "not a readable uncompressed tar"),
+        ("word", "class number"),
+        ("minus", "class number -7"),
+        ("huge", "class number 4000000000, not one of -1 to 999,999"),
+        ("vast", "class number 10000000000000000000, not one of"),
+        ("most", "class number 1000000, not one of"),
+        ("endless", "class number 99999999999999999999, not one of"),
+        ("second", "x.tar: a.cls holds b'x' where a class number is needed"),
+        ("gz", r"holds no tars; a\.tgz is compressed, which allows no random access; decompress it first"),
+        ("nested", "holds no tars; its folder part does: give src=.*nested/part"),
+        ("pipe", "holds no tars"),
+        *((f"name{i}", "must be renamed: the name of a shard begins with a letter") for i in range(len(names))),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError, match=words) as caught:
+            index_shards(tmp_path / name, num_workers=1)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match=words):
+            index_shards(tmp_path / name, tmp_path / "deep/out", num_workers=1)
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="exists already"):
+        index_shards(foreign, tmp_path / "taken", num_workers=1)
+    assert (tmp_path / "taken/x-0.tar").read_bytes() == b"mine"
