@@ -21,7 +21,7 @@ import tiny
 import torch
 from PIL import Image, ImageDraw
 
-from beit_pretrain import __main__ as command_line
+from beit_pretrain import cli as command_line
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.upernet import Segmenter

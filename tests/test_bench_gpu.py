@@ -202,7 +202,7 @@ DRIVER = """
 import sys
 from fake_stages import stage
 from beit_pretrain.benchmarks.gpu import runner
-from beit_pretrain.__main__ import main
+from beit_pretrain.cli import main
 runner.STAGES = (stage("fine"), stage("hangs"), stage("timed"))
 sys.argv = ["beit_pretrain", "bench", "gpu", "device=cpu", "bench.tiny=true", "bench.out=out", "bench.scratch=scratch"]
 sys.exit(main())

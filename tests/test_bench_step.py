@@ -21,7 +21,7 @@ from beit_pretrain.benchmarks.loop import run_in_turn
 from beit_pretrain.benchmarks.memory import MOST, WORKSPACE, kept, predicted
 from beit_pretrain.benchmarks.peers import PlainModel, Transformers
 from beit_pretrain.benchmarks.step import forward, host_batches, measured_rounds, our_steps, variant_names
-from beit_pretrain.compose import compose
+from beit_pretrain.config import compose
 from beit_pretrain.engine.compile import CompileCounts, compile_counts
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.trainer import silence_warnings

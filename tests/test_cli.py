@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_pretrain.__main__ import VERBS
-from beit_pretrain.compose import HINTS, experiments
+from beit_pretrain.cli import VERBS
+from beit_pretrain.config import HINTS, experiments
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ import torch
 from conftest import seeded
 from test_cifar import NAMES, archive, as_python2, batch
 
-from beit_pretrain.compose import compose
+from beit_pretrain.config import compose
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from beit_pretrain.compose import compose, config_dir, experiments
+from beit_pretrain.config import compose, config_dir, experiments
 from beit_pretrain.engine.preflight import lr_hint
 from beit_pretrain.engine.tasks import TASKS, network, optim
 from beit_pretrain.engine.trainer import total_steps

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from beit_pretrain.compose import compose
+from beit_pretrain.config import compose
 from beit_pretrain.errors import UserError
 from beit_pretrain.examples import report
 from beit_pretrain.examples.demo import demo

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_pretrain.data.dataset import with_first_position
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.models.backbone import Classifier, MaskedImageModel
 from beit_pretrain.tasks.finetune import Finetuning, MixConfig
 from beit_pretrain.tasks.pretrain import Pretraining
@@ -117,7 +117,7 @@ def test_a_pretraining_step_never_waits(checkpointing):
     network.set_grad_checkpointing(checkpointing)
     tokenizer = OpenAITokenizer.of(Encoder(n_hid=64, n_blk_per_group=1, vocab_size=512))
     with FAKE:
-        module = Pretraining(moved(network), tokenizer.to(GPU), Optim(lr=1e-3, clip=1.0), HALF, HALF)
+        module = Pretraining(moved(network), tokenizer.to(GPU), OptimSettings(lr=1e-3, clip=1.0), HALF, HALF)
         module._tokens_V = torch.zeros(512, device=GPU)
     with_trainer(module)
     assert steps_taken(module, pretraining_batch()) == []
@@ -130,7 +130,7 @@ def test_a_finetuning_step_never_waits(monkeypatch):
     network = Classifier(10, **architecture)
     regularisation = MixConfig(mixup=0.8, cutmix=1.0)
     with FAKE:
-        module = Finetuning(moved(network), Optim(lr=1e-3), regularisation, HALF, HALF)
+        module = Finetuning(moved(network), OptimSettings(lr=1e-3), regularisation, HALF, HALF)
     with_trainer(module)
     batch = {
         "image": torch.zeros(BATCH, 3, 32, 32, dtype=torch.uint8),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.tasks.tokenizer import (
     DiscreteVAE,
@@ -21,7 +21,7 @@ TINY = {"vocab_size": 16, "width": 8, "blocks": 1, "code_dim": 8}
 
 
 def training(relaxation: GumbelConfig | None = None, **settings) -> TokenizerTraining:
-    return TokenizerTraining(DiscreteVAE(**TINY | settings), Optim(lr=1e-3), relaxation or GumbelConfig())
+    return TokenizerTraining(DiscreteVAE(**TINY | settings), OptimSettings(lr=1e-3), relaxation or GumbelConfig())
 
 
 class TestTemperature:

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from loopback import Answer, serving
 
-from beit_pretrain.compose import compose
+from beit_pretrain.config import compose
 from beit_pretrain.errors import UserError
 from beit_pretrain.tokenizers import download as module
 from beit_pretrain.tokenizers import transfer as download_module

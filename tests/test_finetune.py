@@ -17,7 +17,7 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.metrics import curve
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.models.backbone import Classifier
 from beit_pretrain.tasks.finetune import Finetuning, ImageClassifier, MixConfig
 from beit_pretrain.transforms.views import HALF
@@ -27,7 +27,7 @@ SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_hea
 
 def module(**regularisation) -> Finetuning:
     model = seeded(Classifier, 10, **SIZE)
-    return Finetuning(model, Optim(lr=1e-3), MixConfig(**regularisation), HALF, HALF)
+    return Finetuning(model, OptimSettings(lr=1e-3), MixConfig(**regularisation), HALF, HALF)
 
 
 def test_smoothed_targets():
@@ -226,7 +226,7 @@ def test_intermediate_fine_tuning(shards, photos, mim_checkpoint, run_cli, tmp_p
 
 COUNTS = """
 import json, sys
-from beit_pretrain.compose import compose
+from beit_pretrain.config import compose
 from beit_pretrain.engine import fit
 found = fit.validate(compose("validate", sys.argv[2:]))
 fit.is_first_process() and open(sys.argv[1], "w").write(json.dumps(found))

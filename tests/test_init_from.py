@@ -8,7 +8,7 @@ import pytest
 import torch
 from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
 
-from beit_pretrain.compose import compose
+from beit_pretrain.config import compose
 from beit_pretrain.engine import tasks
 from beit_pretrain.models.backbone import SIZES, MaskedImageModel
 from beit_pretrain.models.checkpoints.files import read

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from beit_pretrain.compose import compose
+from beit_pretrain.config import compose
 from beit_pretrain.engine.optim import (
-    Optim,
+    OptimSettings,
     clip_gradients,
     configure,
     layer_of,
@@ -53,13 +53,13 @@ class TestPoly:
         assert [poly_rate(s, 4, 0, 1.0, 0.2, 0.0) for s in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
     def test_the_recipe_s_run(self):
-        settings = Optim(lr=7e-4, min_lr=0.0, warmup_steps=1500, schedule="poly", warmup_start=1e-6)
+        settings = OptimSettings(lr=7e-4, min_lr=0.0, warmup_steps=1500, schedule="poly", warmup_start=1e-6)
         rates = [settings.rate(step, 160_000) for step in (0, 750, 1500, 80_000, 159_999)]
         half = 7e-4 * (1 - 750 / 160_000) * 0.5000005
         assert rates == pytest.approx([7e-10, half, 7e-4 * (1 - 1500 / 160_000), 3.5e-4, 7e-4 / 160_000])
 
     def test_every_group_follows_it(self):
-        settings = Optim(lr=1.0, min_lr=0.0, warmup_steps=2, schedule="poly", layer_decay=0.5)
+        settings = OptimSettings(lr=1.0, min_lr=0.0, warmup_steps=2, schedule="poly", layer_decay=0.5)
         found = configure(classifier(), settings, total_steps=4, depth=12)
         optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
         for step in range(4):
@@ -70,7 +70,7 @@ class TestPoly:
 
     def test_an_unknown_schedule(self):
         with pytest.raises(UserError, match=r"optim\.schedule=step is not one of cosine, poly"):
-            Optim(lr=1.0, schedule="step")
+            OptimSettings(lr=1.0, schedule="step")
 
 
 class TestLearningRate:
@@ -134,7 +134,7 @@ class TestLearningRate:
         assert rates == pytest.approx(points, rel=2e-6)
 
     def test_the_optimiser_follows_it_in_every_group(self):
-        settings = Optim(lr=2e-3, min_lr=1e-4, warmup_steps=3, layer_decay=0.65)
+        settings = OptimSettings(lr=2e-3, min_lr=1e-4, warmup_steps=3, layer_decay=0.65)
         configured = configure(classifier(), settings, total_steps=8, depth=12)
         optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
         assert schedule["interval"] == "step"
@@ -224,7 +224,7 @@ class TestGroups:
         assert not [name for name in names if name.startswith("patch_embed")]
 
     def test_adamw(self):
-        optimizer = configure(mim(), Optim(lr=1e-3, betas=(0.8, 0.9), eps=1e-6), 10)["optimizer"]
+        optimizer = configure(mim(), OptimSettings(lr=1e-3, betas=(0.8, 0.9), eps=1e-6), 10)["optimizer"]
         assert isinstance(optimizer, torch.optim.AdamW)
         assert {(*group["betas"], group["eps"]) for group in optimizer.param_groups} == {(0.8, 0.9, 1e-6)}
 

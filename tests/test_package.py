@@ -20,7 +20,7 @@ def test_wheel_works_from_any_folder(tmp_path):
     elsewhere.mkdir()
     # -I keeps the checkout's editable install out of the way of what stands first on the path.
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from beit_pretrain.__main__ import main; main()"
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from beit_pretrain.cli import main; main()"
     )
     command = [sys.executable, "-I", "-c", code, "fit", "+experiment=base_22k", "--cfg"]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=elsewhere)

@@ -12,7 +12,7 @@ from lightning import Trainer
 from beit_pretrain.data.datamodule import PretrainData
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.order import MASK, generator
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.tasks.pretrain import IGNORE, Pretraining, masked_targets, nearest_visible
@@ -44,7 +44,7 @@ class Brightness:
 def module(tokenizer=None, drop_path_rate=0.0, lr=1e-3, clip=None, **settings) -> Pretraining:
     torch.manual_seed(0)
     model = MaskedImageModel(**TINY | settings, drop_path_rate=drop_path_rate)
-    return Pretraining(model, tokenizer or Brightness(), Optim(lr=lr, clip=clip), HALF, HALF)
+    return Pretraining(model, tokenizer or Brightness(), OptimSettings(lr=lr, clip=clip), HALF, HALF)
 
 
 def data(shards, global_batch_size: int = 8, **settings) -> PretrainData:

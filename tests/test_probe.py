@@ -12,7 +12,7 @@ from conftest import MIM, write_checkpoint
 from foreign import scrambled
 
 from beit_pretrain.engine.metrics import read_rows
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Features, MaskedImageModel
 from beit_pretrain.models.checkpoints.formats import digest
@@ -28,7 +28,7 @@ def batch(count: int = 6) -> dict:
 
 
 def probing(checkpoint, layers=(1, 2), pool="cls_avg") -> Probing:
-    return Probing(LayerProbes(layers, 32, 3, pool), load_pretrained(checkpoint), Optim(lr=1e-2), HALF, HALF)
+    return Probing(LayerProbes(layers, 32, 3, pool), load_pretrained(checkpoint), OptimSettings(lr=1e-2), HALF, HALF)
 
 
 @pytest.mark.parametrize(("pool", "width"), [("cls_avg", 8), ("avg", 4), ("cls", 4)])

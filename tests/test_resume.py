@@ -11,7 +11,7 @@ from crash import Crash
 from omegaconf import OmegaConf
 from tiny import last_checkpoint, rows_of, tiny_words
 
-from beit_pretrain.compose import compose
+from beit_pretrain.config import compose
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine import resume
 from beit_pretrain.engine.metrics import read_rows

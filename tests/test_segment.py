@@ -20,7 +20,7 @@ from test_finetune import Crash
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.metrics import curve
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.inference import label_maps as maps
 from beit_pretrain.inference.label_maps import free_name
 from beit_pretrain.models.upernet import Maps, Segmenter
@@ -204,7 +204,7 @@ def test_classes_may_be_enlarged_one_after_the_other(views, limit):
 
 def test_dropout_and_drop_path_belong_to_positions():
     model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
-    module = Segmentation(model, Optim(lr=1e-3), (0.5,) * 3, (0.5,) * 3, seed=1)
+    module = Segmentation(model, OptimSettings(lr=1e-3), (0.5,) * 3, (0.5,) * 3, seed=1)
     keep = module.dropout_mask(torch.arange(2000))
     assert torch.equal(keep[7], module.dropout_mask(torch.tensor([7]))[0])
     assert keep.shape == (2000, 16 + 8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from beit_pretrain.__main__ import VERBS
-from beit_pretrain.compose import compose_raw, experiments
+from beit_pretrain.cli import VERBS
+from beit_pretrain.config import compose_raw, experiments
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import NAMES, RULES, check
 

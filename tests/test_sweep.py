@@ -44,7 +44,7 @@ def test_what_is_swept(words, expected):
 def test_odd_values_reach_their_member_unchanged():
     from omegaconf import OmegaConf
 
-    from beit_pretrain.compose import compose_raw
+    from beit_pretrain.config import compose_raw
 
     words = ["+experiment=demo_pretrain", "data.train='a b','c,d','e=f'", "data.val=/x=y/$z", "name='one, two'"]
     found = [OmegaConf.to_container(compose_raw("fit", settings)) for _, settings in combine(words[:2] + words[3:])]

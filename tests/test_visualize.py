@@ -24,7 +24,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def run(shards, dvae_checkpoint, tmp_path_factory):
     """A finished pre-training."""
-    from beit_pretrain.compose import compose
+    from beit_pretrain.config import compose
     from beit_pretrain.engine.fit import fit
 
     folder = tmp_path_factory.mktemp("shown") / "pretrain"

@@ -1,32 +1,127 @@
-"""What values the settings of the command line may have: checked before anything is read or written.
+"""Settings as pydantic models: type, range and description of each stand here or beside the code that uses it.
 
-Hydra knows which settings exist, not what they may be. Here stands a rule for each, for all verbs together; what a rule
-refuses gets one line. Relations between settings are checked where they matter (patches that divide an image, say).
+The default of a setting stands in one place, the YAML in `conf/` that the user reads. A model says with `defaults`
+which file that is, so that Python callers get the same ones: `OptimSettings(lr=1e-3)`.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Callable, Collection
-from typing import Any, TypeGuard
+import types
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 
 from beit_pretrain.errors import UserError
 
-Rule = tuple[str, Callable[[Any], bool]]
+# Settings of version 0.0 that have another name now.
+RENAMED = {
+    "ahead": "device_prefetch",
+    "data.exact": "data.pil_reference",
+    "data.max_bad": "data.max_corrupt_fraction",
+    "data.per_class": "data.labels_per_class",
+    "data.streams": "data.shuffle_streams",
+    "data.window": "data.shuffle_block_size",
+    "data.workers": "data.num_workers",
+    "exact": "pil_reference",
+    "global_batch": "global_batch_size",
+    "max_skipped": "max_nonfinite_steps",
+    "per_class": "labels_per_class",
+    "pictures": "num_visualizations",
+    "recipe.global_batch": "recipe.global_batch_size",
+    "workers": "num_workers",
+}
+LARGEST = 2**63  # YAML and Python know larger whole numbers, numpy and torch do not
 
 
-def whole(low: int, high: float = 2**63) -> Rule:
-    """A whole number from `low` to below `high`."""
-    text = f"a whole number of at least {low}" + (f" and at most {high - 1}" if high < 2**63 else "")
-    return text, lambda v: type(v) is int and low <= v < high
+class Rule(str):
+    """What a setting must be, in words, where its type alone does not say it."""
 
 
-def number(low: float, high: float = math.inf, above: bool = False) -> Rule:
-    """A finite number from `low` (or above it) to `high`."""
-    text = "a number" if low == -math.inf else f"a number {'above' if above else 'of at least'} {low:g}"
-    text += f" and at most {high:g}" if high < math.inf else ""
-    return text, lambda v: is_number(v) and (low < v if above else low <= v) and v <= high
+def config_dir() -> Path:
+    """The folder of configs: inside an installed package, or at the top of a checkout."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
+
+
+def about(text: str, may_change: bool = False) -> Any:
+    """A setting with its description. `may_change`: also when a run is resumed, since it does not change the result."""
+    return Field(description=text, json_schema_extra={"may_change": True} if may_change else None)
+
+
+class Settings(BaseModel):
+    """A group of settings. Raises pydantic's ValidationError; `validated` says the same in one line."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    defaults: ClassVar[str] = ""  # "fit.yaml" or "fit.yaml:optim", or several: where the defaults stand
+    positional: ClassVar[tuple[str, ...]] = ()  # settings that Python callers may give without their names
+
+    def __init__(self, *values: Any, **named: Any):
+        super().__init__(**dict(zip(self.positional, values, strict=False)), **named)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        filled: dict[str, Any] = {}
+        for place in cls.defaults.split():
+            filled = merged(filled, yaml_defaults(place))
+        keys = {key for name, field in cls.model_fields.items() for key in (name, field.alias)}
+        return merged({key: value for key, value in filled.items() if key in keys}, given)
+
+    @classmethod
+    def validated(cls, given: Mapping[str, Any]) -> Self:
+        """The settings as a model. Raises UserError, in one line, for the first that is wrong, missing or unknown."""
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise UserError(explain(error, cls, given)) from None
+
+
+def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, the second's where both have one."""
+    result = dict(one)
+    for key, value in other.items():
+        mine = result.get(key)
+        result[key] = merged(mine, value) if isinstance(mine, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+@cache
+def yaml_defaults(place: str) -> dict[str, Any]:
+    """The defaults in "FILE.yaml" or, of a group in it, "FILE.yaml:GROUP"; without what is missing or interpolated."""
+    file, _, group = place.partition(":")
+    content = yaml.safe_load((config_dir() / file).read_text())
+    return known(content[group] if group else content)
+
+
+def known(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: known(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key != "defaults" and not (isinstance(value, str) and ("???" in value or "${" in value))
+    }
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Settings as a plain dictionary, without optional ones that nobody has set."""
+    return settings.model_dump(by_alias=True, exclude_unset=True)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -34,271 +129,216 @@ def is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def numbers(count: int | None, rule: Rule) -> Rule:
-    """A list of so many values of a rule."""
-    text, fits = rule
-    how_many = f"a list of {count}, each" if count else "a list, each"
-    return (
-        f"{how_many} {text}",
-        lambda v: isinstance(v, list) and len(v) == (count or len(v)) and len(v) > 0 and all(map(fits, v)),
-    )
-
-
-def rising(rule: Rule) -> Rule:
-    """A pair of values of a rule, the second not below the first."""
-    text, fits = numbers(2, rule)
-    return f"{text}, the second not below the first", lambda v: fits(v) and v[0] <= v[1]
-
-
-def ascending(rule: Rule) -> Rule:
-    """A pair of values of a rule, the second above the first."""
-    text, fits = numbers(2, rule)
-    return f"{text}, the second above the first", lambda v: fits(v) and v[0] < v[1]
-
-
-def optional(rule: Rule) -> Rule:
-    """null, or a value of the rule."""
-    text, fits = rule
-    return f"null or {text}", lambda v: v is None or fits(v)
-
-
-def one_of(*words: str | bool | None) -> Rule:
-    """One of some words."""
-    said = {None: "null", True: "true", False: "false"}
-    text = ", ".join(said[w] if w is None or isinstance(w, bool) else w for w in words)
-    return f"one of {text}", lambda v: any(v is w or (isinstance(v, str) and v == w) for w in words)
-
-
-POSITIVE = number(0, above=True)
-SHARE = number(0, 1)
-TEXT: Rule = ("a text", lambda v: isinstance(v, str) and v != "")
-SWITCH: Rule = ("true or false", lambda v: isinstance(v, bool))
-TEXTS = numbers(None, TEXT)
-PATHS: Rule = ("a path, or a list of paths", lambda v: TEXT[1](v) or TEXTS[1](v))
-
-# Settings that are paths or names: a folder called 2024 is not a number.
-NAMES = (
-    *("src", "out", "run", "name", "run_dir", "split", "init_from", "labels", "tokenizer.path"),
-    *("data.train", "data.val", "data.cache_dir", "data.tokens", "data.val_tokens", "cache_dir"),
-)
-ADDRESS: Rule = (
-    "an address that starts with http://, https:// or file:///",
-    lambda v: isinstance(v, str) and re.match(r"https?://[^/]|file:///", v) is not None,
-)
-
-# Of the pre-training's views; `tokenize` has them too.
-VIEWS: dict[str, Rule] = {
-    "token_image_size": optional(whole(1, 2**16)),
-    "scale": rising(number(0, 1, above=True)),
-    "ratio": rising(POSITIVE),
-    "flip": SHARE,
-    "jitter": numbers(3, number(0)),
-    "exact": SWITCH,
-    "channels": ("1, 3 or 4", lambda v: type(v) is int and v in (1, 3, 4)),
-}
-DEVICES: Rule = (
-    "auto, a number of devices, or a list of their numbers",
-    lambda v: v == "auto" or (type(v) is int and (v == -1 or v > 0)) or numbers(None, whole(0))[1](v),
-)
-
-VARIANTS = (
-    *("ours", "ours_tokenizer", "ours_cached", "reference", "reference_compiled", "reference_tokenizer"),
-    *("transformers", "transformers_eager", "timm"),
-)
-
-RULES: dict[str, Rule] = {
-    **{name: optional(TEXT) for name in NAMES},
-    "src": PATHS,
-    "held_out": optional(PATHS),
-    "data.train": PATHS,
-    "data.val": optional(PATHS),
-    **{name: optional(PATHS) for name in ("data.tokens", "data.val_tokens")},
-    "data.weights": optional(numbers(None, POSITIVE)),
-    "data.max_corrupt_fraction": SHARE,
-    **{f"{place}cache_gb": number(0, 10**9, above=True) for place in ("data.", "")},
-    **{f"{place}retries": whole(0, 101) for place in ("data.", "")},
-    "data.timeout": number(0, 86_400, above=True),
-    "seed": whole(0, 2**32),
-    "resume": one_of("auto", "never"),
-    "epochs": optional(POSITIVE),
-    "steps": optional(whole(1)),
-    **{name: whole(1) for name in ("global_batch_size", "batch_size", "log_every", "val_every", "save_every")},
-    "threads": optional(whole(1)),
-    "compile": one_of("auto", True, False, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-    "attention": one_of("auto", "sdpa", "triton"),
-    **dict.fromkeys(("device_prefetch", "profile", "deterministic"), SWITCH),
-    **dict.fromkeys(("save_minutes", "val_minutes"), optional(POSITIVE)),
-    "gradient_compression": one_of(None, "bf16"),
-    "optimize_ddp": SWITCH,
-    "keep_every": optional(whole(1)),
-    "max_nonfinite_steps": whole(1),
-    "preflight": one_of(True, "only"),
-    "timeout_minutes": number(0, 100_000, above=True),
-    "jobs": whole(1),
-    "trainer.devices": DEVICES,
-    "trainer.num_nodes": ("auto or a whole number of at least 1", lambda v: v == "auto" or (type(v) is int and v > 0)),
-    "trainer.strategy": TEXT,
-    "trainer.accelerator": TEXT,
-    "image_size": optional(whole(1, 2**16)),
-    "to": one_of("unilm", "timm", "onnx", "hf"),
-    "patch_size": optional(whole(1, 2**16)),
-    "mean": optional(numbers(None, number(-math.inf))),
-    "std": optional(numbers(None, POSITIVE)),
-    "from_scratch": SWITCH,
-    "pictures": whole(0),
-    **{f"knn.{name}": whole(1) for name in ("bank", "queries", "k")},
-    # probe
-    "knn.ks": numbers(None, whole(1)),
-    "knn.temperatures": numbers(None, POSITIVE),
-    "linear.pool": one_of("cls_avg", "avg", "cls"),
-    **{f"linear.{name}": whole(1) for name in ("epochs", "batch")},
-    "linear.lr": POSITIVE,
-    "linear.weight_decay": number(0),
-    "keep_features": SWITCH,
-    "train_images": optional(whole(1)),
-    "optim.lr": POSITIVE,
-    **{f"optim.{name}": number(0) for name in ("min_lr", "weight_decay", "eps")},
-    "optim.warmup_epochs": optional(number(0)),
-    "optim.warmup_steps": whole(0),
-    "optim.betas": numbers(2, ("a number of at least 0 and below 1", lambda v: is_number(v) and 0 <= v < 1)),
-    "optim.clip": optional(POSITIVE),
-    "optim.layer_decay": optional(number(0, 1, above=True)),
-    "optim.schedule": one_of("cosine", "poly"),
-    "optim.warmup_start": SHARE,
-    "decoder.layers": optional(numbers(4, whole(0))),
-    "decoder.channels": optional(whole(1, 2**16)),
-    "decoder.pool_scales": numbers(None, whole(1, 2**10)),
-    "decoder.aux_channels": optional(whole(1, 2**16)),
-    "num_classes": optional(whole(2, 256)),
-    "test.stride": optional(number(0, 1, above=True)),  # null in validate: as in the run
-    "test.scales": optional(numbers(None, number(0, 16, above=True))),
-    "test.flip": optional(SWITCH),
-    **{f"model.{name}": whole(1, 2**20) for name in ("embed_dim", "depth", "num_heads", "width", "code_dim")},
-    "model.vocab_size": whole(2, 2**31),
-    "model.blocks": whole(0, 2**10),
-    "model.drop_path_rate": ("a number of at least 0 and below 1", lambda v: is_number(v) and 0 <= v < 1),
-    "model.init_values": optional(POSITIVE),
-    "model.abs_pos_emb": optional(SWITCH),
-    "model.rel_pos_bias": optional(one_of("shared", "per_layer", "none")),
-    "model.pool": optional(one_of("avg", "token")),
-    "model.size": optional(TEXT),
-    "new_head": SWITCH,
-    "activation_checkpointing": SWITCH,
-    "ema": optional(("a number above 0 and below 1", lambda v: is_number(v) and 0 < v < 1)),
-    "early_stopping": optional(whole(1)),
-    "probe.layer": optional(whole(1)),
-    "probe.pool": one_of("cls_avg", "avg", "cls"),
-    "recipe.global_batch_size": whole(1),
-    "recipe.lr": POSITIVE,
-    "relaxation.temperature_end": number(0, 1, above=True),
-    "relaxation.anneal": number(0, 1, above=True),
-    "relaxation.kl_weight": number(0),
-    "relaxation.usage_weight": number(0),
-    "regularisation.label_smoothing": SHARE,
-    "regularisation.mixup": number(0),
-    "regularisation.cutmix": number(0),
-    "regularisation.erasing": SHARE,
-    "mask.max_patches": whole(1),
-    "mask.min_block": whole(1),
-    "mask.min_aspect": number(0, 1, above=True),
-    **{f"data.{name}": rule for name, rule in VIEWS.items()},
-    "data.num_workers": whole(0),
-    "data.shuffle_block_size": whole(1),
-    "data.shuffle_streams": whole(1, 4097),
-    "data.val_batch": whole(1),
-    "data.val_images": optional(whole(1)),
-    "data.labels_per_class": optional(whole(1)),
-    "data.auto_augment": optional(TEXT),
-    "data.reduce_labels": SWITCH,
-    "data.resize": rising(POSITIVE),
-    "data.max_share": number(0, 1, above=True),
-    "data.distort": SWITCH,
-    "data.crop_ratio": optional(number(0, 1, above=True)),
-    "logger.kind": one_of("csv", "wandb"),
-    "logger.mode": one_of(None, "online", "offline", "disabled", "shared"),
-    # tokenize
-    **VIEWS,
-    "jitter": optional(VIEWS["jitter"]),
-    "views": whole(1, 1025),
-    "part": optional(
-        ("of the form 3/16", lambda v: isinstance(v, str) and re.fullmatch(r"\d{1,6}/\d{1,6}", v) is not None)
-    ),
-    "accelerator": one_of("auto", "cpu", "cuda"),
-    # show
-    "what": optional(TEXT),
-    "runs": optional(PATHS),
-    "photos": optional(TEXT),
-    **{name: optional(numbers(None, whole(1))) for name in ("layers", "heads")},
-    "patches": optional(numbers(None, numbers(2, whole(0)))),
-    "metrics": optional(TEXTS),
-    # fetch, shards, predict, demo, compare
-    "map_batch_size": whole(1),
-    "precision": TEXT,
-    "probe_images": whole(1),
-    "encoder": ADDRESS,
-    "decoder": ADDRESS,
-    "timeout": number(0, 86_400, above=True),
-    "attempts": whole(1),
-    "val": number(0, 1),
-    "samples_per_shard": whole(1),
-    "window": optional(ascending(number(-math.inf))),
-    "percentiles": ascending(number(0, 100)),
-    "resize": optional(whole(1)),
-    "quality": whole(1, 101),
-    "num_workers": optional(whole(0)),
-    "images": whole(1),
-    "size": whole(16),
-    "top": whole(1),
-    "val_images": whole(1),
-    "labels_per_class": whole(1),
-    "max_labelled": whole(1),
-    "seeds": whole(1),
-    # bench
-    "positions": optional(whole(1)),
-    "token_image_size": optional(whole(1, 2**16)),
-    **{f"{place}rounds": whole(1) for place in ("", "bench.")},
-    "bench.warm_up": whole(0),
-    "bench.steps": optional(whole(1)),
-    "bench.clock": one_of("wall", "cpu"),
-    "bench.variants": (
-        f"a list of some of {', '.join(VARIANTS)}",
-        lambda v: isinstance(v, list) and len(v) > 0 and set(v) <= set(VARIANTS),
-    ),
-    "bench.memory_gb": optional(POSITIVE),
-    "bench.src": optional(TEXT),
-    "bench.out": TEXT,
-    "device": one_of("auto", "cpu"),
-    "bench.seconds": POSITIVE,
-    "bench.only": optional(("stages, such as base or base,large", lambda v: TEXT[1](v) or TEXTS[1](v))),
-    "bench.tiny": SWITCH,
-    "bench.scratch": optional(TEXT),
-    **{f"steps.{name}": whole(1) for name in ("tokenizer", "pretrain", "finetune")},
-}
-
-
-def as_name(value: Any) -> Any:
-    """A number that is a name as a text; so too in a list of names."""
-    if isinstance(value, list):
-        return [as_name(item) for item in value]
-    return str(value) if type(value) in (int, float) else value
-
-
-def check(settings: dict[str, Any], prefix: str = "", spared: Collection[str] = ()) -> None:
-    """Raise UserError for the first setting that breaks its rule; numbers that are names become texts, in place.
-
-    The settings `spared` are not looked at.
-    """
+def renamed(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings that an earlier version wrote, under today's names."""
+    result = {}
     for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            check(value, f"{name}.", spared)
-            continue
-        if name in spared:
-            continue
-        if name in NAMES:
-            settings[key] = value = as_name(value)
-        if name in RULES and not RULES[name][1](value):
-            rule = RULES[name][0]
-            if type(value) is int and value >= 2**63 and "at most" not in rule:
-                rule += " and below 2^63"
-            raise UserError(f"{name} must be {rule}, got {'null' if value is None else value!r}")
+        new = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}").rpartition(".")[2]
+        result[new] = renamed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    return result
+
+
+# --- types that settings share -----------------------------------------------------------------------------------
+
+
+def _is_rising(pair: list[float]) -> list[float]:
+    if pair[0] > pair[1]:
+        raise ValueError("falls")
+    return pair
+
+
+def _is_ascending(pair: list[float]) -> list[float]:
+    if pair[0] >= pair[1]:
+        raise ValueError("does not rise")
+    return pair
+
+
+def _as_text(value: Any) -> Any:
+    """A number that is meant as a name: a folder may be called 2024."""
+    return str(value) if type(value) in (int, float) or isinstance(value, Path) else value
+
+
+Int = Annotated[int, Strict(), Field(lt=LARGEST)]
+Count = Annotated[int, Strict(), Field(ge=1, lt=LARGEST)]
+Whole = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
+Seed = Annotated[int, Strict(), Field(ge=0, le=2**32 - 1)]
+Side = Annotated[int, Strict(), Field(ge=1, le=2**16 - 1)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Strict(), Field(ge=0, le=1)]
+ShareAboveZero = Annotated[float, Strict(), Field(gt=0, le=1)]
+BelowOne = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Seconds = Annotated[float, Strict(), Field(gt=0, le=86_400)]
+Gigabytes = Annotated[float, Strict(), Field(gt=0, le=1e9)]
+Switch = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1)]
+Name = Annotated[str, BeforeValidator(_as_text), Strict(), Field(min_length=1)]
+Paths = Annotated[Name | Annotated[list[Name], Field(min_length=1)], Rule("a path, or a list of paths")]
+Scale = Annotated[
+    list[ShareAboveZero],
+    Field(min_length=2, max_length=2),
+    AfterValidator(_is_rising),
+    Rule("a list of 2, each a number above 0 and at most 1, the second not below the first"),
+]
+Range = Annotated[
+    list[Positive],
+    Field(min_length=2, max_length=2),
+    AfterValidator(_is_rising),
+    Rule("a list of 2, each a number above 0, the second not below the first"),
+]
+Window = Annotated[
+    list[Number],
+    Field(min_length=2, max_length=2),
+    AfterValidator(_is_ascending),
+    Rule("a list of 2, each a number, the second above the first"),
+]
+Channels = Annotated[Literal[1, 3, 4], Rule("1, 3 or 4")]
+Jitter = Annotated[
+    Annotated[list[NonNegative], Field(min_length=3, max_length=3)] | None,
+    AfterValidator(lambda v: v or [0.0, 0.0, 0.0]),
+]
+Pool = Literal["cls_avg", "avg", "cls"]
+
+
+def matching(pattern: str) -> Callable[[str], str]:
+    """A validator of texts of a form."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(f"is not of the form {pattern}")
+        return value
+
+    return check
+
+
+# --- errors in one line ------------------------------------------------------------------------------------------
+
+
+def explain(error: ValidationError, model: type[Settings], given: Mapping[str, Any]) -> str:
+    """The first error of a validation, in one line."""
+    first = error.errors()[0]
+    path: list[str] = []
+    place: Any = given
+    for part in first["loc"]:
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        if first["type"] == "extra_forbidden" and part not in fields:
+            return unknown(".".join([*path, str(part)]), [".".join([*path, name]) for name in fields])
+        if not isinstance(part, str) or part not in fields:
+            break
+        path.append(part)
+        place = place.get(part) if isinstance(place, Mapping) else None
+        field = fields[part]
+        inner = group_of(field.annotation)
+        if inner is None or not isinstance(place, Mapping):
+            break
+        model = inner
+    key = ".".join(path)
+    if first["type"] == "missing":
+        return f"{key} is missing: set it with {key}=..."
+    text = rule(field.annotation, field.metadata)
+    if type(place) is int and place >= LARGEST and "at most" not in text:
+        text += " and below 2^63"
+    return f"{key} must be {text}, got {'null' if place is None else repr(place)}"
+
+
+def unknown(key: str, keys: list[str], verb: str = "", otherwise: str = "") -> str:
+    """What to say of a setting that does not exist: its new name, the nearest known one, or `otherwise`."""
+    if key in RENAMED:
+        return f"{key} was renamed to {RENAMED[key]}"
+    close = difflib.get_close_matches(key, keys, 1)
+    if not close:  # without its group
+        last = key.rpartition(".")[2]
+        leaves = {known.rpartition(".")[2]: known for known in reversed(keys)}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(last, leaves, 1)]
+    hint = f"did you mean {close[0]}?" if close else otherwise
+    return f"unknown key {key!r}{f' for {verb}' if verb else ''}" + (f"; {hint}" if hint else "")
+
+
+def group_of(annotation: Any) -> type[Settings] | None:
+    """The group of settings that a field holds, or may hold; None if it is a value."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Settings):
+            return kind
+    return None
+
+
+def rule(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
+    """What a value must be, in words, from its type."""
+    for item in metadata:
+        if isinstance(item, Rule):
+            return str(item)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return rule(arguments[0], [*arguments[1:], *metadata])
+    if origin in (Union, types.UnionType):
+        rest = [kind for kind in arguments if kind is not type(None)]
+        words = " or ".join(rule(kind, metadata if len(rest) == 1 else ()) for kind in rest)
+        return f"null or {words}" if len(rest) < len(arguments) else words
+    if origin is Literal:
+        return "one of " + ", ".join({None: "null", True: "true", False: "false"}.get(v, v) for v in arguments)
+    low, above, high = limits(metadata)
+    if annotation is bool:
+        return "true or false"
+    if annotation is int:
+        return f"a whole number of at least {low}" + (f" and at most {high}" if high is not None else "")
+    if annotation is float:
+        text = "a number" if low is None else f"a number {'above' if above else 'of at least'} {low:g}"
+        below = next((f" and below {m.lt:g}" for m in flat(metadata) if getattr(m, "lt", None) is not None), "")
+        return text + (f" and at most {high:g}" if high is not None else below)
+    if origin is list:
+        count = next((m.max_length for m in flat(metadata) if getattr(m, "max_length", None)), None)
+        return (f"a list of {count}, each " if count else "a list, each ") + rule(arguments[0])
+    if group_of(annotation):
+        return "a group of settings"
+    return "a text"
+
+
+def flat(metadata: Any) -> list[Any]:
+    """pydantic's FieldInfo carries its own metadata."""
+    return [inner for item in metadata for inner in (getattr(item, "metadata", None) or [item])]
+
+
+def limits(metadata: Any) -> tuple[Any, bool, Any]:
+    """(lowest, whether that itself is excluded, highest) of a number."""
+    low = high = None
+    above = False
+    for item in flat(metadata):
+        if getattr(item, "gt", None) is not None:
+            low, above = item.gt, True
+        if getattr(item, "ge", None) is not None:
+            low = item.ge
+        if getattr(item, "le", None) is not None:
+            high = item.le
+    return low, above, high
+
+
+def help_text(model: type[Settings], composed: Mapping[str, Any]) -> str:
+    """All settings of a model with their defaults, grouped, as `--help` shows them."""
+    lines: list[str] = []
+
+    def section(model: type[Settings], values: Mapping[str, Any], prefix: str) -> None:
+        groups = []
+        for name, field in model.model_fields.items():
+            key, value = (
+                field.alias or name,
+                values.get(field.alias or name, field.default if not field.is_required() else "???"),
+            )
+            inner = group_of(field.annotation)
+            if inner is not None and isinstance(value, Mapping):
+                groups.append((key, inner, value, field.description))
+                continue
+            lines.append(f"  {f'{prefix}{key}={shown(value)}':38} {field.description or ''}".rstrip())
+        for key, inner, value, text in groups:
+            lines.append(f"\n{prefix}{key}: {text or (inner.__doc__ or '').splitlines()[0]}")
+            section(inner, value, f"{prefix}{key}.")
+
+    section(model, composed, "")
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on a command line."""
+    if isinstance(value, Mapping | list) or value is None or isinstance(value, bool):
+        return yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0].replace(", ", ",")
+    return str(value)

@@ -14,7 +14,7 @@ import report
 import torch
 from h100 import Program, empty, generate, to_device
 
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.speed import make_deterministic
 from beit_pretrain.models.backbone import BIASES, MaskedImageModel
 from beit_pretrain.models.blocks import attentions
@@ -35,7 +35,7 @@ def programs(depth: int, bias: str, batch: int, checkpoint: bool, attention: str
     network.set_grad_checkpointing(checkpoint)
     for layer in attentions(network):
         layer.kernel = attention
-    module: Any = Pretraining(to_device(network), Tokenizer(), Optim(lr=1e-3), (0.5,) * 3, (0.5,) * 3)
+    module: Any = Pretraining(to_device(network), Tokenizer(), OptimSettings(lr=1e-3), (0.5,) * 3, (0.5,) * 3)
     module.compile_mode = "default"
     objective = module.maybe_compile(module.objective)
     # Images, masks, masked positions, tokens, drop path's numbers.

@@ -13,7 +13,7 @@ import torch
 from dall_e.encoder import Encoder
 from h100 import DEVICE, Program, empty, generate, mode
 
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
@@ -27,7 +27,7 @@ def programs(batch: int) -> list[Program]:
     with mode:
         tokenizer.to(DEVICE)  # which prepares its weights
     network = MaskedImageModel(tokenizer.vocab_size, embed_dim=64, depth=1, num_heads=1)
-    module: Any = Pretraining(network, tokenizer, Optim(lr=1e-3), (0.5,) * 3, (0.5,) * 3)
+    module: Any = Pretraining(network, tokenizer, OptimSettings(lr=1e-3), (0.5,) * 3, (0.5,) * 3)
     module.compile_mode = "default"
     views_and_tokens = module.maybe_compile(module.image_and_tokens)
     # A batch as workers send it: bytes, channels innermost.

@@ -13,7 +13,7 @@ from dall_e import map_pixels
 from dall_e.encoder import Encoder
 from torch import Tensor
 
-from beit_pretrain.engine.optim import Optim, clip_gradients
+from beit_pretrain.engine.optim import OptimSettings, clip_gradients
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.blocks import bias_rows, biased_attention, pad_bias_stride
 from beit_pretrain.models.drop_path import uniforms
@@ -70,7 +70,7 @@ def pretraining(device: torch.device, **settings) -> Pretraining:
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
     tokenizer = OpenAITokenizer.of(encoder()).to(device)
-    module = Pretraining(model.to(device), tokenizer, Optim(lr=1e-3, clip=1.0), HALF, HALF).to(device)
+    module = Pretraining(model.to(device), tokenizer, OptimSettings(lr=1e-3, clip=1.0), HALF, HALF).to(device)
     module.setup("fit")
     return module
 

@@ -18,10 +18,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.order import MASK, generator
 from beit_pretrain.engine.optim import Optim, configure
 from beit_pretrain.engine.speed import compile_mode, make_deterministic, set_attention
-from beit_pretrain.engine.trainer import as_user_errors, wanted_gpu
+from beit_pretrain.engine.trainer import wanted_gpu
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Architecture, MaskedImageModel, patch_grid
 from beit_pretrain.models.build import network

@@ -28,13 +28,14 @@ from beit_pretrain.benchmarks.compare import Ratio, compared
 from beit_pretrain.benchmarks.inputs import Bench, configured, make_batch, make_bench
 from beit_pretrain.benchmarks.step import BATCHES, backward, facts, forward, on_gpu
 from beit_pretrain.benchmarks.timing import seconds_per_call
+from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.corrupt_images import CorruptImages
 from beit_pretrain.engine.callbacks import ProgressBar, Throughput
 from beit_pretrain.engine.checkpointing import LAST, CheckpointManager
 from beit_pretrain.engine.metrics import CsvMetrics
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
 from beit_pretrain.engine.run_folder import REPLACED, SKIPPED
-from beit_pretrain.engine.trainer import as_user_errors, make_trainer, silence_warnings
+from beit_pretrain.engine.trainer import make_trainer, silence_warnings
 from beit_pretrain.tables import table
 
 BLOCK = 100  # steps on a GPU, unless bench.steps says it

@@ -23,7 +23,7 @@ from beit_pretrain.benchmarks.memory import bench_memory
 from beit_pretrain.benchmarks.photos import read_photos
 from beit_pretrain.benchmarks.plots import bars
 from beit_pretrain.benchmarks.step import bench_step
-from beit_pretrain.compose import compose, quoted
+from beit_pretrain.config import compose, quoted
 from beit_pretrain.engine.trainer import wanted_gpu
 
 PAGE, RESULTS, PLOT = "page.md", "results.json", "images_per_s.png"

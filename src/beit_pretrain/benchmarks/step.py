@@ -34,12 +34,12 @@ from beit_pretrain.benchmarks.inputs import Batch, Bench, configured, make_batch
 from beit_pretrain.benchmarks.peers import peer_steps
 from beit_pretrain.benchmarks.plots import OF_CLOCK
 from beit_pretrain.benchmarks.timing import Clock, seconds_per_call
+from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.datamodule import PretrainData
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.engine.compile import CompileCounts, compile_counts
 from beit_pretrain.engine.optim import clip_gradients
 from beit_pretrain.engine.tasks import data_settings, pretrain_views
-from beit_pretrain.engine.trainer import as_user_errors
 from beit_pretrain.tables import table
 from beit_pretrain.tasks.pretrain import MIMOutput
 from beit_pretrain.tokenizers.tokenizer import view_size

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from beit_pretrain.data.dataset import (
     BatchSchedule,
     EvalSchedule,
+    FixedTokens,
     LabelMapTransform,
     ShardDataset,
     StepSampler,
@@ -23,13 +24,11 @@ from beit_pretrain.data.dataset import (
 from beit_pretrain.data.loader_workers import begin_worker
 from beit_pretrain.data.mixture import Mixture
 from beit_pretrain.data.order import Order
-from beit_pretrain.data.reader import RemoteOptions, ShardReader
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.errors import UserError
-from beit_pretrain.tokenizers.token_cache import CachedTokens, TokenFolder
 from beit_pretrain.transforms.masking import BlockwiseMask
-from beit_pretrain.transforms.views import ClassificationTransform, TwoViewTransform
-
-Source = str | Path | Sequence[str | Path]
+from beit_pretrain.transforms.views import ClassificationTransform
 
 
 class ShardData(LightningDataModule):
@@ -40,50 +39,26 @@ class ShardData(LightningDataModule):
         val: the same of held-out images; None = no validation.
         global_batch_size: images of one optimiser step over all processes and micro-batches.
         seed: of order, views and masks.
-        workers: loader processes per training process; 0 = none.
-        window, streams: see `order.Order`.
-        val_batch: images of a validation batch.
-        val_images: at most so many validation images.
-        labels_per_class: train on so many images of each class only (the first ones in the shards' order).
-        weights: how often each of several training sets is drawn from; None = every image of all of them once an epoch.
-        access: how remote shards are had.
+        settings: others of `DataSettings`.
     """
 
     VAL_SEED = 1_000_003  # views and masks of held-out images never change, whatever the run's seed
 
-    def __init__(
-        self,
-        train: Source,
-        val: Source | None = None,
-        *,
-        global_batch_size: int,
-        seed: int = 0,
-        num_workers: int = 4,
-        shuffle_block_size: int = 4096,
-        shuffle_streams: int = 64,
-        val_batch: int = 64,
-        val_images: int | None = None,
-        labels_per_class: int | None = None,
-        weights: Sequence[float] | None = None,
-        access: RemoteOptions | None = None,
-    ):
+    def __init__(self, train: Any, val: Any = None, *, global_batch_size: int, seed: int = 0, **settings: Any):
         super().__init__()
-        self.tokens: dict[str, CachedTokens] = {}  # of the splits that have them: their views are fixed
-        self.readers = {"train": ShardReader(train, access)}
-        if val is not None:
-            self.readers["val"] = ShardReader(val, access)
+        self.settings = chosen = DataSettings(train=train, val=val, **settings)
+        self.tokens: dict[str, FixedTokens] = {}  # of the splits that have them: their views are fixed
+        self.readers = {"train": ShardReader(chosen.train, chosen)}
+        if chosen.val is not None:
+            self.readers["val"] = ShardReader(chosen.val, chosen)
             classes, known = self.readers["val"].classes, self.classes
             if classes and classes != known and not self.readers["train"].classes_differ:
                 raise UserError(f"data.val={val} has other classes than data.train={train}; make both in one go")
-        if weights is not None and labels_per_class is not None:
+        if chosen.weights is not None and chosen.labels_per_class is not None:
             raise UserError("data.weights and data.labels_per_class exclude each other")
-        self.weights, self.access = weights, access or RemoteOptions()
-        if num_workers < 0:
-            raise UserError(f"data.num_workers must be 0 or more, got {num_workers}")
-        self.global_batch_size, self.seed, self.num_workers = global_batch_size, seed, num_workers
-        self.shuffle_block_size, self.shuffle_streams = shuffle_block_size, shuffle_streams
-        self.val_batch, self.val_images = val_batch, val_images
-        self.subset = None if labels_per_class is None else first_of_each_class(self.readers["train"], labels_per_class)
+        self.global_batch_size, self.seed = global_batch_size, seed
+        count = chosen.labels_per_class
+        self.subset = None if count is None else first_of_each_class(self.readers["train"], count)
 
     @property
     def classes(self) -> list[str]:
@@ -119,14 +94,13 @@ class ShardData(LightningDataModule):
     def train_order(self) -> Order | Mixture:
         """Which training image stands at which position."""
         reader = self.readers["train"]
-        if self.weights is None:
+        block_size, streams = self.settings.shuffle_block_size, self.settings.shuffle_streams
+        if self.settings.weights is None:
             sizes = reader.sizes if self.subset is None else [len(self.subset)]
-            return Order(sizes, self.seed, self.shuffle_block_size, self.shuffle_streams)
+            return Order(sizes, self.seed, block_size, streams)
         # Each set has an order of its own: with one seed for all, equal sets would be read in step.
-        orders = [
-            Order(s, self.seed + i, self.shuffle_block_size, self.shuffle_streams) for i, s in enumerate(reader.parts())
-        ]
-        return Mixture(orders, self.weights, self.seed)
+        orders = [Order(s, self.seed + i, block_size, streams) for i, s in enumerate(reader.parts())]
+        return Mixture(orders, self.settings.weights, self.seed)
 
     def eval_dataset(
         self,
@@ -139,7 +113,7 @@ class ShardData(LightningDataModule):
         """Every image of a split (or its first `images`) once and in order, with fixed views and masks."""
         reader = self.readers[split]
         samples = reader.samples if images is None else min(reader.samples, images)
-        plan = EvalSchedule(samples, self.val_batch, rank, world)
+        plan = EvalSchedule(samples, self.settings.val_batch, rank, world)
         order = Order(reader.sizes, shuffle=False)
         tokens = None if views else self.tokens.get(split)
         views = views or self.views("val")
@@ -161,14 +135,14 @@ class ShardData(LightningDataModule):
 
     def check_cache(self, position: int, ranks: Sequence[int], world: int) -> None:
         """Raise UserError if the cache cannot hold the shards that this node's processes read from at once."""
-        reader, order, limit = self.readers["train"], self.train_order(), self.access.cache_gb * 1e9
+        reader, order, limit = self.readers["train"], self.train_order(), self.settings.cache_gb * 1e9
         if self.subset is not None:
             return
         here = {shard for rank in ranks for shard in order.upcoming_shards(position, rank, world, windows=1)}
         needed = sum(reader.shards[shard].bytes for shard in here if reader.is_remote(shard))
         if needed > limit:
             raise UserError(
-                f"data.cache_gb={self.access.cache_gb:g} is too small: this node reads from {len(here):,} shards of "
+                f"data.cache_gb={self.settings.cache_gb:g} is too small: this node reads from {len(here):,} shards of "
                 f"{needed / 1e9:.3g} GB at once; set it higher, or data.shuffle_block_size or data.shuffle_streams lower"
             )
 
@@ -177,7 +151,7 @@ class ShardData(LightningDataModule):
             return []
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        dataset = self.eval_dataset("val", rank, world, images=self.val_images)
+        dataset = self.eval_dataset("val", rank, world, images=self.settings.val_images)
         return self.loader(dataset, range(len(dataset)))
 
     test_dataloader = val_dataloader
@@ -191,38 +165,12 @@ class ShardData(LightningDataModule):
             dataset,
             batch_size=None,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=self.settings.num_workers,
             pin_memory=torch.cuda.is_available() and not kept,
-            persistent_workers=self.num_workers > 0 and not kept,
+            persistent_workers=self.settings.num_workers > 0 and not kept,
             worker_init_fn=begin_worker,
-            timeout=self.patience if self.num_workers else 0,
+            timeout=self.patience if self.settings.num_workers else 0,
         )
-
-
-class PretrainData(ShardData):
-    """Two views and a mask of every image, or one view and its cached tokens.
-
-    `tokens`: of "train", "val" or both, a token folder for each shard folder.
-    """
-
-    def __init__(
-        self,
-        train,
-        val=None,
-        *,
-        views: TwoViewTransform,
-        masking: BlockwiseMask,
-        tokens: Mapping[str, Sequence[TokenFolder]] | None = None,
-        **settings,
-    ):
-        super().__init__(train, val, **settings)
-        self._views, self.masking = views, masking
-        for split, folders in (tokens or {}).items():
-            if split in self.readers:
-                self.tokens[split] = CachedTokens(folders, self.readers[split], views, masking.grid, split)
-
-    def views(self, split: str) -> Transform:
-        return self._views
 
 
 class ClassificationData(ShardData):
@@ -262,8 +210,6 @@ def labels(reader: ShardReader) -> np.ndarray:
 
 def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
     """(samples, 2) shard and index of the first `count` samples of every class: the shards' order is already random."""
-    if count < 1:
-        raise UserError(f"data.labels_per_class must be at least 1, got {count}")
     taken = np.zeros(len(reader.classes), np.int64)
     chosen = []
     for shard in range(len(reader.sizes)):
@@ -274,3 +220,9 @@ def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
     if not chosen:
         raise UserError(f"{reader.folders[0]} has no labels; data.labels_per_class needs images in class folders")
     return np.asarray(chosen, np.int64)
+
+
+def first_images(dataset: ShardDataset, count: int, device: torch.device) -> dict[str, Tensor]:
+    """The first images of a data set as a batch on `device`."""
+    samples = [dataset.sample(position) for position in range(min(count, dataset.order.samples))]
+    return {k: torch.stack([torch.as_tensor(s[k]) for s in samples]).to(device) for k in samples[0]}

@@ -24,7 +24,6 @@ from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, posit
 from beit_pretrain.data.prefetch import ShardPrefetcher
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
-from beit_pretrain.tokenizers.token_cache import CachedTokens
 from beit_pretrain.transforms.image_io import open_image, reason
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.views import TwoViewTransform
@@ -51,6 +50,12 @@ class LabelMapTransform(Protocol):
     def __call__(
         self, image: Image.Image, rng: np.random.Generator, label_map: Image.Image
     ) -> dict[str, np.ndarray]: ...
+
+
+class FixedTokens(Protocol):
+    """Tokens that are known already, of fixed views (`tokenizers.token_cache.CachedTokens`)."""
+
+    def view(self, sample: Sample, epoch: int, data: bytes) -> Callable[[], dict[str, np.ndarray]]: ...
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class ShardDataset(Dataset):
         subset: np.ndarray | None = None,
         seed: int = 0,
         label_maps: bool = False,
-        tokens: CachedTokens | None = None,
+        tokens: FixedTokens | None = None,
     ):
         self.reader, self.order, self.plan = reader, order, plan
         self.views: Any = views

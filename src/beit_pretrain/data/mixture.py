@@ -38,7 +38,7 @@ class Mixture:
         self.counts = shares(weights, len(orders))
         self.block = int(self.counts.sum())
         self.samples = sum(order.samples for order in orders)
-        self.shuffle_streams = orders[0].shuffle_streams
+        self.streams = orders[0].streams
         self.sizes = np.concatenate([order.sizes for order in orders])
         self._first_shard = np.cumsum([0] + [len(order.sizes) for order in orders])
         self._pattern = lru_cache(maxsize=64)(self._shuffled)

@@ -24,8 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from beit_pretrain.errors import UserError
-
 # What the counter-based generator is drawn for: a purpose of its own for each, so that one more draw for the crop
 # can never move the mask.
 VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW, SHUFFLE_MIXTURE, CACHED_VIEW = range(6)
@@ -55,7 +53,7 @@ class Order:
     Args:
         sizes: samples of each shard, in the manifest's order.
         seed: the run's seed.
-        window: samples that are shuffled among each other (a few shards' worth). Two shuffled windows per
+        block_size: samples that are shuffled among each other (a few shards' worth). Two shuffled blocks per
             stream are kept in memory: 8 bytes a sample.
         streams: canonical streams (up to 4096); at most one per shard are used.
         shuffle: False gives the samples as they stand in the shards, every epoch alike (validation).
@@ -65,22 +63,18 @@ class Order:
         self,
         sizes: list[int],
         seed: int = 0,
-        shuffle_block_size: int = 4096,
-        shuffle_streams: int = 64,
+        block_size: int = 1,
+        streams: int = 1,
         shuffle: bool = True,
     ):
         if not sizes or min(sizes) < 0 or sum(sizes) == 0:
             raise ValueError("an order needs at least one sample")
-        if shuffle_block_size < 1 or not 1 <= shuffle_streams <= 4096:
-            raise UserError(
-                f"data.shuffle_block_size={shuffle_block_size} must be 1 or more, data.shuffle_streams={shuffle_streams} between 1 and 4096"
-            )
         self.sizes = np.asarray(sizes, np.int64)
-        self.seed, self.shuffle_block_size, self.shuffle = seed, shuffle_block_size, shuffle
+        self.seed, self.block_size, self.shuffle = seed, block_size, shuffle
         self.samples = int(self.sizes.sum())
-        self.shuffle_streams = max(1, min(shuffle_streams, len(sizes))) if shuffle else 1
+        self.streams = max(1, min(streams, len(sizes))) if shuffle else 1
         self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)
-        self._window = lru_cache(maxsize=2 * self.shuffle_streams)(self._permute_window)
+        self._window = lru_cache(maxsize=2 * self.streams)(self._permute_window)
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_shards_of_epoch", "_window")}
@@ -88,7 +82,7 @@ class Order:
     def __setstate__(self, state: dict) -> None:  # caches cannot travel to a spawned worker: it starts with empty ones
         self.__dict__.update(state)
         self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)
-        self._window = lru_cache(maxsize=2 * self.shuffle_streams)(self._permute_window)
+        self._window = lru_cache(maxsize=2 * self.streams)(self._permute_window)
 
     def sample_at(self, position: int) -> Sample:
         """The sample at `position` (>= 0, endless: epoch e holds positions [e * samples, (e + 1) * samples))."""
@@ -117,14 +111,14 @@ class Order:
     def upcoming_shards(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
         """Shards that `rank` of `world` reads in the windows it is in at `position`, then in the following ones."""
         first = position + (rank - position) % world
-        one_of_each_stream = range(first, first + math.lcm(self.shuffle_streams, world), world)
+        one_of_each_stream = range(first, first + math.lcm(self.streams, world), world)
         found: dict[int, None] = {}  # a set that keeps its order
         for number in range(windows):
             for k in one_of_each_stream:
-                epoch, k = divmod(k + number * self.shuffle_block_size * self.shuffle_streams, self.samples)
-                stream, window = k % self.shuffle_streams, k // self.shuffle_streams // self.shuffle_block_size
+                epoch, k = divmod(k + number * self.block_size * self.streams, self.samples)
+                stream, window = k % self.streams, k // self.streams // self.block_size
                 start, length = (int(v) for v in self._stream(np.asarray(stream)))
-                begin, end = window * self.shuffle_block_size, min((window + 1) * self.shuffle_block_size, length)
+                begin, end = window * self.block_size, min((window + 1) * self.block_size, length)
                 shards, ends = self._shards_of_epoch(epoch if self.shuffle else 0)
                 i, j = np.searchsorted(ends, [start + begin, start + end - 1], side="right")
                 found |= dict.fromkeys(shards[i : j + 1].tolist())
@@ -133,22 +127,22 @@ class Order:
     def _stream(self, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where streams begin in the epoch's concatenation, and their lengths."""
         # The first `samples % streams` streams are one sample longer than the others.
-        base, longer = divmod(self.samples, self.shuffle_streams)
+        base, longer = divmod(self.samples, self.streams)
         return stream * base + np.minimum(stream, longer), base + (stream < longer)
 
     def _unshuffled(self, epoch: np.ndarray, k: np.ndarray) -> np.ndarray:
         """Places in the epochs' concatenations of shards of the k-th samples of epochs."""
-        stream, k = k % self.shuffle_streams, k // self.shuffle_streams
+        stream, k = k % self.streams, k // self.streams
         start, length = self._stream(stream)
-        number, offset = np.divmod(k, self.shuffle_block_size)
-        begin = number * self.shuffle_block_size
+        number, offset = np.divmod(k, self.block_size)
+        begin = number * self.block_size
         # Epoch, stream and window share the 64-bit half of the key: 24, 12 and 28 bits of it.
         key = (epoch << 40) | (stream << 28) | number
         windows, first, inverse, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
         by_window = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))
         moved = np.empty_like(offset)
         for window, i, members in zip(windows, first, by_window):
-            permutation = self._window(int(window) % 2**64, int(min(self.shuffle_block_size, length[i] - begin[i])))
+            permutation = self._window(int(window) % 2**64, int(min(self.block_size, length[i] - begin[i])))
             moved[members] = permutation[offset[members]]
         return start + begin + moved
 

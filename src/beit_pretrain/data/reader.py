@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -22,6 +21,7 @@ from beit_pretrain.data.cache import Shard, ShardCache, check_content
 from beit_pretrain.data.manifest import INDEX_DTYPE, MANIFEST, index_path, parse_manifest, read_manifest
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.remote import Remote, is_remote
+from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.errors import UserError
 
 MANIFEST_LIMIT = 1 << 30  # bytes of a remote manifest
@@ -34,19 +34,6 @@ class Record(NamedTuple):
 
     data: bytes
     label: int
-
-
-@dataclass(frozen=True)
-class RemoteOptions:
-    """How remote shards are had: folder and gigabytes of the cache, further tries, seconds without a byte."""
-
-    cache_dir: str | None = None
-    cache_gb: float = 100.0
-    retries: int = 5
-    timeout: float = 60.0
-
-    def cache(self) -> ShardCache:
-        return ShardCache(self.cache_dir or DEFAULT_CACHE, int(self.cache_gb * 1e9))
 
 
 class ShardReader:
@@ -232,7 +219,7 @@ class RemoteFolder:
         text, where = data.decode("utf-8", errors="replace"), f"{MANIFEST} of {self.remote}"
         self.about = parse_manifest(text, where, "give the location of a folder that shards make wrote")
         self.shards = _shards(self.about)
-        self.cache = access.cache()
+        self.cache = ShardCache(access.cache_dir or DEFAULT_CACHE, int(access.cache_gb * 1e9))
 
     def __str__(self) -> str:
         return str(self.remote)

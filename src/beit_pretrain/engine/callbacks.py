@@ -5,23 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
-from torch import Tensor
 
-from beit_pretrain.data.datamodule import ShardData
-from beit_pretrain.data.dataset import ShardDataset
-from beit_pretrain.errors import UserError
-from beit_pretrain.tasks.pretrain import Pretraining
-from beit_pretrain.tasks.segment import Segmentation
-from beit_pretrain.transforms.views import normalise
 from beit_pretrain.visualization import grids
-from beit_pretrain.visualization.attention_maps import attention_picture
-from beit_pretrain.visualization.overlays import comparison
-from beit_pretrain.visualization.token_maps import token_sheet
 
 
 class ProgressBar(TQDMProgressBar):
@@ -87,32 +75,6 @@ class Throughput(Callback):
         pl_module.batch_ended = None
 
 
-class MaskedPictures(Callback):
-    """Writes masked | predicted | decoded | original pictures of held-out images, and attention maps, after every
-    validation; token maps, which do not change, after the first one.
-
-    Args:
-        folder: where `step-000100.png` go.
-        data: its validation images are shown.
-        images: how many.
-    """
-
-    def __init__(self, folder: Path, data: ShardData, images: int = 6):
-        self.folder, self.data, self.images = folder, data, images
-
-    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
-            return
-        batch = first_images(self.data.eval_dataset("val"), self.images, pl_module.device)
-        publish(trainer, masked_picture(pl_module, batch), self.folder)
-        image, ids_BN = pl_module.image_and_tokens(batch)
-        normalised, model = normalise(image[:2], pl_module.mean, pl_module.std), pl_module.model
-        publish(trainer, attention_picture(model, normalised, image[:2]), self.folder, "attention")
-        if not any(self.folder.glob("step-*-tokens.png")):
-            decoded = pl_module.tokenizer.decode(ids_BN)
-            publish(trainer, token_sheet(image, decoded, ids_BN, model.vocab_size), self.folder, "tokens")
-
-
 def publish(trainer: Trainer, picture: Image.Image, folder: Path, name: str = "") -> None:
     """Write a picture of the current step and hand it to the loggers that take pictures."""
     path = folder / f"step-{trainer.global_step:06d}{f'-{name}' if name else ''}.png"
@@ -120,60 +82,3 @@ def publish(trainer: Trainer, picture: Image.Image, folder: Path, name: str = ""
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):  # W&B
             logger.log_image(f"pictures/{name or 'main'}", [str(path)], step=trainer.global_step)
-
-
-class SegmentationPictures(Callback):
-    """Writes image | annotated | found, in colour, of held-out images after every validation.
-
-    Arguments as of `MaskedPictures`.
-    """
-
-    def __init__(self, folder: Path, data: ShardData, images: int = 6):
-        self.folder, self.data, self.images = folder, data, images
-
-    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
-        if not trainer.sanity_checking and trainer.is_global_zero:
-            publish(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder)
-
-
-def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str = "val") -> Image.Image:
-    """A row for each of the first images of a split: image, overlay of its label map, overlay of what is found."""
-    training, dataset, rows = module.model.training, data.eval_dataset(split), []
-    module.model.eval()
-    for position in range(min(images, dataset.order.samples)):
-        sample = dataset.sample(position)
-        scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
-        target = sample["target"]
-        found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
-        image = grids.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
-        rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
-    module.model.train(training)
-    return grids.stack(rows)
-
-
-def first_images(dataset: ShardDataset, count: int, device: torch.device) -> dict[str, Tensor]:
-    """The first images of a data set as a batch on `device`."""
-    samples = [dataset.sample(position) for position in range(min(count, dataset.order.samples))]
-    return {k: torch.stack([torch.as_tensor(s[k]) for s in samples]).to(device) for k in samples[0]}
-
-
-@torch.no_grad()
-def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
-    """Grid of masked | predicted tokens decoded | original tokens decoded | original, one row an image.
-
-    Raises UserError without a tokenizer, which is what turns tokens into pictures.
-    """
-    if module.tokenizer is None:
-        raise UserError("the run trains from cached tokens alone; only a tokenizer can draw them")
-    training = module.model.training
-    module.model.eval()
-    image, tokens_BN = module.image_and_tokens(batch)
-    mask_BN = batch["mask"]
-    predicted_BN = tokens_BN.clone()
-    logits_MV = module.model(normalise(image, module.mean, module.std), mask_BN)
-    predicted_BN[mask_BN] = logits_MV.argmax(-1)
-    module.model.train(training)
-    side = int(image.shape[-1])
-    decoded = [F.interpolate(module.tokenizer.decode(t), (side, side)) for t in (predicted_BN, tokens_BN)]
-    columns = [grids.hide(image, mask_BN), *decoded, image]
-    return grids.grid(columns, ["masked", "predicted", "tokens decoded", "original"])

@@ -34,7 +34,6 @@ from beit_pretrain.engine.preemption import Preempted
 from beit_pretrain.engine.subprocess_launcher import DDP, FSDP, SubprocessLauncher
 from beit_pretrain.errors import AllRanksError, UserError, first_line
 
-FSDP_TASKS = ("pretrain", "finetune")
 MAY_DIFFER = ("data.train", "data.val", "data.cache_dir")  # places on a machine; what is in them is compared
 
 # What torch says, over several libraries, when a process does not answer or is gone.
@@ -139,21 +138,6 @@ def shard(model: Any, mesh: Any) -> None:
     if hasattr(model, "forward_at"):
         register_fsdp_forward_method(model, "forward_at")
     model.is_sharded = True
-
-
-def fit_for_fsdp(cfg: Any, data: ShardData, world: int) -> None:
-    """Raise UserError for what cannot be done with a network that no process has as a whole."""
-    if cfg.task not in FSDP_TASKS:
-        raise UserError(f"trainer.strategy=fsdp is for {' and '.join(FSDP_TASKS)}, not for {cfg.task}")
-    if cfg.get("ema") is not None:
-        raise UserError("trainer.strategy=fsdp and ema exclude each other: set ema=null")
-    images = (
-        min(data.val_images or data.readers["val"].samples, data.readers["val"].samples)
-        if "val" in data.readers
-        else world
-    )
-    if images < world:
-        raise UserError(f"trainer.strategy=fsdp: {images} held-out images are fewer than {world} processes")
 
 
 class RankConsistencyCheck(Callback):

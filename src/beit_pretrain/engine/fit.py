@@ -12,50 +12,37 @@ from pathlib import Path
 import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
 
-from beit_pretrain.compose import to_dict
+from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.corrupt_images import CorruptImages
 from beit_pretrain.engine import distributed as cluster
 from beit_pretrain.engine import speed
-from beit_pretrain.engine.callbacks import MaskedPictures, ProgressBar, Throughput
+from beit_pretrain.engine.callbacks import ProgressBar, Throughput
 from beit_pretrain.engine.checkpointing import LAST, CheckpointManager
 from beit_pretrain.engine.compile import CompileReport
-from beit_pretrain.engine.device_prefetch import DevicePrefetcher
 from beit_pretrain.engine.dist_env import is_child, is_restarted
 from beit_pretrain.engine.metrics import is_first_process
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
 from beit_pretrain.engine.preemption import PREEMPTED, Preempted, PreemptionSignals
-from beit_pretrain.engine.preflight import preflight, run_summary
+from beit_pretrain.engine.preflight import fit_for_fsdp, preflight, run_summary
 from beit_pretrain.engine.resume import (
     ResumeState,
     check_same_data,
     find_resume,
-    from_checkpoint,
     load_run,
     open_folder,
     restore_config,
 )
 from beit_pretrain.engine.run_folder import REPLACED, SKIPPED, exclusive_lock, finished_step, mark_finished
-from beit_pretrain.engine.tasks import TASKS, Task
-from beit_pretrain.engine.trainer import as_user_errors, make_trainer, silence_warnings, total_steps, wanted_gpu
+from beit_pretrain.engine.settings import FitSettings, ValidateSettings
+from beit_pretrain.engine.task import Task, find_task
+from beit_pretrain.engine.trainer import make_trainer, silence_warnings, total_steps, wanted_gpu
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.evaluation.online_knn import OnlineKNN
 from beit_pretrain.processes import end_with_parent
-from beit_pretrain.tasks.linear_probe import Probing
-from beit_pretrain.tasks.pretrain import Pretraining
-
-# Kind of checkpoint -> the metric of held-out images that says which one is the best, and which way.
-BEST_BY = {
-    "mim": ("val/loss", "min"),
-    "tokenizer": ("val/reconstruction", "min"),
-    "classifier": ("val/accuracy", "max"),
-    "probe": ("val/accuracy", "max"),
-    "segmenter": ("val/miou", "max"),
-}
+from beit_pretrain.settings import to_dict
 
 
-def fit(cfg: DictConfig) -> dict[str, float]:
+def fit(cfg: FitSettings) -> dict[str, float]:
     """Train what the config describes; returns the last validation metrics.
 
     Raises KeyboardInterrupt after Ctrl-C, and SystemExit(75) after SIGTERM or SIGUSR1, with all saved.
@@ -85,7 +72,7 @@ def fit(cfg: DictConfig) -> dict[str, float]:
         raise SystemExit(code) from None
 
 
-def run(cfg: DictConfig, signals: PreemptionSignals) -> dict[str, float]:
+def run(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
     """The same, with the signals that end it. Raises Stopped."""
     run_dir = Path(cfg.run_dir)
     # Before anything in it is read: a run that is just ending still writes there. A folder that is not there yet is
@@ -94,33 +81,31 @@ def run(cfg: DictConfig, signals: PreemptionSignals) -> dict[str, float]:
         return run_locked(cfg, signals)
 
 
-def run_locked(cfg: DictConfig, signals: PreemptionSignals) -> dict[str, float]:
+def run_locked(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
     """The same, in a folder that no other run writes into, if it is there. Raises Stopped."""
     run_dir, folder = Path(cfg.run_dir), Path(cfg.run_dir) / "checkpoints"
     with as_user_errors():
-        if cfg.task not in TASKS:
-            raise UserError(f"task={cfg.task} is not one of {', '.join(TASKS)}")
+        kind = find_task(cfg.task)
         if cfg.threads is not None:
             torch.set_num_threads(cfg.threads)
         if cfg.deterministic:
-            speed.make_deterministic(cfg.task, wanted_gpu(cfg.trainer.accelerator))
+            speed.make_deterministic(wanted_gpu(cfg.trainer.accelerator), kind.nondeterministic_on_gpu)
         seed_everything(cfg.seed, workers=True, verbose=False)
         start = find_resume(cfg, folder)
-        task = TASKS[cfg.task](from_checkpoint(cfg, start.path) if start.path else cfg)
-        backbone = task.module.backbone if isinstance(task.module, Probing) else task.module.model
-        speed.set_attention(backbone, cfg.attention, wanted_gpu(cfg.trainer.accelerator), cfg.trainer.precision)
+        task = kind(kind.resumed(cfg, start.path) if start.path else cfg)
+        speed.set_attention(task.network, cfg.attention, wanted_gpu(cfg.trainer.accelerator), cfg.trainer.precision)
         task.module.images = cluster.contents(task.data)
         check_same_data(task.module, start)
         steps = total_steps(cfg, task.data.samples)
         agreement, sharded = cluster.RankConsistencyCheck(), cfg.trainer.strategy == "fsdp"
         if sharded:  # these look at the network in one process, where it is no longer whole
-            task.callbacks = [c for c in task.callbacks if not isinstance(c, MaskedPictures | OnlineKNN)]
+            task.callbacks = [c for c in task.callbacks if not getattr(c, "needs_whole_network", False)]
         trainer = make_trainer(cfg, steps, [agreement, *common_callbacks(cfg, folder, task), *task.callbacks])
         speed.check_cuda_graphs(cfg.compile, trainer.accumulate_grad_batches, cfg.device_prefetch, sharded)
         introduction = run_summary(cfg, task, steps, trainer)
         checks = preflight(cfg, task, trainer, steps)
         if sharded:
-            cluster.fit_for_fsdp(cfg, task.data, trainer.world_size)
+            fit_for_fsdp(cfg, task, trainer.world_size)
     if cfg.preflight == "only":
         if is_first_process():
             print("\n".join([introduction, *checks, "ready: the same command without preflight=only starts the run"]))
@@ -153,7 +138,7 @@ def close_loggers(trainer: Trainer, how: str) -> None:
         logger.finalize(how)
 
 
-def prepare(cfg: DictConfig, task: Task, start: ResumeState, signals: PreemptionSignals) -> None:
+def prepare(cfg: FitSettings, task: Task, start: ResumeState, signals: PreemptionSignals) -> None:
     """What watches over the run: its rhythm, its checkpoints, its guard."""
     module, folder = task.module, Path(cfg.run_dir) / "checkpoints"
     module.log_every = cfg.log_every
@@ -167,11 +152,8 @@ def prepare(cfg: DictConfig, task: Task, start: ResumeState, signals: Preemption
     module.exchange.patience = 0.9 * 60 * cfg.timeout_minutes  # before NCCL, which ends a process without a word
     module.compile_mode = speed.compile_mode(cfg.compile, wanted_gpu(cfg.trainer.accelerator), sharded)
     torch._dynamo.config.optimize_ddp = bool(cfg.optimize_ddp)
-    if cfg.task == "pretrain" and not cfg.deterministic:
-        torch.backends.cudnn.benchmark = True  # the encoder's images have one size: its algorithms are timed once
     task.data.patience = 60 * cfg.timeout_minutes
-    if cfg.device_prefetch and isinstance(module, Pretraining):
-        task.data.wrapped = lambda loader: DevicePrefetcher(loader, module.prepare, module.device)
+    task.prepare()
 
 
 def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: float) -> None:
@@ -194,7 +176,7 @@ def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: fl
         raise
 
 
-def finish(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> dict[str, float]:
+def finish(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> dict[str, float]:
     """Have the last checkpoint on the disk and measure it, whatever `save_every` and `val_every` are."""
     module, step, keeper = task.module, trainer.global_step, task.module.keeper
     assert keeper is not None
@@ -220,33 +202,29 @@ def finish(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> dict[st
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
-def common_callbacks(cfg: DictConfig, folder: Path, task: Task) -> list[Callback]:
+def common_callbacks(cfg: FitSettings, folder: Path, task: Task) -> list[Callback]:
     """Progress, throughput, bad images, and the best checkpoint where there are held-out images."""
     callbacks: list[Callback] = [
         ProgressBar(refresh_rate=10),
         Throughput(),
         CompileReport(asked=cfg.compile),
-        CorruptImages(folder.parent / REPLACED, cfg.data.get("max_corrupt_fraction", 0.001)),
+        CorruptImages(folder.parent / REPLACED, task.data.settings.max_corrupt_fraction),
     ]
-    if cfg.get("profile"):
+    if cfg.profile:
         callbacks.append(speed.Profile(folder.parent / "profile"))
     if "val" in task.data.readers:
-        metric, mode = BEST_BY[task.module.kind]
+        metric, mode = task.best
         callbacks.append(ModelCheckpoint(folder, "best", monitor=metric, mode=mode, enable_version_counter=False))
     return callbacks
 
 
-def validate(cfg: DictConfig) -> dict[str, float]:
+def validate(cfg: ValidateSettings) -> dict[str, float]:
     """Metrics of a run's last checkpoint on held-out images; prints and returns them."""
     silence_warnings()
-    given = {name: value for name, value in cfg.test.items() if value is not None}
-    overrides = OmegaConf.create(
-        {**({"data": {"val": cfg.data.val}} if cfg.data.val else {}), **({"test": given} if given else {})}
-    )
+    given = {name: value for name, value in to_dict(cfg.test).items() if value is not None}
+    overrides = {**({"data": {"val": cfg.data.val}} if cfg.data.val else {}), **({"test": given} if given else {})}
     with as_user_errors():
         run_cfg, task = load_run(cfg.run, overrides)
-    if given and run_cfg.task != "segment":
-        raise UserError(f"test.{next(iter(given))} is of segmentation; {cfg.run} is a run of task {run_cfg.task}")
     if "val" not in task.data.readers:
         raise UserError("the run has no held-out images; give data.val=FOLDER")
     run_cfg.trainer = cfg.trainer

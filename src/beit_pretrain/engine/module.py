@@ -21,7 +21,7 @@ from beit_pretrain.engine import optim as optimisation
 from beit_pretrain.engine.checkpointing import CheckpointManager
 from beit_pretrain.engine.metrics import CsvMetrics
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.speed import CUDA_GRAPHS
 from beit_pretrain.engine.step_exchange import Agreed, StepExchange
 from beit_pretrain.models.drop_path import uniforms
@@ -42,7 +42,7 @@ class TrainedModule(LightningModule):
     model: Any
     kind: str  # what a checkpoint of this module holds: "mim", "classifier", "segmenter", "probe" or "tokenizer"
 
-    def __init__(self, model: nn.Module, optim: Optim, seed: int = 0):
+    def __init__(self, model: nn.Module, optim: OptimSettings, seed: int = 0):
         super().__init__()
         self.seed = seed
         self.model = model

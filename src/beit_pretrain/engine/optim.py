@@ -7,62 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from beit_pretrain.errors import UserError
+from beit_pretrain.engine.settings import OptimSettings
 
 NO_DECAY = ("pos_embed", "cls_token")
-SCHEDULES = ("cosine", "poly")
 
 
-@dataclass
-class Optim:
-    """Settings of AdamW and its schedule.
-
-    Args:
-        lr: peak learning rate, as it is used (never scaled by the batch behind the user's back).
-        min_lr: learning rate at the last step.
-        warmup_steps: length of the linear warm-up from 0, in optimiser steps.
-        clip: largest gradient norm over all parameters; None = no clipping.
-        layer_decay: factor of the learning rate from a block to the one below; None = one rate for all.
-        schedule: "cosine", or "poly", linear from the first step to the last (RECIPE section 7).
-        warmup_start: with "poly", the share of the (already decaying) rate from which the warm-up rises.
-    """
-
-    lr: float
-    min_lr: float = 1e-5
-    warmup_steps: int = 0
-    weight_decay: float = 0.05
-    betas: tuple[float, float] = field(default=(0.9, 0.999))
-    eps: float = 1e-8
-    clip: float | None = None
-    layer_decay: float | None = None
-    schedule: str = "cosine"
-    warmup_start: float = 0.0
-
-    def __post_init__(self) -> None:
-        numbers = {"lr": self.lr, "min_lr": self.min_lr, "weight_decay": self.weight_decay, "eps": self.eps}
-        for name, value in {**numbers, "warmup_steps": self.warmup_steps}.items():
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise UserError(f"optim.{name} must be a number of at least 0, got {value!r}")
-        for name, optional in {"clip": self.clip, "layer_decay": self.layer_decay}.items():
-            if optional is not None and (not isinstance(optional, (int, float)) or not optional > 0):
-                raise UserError(f"optim.{name} must be null or a number above 0, got {optional!r}")
-        if self.lr == 0:
-            raise UserError("optim.lr must be above 0")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"optim.schedule={self.schedule} is not one of {', '.join(SCHEDULES)}")
-
-    def rate(self, step: int, total: int) -> float:
-        """Learning rate of optimiser step `step` (from 0) of `total`."""
-        if self.schedule == "poly":
-            return poly_rate(step, total, self.warmup_steps, self.lr, self.min_lr, self.warmup_start)
-        return learning_rate(step, total, self.warmup_steps, self.lr, self.min_lr)
+def rate(optim: OptimSettings, step: int, total: int) -> float:
+    """Learning rate of optimiser step `step` (from 0) of `total`."""
+    if optim.schedule == "poly":
+        return poly_rate(step, total, optim.warmup_steps, optim.lr, optim.min_lr, optim.warmup_start)
+    return learning_rate(step, total, optim.warmup_steps, optim.lr, optim.min_lr)
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, end: float) -> float:
@@ -121,7 +81,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-def configure(model: nn.Module, optim: Optim, total_steps: int, depth: int = 0) -> dict:
+def configure(model: nn.Module, optim: OptimSettings, total_steps: int, depth: int = 0) -> dict:
     """What a LightningModule's `configure_optimizers` returns: AdamW over `model` and its schedule per step."""
     groups = parameter_groups(model.named_parameters(), optim.lr, optim.weight_decay, optim.layer_decay, depth)
     optimizer = torch.optim.AdamW(
@@ -129,7 +89,7 @@ def configure(model: nn.Module, optim: Optim, total_steps: int, depth: int = 0) 
     )
 
     def factor(step: int) -> float:
-        return optim.rate(step, total_steps) / optim.lr
+        return rate(optim, step, total_steps) / optim.lr
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -6,38 +6,32 @@ import math
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
-import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import WeightAveraging
-from omegaconf import DictConfig
 
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.engine.checkpointing import check_space, size
 from beit_pretrain.engine.optim import configure
-from beit_pretrain.engine.tasks import Task
+from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.engine.task import Task, find_task, task_names
 from beit_pretrain.errors import UserError
-from beit_pretrain.tasks.finetune import Finetuning
-from beit_pretrain.tasks.pretrain import Pretraining
-from beit_pretrain.tasks.segment import Segmentation
-from beit_pretrain.transforms.views import jittered_views
 
 
-def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list[str]:
+def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> list[str]:
     """Try everything that a run needs before its folder is touched; a line for each check, for people.
 
     Raises UserError for what would end the run later.
     """
-    check_micro_batch(cfg, task, trainer)
+    on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
+    given = f"global_batch_size={cfg.global_batch_size} on {trainer.world_size} processes, batch_size={cfg.batch_size}"
+    task.check_micro_batch(images_at_once(cfg, trainer), trainer.world_size, on_gpu, given)
     dry_run(task)
     lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
-    if isinstance(task.module, Pretraining):
-        lines.append(f"  tokenizer: {try_tokenizer(task)}")
+    lines += task.preflight()
     lines.append(f"  disk: {disk(cfg, task, trainer, steps)}")
-    on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
     lines.append(f"  memory: {memory(task, on_gpu)}")
     if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
@@ -45,24 +39,9 @@ def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list
     return lines
 
 
-def images_at_once(cfg: DictConfig, trainer: Trainer) -> int:
+def images_at_once(cfg: FitSettings, trainer: Trainer) -> int:
     """Images of a micro-batch: `batch_size`, or a process's share of the global batch where that is smaller."""
     return cfg.global_batch_size // trainer.world_size // trainer.accumulate_grad_batches
-
-
-def check_micro_batch(cfg: DictConfig, task: Task, trainer: Trainer) -> None:
-    """Raise UserError for micro-batches that are odd where images are paired, or too small for batch norm."""
-    images = images_at_once(cfg, trainer)
-    given = f"global_batch_size={cfg.global_batch_size} on {trainer.world_size} processes, batch_size={cfg.batch_size}"
-    if isinstance(task.module, Finetuning):
-        mixed = task.module.regularisation.mixup or task.module.regularisation.cutmix
-        if mixed and images % 2:
-            raise UserError(f"mixup and cutmix pair images: {images} at once ({given}) must be even")
-    if isinstance(task.module, Segmentation):
-        # Over several GPUs the norms see all their images (`make_trainer`).
-        on_gpus = isinstance(trainer.accelerator, CUDAAccelerator)
-        if images * (trainer.world_size if on_gpus else 1) < 2:
-            raise UserError(f"the decoder's batch norms need at least 2 images at once, not {images} ({given})")
 
 
 def numbers_kept(task: Task) -> int:
@@ -85,7 +64,7 @@ def memory(task: Task, pinned: bool) -> str:
     return line
 
 
-def disk(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> str:
+def disk(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> str:
     """A line about the disk for the checkpoints of a run. Raises UserError as `check_space`."""
     return check_space(
         Path(cfg.run_dir) / "checkpoints",
@@ -97,18 +76,6 @@ def disk(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> str:
     )
 
 
-def try_tokenizer(task: Task) -> str:
-    """Encode a few images; how many different tokens came out."""
-    dataset = task.data.train_dataset(BatchSchedule(task.data.global_batch_size))
-    samples = [dataset.sample(position) for position in range(min(4, task.data.samples))]
-    batch = {key: torch.as_tensor(np.stack([s[key] for s in samples])) for key in samples[0] if key != "bad"}
-    tokenizer = cast(Pretraining, task.module).tokenizer
-    tokens = batch["tokens"] if tokenizer is None or "tokens" in batch else tokenizer.encode(jittered_views(batch)[1])
-    if tokens.shape[1] != batch["mask"].shape[1]:
-        raise UserError(f"the tokenizer gives {tokens.shape[1]} tokens for {batch['mask'].shape[1]} patches")
-    return f"{len(tokens.unique())} different tokens in {len(tokens)} images"
-
-
 def dry_run(task: Task) -> None:
     """Make one sample of each split and the optimiser, before the run's folder is touched: what fails, fails here."""
     task.data.train_dataset(BatchSchedule(task.data.global_batch_size)).sample(0)
@@ -117,7 +84,7 @@ def dry_run(task: Task) -> None:
     configure(task.module.model, task.module.optim, total_steps=1)
 
 
-def run_summary(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> str:
+def run_summary(cfg: FitSettings, task: Task, steps: int, trainer: Trainer) -> str:
     """The few lines a person wants to see before a run of two weeks starts."""
     parameters = sum(p.numel() for p in task.module.model.parameters())
     settings = task.module.optim
@@ -137,9 +104,9 @@ def run_summary(cfg: DictConfig, task: Task, steps: int, trainer: Trainer) -> st
     )
 
 
-def lr_hint(cfg: DictConfig) -> list[str]:
+def lr_hint(cfg: FitSettings) -> list[str]:
     """A line about a global batch that is not the recipe's, with the rate that it would suggest; else none."""
-    recipe = cfg.get("recipe")
+    recipe = cfg.recipe
     if recipe is None or cfg.global_batch_size == recipe.global_batch_size:
         return []
     ratio = cfg.global_batch_size / recipe.global_batch_size
@@ -150,3 +117,18 @@ def lr_hint(cfg: DictConfig) -> list[str]:
         f"{cfg.global_batch_size}; suggested: optim.lr={recipe.lr * ratio:.3g} (linear rule; square root: "
         f"{recipe.lr * math.sqrt(ratio):.3g})"
     ]
+
+
+def fit_for_fsdp(cfg: FitSettings, task: Task, world: int) -> None:
+    """Raise UserError for what cannot be done with a network that no process has as a whole."""
+    if not task.fsdp:
+        able = [name for name in task_names() if find_task(name).fsdp]
+        raise UserError(f"trainer.strategy=fsdp is for {' and '.join(able)}, not for {cfg.task}")
+    if getattr(cfg, "ema", None) is not None:
+        raise UserError("trainer.strategy=fsdp and ema exclude each other: set ema=null")
+    data = task.data
+    if "val" in data.readers:
+        samples = data.readers["val"].samples
+        images = min(data.settings.val_images or samples, samples)
+        if images < world:
+            raise UserError(f"trainer.strategy=fsdp: {images} held-out images are fewer than {world} processes")

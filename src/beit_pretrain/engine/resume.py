@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
+import yaml
 from lightning import Trainer
-from omegaconf import DictConfig, OmegaConf
 
-from beit_pretrain.compose import to_dict
 from beit_pretrain.data.corrupt_images import truncate_after
 from beit_pretrain.engine.checkpointing import LAST, newest_good
 from beit_pretrain.engine.metrics import CsvMetrics, is_first_process
@@ -26,9 +25,11 @@ from beit_pretrain.engine.run_folder import (
     resume_config,
     set_aside,
 )
-from beit_pretrain.engine.tasks import TASKS, Task
+from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.engine.task import Task, find_task
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.checkpoints import files as checkpoint
+from beit_pretrain.settings import merged, renamed, to_dict
 
 
 class ResumeState(NamedTuple):
@@ -42,7 +43,7 @@ class ResumeState(NamedTuple):
     images: dict[str, str] = {}  # split -> the contents of the data that it was trained on
 
 
-def find_resume(cfg: DictConfig, folder: Path) -> ResumeState:
+def find_resume(cfg: FitSettings, folder: Path) -> ResumeState:
     """Where the run goes on: at the newest good checkpoint of its folder.
 
     Raises UserError if the folder has a run of other settings, or checkpoints that cannot be read.
@@ -63,7 +64,7 @@ def find_resume(cfg: DictConfig, folder: Path) -> ResumeState:
     if old is None:
         said = content.get("settings")
         warn([f"{lost}; {newest} says {'them' if said else 'none either, and nothing is compared'}"])
-        same_settings(said or to_dict(cfg), cfg)
+        same_settings(renamed(said or to_dict(cfg)), cfg)
     return ResumeState(
         newest,
         step=int(content.get("global_step", 0)),
@@ -79,16 +80,16 @@ def settings_of_folder(run_dir: Path, begun: bool) -> tuple[dict | None, str]:
     if not (run_dir / CONFIG).is_file():
         return None, f"{run_dir} has no {CONFIG} with its settings"
     try:
-        return to_dict(read_config(run_dir / CONFIG)), ""
+        return read_config(run_dir / CONFIG), ""
     except UserError as error:
         if not begun:
             raise UserError(f"{error}; resume=never starts over") from None
         return None, str(error)
 
 
-def same_settings(old: dict, cfg: DictConfig) -> None:
+def same_settings(old: dict, cfg: FitSettings) -> None:
     """Raise UserError if a run of other settings is in the folder: its metrics and checkpoints are not this one's."""
-    different = differences(old, to_dict(cfg))
+    different = differences(old, to_dict(cfg), type(cfg))
     if different:
         raise UserError(
             f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
@@ -102,14 +103,14 @@ def warn(warnings: Iterable[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def write_config(cfg: DictConfig) -> None:
+def write_config(cfg: FitSettings) -> None:
     """Say in a run's folder what its settings are."""
     partial = Path(cfg.run_dir) / f".{CONFIG}.partial"
-    OmegaConf.save(cfg, partial, resolve=True)
+    partial.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True))
     partial.replace(partial.with_name(CONFIG))  # other processes may read it just now
 
 
-def restore_config(cfg: DictConfig) -> None:
+def restore_config(cfg: FitSettings) -> None:
     """Write a run's config.yaml again if it is gone or damaged."""
     try:
         read_config(Path(cfg.run_dir) / CONFIG)
@@ -117,10 +118,10 @@ def restore_config(cfg: DictConfig) -> None:
         write_config(cfg)
 
 
-def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start: ResumeState) -> None:
+def open_folder(cfg: FitSettings, trainer: Trainer, module: TrainedModule, start: ResumeState) -> None:
     """Make the run's folder what it was at `start`, write its config, attach the loggers."""
     run_dir = Path(cfg.run_dir)
-    module.settings = resume_config(to_dict(cfg))
+    module.settings = resume_config(to_dict(cfg), type(cfg))
     if is_first_process():  # the trainer does not know its rank before it has launched its processes
         if start.path:
             set_aside(start.path)
@@ -148,14 +149,16 @@ def open_folder(cfg: DictConfig, trainer: Trainer, module: TrainedModule, start:
         logger.begin(metrics.rows)
 
 
-def load_run(run: str | Path, overrides: DictConfig | None = None) -> tuple[DictConfig, Task]:
+def load_run(run: str | Path, overrides: dict[str, Any] | None = None) -> tuple[FitSettings, Task]:
     """Config and task of a finished (or running) run, with the weights of its last checkpoint."""
     run = Path(run)
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not the folder of a run (it has no {CONFIG})")
-    cfg = cast(DictConfig, OmegaConf.merge(read_config(run / CONFIG), overrides or {}))
+    content = read_config(run / CONFIG)
+    kind = find_task(content["task"])
+    cfg = kind.settings.validated(merged(content, overrides or {}))
     last = run / "checkpoints" / LAST
-    task = TASKS[cfg.task](from_checkpoint(cfg, last))
+    task = kind(kind.resumed(cfg, last))
     _, state, about = checkpoint.read_own(last, task.module.kind)
     same_backbone(task.module, about, last)
     checkpoint.load_exactly(task.module.model, state, last)
@@ -179,11 +182,3 @@ def check_same_data(module: TrainedModule, start: ResumeState) -> None:
                 f"{start.path} was trained with other images than data.{split} holds now; give it the same shards "
                 "(they may lie elsewhere), or choose another name=, or resume=never to start over"
             )
-
-
-def from_checkpoint(cfg: DictConfig, last: Path) -> DictConfig:
-    """The config with the network of the run's own checkpoint: what it once started from need not exist any more."""
-    if cfg.task == "probe":  # it holds the probes alone; their backbone stays where it was
-        return cfg
-    own = {"init_from": str(last), "from_scratch": False, "new_head": False}
-    return cast(DictConfig, OmegaConf.merge(cfg, {name: value for name, value in own.items() if name in cfg}))

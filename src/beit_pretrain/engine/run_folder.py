@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from beit_pretrain.engine.checkpointing import BEST, LAST, PREVIOUS
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.settings import Settings, group_of, renamed
 
 CONFIG = "config.yaml"  # of a run: its settings
 FINISHED = "finished.json"  # of a run: written when it has done all its steps
@@ -25,59 +24,46 @@ SKIPPED = "skipped.jsonl"  # of a run: steps without a finite gradient
 WANDB_ID = ".wandb_id"  # of a run: what W&B calls it
 LOCK = ".lock"
 
-# What may differ when a run is continued: how it is executed and watched, not what it computes.
-FREE_TO_CHANGE = (
-    *(
-        "activation_checkpointing",
-        "compile",
-        "attention",
-        "device_prefetch",
-        "deterministic",
-        "profile",
-        "resume",
-        "preflight",
-    ),
-    *("trainer", "logger", "batch_size", "threads", "run_dir", "timeout_minutes", "num_visualizations", "knn", "test"),
-    *("max_nonfinite_steps", "log_every", "val_every", "val_minutes", "save_every", "save_minutes", "keep_every"),
-    *("gradient_compression", "optimize_ddp"),
-    *("data.num_workers", "data.val_batch", "data.cache_dir", "data.cache_gb", "data.retries", "data.timeout"),
-    *(
-        "data.max_corrupt_fraction",
-        "data.train",
-        "data.val",
-    ),  # what lies there is compared, wherever it lies (`resume.goes_on`)
-)
 
-
-def read_config(path: Path) -> DictConfig:
-    """The settings of a run, as its `config.yaml` says them. Raises UserError for anything else."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a run, as its `config.yaml` says them, under today's names. Raises UserError for anything else."""
     try:
-        said = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, ValueError, OmegaConfBaseException, OSError) as error:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as the settings of a run: {first_line(error)}") from None
-    if not isinstance(said, dict) or "task" not in said:
+    if not isinstance(content, dict) or "task" not in content:
         raise UserError(f"{path} cannot be read as the settings of a run: it names no task")
-    return OmegaConf.create(said)
+    return renamed(content)
 
 
-def differences(old, new, path: str = "") -> list[str]:
-    """Settings that differ, as "key: old -> new", less those that are free to change."""
-    if path in FREE_TO_CHANGE:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new else [f"{path}: {old} -> {new}"]
+def may_change(model: type[Settings], key: str) -> tuple[bool, type[Settings] | None]:
+    """(Whether a setting may differ when a run is resumed, the group that it is)."""
+    field = next((f for name, f in model.model_fields.items() if key in (name, f.alias)), None)
+    if field is None:
+        return False, None
+    return bool((field.json_schema_extra or {}).get("may_change")), group_of(field.annotation)  # type: ignore[union-attr]
 
 
-def resume_config(settings: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """The settings less those that are free to change: what a checkpoint says of its run."""
-    named = {key: f"{path}.{key}" if path else key for key in settings}
-    return {
-        key: resume_config(value, named[key]) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if named[key] not in FREE_TO_CHANGE
-    }
+def differences(old: Any, new: Any, model: type[Settings] | None, path: str = "") -> list[str]:
+    """Settings that differ, as "key: old -> new", less those that may change."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{path}: {old} -> {new}"]
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        free, group = may_change(model, key) if model else (False, None)
+        if not free:
+            found += differences(old.get(key), new.get(key), group, f"{path}.{key}" if path else key)
+    return found
+
+
+def resume_config(settings: dict[str, Any], model: type[Settings] | None) -> dict[str, Any]:
+    """The settings less those that may change: what a checkpoint says of its run."""
+    result = {}
+    for key, value in settings.items():
+        free, group = may_change(model, key) if model else (False, None)
+        if not free:
+            result[key] = resume_config(value, group) if isinstance(value, dict) else value
+    return result
 
 
 def mark_finished(folder: Path, step: int) -> None:

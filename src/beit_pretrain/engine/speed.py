@@ -46,17 +46,17 @@ def check_cuda_graphs(asked: bool | str, micro_batches: int, device_prefetch: bo
         raise UserError(f"compile={asked} records CUDA graphs, which trainer.strategy=fsdp breaks: take compile=false")
 
 
-def make_deterministic(task: str, on_gpu: bool) -> None:
+def make_deterministic(on_gpu: bool, impossible: str = "") -> None:
     """`deterministic=true`: the same bits at every run on one kind of GPU, at a price in speed.
 
-    Raises UserError for segmentation on a GPU: its resizing and its loss have no such form in torch.
+    Raises UserError on a GPU where the task has something `impossible`, of which torch has no such form.
     Without it, sums to which many threads add (gradients of queries, of the mask token, of the bias tables) are added
     in the order in which they happen to arrive. Must come before the first kernel.
     """
     import torch._inductor.config
 
-    if on_gpu and task == "segment":
-        raise UserError("deterministic=true: torch has no deterministic form of segmentation's resizing on a GPU")
+    if on_gpu and impossible:
+        raise UserError(f"deterministic=true: torch has no deterministic form of {impossible} on a GPU")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS' own condition
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # fills cost bandwidth

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from beit_pretrain.compose import compose, config_dir, quoted, readable, to_dict
+from beit_pretrain.config import compose, config_dir, quoted, readable
 from beit_pretrain.engine.dist_env import launched
 from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config
 from beit_pretrain.engine.sweep_launchers import RunResult, launcher, run_all
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.settings import to_dict
 from beit_pretrain.tables import write_csv
 
 LOG = "log.txt"  # of a member: what it printed
@@ -202,7 +203,7 @@ def is_finished(member: SweepRun) -> bool:
         cfg, old = compose("fit", member.words), read_config(member.folder / CONFIG)
     except UserError:  # the member itself says what is wrong
         return False
-    return cfg.resume != "never" and not differences(to_dict(old), to_dict(cfg))
+    return cfg.resume != "never" and not differences(old, to_dict(cfg), type(cfg))
 
 
 def progress(number: int, total: int, name: str, outcome: RunResult | None) -> None:

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
-from hydra.errors import InstantiationException
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from beit_pretrain.compose import to_dict
 from beit_pretrain.engine import distributed as cluster
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
-from beit_pretrain.errors import AllRanksError, UserError, first_line
+from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.errors import AllRanksError
+from beit_pretrain.settings import to_dict
 
 
-def total_steps(cfg: DictConfig, samples: int) -> int:
+def total_steps(cfg: FitSettings, samples: int) -> int:
     """Optimiser steps of the run, from `steps` or `epochs`."""
     if (cfg.steps is None) == (cfg.epochs is None):
         raise AllRanksError("set the length of the run by either steps=N or epochs=N")
-    steps = cfg.steps if cfg.steps is not None else int(cfg.epochs * samples / cfg.global_batch_size)
+    steps = cfg.steps if cfg.steps is not None else int((cfg.epochs or 0) * samples / cfg.global_batch_size)
     if steps < 1:
         raise AllRanksError(
             f"the run has {steps} steps: {samples} images make no global batch of {cfg.global_batch_size}"
@@ -43,16 +38,16 @@ def micro_batches(global_batch_size: int, batch_size: int, world: int) -> int:
     return share // min(batch_size, share)
 
 
-def make_trainer(cfg: DictConfig, steps: int, callbacks: list[Callback]) -> Trainer:
+def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback], sync_batchnorm: bool = False) -> Trainer:
     """Lightning's Trainer: it runs the loop; gradients, batches, metrics and signals are the modules' own."""
-    compression = cfg.get("gradient_compression") if steps else None  # validating takes none, and has no gradients
-    settings = cluster.resolve_trainer_args(to_dict(cfg.trainer), cfg.get("timeout_minutes", 30), compression)
+    compression = cfg.gradient_compression if steps else None  # validating takes none, and has no gradients
+    settings = cluster.resolve_trainer_args(to_dict(cfg.trainer), cfg.timeout_minutes, compression)
     plugins = [BackgroundCheckpointIO(), *settings.pop("plugins")]
     if settings["precision"] == "auto":
         gpu = wanted_gpu(settings["accelerator"]) and torch.cuda.is_bf16_supported()
         settings["precision"] = "bf16-mixed" if gpu else "32-true"
-    # A decoder's batch norms see few images a GPU: statistics over all of them, as in the release. CPUs have no such.
-    settings["sync_batchnorm"] = cfg.task == "segment" and wanted_gpu(settings["accelerator"])
+    # CPUs have no synchronised batch norm.
+    settings["sync_batchnorm"] = sync_batchnorm and wanted_gpu(settings["accelerator"])
     trainer = Trainer(
         **settings,
         max_steps=steps,
@@ -96,16 +91,3 @@ def silence_warnings() -> None:
         "You defined a `validation_step` but have no `val_dataloader`",
     ):
         warnings.filterwarnings("ignore", f".*{message}")
-
-
-@contextmanager
-def as_user_errors() -> Iterator[None]:
-    """Errors while a run is built come from its settings: one line for the person who wrote them."""
-    try:
-        yield
-    except InstantiationException as error:
-        raise UserError(first_line(error.__cause__ or error)) from error
-    except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise UserError(first_line(error)) from error
-    except (MisconfigurationException, OmegaConfBaseException) as error:
-        raise UserError(first_line(error)) from error

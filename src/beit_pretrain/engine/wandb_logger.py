@@ -16,11 +16,12 @@ from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from beit_pretrain.engine.preemption import PREEMPTED, SIGNALS
+from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.settings import to_dict
 
 
 def mode(asked: str | None) -> str:
@@ -110,7 +111,7 @@ def blocked_for_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def wandb_logger(cfg: DictConfig, run_id: str) -> WeightsAndBiases:
+def wandb_logger(cfg: FitSettings, run_id: str) -> WeightsAndBiases:
     """The logger of a run, with its composed config."""
     how = mode(cfg.logger.mode)
     logger = WeightsAndBiases(
@@ -120,7 +121,7 @@ def wandb_logger(cfg: DictConfig, run_id: str) -> WeightsAndBiases:
         id=run_id,
         mode=how,
         resume=None if how == "offline" else "allow",
-        config=OmegaConf.to_container(cfg, resolve=True),
+        config=to_dict(cfg),
     )
     logger._wandb_init.pop("anonymous", None)  # W&B warns of it, at every start
     return logger

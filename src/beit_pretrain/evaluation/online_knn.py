@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, Trainer
@@ -10,7 +10,6 @@ from torch import Tensor, distributed
 
 from beit_pretrain.data.datamodule import ShardData
 from beit_pretrain.evaluation.knn import TEMPERATURE, sweep
-from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.transforms.views import ClassificationTransform, normalise
 
 
@@ -37,7 +36,9 @@ class OnlineKNN(Callback):
         k: neighbours, weighted by exp(cosine / 0.07) as in Wu et al. 2018.
     """
 
-    def __init__(self, data: ShardData, bank: int = 2000, queries: int = 500, k: int = 10):
+    needs_whole_network = True
+
+    def __init__(self, data: ShardData, bank: int, queries: int, k: int):
         self.data, self.bank, self.queries, self.k = data, bank, queries, k
         self._kept: dict[str, Labelled] = {}
 
@@ -61,10 +62,10 @@ class OnlineKNN(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"val/knn_accuracy": found[self.k, TEMPERATURE]}, step=trainer.global_step)
 
-    def _decoded(self, trainer: Trainer, module: Pretraining, split: str) -> Labelled:
+    def _decoded(self, trainer: Trainer, module: Any, split: str) -> Labelled:
         """This process's share of the first images of a split."""
         embed, count = module.model.patch_embed, self.bank if split == "train" else self.queries
-        views = ClassificationTransform(embed.img_size[0], train=False, channels=embed.proj.in_channels)
+        views = ClassificationTransform(image_size=embed.img_size[0], train=False, channels=embed.proj.in_channels)
         dataset = self.data.eval_dataset(split, trainer.global_rank, trainer.world_size, views=views, images=count)
         dataset.masking = None
         images, labels = [], []
@@ -77,13 +78,13 @@ class OnlineKNN(Callback):
         return Labelled(torch.cat(images), torch.cat(labels), total)
 
     @torch.no_grad()
-    def _features(self, trainer: Trainer, module: Pretraining, kept: Labelled) -> tuple[Tensor, Tensor]:
+    def _features(self, trainer: Trainer, module: Any, kept: Labelled) -> tuple[Tensor, Tensor]:
         """Features (M, D) and labels (M,) of the images of all processes, in the order of the data set."""
         model, features = module.model, []
         layer = max(1, round(len(model.blocks) * 0.75)) - 1
         with trainer.precision_plugin.val_step_context():
-            for first in range(0, len(kept.images), self.data.val_batch):
-                images = kept.images[first : first + self.data.val_batch].to(module.device)
+            for first in range(0, len(kept.images), self.data.settings.val_batch):
+                images = kept.images[first : first + self.data.settings.val_batch].to(module.device)
                 image = normalise(images.float() / 255, module.mean, module.std).to(module.dtype)
                 features.append(model.hidden_states(image)[layer][:, 1:].mean(1).float())
         mine = torch.cat([torch.zeros(0, model.embed_dim, device=module.device), *features])

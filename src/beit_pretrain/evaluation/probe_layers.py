@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from omegaconf import DictConfig
 
-from beit_pretrain.compose import to_dict
 from beit_pretrain.data.datamodule import ClassificationData
-from beit_pretrain.data.reader import RemoteOptions
+from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.features import AVG, CLS, FeatureStore, extract, key_of
 from beit_pretrain.evaluation.knn import sweep
 from beit_pretrain.evaluation.linear_probe import accuracy, train_probes
+from beit_pretrain.evaluation.settings import ProbeSettings
 from beit_pretrain.models.build import normalisation, origin
 from beit_pretrain.models.checkpoints.formats import Checkpoint, digest, read_checkpoint
 from beit_pretrain.models.checkpoints.pretrained import features as feature_extractor
+from beit_pretrain.settings import to_dict
 from beit_pretrain.tables import table, write_csv
 from beit_pretrain.transforms.views import ClassificationTransform
 from beit_pretrain.visualization.plots import layers_plot
@@ -36,7 +35,7 @@ class LayerResult(NamedTuple):
     knn_temperature: float
 
 
-def probe(cfg: DictConfig) -> list[LayerResult]:
+def probe(cfg: ProbeSettings) -> list[LayerResult]:
     """Print the table, and write `layers.csv`, `knn.csv`, `layers.png` and `probe.json` into `cfg.out`."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -55,7 +54,7 @@ def probe(cfg: DictConfig) -> list[LayerResult]:
     return layers
 
 
-def fitting_size(cfg: DictConfig, source: Checkpoint) -> int:
+def fitting_size(cfg: ProbeSettings, source: Checkpoint) -> int:
     """Side of the images, in pixels. Raises UserError for what the network cannot see."""
     size, channels = cfg.image_size or source.architecture["image_size"], source.architecture["in_chans"]
     if not isinstance(size, int):
@@ -66,7 +65,7 @@ def fitting_size(cfg: DictConfig, source: Checkpoint) -> int:
 
 
 def stored_features(
-    cfg: DictConfig, source: Checkpoint, size: int, data: ClassificationData, folder: Path, device: torch.device
+    cfg: ProbeSettings, source: Checkpoint, size: int, data: ClassificationData, folder: Path, device: torch.device
 ) -> dict[str, FeatureStore]:
     """The one pass over both splits. Files are named by all that they depend on."""
     backbone = feature_extractor(source, size).to(device).requires_grad_(False)
@@ -81,22 +80,23 @@ def stored_features(
     return stored
 
 
-def evaluation_data(cfg: DictConfig, size: int) -> ClassificationData:
+def evaluation_data(cfg: ProbeSettings, size: int) -> ClassificationData:
     """Both splits in the evaluation view. Raises UserError without labels, or without held-out images."""
     if cfg.data.val is None:
         raise UserError("data.val is missing: held-out images that are asked for")
-    views = ClassificationTransform(size, False, crop_ratio=cfg.data.crop_ratio, channels=cfg.data.channels)
-    given = to_dict(cfg.data)
-    access = RemoteOptions(**{field.name: given[field.name] for field in fields(RemoteOptions)})
-    settings = {name: given[name] for name in ("train", "val", "num_workers", "val_batch")}
-    data = ClassificationData(train_views=views, val_views=views, global_batch_size=1, access=access, **settings)
+    views = ClassificationTransform(
+        image_size=size, train=False, crop_ratio=cfg.data.crop_ratio, channels=cfg.data.channels
+    )
+    names = (*RemoteOptions.model_fields, "train", "val", "num_workers", "val_batch")
+    settings = {name: getattr(cfg.data, name) for name in names}
+    data = ClassificationData(train_views=views, val_views=views, global_batch_size=1, **settings)
     if len(data.classes) < 2:
         raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; probe needs at least 2")
     return data
 
 
 def measured(
-    cfg: DictConfig, stored: dict[str, FeatureStore], classes: int, device: torch.device
+    cfg: ProbeSettings, stored: dict[str, FeatureStore], classes: int, device: torch.device
 ) -> tuple[list[LayerResult], list[tuple]]:
     """(a row for each layer, a row for each layer, pool, k and temperature of kNN)."""
     train, val = stored["train"], stored["val"]
@@ -120,7 +120,7 @@ def measured(
     return layers, sweeps
 
 
-def write(out: Path, layers: list[LayerResult], sweeps: list[tuple], cfg: DictConfig) -> None:
+def write(out: Path, layers: list[LayerResult], sweeps: list[tuple], cfg: ProbeSettings) -> None:
     """The files of a probe, and its table for people."""
     write_csv(out / "layers.csv", LayerResult._fields, [tuple(layer) for layer in layers])
     write_csv(out / "knn.csv", ("layer", "pool", "k", "temperature", "accuracy"), sweeps)

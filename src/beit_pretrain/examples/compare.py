@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
-from beit_pretrain.compose import compose, quoted, to_dict
+from beit_pretrain.config import compose, quoted
 from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine.fit import fit
@@ -25,8 +26,10 @@ from beit_pretrain.engine.run_folder import FINISHED
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.probe_layers import probe
 from beit_pretrain.examples.compare_results import report
+from beit_pretrain.examples.settings import CompareSettings
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO, read_own
+from beit_pretrain.settings import renamed, to_dict
 
 MARK = "compare.yaml"  # its config; says that the folder is a comparison's
 STAGES = "stages.jsonl"  # time that each finished stage took
@@ -34,13 +37,11 @@ KINDS = ("pretrained", "control", "scratch")
 FREE = ("precision", "threads", "num_workers", "seeds", "probe_images")  # may differ when a comparison goes on
 
 
-def compare(cfg: DictConfig) -> dict:
+def compare(cfg: CompareSettings) -> dict:
     """Run what is not finished yet, and write `results.json`, `RESULTS.md`, `accuracy.png` and `layers.png`.
 
     Returns what `results.json` holds. Raises UserError for settings other than the folder's.
     """
-    if not isinstance(cfg.steps, DictConfig):
-        raise UserError("steps of compare are given for each stage, such as steps.pretrain=1000")
     run_dir = claim(cfg)
     data = write_shards(cfg, run_dir / "data")
     check_classes(cfg, data)
@@ -56,33 +57,32 @@ def compare(cfg: DictConfig) -> dict:
     return report(cfg, run_dir, seeds)
 
 
-def claim(cfg: DictConfig) -> Path:
+def claim(cfg: CompareSettings) -> Path:
     """The comparison's folder. Raises UserError if it holds a comparison of other settings, or anything else.
 
     A comparison that has not made a file yet, for instance of a source that is not there, is none.
     """
     run_dir, mark = Path(cfg.run_dir), Path(cfg.run_dir) / MARK
     if mark.is_file() and any(path != mark and not path.is_dir() for path in run_dir.rglob("*")):
-        old, new = to_dict(OmegaConf.load(mark)), to_dict(cfg)
+        old, new = renamed(yaml.safe_load(mark.read_text())), to_dict(cfg)
         for key in new.keys() - set(FREE):
             if old.get(key) != new[key]:
                 raise UserError(f"{run_dir} holds a comparison with {key}={old.get(key)}; choose another name=")
     elif run_dir.exists() and not mark.is_file() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"run_dir={run_dir} exists and is not from an earlier comparison; choose another name=")
     run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, mark, resolve=True)
+    mark.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
     return run_dir
 
 
-def write_shards(cfg: DictConfig, out: Path) -> dict[str, Path]:
+def write_shards(cfg: CompareSettings, out: Path) -> dict[str, Path]:
     """Make the shards, if they are not there; returns the settings that point to them."""
-    src = to_dict(cfg)
-    make_shards(src["src"], out)
-    make_shards(src["held_out"] or src["src"], out, split="val")
+    make_shards(cfg.src, out)
+    make_shards(cfg.held_out or cfg.src, out, split="val")
     return {"data.train": out / "train", "data.val": out / "val"}
 
 
-def check_classes(cfg: DictConfig, data: dict[str, Path]) -> None:
+def check_classes(cfg: CompareSettings, data: dict[str, Path]) -> None:
     """Raise UserError for classes that cannot be told apart, or that are other ones in the held-out images."""
     train, val = (json.loads((folder / MANIFEST).read_text())["classes"] for folder in data.values())
     if len(train) < 2:
@@ -91,7 +91,7 @@ def check_classes(cfg: DictConfig, data: dict[str, Path]) -> None:
         raise UserError(f"held_out={cfg.held_out} has other classes than src={cfg.src}")
 
 
-def run_seed(cfg: DictConfig, folder: Path, kind: str, seed: int, data: dict[str, Path]) -> None:
+def run_seed(cfg: CompareSettings, folder: Path, kind: str, seed: int, data: dict[str, Path]) -> None:
     """Pre-training, where this kind has one, and fine-tuning."""
     start: dict = {"from_scratch": True, "optim.layer_decay": None}  # there is nothing for a layer decay to protect
     if kind != "scratch":
@@ -107,7 +107,7 @@ def run_seed(cfg: DictConfig, folder: Path, kind: str, seed: int, data: dict[str
     train(cfg, "compare_finetune", folder / f"finetune-{kind}", seed=seed, **settings, **start, **data)
 
 
-def probe_features(cfg: DictConfig, folder: Path, kind: str, seed: int, data: dict[str, Path]) -> None:
+def probe_features(cfg: CompareSettings, folder: Path, kind: str, seed: int, data: dict[str, Path]) -> None:
     """Linear probes and kNN of every layer; from scratch, of the network before any training."""
     out, stage = folder / f"probe-{kind}", f"{folder.name}/probe-{kind}"
     if (out / "layers.csv").is_file():
@@ -117,7 +117,7 @@ def probe_features(cfg: DictConfig, folder: Path, kind: str, seed: int, data: di
     checkpoint = folder / kind / "checkpoints/last.ckpt"
     if kind == "scratch":
         checkpoint = untrained(folder / "pretrained/checkpoints/last.ckpt", folder / "untrained.ckpt", seed)
-    settings = {"init_from": checkpoint, "out": out, "seed": seed, "threads": cfg.threads, **data}
+    settings: dict[str, Any] = {"init_from": checkpoint, "out": out, "seed": seed, "threads": cfg.threads, **data}
     settings |= {"train_images": cfg.probe_images, "data.val_images": cfg.probe_images, "data.crop_ratio": 1.0}
     words = [f"{key}={quoted(value)}" for key, value in {**settings, "data.num_workers": cfg.num_workers}.items()]
     clocks = time.perf_counter(), time.process_time()
@@ -136,7 +136,7 @@ def untrained(like: Path, path: Path, seed: int) -> Path:
     return path
 
 
-def train(cfg: DictConfig, experiment: str, folder: Path, **settings) -> None:
+def train(cfg: CompareSettings, experiment: str, folder: Path, **settings) -> None:
     """One stage, unless it has finished. Adds the time that it took to `stages.jsonl`."""
     stage = folder.relative_to(cfg.run_dir).as_posix()
     if (folder / FINISHED).is_file():
@@ -151,7 +151,7 @@ def train(cfg: DictConfig, experiment: str, folder: Path, **settings) -> None:
     record(cfg, stage, clocks)
 
 
-def record(cfg: DictConfig, stage: str, clocks: tuple[float, float]) -> None:
+def record(cfg: CompareSettings, stage: str, clocks: tuple[float, float]) -> None:
     """Note how long a stage took since its last start: on the clock, and of this process on its cores."""
     took = {"seconds": time.perf_counter() - clocks[0], "cpu_seconds": time.process_time() - clocks[1]}
     with (Path(cfg.run_dir) / STAGES).open("a") as file:

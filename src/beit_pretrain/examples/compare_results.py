@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from beit_pretrain.compose import to_dict
 from beit_pretrain.engine.metrics import curve
 from beit_pretrain.examples import report as demo_report
+from beit_pretrain.examples.settings import CompareSettings
+from beit_pretrain.settings import to_dict
 from beit_pretrain.tables import table
 from beit_pretrain.visualization.plots import bars_plot, curves_plot, layers_plot
 
@@ -28,7 +27,7 @@ def last_value(path: Path, metric: str) -> float | None:
     return values[-1] if values else None
 
 
-def report(cfg: DictConfig, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
+def report(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Write `results.json`, `RESULTS.md` and the pictures of a finished comparison; print the tables."""
     numbers = collected(cfg, run_dir, seeds)
     (run_dir / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
@@ -46,7 +45,7 @@ def report(cfg: DictConfig, run_dir: Path, seeds: Sequence[int]) -> dict[str, An
     return numbers
 
 
-def collected(cfg: DictConfig, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
+def collected(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Every number of the comparison, a list over the seeds each."""
     folders = [run_dir / f"seed-{seed}" for seed in seeds]
     train = json.loads((run_dir / "data/train/manifest.json").read_text())

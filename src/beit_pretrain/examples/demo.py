@@ -10,11 +10,12 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
-from beit_pretrain.compose import compose, quoted
+from beit_pretrain.config import compose, quoted
 from beit_pretrain.data.datamodule import labels
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.sources import check_sources
@@ -22,20 +23,20 @@ from beit_pretrain.data.write.contact_sheet import contact_sheet
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine.fit import fit
 from beit_pretrain.engine.metrics import read_rows
-from beit_pretrain.engine.visualize import show
+from beit_pretrain.engine.visualize import visualize
 from beit_pretrain.errors import UserError
 from beit_pretrain.examples import report
+from beit_pretrain.examples.settings import DemoSettings
+from beit_pretrain.settings import to_dict
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's
 STAGES = ("data", "tokenizer", "pretrain")
 
 
-def demo(cfg: DictConfig) -> dict:
+def demo(cfg: DemoSettings) -> dict:
     """Run all stages and write `report.html` and `report.json` into the run folder. Returns the report's numbers."""
     started = time.perf_counter()
-    if not isinstance(cfg.steps, DictConfig):
-        raise UserError("steps of the demo are given for each stage, such as steps.pretrain=1000")
-    src = cfg.src if isinstance(cfg.src, str) else list(cfg.src)
+    src = cfg.src
     check_sources([src] if isinstance(src, str) else src)  # a typo must not cost the last demo's results
     run_dir = clean_folder(cfg)
     timings: dict[str, float] = {}
@@ -77,7 +78,7 @@ def demo(cfg: DictConfig) -> dict:
         "knn_accuracy": last_value(run_dir / "pretrain/metrics.csv", "val/knn_accuracy"),
         **classes,
         "seed": int(cfg.seed),
-        "steps": dict(cfg.steps),
+        "steps": to_dict(cfg.steps),
         "stage_starts_s": {name: round(seconds, 1) for name, seconds in timings.items()},
         "seconds": round(timings["end"], 1),
         **report.machine(cfg.threads),
@@ -87,7 +88,7 @@ def demo(cfg: DictConfig) -> dict:
     return numbers
 
 
-def clean_folder(cfg: DictConfig) -> Path:
+def clean_folder(cfg: DemoSettings) -> Path:
     """The run folder, without what an earlier demo left there. Raises UserError if it holds anything else."""
     run_dir = Path(cfg.run_dir)
     if (run_dir / MARK).is_file():
@@ -98,11 +99,11 @@ def clean_folder(cfg: DictConfig) -> Path:
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"run_dir={run_dir} exists and is not from an earlier demo; choose another name=")
     run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / MARK, resolve=True)
+    (run_dir / MARK).write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False))
     return run_dir
 
 
-def write_shards(cfg: DictConfig, src: str | list[str], out: Path) -> dict[str, Path]:
+def write_shards(cfg: DemoSettings, src: str | list[str], out: Path) -> dict[str, Path]:
     """Make the shards; returns the settings that point to them."""
     if cfg.src == "synthetic":
         images = cfg.images + cfg.val_images
@@ -113,7 +114,7 @@ def write_shards(cfg: DictConfig, src: str | list[str], out: Path) -> dict[str, 
     return {"data.train": out / "train", "data.val": out / "val"}
 
 
-def stage_config(cfg: DictConfig, experiment: str, stage: str, **settings) -> DictConfig:
+def stage_config(cfg: DemoSettings, experiment: str, stage: str, **settings) -> Any:
     """The composed config of one stage, with a folder of its own inside the demo's."""
     common = {
         "name": f"{cfg.name}/{stage}",
@@ -127,7 +128,7 @@ def stage_config(cfg: DictConfig, experiment: str, stage: str, **settings) -> Di
     return compose("fit", [f"+experiment={experiment}", *words])
 
 
-def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:
+def compare(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
     """Fine-tune with and without pre-training, over the seeds. None for accuracies where the labels do not allow it."""
     train, val = (ShardReader(data[f"data.{split}"]) for split in ("train", "val"))
     classes = len(train.classes)
@@ -165,7 +166,7 @@ def compare(cfg: DictConfig, run_dir: Path, data: dict[str, Path]) -> dict:
 def draw(run_dir: Path) -> None:
     """The pictures of the report that no run has drawn by itself."""
     for name in ("tokenizer", "pretrain"):
-        show(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))
+        visualize(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))
 
 
 def last_value(path: Path, metric: str) -> float | None:

@@ -12,15 +12,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from beit_pretrain.compose import to_dict
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.inference.image_stream import Item, Views, nothing, source_of, stream, summary, write_bad
+from beit_pretrain.inference.segmenter import ImageSegmenter
+from beit_pretrain.inference.settings import PredictSettings
 from beit_pretrain.models.checkpoints.formats import Checkpoint
-from beit_pretrain.tasks.segment import ImageSegmenter, SlidingWindow
 from beit_pretrain.transforms.image_io import to_channels, to_rgb
 from beit_pretrain.transforms.segmentation import SegmentationEvalTransform
 from beit_pretrain.transforms.views import to_array
@@ -31,13 +30,13 @@ LONGEST = 200  # bytes of a part of a path; file systems take 255, and temporary
 OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 
 
-def predict_maps(cfg: DictConfig, source: Checkpoint) -> None:
+def predict_maps(cfg: PredictSettings, source: Checkpoint) -> None:
     """Write `labels/NAME.png` and `overlays/NAME.png` for every image under `cfg.out`. Bad files are listed."""
     out = Path(cfg.out or "predictions")
     if out.is_file() or out.suffix in (".csv", ".json", ".jsonl"):
         raise UserError(f"out={out}: a segmentation model writes a folder of label maps, such as out=predictions")
-    segmenter = ImageSegmenter(source, SlidingWindow(**cfg.test))
-    images = source_of(to_dict(cfg)["src"])
+    segmenter = ImageSegmenter(source, cfg.test)
+    images = source_of(cfg.src)
     bad: list[tuple[str, str]] = []
     taken, written = set[Path](), 0
     views = Views(images, partial(apply, views=segmenter.views, channels=segmenter.channels), cfg.map_batch_size)

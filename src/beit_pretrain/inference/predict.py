@@ -13,23 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from beit_pretrain.compose import to_dict
 from beit_pretrain.errors import UserError
+from beit_pretrain.inference.classifier import ImageClassifier, Prediction
 from beit_pretrain.inference.image_stream import Views, no_predictor, nothing, source_of, stream, summary, write_bad
 from beit_pretrain.inference.label_maps import predict_maps
+from beit_pretrain.inference.settings import PredictSettings
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
-from beit_pretrain.tasks.finetune import ImageClassifier, Prediction
 from beit_pretrain.transforms.views import centre_view, to_array
 
 HEADER = ("file", "rank", "class", "probability", "index")
 JSON_LINES = (".jsonl", ".ndjson")
 
 
-def predict(cfg: DictConfig) -> None:
+def predict(cfg: PredictSettings) -> None:
     """Write the top classes of every image, as CSV or JSON lines. Bad files are listed, not fatal.
 
     With a segmentation model, label maps instead.
@@ -46,7 +45,7 @@ def predict(cfg: DictConfig) -> None:
     if out.is_dir() or out.suffix.lower() not in (".csv", *JSON_LINES):
         raise UserError(f"out={out}: a file is needed, predictions.csv or predictions.jsonl")
     classifier = ImageClassifier(source)
-    images = source_of(to_dict(cfg)["src"])
+    images = source_of(cfg.src)
     # A function of plain settings: the processes that read ahead need no network.
     see = partial(apply, size=classifier.image_size, crop_ratio=classifier.crop_ratio, channels=classifier.channels)
     views = Views(images, see, cfg.batch_size)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from beit_pretrain.inference.classifier import ImageClassifier, Prediction
 from beit_pretrain.inference.image_stream import no_predictor
+from beit_pretrain.inference.segmenter import ImageSegmenter, SlidingWindow
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
-from beit_pretrain.tasks.finetune import ImageClassifier, Prediction
-from beit_pretrain.tasks.segment import ImageSegmenter, SlidingWindow
 from beit_pretrain.visualization.overlays import overlay
 
 Answer = list[Prediction] | np.ndarray

@@ -6,42 +6,63 @@ Shapes: B batch, C channels, H W pixels.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from pydantic import Field, Strict
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from beit_pretrain.data.dataset import first_position
 from beit_pretrain.engine.module import TrainedModule
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
+from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.backbone import Classifier
-from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
+from beit_pretrain.models.backbone import Classifier, patch_grid
+from beit_pretrain.models.build import network, normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import classifier
-from beit_pretrain.transforms.views import HALF, centre_view, normalise, per_channel, to_array
+from beit_pretrain.settings import Count, NonNegative, Rule, Settings, Share, Switch, about
+from beit_pretrain.tasks.common import BackboneSettings, ClassificationDataSettings, NetworkSettings, labelled_data
+from beit_pretrain.transforms.views import normalise
+
+Decay = Annotated[float, Strict(), Field(gt=0, lt=1), Rule("a number above 0 and below 1")]
 
 
-@dataclass
-class MixConfig:
-    """What makes the labels softer and the images harder.
+class MixConfig(Settings):
+    """What makes the labels softer and the images harder."""
 
-    Args:
-        label_smoothing: share of the target that is spread over all classes.
-        mixup, cutmix: alpha of the two; 0 = off. With either, the batch must be even.
-        erasing: probability of erasing a rectangle of an image with noise.
-    """
+    defaults = "tasks/finetune.yaml:regularisation"
 
-    label_smoothing: float = 0.1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    erasing: float = 0.0
+    label_smoothing: Share = about("share of the target that is spread over all classes")
+    mixup: NonNegative = about("alpha; 0 = off. With mixup or cutmix the batch must be even")
+    cutmix: NonNegative = about("alpha; 0 = off")
+    erasing: Share = about("probability of erasing a rectangle of an image with noise")
+
+
+class ClassifierSettings(NetworkSettings):
+    """A new network; of one that init_from brings, what it must have, where it is set."""
+
+    pool: Literal["avg", "token"] | None = about(
+        "avg: mean of the patches, new norm | token: [CLS] after the final norm; null = that of init_from, else avg"
+    )
+
+
+class FinetuneSettings(BackboneSettings):
+    """Settings of fine-tuning as a classifier."""
+
+    defaults = "fit.yaml tasks/finetune.yaml"
+
+    from_scratch: Switch = about("the same network without the checkpoint")
+    model: ClassifierSettings
+    regularisation: MixConfig
+    ema: Decay | None = about("decay of averaged weights, such as 0.9999: validated and saved in place of the weights")
+    early_stopping: Count | None = about("validations without a better accuracy after which the run stops")
+    activation_checkpointing: Switch = about("a third slower, a fraction of the memory", True)
+    data: ClassificationDataSettings
 
 
 class Finetuning(TrainedModule):
@@ -53,7 +74,7 @@ class Finetuning(TrainedModule):
     def __init__(
         self,
         model: Classifier,
-        optim: Optim,
+        optim: OptimSettings,
         regularisation: MixConfig,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -119,48 +140,41 @@ class Finetuning(TrainedModule):
     on_test_epoch_end = on_validation_epoch_end
 
 
-class Prediction(NamedTuple):
-    """One class that an image may be of."""
+class Finetune(Task):
+    """Classification."""
 
-    name: str
-    probability: float
-    number: int
+    settings = FinetuneSettings
+    best = ("val/accuracy", "max")
+    fsdp = True
+    module: Finetuning
 
+    def __init__(self, cfg: FinetuneSettings):
+        super().__init__(cfg)
+        source = None if cfg.from_scratch else read_source(cfg, expands_bias=True)
+        patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
+        mean, std = normalisation(cfg, source.about if source else {})
+        self.data = data = labelled_data(cfg, mean)
+        if source is None:
+            model = Classifier(len(data.classes), cfg.model.pool or "avg", **network(cfg))
+        else:
+            same = source.about.get("classes") in (None, list(data.classes))  # a head of other classes is of no use
+            drop = cfg.model.drop_path_rate
+            model = classifier(source, cfg.image_size, len(data.classes), drop, cfg.model.pool, new_head=not same)
+            model.train()
+        model.set_grad_checkpointing(cfg.activation_checkpointing)
+        optim = cfg.optim.with_warmup_in_steps(data.samples, cfg.global_batch_size)
+        self.module = Finetuning(model, optim, cfg.regularisation, mean, std, cfg.seed)
+        about_data = {"classes": list(data.classes), "crop_ratio": cfg.data.crop_ratio}
+        self.module.about = {"mean": list(mean), "std": list(std), **about_data}
+        self.origin = origin(source)
+        if cfg.ema is not None:
+            self.callbacks.append(EMAWeightAveraging(decay=cfg.ema))
+        if cfg.early_stopping is not None:
+            if "val" not in data.readers:
+                raise UserError("early_stopping watches the held-out accuracy: data.val is needed")
+            patience = cfg.early_stopping
+            self.callbacks.append(EarlyStopping("val/accuracy", mode="max", patience=patience, strict=False))
 
-class ImageClassifier:
-    """A fine-tuned classifier, ready for PIL images.
-
-    Args:
-        source: a classifier in any format that `load_pretrained` reads, or a checkpoint that is read already.
-    """
-
-    def __init__(self, source: str | Path | Checkpoint):
-        source = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-        self.model = classifier(source).requires_grad_(False)
-        about = self.model.about
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device)
-        self.classes: list[str] = about.get("classes") or [str(i) for i in range(self.model.num_classes)]
-        half = per_channel(HALF, self.model.config["in_chans"], "mean")
-        self.mean, self.std = about.get("mean", half), about.get("std", half)
-        self.image_size: int = self.model.config["image_size"]
-        if not isinstance(self.image_size, int):
-            raise UserError(f"{source.path} is for images of {self.image_size} pixels; square ones are needed here")
-        self.channels: int = self.model.config["in_chans"]
-        self.crop_ratio: float | None = about.get("crop_ratio")
-
-    def view(self, image: Image.Image) -> Tensor:
-        """The evaluation view (C, H, W) uint8 of one image."""
-        return torch.from_numpy(to_array(centre_view(image, self.image_size, self.crop_ratio, self.channels)))
-
-    def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[Prediction]]:
-        """The `top` classes of every view (uint8), the likeliest first."""
-        best = self.probabilities(image_BCHW).topk(min(top, len(self.classes)), dim=1)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [[Prediction(self.classes[i], p, i) for i, p in zip(ids, ps, strict=True)] for ids, ps in pairs]
-
-    @torch.no_grad()
-    def probabilities(self, image_BCHW: Tensor) -> Tensor:
-        """(B, K) of the views (uint8)."""
-        image = normalise(image_BCHW.to(self.device).float() / 255, self.mean, self.std)
-        return self.model(image).float().softmax(1)
+    def check_micro_batch(self, images: int, world: int, on_gpus: bool, given: str) -> None:
+        if (self.cfg.regularisation.mixup or self.cfg.regularisation.cutmix) and images % 2:
+            raise UserError(f"mixup and cutmix pair images: {images} at once ({given}) must be even")

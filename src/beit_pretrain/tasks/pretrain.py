@@ -6,21 +6,90 @@ M masked patches of the batch. Masks are True where a patch is masked, to be pre
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
+from lightning import Callback, Trainer
+from PIL import Image
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
+from beit_pretrain.data.datamodule import ShardData, first_images
+from beit_pretrain.data.dataset import BatchSchedule, Transform
+from beit_pretrain.data.settings import DataSettings
+from beit_pretrain.engine.callbacks import publish
+from beit_pretrain.engine.device_prefetch import DevicePrefetcher
 from beit_pretrain.engine.module import TrainedModule
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
+from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
+from beit_pretrain.evaluation.online_knn import OnlineKNN
 from beit_pretrain.models.backbone import MaskedImageModel, patch_grid
-from beit_pretrain.tokenizers.tokenizer import Tokenizer, codebook_use
-from beit_pretrain.transforms.views import jittered_view, jittered_views, normalise
+from beit_pretrain.models.build import network, normalisation, origin, read_source
+from beit_pretrain.models.checkpoints.formats import Checkpoint
+from beit_pretrain.models.checkpoints.pretrained import mim
+from beit_pretrain.settings import Count, Name, Paths, Settings, Switch, Text, Whole, about, to_dict
+from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
+from beit_pretrain.tokenizers.token_cache import OPTIONS, CachedTokens, TokenFolder, same_tokenizer
+from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, codebook_use, view_size
+from beit_pretrain.transforms.masking import BlockwiseMask
+from beit_pretrain.transforms.settings import MaskSettings, ViewSettings
+from beit_pretrain.transforms.views import TwoViewTransform, jittered_view, jittered_views, normalise
+from beit_pretrain.visualization import grids
+from beit_pretrain.visualization.attention_maps import attention_picture
+from beit_pretrain.visualization.token_maps import token_sheet
 
 IGNORE = -100
+
+
+class TokenizerSettings(Settings):
+    """The tokenizer: tokenizer=openai, dvae, or none where the tokens are cached (data.tokens)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    target: Text | None = Field(alias="_target_", description="the class; tokenizer=NAME sets it")
+    path: Name | None = about("folder of OpenAI's dVAE, or checkpoint of a tokenizer run")
+
+
+class PretrainDataSettings(DataSettings, ViewSettings):
+    """Images, their two views, and cached tokens."""
+
+    defaults = "data/shards.yaml tasks/pretrain.yaml:data"
+
+    tokens: Paths | None = about("cached tokens of data.train, as `tokenize` makes them; a list for a list")
+    val_tokens: Paths | None = about("cached tokens of data.val; null = the tokenizer makes them")
+
+
+class KNNSettings(Settings):
+    """Online accuracy of a kNN, where there are labels."""
+
+    defaults = "tasks/pretrain.yaml:knn"
+
+    bank: Count = about("labelled training images")
+    queries: Count = about("held-out images")
+    k: Count = about("neighbours")
+
+
+class PretrainSettings(BackboneSettings):
+    """Settings of masked image modelling."""
+
+    defaults = "fit.yaml tasks/pretrain.yaml"
+
+    new_head: Switch = about("start a new token head on the network of init_from, for another tokenizer")
+    model: NetworkSettings
+    activation_checkpointing: Switch = about("a third slower, a fraction of the memory", True)
+    tokenizer: TokenizerSettings | None
+    data: PretrainDataSettings
+    mask: MaskSettings
+    num_visualizations: Whole = about("masked | predicted | original rows after each validation; 0 = none", True)
+    knn: KNNSettings = about("online accuracy of a kNN, where there are labels", True)
 
 
 class MIMOutput(NamedTuple):
@@ -48,7 +117,7 @@ class Pretraining(TrainedModule):
         self,
         model: MaskedImageModel,
         tokenizer: Tokenizer | None,
-        optim: Optim,
+        optim: OptimSettings,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         seed: int = 0,
@@ -203,3 +272,212 @@ def _patch_distances(patches: int, device: torch.device) -> Tensor:
     row = torch.arange(side, device=device, dtype=torch.float)
     points = torch.cartesian_prod(row, row)
     return torch.cdist(points, points)
+
+
+class PretrainData(ShardData):
+    """Two views and a mask of every image, or one view and its cached tokens.
+
+    `tokens`: of "train", "val" or both, a token folder for each shard folder.
+    """
+
+    def __init__(
+        self,
+        train,
+        val=None,
+        *,
+        views: TwoViewTransform,
+        masking: BlockwiseMask,
+        tokens: Mapping[str, Sequence[TokenFolder]] | None = None,
+        **settings,
+    ):
+        super().__init__(train, val, **settings)
+        self._views, self.masking = views, masking
+        for split, folders in (tokens or {}).items():
+            if split in self.readers:
+                self.tokens[split] = CachedTokens(folders, self.readers[split], views, masking.grid, split)
+
+    def views(self, split: str) -> Transform:
+        return self._views
+
+
+class Pretrain(Task):
+    """Masked image modelling."""
+
+    settings = PretrainSettings
+    best = ("val/loss", "min")
+    fsdp = True
+    module: Pretraining
+
+    def __init__(self, cfg: PretrainSettings):
+        super().__init__(cfg)
+        source = read_source(cfg)
+        patch_size = source.architecture["patch_size"] if source else cfg.patch_size or 16
+        grid = patch_grid(cfg.image_size, patch_size)
+        targets = read_targets(cfg)
+        mean, std = normalisation(cfg, source.about if source else {})
+        views = two_views(cfg, targets.view_size(grid, cfg.data.token_image_size))
+        masking = BlockwiseMask(grid=grid, **to_dict(cfg.mask))
+        self.data = PretrainData(views=views, masking=masking, tokens=targets.cached, **data_settings(cfg))
+        if source is None:
+            model = MaskedImageModel(targets.vocab_size, **network(cfg))
+        else:
+            model = continued(cfg, source, targets).train()
+        model.set_grad_checkpointing(cfg.activation_checkpointing)
+        optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
+        self.module = Pretraining(model, targets.tokenizer, optim, mean, std, cfg.seed)
+        known = {"tokenizer": targets.name, "tokenizer_sha256": targets.sha256}
+        self.module.about = {"mean": list(mean), "std": list(std), **known}
+        self.origin = origin(source)
+        if "val" in self.data.readers:
+            if cfg.num_visualizations and targets.tokenizer is not None:
+                self.callbacks.append(MaskedPictures(cfg.folder / "pictures", self.data, cfg.num_visualizations))
+            if len(self.data.classes) > 1:
+                self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
+
+    def preflight(self) -> list[str]:
+        """Encode a few images; how many different tokens came out."""
+        dataset = self.data.train_dataset(BatchSchedule(self.data.global_batch_size))
+        samples = [dataset.sample(position) for position in range(min(4, self.data.samples))]
+        batch = {key: torch.as_tensor(np.stack([s[key] for s in samples])) for key in samples[0] if key != "bad"}
+        tokenizer = self.module.tokenizer
+        cached = tokenizer is None or "tokens" in batch
+        tokens = batch["tokens"] if cached else cast(Tokenizer, tokenizer).encode(jittered_views(batch)[1])
+        if tokens.shape[1] != batch["mask"].shape[1]:
+            raise UserError(f"the tokenizer gives {tokens.shape[1]} tokens for {batch['mask'].shape[1]} patches")
+        return [f"  tokenizer: {len(tokens.unique())} different tokens in {len(tokens)} images"]
+
+    def prepare(self) -> None:
+        if not self.cfg.deterministic:
+            torch.backends.cudnn.benchmark = True  # the encoder's images have one size: its algorithms are timed once
+        if self.cfg.device_prefetch:
+            module = self.module
+            self.data.wrapped = lambda loader: DevicePrefetcher(loader, module.prepare, module.device)
+
+    def masked(self, options: Any) -> Image.Image | None:
+        if self.module.tokenizer is None and not options.what:
+            return None
+        return masked_picture(self.module, self.batch_of(options))
+
+    def tokens(self, options: Any) -> Image.Image | None:
+        tokenizer = self.module.tokenizer
+        if tokenizer is None:
+            return None
+        image, ids_BN = self.module.image_and_tokens(self.batch_of(options))
+        return token_sheet(image, tokenizer.decode(ids_BN), ids_BN, tokenizer.vocab_size)
+
+
+def two_views(cfg: PretrainSettings, token_image_size: int) -> TwoViewTransform:
+    """How training images are seen, from the group `data`."""
+    views = {name: getattr(cfg.data, name) for name in ViewSettings.model_fields}
+    return TwoViewTransform(image_size=cfg.image_size, **{**views, "token_image_size": token_image_size})
+
+
+@dataclass
+class TokenSource:
+    """Where the tokens to be predicted come from: a tokenizer, or token folders by split, or both."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    cached: dict[str, list[TokenFolder]]
+
+    def view_size(self, grid: tuple[int, int], asked: int | None) -> int:
+        """Side in pixels of the tokenizer's view; cached tokens were made with one."""
+        if self.tokenizer is not None:
+            return view_size(grid, self.tokenizer, asked)
+        return asked or self.cached["train"][0].view["token_image_size"]
+
+
+def read_targets(cfg: PretrainSettings) -> TokenSource:
+    """The tokenizer and the token folders of the config, which belong together. Raises UserError if not."""
+    cached = {}
+    for split, option in OPTIONS.items():
+        paths, images = getattr(cfg.data, option.removeprefix("data.")), getattr(cfg.data, split)
+        if paths is not None and images is not None:
+            cached[split] = [TokenFolder(path) for path in ([paths] if isinstance(paths, str) else paths)]
+    folders = [folder for some in cached.values() for folder in some]
+    asked = cfg.tokenizer
+    if asked is not None and asked.target:
+        tokenizer: Tokenizer = instantiate(to_dict(asked))
+        check_channels(tokenizer, cfg.data.channels)
+        name, sha256 = str(asked.path), tokenizer.digest()
+        if folders:
+            same_tokenizer(folders, f"tokenizer.path={name}", sha256)
+        return TokenSource(name, sha256, tokenizer.vocab_size, tokenizer, cached)
+    if "train" not in cached:
+        raise UserError("tokenizer=none needs data.tokens=FOLDER, as made by: python -m beit_pretrain tokenize")
+    if cfg.data.val is not None and "val" not in cached:
+        raise UserError(
+            f"data.val={cfg.data.val} needs tokens too: data.val_tokens=FOLDER, as made by: python -m beit_pretrain "
+            "tokenize; or a tokenizer that makes them: tokenizer.path="
+        )
+    same_tokenizer(folders)
+    made_by = folders[0].tokenizer
+    return TokenSource(f"{made_by['name']} (cached)", made_by["sha256"], folders[0].vocab_size, None, cached)
+
+
+def continued(cfg: PretrainSettings, source: Checkpoint, targets: TokenSource) -> MaskedImageModel:
+    """A pre-trained backbone to go on with; its token head only if that is for this tokenizer."""
+    own, vocab_size = source.architecture.get("vocab_size"), targets.vocab_size
+    if own not in (None, vocab_size) and not cfg.new_head:
+        raise UserError(
+            f"init_from={cfg.init_from} predicts {own} tokens, the tokenizer has {vocab_size}; "
+            "new_head=true starts a new token head"
+        )
+    known = source.about.get("tokenizer_sha256")  # of our own checkpoints
+    if own is not None and known not in (None, targets.sha256) and not cfg.new_head:
+        raise UserError(
+            f"init_from={cfg.init_from} predicts the tokens of another tokenizer ({source.about.get('tokenizer')}, "
+            f"SHA-256 {known[:12]}...) than {targets.name} (SHA-256 {targets.sha256[:12]}...); new_head=true starts a "
+            "new token head"
+        )
+    return mim(source, cfg.image_size, cfg.model.drop_path_rate, vocab_size if cfg.new_head else None)
+
+
+class MaskedPictures(Callback):
+    """Writes masked | predicted | decoded | original pictures of held-out images, and attention maps, after every
+    validation; token maps, which do not change, after the first one.
+
+    Args:
+        folder: where `step-000100.png` go.
+        data: its validation images are shown.
+        images: how many.
+    """
+
+    def __init__(self, folder: Path, data: ShardData, images: int = 6):
+        self.folder, self.data, self.images = folder, data, images
+
+    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        batch = first_images(self.data.eval_dataset("val"), self.images, pl_module.device)
+        publish(trainer, masked_picture(pl_module, batch), self.folder)
+        image, ids_BN = pl_module.image_and_tokens(batch)
+        normalised, model = normalise(image[:2], pl_module.mean, pl_module.std), pl_module.model
+        publish(trainer, attention_picture(model, normalised, image[:2]), self.folder, "attention")
+        if not any(self.folder.glob("step-*-tokens.png")):
+            decoded = pl_module.tokenizer.decode(ids_BN)
+            publish(trainer, token_sheet(image, decoded, ids_BN, model.vocab_size), self.folder, "tokens")
+
+
+@torch.no_grad()
+def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
+    """Grid of masked | predicted tokens decoded | original tokens decoded | original, one row an image.
+
+    Raises UserError without a tokenizer, which is what turns tokens into pictures.
+    """
+    if module.tokenizer is None:
+        raise UserError("the run trains from cached tokens alone; only a tokenizer can draw them")
+    training = module.model.training
+    module.model.eval()
+    image, tokens_BN = module.image_and_tokens(batch)
+    mask_BN = batch["mask"]
+    predicted_BN = tokens_BN.clone()
+    logits_MV = module.model(normalise(image, module.mean, module.std), mask_BN)
+    predicted_BN[mask_BN] = logits_MV.argmax(-1)
+    module.model.train(training)
+    side = int(image.shape[-1])
+    decoded = [F.interpolate(module.tokenizer.decode(t), (side, side)) for t in (predicted_BN, tokens_BN)]
+    columns = [grids.hide(image, mask_BN), *decoded, image]
+    return grids.grid(columns, ["masked", "predicted", "tokens decoded", "original"])

@@ -6,51 +6,81 @@ Shapes: B batch, C channels, H W pixels, K classes, S the side of the network's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning import Callback, Trainer
 from PIL import Image
+from pydantic import Field, Strict
 from torch import Tensor
 
+from beit_pretrain.data.datamodule import SegmentationData, ShardData
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.settings import DataSettings
+from beit_pretrain.engine.callbacks import publish
 from beit_pretrain.engine.module import TrainedModule
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
+from beit_pretrain.engine.task import Task, check_split
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
+from beit_pretrain.inference.sliding_window import SlidingWindow, segmented, upsampled
+from beit_pretrain.models.backbone import patch_grid
+from beit_pretrain.models.build import network, normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import segmenter
 from beit_pretrain.models.drop_path import uniforms
-from beit_pretrain.models.upernet import DROPOUT, Segmenter
-from beit_pretrain.transforms.image_io import to_channels
-from beit_pretrain.transforms.segmentation import IGNORE, SegmentationEvalTransform
-from beit_pretrain.transforms.views import HALF, normalise
+from beit_pretrain.models.upernet import DROPOUT, Decoder, Segmenter
+from beit_pretrain.settings import Range, Settings, Share, ShareAboveZero, Side, Switch, Whole, about, to_dict
+from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
+from beit_pretrain.transforms.segmentation import IGNORE, SegmentationEvalTransform, SegmentationTrainTransform
+from beit_pretrain.transforms.views import normalise
+from beit_pretrain.visualization import grids
+from beit_pretrain.visualization.overlays import comparison
 
 AUX_WEIGHT = 0.4
-WINDOWS = 8  # windows that go through the network at once
-AT_ONCE = 2**28  # numbers of an enlarged map: 1 GB
+PoolScale = Annotated[int, Strict(), Field(ge=1, le=2**10 - 1)]
+ClassCount = Annotated[int, Strict(), Field(ge=2, le=255)]
 KEEP_SEED = 0x5E6  # dropout's numbers are others than drop path's
 
 
-@dataclass
-class SlidingWindow:
-    """How whole images are tested.
+class DecoderSettings(Settings):
+    """The UPerNet heads of a new segmenter; one in init_from brings its own (but for the layers, if they are given)."""
 
-    Args:
-        stride: of the sliding window, as a share of its side.
-        flip: whether mirrored images are averaged in.
-        scales: factors of the network's size that the shorter side is brought to.
-    """
+    defaults = "tasks/segment.yaml:decoder"
 
-    stride: float = 2 / 3
-    flip: bool = False
-    scales: Sequence[float] = (1.0,)
+    layers: Annotated[list[Whole], Field(min_length=4, max_length=4)] | None = about(
+        "four blocks, from 1; null = thirds and the end of the depth: 4, 6, 8, 12 of 12"
+    )
+    channels: Side | None = about("null = the backbone's width")
+    pool_scales: Annotated[list[PoolScale], Field(min_length=1)] = about("grids of the pyramid pooling")
+    aux_channels: Side | None = about("of the auxiliary head on the third map; null = none")
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is None:  # only `validate` has a run whose setting could be meant
-                raise UserError(f"test.{name} must not be null here")
+
+class SegmentDataSettings(DataSettings):
+    """Images with label maps, and how they are seen."""
+
+    defaults = "data/shards.yaml tasks/segment.yaml:data"
+
+    reduce_labels: Switch = about("ADE20K: 0 in a label map is ignored, ids shift by one | false: 0 is a class")
+    resize: Range = about("range of the random ratio; 1 brings the shorter side to image_size")
+    max_share: ShareAboveZero = about("largest share of one class in a crop")
+    flip: Share = about("probability of a horizontal flip")
+    distort: Switch = about("brightness, contrast, saturation and hue")
+
+
+class SegmentSettings(BackboneSettings):
+    """Settings of semantic segmentation."""
+
+    defaults = "fit.yaml tasks/segment.yaml"
+
+    from_scratch: Switch = about("the same network without the checkpoint")
+    num_classes: ClassCount | None = about("null = as many as the shards' manifest names")
+    model: NetworkSettings
+    decoder: DecoderSettings
+    activation_checkpointing: Switch = about("a third slower, a fraction of the memory", True)
+    data: SegmentDataSettings
+    test: SlidingWindow = about("how whole images are tested", True)
+    num_visualizations: Whole = about("image | annotated | found rows after each validation; 0 = none", True)
 
 
 class Segmentation(TrainedModule):
@@ -62,7 +92,7 @@ class Segmentation(TrainedModule):
     def __init__(
         self,
         model: Segmenter,
-        optim: Optim,
+        optim: OptimSettings,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         seed: int = 0,
@@ -116,11 +146,6 @@ class Segmentation(TrainedModule):
     on_test_epoch_end = on_validation_epoch_end
 
 
-def upsampled(logits_BKhw: Tensor, size: Sequence[int]) -> Tensor:
-    """Logits (B, K, H, W) at another size, float32."""
-    return F.interpolate(logits_BKhw.float(), tuple(size), mode="bilinear", align_corners=False)
-
-
 def pixel_loss(logits_BKhw: Tensor, target_BHW: Tensor) -> Tensor:
     """Cross-entropy, a mean over all pixels, those that do not count among them with a loss of 0.
 
@@ -150,149 +175,102 @@ def scores(confusion_KK: Tensor) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
-def segmented(model: Segmenter, images: Sequence[Tensor], size: Sequence[int], windows: SlidingWindow) -> Tensor:
-    """Classes (H, W) of one image at some scales, (1, C, h, w) normalised each, resized to `size`.
+class Segment(Task):
+    """Semantic segmentation."""
 
-    Probabilities of all scales, and of the mirrored ones, are averaged at the final size.
-    """
-    return segmented_all(model, [images], [size], windows)[0]
+    settings = SegmentSettings
+    best = ("val/miou", "max")
+    sync_batchnorm = True  # a decoder's batch norms see few images a GPU: statistics over all of them, as the release
+    nondeterministic_on_gpu = "segmentation's resizing"
+    module: Segmentation
 
-
-@torch.no_grad()
-def segmented_all(
-    model: Segmenter, images: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], windows: SlidingWindow
-) -> list[Tensor]:
-    """`segmented` of several images, whose windows go through the network together."""
-    scales = len(images[0])
-    views = [(scale, False) for scale in range(scales)] + [(scale, True) for scale in range(scales) if windows.flip]
-    found: list[list[Tensor]] = [[] for _ in images]  # logits of each image in each view
-    for scale, mirrored in views:
-        seen = [some[scale].flip(-1) if mirrored else some[scale] for some in images]
-        for own, logits in zip(found, slide_all(model, seen, windows.stride), strict=True):
-            own.append(logits.flip(-1) if mirrored else logits)
-    return [best_classes(own, size) for own, size in zip(found, sizes, strict=True)]
-
-
-def best_classes(views: Sequence[Tensor], size: Sequence[int], limit: int = AT_ONCE) -> Tensor:
-    """Classes (H, W) at `size` of logits (1, K, h, w) of some views of one image, whose probabilities are averaged.
-
-    Some classes are enlarged at a time, as many as are `limit` numbers: those of a photo of 50 megapixels and 150
-    classes would take 30 GB together.
-    """
-    classes, pixels = views[0].shape[1], size[0] * size[1]
-    some = max(1, min(classes, limit // pixels))
-    parts = [slice(first, first + some) for first in range(0, classes, some)]
-    norms: list[Tensor] = []  # log of the softmax's denominator at every pixel
-    for view in views if len(views) > 1 else ():
-        sums = [upsampled(view[:, part], size).logsumexp(1) for part in parts]
-        norms.append(sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0))
-    best = index = None
-    for part in parts:
-        shares = [upsampled(view[:, part], size) for view in views]
-        if norms:
-            shares = [(share - norm.unsqueeze(1)).exp() for share, norm in zip(shares, norms, strict=True)]
-        values, places = sum(shares[1:], shares[0])[0].max(0)
-        if best is None or index is None:
-            best, index = values, places
+    def __init__(self, cfg: SegmentSettings):
+        super().__init__(cfg)
+        source = None if cfg.from_scratch else read_source(cfg, expands_bias=True)
+        patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
+        mean, std = normalisation(cfg, source.about if source else {})
+        self.data, names = segmentation_data(cfg, mean, cfg.test)
+        decoder = cast(Decoder, to_dict(cfg.decoder))
+        if source is None:
+            model = Segmenter(len(names), decoder, **network(cfg))
         else:
-            index = torch.where(values > best, places + part.start, index)
-            best = torch.maximum(values, best)
-    assert index is not None
-    return index
+            same = source.about.get("classes") in (None, names)
+            drop = cfg.model.drop_path_rate
+            model = segmenter(source, cfg.image_size, len(names), drop, decoder, new_head=not same)
+            model.train()
+        model.set_grad_checkpointing(cfg.activation_checkpointing)
+        optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
+        self.module = Segmentation(model, optim, mean, std, cfg.seed, cfg.test)
+        about_data = {"classes": names, "reduce_labels": cfg.data.reduce_labels}
+        self.module.about = {"mean": list(mean), "std": list(std), **about_data}
+        self.origin = origin(source)
+        if "val" in self.data.readers and cfg.num_visualizations:
+            self.callbacks.append(SegmentationPictures(cfg.folder / "pictures", self.data, cfg.num_visualizations))
+
+    def check_micro_batch(self, images: int, world: int, on_gpus: bool, given: str) -> None:
+        """Over several GPUs the norms see all their images (`sync_batchnorm`)."""
+        if images * (world if on_gpus else 1) < 2:
+            raise UserError(f"the decoder's batch norms need at least 2 images at once, not {images} ({given})")
+
+    def masked(self, options: Any) -> Image.Image | None:
+        check_split(self.data, options)
+        return segmentation_picture(self.module, self.data, options.images, options.split)
 
 
-def label_maps(logits_BKhw: Tensor, sizes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
-    """Classes (H, W) int64 of a segmenter's logits, resized to the original images' sizes, (height, width) each.
-
-    As transformers' `post_process_semantic_segmentation`: logits are resized, then compared. None = as they are.
-    Raises ValueError if there are not as many sizes as images.
-    """
-    if sizes is None:
-        return list(logits_BKhw.argmax(1))
-    if len(sizes) != len(logits_BKhw):
-        raise ValueError(f"{len(sizes)} sizes for {len(logits_BKhw)} images")
-    return [upsampled(logits[None], size)[0].argmax(0) for logits, size in zip(logits_BKhw, sizes, strict=True)]
-
-
-def slide(model: Segmenter, image_1CHW: Tensor, stride: float = 2 / 3) -> Tensor:
-    """Logits (1, K, H, W) of an image of any size: the mean over the windows that see a pixel.
-
-    Windows have the network's own size, a step of `stride` of it, and the last ones end at the edges. An image smaller
-    than that is filled up with the mean colour, which is 0.
-    """
-    return slide_all(model, [image_1CHW], stride)[0]
-
-
-def slide_all(model: Segmenter, images: Sequence[Tensor], stride: float = 2 / 3) -> list[Tensor]:
-    """`slide` of several images (1, C, H, W), whose windows go through the network together."""
-    sides = [side * model.config["patch_size"] for side in model.grid]
-    padded = [F.pad(x, (0, max(0, sides[1] - x.shape[-1]), 0, max(0, sides[0] - x.shape[-2]))) for x in images]
-    places = [
-        (i, top, left)
-        for i, image in enumerate(padded)
-        for top in starts(image.shape[-2], sides[0], stride)
-        for left in starts(image.shape[-1], sides[1], stride)
-    ]
-    totals = [x.new_zeros(1, model.num_classes, *x.shape[-2:], dtype=torch.float32) for x in padded]
-    seen = [x.new_zeros(1, 1, *x.shape[-2:], dtype=torch.float32) for x in padded]
-    for first in range(0, len(places), WINDOWS):
-        some = places[first : first + WINDOWS]
-        crops = torch.cat([padded[i][..., top : top + sides[0], left : left + sides[1]] for i, top, left in some])
-        logits = upsampled(model(crops).main, sides)
-        for (i, top, left), one in zip(some, logits, strict=True):
-            totals[i][0, :, top : top + sides[0], left : left + sides[1]] += one
-            seen[i][..., top : top + sides[0], left : left + sides[1]] += 1
-    return [
-        (total / count)[..., : image.shape[-2], : image.shape[-1]]
-        for total, count, image in zip(totals, seen, images, strict=True)
-    ]
+def segmentation_data(
+    cfg: SegmentSettings, fill: tuple[float, ...], windows: SlidingWindow
+) -> tuple[SegmentationData, list[str]]:
+    """Images with label maps, and the names of their classes. Raises UserError if nothing says how many there are."""
+    data, size = cfg.data, cfg.image_size
+    reader = ShardReader(data.train)
+    named = [list(folder.about.get("segmentation_classes") or []) for folder in reader.folders]
+    if any(names != named[0] for names in named):
+        raise UserError(f"data.train={data.train}: the label maps of these data sets have different classes")
+    names = named[0] if data.reduce_labels or not named[0] else ["background", *named[0]]
+    if cfg.num_classes is not None:
+        if cfg.num_classes < len(names):
+            raise UserError(f"num_classes={cfg.num_classes}, but {reader.folders[0]} names {len(names)} classes")
+        names = [*names, *map(str, range(len(names), cfg.num_classes))]
+    if len(names) < 2:
+        raise UserError(f"{reader.folders[0]} does not name the classes of its label maps: num_classes=N is needed")
+    common: dict[str, Any] = {"classes": len(names), "reduce_labels": data.reduce_labels, "channels": data.channels}
+    crops = SegmentationTrainTransform(
+        size,
+        ratio=(data.resize[0], data.resize[1]),
+        max_share=data.max_share,
+        flip=data.flip,
+        distort=data.distort,
+        fill=fill,
+        **common,
+    )
+    images = SegmentationEvalTransform(size, scales=windows.scales, **common)
+    return SegmentationData(train_views=crops, val_views=images, **data_settings(cfg)), names
 
 
-def starts(length: int, side: int, stride: float) -> list[int]:
-    """Where windows of `side` begin along a length of at least that: steps of `stride` x side, the last at the end."""
-    step = max(1, int(side * stride))
-    count = -(-(length - side) // step) + 1
-    return [min(i * step, length - side) for i in range(count)]
+class SegmentationPictures(Callback):
+    """Writes image | annotated | found, in colour, of held-out images after every validation.
 
-
-class ImageSegmenter:
-    """A segmenter, ready for PIL images.
-
-    Args:
-        source: a segmenter in any format that `load_pretrained` reads, or a checkpoint that is read already.
-        windows: how it is tested; None = at one scale, not mirrored.
+    Arguments as of `MaskedPictures`.
     """
 
-    def __init__(self, source: str | Path | Checkpoint, windows: SlidingWindow | None = None):
-        source = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-        self.model = segmenter(source).requires_grad_(False)
-        about: dict[str, Any] = self.model.about
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device)
-        self.classes: list[str] = about.get("classes") or [str(i) for i in range(self.model.num_classes)]
-        self.reduce_labels: bool = about.get("reduce_labels", True)
-        self.mean, self.std = about.get("mean", HALF), about.get("std", HALF)
-        self.channels: int = self.model.config["in_chans"]
-        self.windows = windows or SlidingWindow()
-        side = min(self.model.grid) * self.model.config["patch_size"]
-        self.views = SegmentationEvalTransform(
-            side, self.model.num_classes, scales=self.windows.scales, channels=self.channels
-        )
+    def __init__(self, folder: Path, data: ShardData, images: int = 6):
+        self.folder, self.data, self.images = folder, data, images
 
-    def segment(self, image: Image.Image) -> Tensor:
-        """Classes (H, W) int64, on the CPU, at the image's own size."""
-        views = [torch.from_numpy(view) for view in self.apply(image)]
-        return self.segment_views([views], [(image.height, image.width)])[0]
+    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            publish(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder)
 
-    def apply(self, image: Image.Image) -> list[np.ndarray]:
-        """(C, h, w) uint8 of an image at every scale."""
-        return list(self.views.scaled(to_channels(image, self.channels)).values())
 
-    def segment_views(self, views: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Classes (H, W) int64, on the CPU, of the views that `seen` made, at the given sizes (height, width)."""
-        normalised = [
-            [normalise(view[None].to(self.device).float() / 255, self.mean, self.std) for view in some]
-            for some in views
-        ]
-        return [found.cpu() for found in segmented_all(self.model, normalised, sizes, self.windows)]
+def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str = "val") -> Image.Image:
+    """A row for each of the first images of a split: image, overlay of its label map, overlay of what is found."""
+    training, dataset, rows = module.model.training, data.eval_dataset(split), []
+    module.model.eval()
+    for position in range(min(images, dataset.order.samples)):
+        sample = dataset.sample(position)
+        scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
+        target = sample["target"]
+        found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
+        image = grids.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
+        rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
+    module.model.train(training)
+    return grids.stack(rows)

@@ -10,150 +10,76 @@ Shapes: B batch, C channels, H W pixels, h w tokens (8 pixels each way), V vocab
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from PIL import Image
+from pydantic import Field, Strict
+from torch import Tensor
 
 from beit_pretrain.data.dataset import first_position
+from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.module import TrainedModule
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import FitSettings, OptimSettings
+from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.checkpoints.files import rebuild
-from beit_pretrain.tokenizers.tokenizer import codebook_use, square_grid, weights_digest, with_channels
+from beit_pretrain.settings import NonNegative, Settings, ShareAboveZero, Side, about, to_dict
+from beit_pretrain.tasks.common import Width, classification_data
+from beit_pretrain.tokenizers.dvae import DiscreteVAE
+from beit_pretrain.tokenizers.tokenizer import codebook_use
+from beit_pretrain.transforms.settings import CropSettings
+from beit_pretrain.visualization import grids
+from beit_pretrain.visualization.token_maps import token_sheet
+
+VocabSize = Annotated[int, Strict(), Field(ge=2, le=2**31 - 1)]
+BlockCount = Annotated[int, Strict(), Field(ge=0, le=2**10 - 1)]
 
 
-class ResidualBlock(nn.Module):
-    """x + conv1(relu(conv3(relu(x))))."""
+class GumbelConfig(Settings):
+    """How the relaxed codes are pulled towards discrete, evenly used ones."""
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1)
-        )
+    defaults = "tasks/tokenizer.yaml:relaxation"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-class DiscreteVAE(nn.Module):
-    """Encoder to logits over V tokens at 1/8 of the resolution, and decoder back.
-
-    Args:
-        vocab_size: V, entries of the codebook.
-        width: channels after the first of three halvings (then twice, then four times as many).
-        blocks: residual blocks at the lowest resolution, in the encoder and in the decoder.
-        code_dim: length of a codebook vector.
-        in_chans: channels of the images.
-    """
-
-    downsample = 8
-    vocab_size: int
-
-    def __init__(
-        self, vocab_size: int = 8192, width: int = 64, blocks: int = 2, code_dim: int = 128, in_chans: int = 3
-    ):
-        super().__init__()
-        self.config: dict[str, Any] = dict(
-            vocab_size=vocab_size, width=width, blocks=blocks, code_dim=code_dim, in_chans=in_chans
-        )
-        self.vocab_size = vocab_size
-        self.encoder = nn.Sequential(
-            nn.Conv2d(in_chans, width, 4, 2, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 4, 2, 1),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 4 * width, 4, 2, 1),
-            *(ResidualBlock(4 * width) for _ in range(blocks)),
-            nn.ReLU(),
-            nn.Conv2d(4 * width, vocab_size, 1),
-        )
-        self.codebook = nn.Embedding(vocab_size, code_dim)
-        self.decoder = nn.Sequential(
-            nn.Conv2d(code_dim, 4 * width, 1),
-            *(ResidualBlock(4 * width) for _ in range(blocks)),
-            nn.ReLU(),
-            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(2 * width, width, 4, 2, 1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width, in_chans, 4, 2, 1),
-        )
-
-    def logits(self, image_BCHW: Tensor) -> Tensor:
-        """Token logits (B, V, h, w) of images in [0, 1]."""
-        return self.encoder(image_BCHW - 0.5)
-
-    def reconstruct(self, weights_BVhw: Tensor) -> Tensor:
-        """Images (B, C, H, W) of (relaxed) one-hot codes."""
-        codes = torch.einsum("bvhw,vd->bdhw", weights_BVhw, self.codebook.weight)
-        return self.decoder(codes) + 0.5
-
-    def decode(self, ids_Bhw: Tensor) -> Tensor:
-        """Images (B, C, H, W), not yet clamped to [0, 1], of token ids (B, h, w)."""
-        return self.decoder(self.codebook(ids_Bhw).permute(0, 3, 1, 2)) + 0.5
-
-
-class DVAETokenizer:
-    """A trained `DiscreteVAE` as a frozen tokenizer (see `tokenizer.Tokenizer`), read from a checkpoint of ours.
-
-    Args:
-        path: `.ckpt` of a run of `fit +experiment=tokenizer`.
-    """
-
-    downsample = DiscreteVAE.downsample
-
-    def __init__(self, path: str | Path):
-        self.model, _ = rebuild(DiscreteVAE, path, "tokenizer")
-        self.vocab_size = self.model.vocab_size
-        self.in_chans = int(self.model.config["in_chans"])
-
-    def to(self, device: torch.device) -> DVAETokenizer:
-        self.model.to(device)
-        return self
-
-    def digest(self) -> str:
-        return weights_digest(self.model)
-
-    @torch.no_grad()
-    def encode(self, image_BCHW: Tensor) -> Tensor:
-        with torch.autocast(image_BCHW.device.type, enabled=False):
-            return self.model.logits(with_channels(image_BCHW.float(), self.in_chans)).argmax(1).flatten(1)
-
-    @torch.no_grad()
-    def decode(self, ids_BN: Tensor) -> Tensor:
-        return self.model.decode(square_grid(ids_BN)).clamp(0, 1)
-
-
-@dataclass
-class GumbelConfig:
-    """How the relaxed codes are pulled towards discrete, evenly used ones.
-
-    Args:
-        temperature_end: Gumbel-softmax temperature after `anneal` of the run; it falls exponentially from 1.
-        kl_weight: weight of KL(q(token | patch) || uniform), the dVAE's own prior term.
-        usage_weight: weight of KL(batch mean of q || uniform). It keeps every token in use without making single
-            patches undecided, which the prior term does.
-    """
-
-    temperature_end: float = 1 / 16
-    anneal: float = 0.7
-    kl_weight: float = 0.0
-    usage_weight: float = 0.005
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature_end <= 1 or not 0 < self.anneal <= 1:
-            raise UserError(
-                f"relaxation.temperature_end={self.temperature_end} and relaxation.anneal={self.anneal} must be above 0"
-                " and at most 1"
-            )
+    temperature_end: ShareAboveZero = about(
+        "Gumbel-softmax temperature after `anneal` of the run; it falls exponentially from 1"
+    )
+    anneal: ShareAboveZero = about("share of the run over which the temperature falls")
+    kl_weight: NonNegative = about("weight of KL(q(token | patch) || uniform), the dVAE's own prior term")
+    # It keeps every token in use without making single patches undecided, which the prior term does.
+    usage_weight: NonNegative = about("weight of KL(batch mean of q || uniform), which keeps every token in use")
 
     def temperature(self, progress: float) -> float:
         """Temperature at `progress` (0 to 1) of the run."""
         return math.exp(math.log(self.temperature_end) * min(1.0, progress / self.anneal))
+
+
+class DVAESettings(Settings):
+    """The network."""
+
+    defaults = "tasks/tokenizer.yaml:model"
+
+    vocab_size: VocabSize = about("entries of the codebook")
+    width: Width = about("channels after the first of three halvings (then twice, then four times as many)")
+    blocks: BlockCount = about("residual blocks at the lowest resolution, in the encoder and in the decoder")
+    code_dim: Width = about("length of a codebook vector")
+
+
+class TokenizerDataSettings(DataSettings, CropSettings):
+    """Images and their crops."""
+
+    defaults = "data/shards.yaml tasks/tokenizer.yaml:data"
+
+
+class TokenizerSettings(FitSettings):
+    """Settings of training a dVAE."""
+
+    defaults = "fit.yaml tasks/tokenizer.yaml"
+
+    image_size: Side = about("side of the images, pixels; 8 of them are a token")
+    model: DVAESettings
+    relaxation: GumbelConfig
+    data: TokenizerDataSettings
 
 
 class TokenizerTraining(TrainedModule):
@@ -162,7 +88,7 @@ class TokenizerTraining(TrainedModule):
     kind = "tokenizer"
     model: DiscreteVAE
 
-    def __init__(self, model: DiscreteVAE, optim: Optim, relaxation: GumbelConfig, seed: int = 0):
+    def __init__(self, model: DiscreteVAE, optim: OptimSettings, relaxation: GumbelConfig, seed: int = 0):
         super().__init__(model, optim, seed)
         self.relaxation = relaxation
         self._totals: Tensor | None = None
@@ -214,7 +140,33 @@ class TokenizerTraining(TrainedModule):
 @torch.no_grad()
 def reconstruction_picture(model: DiscreteVAE, image_BCHW: Tensor):
     """Grid of original | decoded from its tokens, one row an image (a PIL image)."""
-    from beit_pretrain.visualization import grids
-
     decoded = model.decode(model.logits(image_BCHW).argmax(1)).clamp(0, 1)
     return grids.grid([image_BCHW, decoded], ["original", "from its tokens"])
+
+
+class TrainTokenizer(Task):
+    """Training a dVAE."""
+
+    settings = TokenizerSettings
+    best = ("val/reconstruction", "min")
+    module: TokenizerTraining
+
+    def __init__(self, cfg: TokenizerSettings):
+        super().__init__(cfg)
+        if cfg.image_size % DiscreteVAE.downsample:
+            raise UserError(
+                f"image_size={cfg.image_size} is not divisible by {DiscreteVAE.downsample}, the pixels per token"
+            )
+        self.data = classification_data(cfg)
+        model = DiscreteVAE(**to_dict(cfg.model), in_chans=cfg.data.channels)
+        optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
+        self.module = TokenizerTraining(model, optim, cfg.relaxation, cfg.seed)
+
+    def masked(self, options: Any) -> Image.Image | None:
+        return reconstruction_picture(self.module.model, self.batch_of(options)["image"].float() / 255)
+
+    @torch.no_grad()
+    def tokens(self, options: Any) -> Image.Image | None:
+        image, model = self.batch_of(options)["image"].float() / 255, self.module.model
+        ids_Bhw = model.logits(image).argmax(1)
+        return token_sheet(image, model.decode(ids_Bhw).clamp(0, 1), ids_Bhw.flatten(1), model.vocab_size)

@@ -1,4 +1,4 @@
-"""The verb `fetch`: OpenAI's dVAE into a folder, checked, recorded and converted once to safetensors.
+"""The verb `download`: OpenAI's dVAE into a folder, checked, recorded and converted once to safetensors.
 
 The files are pickles. Each is read once, without executing anything in it, and from then on only the safetensors made
 of it are used. Size and SHA-256 of both are recorded at first use (`weights.json`) and checked ever after.
@@ -13,17 +13,18 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.tokenizers import transfer
+from beit_pretrain.tokenizers.settings import DownloadSettings
 from beit_pretrain.tokenizers.tokenizer import RECORD, build, pickled_tensors, read_verified, recorded, safe_tensors
-from beit_pretrain.tokenizers.transfer import DownloadError, alone, download, publish
+from beit_pretrain.tokenizers.transfer import DownloadError, alone, publish
 
 KINDS = ("encoder", "decoder")
 
 
-def fetch(cfg: DictConfig) -> None:
+def download(cfg: DownloadSettings) -> None:
     """Download what is missing of the encoder and the decoder, and convert what is not converted."""
     out = Path(cfg.out).expanduser()
     addresses = _addresses(cfg, out)
@@ -40,12 +41,10 @@ def fetch(cfg: DictConfig) -> None:
     print(f"use them with tokenizer.path={out}")
 
 
-def _addresses(cfg: DictConfig, out: Path) -> dict[str, str]:
+def _addresses(cfg: DownloadSettings, out: Path) -> dict[str, str]:
     """Kind -> where its pickle comes from, by `src`, or else by the two addresses."""
-    if not isinstance(cfg.src, str):
-        raise UserError("src of fetch is openai, or one folder with encoder.pkl and decoder.pkl")
     if cfg.src == "openai":
-        return {kind: cfg[kind] for kind in KINDS}
+        return {kind: getattr(cfg, kind) for kind in KINDS}
     if re.match(r"[a-z]+://", cfg.src):
         return {kind: f"{cfg.src.rstrip('/')}/{kind}.pkl" for kind in KINDS}
     folder = Path(cfg.src).expanduser()
@@ -65,7 +64,7 @@ def _is_ready(folder: Path, kind: str) -> bool:
     return name in known and (folder / name).exists()
 
 
-def _obtain(out: Path, kind: str, addresses: dict[str, str], cfg: DictConfig) -> None:
+def _obtain(out: Path, kind: str, addresses: dict[str, str], cfg: DownloadSettings) -> None:
     """Download the pickle unless it is there, and record it."""
     file, url = out / f"{kind}.pkl", addresses[kind]
     known = recorded(out).get(file.name)
@@ -78,7 +77,7 @@ def _obtain(out: Path, kind: str, addresses: dict[str, str], cfg: DictConfig) ->
 
     there = file.exists()
     try:
-        download(url, file, check=check, timeout=cfg.timeout, attempts=cfg.attempts)
+        transfer.download(url, file, check=check, timeout=cfg.timeout, attempts=cfg.attempts)
     except DownloadError as error:
         wanted = " and ".join(addresses[k] for k in KINDS if not (out / f"{k}.pkl").exists())
         raise UserError(

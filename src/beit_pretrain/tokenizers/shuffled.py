@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.tasks.tokenizer import DVAETokenizer
+from beit_pretrain.tokenizers.dvae import DVAETokenizer
 
 
 class ShuffledTokenizer(DVAETokenizer):

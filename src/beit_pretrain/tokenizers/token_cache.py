@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.remote import is_remote
 from beit_pretrain.errors import UserError
+from beit_pretrain.settings import to_dict
 from beit_pretrain.transforms.views import AugmentParams, Crop, Jitter, TwoViewTransform
 
 FORMAT = "beit_pretrain-tokens/1"
@@ -61,7 +61,7 @@ def images_digest(shards: Sequence[Shard]) -> str:
 
 def view_settings(views: TwoViewTransform) -> dict[str, Any]:
     """Settings of the views as they stand in JSON."""
-    settings: dict[str, Any] = json.loads(json.dumps(asdict(views)))
+    settings: dict[str, Any] = to_dict(views.model_copy(update=views.model_dump()))
     return settings
 
 

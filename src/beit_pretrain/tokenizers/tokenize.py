@@ -16,22 +16,23 @@ import numpy as np
 import PIL
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
-from beit_pretrain.data.reader import RemoteOptions, ShardReader
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.remote import is_remote
-from beit_pretrain.engine.trainer import as_user_errors
 from beit_pretrain.errors import UserError, first_line, stop_if_memory_was_short
 from beit_pretrain.models.backbone import patch_grid
 from beit_pretrain.processes import cores, end_with_parent
+from beit_pretrain.tokenizers.settings import TokenizeSettings
 from beit_pretrain.tokenizers.token_cache import FORMAT, images_digest, record_dtype, tokens_name, view_settings
 from beit_pretrain.tokenizers.token_writer import begin, finish, is_finished, is_whole, save, summary, work_folder
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, view_size
 from beit_pretrain.transforms.image_io import open_image, reason
 from beit_pretrain.transforms.mean_color_grid import SIDE
+from beit_pretrain.transforms.settings import ViewSettings
 from beit_pretrain.transforms.views import TwoViewTransform, jittered_view
 
 SHOWN = 20  # images that could not be decoded which are named
@@ -57,9 +58,9 @@ class TokenizeOptions(NamedTuple):
 ALL_AT_ONCE = TokenizeOptions()
 
 
-def tokenize(cfg: DictConfig) -> None:
+def tokenize(cfg: TokenizeSettings) -> None:
     """Tokens of one or more shard folders, beside the shards of each or in `out`."""
-    sources = [cfg.src] if isinstance(cfg.src, str) else list(cfg.src)
+    sources = [cfg.src] if isinstance(cfg.src, str) else cfg.src
     if len(sources) > 1 and cfg.out:
         raise UserError("out= takes the tokens of one data set; those of a list lie in each one's own folder tokens")
     for source in sources:
@@ -67,7 +68,7 @@ def tokenize(cfg: DictConfig) -> None:
             raise UserError(f"{source} is on another machine: out= must say where its tokens go, such as out=FOLDER")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    if cfg.get("tokenizer") is None or not cfg.tokenizer.get("_target_"):
+    if not (cfg.tokenizer and cfg.tokenizer.get("_target_")):
         raise UserError("a tokenizer is needed: tokenizer=openai or tokenizer=dvae, with tokenizer.path=")
     with as_user_errors():
         tokenizer: Tokenizer = instantiate(cfg.tokenizer)
@@ -77,28 +78,19 @@ def tokenize(cfg: DictConfig) -> None:
         tokenizer.to(device)
     num_workers = cores() if cfg.num_workers is None else cfg.num_workers
     how = TokenizeOptions(read_part(cfg.part), cfg.batch_size, num_workers, device)
-    access = RemoteOptions(cfg.cache_dir, cfg.cache_gb, cfg.retries, cfg.timeout)
     for source in sources:
-        reader = ShardReader(source, access)
+        reader = ShardReader(source, cfg)
         out = Path(cfg.out or Path(source) / "tokens").expanduser()
         if make_tokens(reader, out, tokenizer, views, grid, cfg.views, cfg.seed, how):
             print(f"made {out}\n{summary(out)}\nuse them with data.tokens={out}")
 
 
-def make_views(cfg: DictConfig, tokenizer: Tokenizer) -> tuple[TwoViewTransform, tuple[int, int]]:
+def make_views(cfg: TokenizeSettings, tokenizer: Tokenizer) -> tuple[TwoViewTransform, tuple[int, int]]:
     """The views that the settings describe, and the grid of their patches."""
     grid = patch_grid(cfg.image_size, cfg.patch_size or 16)
-    views = TwoViewTransform(
-        cfg.image_size,
-        view_size(grid, tokenizer, cfg.token_image_size),
-        tuple(cfg.scale),
-        tuple(cfg.ratio),
-        cfg.flip,
-        tuple(cfg.jitter or (0, 0, 0)),
-        cfg.pil_reference,
-        cfg.channels,
-    )
-    return views, grid
+    settings = {name: getattr(cfg, name) for name in ViewSettings.model_fields}
+    settings["token_image_size"] = view_size(grid, tokenizer, cfg.token_image_size)
+    return TwoViewTransform(image_size=cfg.image_size, **settings), grid
 
 
 def device_of(accelerator: str) -> torch.device:

@@ -8,38 +8,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
+from pydantic import ConfigDict, model_validator
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.settings import about
+from beit_pretrain.transforms.settings import MaskSettings
 
 
-@dataclass(frozen=True)
-class BlockwiseMask:
-    """The masking distribution.
+class BlockwiseMask(MaskSettings):
+    """The masking distribution on a patch grid: `BlockwiseMask((14, 14), 75)`.
 
     Args:
         grid: height and width of the patch grid.
-        max_patches: cap on masked patches of an image (75 of 196 in the paper's runs, about 40 %).
-        min_block: smallest block area in patches (16 of 196 in the paper's runs).
-        min_aspect: blocks have an aspect ratio between this and its inverse.
+        max_patches, min_block, min_aspect: see `MaskSettings`; in the paper's runs 75 of 196 patches, 16 and .3.
         attempts: how often a block is drawn before the image is taken as full.
+
+    Raises ValueError if the cap or the smallest block do not fit the grid.
     """
 
-    grid: tuple[int, int]
-    max_patches: int
-    min_block: int = 16
-    min_aspect: float = 0.3
+    model_config = ConfigDict(frozen=True)
+    positional = ("grid", "max_patches", "min_block")
+
+    grid: tuple[int, int] = about("rows and columns of patches")
     attempts: int = 10
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _fits_the_grid(self) -> Self:
         patches = self.grid[0] * self.grid[1]
-        if not 0 < self.max_patches < patches:
-            raise ValueError(f"mask.max_patches must lie between 1 and {patches - 1}, got {self.max_patches}")
-        if not 0 < self.min_block <= self.max_patches:
-            raise ValueError(f"mask.min_block must lie between 1 and max_patches, got {self.min_block}")
-        if not 0 < self.min_aspect <= 1:
-            raise ValueError(f"mask.min_aspect must lie in (0, 1], got {self.min_aspect}")
+        if self.max_patches >= patches:
+            raise UserError(f"mask.max_patches must lie between 1 and {patches - 1}, got {self.max_patches}")
+        if self.min_block > self.max_patches:
+            raise UserError(f"mask.min_block must lie between 1 and max_patches, got {self.min_block}")
+        return self
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """One mask, bool of shape `grid`, True = masked. At least one patch is masked, at most `max_patches`."""

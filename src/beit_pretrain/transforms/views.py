@@ -12,19 +12,21 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ConfigDict, PrivateAttr
 from torch import Tensor
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.settings import Channels, ShareAboveZero, Side, Text, about
 from beit_pretrain.transforms.image_io import open_image, to_channels
 from beit_pretrain.transforms.mean_color_grid import SIDE
 from beit_pretrain.transforms.scaled_decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
+from beit_pretrain.transforms.settings import CropSettings, ViewSettings
 
 HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
 BRIGHTNESS, CONTRAST, SATURATION = range(3)
@@ -55,7 +57,7 @@ class AugmentParams(NamedTuple):
 
 
 def draw_crop(
-    rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+    rng: np.random.Generator, width: int, height: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> Crop:
     """A random resized crop's box: area uniform in `scale`, aspect log-uniform in `ratio`, ten tries, else central."""
     area = width * height
@@ -72,8 +74,9 @@ def draw_crop(
     return Crop((height - h) // 2, (width - w) // 2, h, w)
 
 
-def draw_jitter(rng: np.random.Generator, strength: tuple[float, float, float]) -> Jitter:
+def draw_jitter(rng: np.random.Generator, strength: Sequence[float] | None) -> Jitter:
     """Factors uniform in [1 - s, 1 + s] (not below 0) for each of the three strengths, in random order."""
+    strength = strength or (0.0, 0.0, 0.0)
     low = [max(0.0, 1 - s) for s in strength]
     factors = [a + (1 + s - a) * rng.random() for a, s in zip(low, strength, strict=True)]
     return Jitter(np.array(factors, np.float32), ORDERS[int(len(ORDERS) * rng.random())])
@@ -92,28 +95,19 @@ def to_array(image: Image.Image, flip: bool = False) -> np.ndarray:
     return np.ascontiguousarray((array[:, ::-1] if flip else array).transpose(2, 0, 1))
 
 
-@dataclass(frozen=True)
-class TwoViewTransform:
-    """The two views of one crop: for the backbone (bicubic) and for the tokenizer (`pil_reference`: Lanczos, else bicubic).
+class TwoViewTransform(ViewSettings):
+    """The two views of one crop, for the backbone (bicubic) and for the tokenizer: `TwoViewTransform(224, 112)`.
 
     Args:
         image_size, token_image_size: sides in pixels (224 and 112 in the paper's runs); without a side for the
             tokenizer's view there is none, as when the tokens are known already.
-        scale, ratio: area and aspect of the random resized crop.
-        flip: probability of a horizontal flip.
-        jitter: strengths of brightness, contrast and saturation.
-        exact: the authors' order (jitter and flip of the whole image with PIL, then crop), full decoding.
-        channels: of the views: 1 (grey), 3 (RGB) or 4 (RGBA, or any four in an RGBA file).
+        others: see `ViewSettings`. With `pil_reference` the tokenizer's view is resized with Lanczos, else bicubic.
     """
 
-    image_size: int = 224
-    token_image_size: int | None = 112
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    jitter: tuple[float, float, float] = (0.4, 0.4, 0.4)
-    pil_reference: bool = False
-    channels: int = 3
+    model_config = ConfigDict(frozen=True)
+    positional = ("image_size", "token_image_size")
+
+    image_size: Side = about("side of the backbone's view, pixels")
 
     def prepare_view(self, data: bytes, rng: np.random.Generator) -> Callable[[], dict[str, np.ndarray]]:
         """What makes the same of an image file's bytes; draws already, where the file's first bytes tell the size.
@@ -177,8 +171,7 @@ class TwoViewTransform:
             return self.apply(image, draw, names)
 
 
-@dataclass(frozen=True)
-class ClassificationTransform:
+class ClassificationTransform(CropSettings):
     """Training view (random resized crop, flip, optional RandAugment) or evaluation view (resize, centre crop).
 
     Args:
@@ -191,16 +184,17 @@ class ClassificationTransform:
         channels: see `TwoViewTransform`; RandAugment takes 1 or 3.
     """
 
-    image_size: int = 224
+    model_config = ConfigDict(frozen=True)
+    defaults = "tasks/finetune.yaml:data"
+    positional = ("image_size", "train")
+
+    image_size: Side = about("pixels")
     train: bool = True
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    auto_augment: str | None = None
+    auto_augment: Text | None = about("of RandAugment")
     fill: tuple[float, ...] = HALF
-    crop_ratio: float | None = None
-    channels: int = 3
-    _augment: list = field(default_factory=list, repr=False, compare=False)  # timm's transform, built at first use
+    crop_ratio: ShareAboveZero | None = about("of the evaluation view")
+    channels: Channels = 3
+    _augment: list = PrivateAttr(default_factory=list)  # timm's transform, built at first use
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """`image` as uint8 (C, H, W)."""

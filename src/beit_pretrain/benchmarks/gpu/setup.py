@@ -64,7 +64,7 @@ class Setup(NamedTuple):
     def config(self, *words: str, experiment: str | None = None, forced: tuple[str, ...] = ()) -> DictConfig:
         """The config of `bench step` with these settings; `forced` ones win over the user's. Raises UserError."""
         from beit_pretrain.benchmarks.inputs import check_settings
-        from beit_pretrain.compose import compose
+        from beit_pretrain.config import compose
 
         small = [f"tokenizer.path={self.encoder()}"] if self.tiny else []  # else random weights in memory
         given = ["action=step", *small, *self.settings(*words, experiment=experiment), *forced]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from beit_pretrain.data.write.settings import ShardsSettings
 from beit_pretrain.errors import UserError
+from beit_pretrain.settings import to_dict
 
 
-def shards(cfg: DictConfig) -> None:
+def shards(cfg: ShardsSettings) -> None:
     """make: write shards; index: take over existing ones; verify: check them, exit code 2 if anything is wrong; show:
     summary and contact sheet."""
     from beit_pretrain.data.manifest import summary, verify_shards
@@ -17,16 +17,19 @@ def shards(cfg: DictConfig) -> None:
     from beit_pretrain.data.write.index_existing import index_shards
     from beit_pretrain.data.write.make_shards import make_shards
 
-    if cfg.action in ("index", "verify", "show") and not isinstance(cfg.src, str):
+    if cfg.action not in ("make", "index", "verify", "show"):
+        raise UserError(f"shards {cfg.action}: there are make, index, verify and show")
+    if cfg.action != "make" and not isinstance(cfg.src, str):
         raise UserError(f"shards {cfg.action} takes one folder as src=, not a list; give one after the other")
     if cfg.action == "make":
         if not cfg.out:
             raise UserError("out is missing: the folder for the shards, such as out=data/mine")
-        settings = {str(name): value for name, value in cfg.items() if name not in ("action", "src", "out")}
-        src = cfg.src if isinstance(cfg.src, str) else list(cfg.src)
-        for folder in make_shards(src, cfg.out, **settings):
+        settings = {name: value for name, value in to_dict(cfg).items() if name not in ("action", "src", "out")}
+        for folder in make_shards(cfg.src, cfg.out, **settings):
             print(f"made {folder}\n{summary(folder)}")
-    elif cfg.action == "index":
+        return
+    assert isinstance(cfg.src, str)
+    if cfg.action == "index":
         folder = index_shards(cfg.src, cfg.out, cfg.labels, cfg.num_workers)
         print(f"indexed {folder}\n{summary(folder)}")
     elif cfg.action == "verify":
@@ -35,10 +38,8 @@ def shards(cfg: DictConfig) -> None:
             print("\n".join(problems))
             raise UserError(f"{cfg.src}: {len(problems)} problem(s)")
         print(f"{cfg.src}: fine")
-    elif cfg.action == "show":
+    else:
         print(summary(cfg.src))
         sheet = Path(cfg.out or Path(cfg.src) / "contact-sheet.png")
         contact_sheet(cfg.src, sheet)
         print(f"wrote {sheet}")
-    else:
-        raise UserError(f"shards {cfg.action}: there are make, index, verify and show")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models.beit import gen_relative_position_index
@@ -32,6 +31,7 @@ from beit_pretrain.models.checkpoints.formats import read_checkpoint
 from beit_pretrain.models.checkpoints.infer_architecture import TABLE
 from beit_pretrain.models.checkpoints.model_card import MARK, card
 from beit_pretrain.models.checkpoints.pretrained import classifier, load_pretrained, mim, segmenter
+from beit_pretrain.models.settings import ExportSettings
 from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.transforms.views import HALF, per_channel, shorter_side
 
@@ -40,7 +40,7 @@ TOLERANCE = 1e-4  # of the largest output: other software sums in another order
 Model = MaskedImageModel | Classifier | Segmenter
 
 
-def export(cfg: DictConfig) -> Path:
+def export(cfg: ExportSettings) -> Path:
     """Write `cfg.init_from` as `cfg.out` in the format `cfg.to`. Raises UserError for what cannot be, or differs."""
     out = Path(cfg.out).absolute()
     suffix = SUFFIXES[cfg.to]

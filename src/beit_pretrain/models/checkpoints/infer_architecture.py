@@ -9,49 +9,56 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, Strict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.settings import POSITIVE, SHARE, TEXTS, Rule, number, numbers, optional, whole
+from beit_pretrain.settings import NonNegative, Number, Positive, Rule, Share, ShareAboveZero, Text, rule
 
 TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 MOST_BLOCKS = 1000
 # The tensor that tells what a file holds.
 HEADS = {"mim": "lm_head.weight", "segmenter": "decode_head.classifier.weight", "classifier": "head.weight"}
-PIXELS = whole(1, 2**16)
 # Dimensions of the tensors that the architecture is read from.
 DIMENSIONS = {"patch_embed.proj.weight": 4, "cls_token": 3, "mask_token": 3, "pos_embed": 3, SHARED_TABLE: 2}
 DIMENSIONS |= {"head.weight": 2, "lm_head.weight": 2, HEADS["segmenter"]: 4}
 BLOCK_DIMENSIONS = {f"attn.{TABLE}": 2, "mlp.fc1.weight": 2}
 
+Pixels = Annotated[int, Strict(), Field(ge=1, le=2**16 - 1)]
+Pair = Annotated[list[Pixels], Field(min_length=2, max_length=2)]
+Heads = Annotated[int, Strict(), Field(ge=1, le=2**12 - 1)]
 # What a config beside the tensors may say.
-SAID: dict[str, Rule] = {
-    "image_size": optional(
-        ("a number of pixels, or a pair", lambda v: PIXELS[1](v) or (isinstance(v, list) and numbers(2, PIXELS)[1](v)))
-    ),
-    "num_heads": optional(whole(1, 2**12)),
-    "init_values": optional(number(0)),
-    "norm_eps": POSITIVE,
-    "drop_path_rate": SHARE,
+SAID: dict[str, Any] = {
+    "image_size": Annotated[Pixels | Pair | None, Rule("null or a number of pixels, or a pair")],
+    "num_heads": Heads | None,
+    "init_values": NonNegative | None,
+    "norm_eps": Positive,
+    "drop_path_rate": Share,
 }
-FACTS: dict[str, Rule] = {"classes": TEXTS, "crop_ratio": optional(number(0, 1, above=True))}
+FACTS: dict[str, Any] = {"classes": Annotated[list[Text], Field(min_length=1)], "crop_ratio": ShareAboveZero | None}
 
 
-def believed(values: dict[str, Any], rules: dict[str, Rule], path: Path) -> None:
-    """Raise UserError for the first value that breaks its rule."""
-    for name, (text, fits) in rules.items():
-        if name in values and not fits(values[name]):
-            raise UserError(f"{path}: {name} of its config must be {text}, got {str(values[name])[:80]!r}")
+def believed(values: dict[str, Any], types: dict[str, Any], path: Path) -> None:
+    """Raise UserError for the first value that is not of its type."""
+    for name, kind in types.items():
+        try:
+            if name in values:
+                TypeAdapter(kind).validate_python(values[name])
+        except ValidationError:
+            said = str(values[name])[:80]
+            raise UserError(f"{path}: {name} of its config must be {rule(kind)}, got {said!r}") from None
 
 
 def believed_facts(about: dict[str, Any], channels: int, classes: int | None, path: Path) -> dict[str, Any]:
     """The facts beside the tensors, checked. Names of another number of classes are no names of these: left out."""
-    rules = FACTS | {"mean": numbers(channels, number(-math.inf)), "std": numbers(channels, POSITIVE)}
-    believed(about, rules, path)
+    one_each = Field(min_length=channels, max_length=channels)
+    believed(
+        about, FACTS | {"mean": Annotated[list[Number], one_each], "std": Annotated[list[Positive], one_each]}, path
+    )
     wrong = classes is not None and len(about.get("classes", [])) != classes
     return {name: value for name, value in about.items() if not (wrong and name == "classes")}
 

@@ -6,11 +6,16 @@ Imports Hydra only when something is composed, so that --help answers at once.
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.settings import Settings, config_dir, help_text, unknown
 
 # Where a missing setting comes from. Said when a config is complete but for it.
 HINTS = {
@@ -28,12 +33,6 @@ HINTS = {
     "action": "what to measure: bench views, loader, step, loop, attention, memory, all, gpu or page",
     "task": "an experiment says it: +experiment=NAME",
 }
-
-
-def config_dir() -> Path:
-    """The folder of configs: inside an installed package, or at the top of a checkout."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def experiments() -> dict[str, str]:
@@ -55,20 +54,30 @@ def compose_raw(verb: str, overrides: list[str]):
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra_compose(verb, overrides=[readable(word) for word in overrides])
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_explain(error, typed(verb, overrides))) from error
+        raise UserError(_explain(error, verb, overrides)) from error
 
 
-def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()):
-    """The verb's config with the user's overrides, complete and resolved, every value of its kind.
+def help_of(verb: str, overrides: list[str]) -> str:
+    """The settings of a verb, grouped, with defaults and descriptions; of `fit` with an experiment the task's too."""
+    from omegaconf import OmegaConf
+
+    cfg = compose_raw(verb, overrides)
+    composed = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+    task = None if composed.get("task") in (None, "???") else composed["task"]
+    text = help_text(model_of(verb, task), composed)
+    more = "\n\n+experiment=NAME --help adds the settings of its task" if "task" in composed and task is None else ""
+    return text + more
+
+
+def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> Any:
+    """The verb's settings with the user's overrides, complete and validated: a model of its kind (`model_of`).
 
     Of the settings named in `spared`, those that are missing become null.
 
-    Raises UserError, in one line, for whatever does not compose, is missing, or breaks a rule of `settings`.
+    Raises UserError, in one line, for whatever does not compose, is missing or unknown, or is no value of its type.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-
-    from beit_pretrain.settings import check
 
     cfg = compose_raw(verb, overrides)
     if OmegaConf.is_missing(cfg, "task"):
@@ -82,20 +91,51 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()):
         missing.remove("tokenizer.path")
     absent = set(missing) & set(spared)
     for key in absent:
-        OmegaConf.update(cfg, key, None)
+        OmegaConf.update(cfg, key, "absent")
         missing.remove(key)
     if missing:
         raise UserError(
             "; ".join(f"{key} is missing: {HINTS.get(key, 'set it with ' + key + '=...')}" for key in missing)
         )
     try:
-        plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        given = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(first_line(error)) from error
-    check(plain, spared=absent)
-    cfg = OmegaConf.create(plain)
-    OmegaConf.set_struct(cfg, True)
-    return cfg
+    settings = model_of(verb, given.get("task")).validated(given)
+    for key in absent:
+        *groups, name = key.split(".")
+        setattr(reduce(getattr, groups, settings), name, None)
+    return settings
+
+
+# Verb, or config of a verb -> where the model of its settings is. Looked up late: some modules take seconds to import.
+MODELS = {
+    "download": "tokenizers.settings:DownloadSettings",
+    "shards": "data.write.settings:ShardsSettings",
+    "tokenize": "tokenizers.settings:TokenizeSettings",
+    "fit": "engine.settings:FitSettings",
+    "sweep": "engine.settings:SweepSettings",
+    "probe": "evaluation.settings:ProbeSettings",
+    "validate": "engine.settings:ValidateSettings",
+    "predict": "inference.settings:PredictSettings",
+    "export": "models.settings:ExportSettings",
+    "visualize": "engine.settings:VisualizeSettings",
+    "bench": "benchmarks.settings:ImageBenchSettings",
+    "bench_step": "benchmarks.settings:StepBenchSettings",
+    "bench_gpu": "benchmarks.settings:GpuBenchSettings",
+    "compare": "examples.settings:CompareSettings",
+    "demo": "examples.settings:DemoSettings",
+}
+
+
+def model_of(verb: str, task: str | None = None) -> type[Settings]:
+    """The model of a verb's settings; of `fit` and of what takes its settings, that of the task."""
+    module, name = MODELS[verb].split(":")
+    model: type[Settings] = getattr(importlib.import_module(f"beit_pretrain.{module}"), name)
+    if task is None or verb not in ("fit", "bench_step", "bench_gpu"):
+        return model
+    own: type[Settings] = importlib.import_module("beit_pretrain.engine.task").find_task(task).settings
+    return own if verb == "fit" else type(name, (model, own), {"defaults": own.defaults})
 
 
 def typed(verb: str, overrides: list[str]) -> str:
@@ -127,7 +167,7 @@ def quoted(value: object) -> str:
     return f"'{escaped}'"
 
 
-def _explain(error: Exception, verb: str) -> str:
+def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
     """One line for an error of Hydra, whose own messages run over several."""
     text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
     line = first_line(error)
@@ -142,11 +182,25 @@ def _explain(error: Exception, verb: str) -> str:
         key = line.split("'")[1].split("=")[0].lstrip("+~") if "'" in line else line
         if key == "experiment":
             return "experiments are added with a plus: +experiment=NAME"
-        return f"unknown key {key!r} for {verb}; {VERBS_HELP.format(verb=verb)}"
+        said = typed(verb, overrides)
+        return unknown(
+            key, known_keys(verb, overrides), said, f"python -m beit_pretrain {said} --help lists the settings"
+        )
     return line
 
 
-VERBS_HELP = "python -m beit_pretrain {verb} --help lists the settings"
+def known_keys(verb: str, overrides: list[str]) -> list[str]:
+    """The settings that a verb has, with the experiment of the command line."""
+    from omegaconf import OmegaConf
+
+    def keys(group: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for key, value in group.items():
+            yield f"{prefix}{key}"
+            if isinstance(value, dict):
+                yield from keys(value, f"{prefix}{key}.")
+
+    chosen = [word for word in overrides if word.startswith("+experiment=")]
+    return list(keys(cast(dict[str, Any], OmegaConf.to_container(compose_raw(verb, chosen), resolve=False))))
 
 
 def show_config(verb: str, overrides: list[str]) -> str:
@@ -156,8 +210,16 @@ def show_config(verb: str, overrides: list[str]) -> str:
     return OmegaConf.to_yaml(compose_raw(verb, overrides))
 
 
-def to_dict(cfg: Any) -> dict[str, Any]:
-    """A group of settings as a plain dictionary."""
-    from omegaconf import OmegaConf
-
-    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+@contextmanager
+def as_user_errors() -> Iterator[None]:
+    """Errors while something is built come from its settings: one line for the person who wrote them."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise UserError(first_line(error)) from error
+    except Exception as error:
+        # Of Hydra, OmegaConf and Lightning, which are not imported for the sake of their exceptions.
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if not kinds & {"InstantiationException", "OmegaConfBaseException", "MisconfigurationException"}:
+            raise
+        raise UserError(first_line(error.__cause__ or error)) from error

@@ -6,19 +6,50 @@ probed in one run and the best one is named. Shapes: B batch, C channels, H W pi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.module import TrainedModule
-from beit_pretrain.engine.optim import Optim
+from beit_pretrain.engine.settings import OptimSettings
+from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import FeatureExtractor, Features
+from beit_pretrain.models.build import normalisation, origin, read_source
+from beit_pretrain.models.checkpoints.formats import digest
+from beit_pretrain.models.checkpoints.pretrained import features
+from beit_pretrain.settings import Count, Pool, Settings, about
+from beit_pretrain.tasks.common import BackboneSettings, ClassificationDataSettings, labelled_data
 from beit_pretrain.transforms.views import normalise
+from beit_pretrain.visualization.plots import layers_plot
 
-POOLS = ("cls_avg", "avg", "cls")
+
+class LayerSettings(Settings):
+    """Which layers are probed, and on which features."""
+
+    layer: Count | None = about("number of one block, from 1; null = all")
+    pool: Pool = about("cls_avg: [CLS] beside the mean of the patches | avg | cls")
+
+
+class NoNetwork(Settings):
+    """The network is that of init_from."""
+
+    size: None = None
+
+
+class ProbeSettings(BackboneSettings):
+    """Settings of linear probes."""
+
+    defaults = "fit.yaml tasks/probe.yaml"
+
+    model: NoNetwork = about("init_from says")
+    probe: LayerSettings
+    data: ClassificationDataSettings
 
 
 class LayerProbes(nn.Module):
@@ -33,8 +64,6 @@ class LayerProbes(nn.Module):
 
     def __init__(self, layers: Sequence[int], width: int, num_classes: int, pool: str = "cls_avg"):
         super().__init__()
-        if pool not in POOLS:
-            raise UserError(f"probe.pool={pool} is not one of {', '.join(POOLS)}")
         self.config = {"layers": list(layers), "width": width, "num_classes": num_classes, "pool": pool}
         self.layers, self.pool = list(layers), pool
         self.heads = nn.ModuleList(nn.Linear(width * (2 if pool == "cls_avg" else 1), num_classes) for _ in layers)
@@ -66,7 +95,7 @@ class Probing(TrainedModule):
         self,
         model: LayerProbes,
         backbone: FeatureExtractor,
-        optim: Optim,
+        optim: OptimSettings,
         mean: tuple[float, ...],
         std: tuple[float, ...],
     ):
@@ -117,3 +146,50 @@ class Probing(TrainedModule):
         self.log_validation(
             {"accuracy": hits[best], "loss": losses[best], "best_layer": float(self.model.layers[best]), **by_layer}
         )
+
+
+class Probe(Task):
+    """Linear classifiers on frozen features."""
+
+    settings = ProbeSettings
+    best = ("val/accuracy", "max")
+    module: Probing
+
+    def __init__(self, cfg: ProbeSettings):
+        super().__init__(cfg)
+        source = read_source(cfg)
+        assert source is not None  # a config without init_from does not get here
+        assert cfg.init_from is not None
+        mean, std = normalisation(cfg, source.about)
+        self.data = data = labelled_data(cfg, mean)
+        backbone = features(source, cfg.image_size)
+        depth = len(backbone.blocks)
+        if cfg.probe.layer is not None and cfg.probe.layer > depth:
+            raise UserError(f"probe.layer={cfg.probe.layer}, but {cfg.init_from} has {depth} blocks")
+        layers = [cfg.probe.layer] if cfg.probe.layer is not None else list(range(1, depth + 1))
+        probes = LayerProbes(layers, backbone.embed_dim, len(data.classes), cfg.probe.pool)
+        optim = cfg.optim.with_warmup_in_steps(data.samples, cfg.global_batch_size)
+        self.module = Probing(probes, backbone, optim, mean, std)
+        self.module.about = {"mean": list(mean), "std": list(std), "classes": list(data.classes)}
+        self.module.about |= {"init_from": str(Path(cfg.init_from).absolute()), "backbone": digest(source.state)}
+        self.origin = origin(source)
+
+    @property
+    def network(self) -> nn.Module:
+        return self.module.backbone
+
+    @classmethod
+    def resumed(cls, cfg: ProbeSettings, last: Path) -> ProbeSettings:
+        """A checkpoint holds the probes alone; their backbone stays where it was."""
+        return cfg
+
+    def layers(self, options: Any, run: Path) -> Callable[[Path], Path] | None:
+        """Accuracy of the layers, as last measured."""
+        file, layers = run / "metrics.csv", self.module.model.layers
+        last = {n: curve(file, f"val/accuracy_layer_{n:02d}")[1] for n in layers}
+        if not all(last.values()):
+            if options.what is None:
+                return None
+            raise UserError(f"{file} has no held-out accuracy by layer: the run had no data.val, or has not validated")
+        found = {run.name: {"linear probe": [values[-1] for values in last.values()]}}
+        return lambda path: layers_plot(found, path, layers)

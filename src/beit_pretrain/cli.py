@@ -1,0 +1,171 @@
+"""The command line: `python -m beit_pretrain VERB [+experiment=NAME] [key=value ...]`.
+
+Turns a verb into a Hydra config and that into one function call. Nothing heavy is imported before a verb needs it, so
+that --help answers at once. What the user can mend gets one line and exit code 2, not a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from contextlib import nullcontext
+from typing import NamedTuple
+
+from beit_pretrain.benchmarks.gpu.plan import EXPERIMENT
+from beit_pretrain.config import compose, experiments, help_of, show_config
+from beit_pretrain.engine.dist_env import local_rank, rank, speaker
+from beit_pretrain.engine.preemption import early_signals
+from beit_pretrain.errors import AllRanksError, UserError
+
+
+class Verb(NamedTuple):
+    """A verb of the command line: what it does, in which function."""
+
+    about: str
+    function: str  # module:function, taking the composed config
+
+
+VERBS = {
+    "download": Verb(
+        "download, check and convert OpenAI's dVAE, for tokenizer.path", "beit_pretrain.tokenizers.download:download"
+    ),
+    "shards": Verb(
+        "make, index, verify or show shards (make|index|verify|show)", "beit_pretrain.data.write.shards:shards"
+    ),
+    "tokenize": Verb("tokens of shards, computed once for data.tokens", "beit_pretrain.tokenizers.tokenize:tokenize"),
+    "fit": Verb(
+        "train: a tokenizer, a backbone, a classifier, a segmenter; +experiment= says", "beit_pretrain.engine.fit:fit"
+    ),
+    "probe": Verb(
+        "linear probes and kNN on the frozen features of every layer", "beit_pretrain.evaluation.probe_layers:probe"
+    ),
+    "validate": Verb("metrics of a run on held-out images", "beit_pretrain.engine.fit:validate"),
+    "predict": Verb("class probabilities or label maps of images", "beit_pretrain.inference.predict:predict"),
+    "export": Verb(
+        "a checkpoint for the authors' code, timm, Hugging Face or ONNX",
+        "beit_pretrain.models.checkpoints.export:export",
+    ),
+    "visualize": Verb(
+        "pictures of what runs learned (masked|attention|tokens|curves|layers)",
+        "beit_pretrain.engine.visualize:visualize",
+    ),
+    "bench": Verb(
+        "measure (views|loader|step|loop|attention|memory|all|gpu|page)", "beit_pretrain.benchmarks.verb:bench"
+    ),
+    "compare": Verb(
+        "what pre-training is worth: with it, from scratch, and a control, over seeds",
+        "beit_pretrain.examples.compare:compare",
+    ),
+    "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.examples.demo:demo"),
+}
+
+RENAMED_VERBS = {"fetch": "download", "show": "visualize"}
+WORDS = {
+    "shards": "action",
+    "bench": "action",
+    "visualize": "what",
+}  # verbs that take a word: the setting that it means
+
+
+def usage() -> str:
+    """The answer to --help."""
+    lines = ["usage: python -m beit_pretrain VERB [+experiment=NAME] [key=value ...]", "", "verbs:"]
+    lines += [f"  {name:10} {verb.about}" for name, verb in VERBS.items()]
+    lines += ["", "experiments (fit +experiment=NAME):"]
+    lines += [f"  {name:20} {about}" for name, about in experiments().items()]
+    lines += ["", "fit -m key=A,B ... runs every combination (a sweep); several machines: docs/cluster.md"]
+    lines += ["", "VERB --help shows a verb's settings, VERB ... --cfg the composed config without running it."]
+    return "\n".join(lines)
+
+
+# `bench` of a training step takes the settings of `fit`, but for these: it makes its own images and tokenizer.
+TRAINED = {
+    **dict.fromkeys(("step", "loop", "attention", "memory", "all"), "bench_step"),
+    **dict.fromkeys(("gpu", "page"), "bench_gpu"),
+}
+SPARED = ("data.train", "tokenizer.path")
+
+
+def config_of(verb: str, words: list[str]) -> str:
+    """The name of the config that a verb's words are settings of."""
+    if verb != "bench":
+        return verb
+    return next((TRAINED[word[7:]] for word in words if word.startswith("action=") and word[7:] in TRAINED), verb)
+
+
+def run(argv: list[str]) -> None:
+    """Carry out one command line. Raises UserError for what the user can mend."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if argv[0] == "--version":
+        print(importlib.import_module("beit_pretrain").__version__)
+        return
+    verb, rest = argv[0], argv[1:]
+    if verb in RENAMED_VERBS:
+        raise UserError(f"the verb {verb} was renamed to {RENAMED_VERBS[verb]}")
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, 1)
+        raise UserError(
+            f"unknown verb {verb!r}; {'did you mean ' + close[0] + '? ' if close else ''}there are {', '.join(VERBS)}"
+        )
+    if "-h" in rest or "--help" in rest:
+        words = [word for word in rest if word not in ("-h", "--help")]
+        actions = [f"action={word}" for word in words[:1] if "=" not in word]
+        print(f"{verb}: {VERBS[verb].about}\n\n{help_of(config_of(verb, actions), words[len(actions) :])}")
+        return
+    multirun = "-m" in rest or "--multirun" in rest
+    if multirun and verb != "fit":
+        raise UserError(f"sweeps (-m) are for fit, not for {verb}")
+    rest = [word for word in rest if word not in ("-m", "--multirun")]
+    if verb in WORDS and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        rest = [f"{WORDS[verb]}={rest[0]}", *rest[1:]]
+    rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a group cannot be null
+    if verb == "tokenize":  # `data` is a group of configs to Hydra
+        rest = [f"src={word[5:]}" if word.startswith("data=") else word for word in rest]
+    config = config_of(verb, rest)
+    if config == "bench_gpu" and not any(word.startswith("+experiment=") for word in rest):
+        rest.append(f"+experiment={EXPERIMENT}")
+    if "--cfg" in rest:
+        print(show_config(config, [word for word in rest if word not in ("--cfg", "job")]))
+        return
+    wrong = [word for word in rest if "=" not in word and not word.startswith("~")]
+    if wrong:
+        raise UserError(f"settings are given as key=value, not {wrong[0]!r}")
+    if multirun:
+        importlib.import_module("beit_pretrain.engine.sweep").sweep(rest)
+        return
+    try:
+        cfg = compose(config, rest, spared=SPARED if config in TRAINED.values() else ())
+    except UserError as error:
+        if local_rank():  # the machine's first process has the same words, and says it
+            raise AllRanksError(str(error)) from error
+        raise
+    module, function = VERBS[verb].function.split(":")
+    getattr(importlib.import_module(module), function)(cfg)
+
+
+def main() -> int:
+    """Entry point: exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    words = sys.argv[1:]
+    try:
+        with early_signals("fit") if words[:1] == ["fit"] and not {"-m", "--multirun"} & {*words} else nullcontext():
+            run(words)
+    except UserError as error:
+        if not isinstance(error, AllRanksError) or rank() == 0:
+            print(f"error: {speaker()}{error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print("error: not enough memory; fewer workers, or smaller batches, need less", file=sys.stderr)
+        return 2
+    except OSError as error:  # a folder that cannot be written, a full disk, a file where a folder should be
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe, `head` say, has had enough
+            return 0
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,55 @@
+"""Settings of the group `data`: where images come from and in which order; a task adds how they are seen."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, Strict
+
+from beit_pretrain.settings import (
+    Channels,
+    Count,
+    Gigabytes,
+    Name,
+    Paths,
+    Positive,
+    Seconds,
+    Settings,
+    Share,
+    Whole,
+    about,
+)
+
+Retries = Annotated[int, Strict(), Field(ge=0, le=100)]
+Streams = Annotated[int, Strict(), Field(ge=1, le=4096)]
+
+
+class RemoteOptions(Settings):
+    """How shards of another machine are read."""
+
+    defaults = "data/shards.yaml"
+    positional = ("cache_dir",)
+
+    cache_dir: Name | None = about("on a disk of each machine; null = ~/.cache/beit_pretrain/shards", True)
+    cache_gb: Gigabytes = about("its largest size", True)
+    retries: Retries = about("of a transfer, with growing pauses", True)
+    timeout: Seconds = about("seconds without a byte after which a transfer is given up", True)
+
+
+class DataSettings(RemoteOptions):
+    """Where the images of a run come from: shard folders as `shards make` writes them, here or elsewhere."""
+
+    # What lies at train and val is compared when a run is resumed, wherever it lies.
+    train: Paths = about("shard folder or location (https://, s3://, gs://, hf://, pipe:), or a list of them", True)
+    val: Paths | None = about("the same of held-out images; null = no validation", True)
+    weights: Annotated[list[Positive], Field(min_length=1)] | None = about(
+        "of a list: how often each is drawn from, such as [0.7,0.3]; null = every image of all once an epoch"
+    )
+    channels: Channels = about("of the images: 1 (grey), 3 (RGB) or 4; a tokenizer of 3 gets grey repeated")
+    labels_per_class: Count | None = about("train on so many images of each class only")
+    val_batch: Count = about("images of a validation batch", True)
+    val_images: Count | None = about("at most so many held-out images")
+    num_workers: Whole = about("loader processes of each training process; 0 = none", True)
+    shuffle_block_size: Count = about("images that are shuffled among each other in a stream")
+    shuffle_streams: Streams = about("streams; each reads from about shuffle_block_size / (images of a shard) shards")
+    max_corrupt_fraction: Share = about("share of training images that may be corrupt; more stop the run", True)

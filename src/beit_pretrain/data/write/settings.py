@@ -1,0 +1,55 @@
+"""Settings of the verb `shards`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, Strict
+
+from beit_pretrain.settings import Count, Name, Paths, Rule, Seed, Settings, Share, Text, Whole, Window, about
+
+Quality = Annotated[int, Strict(), Field(ge=1, le=100)]
+Percentile = Annotated[float, Strict(), Field(ge=0, le=100)]
+Side = Annotated[int, Strict(), Field(ge=16, lt=2**63)]
+
+
+def _ascending(pair: list[float]) -> list[float]:
+    if pair[0] >= pair[1]:
+        raise ValueError("does not rise")
+    return pair
+
+
+Percentiles = Annotated[
+    list[Percentile],
+    Field(min_length=2, max_length=2),
+    AfterValidator(_ascending),
+    Rule("a list of 2, each a number of at least 0 and at most 100, the second above the first"),
+]
+
+
+class ShardsSettings(Settings):
+    """Settings of `shards make`, `shards index`, `shards verify` and `shards show`."""
+
+    defaults = "shards.yaml"
+
+    action: Text = about("make, index (existing WebDataset tars), verify or show")
+    src: Paths = about(
+        "make: a folder of class folders, a tar, a folder of tars, CIFAR-100's archive, or synthetic; else a shard folder"
+    )
+    out: Name | None = about(
+        "make: folder for train/ and val/; index: for index and links, null = src; show: the picture"
+    )
+    val: Share = about("share of held-out images")
+    split: Name | None = about("folder name when val=0; of a source with parts of its own also the part to read")
+    labels: Name | None = about(
+        "make: ground truth, ImageNet's devkit or a list of `filename class`; index: class names, a line each"
+    )
+    samples_per_shard: Count = about("images of a shard")
+    seed: Seed = about("of the order and of the held-out part")
+    resize: Count | None = about("shrink images to this shorter side, pixels")
+    quality: Quality = about("of the JPEGs that resize writes")
+    window: Window | None = about("[low, high]: the values of grey images that become black and white")
+    percentiles: Percentiles = about("the same by each image's own values, for grey images of more than 8 bits")
+    num_workers: Whole | None = about("processes; null = all cores")
+    images: Count = about("of the synthetic set")
+    size: Side = about("of the synthetic images, pixels")

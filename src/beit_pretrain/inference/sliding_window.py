@@ -1,0 +1,143 @@
+"""Segmentation of whole images: sliding windows at several scales, mirrored ones averaged in (as the release tests).
+
+Shapes: B batch, C channels, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, Strict
+from torch import Tensor
+
+from beit_pretrain.models.upernet import Segmenter
+from beit_pretrain.settings import Settings, ShareAboveZero, Switch, about
+
+WINDOWS = 8  # windows that go through the network at once
+AT_ONCE = 2**28  # numbers of an enlarged map: 1 GB
+ImageScale = Annotated[float, Strict(), Field(gt=0, le=16)]
+
+
+class SlidingWindow(Settings):
+    """How whole images are tested."""
+
+    defaults = "tasks/segment.yaml:test"
+    positional = ("stride", "flip", "scales")
+
+    stride: ShareAboveZero = about("of the sliding window, as a share of its side")
+    scales: Annotated[list[ImageScale], Field(min_length=1)] = about("of the image, averaged")
+    flip: Switch = about("average the mirrored image in")
+
+
+def upsampled(logits_BKhw: Tensor, size: Sequence[int]) -> Tensor:
+    """Logits (B, K, H, W) at another size, float32."""
+    return F.interpolate(logits_BKhw.float(), tuple(size), mode="bilinear", align_corners=False)
+
+
+@torch.no_grad()
+def segmented(model: Segmenter, images: Sequence[Tensor], size: Sequence[int], windows: SlidingWindow) -> Tensor:
+    """Classes (H, W) of one image at some scales, (1, C, h, w) normalised each, resized to `size`.
+
+    Probabilities of all scales, and of the mirrored ones, are averaged at the final size.
+    """
+    return segmented_all(model, [images], [size], windows)[0]
+
+
+@torch.no_grad()
+def segmented_all(
+    model: Segmenter, images: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], windows: SlidingWindow
+) -> list[Tensor]:
+    """`segmented` of several images, whose windows go through the network together."""
+    scales = len(images[0])
+    views = [(scale, False) for scale in range(scales)] + [(scale, True) for scale in range(scales) if windows.flip]
+    found: list[list[Tensor]] = [[] for _ in images]  # logits of each image in each view
+    for scale, mirrored in views:
+        seen = [some[scale].flip(-1) if mirrored else some[scale] for some in images]
+        for own, logits in zip(found, slide_all(model, seen, windows.stride), strict=True):
+            own.append(logits.flip(-1) if mirrored else logits)
+    return [best_classes(own, size) for own, size in zip(found, sizes, strict=True)]
+
+
+def best_classes(views: Sequence[Tensor], size: Sequence[int], limit: int = AT_ONCE) -> Tensor:
+    """Classes (H, W) at `size` of logits (1, K, h, w) of some views of one image, whose probabilities are averaged.
+
+    Some classes are enlarged at a time, as many as are `limit` numbers: those of a photo of 50 megapixels and 150
+    classes would take 30 GB together.
+    """
+    classes, pixels = views[0].shape[1], size[0] * size[1]
+    some = max(1, min(classes, limit // pixels))
+    parts = [slice(first, first + some) for first in range(0, classes, some)]
+    norms: list[Tensor] = []  # log of the softmax's denominator at every pixel
+    for view in views if len(views) > 1 else ():
+        sums = [upsampled(view[:, part], size).logsumexp(1) for part in parts]
+        norms.append(sums[0] if len(sums) == 1 else torch.stack(sums).logsumexp(0))
+    best = index = None
+    for part in parts:
+        shares = [upsampled(view[:, part], size) for view in views]
+        if norms:
+            shares = [(share - norm.unsqueeze(1)).exp() for share, norm in zip(shares, norms, strict=True)]
+        values, places = sum(shares[1:], shares[0])[0].max(0)
+        if best is None or index is None:
+            best, index = values, places
+        else:
+            index = torch.where(values > best, places + part.start, index)
+            best = torch.maximum(values, best)
+    assert index is not None
+    return index
+
+
+def label_maps(logits_BKhw: Tensor, sizes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
+    """Classes (H, W) int64 of a segmenter's logits, resized to the original images' sizes, (height, width) each.
+
+    As transformers' `post_process_semantic_segmentation`: logits are resized, then compared. None = as they are.
+    Raises ValueError if there are not as many sizes as images.
+    """
+    if sizes is None:
+        return list(logits_BKhw.argmax(1))
+    if len(sizes) != len(logits_BKhw):
+        raise ValueError(f"{len(sizes)} sizes for {len(logits_BKhw)} images")
+    return [upsampled(logits[None], size)[0].argmax(0) for logits, size in zip(logits_BKhw, sizes, strict=True)]
+
+
+def slide(model: Segmenter, image_1CHW: Tensor, stride: float = 2 / 3) -> Tensor:
+    """Logits (1, K, H, W) of an image of any size: the mean over the windows that see a pixel.
+
+    Windows have the network's own size, a step of `stride` of it, and the last ones end at the edges. An image smaller
+    than that is filled up with the mean colour, which is 0.
+    """
+    return slide_all(model, [image_1CHW], stride)[0]
+
+
+def slide_all(model: Segmenter, images: Sequence[Tensor], stride: float = 2 / 3) -> list[Tensor]:
+    """`slide` of several images (1, C, H, W), whose windows go through the network together."""
+    sides = [side * model.config["patch_size"] for side in model.grid]
+    padded = [F.pad(x, (0, max(0, sides[1] - x.shape[-1]), 0, max(0, sides[0] - x.shape[-2]))) for x in images]
+    places = [
+        (i, top, left)
+        for i, image in enumerate(padded)
+        for top in starts(image.shape[-2], sides[0], stride)
+        for left in starts(image.shape[-1], sides[1], stride)
+    ]
+    totals = [x.new_zeros(1, model.num_classes, *x.shape[-2:], dtype=torch.float32) for x in padded]
+    seen = [x.new_zeros(1, 1, *x.shape[-2:], dtype=torch.float32) for x in padded]
+    for first in range(0, len(places), WINDOWS):
+        some = places[first : first + WINDOWS]
+        crops = torch.cat([padded[i][..., top : top + sides[0], left : left + sides[1]] for i, top, left in some])
+        logits = upsampled(model(crops).main, sides)
+        for (i, top, left), one in zip(some, logits, strict=True):
+            totals[i][0, :, top : top + sides[0], left : left + sides[1]] += one
+            seen[i][..., top : top + sides[0], left : left + sides[1]] += 1
+    return [
+        (total / count)[..., : image.shape[-2], : image.shape[-1]]
+        for total, count, image in zip(totals, seen, images, strict=True)
+    ]
+
+
+def starts(length: int, side: int, stride: float) -> list[int]:
+    """Where windows of `side` begin along a length of at least that: steps of `stride` x side, the last at the end."""
+    step = max(1, int(side * stride))
+    count = -(-(length - side) // step) + 1
+    return [min(i * step, length - side) for i in range(count)]

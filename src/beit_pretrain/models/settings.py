@@ -1,0 +1,20 @@
+"""Settings of the verb `export`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from beit_pretrain.settings import Name, Settings, Side, about
+
+
+class ExportSettings(Settings):
+    """Settings of `export`."""
+
+    defaults = "export.yaml"
+
+    init_from: Name = about("any checkpoint that init_from= takes elsewhere")
+    to: Literal["unilm", "timm", "onnx", "hf"] = about(
+        "unilm: the authors' .pth | timm: .safetensors | hf: a folder for from_pretrained | onnx: .onnx"
+    )
+    out: Name = about("file or folder")
+    image_size: Side | None = about("resize the position tables for images of this side, pixels; null = as it is")

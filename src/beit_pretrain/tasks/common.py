@@ -1,0 +1,102 @@
+"""What several tasks share: settings of a backbone, and how data and optimiser follow from the settings."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict
+
+from beit_pretrain.data.datamodule import ClassificationData
+from beit_pretrain.data.settings import DataSettings
+from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.errors import UserError
+from beit_pretrain.settings import (
+    BelowOne,
+    Name,
+    Number,
+    Positive,
+    Settings,
+    ShareAboveZero,
+    Side,
+    Switch,
+    Text,
+    about,
+)
+from beit_pretrain.transforms.settings import CropSettings
+from beit_pretrain.transforms.views import HALF, ClassificationTransform
+
+Width = Annotated[int, Strict(), Field(ge=1, le=2**20 - 1)]
+Colours = Annotated[list[Number], Field(min_length=1)]
+Deviations = Annotated[list[Positive], Field(min_length=1)]
+
+
+class NetworkSettings(Settings):
+    """A new network; of one that init_from brings, what it must have, where it is set."""
+
+    size: Text | None = about("tiny, small, base or large; names embed_dim, depth, num_heads, init_values")
+    drop_path_rate: BelowOne = about("stochastic depth of the last block; linear from 0 over the depth")
+    rel_pos_bias: Literal["shared", "per_layer", "none"] | None = about(
+        "shared: one table for all blocks | per_layer: one for each | none; null = that of init_from, else the task's own"
+    )
+    abs_pos_emb: Switch | None = about("learned absolute positions; null = that of init_from, else false")
+    embed_dim: Width | None = Field(None, description="set by size, or as +model.embed_dim=N")
+    depth: Width | None = Field(None, description="blocks; set by size, or as +model.depth=N")
+    num_heads: Width | None = Field(None, description="set by size, or as +model.num_heads=N")
+    init_values: Positive | None = Field(None, description="initial layer scale, null = none; set by size")
+
+
+class BackboneSettings(FitSettings):
+    """Settings of every task that trains, or looks at, a backbone."""
+
+    image_size: Side = about("side of the images, pixels")
+    patch_size: Side | None = about("side of a patch, pixels; null = that of init_from, else 16")
+    mean: Colours | None = about("of the normalisation; null = that of init_from, else .5")
+    std: Deviations | None = about("of the normalisation; null = that of init_from, else .5")
+    init_from: Name | None = about("a checkpoint of fit, the authors' .pth, a timm file or a Hugging Face folder")
+
+
+class ClassificationDataSettings(DataSettings, CropSettings):
+    """Images and how they are seen."""
+
+    defaults = "data/shards.yaml tasks/finetune.yaml:data"
+
+    auto_augment: Text | None = about("timm's name of a RandAugment policy, such as rand-m9-mstd0.5-inc1; null = none")
+    crop_ratio: ShareAboveZero | None = about(
+        "validation resizes the shorter side to image_size / crop_ratio; null = .875 below 384 pixels, 1 from there"
+    )
+
+
+def data_settings(cfg: Any) -> dict[str, Any]:
+    """What every data module takes, from the group `data`."""
+    common = {name: getattr(cfg.data, name) for name in DataSettings.model_fields}
+    return {"global_batch_size": cfg.global_batch_size, "seed": cfg.seed, **common}
+
+
+def classification_data(cfg: Any, fill: tuple[float, ...] = HALF) -> ClassificationData:
+    """One view an image (a tokenizer trains on such views too, without the labels)."""
+    data, size, channels = cfg.data, cfg.image_size, cfg.data.channels
+    augment = getattr(data, "auto_augment", None)
+    if channels == 4 and augment:
+        raise UserError("RandAugment takes images of 1 or 3 channels: data.channels=4 needs data.auto_augment=null")
+    crop = {"scale": data.scale, "ratio": data.ratio, "flip": data.flip}
+    ratio = getattr(data, "crop_ratio", None)
+    return ClassificationData(
+        train_views=ClassificationTransform(
+            image_size=size, **crop, auto_augment=augment, fill=fill, crop_ratio=ratio, channels=channels
+        ),
+        val_views=ClassificationTransform(image_size=size, train=False, crop_ratio=ratio, channels=channels),
+        **data_settings(cfg),
+    )
+
+
+def labelled_data(cfg: Any, fill: tuple[float, ...]) -> ClassificationData:
+    """Images that all have a class, of at least two. Raises UserError if not."""
+    data = classification_data(cfg, fill)
+    if data.readers["train"].classes_differ:
+        raise UserError(f"data.train={cfg.data.train}: data sets of different classes cannot be used together")
+    if len(data.classes) < 2:
+        raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; {cfg.task} needs at least 2")
+    for split, reader in data.readers.items():
+        if without := reader.without_class:
+            raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
+    return data

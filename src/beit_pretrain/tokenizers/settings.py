@@ -1,0 +1,52 @@
+"""Settings of the verbs `tokenize` and `download`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, Strict
+
+from beit_pretrain.data.settings import RemoteOptions
+from beit_pretrain.settings import Count, Name, Paths, Rule, Seconds, Seed, Settings, Side, Text, Whole, about, matching
+from beit_pretrain.transforms.settings import ViewSettings
+
+Views = Annotated[int, Strict(), Field(ge=1, le=1024)]
+Part = Annotated[Text, AfterValidator(matching(r"\d{1,6}/\d{1,6}")), Rule("of the form 3/16")]
+Address = Annotated[
+    str,
+    Strict(),
+    AfterValidator(matching(r"(https?://[^/]|file:///).*")),
+    Rule("an address that starts with http://, https:// or file:///"),
+]
+
+
+class TokenizeSettings(ViewSettings, RemoteOptions):
+    """Settings of `tokenize`. A run that takes the tokens must have the same image_size, patch_size and views."""
+
+    defaults = "tokenize.yaml"
+
+    src: Paths = about("shard folder or location, or a list of them; data=SHARDS says the same")
+    out: Name | None = about("folder for the tokens; null = the folder tokens in the shard folder")
+    tokenizer: Any = about("tokenizer=openai, or dvae: one of your own; with tokenizer.path=")
+    views: Views = about("of every image; a run sees them in turn, one an epoch")
+    part: Part | None = about("K/N: shards K, K + N, ... alone, K from 0, for N machines; null = all that are missing")
+    seed: Seed = about("of crops, flips and jitter")
+    image_size: Side = about("side of the backbone's view, pixels")
+    patch_size: Side | None = about("side of a patch, pixels; null = 16")
+    batch_size: Count = about("views that go through the tokenizer at once")
+    num_workers: Whole | None = about("processes that decode; null = all cores")
+    accelerator: Literal["auto", "cpu", "cuda"] = about("where the tokenizer runs")
+    threads: Count | None = about("of torch on a CPU; null = torch's choice")
+
+
+class DownloadSettings(Settings):
+    """Settings of `download`."""
+
+    defaults = "download.yaml"
+
+    out: Name = about("folder for the files; encoder.pkl and decoder.pkl that lie there are not downloaded again")
+    src: Name = about("openai; or a folder that has both files, or the start of an address (https://MIRROR/FOLDER)")
+    encoder: Address = about("address of the encoder")
+    decoder: Address = about("address of the decoder")
+    timeout: Seconds = about("seconds to wait for a connection, or for the next bytes")
+    attempts: Count = about("in a row without a byte of progress, with growing pauses")

@@ -1,0 +1,46 @@
+"""Settings of views and masks."""
+
+from __future__ import annotations
+
+from beit_pretrain.settings import (
+    Channels,
+    Count,
+    Jitter,
+    Range,
+    Scale,
+    Settings,
+    Share,
+    ShareAboveZero,
+    Side,
+    Switch,
+    about,
+)
+
+
+class CropSettings(Settings):
+    """The random resized crop and flip of training images."""
+
+    scale: Scale = about("share of the image's area that a random crop takes, [lowest, highest]")
+    ratio: Range = about("aspect ratio of a random crop, [lowest, highest]")
+    flip: Share = about("probability of a horizontal flip")
+
+
+class ViewSettings(CropSettings):
+    """The two views of an image: for the backbone and for the tokenizer."""
+
+    defaults = "data/shards.yaml tasks/pretrain.yaml:data"
+
+    token_image_size: Side | None = about("side of the tokenizer's view, pixels; null = what gives one token per patch")
+    jitter: Jitter = about("strengths of brightness, contrast and saturation jitter; null = none")
+    pil_reference: Switch = about("the release's order of operations with PIL, slower")
+    channels: Channels = about("of the images: 1 (grey), 3 (RGB) or 4")
+
+
+class MaskSettings(Settings):
+    """Blockwise masking (BEiT, section 2.3)."""
+
+    defaults = "tasks/pretrain.yaml:mask"
+
+    max_patches: Count = about("cap on the masked patches of an image; not a count")
+    min_block: Count = about("smallest block, in patches")
+    min_aspect: ShareAboveZero = about("blocks have an aspect ratio between this and its inverse")
