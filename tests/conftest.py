@@ -25,7 +25,7 @@ from beit_pretrain import cli as command_line
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.upernet import Segmenter
-from beit_pretrain.tasks.tokenizer import DiscreteVAE
+from beit_pretrain.tokenizers.dvae import DiscreteVAE
 
 DVAE = {"vocab_size": 32, "width": 8, "blocks": 1, "code_dim": 8, "in_chans": 3}
 MIM = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -19,7 +19,8 @@ from test_sources import tar_bytes
 from beit_pretrain.data import cache
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
 from beit_pretrain.data.order import Sample
-from beit_pretrain.data.reader import RemoteOptions, ShardReader
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.errors import UserError
 
 SIZE = 10240  # of a tar with a small file

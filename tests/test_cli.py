@@ -78,7 +78,7 @@ def test_no_verb_is_help(run_cli):
         (["shards", "mend", "src=x"], "make, index, verify and show"),
         (["validate"], "run is missing"),
         (["predict", "src=x"], "init_from is missing"),
-        (["show", "run=nowhere"], "not the folder of a run"),
+        (["visualize", "run=nowhere"], "not the folder of a run"),
     ],
 )
 def test_wrong_words(words, said, run_cli, tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def pretrain_words(shards, dvae_checkpoint, tmp_path):
         ("optim.lr=fast", "lr"),
         ("trainer.accelerator=abacus", "abacus"),
         ("resume=sometimes", "auto, never"),
-        ("task=knit", "pretrain, tokenizer, finetune"),
+        ("task=knit", "finetune, pretrain, probe"),
         ("logger.kind=paper", "csv, wandb"),
         ("threads=-1", "threads"),
     ],

@@ -15,7 +15,7 @@ from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError
 from beit_pretrain.examples import compare as stages
 from beit_pretrain.examples.compare_results import promises
-from beit_pretrain.tasks.tokenizer import DVAETokenizer
+from beit_pretrain.tokenizers.dvae import DVAETokenizer
 from beit_pretrain.tokenizers.shuffled import ShuffledTokenizer
 
 

@@ -12,16 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_pretrain.data.datamodule import (
-    ClassificationData,
-    PretrainData,
-    first_of_each_class,
-    labels,
-)
+from beit_pretrain.data.datamodule import ClassificationData, first_of_each_class, labels
 from beit_pretrain.data.dataset import BatchSchedule, EvalSchedule, StepSampler, first_position
 from beit_pretrain.data.order import MASK, VIEW, Order, generator
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
+from beit_pretrain.tasks.pretrain import PretrainData
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.views import ClassificationTransform, TwoViewTransform
 
@@ -32,7 +28,13 @@ KEYS = JITTER | {"image", "token_image", "label", "position", "mask", "mask_inde
 
 
 def pretrain_data(shards, **settings) -> PretrainData:
-    settings = {"global_batch_size": 8, "num_workers": 0, "window": 16, "streams": 4, "seed": 3} | settings
+    settings = {
+        "global_batch_size": 8,
+        "num_workers": 0,
+        "shuffle_block_size": 16,
+        "shuffle_streams": 4,
+        "seed": 3,
+    } | settings
     return PretrainData(shards / "train", shards / "val", views=VIEWS, masking=MASKING, **settings)
 
 
@@ -92,7 +94,7 @@ def test_mask_index_lists_the_masked_patches(expected):
 def test_a_position_is_made_of_its_parts(shards, expected):
     """Sample, view and mask of a position, each from its own module with its own random numbers."""
     reader = ShardReader(shards / "train")
-    order = Order(reader.sizes, seed=3, shuffle_block_size=16, shuffle_streams=4)
+    order = Order(reader.sizes, seed=3, block_size=16, streams=4)
     for i, position in enumerate(expected[1]["position"].tolist()):
         data, label = reader.read(order.sample_at(position))
         image = Image.open(io.BytesIO(data))

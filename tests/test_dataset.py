@@ -17,11 +17,11 @@ import pytest
 from conftest import spoil
 
 from beit_pretrain.data import remote
-from beit_pretrain.data.datamodule import PretrainData
 from beit_pretrain.data.order import Sample
-from beit_pretrain.data.reader import RemoteOptions, ShardReader
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError
+from beit_pretrain.tasks.pretrain import PretrainData
 from beit_pretrain.transforms import views
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.views import TwoViewTransform
@@ -44,7 +44,13 @@ def spoiled(tmp_path_factory) -> Path:
 
 
 def data(train, **settings) -> PretrainData:
-    settings = {"global_batch_size": BATCH, "num_workers": 0, "window": 8, "streams": 4, "seed": 5} | settings
+    settings = {
+        "global_batch_size": BATCH,
+        "num_workers": 0,
+        "shuffle_block_size": 8,
+        "shuffle_streams": 4,
+        "seed": 5,
+    } | settings
     return PretrainData(train, views=VIEWS, masking=MASKING, **settings)
 
 
@@ -101,7 +107,7 @@ def test_a_stop_at_any_step_does_not_matter(spoiled, expected, world, micro_batc
 
 def test_shards_from_a_server_make_the_same(spoiled, expected, serve, tmp_path):
     server = serve(spoiled)
-    loaded = data(server.url, access=RemoteOptions(str(tmp_path / "cache")))
+    loaded = data(server.url, cache_dir=tmp_path / "cache")
     assert {k: v[0] for k, v in sequence(batches(loaded)).items()} == {k: v[0] for k, v in expected.items()}
     files = {name: count for name, count in server.requests.items() if count > 1}
     assert not files  # the thread that fetches ahead and whoever reads share what was fetched
@@ -173,10 +179,10 @@ def test_mixtures_do_not_depend_on_workers_or_ranks(spoiled, shards):
 def test_a_cache_too_small_for_what_is_read_at_once(spoiled, serve, tmp_path):
     server = serve(spoiled)
     size = sum(path.stat().st_size for path in spoiled.glob("*.tar"))
-    small = RemoteOptions(str(tmp_path / "cache"), cache_gb=size / 2 / 1e9)
+    small = {"cache_dir": tmp_path / "cache", "cache_gb": size / 2 / 1e9}
     with pytest.raises(UserError, match=r"data\.cache_gb=.* is too small: this node reads from 4 shards"):
-        batches(data(server.url, access=small))
-    assert len(batches(data(server.url, access=small, shuffle_streams=1, shuffle_block_size=1))) == STEPS
+        batches(data(server.url, **small))
+    assert len(batches(data(server.url, **small, shuffle_streams=1, shuffle_block_size=1))) == STEPS
 
 
 def test_shards_are_fetched_before_they_are_needed(spoiled, serve, tmp_path, monkeypatch):
@@ -184,9 +190,7 @@ def test_shards_are_fetched_before_they_are_needed(spoiled, serve, tmp_path, mon
     monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.01)
     server = serve(spoiled)
     server.trouble = lambda name, number: "drop" if number == 0 else None
-    loaded = data(
-        server.url, access=RemoteOptions(str(tmp_path / "cache"), retries=1), shuffle_streams=1, shuffle_block_size=12
-    )
+    loaded = data(server.url, cache_dir=tmp_path / "cache", retries=1, shuffle_streams=1, shuffle_block_size=12)
     loaded.trainer = SimpleNamespace(
         accumulate_grad_batches=1, global_rank=0, world_size=1, node_rank=0, num_devices=1, max_steps=9, global_step=0
     )

@@ -19,7 +19,7 @@ from beit_pretrain.engine.subprocess_launcher import DDP, has_local_statistics
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.upernet import Segmenter
-from beit_pretrain.tasks.tokenizer import DiscreteVAE
+from beit_pretrain.tokenizers.dvae import DiscreteVAE
 
 MIM_SIZE = {name: value for name, value in MIM.items() if name != "vocab_size"}
 TRAINER = {"accelerator": "cpu", "devices": "auto", "num_nodes": "auto", "strategy": "auto", "precision": "32-true"}

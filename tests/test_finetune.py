@@ -18,8 +18,9 @@ from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.settings import OptimSettings
+from beit_pretrain.inference.classifier import ImageClassifier
 from beit_pretrain.models.backbone import Classifier
-from beit_pretrain.tasks.finetune import Finetuning, ImageClassifier, MixConfig
+from beit_pretrain.tasks.finetune import Finetuning, MixConfig
 from beit_pretrain.transforms.views import HALF
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.0}

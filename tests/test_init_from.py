@@ -9,7 +9,7 @@ import torch
 from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
 
 from beit_pretrain.config import compose
-from beit_pretrain.engine import tasks
+from beit_pretrain.engine.task import Task, find_task
 from beit_pretrain.models.backbone import SIZES, MaskedImageModel
 from beit_pretrain.models.checkpoints.files import read
 from beit_pretrain.models.checkpoints.pretrained import load_pretrained
@@ -43,9 +43,9 @@ def authors_file(tmp_path):
     return unilm_file(tmp_path / "beit_pt22k.pth", model.state_dict())
 
 
-def started(words: list[str]) -> tasks.Task:
+def started(words: list[str]) -> Task:
     cfg = compose("fit", words[1:])
-    return tasks.TASKS[cfg.task](cfg)
+    return find_task(cfg.task)(cfg)
 
 
 class TestContinuedPreTraining:

@@ -15,7 +15,7 @@ A, B, C = [5, 7, 3], [12, 0, 4], [30]
 
 
 def mixture(weights=(0.7, 0.3), sizes=(A, B), seed=1) -> Mixture:
-    orders = [Order(list(s), seed + i, shuffle_block_size=4, shuffle_streams=2) for i, s in enumerate(sizes)]
+    orders = [Order(list(s), seed + i, block_size=4, streams=2) for i, s in enumerate(sizes)]
     return Mixture(orders, weights, seed)
 
 

@@ -24,23 +24,23 @@ def everything(sizes: list[int]) -> list[Sample]:
 @pytest.mark.parametrize("window", [1, 4, 4096])
 @pytest.mark.parametrize("streams", [1, 3, 64])
 def test_every_sample_once_an_epoch(sizes, window, streams):
-    order = Order(sizes, seed=1, window=window, shuffle_streams=streams)
+    order = Order(sizes, seed=1, block_size=window, streams=streams)
     assert order.samples == sum(sizes)
     for number in (0, 1, 7):
         assert sorted(epoch(order, number)) == everything(sizes)
 
 
 def test_epochs_and_seeds_differ():
-    order = Order(UNEVEN, seed=0)
+    order = Order(UNEVEN, seed=0, block_size=4096, streams=64)
     first, second = epoch(order, 0), epoch(order, 1)
-    other = epoch(Order(UNEVEN, seed=1), 0)
+    other = epoch(Order(UNEVEN, seed=1, block_size=4096, streams=64), 0)
     assert len({tuple(first), tuple(second), tuple(other), tuple(everything(UNEVEN))}) == 4
 
 
 def test_an_order_is_a_function_of_its_arguments():
-    order = Order(UNEVEN, seed=3, shuffle_block_size=4, shuffle_streams=3)
+    order = Order(UNEVEN, seed=3, block_size=4, streams=3)
     expected = epoch(order, 2)
-    again = Order(UNEVEN, seed=3, shuffle_block_size=4, shuffle_streams=3)
+    again = Order(UNEVEN, seed=3, block_size=4, streams=3)
     assert [again.sample_at(k) for k in reversed(range(2 * again.samples, 3 * again.samples))] == expected[::-1]
     assert epoch(pickle.loads(pickle.dumps(order)), 2) == expected
 
@@ -71,7 +71,7 @@ def test_an_uneven_deal_is_refused():
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_reads_its_own_share_of_the_shards(world):
-    order = Order([10] * 16, seed=0, shuffle_block_size=20, shuffle_streams=4)
+    order = Order([10] * 16, seed=0, block_size=20, streams=4)
     shards = [
         {order.sample_at(k).shard for step in range(20) for k in positions(step, rank, world, global_batch_size=8)}
         for rank in range(world)
@@ -81,7 +81,7 @@ def test_a_rank_reads_its_own_share_of_the_shards(world):
 
 
 def test_a_window_keeps_reads_near():
-    order = Order([10] * 100, seed=0, shuffle_block_size=40, shuffle_streams=4)
+    order = Order([10] * 100, seed=0, block_size=40, streams=4)
     first_epoch = epoch(order, 0)
     for stream in range(4):
         samples = first_epoch[stream::4]
@@ -92,7 +92,7 @@ def test_a_window_keeps_reads_near():
 
 
 def test_a_far_position_of_a_large_set_is_found_at_once():
-    order = Order([1000] * 14_200, seed=0)
+    order = Order([1000] * 14_200, seed=0, block_size=4096, streams=64)
     start = time.perf_counter()
     sample = order.sample_at(100_000_000)
     assert time.perf_counter() - start < 0.5
@@ -103,7 +103,7 @@ def test_a_far_position_of_a_large_set_is_found_at_once():
 @pytest.mark.parametrize("streams", [1, 3, 64])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_many_positions_at_once_are_those_one_by_one(streams, shuffle):
-    order = Order(UNEVEN, seed=1, shuffle_block_size=4, shuffle_streams=streams, shuffle=shuffle)
+    order = Order(UNEVEN, seed=1, block_size=4, streams=streams, shuffle=shuffle)
     for some in (range(0, 130), range(100, 3, -7), np.array([5, 5, 400, 0]), range(0)):
         assert order.samples_at(some).tolist() == [list(order.sample_at(int(k))) for k in some]
 
@@ -112,7 +112,7 @@ def test_many_positions_at_once_are_those_one_by_one(streams, shuffle):
 @pytest.mark.parametrize("position", [0, 77, 155, 163, 10**6])
 def test_what_is_read_was_announced(world, position):
     """The shards of the next window of every stream, and nothing that is far away."""
-    order = Order([5] * 32, seed=2, shuffle_block_size=10, shuffle_streams=4)
+    order = Order([5] * 32, seed=2, block_size=10, streams=4)
     for rank in range(world):
         first = position + (rank - position) % world
         soon = order.samples_at(range(first, position + 40, world))[:, 0]
@@ -126,7 +126,7 @@ def test_what_is_read_was_announced(world, position):
 
 def test_shuffling_quality():
     """As docs/design.md states it, at a tenth of its size: how far a sample moves, and what becomes of neighbours."""
-    order = Order([100] * 1420, seed=0)
+    order = Order([100] * 1420, seed=0, block_size=4096, streams=64)
     n, batch = order.samples, 2048
     place = [order.samples_at(range(e * n, (e + 1) * n)) @ [100, 1] for e in (0, 1)]
     for flat in place:
@@ -172,6 +172,6 @@ def test_orders_are_the_same_under_every_numpy(monkeypatch):
 
         shuffle = permutation
 
-    expected = epoch(Order(UNEVEN, seed=3, shuffle_block_size=4, shuffle_streams=3), 1)
+    expected = epoch(Order(UNEVEN, seed=3, block_size=4, streams=3), 1)
     monkeypatch.setattr(np.random, "Generator", Other)
-    assert epoch(Order(UNEVEN, seed=3, shuffle_block_size=4, shuffle_streams=3), 1) == expected
+    assert epoch(Order(UNEVEN, seed=3, block_size=4, streams=3), 1) == expected

@@ -19,9 +19,7 @@ def test_wheel_works_from_any_folder(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     # -I keeps the checkout's editable install out of the way of what stands first on the path.
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from beit_pretrain.cli import main; main()"
-    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from beit_pretrain.cli import main; main()"
     command = [sys.executable, "-I", "-c", code, "fit", "+experiment=base_22k", "--cfg"]
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=elsewhere)
     assert "name: base_22k" in result.stdout

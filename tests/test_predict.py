@@ -18,8 +18,9 @@ from beit_pretrain import Predictor
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
+from beit_pretrain.inference.segmenter import ImageSegmenter
+from beit_pretrain.inference.sliding_window import SlidingWindow, label_maps
 from beit_pretrain.models.backbone import Classifier
-from beit_pretrain.tasks.segment import ImageSegmenter, SlidingWindow, label_maps
 from beit_pretrain.transforms.views import HALF
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

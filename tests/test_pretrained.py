@@ -21,7 +21,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import SIZES, Classifier, FeatureExtractor, MaskedImageModel
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
 from beit_pretrain.models.checkpoints.pretrained import load_pretrained
-from beit_pretrain.tasks.tokenizer import DiscreteVAE
+from beit_pretrain.tokenizers.dvae import DiscreteVAE
 
 BIASES = ("shared", "per_layer", "none")
 GEOMETRY = [(32, 4), (32, 8), (48, 16), (64, 32), (224, 32), (512, 32)]

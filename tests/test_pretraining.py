@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from lightning import Trainer
 
-from beit_pretrain.data.datamodule import PretrainData
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.order import MASK, generator
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel
-from beit_pretrain.tasks.pretrain import IGNORE, Pretraining, masked_targets, nearest_visible
-from beit_pretrain.tasks.tokenizer import DVAETokenizer
+from beit_pretrain.tasks.pretrain import IGNORE, PretrainData, Pretraining, masked_targets, nearest_visible
+from beit_pretrain.tokenizers.dvae import DVAETokenizer
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.views import HALF, TwoViewTransform, color_jitter
 

@@ -13,11 +13,10 @@ from foreign import scrambled
 
 from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.engine.settings import OptimSettings
-from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Features, MaskedImageModel
 from beit_pretrain.models.checkpoints.formats import digest
 from beit_pretrain.models.checkpoints.pretrained import load_pretrained
-from beit_pretrain.tasks.linear_probe import LayerProbes, Probing, pooled
+from beit_pretrain.tasks.probe import LayerProbes, Probing, pooled
 from beit_pretrain.transforms.views import HALF
 
 
@@ -67,11 +66,6 @@ def test_a_layer_is_trained_as_if_it_were_alone(mim_checkpoint):
     both.training_step(batch(), 0).backward()
     alone.training_step(batch(), 0).backward()
     assert torch.allclose(both.model.heads[1].weight.grad, alone.model.heads[0].weight.grad, rtol=1e-5, atol=1e-7)
-
-
-def test_another_pool_is_refused():
-    with pytest.raises(UserError, match=r"probe\.pool=max"):
-        LayerProbes([1], 4, 2, "max")
 
 
 @pytest.fixture

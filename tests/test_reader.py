@@ -14,7 +14,8 @@ from conftest import spoil
 from beit_pretrain.data import remote
 from beit_pretrain.data.datamodule import labels
 from beit_pretrain.data.order import Sample
-from beit_pretrain.data.reader import RemoteOptions, ShardReader
+from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.errors import UserError
 
 

@@ -23,19 +23,10 @@ from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.inference import label_maps as maps
 from beit_pretrain.inference.label_maps import free_name
+from beit_pretrain.inference.segmenter import ImageSegmenter
+from beit_pretrain.inference.sliding_window import SlidingWindow, best_classes, segmented, slide, starts
 from beit_pretrain.models.upernet import Maps, Segmenter
-from beit_pretrain.tasks.segment import (
-    ImageSegmenter,
-    Segmentation,
-    SlidingWindow,
-    best_classes,
-    confusion,
-    pixel_loss,
-    scores,
-    segmented,
-    slide,
-    starts,
-)
+from beit_pretrain.tasks.segment import Segmentation, confusion, pixel_loss, scores
 from beit_pretrain.transforms.segmentation import IGNORE, read_labels
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}

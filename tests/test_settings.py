@@ -6,58 +6,70 @@ import pytest
 from omegaconf import OmegaConf
 
 from beit_pretrain.cli import VERBS
-from beit_pretrain.config import compose_raw, experiments
+from beit_pretrain.config import compose_raw, experiments, model_of
+from beit_pretrain.data.settings import DataSettings
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.errors import UserError
-from beit_pretrain.settings import NAMES, RULES, check
+from beit_pretrain.settings import RENAMED, Settings, group_of
 
 PLACES = ["data.train=x", "data.val=x"]
 NEEDED = {
-    "fetch": ["out=y"],
+    "download": ["out=y"],
     "shards": ["src=x", "out=y"],
     "bench": ["action=views", "src=x"],
     "demo": [],
     "predict": ["src=x", "init_from=z"],
     "tokenize": ["data=x", "tokenizer.path=y"],
-    "show": ["run=w"],
+    "visualize": ["run=w"],
     "probe": ["init_from=z", *PLACES],
     "compare": ["src=x"],
 }
 
 
+def placeholders(cfg) -> dict:
+    """The composed settings with something in place of those that the user must give."""
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        OmegaConf.update(cfg, key, "hf" if key == "to" else "x")
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
 @pytest.mark.parametrize("name", experiments())
-def test_the_experiments_keep_the_rules(name):
-    words = [f"+experiment={name}", *PLACES]
-    cfg = compose_raw("fit", words)
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        OmegaConf.update(cfg, key, "x")
-    check(OmegaConf.to_container(cfg, resolve=True))
+def test_experiments_have_valid_settings(name):
+    given = placeholders(compose_raw("fit", [f"+experiment={name}", *PLACES]))
+    model_of("fit", given["task"]).validated(given)
 
 
-@pytest.mark.parametrize(
-    "verb", ["fetch", "shards", "bench", "demo", "predict", "show", "tokenize", "probe", "compare"]
-)
-def test_the_verbs_keep_the_rules(verb):
-    cfg = compose_raw(verb, [])
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        OmegaConf.update(cfg, key, "x")
-    check(OmegaConf.to_container(cfg, resolve=True))
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"fit"}))
+def test_verbs_have_valid_settings(verb):
+    model_of(verb).validated(placeholders(compose_raw(verb, [])))
 
 
-def test_every_rule_is_of_a_setting_that_exists():
-    """A rule whose setting was renamed would check nothing."""
-    found: set[str] = set()
+def keys_of(model: type[Settings], prefix: str = ""):
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{field.alias or name}", field
+        if group := group_of(field.annotation):
+            yield from keys_of(group, f"{prefix}{field.alias or name}.")
 
-    def walk(settings: dict, prefix: str = "") -> None:
-        for key, value in settings.items():
-            found.add(f"{prefix}{key}")
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
 
-    for name in experiments():
-        walk(OmegaConf.to_container(compose_raw("fit", [f"+experiment={name}"])))
-    for verb in (VERBS.keys() | {"sweep", "bench_step", "bench_gpu"}) - {"fit"}:
-        walk(OmegaConf.to_container(compose_raw(verb, [])))
-    assert not sorted(RULES.keys() - found)
+@pytest.mark.parametrize("verb", [*VERBS, "sweep", "bench_step", "bench_gpu", *experiments()])
+def test_every_setting_has_a_default_in_yaml_and_a_description(verb):
+    """One place for the default, the YAML; one for the description, the model. Optional ones are named by it alone."""
+    task = None
+    if verb in experiments():
+        cfg = OmegaConf.to_container(compose_raw("fit", [f"+experiment={verb}"]))
+        task = cfg["task"]
+    else:
+        cfg = OmegaConf.to_container(compose_raw(verb, []))
+    for key, field in keys_of(model_of("fit" if task else verb, task)):
+        value, group = cfg, key.rpartition(".")[0]
+        for part in key.split("."):
+            value = value.get(part, "not there") if isinstance(value, dict) else "not there"
+        parent = cfg
+        for part in group.split(".") if group else ():
+            parent = parent.get(part) if isinstance(parent, dict) else None
+        if isinstance(parent, dict):
+            assert value != "not there" or not field.is_required(), key
+        assert field.description or group_of(field.annotation) or key.endswith("size"), key
 
 
 @pytest.mark.parametrize(
@@ -129,12 +141,34 @@ def test_what_is_too_large_is_told_the_limit(verb, word, said, run_cli):
 
 
 def test_names_may_be_numbers():
-    settings = {"src": 2024, "data": {"train": [1.5, "a"], "val": 3}}
-    check(settings)
-    assert settings == {"src": "2024", "data": {"train": ["1.5", "a"], "val": "3"}}
-    assert set(NAMES) <= RULES.keys()
+    assert DataSettings(train=[1.5, "a"], val=3).train == ["1.5", "a"]
+    assert DataSettings(train=2024, val=3).val == "3"
 
 
-def test_texts_are_said_as_they_were_given():
-    with pytest.raises(UserError, match="steps must be null or a whole number of at least 1, got 'many'"):
-        check({"steps": "many"})
+def test_python_callers_get_the_defaults_of_the_yaml():
+    assert OptimSettings(lr=1.0).betas == [0.9, 0.999]
+    assert DataSettings(train="x").shuffle_block_size == 4096
+
+
+def test_errors_repeat_the_value_as_it_was_given():
+    with pytest.raises(UserError, match="warmup_steps must be a whole number of at least 0, got 'many'"):
+        OptimSettings.validated({"lr": 1.0, "warmup_steps": "many"})
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_names_are_told_the_new_ones(old, new, run_cli):
+    words = ["fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x"]
+    if old in ("exact", "workers", "per_class"):
+        words = {"exact": ["tokenize", *NEEDED["tokenize"]], "per_class": ["demo"]}.get(old, ["shards", "src=x"])
+    for sign in ("", "+"):
+        code, _, stderr = run_cli(*words, f"{sign}{old}=1")
+        assert (code, stderr) == (2, f"error: {old} was renamed to {new}\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "guess"), [("optim.lrr=1", "optim.lr"), ("+optim.lrr=1", "optim.lr"), ("max_patch=3", "mask.max_patches")]
+)
+def test_unknown_settings_are_told_the_nearest(word, guess, run_cli):
+    code, _, stderr = run_cli("fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", word)
+    assert code == 2
+    assert stderr.endswith(f"did you mean {guess}?\n")

@@ -13,12 +13,12 @@ from test_datamodule import MASKING, assert_equal, batches, by_position
 from test_pretraining import Pretraining, trainer
 from test_pretraining import module as network
 
-from beit_pretrain.data.datamodule import PretrainData
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.order import CACHED_VIEW, generator
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
-from beit_pretrain.tasks.tokenizer import DVAETokenizer
+from beit_pretrain.tasks.pretrain import PretrainData
+from beit_pretrain.tokenizers.dvae import DVAETokenizer
 from beit_pretrain.tokenizers.token_cache import CachedTokens, TokenFolder, same_tokenizer
 from beit_pretrain.tokenizers.tokenize import make_tokens
 from beit_pretrain.transforms.views import TwoViewTransform
@@ -42,7 +42,13 @@ def cached(shards, dvae_checkpoint, tmp_path_factory) -> Path:
 
 
 def data_of(shards: Path, tokens: Path, views: TwoViewTransform = VIEWS, **settings) -> PretrainData:
-    settings = {"global_batch_size": 8, "num_workers": 0, "window": 16, "streams": 4, "seed": 3} | settings
+    settings = {
+        "global_batch_size": 8,
+        "num_workers": 0,
+        "shuffle_block_size": 16,
+        "shuffle_streams": 4,
+        "seed": 3,
+    } | settings
     folders = {"train": [TokenFolder(tokens)]}
     return PretrainData(shards / "train", views=views, masking=MASKING, tokens=folders, **settings)
 
@@ -206,11 +212,11 @@ class TestRefusals:
         [
             ({"image_size": 64}, "of views with image_size=32, not 64"),
             ({"token_image_size": 64}, "data.token_image_size=32, not 64"),
-            ({"jitter": (0, 0, 0)}, r"data.jitter=\[0.4, 0.4, 0.4\], not \[0, 0, 0\]"),
+            ({"jitter": (0, 0, 0)}, r"data.jitter=\[0.4, 0.4, 0.4\], not \[0.0, 0.0, 0.0\]"),
             ({"scale": (0.2, 1.0)}, r"data.scale=\[0.08, 1.0\], not \[0.2, 1.0\]"),
             ({"ratio": (1, 1)}, "data.ratio="),
             ({"flip": 0.0}, "data.flip=0.5, not 0.0"),
-            ({"exact": True}, "data.pil_reference=False, not True"),
+            ({"pil_reference": True}, "data.pil_reference=False, not True"),
             ({"channels": 1}, "data.channels=3, not 1"),
         ],
     )

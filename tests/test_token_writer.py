@@ -20,8 +20,8 @@ from test_token_cache import GRID, VIEWS, tokens_of
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError
-from beit_pretrain.tasks.tokenizer import DVAETokenizer
 from beit_pretrain.tokenizers import tokenize as tokenizing
+from beit_pretrain.tokenizers.dvae import DVAETokenizer
 from beit_pretrain.tokenizers.token_writer import work_folder
 from beit_pretrain.tokenizers.tokenize import TokenizeOptions, make_tokens
 

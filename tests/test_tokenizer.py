@@ -12,9 +12,9 @@ from dall_e.encoder import Encoder
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Classifier
-from beit_pretrain.tasks.tokenizer import DiscreteVAE, DVAETokenizer
 from beit_pretrain.tokenizers import dalle_encoder as encoder_module
 from beit_pretrain.tokenizers.dalle_encoder import FusedEncoder, SplitProduct, conv_relu, in_two_kernels
+from beit_pretrain.tokenizers.dvae import DiscreteVAE, DVAETokenizer
 from beit_pretrain.tokenizers.tokenizer import (
     OpenAITokenizer,
     check_channels,

@@ -274,7 +274,7 @@ class TestJitter:
     @pytest.mark.parametrize("exact", [False, True])
     def test_views_have_the_channels_asked_for(self, channels, exact):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8), "RGBA")
-        views = TwoViewTransform(16, 8, exact=exact, channels=channels)(image, np.random.default_rng(0))
+        views = TwoViewTransform(16, 8, pil_reference=exact, channels=channels)(image, np.random.default_rng(0))
         assert views["image"].shape == (channels, 16, 16)
         assert views["token_image"].shape == (channels, 8, 8)
         for train in (False, True):

@@ -13,7 +13,8 @@ from dall_e import map_pixels
 from dall_e.encoder import Encoder
 from torch import Tensor
 
-from beit_pretrain.engine.optim import OptimSettings, clip_gradients
+from beit_pretrain.engine.optim import clip_gradients
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.blocks import bias_rows, biased_attention, pad_bias_stride
 from beit_pretrain.models.drop_path import uniforms

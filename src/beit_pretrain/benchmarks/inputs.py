@@ -20,7 +20,8 @@ from torch.optim import AdamW
 
 from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.order import MASK, generator
-from beit_pretrain.engine.optim import Optim, configure
+from beit_pretrain.engine.optim import configure
+from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.speed import compile_mode, make_deterministic, set_attention
 from beit_pretrain.engine.trainer import wanted_gpu
 from beit_pretrain.errors import UserError
@@ -123,7 +124,9 @@ def make_bench(cfg: DictConfig) -> Bench:
         set_attention(model, cfg.attention, on_gpu, cfg.trainer.precision)
         settings = {name: value for name, value in cfg.optim.items() if name not in ("warmup_epochs", "warmup_steps")}
         mean, std = (per_channel(cfg[name] or (0.5,), cfg.data.channels, name) for name in ("mean", "std"))
-        module = Pretraining(model, tokenizer, Optim(**cast(dict[str, Any], settings)), mean, std, cfg.seed).to(device)
+        module = Pretraining(model, tokenizer, OptimSettings(**cast(dict[str, Any], settings)), mean, std, cfg.seed).to(
+            device
+        )
         module.setup("fit")
         module.compile_mode = compile_mode(cfg.compile, on_gpu, sharded=False)
         if module.compile_mode is not None:
@@ -185,7 +188,7 @@ def make_masks(bench: Bench, number: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(masks), torch.from_numpy(index)
 
 
-def configured(model: nn.Module, optim: Optim) -> AdamW:
+def configured(model: nn.Module, optim: OptimSettings) -> AdamW:
     """Fused AdamW with the experiment's settings."""
     optimizer: AdamW = configure(model, optim, total_steps=10**9)["optimizer"]
     return optimizer

@@ -23,7 +23,9 @@ class ImageBenchSettings(Settings):
 
     action: Text = about("views: what our order of operations changes in pixels and tokens; loader: images/s per core")
     src: Paths = about("a folder, a tar, or a shard folder (with manifest.json) of images")
-    tokenizer: Any = about("views: openai or dvae, with tokenizer.path=...: also counts the tokens that change")
+    tokenizer: Any = Field(
+        None, description="views: openai or dvae, with tokenizer.path=...: also counts the tokens that change"
+    )
     images: Count = about("at most so many of them")
     positions: Count | None = about("views: how many positions (crops, flips, jitters) to look at; null = one an image")
     seed: Seed = about("of crop, flip, jitter and mask")

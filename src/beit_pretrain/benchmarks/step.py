@@ -35,13 +35,12 @@ from beit_pretrain.benchmarks.peers import peer_steps
 from beit_pretrain.benchmarks.plots import OF_CLOCK
 from beit_pretrain.benchmarks.timing import Clock, seconds_per_call
 from beit_pretrain.config import as_user_errors
-from beit_pretrain.data.datamodule import PretrainData
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.engine.compile import CompileCounts, compile_counts
 from beit_pretrain.engine.optim import clip_gradients
-from beit_pretrain.engine.tasks import data_settings, pretrain_views
 from beit_pretrain.tables import table
-from beit_pretrain.tasks.pretrain import MIMOutput
+from beit_pretrain.tasks.common import data_settings
+from beit_pretrain.tasks.pretrain import MIMOutput, PretrainData, two_views
 from beit_pretrain.tokenizers.tokenizer import view_size
 from beit_pretrain.transforms.views import jittered_view
 
@@ -194,7 +193,7 @@ def host_batches(cfg: DictConfig, bench: Bench) -> Iterable[dict[str, Tensor]]:
         return ({name: tensor.cpu() for name, tensor in ours.items() if name != "tokens"} for ours in every)
     with as_user_errors():
         side = view_size(bench.module.model.grid, bench.tokenizer, cfg.data.token_image_size)
-        data = PretrainData(views=pretrain_views(cfg, side), masking=bench.masking, **data_settings(cfg))
+        data = PretrainData(views=two_views(cfg, side), masking=bench.masking, **data_settings(cfg))
     dataset = data.train_dataset(BatchSchedule(bench.batch_size))
     return DataLoader(dataset, batch_size=None, sampler=range(PARTS), num_workers=cfg.data.num_workers)
 

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from beit_pretrain.config import compose, config_dir, quoted, readable
+from beit_pretrain.config import compose, quoted, readable
 from beit_pretrain.engine.dist_env import launched
 from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config
 from beit_pretrain.engine.sweep_launchers import RunResult, launcher, run_all
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.settings import to_dict
+from beit_pretrain.settings import config_dir, to_dict
 from beit_pretrain.tables import write_csv
 
 LOG = "log.txt"  # of a member: what it printed

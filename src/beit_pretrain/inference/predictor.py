@@ -11,7 +11,8 @@ from PIL import Image
 
 from beit_pretrain.inference.classifier import ImageClassifier, Prediction
 from beit_pretrain.inference.image_stream import no_predictor
-from beit_pretrain.inference.segmenter import ImageSegmenter, SlidingWindow
+from beit_pretrain.inference.segmenter import ImageSegmenter
+from beit_pretrain.inference.sliding_window import SlidingWindow
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
 from beit_pretrain.visualization.overlays import overlay
 

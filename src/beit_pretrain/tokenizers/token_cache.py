@@ -26,8 +26,9 @@ from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.remote import is_remote
 from beit_pretrain.errors import UserError
-from beit_pretrain.settings import to_dict
-from beit_pretrain.transforms.views import AugmentParams, Crop, Jitter, TwoViewTransform
+from beit_pretrain.settings import renamed, to_dict
+from beit_pretrain.transforms.scaled_decoding import Crop
+from beit_pretrain.transforms.views import AugmentParams, Jitter, TwoViewTransform
 
 FORMAT = "beit_pretrain-tokens/1"
 TOKENS = "tokens.json"
@@ -86,7 +87,7 @@ class TokenFolder:
             raise UserError(f"{file} is damaged ({type(error).__name__}: {error}); make the tokens again") from None
 
     def _take(self, about: dict[str, Any]) -> None:
-        self.images, self.view, self.tokenizer = about["images"], about["view"], about["tokenizer"]
+        self.images, self.view, self.tokenizer = about["images"], renamed(about["view"]), about["tokenizer"]
         self.count, self.vocab_size = about["views"], about["tokenizer"]["vocab_size"]
         height, width = about["grid"]
         self.grid: tuple[int, int] = (height, width)

@@ -23,7 +23,8 @@ import numpy as np
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.shard_writer import write_atomically
 from beit_pretrain.data.write.staging import check_same, publish, show
-from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.errors import UserError
+from beit_pretrain.settings import first_line, renamed
 from beit_pretrain.tokenizers.token_cache import HEADER, TOKENS, TokenFolder, record_dtype, tokens_name
 
 _held: set[IO] = set()  # locks of this process
@@ -113,7 +114,7 @@ def is_finished(out: Path, plan: dict[str, Any]) -> bool:
     if not (out / TOKENS).is_file():
         raise UserError(f"{out} exists and is not empty; {advice}")
     TokenFolder(out)
-    before, now = _flat(json.loads((out / TOKENS).read_bytes())), _flat(plan)
+    before, now = renamed(_flat(json.loads((out / TOKENS).read_bytes()))), _flat(plan)
     for key in now:
         if before.get(key) != now[key]:
             raise UserError(f"{out} holds tokens with {key}={show(before.get(key))}, not {show(now[key])}; {advice}")
