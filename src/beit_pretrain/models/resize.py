@@ -80,6 +80,6 @@ def resize_state(state: dict[str, Tensor], old: tuple[int, int], new: tuple[int,
     for name, tensor in state.items():
         if name.endswith("relative_position_bias_table"):
             resized[name] = resize_table(tensor, old, new)
-        elif name == "pos_embed":
+        elif name in ("pos_embed", "decoder_pos_embed"):
             resized[name] = resize_positions(tensor, old, new)
     return resized

@@ -56,7 +56,7 @@ def export(cfg: DictConfig) -> Path:
     if foreign and not ((out / "README.md").exists() and MARK in (out / "README.md").read_text(errors="replace")):
         raise UserError(f"out={cfg.out} has a {foreign[0]} that no export wrote; choose another folder")
     source = read_checkpoint(cfg.init_from)
-    if source.kind == "backbone":
+    if source.kind in ("backbone", "mae"):
         raise UserError(f"{cfg.init_from} has neither a token head nor classes; there is nothing to export")
     if source.kind == "segmenter" and cfg.to != "hf":
         raise UserError(f"{cfg.init_from} is a segmentation model; it can be written with to=hf alone")

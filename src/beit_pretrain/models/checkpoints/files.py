@@ -24,6 +24,7 @@ from beit_pretrain.tokenizers.transfer import flush_folder
 Module = TypeVar("Module", bound=nn.Module)
 KINDS = {
     "mim": "a pre-trained backbone with its token head",
+    "mae": "a masked autoencoder",
     "classifier": "a fine-tuned classifier",
     "segmenter": "a segmentation model",
     "probe": "linear probes",

@@ -55,9 +55,11 @@ class Checkpoint:
     Attributes:
         path: where it was read.
         format: "beit_pretrain", "unilm or timm", or "hf".
-        kind: "mim" (mask token and token head), "classifier", "segmenter", or "backbone" (none of these).
-        architecture: arguments of `backbone.Backbone`; of a mim also `vocab_size`, of a classifier also
-            `num_classes` and `pool`, of a segmenter also `num_classes` and `decoder`.
+        kind: "mim" (mask token and token head), "mae" (decoder of pixels), "classifier", "segmenter", or "backbone"
+            (none of these).
+        architecture: arguments of `backbone.Backbone`; of a mim also `vocab_size`, of a mae those of its decoder
+            (`mae.MaskedAutoencoder`), of a classifier also `num_classes` and `pool`, of a segmenter also `num_classes`
+            and `decoder`.
         state: tensors by the names of `backbone.py`.
         about: plain facts beside them, as far as the file has them: mean, std, classes, crop_ratio, ...
     """

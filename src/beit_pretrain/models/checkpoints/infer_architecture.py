@@ -15,17 +15,22 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.settings import POSITIVE, SHARE, TEXTS, Rule, number, numbers, optional, whole
+from beit_pretrain.settings import POSITIVE, SHARE, SWITCH, TEXTS, Rule, number, numbers, optional, whole
 
 TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 MOST_BLOCKS = 1000
 # The tensor that tells what a file holds.
-HEADS = {"mim": "lm_head.weight", "segmenter": "decode_head.classifier.weight", "classifier": "head.weight"}
+HEADS = {
+    "mim": "lm_head.weight",
+    "mae": "decoder_pred.weight",
+    "segmenter": "decode_head.classifier.weight",
+    "classifier": "head.weight",
+}
 PIXELS = whole(1, 2**16)
 # Dimensions of the tensors that the architecture is read from.
 DIMENSIONS = {"patch_embed.proj.weight": 4, "cls_token": 3, "mask_token": 3, "pos_embed": 3, SHARED_TABLE: 2}
-DIMENSIONS |= {"head.weight": 2, "lm_head.weight": 2, HEADS["segmenter"]: 4}
+DIMENSIONS |= {"head.weight": 2, "lm_head.weight": 2, HEADS["segmenter"]: 4, HEADS["mae"]: 2}
 BLOCK_DIMENSIONS = {f"attn.{TABLE}": 2, "mlp.fc1.weight": 2}
 
 # What a config beside the tensors may say.
@@ -37,6 +42,8 @@ SAID: dict[str, Rule] = {
     "init_values": optional(number(0)),
     "norm_eps": POSITIVE,
     "drop_path_rate": SHARE,
+    "decoder_num_heads": whole(1, 2**12),
+    "norm_pix_loss": SWITCH,
 }
 FACTS: dict[str, Rule] = {"classes": TEXTS, "crop_ratio": optional(number(0, 1, above=True))}
 
@@ -124,6 +131,12 @@ def infer(
     if kind == "segmenter":
         architecture["num_classes"] = len(state[HEADS["segmenter"]])
         architecture["decoder"] = decoder(state, said.get("decoder") or {}, path)
+    if kind == "mae":
+        width = int(state[HEADS["mae"]].shape[1])
+        architecture["decoder_embed_dim"] = width
+        architecture["decoder_depth"] = number_of_blocks(state, path, "decoder_blocks")
+        architecture["decoder_num_heads"] = said.get("decoder_num_heads", max(1, width // 32))
+        architecture["norm_pix_loss"] = said.get("norm_pix_loss", True)
     return architecture
 
 
@@ -143,9 +156,9 @@ def decoder(state: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[
     }
 
 
-def number_of_blocks(state: dict[str, Tensor], path: Path) -> int:
+def number_of_blocks(state: dict[str, Tensor], path: Path, blocks: str = "blocks") -> int:
     """How many blocks there are. Raises UserError unless they are numbered from 0 without a gap."""
-    numbers_found = {found[1] for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
+    numbers_found = {found[1] for name in state if (found := re.match(rf"{blocks}\.(\d+)\.", name))}
     count = len(numbers_found)
     if count > MOST_BLOCKS or numbers_found != {str(i) for i in range(count)}:
         odd = sorted(numbers_found - {str(i) for i in range(count)}, key=len)[:1]

@@ -22,15 +22,17 @@ from beit_pretrain.models.backbone import (
 from beit_pretrain.models.checkpoints.files import check_fit
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint, seems
 from beit_pretrain.models.checkpoints.infer_architecture import SHARED_TABLE, TABLE
+from beit_pretrain.models.mae import MaskedAutoencoder
 from beit_pretrain.models.resize import resize_state
 from beit_pretrain.models.upernet import CLASSIFIERS, Decoder, Segmenter, init_heads
 from beit_pretrain.models.upernet import HEADS as SEGMENTATION_HEADS
 
 Network = TypeVar("Network", bound=Backbone)
+MAE_DECODER = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss")  # its arguments
 MOST_PATCHES = 2**14  # the position indices of more would fill gigabytes
-HEADS = ("mim", "classify", "segment", "features")
+HEADS = ("mim", "mae", "classify", "segment", "features")
 # What a network with another head leaves behind. The rest of a file must fit to the last tensor.
-TOKEN_HEAD = ("mask_token", "lm_head.")
+PRETRAINING_HEAD = ("mask_token", "lm_head.", "decoder_")
 CLASS_HEAD = ("head.", "fc_norm.")
 AGGREGATION = ("cls_pt_layers.", "cls_pt_norm.")  # BEiT v2's branch for [CLS], of its pre-training alone
 
@@ -42,13 +44,14 @@ def load_pretrained(
     num_classes: int | None = None,
     *,
     drop_path_rate: float = 0.0,
-) -> MaskedImageModel | Classifier | Segmenter | FeatureExtractor:
+) -> MaskedImageModel | MaskedAutoencoder | Classifier | Segmenter | FeatureExtractor:
     """A network in eval mode from any BEiT checkpoint (RECIPE section 8).
 
     Args:
         path: the authors' `.pth`, a timm `beit*` file, a Hugging Face BEiT folder, a `.ckpt` of `fit`, or what
             `export` wrote (ONNX excepted). The architecture is inferred.
         head: "mim": `model(image_BCHW, mask_BN)` gives logits (M, V) of the masked patches (True = masked);
+            "mae": `model.reconstruct(image_BCHW, masking)` gives images whose masked patches are predicted;
             "classify": `model(image_BCHW)` gives logits (B, classes);
             "segment": `model(image_BCHW).main` gives logits (B, classes, 4h, 4w) over h x w patches;
             "features": `model(image_BCHW)` gives `Features`, [CLS] and patches of every layer.
@@ -69,6 +72,8 @@ def load_pretrained(
     source = read_checkpoint(path, (image_size, image_size) if isinstance(image_size, int) else image_size)
     if head == "mim":
         return mim(source, image_size, drop_path_rate)
+    if head == "mae":
+        return mae(source, image_size)
     if head == "classify":
         return classifier(source, image_size, num_classes, drop_path_rate)
     if head == "segment":
@@ -102,6 +107,15 @@ def mim(
     return finished(lambda: MaskedImageModel(vocab_size, **architecture), state, source, new)
 
 
+def mae(source: Checkpoint, image_size: int | Sequence[int] | None = None) -> MaskedAutoencoder:
+    """The backbone with its decoder of pixels."""
+    if source.kind != "mae":
+        raise UserError(f"{source.path} holds a {source.kind} without a decoder: it cannot predict pixels")
+    architecture, state = prepared(source, image_size, 0.0, (*CLASS_HEAD, *AGGREGATION, *SEGMENTATION_HEADS))
+    decoder = {name: source.architecture[name] for name in MAE_DECODER}
+    return finished(lambda: MaskedAutoencoder(**decoder, **architecture), state, source)
+
+
 def classifier(
     source: Checkpoint,
     image_size: int | Sequence[int] | None = None,
@@ -123,7 +137,7 @@ def classifier(
     pool = pool or source.architecture.get("pool", "avg")
     norm, other_norm = ("fc_norm.", "norm.") if pool == "avg" else ("norm.", "fc_norm.")
     new = (*(() if kept else ("head.",)), *(() if has(source.state, norm) else (norm,)))
-    leave = (*TOKEN_HEAD, *AGGREGATION, *SEGMENTATION_HEADS, other_norm, *(() if kept else ("head.",)))
+    leave = (*PRETRAINING_HEAD, *AGGREGATION, *SEGMENTATION_HEADS, other_norm, *(() if kept else ("head.",)))
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
     if source.kind not in ("classifier", "segmenter"):
         spread_table(architecture, state)
@@ -156,7 +170,7 @@ def segmenter(
         settings = {**source.architecture["decoder"]}
         if decoder and decoder.get("layers"):
             settings["layers"] = decoder["layers"]
-    leave = (*TOKEN_HEAD, *CLASS_HEAD, *AGGREGATION, "norm.", *fresh)
+    leave = (*PRETRAINING_HEAD, *CLASS_HEAD, *AGGREGATION, "norm.", *fresh)
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
     if source.kind not in ("classifier", "segmenter"):
         spread_table(architecture, state)
@@ -176,7 +190,7 @@ def features(
     source: Checkpoint, image_size: int | Sequence[int] | None = None, drop_path_rate: float = 0.0
 ) -> FeatureExtractor:
     """The backbone without any head."""
-    leave = (*TOKEN_HEAD, *CLASS_HEAD, *AGGREGATION, *SEGMENTATION_HEADS, "norm.")
+    leave = (*PRETRAINING_HEAD, *CLASS_HEAD, *AGGREGATION, *SEGMENTATION_HEADS, "norm.")
     architecture, state = prepared(source, image_size, drop_path_rate, leave)
     return finished(lambda: FeatureExtractor(**architecture), state, source)
 
@@ -185,7 +199,7 @@ def prepared(
     source: Checkpoint, image_size: int | Sequence[int] | None, drop_path_rate: float, leave: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(architecture, tensors) for another image size, without what is left behind."""
-    heads = ("num_classes", "pool", "vocab_size", "decoder")
+    heads = ("num_classes", "pool", "vocab_size", "decoder", *MAE_DECODER)
     architecture = {name: value for name, value in source.architecture.items() if name not in heads}
     architecture["drop_path_rate"] = drop_path_rate
     if image_size is not None:
