@@ -10,7 +10,18 @@ from torch import Tensor, distributed
 
 from beit_pretrain.data.datamodule import ShardData
 from beit_pretrain.evaluation.knn import TEMPERATURE, sweep
+from beit_pretrain.settings import Count, Settings, about
 from beit_pretrain.transforms.views import ClassificationTransform, normalise
+
+
+class KNNSettings(Settings):
+    """Online accuracy of a kNN, where there are labels."""
+
+    defaults = "tasks/pretrain.yaml:knn"
+
+    bank: Count = about("labelled training images")
+    queries: Count = about("held-out images")
+    k: Count = about("neighbours")
 
 
 class Labelled(NamedTuple):

@@ -226,17 +226,28 @@ def block_outputs(
     blocks: int | None = None,
     token_BK: Tensor | None = None,
 ) -> list[Tensor]:
-    """Outputs of every block (or of the first `blocks`) on embeddings `x` (B, N, D).
+    """Outputs of every block of a Beit (or of the first `blocks`) on embeddings `x` (B, N, D); see `run_blocks`."""
+    bias = pad_bias_stride(model.rel_pos_bias()[None], x) if model.rel_pos_bias is not None else None
+    return run_blocks(model.blocks[:blocks], x, bias, drop_BR, token_BK, model.grad_checkpointing)
+
+
+def run_blocks(
+    blocks: Any,
+    x: Tensor,
+    bias: Tensor | None = None,
+    drop_BR: Tensor | None = None,
+    token_BK: Tensor | None = None,
+    checkpointing: bool = False,
+) -> list[Tensor]:
+    """Outputs of every block of a ModuleList on `x` (B, N, D).
 
     `drop_BR`: numbers in [0, 1) that decide about drop path. With `token_BK` the last one is at these tokens alone.
     """
-    bias = pad_bias_stride(model.rel_pos_bias()[None], x) if model.rel_pos_bias is not None else None
     outputs: list[Tensor] = []
-    chosen = model.blocks[:blocks]
-    for number, block in enumerate(chosen, start=1):
+    for number, block in enumerate(blocks, start=1):
         drop_B2 = drop_BR[:, 2 * number - 2 : 2 * number] if drop_BR is not None else None
-        asked = token_BK if number == len(chosen) else None
-        if model.grad_checkpointing and torch.is_grad_enabled():
+        asked = token_BK if number == len(blocks) else None
+        if checkpointing and torch.is_grad_enabled():
             # A block draws nothing at random (drop path's numbers come from outside): no state to save and set back.
             x = checkpoint(run_block, block, x, bias, drop_B2, asked, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -30,12 +30,12 @@ from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
-from beit_pretrain.evaluation.online_knn import OnlineKNN
+from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
 from beit_pretrain.models.backbone import MaskedImageModel, patch_grid
 from beit_pretrain.models.build import network, normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.formats import Checkpoint
 from beit_pretrain.models.checkpoints.pretrained import mim
-from beit_pretrain.settings import Count, Name, Paths, Settings, Switch, Text, Whole, about, to_dict
+from beit_pretrain.settings import Name, Paths, Settings, Switch, Text, Whole, about, to_dict
 from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
 from beit_pretrain.tokenizers.token_cache import OPTIONS, CachedTokens, TokenFolder, same_tokenizer
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, codebook_use, view_size
@@ -65,16 +65,6 @@ class PretrainDataSettings(DataSettings, ViewSettings):
 
     tokens: Paths | None = about("cached tokens of data.train, as `tokenize` makes them; a list for a list")
     val_tokens: Paths | None = about("cached tokens of data.val; null = the tokenizer makes them")
-
-
-class KNNSettings(Settings):
-    """Online accuracy of a kNN, where there are labels."""
-
-    defaults = "tasks/pretrain.yaml:knn"
-
-    bank: Count = about("labelled training images")
-    queries: Count = about("held-out images")
-    k: Count = about("neighbours")
 
 
 class PretrainSettings(BackboneSettings):
@@ -444,6 +434,8 @@ class MaskedPictures(Callback):
         data: its validation images are shown.
         images: how many.
     """
+
+    needs_whole_network = True
 
     def __init__(self, folder: Path, data: ShardData, images: int = 6):
         self.folder, self.data, self.images = folder, data, images

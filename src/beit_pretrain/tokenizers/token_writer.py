@@ -24,7 +24,7 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.shard_writer import write_atomically
 from beit_pretrain.data.write.staging import check_same, publish, show
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.settings import first_line, renamed
+from beit_pretrain.settings import renamed
 from beit_pretrain.tokenizers.token_cache import HEADER, TOKENS, TokenFolder, record_dtype, tokens_name
 
 _held: set[IO] = set()  # locks of this process

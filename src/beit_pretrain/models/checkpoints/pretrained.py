@@ -30,7 +30,7 @@ Network = TypeVar("Network", bound=Backbone)
 MOST_PATCHES = 2**14  # the position indices of more would fill gigabytes
 HEADS = ("mim", "classify", "segment", "features")
 # What a network with another head leaves behind. The rest of a file must fit to the last tensor.
-TOKEN_HEAD = ("mask_token", "lm_head.")
+TOKEN_HEAD = ("mask_token", "lm_head.", "decoder_")  # of tokens, or of pixels
 CLASS_HEAD = ("head.", "fc_norm.")
 AGGREGATION = ("cls_pt_layers.", "cls_pt_norm.")  # BEiT v2's branch for [CLS], of its pre-training alone
 

@@ -1,0 +1,165 @@
+"""Masked autoencoding (He et al. 2022): predict the pixels of masked patches from the visible quarter of an image.
+
+Shapes: B batch, C channels, H W pixels, N patches. Masks are True where a patch is masked, to be predicted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from lightning import Callback, Trainer
+from PIL import Image
+from pydantic import Field, Strict
+from torch import Tensor
+
+from beit_pretrain.data.datamodule import first_images
+from beit_pretrain.data.settings import DataSettings
+from beit_pretrain.engine.callbacks import publish
+from beit_pretrain.engine.module import TrainedModule
+from beit_pretrain.engine.settings import OptimSettings
+from beit_pretrain.engine.task import Task
+from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
+from beit_pretrain.models.build import network, normalisation
+from beit_pretrain.models.checkpoints.files import rebuild
+from beit_pretrain.models.mae import MaskedAutoencoder, Masking, random_masking
+from beit_pretrain.settings import Settings, Switch, Whole, about, to_dict
+from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, Width, classification_data
+from beit_pretrain.transforms.settings import CropSettings
+from beit_pretrain.transforms.views import normalise
+from beit_pretrain.visualization import grids
+
+Ratio = Annotated[float, Strict(), Field(gt=0, lt=1)]
+VAL_SEED = 1_000_003  # masks of held-out images never change
+
+
+class AutoencoderSettings(NetworkSettings):
+    """The encoder, and the light decoder that predicts pixels."""
+
+    decoder_embed_dim: Width = about("width of the decoder")
+    decoder_depth: Width = about("blocks of the decoder")
+    decoder_num_heads: Width = about("heads of the decoder")
+    norm_pix_loss: Switch = about("predict pixels normalised by their patch's mean and standard deviation")
+
+
+class MAEDataSettings(DataSettings, CropSettings):
+    """Images and their crops."""
+
+
+class MAEMaskSettings(Settings):
+    """Random masks."""
+
+    ratio: Ratio = about("share of the patches that are masked")
+
+
+class MAESettings(BackboneSettings):
+    """Settings of masked autoencoding."""
+
+    defaults = "fit.yaml tasks/mae.yaml"
+
+    model: AutoencoderSettings
+    activation_checkpointing: Switch = about("a third slower, a fraction of the memory", True)
+    data: MAEDataSettings
+    mask: MAEMaskSettings
+    num_visualizations: Whole = about("masked | predicted | original rows after each validation; 0 = none", True)
+    knn: KNNSettings = about("online accuracy of a kNN, where there are labels", True)
+
+
+class Autoencoding(TrainedModule):
+    """Predicts the pixels of masked patches."""
+
+    kind = "mae"
+    model: MaskedAutoencoder
+
+    def __init__(
+        self, model: MaskedAutoencoder, optim: OptimSettings, mean: Any, std: Any, mask_ratio: float, seed: int = 0
+    ):
+        super().__init__(model, optim, seed)
+        self.mean, self.std, self.mask_ratio = tuple(mean), tuple(std), mask_ratio
+        self._totals = torch.zeros(0)
+
+    def masking(self, position_B: Tensor, seed: int) -> Masking:
+        """The masks of a batch, a function of seed and position."""
+        return random_masking(seed, position_B, self.model.grid[0] * self.model.grid[1], self.mask_ratio)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """Mean squared error of the masked patches' pixels (section 3, "Reconstruction target")."""
+        image = normalise(batch["image"].float() / 255, self.mean, self.std)
+        loss = self.maybe_compile(self.model.forward)(image, self.masking(batch["position"], self.seed))
+        self.accumulate(loss=loss)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """The same on held-out images, whose masks never change."""
+        image = normalise(batch["image"].float() / 255, self.mean, self.std)
+        loss, images = self.model(image, self.masking(batch["position"], VAL_SEED)), len(image)
+        self._totals += torch.stack([loss.double() * images, loss.new_tensor(images, dtype=torch.float64)])
+
+    def on_validation_epoch_end(self) -> None:
+        total, images = self.sum_over_processes(self._totals)
+        self.log_validation({"loss": total / images})
+
+
+class MAE(Task):
+    """Masked autoencoding."""
+
+    settings = MAESettings
+    best = ("val/loss", "min")
+    module: Autoencoding
+
+    def __init__(self, cfg: MAESettings):
+        super().__init__(cfg)
+        mean, std = normalisation(cfg, {})
+        self.data = classification_data(cfg)
+        if cfg.init_from:
+            model = rebuild(MaskedAutoencoder, cfg.init_from, Autoencoding.kind)[0].train().requires_grad_(True)
+            model.pos_embed.requires_grad_(False)
+            model.decoder_pos_embed.requires_grad_(False)
+            self.origin = str(cfg.init_from)
+        else:
+            model = MaskedAutoencoder(**network(cfg))
+        model.set_grad_checkpointing(cfg.activation_checkpointing)
+        optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
+        self.module = Autoencoding(model, optim, mean, std, cfg.mask.ratio, cfg.seed)
+        self.module.masking(torch.zeros(1, dtype=torch.int64), 0)  # a ratio that leaves nothing is refused here
+        self.module.about = {"mean": list(mean), "std": list(std)}
+        if "val" in self.data.readers:
+            if cfg.num_visualizations:
+                self.callbacks.append(MAEPictures(self, cfg.folder / "pictures", cfg.num_visualizations))
+            if len(self.data.classes) > 1:
+                self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
+
+    def masked(self, options: Any) -> Image.Image | None:
+        return autoencoder_picture(self.module, self.batch_of(options))
+
+
+class MAEPictures(Callback):
+    """Writes masked | predicted | original pictures of held-out images after every validation."""
+
+    needs_whole_network = True
+
+    def __init__(self, task: MAE, folder: Path, images: int):
+        self.task, self.folder, self.images = task, folder, images
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            batch = first_images(self.task.data.eval_dataset("val"), self.images, pl_module.device)
+            publish(trainer, autoencoder_picture(pl_module, batch), self.folder)
+
+
+@torch.no_grad()
+def autoencoder_picture(module: Autoencoding, batch: dict[str, Tensor]) -> Image.Image:
+    """Grid of masked | predicted | original, one row an image."""
+    image = batch["image"].float() / 255
+    masking = module.masking(batch["position"], VAL_SEED)
+    training = module.model.training
+    module.model.eval()
+    predicted = module.model.reconstruct(normalise(image, module.mean, module.std), masking)
+    module.model.train(training)
+    mean, std = (image.new_tensor(values).view(1, -1, 1, 1) for values in (module.mean, module.std))
+    predicted = (predicted * std + mean).clamp(0, 1)
+    return grids.grid([grids.hide(image, masking.mask_BN), predicted, image], ["masked", "predicted", "original"])
