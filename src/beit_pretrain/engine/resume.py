@@ -28,6 +28,7 @@ from beit_pretrain.engine.run_folder import (
 )
 from beit_pretrain.engine.tasks import TASKS, Task
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import atomic_write
 from beit_pretrain.models.checkpoints import files as checkpoint
 
 
@@ -104,9 +105,7 @@ def warn(warnings: Iterable[str]) -> None:
 
 def write_config(cfg: DictConfig) -> None:
     """Say in a run's folder what its settings are."""
-    partial = Path(cfg.run_dir) / f".{CONFIG}.partial"
-    OmegaConf.save(cfg, partial, resolve=True)
-    partial.replace(partial.with_name(CONFIG))  # other processes may read it just now
+    atomic_write(Path(cfg.run_dir) / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))  # others may read it meanwhile
 
 
 def restore_config(cfg: DictConfig) -> None:
