@@ -35,12 +35,15 @@ class Server:
     length: bool = True
     next: list[Answer] = field(default_factory=list)
     asked: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    authorizations: list[str | None] = field(default_factory=list)
     url: str = ""
+    http: ThreadingHTTPServer | None = None
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         """Carry out the next answer, or send the file."""
         given = handler.headers
         self.asked.append((handler.path, given["Range"], given["If-Range"]))
+        self.authorizations.append(given["Authorization"])
         todo = self.next.pop(0) if self.next else Answer()
         data = self.files.get(handler.path)
         if todo.reset:
@@ -84,9 +87,9 @@ class Server:
 
 
 @contextmanager
-def serving() -> Iterator[Server]:
+def serving(server: Server | None = None) -> Iterator[Server]:
     """A server at `url`, for the length of a `with` block."""
-    server = Server()
+    server = server or Server()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -101,6 +104,6 @@ def serving() -> Iterator[Server]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-        server.url = f"http://127.0.0.1:{http.server_port}"
+        server.url, server.http = f"http://127.0.0.1:{http.server_port}", http
         yield server
         http.shutdown()

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import spoil
 
-from beit_pretrain.data import remote
+from beit_pretrain.data import storage
 from beit_pretrain.data.corrupt_images import CorruptImages, allowed, truncate_after
 from beit_pretrain.engine.metrics import curve
 from beit_pretrain.errors import UserError
@@ -179,7 +179,7 @@ class TestServers:
 
     @pytest.fixture(autouse=True)
     def no_pauses(self, monkeypatch):
-        monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.01)
+        monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_a_run_survives_all_that_passes(self, shards, serve, fit, tmp_path, num_workers):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import spoil
 
-from beit_pretrain.data import remote
+from beit_pretrain.data import storage
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
@@ -187,7 +187,7 @@ def test_a_cache_too_small_for_what_is_read_at_once(spoiled, serve, tmp_path):
 
 def test_shards_are_fetched_before_they_are_needed(spoiled, serve, tmp_path, monkeypatch):
     """The first batch needs one shard; the others come while nobody asks."""
-    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
     server = serve(spoiled)
     server.trouble = lambda name, number: "drop" if number == 0 else None
     loaded = data(server.url, cache_dir=tmp_path / "cache", retries=1, shuffle_streams=1, shuffle_block_size=12)

@@ -16,10 +16,11 @@ import safetensors.torch
 import torch
 from loopback import Answer, serving
 
+from beit_pretrain import fileio
 from beit_pretrain.config import compose
+from beit_pretrain.data import storage
 from beit_pretrain.errors import UserError
 from beit_pretrain.tokenizers import download as module
-from beit_pretrain.tokenizers import transfer as download_module
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
 
 PICKLES = ["decoder.pkl", "encoder.pkl"]
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 def server(openai_files, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(download_module, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage, "sleep", lambda seconds: None)
     with serving() as server:
         server.files = {f"/{name}": (openai_files / name).read_bytes() for name in PICKLES}
         yield server
@@ -154,7 +155,7 @@ class TestFetch:
         assert os.listdir(out) == ["encoder.pkl"]
 
     def test_without_a_network(self, out, run_cli, monkeypatch):
-        monkeypatch.setattr(download_module, "sleep", lambda seconds: None)
+        monkeypatch.setattr(storage, "sleep", lambda seconds: None)
         nowhere = [f"{kind}=http://127.0.0.1:9/{kind}.pkl" for kind in module.KINDS]  # port 9: discard
         said = one_line(run_cli("download", f"out={out}", *nowhere))
         assert "without a network: download http://127.0.0.1:9/encoder.pkl and http://127.0.0.1:9/decoder.pkl" in said
@@ -172,10 +173,10 @@ class TestFetch:
         assert sorted(os.listdir(out)) == WHOLE
 
     def test_a_folder_that_cannot_be_written_serves_what_it_has(self, copy, run_cli, monkeypatch):
-        def refuse(*words):
+        def refuse(*words, **settings):
             raise PermissionError(13, "Permission denied", str(copy))
 
-        monkeypatch.setattr(module, "alone", refuse)
+        monkeypatch.setattr(fileio, "exclusive_lock", refuse)
         assert run_cli("download", f"out={copy}")[0] == 0
         (copy / "decoder.safetensors").unlink()
         assert "Permission denied" in one_line(run_cli("download", f"out={copy}"))

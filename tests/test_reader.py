@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import spoil
 
-from beit_pretrain.data import remote
+from beit_pretrain.data import storage
 from beit_pretrain.data.datamodule import labels
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
@@ -21,7 +21,7 @@ from beit_pretrain.errors import UserError
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
 
 
 @pytest.fixture

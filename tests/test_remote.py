@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
+import shutil
+import ssl
+import subprocess
+import threading
 import time
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
+from loopback import Answer, serving
 
-from beit_pretrain.data import remote
-from beit_pretrain.data.remote import Remote, is_remote
+from beit_pretrain.data import storage, transports
+from beit_pretrain.data.storage import Remote, is_remote
 from beit_pretrain.errors import UserError
 
 CONTENT = bytes(range(256)) * 2000
@@ -19,7 +26,7 @@ CONTENT = bytes(range(256)) * 2000
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def test_what_passes_is_tried_again(server, trouble, ranges):
         ("stall", "stalled"),
         ("drip", "stalled"),
         ("header", "stalled .the header of its answer does not end"),
-        ("loop", "HTTP 302 The HTTP server returned a redirect error"),
+        ("loop", "HTTP 302, again and again"),
         (503, "3 tries.*HTTP 503"),
         (404, "HTTP 404"),
         (403, "HTTP 403"),
@@ -76,7 +83,7 @@ def test_what_does_not_pass_is_one_line(server, trouble, said):
         fetched(Remote(server.url, retries=2, timeout=0.2))
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 5
-    if trouble != "loop":  # which urllib follows a few times
+    if trouble != "loop":  # which is followed a few times
         assert server.requests["a.tar"] == (1 if trouble in (404, 403, "long") else 3)
 
 
@@ -215,6 +222,97 @@ class TestBuckets:
         def missing(*args, **settings):
             raise ImportError("Install gcsfs to access gs")
 
-        monkeypatch.setattr(fsspec, "open", missing)
+        monkeypatch.setattr(fsspec, "filesystem", missing)
         with pytest.raises(UserError, match=r"pip install 'beit_pretrain\[remote\]' \(Install gcsfs"):
             fetched(Remote("gs://bucket", retries=3))
+
+
+class TestFiles:
+    def test_a_folder_by_its_address(self, tmp_path):
+        folder = tmp_path / "a folder#1"
+        folder.mkdir()
+        (folder / "a.tar").write_bytes(CONTENT)
+        assert fetched(Remote(folder.as_uri(), retries=0)) == CONTENT
+        with pytest.raises(
+            UserError, match=r"^b\.tar of file:///.* cannot be fetched: FileNotFoundError: .*No such file"
+        ):
+            Remote(folder.as_uri(), retries=3).read("b.tar", 10)
+
+    @pytest.mark.parametrize("changed", [False, True])
+    def test_resumes_the_same_version_alone(self, tmp_path, changed):
+        (tmp_path / "a.tar").write_bytes(CONTENT)
+        out = io.BytesIO()
+        transfer = transports.Transfer(out, 1.0, len(CONTENT))
+        transfer.write = lambda chunk: (_ for _ in ()).throw(OSError("broke off"))
+        with pytest.raises(OSError, match="broke off"):
+            transports.fetch((tmp_path / "a.tar").as_uri(), transfer)
+        del transfer.write
+        transfer.write(b"old")
+        if changed:
+            (tmp_path / "a.tar").write_bytes(CONTENT[::-1])
+        transports.fetch((tmp_path / "a.tar").as_uri(), transfer)
+        assert out.getvalue() == (CONTENT[::-1] if changed else b"old" + CONTENT[3:])
+
+
+class TestForks:
+    """Loader workers are forked from a process that has fetched the manifest, or is just fetching."""
+
+    def child(self, place: Remote) -> None:
+        os._exit(0 if fetched(place) == CONTENT else 1)
+
+    @pytest.mark.parametrize("kind", ["http", "file"])
+    def test_parent_and_children_fetch_at_once(self, server, tmp_path, kind):
+        place = Remote(server.url if kind == "http" else (tmp_path / "files").as_uri(), retries=0, timeout=20)
+        server.delay = 0.2
+        results: list[bytes] = []
+        threads = [threading.Thread(target=lambda: results.append(fetched(place))) for _ in range(3)]
+        assert fetched(place) == CONTENT
+        for thread in threads:
+            thread.start()
+        context = multiprocessing.get_context("fork")
+        children = [context.Process(target=self.child, args=(place,)) for _ in range(4)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(20)
+        for thread in threads:
+            thread.join(20)
+        assert [child.exitcode for child in children] == [0] * 4
+        assert results == [CONTENT] * 3
+        assert fetched(place) == CONTENT
+
+
+class TestOtherWays:
+    def test_a_redirection_is_followed_as_it_is_signed(self):
+        with serving() as far:
+            far.files["/there?sign=a%2Fb+c%20d"] = CONTENT
+            far.next = [Answer(status=302, headers={"Location": f"{far.url}/there?sign=a%2Fb+c%20d"})]
+            assert fetched(Remote(far.url, retries=0)) == CONTENT
+            far.next = [Answer(status=302, headers={"Location": "ftp://host/secret"})]
+            with pytest.raises(UserError, match="where that leads to") as caught:
+                fetched(Remote(far.url, retries=3))
+            assert "secret" not in str(caught.value)
+
+    def test_through_a_proxy_without_the_passwords_of_netrc(self, monkeypatch, tmp_path):
+        (tmp_path / "netrc").write_text("machine files.invalid login me password secret")
+        with serving() as proxy:
+            proxy.files["http://files.invalid/train/a.tar"] = CONTENT
+            monkeypatch.setenv("http_proxy", proxy.url)
+            monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+            assert fetched(Remote("http://files.invalid/train", retries=0)) == CONTENT
+            assert proxy.authorizations == [None]
+            monkeypatch.setenv("no_proxy", "files.invalid")
+            with pytest.raises(UserError, match=r"\(1 try\): Name or service not known"):
+                fetched(Remote("http://files.invalid/train", retries=0))
+
+    def test_a_certificate_that_is_not_trusted_is_not_asked_again(self, tmp_path):
+        words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1"]
+        words += ["-keyout", str(tmp_path / "key"), "-out", str(tmp_path / "certificate")]
+        if not shutil.which("openssl") or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("needs openssl")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+        with serving() as server:
+            server.http.socket = context.wrap_socket(server.http.socket, server_side=True)
+            with pytest.raises(UserError, match=r"cannot be fetched: .*certificate verify failed"):
+                fetched(Remote(server.url.replace("http:", "https:"), retries=9))

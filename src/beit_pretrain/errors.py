@@ -8,10 +8,8 @@ class UserError(Exception):
 
     def __init__(self, message: str):
         # A loader worker's error comes back as the text of its whole traceback: what was said stands at its end.
-        said = str(message)
-        for name in ("UserError", "AllRanksError"):
-            said = said.rsplit(f"{__name__}.{name}: ", 1)[-1]
-        super().__init__(said.strip())
+        name = f"{type(self).__module__}.{type(self).__name__}: "
+        super().__init__(str(message).rsplit(name, 1)[-1].strip())
 
 
 class AllRanksError(UserError):

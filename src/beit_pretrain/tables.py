@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
+
+from beit_pretrain.fileio import atomic_path
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -17,12 +18,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
-    """Write a table under a temporary name, then rename it."""
+    """Write a table atomically, and its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])

@@ -17,18 +17,18 @@ which readers and prefetchers renew (`ahead.py`).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from beit_pretrain import fileio
 from beit_pretrain.data.manifest import INDEX_DTYPE, index_shard
 from beit_pretrain.errors import UserError
 
@@ -118,44 +118,34 @@ class ShardCache:
 
     def _fetched(self, shard: Shard, fetch: Callable[[BinaryIO], None], urgent: bool) -> int | None:
         """Fetch the shard. None if it may be here by now (another process had it), or if it is not urgent and waits."""
-        with self._claimed(self._path(shard, "partial"), urgent) as file:
-            if file is None or self._path(shard, "tar").exists():
+        partial = self._path(shard, "partial")
+        try:
+            with fileio.exclusive_lock(partial, wait=urgent, remove=True, strict=True), partial.open("r+b") as file:
+                return None if self._path(shard, "tar").exists() else self._filled(file, shard, fetch, urgent)
+        except fileio.LockedError:
+            return None
+
+    def _filled(self, file: BinaryIO, shard: Shard, fetch: Callable[[BinaryIO], None], urgent: bool) -> int | None:
+        """Fetch the shard into its partial file, which this process holds, and give that its name."""
+        size = shard.bytes + INDEX_HEADER + INDEX_DTYPE.itemsize * shard.samples
+        if size > self.limit:
+            raise UserError(f"{shard.name} has {shard.bytes:,} bytes, more than data.cache_gb leaves room for")
+        while not self._reserved(file, size, urgent):
+            if not urgent:
                 return None
-            index_bytes = INDEX_HEADER + INDEX_DTYPE.itemsize * shard.samples
-            if shard.bytes + index_bytes > self.limit:
-                raise UserError(f"{shard.name} has {shard.bytes:,} bytes, more than data.cache_gb leaves room for")
-            while not self._reserved(file, shard.bytes + index_bytes, urgent):
-                if not urgent:
-                    return None
-                time.sleep(WAIT)  # others' shards are on their way, in room of their own
-            fetch(file)
-            file.flush()
-            os.ftruncate(file.fileno(), shard.bytes)
-            index = index_shard(file.name)
-            os.fsync(file.fileno())
-            with self._locked():
-                np.save(self._path(shard, "index.npy"), index)
-                os.rename(file.name, self._path(shard, "tar"))
-            return os.dup(file.fileno())
+            time.sleep(WAIT)  # others' shards are on their way, in room of their own
+        fetch(file)
+        file.flush()
+        os.ftruncate(file.fileno(), shard.bytes)
+        index = index_shard(file.name)
+        fileio.flush(file)
+        with self._locked():
+            np.save(self._path(shard, "index.npy"), index)
+            os.rename(file.name, self._path(shard, "tar"))
+        return os.dup(file.fileno())
 
-    @contextmanager
-    def _claimed(self, path: Path, wait: bool) -> Iterator[BinaryIO | None]:
-        """The partial file at `path`, locked, removed in the end unless it was renamed; None if another has it."""
-        with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o644)) as file:
-            if not _lock(file.fileno(), wait) or not _same(file.fileno(), path):
-                yield None
-                return
-            try:
-                yield file
-            finally:
-                if _same(file.fileno(), path):
-                    path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with open(self.folder / ".lock", "rb") as file:
-            _lock(file.fileno(), wait=True)
-            yield
+    def _locked(self) -> AbstractContextManager:
+        return fileio.exclusive_lock(self.folder / ".lock", wait=True, strict=True)
 
     def _reserved(self, file: BinaryIO, size: int, urgent: bool) -> bool:
         """Make room for `size` bytes and give them to the file; False if there is none to be had now."""
@@ -188,9 +178,10 @@ class ShardCache:
             path = self.folder / name
             if path == mine:
                 del sizes[name]
-            elif (name.endswith(".partial") and _abandoned(path)) or (
-                name.endswith(".index.npy") and name.replace(".index.npy", ".tar") not in sizes
-            ):
+            elif name.endswith(".partial"):
+                with suppress(fileio.LockedError), fileio.exclusive_lock(path, remove=True):  # who held it has died
+                    del sizes[name]
+            elif name.endswith(".index.npy") and name.replace(".index.npy", ".tar") not in sizes:
                 path.unlink(missing_ok=True)
                 del sizes[name]
         shards = [
@@ -211,31 +202,3 @@ def check_content(file: BinaryIO, shard: Shard) -> None:
         left -= len(block)
     if digest.hexdigest() != shard.sha256:
         raise OSError("its content is not what its manifest says (another SHA-256)")
-
-
-def _lock(descriptor: int, wait: bool) -> bool:
-    """Lock an open file for this process alone; False if another has it and is not waited for."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    """Whether a path still names an open file."""
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(descriptor)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
-
-
-def _abandoned(path: Path) -> bool:
-    """Whether nobody holds a partial file: who did has died."""
-    try:
-        with open(path, "rb") as file:
-            return _lock(file.fileno(), wait=False)
-    except FileNotFoundError:
-        return False

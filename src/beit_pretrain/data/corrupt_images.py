@@ -15,6 +15,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from beit_pretrain.errors import AllRanksError
+from beit_pretrain.fileio import atomic_write
 
 WINDOW = 1_000_000  # images after which the rate is counted anew, so that a good beginning does not excuse a bad end
 
@@ -129,6 +130,4 @@ def truncate_after(path: Path, step: int) -> None:
     if damaged:
         which = "a damaged line is" if damaged == 1 else f"{damaged} damaged lines are"
         print(f"warning: {path}: {which} left out from here on", file=sys.stderr, flush=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(b"".join(kept))
-    partial.replace(path)
+    atomic_write(path, b"".join(kept))

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from beit_pretrain.data.sources import read_bytes
 from beit_pretrain.data.tars import scan_tar
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import atomic_write
 from beit_pretrain.processes import cores, in_order
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
 
@@ -162,9 +163,7 @@ def write_manifest(
         "settings": settings,
         "shards": shards,
     }
-    temporary = folder / f"{MANIFEST}.partial"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-    temporary.replace(folder / MANIFEST)
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

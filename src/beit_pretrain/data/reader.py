@@ -20,8 +20,8 @@ import numpy as np
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
 from beit_pretrain.data.manifest import INDEX_DTYPE, MANIFEST, index_path, parse_manifest, read_manifest
 from beit_pretrain.data.order import Sample
-from beit_pretrain.data.remote import Remote, is_remote
 from beit_pretrain.data.settings import RemoteOptions
+from beit_pretrain.data.storage import Remote, is_remote
 from beit_pretrain.errors import UserError
 
 MANIFEST_LIMIT = 1 << 30  # bytes of a remote manifest

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 
+from beit_pretrain import fileio
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
 from beit_pretrain.engine.metrics import CsvMetrics
 from beit_pretrain.engine.preemption import Preempted, PreemptionSignals
@@ -184,7 +185,7 @@ class CheckpointManager:
             return
         step = int(content["global_step"])
         if self.keep_every and step % self.keep_every == 0:
-            checkpoint.link(path, self.folder / f"step-{step:08d}.ckpt")
+            fileio.link(path, self.folder / f"step-{step:08d}.ckpt")
         self.signals.saved_at = step
 
     def wait(self) -> None:

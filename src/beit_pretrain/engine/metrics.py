@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from pathlib import Path
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from beit_pretrain import fileio
 from beit_pretrain.errors import UserError, first_line
 
 
@@ -63,7 +63,7 @@ class CsvMetrics(Logger):
         """Have everything on the disk, whatever becomes of the machine."""
         if self.path.is_file():
             with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+                fileio.flush(file)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -84,14 +84,10 @@ class CsvMetrics(Logger):
 
     def _rewrite(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".partial")
-        with temporary.open("w", newline="") as file:
+        with fileio.atomic_path(self.path, durable=True) as temporary, temporary.open("w", newline="") as file:
             writer = self._writer(file)
             writer.writeheader()
             writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
 
 
 def is_first_process() -> bool:

@@ -28,6 +28,7 @@ from beit_pretrain.engine.run_folder import (
 from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.task import Task, find_task
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import atomic_write
 from beit_pretrain.models.checkpoints import files as checkpoint
 from beit_pretrain.settings import merged, renamed, to_dict
 
@@ -105,9 +106,8 @@ def warn(warnings: Iterable[str]) -> None:
 
 def write_config(cfg: FitSettings) -> None:
     """Say in a run's folder what its settings are."""
-    partial = Path(cfg.run_dir) / f".{CONFIG}.partial"
-    partial.write_text(yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True))
-    partial.replace(partial.with_name(CONFIG))  # other processes may read it just now
+    text = yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True)
+    atomic_write(Path(cfg.run_dir) / CONFIG, text)  # other processes may read it meanwhile
 
 
 def restore_config(cfg: FitSettings) -> None:

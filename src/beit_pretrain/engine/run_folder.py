@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -13,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from beit_pretrain import fileio
 from beit_pretrain.engine.checkpointing import BEST, LAST, PREVIOUS
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import Settings, group_of, renamed
@@ -68,9 +68,7 @@ def resume_config(settings: dict[str, Any], model: type[Settings] | None) -> dic
 
 def mark_finished(folder: Path, step: int) -> None:
     """Say in a run's folder that it has done all its steps."""
-    temporary = folder / f".{FINISHED}.partial"
-    temporary.write_text(json.dumps({"step": step}) + "\n")
-    temporary.replace(folder / FINISHED)
+    fileio.atomic_write(folder / FINISHED, json.dumps({"step": step}) + "\n")
 
 
 def finished_step(folder: Path) -> int | None:
@@ -113,25 +111,18 @@ def set_aside(resume: Path) -> None:
 def exclusive_lock(folder: Path, first: bool) -> Iterator[None]:
     """Hold a run's folder, so that no second run writes into it. Raises UserError if another process holds it.
 
-    The lock ends with its process, however that ends, and child processes do not hold it. A process may take it again;
-    it gives it up with the first one that ends. `first`: this is the process that writes.
+    The lock ends with its process, however that ends, and child processes do not hold it. A process that holds it may
+    ask again. `first`: this is the process that writes.
     """
-    if not first:
+    if not first or fileio.is_held(folder / LOCK):
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(
-                f"another process is training in {folder} ({file.read(200).strip()}); wait for it, or choose another "
-                f"name=. If it is gone with its machine, delete {folder / LOCK}"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+    refusal = (
+        f"another process is training in {folder} ({{holder}}); wait for it, or choose another name=. If it is gone "
+        f"with its machine, delete {folder / LOCK}"
+    )
+    with fileio.exclusive_lock(folder / LOCK, refusal) as file:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

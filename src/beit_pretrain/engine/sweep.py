@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
+from beit_pretrain import fileio
 from beit_pretrain.config import compose, quoted, readable
 from beit_pretrain.engine.dist_env import launched
 from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config
@@ -53,12 +52,7 @@ def sweep(words: list[str]) -> None:
     jobs = compose("sweep", own).jobs
     folder, members = members_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".sweep.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another sweep is running in {folder}") from None
-    with lock:
+    with fileio.exclusive_lock(folder / ".sweep.lock", f"another sweep is running in {folder}"):
         waiting = [member for member in members if not is_finished(member)]
         print(f"sweep of {len(members)} runs in {folder}" + skipped(len(members) - len(waiting)), flush=True)
         start = launcher(launcher_words, folder, jobs, [(m.words, m.folder / LOG) for m in waiting])

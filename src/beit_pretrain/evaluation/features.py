@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from beit_pretrain.data.dataset import EvalSchedule, ShardDataset
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import atomic_path
 from beit_pretrain.models.backbone import FeatureExtractor
 from beit_pretrain.processes import end_with_parent
 from beit_pretrain.transforms.views import normalise
@@ -62,13 +62,15 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     device = next(backbone.parameters()).device
     images, layers, width = dataset.plan.samples, len(backbone.blocks), int(backbone.embed_dim)
-    partial = folder / f".{name}.partial"
-    stored = np.lib.format.open_memmap(partial, "w+", np.float16, (images, layers, 2, width))
     labels = np.full(images, -1, np.int64)
     loader = DataLoader(
         dataset, batch_size=None, sampler=range(len(dataset)), num_workers=num_workers, worker_init_fn=end_with_parent
     )
-    with tqdm(total=images, desc=f"features of {name.partition('-')[0]}", unit=" images") as bar:
+    with (
+        atomic_path(file) as temporary,
+        tqdm(total=images, desc=f"features of {name.partition('-')[0]}", unit=" images") as bar,
+    ):
+        stored = np.lib.format.open_memmap(temporary, "w+", np.float16, (images, layers, 2, width))
         for batch in loader:
             image = batch["image"].to(device, non_blocking=True).float() / 255
             found = backbone(normalise(image, mean, std))
@@ -80,7 +82,6 @@ def extract(
             if not np.isfinite(stored[place]).all():
                 raise UserError("features beyond the range of float16: is this a trained BEiT?")
             bar.update(len(place))
-    stored.flush()
-    np.save(labels_file, labels)
-    os.replace(partial, file)
+        stored.flush()
+        np.save(labels_file, labels)
     return FeatureStore(np.load(file, mmap_mode="r"), labels)

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.data.remote import is_remote
 from beit_pretrain.data.sources import Candidate, list_images, read_candidate
+from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.processes import cores, end_with_parent
 from beit_pretrain.transforms.image_io import open_image, reason

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.fileio import atomic_path
 from beit_pretrain.inference.image_stream import Item, Views, nothing, source_of, stream, summary, write_bad
 from beit_pretrain.inference.segmenter import ImageSegmenter
 from beit_pretrain.inference.settings import PredictSettings
@@ -109,14 +110,10 @@ def label_image(found_HW: np.ndarray, segmenter: ImageSegmenter) -> Image.Image:
 
 
 def write(path: Path, image: Image.Image) -> None:
-    """Write a PNG, making its folder; under a temporary name first."""
+    """Write a PNG atomically, and its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        image.save(partial, "PNG")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def write_classes(path: Path, segmenter: ImageSegmenter) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import atomic_path
 from beit_pretrain.inference.classifier import ImageClassifier, Prediction
 from beit_pretrain.inference.image_stream import Views, no_predictor, nothing, source_of, stream, summary, write_bad
 from beit_pretrain.inference.label_maps import predict_maps
@@ -74,20 +74,18 @@ def apply(image: Image.Image, size: int, crop_ratio: float | None, channels: int
 def writing(out: Path) -> Iterator[Callable[[str, list[Prediction]], Any]]:
     """Lend a function that writes an image's predictions. The file gets its name when the block has ended well."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.partial")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            if out.suffix.lower() in JSON_LINES:
-                yield lambda name, best: file.write(json_line(name, best))
-            else:
-                rows = csv.writer(file, lineterminator="\n")
-                rows.writerow(HEADER)
-                yield lambda name, best: rows.writerows(
-                    (name, rank, p.name, f"{p.probability:.6f}", p.number) for rank, p in enumerate(best, start=1)
-                )
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        atomic_path(out) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        if out.suffix.lower() in JSON_LINES:
+            yield lambda name, best: file.write(json_line(name, best))
+        else:
+            rows = csv.writer(file, lineterminator="\n")
+            rows.writerow(HEADER)
+            yield lambda name, best: rows.writerows(
+                (name, rank, p.name, f"{p.probability:.6f}", p.number) for rank, p in enumerate(best, start=1)
+            )
 
 
 def json_line(name: str, best: list[Prediction]) -> str:

@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H W pixels, N patches. Masks are True where a patch
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from lightning import Callback, Trainer
@@ -117,8 +117,8 @@ class MAE(Task):
         self.data = classification_data(cfg)
         if cfg.init_from:
             model = rebuild(MaskedAutoencoder, cfg.init_from, Autoencoding.kind)[0].train().requires_grad_(True)
-            model.pos_embed.requires_grad_(False)
-            model.decoder_pos_embed.requires_grad_(False)
+            for positions in (model.pos_embed, model.decoder_pos_embed):
+                cast(Tensor, positions).requires_grad_(False)
             self.origin = str(cfg.init_from)
         else:
             model = MaskedAutoencoder(**network(cfg))

@@ -15,11 +15,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from beit_pretrain import fileio
+from beit_pretrain.data import storage
+from beit_pretrain.data.storage import DownloadError, without_secrets
 from beit_pretrain.errors import UserError
-from beit_pretrain.tokenizers import transfer
 from beit_pretrain.tokenizers.settings import DownloadSettings
 from beit_pretrain.tokenizers.tokenizer import RECORD, build, pickled_tensors, read_verified, recorded, safe_tensors
-from beit_pretrain.tokenizers.transfer import DownloadError, alone, publish
 
 KINDS = ("encoder", "decoder")
 
@@ -31,7 +32,8 @@ def download(cfg: DownloadSettings) -> None:
     ready = [_is_ready(out, kind) for kind in KINDS]  # both are checked, whatever the first is
     if not all(ready):
         out.mkdir(parents=True, exist_ok=True)
-        with alone(out / ".fetch.lock"):
+        message = f"{out}: waiting for another process that writes there"
+        with fileio.exclusive_lock(out / ".fetch.lock", message, wait=True, remove=True):
             for kind in KINDS:
                 if not _is_ready(out, kind):  # another process may have come first
                     _obtain(out, kind, addresses, cfg)
@@ -67,25 +69,26 @@ def _is_ready(folder: Path, kind: str) -> bool:
 def _obtain(out: Path, kind: str, addresses: dict[str, str], cfg: DownloadSettings) -> None:
     """Download the pickle unless it is there, and record it."""
     file, url = out / f"{kind}.pkl", addresses[kind]
+    shown = without_secrets(url)
     known = recorded(out).get(file.name)
 
     def check(partial: Path) -> None:
         data = partial.read_bytes()
-        build(pickled_tensors(data, kind, url), kind, url)
+        build(pickled_tensors(data, kind, shown), kind, shown)
         if known and hashlib.sha256(data).hexdigest() != known["sha256"]:
-            raise UserError(f"{url} is not the {file.name} that {out / RECORD} tells of; delete that file to take it")
+            raise UserError(f"{shown} is not the {file.name} that {out / RECORD} tells of; delete that file to take it")
 
     there = file.exists()
     try:
-        transfer.download(url, file, check=check, timeout=cfg.timeout, attempts=cfg.attempts)
+        storage.download(url, file, check=check, timeout=cfg.timeout, attempts=cfg.attempts)
     except DownloadError as error:
-        wanted = " and ".join(addresses[k] for k in KINDS if not (out / f"{k}.pkl").exists())
+        wanted = " and ".join(without_secrets(addresses[k]) for k in KINDS if not (out / f"{k}.pkl").exists())
         raise UserError(
             f"{error}; without a network: download {wanted} on another machine, put what you got into {out} here, "
             f"and run the same command again"
         ) from error
     if not there:
-        _record(out, file.name, file.read_bytes(), url)
+        _record(out, file.name, file.read_bytes(), shown)
 
 
 def _convert(folder: Path, kind: str) -> None:
@@ -96,16 +99,12 @@ def _convert(folder: Path, kind: str) -> None:
     module = build(tensors, kind, source)
     if source.name not in recorded(folder):
         _record(folder, source.name, data, "put there by hand")
-    temporary = folder / f".{file.name}.partial"
-    try:
+    with fileio.atomic_path(file, durable=True) as temporary:
         packed = safetensors.torch.save(tensors, metadata={"format": "pt"})
         temporary.write_bytes(packed)
         written = safe_tensors(temporary.read_bytes(), kind, file)
         if not _same(tensors, written) or not _agree(module, build(written, kind, file), kind):
             raise UserError(f"{file}: what was written is not what {source} holds; nothing was kept")
-        publish(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
     _record(folder, file.name, packed, source.name)
 
 
@@ -138,6 +137,4 @@ def _record(folder: Path, name: str, data: bytes, source: str) -> None:
     """Add a file's size and SHA-256 to the folder's record."""
     entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "source": source}
     record = recorded(folder) | {name: entry}
-    temporary = folder / f".{RECORD}.partial"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    publish(temporary, folder / RECORD)
+    fileio.atomic_write(folder / RECORD, json.dumps(record, indent=2) + "\n", durable=True)

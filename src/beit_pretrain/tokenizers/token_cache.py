@@ -24,7 +24,7 @@ from beit_pretrain.data.cache import Shard
 from beit_pretrain.data.manifest import SHA256
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.data.remote import is_remote
+from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import renamed, to_dict
 from beit_pretrain.transforms.scaled_decoding import Crop

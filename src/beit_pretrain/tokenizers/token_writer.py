@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -16,28 +15,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from beit_pretrain import fileio
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.data.write.shard_writer import write_atomically
 from beit_pretrain.data.write.staging import check_same, publish, show
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import renamed
 from beit_pretrain.tokenizers.token_cache import HEADER, TOKENS, TokenFolder, record_dtype, tokens_name
-
-_held: set[IO] = set()  # locks of this process
-
-
-def _let_go() -> None:
-    """In a forked child: it must not hold its parent's locks, which it would for seconds after a kill of that."""
-    for lock in _held:
-        lock.close()
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -49,18 +36,9 @@ def work_folder(out: Path, part: tuple[int, int]) -> Iterator[Path]:
     work = out.parent / f".{out.name}.making"
     try:
         (work / out.name).mkdir(parents=True, exist_ok=True)
-        with open(work / f"lock-{part[0]}-of-{part[1]}", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is making this part of {out}; wait for it") from None
-            except OSError:  # a file system without locks
-                pass
-            _held.add(lock)
-            try:
-                yield work
-            finally:
-                _held.discard(lock)
+        lock, refusal = f"lock-{part[0]}-of-{part[1]}", f"another process is making this part of {out}; wait for it"
+        with fileio.exclusive_lock(work / lock, refusal):
+            yield work
     except OSError as error:
         raise UserError(
             f"cannot write tokens to {out}: {error.strerror or error}; what is finished is kept: give the same "
@@ -79,15 +57,7 @@ def begin(work: Path, plan: dict[str, Any]) -> None:
     """Write the plan, if nobody has yet. Raises UserError if the half-done set has another one."""
     file = work / "plan.json"
     if not file.exists():
-        temporary = work / f"plan.{os.getpid()}.partial"
-        write_atomically(temporary, json.dumps(plan).encode())
-        try:
-            os.link(temporary, file)
-        except FileExistsError:  # another part was faster
-            pass
-        except OSError:  # a file system without links
-            os.replace(temporary, file)
-        temporary.unlink(missing_ok=True)
+        fileio.create(file, json.dumps(plan).encode())
     try:
         before = json.loads(file.read_bytes())
     except ValueError as error:
@@ -124,7 +94,7 @@ def is_finished(out: Path, plan: dict[str, Any]) -> bool:
 def save(path: Path, records: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, records, version=(1, 0), allow_pickle=False)
-    write_atomically(path, buffer.getvalue())
+    fileio.atomic_write(path, buffer.getvalue(), durable=True, unique=True)
 
 
 def is_whole(path: Path, shape: tuple[int, int], dtype: np.dtype) -> bool:
@@ -151,9 +121,7 @@ def finish(work: Path, out: Path, plan: dict[str, Any], reader: ShardReader) -> 
             "command without part="
         )
         return False
-    with open(work / "lock-finish", "w") as lock:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with fileio.exclusive_lock(work / "lock-finish", wait=True):
         if is_finished(out, plan):
             return True
         undecodable = 0
@@ -165,7 +133,7 @@ def finish(work: Path, out: Path, plan: dict[str, Any], reader: ShardReader) -> 
             digest = hashlib.sha256(data).hexdigest()
             entries.append({"name": file.name, "samples": size, "bytes": len(data), "sha256": digest})
         about = {**plan, "undecodable": undecodable, "shards": entries}
-        write_atomically(folder / TOKENS, (json.dumps(about, indent=1) + "\n").encode())
+        fileio.atomic_write(folder / TOKENS, json.dumps(about, indent=1) + "\n", durable=True)
         publish(work, out.name, out.parent)
         shutil.rmtree(work, ignore_errors=True)
     return True

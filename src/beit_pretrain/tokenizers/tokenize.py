@@ -22,7 +22,7 @@ from tqdm import tqdm
 from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.data.remote import is_remote
+from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError, first_line, stop_if_memory_was_short
 from beit_pretrain.models.backbone import patch_grid
 from beit_pretrain.processes import cores, end_with_parent

@@ -9,13 +9,13 @@ import base64
 import html
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from beit_pretrain import fileio
 from beit_pretrain.benchmarks.gpu.blocks import BARS, CURVES, Block, Line, blocks_of, restored, summary
 from beit_pretrain.benchmarks.gpu.plan import STAGES
 from beit_pretrain.benchmarks.gpu.report import PARTIAL, read
@@ -60,8 +60,7 @@ def append(path: Path, line: dict[str, Any]) -> str:
     text = json.dumps(line)
     with path.open("a") as file:
         file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        fileio.flush(file)
     return text
 
 

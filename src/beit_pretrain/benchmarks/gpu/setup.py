@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from functools import cache
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from beit_pretrain.benchmarks.gpu.plan import FULL, TINY, Sizes
+from beit_pretrain.fileio import atomic_path
 
 
 class Setup(NamedTuple):
@@ -49,9 +49,8 @@ class Setup(NamedTuple):
 
             folder.mkdir(exist_ok=True)
             small = {"n_hid": 16, "n_blk_per_group": 1, "vocab_size": 512} if self.tiny else {}
-            partial = folder / f"partial-{os.getpid()}"
-            save_file(Encoder(**small, requires_grad=False).state_dict(), partial)
-            partial.rename(folder / "encoder.safetensors")  # stages beside this one make it too
+            with atomic_path(folder / "encoder.safetensors", unique=True) as temporary:  # other stages make it too
+                save_file(Encoder(**small, requires_grad=False).state_dict(), temporary)
         return folder
 
     def settings(self, *words: str, experiment: str | None = None) -> list[str]:

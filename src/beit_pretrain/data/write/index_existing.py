@@ -6,7 +6,6 @@ A sample of such a tar is an image with a `.cls` (class number) of the same key,
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from beit_pretrain.data.manifest import (
     write_manifest,
 )
 from beit_pretrain.data.sources import COMPRESSED_TARS
-from beit_pretrain.data.write.shard_writer import write_atomically
+from beit_pretrain.data.write.shard_writer import write_index
 from beit_pretrain.errors import UserError
 from beit_pretrain.processes import cores, in_order
 from beit_pretrain.transforms.image_io import MAX_PIXELS
@@ -103,7 +102,7 @@ def _undone(folder: Path, tars: list[Path]) -> Iterator[None]:
 
     Raises UserError, with the folder's name, if it fails since that cannot be written.
     """
-    ours = [folder / name for name in (REJECTED, MANIFEST, f"{MANIFEST}.partial", *(tar.name for tar in tars))]
+    ours = [folder / name for name in (REJECTED, MANIFEST, *(tar.name for tar in tars))]
     ours += [index_path(folder / tar.name) for tar in tars]
     new = [path for path in ours if not path.exists() and not path.is_symlink()]
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -130,9 +129,7 @@ def _index(folder: Path, tar: Path) -> tuple[dict[str, Any], ShardScan]:
     found = scan_shard(shard)
     if not len(found.rows):
         raise UserError(f"{tar} holds no image with a name that says so (.jpg, .png, ...)")
-    buffer = io.BytesIO()
-    np.save(buffer, found.rows)
-    write_atomically(index_path(shard), buffer.getvalue())
+    write_index(shard, found.rows)
     return shard_entry(shard, len(found.rows)), found
 
 

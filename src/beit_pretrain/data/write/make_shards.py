@@ -19,6 +19,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
+from beit_pretrain import fileio
 from beit_pretrain.data.manifest import REJECTED, index_path, write_manifest
 from beit_pretrain.data.write import synthetic
 from beit_pretrain.data.write.argument_checks import (
@@ -45,7 +46,6 @@ from beit_pretrain.data.write.splitting import class_names, permutation, validat
 from beit_pretrain.data.write.staging import (
     check_same,
     close,
-    discard,
     is_published,
     publish,
     read_plan,
@@ -213,7 +213,7 @@ def _describe(work: Path, name: str, sources: list[str], settings: Settings) -> 
                 segmentation |= report["segmentation"]
                 deep_colours += report.get("deep_colours", 0)
     if not entries:
-        discard(work / "plan.json")  # there is nothing to go on with
+        fileio.discard(work / "plan.json")  # there is nothing to go on with
         assert first is not None
         raise UserError(
             f"none of the {reasons.total()} files for {name} is a usable image ({first['key']!r}: {first['reason']})"

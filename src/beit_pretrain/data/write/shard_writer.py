@@ -25,9 +25,8 @@ from beit_pretrain.data.sources import Candidate
 from beit_pretrain.data.write.file_index import opened_listing
 from beit_pretrain.data.write.sample_encoder import Settings, sample_members
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
+from beit_pretrain.fileio import atomic_path, atomic_write
 from beit_pretrain.transforms.image_io import reason
-
-PARTIAL = ".partial"
 
 
 class Job(NamedTuple):
@@ -84,53 +83,52 @@ def write_shard(job: Job) -> int:
     order = np.load(order_path(job.work, job.name), mmap_mode="r")
     first = job.shard * job.settings.samples_per_shard
     listed = order[first : first + job.settings.samples_per_shard]
-    path = shard_path(job.work, job.name, job.shard)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # a killed run's orphan may still be writing
-    try:
-        report = _write_tar(temporary, listed, first, job)
-        if report["entry"] is not None:
-            os.replace(temporary, path)
-        write_atomically(report_path(job.work, job.name, job.shard), json.dumps(report).encode())
-    finally:
-        temporary.unlink(missing_ok=True)
+    report = _write_tar(listed, first, job)
+    # Unique names here and below: a killed run's orphan may still be writing.
+    atomic_write(report_path(job.work, job.name, job.shard), json.dumps(report), durable=True, unique=True)
     return len(listed)
 
 
-def _write_tar(temporary: Path, listed: np.ndarray, first: int, job: Job) -> dict[str, Any]:
-    """Write the tar to `temporary` and its index to its final name; the report."""
+def _write_tar(listed: np.ndarray, first: int, job: Job) -> dict[str, Any]:
+    """Write the tar, if it has samples, and its index; the report."""
     listing, labels = opened_listing(job.work / "listing"), np.load(labels_path(job.work), mmap_mode="r")
     candidates = [listing.candidate(int(row)) for row in listed]
     _read_ahead(candidates)
     rejected: list[dict[str, str]] = []
     rows: list[tuple[int, ...]] = []
     deep_colours = 0
-    path = shard_path(job.work, job.name, job.shard)
-    with open(temporary, "wb") as file:
-        out = _Hashed(file)
-        # By tarfile, as WebDataset's own writer imports torch (seconds in every process); the layout is the same.
-        with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-            for position, (row, candidate) in enumerate(zip(listed, candidates, strict=True), first):
-                label = int(labels[row])
-                try:
-                    members = sample_members(candidate, label, job.settings)
-                except UserError:
-                    raise  # no fault of the image
-                except Exception as error:  # Pillow's decoders raise nearly everything on broken files
-                    stop_if_memory_was_short(error, f"{candidate.key} of {candidate.path}")
-                    rejected.append({"key": candidate.key, "reason": reason(error)})
-                    continue
-                deep_colours += "bits" in json.loads(members["json"])
-                rows.append(_add_sample(tar, f"{position:09d}", members, label))
-        file.flush()
-        os.fsync(file.fileno())
-    entry = None
-    if rows:
-        entry = {"name": path.name, "samples": len(rows), "bytes": out.size, "sha256": out.digest.hexdigest()}
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(rows, INDEX_DTYPE))
-        write_atomically(index_path(path), buffer.getvalue())
+    path, entry = shard_path(job.work, job.name, job.shard), None
+    with atomic_path(path, durable=True, unique=True) as temporary:
+        with temporary.open("wb") as file:
+            out = _Hashed(file)
+            # By tarfile, as WebDataset's own writer imports torch (seconds in every process); the layout is the same.
+            with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+                for position, (row, candidate) in enumerate(zip(listed, candidates, strict=True), first):
+                    label = int(labels[row])
+                    try:
+                        members = sample_members(candidate, label, job.settings)
+                    except UserError:
+                        raise  # no fault of the image
+                    except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+                        stop_if_memory_was_short(error, f"{candidate.key} of {candidate.path}")
+                        rejected.append({"key": candidate.key, "reason": reason(error)})
+                        continue
+                    deep_colours += "bits" in json.loads(members["json"])
+                    rows.append(_add_sample(tar, f"{position:09d}", members, label))
+        if rows:
+            entry = {"name": path.name, "samples": len(rows), "bytes": out.size, "sha256": out.digest.hexdigest()}
+            write_index(path, np.array(rows, INDEX_DTYPE))
+    if not rows:
+        path.unlink()
     found = {"segmentation": any(row[4] for row in rows), "deep_colours": deep_colours}
     return {"entry": entry, "rejected": rejected, **found}
+
+
+def write_index(shard: Path, rows: np.ndarray) -> None:
+    """Write the index of a shard: INDEX_DTYPE rows."""
+    buffer = io.BytesIO()
+    np.save(buffer, rows)
+    atomic_write(index_path(shard), buffer.getvalue(), durable=True, unique=True)
 
 
 class _Hashed:
@@ -146,19 +144,6 @@ class _Hashed:
 
     def tell(self) -> int:
         return self.size
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes], label: int) -> tuple[int, ...]:

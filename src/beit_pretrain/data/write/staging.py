@@ -9,7 +9,6 @@ OUT/.making/train/, val/  the shards; become OUT/train, OUT/val when all are fin
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from beit_pretrain import fileio
 from beit_pretrain.data.manifest import MANIFEST
-from beit_pretrain.data.write.shard_writer import PARTIAL, write_atomically
 from beit_pretrain.errors import UserError
 
 WORK = ".making"
@@ -35,15 +34,8 @@ def work_folder(out: Path) -> Iterator[Path]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with open(work / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process is making shards in {out}; wait for it, or choose another out="
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+        refusal = f"another process is making shards in {out}; wait for it, or choose another out="
+        with fileio.exclusive_lock(work / "lock", refusal):
             try:
                 yield work
             finally:
@@ -66,13 +58,13 @@ def read_plan(work: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         for path in work.iterdir():
             if path.name != "lock":
-                discard(path)
+                fileio.discard(path)
         return None
 
 
 def write_plan(work: Path, plan: dict[str, Any]) -> None:
     """Say what is being made: from now on the folder is gone on with."""
-    write_atomically(work / "plan.json", json.dumps(plan).encode())
+    fileio.atomic_write(work / "plan.json", json.dumps(plan), durable=True)
 
 
 def check_same(work: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -94,7 +86,7 @@ def show(value: Any) -> str:
 
 def publish(work: Path, name: str, out: Path) -> None:
     """Make a finished split, with its manifest, visible under its name."""
-    for path in (work / name).glob(f"*{PARTIAL}"):
+    for path in (work / name).glob(f"*{fileio.PARTIAL}"):
         path.unlink(missing_ok=True)
     with suppress(FileNotFoundError):
         (out / name).rmdir()  # an empty one
@@ -110,14 +102,6 @@ def close(work: Path) -> None:
     """Remove the work folder: the plan last, so that whoever finds a plan can go on."""
     for path in work.iterdir():
         if path.name not in ("plan.json", "lock"):
-            discard(path)
+            fileio.discard(path)
     (work / "plan.json").unlink()
     shutil.rmtree(work)
-
-
-def discard(path: Path) -> None:
-    """Remove a file or a folder."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +24,7 @@ from timm.models.beit import gen_relative_position_index
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.fileio import atomic_path
 from beit_pretrain.models.backbone import Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
@@ -65,36 +65,27 @@ def export(cfg: ExportSettings) -> Path:
     model = builders[source.kind](source, cfg.image_size, drop_path_rate=drop)
     write: Callable[[Model, Path], str] = {"unilm": to_unilm, "timm": to_timm, "onnx": to_onnx, "hf": to_hf}[cfg.to]
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".partial-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        with quiet():
-            how_to_open = write(model, partial)
-            if cfg.to == "hf":
-                (partial / "README.md").write_text(card(model, source))
-        publish(partial, out)
+        with atomic_path(out, suffix=suffix, last="config.json") as temporary:  # which makes a folder a model
+            with quiet():
+                how_to_open = write(model, temporary)
+                if cfg.to == "hf":
+                    (temporary / "README.md").write_text(card(model, source))
+            set_permissions(temporary)
     except (RuntimeError, ValueError, SafetensorError) as error:  # a full disk, in the words of torch and safetensors
         if isinstance(error, UserError):
             raise
         raise UserError(f"{out} cannot be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
     print(f"wrote {cfg.out}; opened again and compared: the same numbers\n{how_to_open.format(out=cfg.out)}")
     return out
 
 
-def publish(partial: Path, out: Path) -> None:
-    """Give a finished export its name; of a folder, file by file, and nothing else in it is touched."""
+def set_permissions(written: Path) -> None:
+    """Give a file, or the files of a folder, the usual permissions: safetensors writes files for their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in [partial] if partial.is_file() else partial.iterdir():
-        file.chmod(0o666 & ~umask)  # safetensors writes files for their owner alone
-    if partial.is_file():
-        os.replace(partial, out)
-        return
-    out.mkdir(exist_ok=True)
-    for file in sorted(partial.iterdir(), key=lambda f: f.name == "config.json"):  # what makes it a model comes last
-        os.replace(file, out / file.name)
+    for file in [written] if written.is_file() else written.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 @contextmanager

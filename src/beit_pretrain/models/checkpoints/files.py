@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -18,8 +16,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from beit_pretrain import fileio
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.tokenizers.transfer import flush_folder
 
 Module = TypeVar("Module", bound=nn.Module)
 KINDS = {
@@ -173,17 +171,6 @@ def compact(names: Iterable[str]) -> str:
     return ", ".join(lines)
 
 
-def link(path: Path, other: Path) -> None:
-    """Give a file a second name, which may be taken; a copy where the file system knows no links."""
-    temporary = other.with_name(f".{other.name}.partial")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copy2(path, temporary)
-    os.replace(temporary, other)
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, flushes it to the disk and renames it: a name never holds half a file."""
 
@@ -194,20 +181,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file, self.target(file) as target:
-                torch.save(checkpoint, target)
-                file.flush()
-                os.fsync(file.fileno())
-            if path.name == "last.ckpt" and path.exists():
-                link(path, path.with_name("previous.ckpt"))
-            os.replace(temporary, path)
-            flush_folder(path.parent)
+            with fileio.atomic_path(path) as temporary:
+                with temporary.open("wb") as file, self.target(file) as target:
+                    torch.save(checkpoint, target)
+                    fileio.flush(file)
+                if path.name == "last.ckpt" and path.exists():
+                    fileio.link(path, path.with_name("previous.ckpt"))
+            fileio.flush_folder(path.parent)
         except BaseException as error:
-            with suppress(OSError):
-                temporary.unlink()
             # torch.save turns the OSError of a full disk into a RuntimeError about its own position.
             cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, OSError):
