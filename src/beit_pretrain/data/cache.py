@@ -130,10 +130,10 @@ class ShardCache:
                 time.sleep(WAIT)  # others' shards are on their way, in room of their own
             fetch(file)
             file.flush()
-            os.ftruncate(file.fileno(), shard.bytes)
             index = index_shard(file.name)
             os.fsync(file.fileno())
-            with self._locked():
+            with self._locked():  # nobody may take the index's room before it is there
+                os.ftruncate(file.fileno(), shard.bytes)
                 np.save(self._path(shard, "index.npy"), index)
                 os.rename(file.name, self._path(shard, "tar"))
             return os.dup(file.fileno())
@@ -186,11 +186,9 @@ class ShardCache:
                 sizes[entry.name], used[entry.name] = entry.stat().st_size, entry.stat().st_mtime
         for name in list(sizes):
             path = self.folder / name
-            if path == mine:
+            if path == mine or (name.endswith(".partial") and _cleared(path)):
                 del sizes[name]
-            elif (name.endswith(".partial") and _abandoned(path)) or (
-                name.endswith(".index.npy") and name.replace(".index.npy", ".tar") not in sizes
-            ):
+            elif name.endswith(".index.npy") and name.replace(".index.npy", ".tar") not in sizes:
                 path.unlink(missing_ok=True)
                 del sizes[name]
         shards = [
@@ -232,10 +230,13 @@ def _same(descriptor: int, path: Path) -> bool:
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
-def _abandoned(path: Path) -> bool:
-    """Whether nobody holds a partial file: who did has died."""
+def _cleared(path: Path) -> bool:
+    """Remove a partial file that nobody holds: who did has died. Whether there was one."""
     try:
         with open(path, "rb") as file:
-            return _lock(file.fileno(), wait=False)
+            if not _lock(file.fileno(), wait=False) or not _same(file.fileno(), path):
+                return False
+            path.unlink()  # while it is locked: nobody can claim it in between
+            return True
     except FileNotFoundError:
         return False
