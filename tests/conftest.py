@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 
 from beit_pretrain import cli as command_line
@@ -26,6 +27,12 @@ from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.tokenizers.dvae import DiscreteVAE
+
+# The same examples at every run; `--hypothesis-profile=thorough` draws new ones.
+COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", derandomize=True, max_examples=40, **COMMON)
+settings.register_profile("thorough", max_examples=2000, **COMMON)
+settings.load_profile("ci")
 
 DVAE = {"vocab_size": 32, "width": 8, "blocks": 1, "code_dim": 8, "in_chans": 3}
 MIM = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}

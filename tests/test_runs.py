@@ -1,8 +1,7 @@
-"""Whole runs of the shipped `fit`: resume, refusal of other settings, golden losses, W&B offline, the paper's step."""
+"""Whole runs of the shipped `fit`: resume, refusal of other settings, W&B offline, the paper's step."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -32,20 +31,6 @@ TINY = (
 def words(shards, dvae_checkpoint, tmp_path):
     given = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
     return ["fit", "+experiment=demo_pretrain", *given, *TINY, f"run_dir={tmp_path / 'run'}"]
-
-
-# Loss of every step of a tiny deterministic run: a refactor must not move it. Regenerate only for a change of method.
-# `gpu/test_runs.py` has the same for kinds of GPUs.
-GOLDEN = json.loads((Path(__file__).parent / "golden/cpu.json").read_text())["losses"]
-
-
-def test_golden_losses(words, run_cli, tmp_path):
-    given = ["steps=6", "val_every=6", "optim.warmup_steps=2", "optim.lr=1e-2", "trainer.accelerator=cpu"]
-    code, _, stderr = run_cli(*words, *given)
-    assert code == 0, stderr
-    steps, losses = curve(tmp_path / "run/metrics.csv", "train/loss")
-    assert steps == [1, 2, 3, 4, 5, 6]
-    assert losses == pytest.approx(GOLDEN, abs=2e-4)
 
 
 def test_a_run_that_died_goes_on_as_if_it_had_not(words, run_cli, tmp_path, monkeypatch):

@@ -163,7 +163,8 @@ def quoted(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if not isinstance(value, (str, Path)):
         return str(value)
-    escaped = str(value).replace("'", "\\'")
+    # Inside quotes a backslash is one of two only before a quote, the closing one too.
+    escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(value))
     return f"'{escaped}'"
 
 
