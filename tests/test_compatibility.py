@@ -20,7 +20,7 @@ from test_golden import GOLDEN, agree, describe
 from tiny import read_rows
 
 from beit_pretrain import Predictor, load_pretrained
-from beit_pretrain.tasks.tokenizer import DVAETokenizer
+from beit_pretrain.tokenizers.dvae import DVAETokenizer
 
 EXPECTED = GOLDEN / "earlier.json"
 COMMON = (

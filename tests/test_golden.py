@@ -23,7 +23,7 @@ from foreign import scrambled
 from tiny import comparable, read_rows
 
 from beit_pretrain.models.backbone import MaskedImageModel
-from beit_pretrain.tasks.tokenizer import DiscreteVAE
+from beit_pretrain.tokenizers.dvae import DiscreteVAE
 
 GOLDEN = Path(__file__).parent / "golden"
 # Absolute and relative. Other instruction sets (ATEN_CPU_CAPABILITY=default, MKL_CBWR=COMPATIBLE) differ by 3e-7.

@@ -19,12 +19,12 @@ from typing import BinaryIO
 
 import numpy as np
 import pytest
-from beit_pretrain.compose import compose_raw, quoted, readable
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_sources import tar_bytes
 
+from beit_pretrain.config import compose_raw, quoted, readable
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
 from beit_pretrain.data.mixture import Mixture, shares
 from beit_pretrain.data.order import Order, positions

@@ -176,14 +176,11 @@ class ShardCache:
                 sizes[entry.name], used[entry.name] = entry.stat().st_size, entry.stat().st_mtime
         for name in list(sizes):
             path = self.folder / name
-            if path == mine or (name.endswith(".partial") and _cleared(path)):
+            if path == mine:
                 del sizes[name]
-<<<<<<< HEAD
             elif name.endswith(".partial"):
                 with suppress(fileio.LockedError), fileio.exclusive_lock(path, remove=True):  # who held it has died
                     del sizes[name]
-=======
->>>>>>> bdf7ca51bcfae0b62207b432650490d72d69a110
             elif name.endswith(".index.npy") and name.replace(".index.npy", ".tar") not in sizes:
                 path.unlink(missing_ok=True)
                 del sizes[name]
@@ -205,37 +202,3 @@ def check_content(file: BinaryIO, shard: Shard) -> None:
         left -= len(block)
     if digest.hexdigest() != shard.sha256:
         raise OSError("its content is not what its manifest says (another SHA-256)")
-<<<<<<< HEAD
-=======
-
-
-def _lock(descriptor: int, wait: bool) -> bool:
-    """Lock an open file for this process alone; False if another has it and is not waited for."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    """Whether a path still names an open file."""
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(descriptor)
-    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
-
-
-def _cleared(path: Path) -> bool:
-    """Remove a partial file that nobody holds: who did has died. Whether there was one."""
-    try:
-        with open(path, "rb") as file:
-            if not _lock(file.fileno(), wait=False) or not _same(file.fileno(), path):
-                return False
-            path.unlink()  # while it is locked: nobody can claim it in between
-            return True
-    except FileNotFoundError:
-        return False
->>>>>>> bdf7ca51bcfae0b62207b432650490d72d69a110
