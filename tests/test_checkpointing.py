@@ -485,7 +485,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(words, run_cli, tmp_path, m
         return torch.tensor(int(step == 7))
 
     with monkeypatch.context() as patch:
-        patch.setattr(NonFiniteGuard, "examine", leave_out)
+        patch.setattr(NonFiniteGuard, "check", leave_out)
         assert run_cli(*words, f"run_dir={tmp_path / 'left out'}")[0] == 0
     one, other = (torch.load(tmp_path / n / "checkpoints/last.ckpt", weights_only=True) for n in ("nan", "left out"))
     for name, tensor in one["state_dict"].items():

@@ -125,7 +125,7 @@ def pretrain_words(shards, dvae_checkpoint, tmp_path):
         ("optim.lr=fast", "lr"),
         ("trainer.accelerator=abacus", "abacus"),
         ("resume=sometimes", "auto, never"),
-        ("task=knit", "finetune, pretrain, probe"),
+        ("task=knit", "finetune, mae, pretrain"),
         ("logger.kind=paper", "csv, wandb"),
         ("threads=-1", "threads"),
     ],

@@ -123,7 +123,7 @@ def test_shards_verify_and_show(shards, run_cli, tmp_path):
         ("shards show src=[a,b]", "shards show takes one folder as src=, not a list"),
         ("shards index src=[a,b]", "shards index takes one folder as src=, not a list"),
         ("shards make src=a out=b split=null", "split must be a plain folder name, got null"),
-        ("bench loader src=a image_size=null", "image_size must be the side of the backbone's view in pixels"),
+        ("bench loader src=a image_size=null", "image_size must be a whole number of at least 1"),
     ],
 )
 def test_one_line_where_there_was_a_traceback(words, said, run_cli):
@@ -136,7 +136,7 @@ def test_predict_does_not_take_a_shortage_of_memory_for_bad_files(classifier, ph
     def short(*args, **settings):
         raise MemoryError
 
-    monkeypatch.setattr(images, "opened", short)
+    monkeypatch.setattr(images, "open_image", short)
     code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src={photos}", "out=p.csv", "num_workers=0")
     assert code == 2
     assert stderr.splitlines()[-1].startswith("error: not enough memory to decode ")

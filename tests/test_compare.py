@@ -15,6 +15,7 @@ from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError
 from beit_pretrain.examples import compare as stages
 from beit_pretrain.examples.compare_results import promises
+from beit_pretrain.settings import to_dict
 from beit_pretrain.tokenizers.dvae import DVAETokenizer
 from beit_pretrain.tokenizers.shuffled import ShuffledTokenizer
 
@@ -97,7 +98,7 @@ def test_folders_and_sources(settings, run_cli, tmp_path):
     assert "not from an earlier comparison" in stderr
     code, _, stderr = run_cli("compare", *settings, "steps=3", f"run_dir={tmp_path / 'other'}")
     assert code == 2
-    assert "given for each stage" in stderr
+    assert "steps is a group of settings: give them one by one, such as steps.tokenizer=" in stderr
 
 
 def test_a_source_that_is_not_there_leaves_the_name_free(settings, run_cli, tmp_path, monkeypatch):
@@ -135,14 +136,14 @@ def test_every_kind_of_start_has_the_same_fine_tuning(tmp_path, monkeypatch, pho
     data = {"data.train": tmp_path / "data/train", "data.val": tmp_path / "data/train"}
     for kind in stages.KINDS:
         stages.run_seed(cfg, tmp_path / "seed-4", kind, 4, data)
-    tuned = {kind: dict(asked[f"compare/seed-4/finetune-{kind}"]) for kind in stages.KINDS}
+    tuned = {kind: to_dict(asked[f"compare/seed-4/finetune-{kind}"]) for kind in stages.KINDS}
     for settings in tuned.values():
         settings["optim"] = {**settings["optim"], "layer_decay": None}
         for name in ("name", "run_dir", "init_from", "from_scratch"):
             settings.pop(name)
     assert tuned["pretrained"] == tuned["control"] == tuned["scratch"]
-    assert asked["compare/seed-4/control"].tokenizer._target_.endswith("ShuffledTokenizer")
-    first, second = (dict(asked[f"compare/seed-4/{kind}"]) for kind in ("pretrained", "control"))
+    assert asked["compare/seed-4/control"].tokenizer.target.endswith("ShuffledTokenizer")
+    first, second = (to_dict(asked[f"compare/seed-4/{kind}"]) for kind in ("pretrained", "control"))
     assert {key for key in first if first[key] != second[key]} == {"name", "run_dir", "tokenizer"}
 
 

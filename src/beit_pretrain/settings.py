@@ -46,6 +46,12 @@ RENAMED = {
     "recipe.global_batch": "recipe.global_batch_size",
     "workers": "num_workers",
 }
+# Classes that settings of version 0.0 name.
+MOVED = {
+    "beit_pretrain.training.dvae.DVAETokenizer": "beit_pretrain.tokenizers.dvae.DVAETokenizer",
+    "beit_pretrain.tokens.shuffled.ShuffledTokenizer": "beit_pretrain.tokenizers.shuffled.ShuffledTokenizer",
+    "beit_pretrain.tokens.tokenizer.OpenAITokenizer": "beit_pretrain.tokenizers.tokenizer.OpenAITokenizer",
+}
 LARGEST = 2**63  # YAML and Python know larger whole numbers, numpy and torch do not
 
 
@@ -134,7 +140,10 @@ def renamed(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result = {}
     for key, value in settings.items():
         new = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}").rpartition(".")[2]
-        result[new] = renamed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            result[new] = renamed(value, f"{prefix}{key}.")
+        else:
+            result[new] = MOVED.get(value, value) if isinstance(value, str) else value
     return result
 
 
@@ -236,6 +245,8 @@ def explain(error: ValidationError, model: type[Settings], given: Mapping[str, A
     key = ".".join(path)
     if first["type"] == "missing":
         return f"{key} is missing: set it with {key}=..."
+    if (group := group_of(field.annotation)) and place is not None:
+        return f"{key} is a group of settings: give them one by one, such as {key}.{next(iter(group.model_fields))}=..."
     text = rule(field.annotation, field.metadata)
     if type(place) is int and place >= LARGEST and "at most" not in text:
         text += " and below 2^63"
