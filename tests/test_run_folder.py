@@ -72,7 +72,7 @@ def test_it_is_held_before_it_is_read(words, run_cli, tmp_path, monkeypatch):
         refused.append(in_another_process(run))
         return choose(cfg, folder)
 
-    monkeypatch.setattr(runs, "to_resume", watching)
+    monkeypatch.setattr(runs, "find_resume", watching)
     assert run_cli(*words)[0] == 0
     assert run_cli(*words, "preflight=only")[0] == 0  # writes nothing, and keeps nobody out
     assert refused == [1, 0]

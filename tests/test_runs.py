@@ -110,7 +110,7 @@ def test_a_loss_scale_is_not_taken_for_a_gradient(words, run_cli, tmp_path, monk
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return {**found, "precision": None, "plugins": [*found["plugins"], MixedPrecision("16-mixed", "cpu", scaler)]}
 
-    monkeypatch.setattr(cluster, "arranged", halved)
+    monkeypatch.setattr(cluster, "resolve_trainer_args", halved)
     code, _, stderr = run_cli(*words, f"run_dir={tmp_path / 'half'}")
     assert code == 0, stderr
     for metric in ("train/loss", "train/gradient_norm"):

@@ -193,7 +193,7 @@ def test_every_micro_batch_begins_a_step_of_the_cuda_graphs(shards, monkeypatch)
     begun = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
     training = module()
-    monkeypatch.setattr(training, "fast", lambda function: function)
+    monkeypatch.setattr(training, "maybe_compile", lambda function: function)
     for mode, expected in (("default", 0), ("reduce-overhead", 3)):
         training.compile_mode = mode
         trainer(3).fit(training, pretrain_data(shards))
