@@ -69,7 +69,7 @@ def test_round_trip(official, unpacked, tmp_path):
             assert int(sample["cls"]) == content[b"fine_labels"][row]
 
 
-def test_half_done_archives_are_gone_on_with(official, tmp_path, monkeypatch):
+def test_resumes_a_half_done_archive(official, tmp_path, monkeypatch):
     from beit_pretrain.data.write import make_shards as shards
 
     with monkeypatch.context() as patch:

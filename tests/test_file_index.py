@@ -1,4 +1,4 @@
-"""Sources with a layout of their own, and what a listing on disk gives back."""
+"""Sources with a layout of their own, the listing on disk, worker processes."""
 
 import io
 import json
@@ -82,13 +82,13 @@ def test_parts_of_a_source(tmp_path):
     assert read_manifest(make(classes, tmp_path / "two"))["classes"] == ["test", "train"]
 
 
-def test_shards_are_no_source(tmp_path):
+def test_refuses_a_shard_folder_as_source(tmp_path):
     folder = make(write_folder(tmp_path / "src", class_files(1)), tmp_path / "out")
     with pytest.raises(UserError, match="is a shard folder already"):
         make(folder, tmp_path / "again")
 
 
-def test_many_tars_are_listed_alike_by_processes(tmp_path, monkeypatch):
+def test_processes_list_many_tars_alike(tmp_path, monkeypatch):
     tars = {f"n{t:02d}.tar": tar_bytes({f"{i}.jpg": b"x" * t for i in range(t % 4)}) for t in range(24)}
     src = write_folder(tmp_path / "src", tars | {"b/é\udcff.jpg".encode(errors="replace").decode(): b"loose"})
     monkeypatch.setattr(listing, "FEW", 3)
@@ -106,7 +106,7 @@ def test_many_tars_are_listed_alike_by_processes(tmp_path, monkeypatch):
             assert Path(candidate.path).name == key[:7]
 
 
-def test_names_that_are_no_text(tmp_path):
+def test_names_that_are_not_utf8(tmp_path):
     src = tmp_path / "src"
     (src / "ant").mkdir(parents=True)
     Path(src, "ant", "\udcff.jpg").write_bytes(encoded(0))
@@ -116,7 +116,7 @@ def test_names_that_are_no_text(tmp_path):
     assert list(rejected(folder)) == ["ant/\udcfe.jpg"]
 
 
-def test_a_worker_that_dies_is_named(monkeypatch):
+def test_a_dead_worker_is_reported(monkeypatch):
     import os
 
     with pytest.raises(UserError, match="a worker process died"), processes.in_order(2) as run:

@@ -77,7 +77,7 @@ def test_samples_of_foreign_tars(files, expected, left_out, tmp_path, capsys):
     assert (said in capsys.readouterr().err) == bool(left_out)
 
 
-def test_a_full_disk_is_named_and_left_empty(full_disk, foreign):
+def test_a_full_disk_is_reported_and_left_empty(full_disk, foreign):
     disk = full_disk(8192)  # two pages: a link and an index
     with pytest.raises(UserError, match=rf"^cannot write to {disk}/out: No space left on device$"):
         index_shards(foreign, disk / "out", num_workers=1)
@@ -95,7 +95,7 @@ def test_class_names(foreign, tmp_path):
         index_shards(foreign, tmp_path / "other", tmp_path / "names", 1)
 
 
-def test_what_is_refused(foreign, tmp_path):
+def test_refuses_bad_shards(foreign, tmp_path):
     write_folder(tmp_path, {"none/a.txt": b"x", "text/a.tar": tar_bytes({"a.txt": b"x"}), "bad/a.tar": b"x" * 600})
     many = {"huge": b"4000000000", "vast": b"1" + b"0" * 30, "most": b"1000000", "endless": b"9" * 5000}
     write_folder(tmp_path, {f"{name}/a.tar": tar_bytes({"a.jpg": b"x", "a.cls": text}) for name, text in many.items()})
@@ -134,3 +134,8 @@ def test_what_is_refused(foreign, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         index_shards(foreign, tmp_path / "taken", num_workers=1)
     assert (tmp_path / "taken/x-0.tar").read_bytes() == b"mine"
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/x-0.tar").symlink_to(foreign / "x-0.tar")
+    with pytest.raises(UserError, match="exists already"):  # the tar itself, under another name
+        index_shards(tmp_path / "links", foreign, num_workers=1)
+    assert not (foreign / "x-0.tar").is_symlink()

@@ -1,4 +1,4 @@
-"""Ground truths: ImageNet's devkit, Kaggle's list, plain lists, and what is none."""
+"""Ground truths: ImageNet's devkit, Kaggle's list, plain lists, and invalid files."""
 
 import io
 import tarfile
@@ -64,14 +64,14 @@ def test_lists(tmp_path):
     assert read_labels(tmp_path / "list") == {"a": "polar bear"}
 
 
-def test_what_is_no_ground_truth(tmp_path):
+def test_refuses_files_without_ground_truth(tmp_path):
     files = {
         "empty.txt": (b"", "it is empty"),
         "half.txt": (b"a.jpg cat\nb.jpg\n", "'b.jpg' has no class"),
         "twice.txt": (b"a.jpg cat\nx/a.jpeg dog\n", "'a' has two classes"),
         "bytes.txt": (b"\xff\xfe\x00", "neither"),
         "kit.tar.gz": (b"x", "neither"),
-        "kit.tar": (tar_bytes({"data/meta.mat": b"x"}), "ground_truth.txt is missing"),
+        "kit.tar": (tar_bytes({"data/meta.mat": b"x"}), "lacks the file ILSVRC2012_validation_ground_truth.txt"),
         "bad.tar": (tar_bytes({"meta.mat": b"x", "ILSVRC2012_validation_ground_truth.txt": b"1"}), "neither"),
     }
     for name, (data, words) in files.items():
@@ -86,7 +86,7 @@ def test_what_is_no_ground_truth(tmp_path):
 def test_an_image_without_a_label(tmp_path):
     src = write_folder(tmp_path / "src", {"a.jpg": encoded(0), "b.jpg": encoded(1)})
     (tmp_path / "list.txt").write_text("a.jpg cat\n")
-    with pytest.raises(UserError, match=r"list.txt says nothing of 'b.jpg'"):
+    with pytest.raises(UserError, match=r"list.txt has no class for 'b.jpg'"):
         make(src, tmp_path / "out", labels=tmp_path / "list.txt")
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Shards: what goes in comes out, the same bytes every time, in a mixed order, split as asked."""
+"""shards make: round trips, reproducible bytes, mixed order, splits, bad input."""
 
 import io
 import itertools
@@ -112,7 +112,7 @@ def test_synthetic_has_masks_and_all_classes(tmp_path):
         assert Image.open(io.BytesIO(sample["jpg"])).size == (32, 32)
 
 
-def test_same_bytes_whatever_the_workers(source, tmp_path):
+def test_same_bytes_for_any_number_of_workers(source, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.jpg").write_bytes(b"no image")
     sources = [source, tmp_path / "broken"]
@@ -162,7 +162,7 @@ def test_broken_files_are_listed_not_fatal(tmp_path):
     assert verify_shards(folder, progress=False) == []
 
 
-def test_much_that_is_rejected_is_said(tmp_path, capsys):
+def test_warns_of_many_rejected_files(tmp_path, capsys):
     files = {f"{i:03d}.png": encoded(i, (4, 4), "PNG") for i in range(200)} | {"000.png": b"x", "001.png": b"x"}
     make(write_folder(tmp_path / "src", files), tmp_path / "few")
     assert "warning" not in capsys.readouterr().err  # one in a hundred
@@ -269,7 +269,7 @@ def with_alpha(src: Path) -> None:
     image.save(src / "opaque.png")
 
 
-def test_alpha_outlives_resizing(tmp_path):
+def test_resizing_keeps_alpha(tmp_path):
     with_alpha(tmp_path / "src")
     folder = make(tmp_path / "src", tmp_path / "out", resize=20)
     made = pictures(folder)
@@ -288,7 +288,7 @@ def test_alpha_outlives_resizing(tmp_path):
         assert views(image, np.random.default_rng(0))["image"].shape == (4, 16, 16)
 
 
-def test_a_window_is_for_every_grey_image(tmp_path):
+def test_window_applies_to_every_grey_image(tmp_path):
     """Grey with alpha, of a grey palette, of one bit, and of 16 bits with alpha; colours are left alone."""
     with_alpha(src := tmp_path / "src")
     grey = np.tile(np.arange(0, 240, 4, dtype=np.uint8), (40, 1))
@@ -357,7 +357,7 @@ def interlaced(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("side", "kind"), [(70_000, "JPEG"), (80_000, "PNG")])
-def test_what_is_too_long_for_a_jpeg_is_a_png(side, kind, tmp_path):
+def test_images_too_long_for_jpeg_become_png(side, kind, tmp_path):
     Image.new("RGB", (side, 10), "red").save(tmp_path / "strip.png")
     (image,) = pictures(make(tmp_path / "strip.png", tmp_path / "out", resize=9)).values()
     assert (image.format, image.size) == (kind, (side * 9 // 10, 9))
@@ -539,7 +539,7 @@ def test_sources_that_overlap(source, tmp_path):
         make([tmp_path / "link", tmp_path / "src/deep"], tmp_path / "out")
 
 
-def test_sources_of_one_name_are_told_apart(tmp_path):
+def test_sources_of_one_name_get_distinct_keys(tmp_path):
     for number, place in enumerate(("a/photos", "b/photos", "c/d/photos", "other")):
         write_folder(tmp_path / place, {"ant/x.jpg": encoded(number)})
     places = [tmp_path / place for place in ("a/photos", "b/photos", "c/d/photos", "other")]
@@ -566,7 +566,7 @@ def test_each_of_several_tars_is_a_class(tmp_path):
     assert {s["about"]["source"].split("/")[0] for s in read_back(folder)} == {"tars", "again"}
 
 
-def test_a_folder_above_images_and_label_maps(tmp_path):
+def test_refuses_a_folder_above_images_and_label_maps(tmp_path):
     """ADE20K's layout, one folder too high: the label maps are no photos."""
     files = {f"above/ADE/images/{p}/{i}.jpg": encoded(i) for p in ("training", "validation") for i in range(2)}
     write_folder(tmp_path, files | {"above/ADE/annotations/training/0.png": encoded(0, kind="PNG", mode="L")})
@@ -583,7 +583,7 @@ def test_a_folder_above_images_and_label_maps(tmp_path):
 
 
 @pytest.mark.timeout(20)
-def test_a_pipe_is_no_source(tmp_path):
+def test_refuses_pipes(tmp_path):
     for name in ("pipe", "pipe.tar", "cifar-100-python.tar.gz"):
         os.mkfifo(tmp_path / name)
         for sources in (tmp_path / name, [tmp_path / name]):
@@ -615,7 +615,7 @@ def test_targets(source, tmp_path):
 @pytest.mark.parametrize(
     "failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"]
 )
-def test_a_failure_on_the_way_publishes_nothing_and_is_gone_on_with(failure, source, tmp_path, monkeypatch):
+def test_a_failed_run_publishes_nothing_and_can_be_resumed(failure, source, tmp_path, monkeypatch):
     write = shards.write_manifest
 
     def fail_on_val(folder: Path, *rest, **more) -> None:

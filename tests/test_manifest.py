@@ -1,4 +1,4 @@
-"""Manifest and index: they lead to the members, and damage is seen."""
+"""Manifest and index: offsets are right, and damage is found."""
 
 import io
 import json

@@ -38,7 +38,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_json_lines_say_the_same_as_csv(classifier, photos, run_cli, tmp_path):
+def test_json_lines_equal_csv(classifier, photos, run_cli, tmp_path):
     for name in ("p.csv", "p.jsonl"):
         code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src={photos}", f"out={name}", "top=2")
         assert code == 0, stderr
@@ -82,7 +82,7 @@ def test_shards_are_a_source(num_workers, shards, classifier, run_cli, tmp_path)
             assert predictor(image)[0].probability == pytest.approx(line["top"][0]["probability"], abs=2e-6)
 
 
-def test_shards_and_files_are_not_mixed(shards, classifier, photos, run_cli):
+def test_refuses_shards_mixed_with_files(shards, classifier, photos, run_cli):
     code, _, stderr = run_cli("predict", f"init_from={classifier}", f"src=[{shards / 'val'},{photos}]", "out=p.csv")
     assert code == 2
     assert "mixes shard folders with files" in stderr

@@ -1,4 +1,4 @@
-"""Sources: which files are taken, from folders, tars and tars of tars, and what is said of the others."""
+"""Files listed from folders, tars and tars of tars, and errors for the others."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_image_io import encoded
 
-from beit_pretrain.data.sources import Candidate, list_images, read_candidate, rows, units
+from beit_pretrain.data.sources import Candidate, candidate_of, list_images, read_candidate, rows, units
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import open_image
 
@@ -38,14 +38,8 @@ def tar_bytes(files: dict[str, bytes]) -> bytes:
 
 def list_candidates(sources: list[Path], split: str = "train") -> list[Candidate]:
     """The candidates of all units of the sources, by key."""
-    found = []
-    for unit in (unit for source in sources for unit in units(source, split=split)):
-        for name, class_name, offset, size in zip(*rows(unit), strict=True):
-            path = str(Path(unit.path, name)) if unit.kind == "files" else unit.path
-            key = unit.top + unit.prefix + name
-            mask = str(Path(unit.masks, name).with_suffix(".png")) if unit.masks else ""
-            found.append(Candidate(key, class_name, path, int(offset), int(size), mask=mask))
-    return sorted(found)
+    listed = (unit for source in sources for unit in units(source, split=split))
+    return sorted(candidate_of(unit, row) for unit in listed for row in rows(unit))
 
 
 def damaged_tar() -> bytes:
@@ -150,7 +144,7 @@ def test_list_images_without_any(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_too_many_bytes_are_not_read(tmp_path):
+def test_refuses_files_too_large_for_an_image(tmp_path):
     (tmp_path / "film").write_bytes(bytes(2**20 + 17))
     (film,) = list_images(tmp_path / "film")
     assert len(read_candidate(film, max_pixels=2)) == 2**20 + 17

@@ -1,4 +1,4 @@
-"""A make that was killed is gone on with, or refused by name; nothing half-written ever has a final name."""
+"""Killed runs resume or say why not; nothing half-written ever has a final name."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def stopped(source: Path, out: Path, after: int, **options) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_goes_on(after, source, tmp_path, monkeypatch):
+def test_resumes_a_killed_run(after, source, tmp_path, monkeypatch):
     make(source, tmp_path / "whole", val=0.2)
     stopped(source, tmp_path / "out", after, val=0.2)
     write, written = packing.write_shard, []
@@ -67,7 +67,7 @@ def test_goes_on(after, source, tmp_path, monkeypatch):
     assert len(written) == total - after
 
 
-def test_a_shard_that_is_not_whole_is_written_again(source, tmp_path):
+def test_rewrites_incomplete_shards(source, tmp_path):
     make(source, tmp_path / "whole")
     stopped(source, tmp_path / "out", 3)
     work = tmp_path / "out/.making"
@@ -146,8 +146,8 @@ def failing(files: list[Path], src: Path) -> str:
 
 
 @pytest.mark.parametrize("trouble", [gone, shorter, failing])
-def test_what_can_no_longer_be_read_is_not_a_broken_image(trouble, source, tmp_path):
-    """A share that is unmounted in the middle: the rest of its images would be missing for ever."""
+def test_files_that_became_unreadable_are_not_rejected(trouble, source, tmp_path):
+    """A share that is unmounted in the middle: the rest of its images would be missing forever."""
     whole = contents(make(source, tmp_path / "whole").parent)
     files = [path for path in source.rglob("*") if path.is_file()]
     kept = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
@@ -161,7 +161,7 @@ def test_what_can_no_longer_be_read_is_not_a_broken_image(trouble, source, tmp_p
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "write_shard", write_then_trouble)
-        with pytest.raises(UserError, match="; what is finished is kept: give the same command again") as caught:
+        with pytest.raises(UserError, match="; what is finished is kept; rerun the same command to resume") as caught:
             make(source, tmp_path / "out")
     assert done[1] in str(caught.value)
     assert str(source) in str(caught.value)
@@ -175,8 +175,8 @@ def test_what_can_no_longer_be_read_is_not_a_broken_image(trouble, source, tmp_p
     assert contents(make(source, tmp_path / "out").parent) == whole
 
 
-def test_a_source_that_changes_meanwhile_is_not_published(source, tmp_path):
-    """Also where the change came after the last of its files was read."""
+def test_a_source_that_changes_during_the_run_is_not_published(source, tmp_path):
+    """Even if the change comes after its last file was read."""
     write = shards.write_manifest
 
     def change(*words, **settings):
@@ -190,7 +190,7 @@ def test_a_source_that_changes_meanwhile_is_not_published(source, tmp_path):
     assert os.listdir(tmp_path / "out") == [".making"]
 
 
-def test_label_maps_that_go_away_meanwhile(tmp_path):
+def test_label_maps_that_disappear_during_the_run(tmp_path):
     files = {f"images/{i}.png": encoded(i, (8, 8), "PNG") for i in range(4)}
     maps = {f"annotations/{i}.png": encoded(i, (8, 8), "PNG", "L") for i in range(4)}
     src = write_folder(tmp_path / "ade", files | maps)
@@ -221,7 +221,7 @@ def test_label_maps_that_go_away_meanwhile(tmp_path):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory")], ids=["python", "system"])
-def test_a_shortage_of_memory_is_no_fault_of_an_image(error, source, tmp_path, monkeypatch):
+def test_images_are_not_rejected_when_memory_is_short(error, source, tmp_path, monkeypatch):
     decode = members.to_rgb
 
     def short(image):
@@ -271,7 +271,7 @@ def test_a_finished_make_is_left_as_it_is(source, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "out") == ["train"]
 
 
-def test_two_at_once(source, tmp_path):
+def test_refuses_a_second_run_at_the_same_time(source, tmp_path):
     with work_folder(tmp_path / "out"), pytest.raises(UserError, match="another process is making shards"):
         make(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -290,7 +290,7 @@ def test_hostile_members_are_listed_and_nothing_is_written_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../../x.tar", "/etc/x.tar", "a/x.tar", "..", "x.tar\\..\\y.tar", 7, "x.npy"])
-def test_a_manifest_that_points_elsewhere(name, source, tmp_path):
+def test_refuses_a_manifest_that_points_elsewhere(name, source, tmp_path):
     folder = make(source, tmp_path / "out")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["name"] = name
@@ -304,8 +304,8 @@ def command(src: Path, out: Path, *words: str) -> list[str]:
     return [*start, "samples_per_shard=2", "num_workers=2", *words]
 
 
-def test_a_disk_that_is_really_full(full_disk, tmp_path):
-    """No limit of the process, but ENOSPC; with room, the same command goes on."""
+def test_resumes_after_a_full_disk(full_disk, tmp_path):
+    """ENOSPC rather than a limit of the process; with room, the same command resumes."""
     src = write_folder(tmp_path / "big", {f"a/{i}.png": encoded(i, (200, 200), "PNG") for i in range(6)})
     disk = full_disk(600_000)
     with pytest.raises(

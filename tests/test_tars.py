@@ -1,4 +1,4 @@
-"""Hostile archives: nothing is read outside them, and what cannot be read ends in one line."""
+"""Hostile archives: nothing outside them is read, and errors take one line."""
 
 import io
 import tarfile

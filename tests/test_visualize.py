@@ -38,7 +38,7 @@ def test_a_run_draws_its_pictures_while_it_trains(run):
     assert names == {"step-000002.png", "step-000002-attention.png", "step-000002-tokens.png"}
 
 
-def test_all_that_a_run_has(run, run_cli):
+def test_draws_all_pictures_of_a_run(run, run_cli):
     code, stdout, stderr = run_cli("visualize", f"run={run}", "images=3")
     assert code == 0, stderr
     for name in ("show", "attention", "tokens", "curves"):
@@ -75,7 +75,7 @@ def test_chosen_patches_layers_heads_and_photos(run, photos, run_cli, tmp_path):
         (["masked", "runs=[a]"], "a is not the folder of a run"),
     ],
 )
-def test_what_cannot_be_drawn(words, said, run, run_cli):
+def test_reports_pictures_that_cannot_be_drawn(words, said, run, run_cli):
     code, _, stderr = run_cli("visualize", *words, f"run={run}")
     assert code == 2
     assert said in stderr
@@ -145,7 +145,7 @@ def test_curves_of_one_label_are_of_one_measure(tmp_path, monkeypatch):
     ]
 
 
-def test_a_run_that_lacks_something_shows_the_rest(shards, dvae_checkpoint, run_cli, tmp_path):
+def test_shows_the_pictures_that_a_run_has(shards, dvae_checkpoint, run_cli, tmp_path):
     """Without held-out images those of training; before the first checkpoint curves alone; before both a word."""
     given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}"]
     assert run_cli("fit", "+experiment=demo_pretrain", *TINY, *given, "data.val=null")[0] == 0

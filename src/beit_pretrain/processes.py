@@ -1,4 +1,4 @@
-"""Worker processes that keep the order of their jobs, hold only a few results at a time and die with their parent."""
+"""Worker processes: an ordered, bounded `map`, and workers that end with the process that started them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ def in_order(
 ) -> Iterator[Callable[[Callable[[Job], Result], Iterable[Job]], Iterator[Result]]]:
     """Lend a `map` over `workers` processes: results in the order of the jobs, at most four jobs a worker ahead.
 
-    The first `inline` jobs are done in this process, since a few small ones are not worth starting others.
+    The first `inline` jobs run in this process: a few small ones are not worth starting others.
     Raises UserError, from the map, if a process dies.
     """
     if num_workers < 2:
         yield map
         return
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _attach_to_parent)
 
     def mapped(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
         waiting: deque[Future[Result]] = deque()
@@ -52,38 +51,37 @@ def in_order(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a worker process died, as a rule for want of memory; set fewer num_workers=") from None
+            raise UserError("a worker process died, usually for lack of memory; set fewer num_workers=") from None
 
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker)
     try:
         yield mapped
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _attach_to_parent() -> None:
-    """Leave Ctrl-C to the parent, and end with it if it is killed: workers would wait for ever."""
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it if it is killed: workers would wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+    if (parent := multiprocessing.parent_process()) is not None:
+        _end_after(parent.join)
 
 
 def end_with_parent(worker: int = 0) -> None:
-    """`worker_init_fn` of a DataLoader: end with the process that started it, if that is killed.
+    """`worker_init_fn` of a DataLoader: end if the process that started it is killed.
 
-    torch's own workers would end too, but for one that is just writing more into its pipe than fits: it holds the
-    reading end itself, and so waits for ever, with all its memory.
+    torch's own workers do so too, except one that is writing more into its pipe than fits: it holds the reading end
+    itself, so it would wait forever, with all its memory.
     """
     parent = os.getppid()
 
-    def watch() -> None:
+    def wait() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    _end_after(wait)
+
+
+def _end_after(wait: Callable[[], object]) -> None:
+    """End this process once `wait` returns, in a thread of its own."""
+    threading.Thread(target=lambda: (wait(), os._exit(1)), daemon=True).start()

@@ -1,9 +1,9 @@
-"""CIFAR-100 as its authors publish it, `cifar-100-python.tar.gz` (or unpacked): pickles, read without running them.
+"""CIFAR-100 as published, `cifar-100-python.tar.gz` (or unpacked): pickles, read without running them.
 
 The format (cs.toronto.edu/~kriz/cifar.html): files `train`, `test` and `meta`, each a pickled dictionary. `data` is a
 uint8 array (N, 3072), an image's 1,024 red, then green, then blue values; `fine_labels` and `filenames` are lists.
-A pickle may name any function to call. Here the few names that an array needs stand for inert records of this module,
-any other name ends the reading.
+A pickle may name any function to call. Here the few names that an array needs stand for inert records of this module;
+any other name is an error.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import io
 import pickle
 import re
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from beit_pretrain.data.tars import read_named
 from beit_pretrain.errors import UserError, first_line
 
 SIDE = 32
@@ -43,16 +43,13 @@ def part_of(source: Path, split: str) -> Path:
 def read(source: Path, split: str) -> tuple[list[str], list[str], np.ndarray]:
     """Names and classes of the images of a split, and their pixels (N, 3072) uint8.
 
-    Args:
-        source: what `part_of` gave for the split.
-        split: train, or val (also test, validation) for the test images.
-
-    Raises UserError if anything is not as CIFAR-100's authors made it.
+    `source`: what `part_of` gave for the split. Raises UserError if anything differs from CIFAR-100's own layout.
     """
     name = FILES[split]
     try:
-        data, meta = _files(source, name)
-        batch, names = _load(data), _load(meta)[b"fine_label_names"]
+        place = source if ARCHIVE.fullmatch(source.name) else source.parent
+        found = read_named(place, {name, "meta"}, LARGEST, total=2 * LARGEST)
+        batch, names = _load(found[name]), _load(found["meta"])[b"fine_label_names"]
         pixels = batch[b"data"].array()
         labels = [names[label].decode("ascii") for label in batch[b"fine_labels"] if label >= 0]
         files = [f"{name}/{file.decode('ascii')}" for file in batch[b"filenames"]]
@@ -60,38 +57,18 @@ def read(source: Path, split: str) -> tuple[list[str], list[str], np.ndarray]:
             raise ValueError(f"{len(files)} names, {len(labels)} labels, data of shape {pixels.shape}")
         if len(set(files)) < len(files) or any("/" in file.removeprefix(f"{name}/") for file in files):
             raise ValueError("its file names are not those of CIFAR-100")
-    except UserError:
-        raise
     except Exception as error:  # a damaged or hostile pickle may raise anything
         raise UserError(f"{source} is not CIFAR-100's python version: {first_line(error)}") from None
     return files, labels, pixels
 
 
-def _files(source: Path, name: str) -> tuple[bytes, bytes]:
-    """The bytes of the batch and of `meta`."""
-    if ARCHIVE.fullmatch(source.name) is None:
-        return source.read_bytes(), (source.parent / "meta").read_bytes()
-    found: dict[str, bytes] = {}
-    with tarfile.open(source, "r:gz") as tar:
-        total = 0
-        for member in tar:
-            total += member.size
-            if total > 2 * LARGEST:
-                raise ValueError(f"it unpacks to more than {2 * LARGEST} bytes")
-            base = Path(member.name).name
-            if member.isreg() and base in (name, "meta") and (file := tar.extractfile(member)):
-                found[base] = file.read()
-    if missing := {name, "meta"} - found.keys():
-        raise ValueError(f"it lacks the file {min(missing)}")
-    return found[name], found["meta"]
-
-
 class _Inert:
     """Stands for numpy's types while a pickle is read: keeps what it is given and does nothing."""
 
+    state: tuple[Any, ...] = ()
+
     def __init__(self, *args: Any):
         self.args: tuple[Any, ...] = args
-        self.state: tuple[Any, ...] = ()
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -104,31 +81,25 @@ class _Inert:
         return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _latin1(text: Any, encoding: Any) -> bytes:
-    """What `_codecs.encode` does in pickles that Python 3 wrote for Python 2: text of one byte a character."""
-    return text.encode("latin1")
-
-
-ALLOWED = {("numpy", "ndarray"): _Inert, ("numpy", "dtype"): _Inert, ("_codecs", "encode"): _latin1}
+ALLOWED: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _Inert, ("numpy", "dtype"): _Inert}
 ALLOWED |= {(f"numpy.{core}.multiarray", "_reconstruct"): _Inert for core in ("core", "_core")}
+# In pickles that Python 3 wrote for Python 2: text of one byte a character.
+ALLOWED["_codecs", "encode"] = lambda text, encoding: text.encode("latin1")
 
 
 # The C unpickler reserves memory for whatever memo number a pickle names; the one in Python does not.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs") from None
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+        return ALLOWED[module, name]
 
 
 def _load(data: bytes) -> dict[bytes, Any]:
     """The pickled dictionary, texts as bytes (as Python 2 wrote them)."""
+
+    def as_bytes(value: Any) -> Any:
+        return value.encode() if isinstance(value, str) else value
+
     loaded = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    return {key.encode() if isinstance(key, str) else key: _as_bytes(value) for key, value in loaded.items()}
-
-
-def _as_bytes(value: Any) -> Any:
-    if isinstance(value, list):
-        return [entry.encode() if isinstance(entry, str) else entry for entry in value]
-    return value
+    return {as_bytes(k): [*map(as_bytes, v)] if isinstance(v, list) else v for k, v in loaded.items()}

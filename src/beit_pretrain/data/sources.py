@@ -1,7 +1,7 @@
-"""Which files of folders and tars may be images: source -> units (a folder's files, a tar) -> rows -> candidates.
+"""Lists files of folders and tars that may be images: source -> units (a folder's files, a tar) -> rows -> candidates.
 
-Nothing is decoded here: a candidate is a place to read from, and whether an image lies there shows when it is opened.
-A unit is what one process lists at a time, so twenty thousand tars are listed by all cores and never all at once.
+Nothing is decoded here: a candidate is a place to read from; whether it holds an image shows when it is opened.
+A unit is what one process lists at a time, so that all cores share the work on twenty thousand tars.
 """
 
 from __future__ import annotations
@@ -9,27 +9,29 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, NoReturn
-
-import numpy as np
+from typing import NamedTuple
 
 from beit_pretrain.data import cifar
 from beit_pretrain.data.tars import OUTSIDE, REFUSED, inside, scan_tar
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import MAX_PIXELS
 
-NOT_IMAGES = re.compile(
-    r"\.(txt|jsonl?|[ct]sv|xml|ya?ml|toml|ini|md|rst|html?|pdf|log|db|py|sh|cls|lst|idx|np[yz]|mat|h5|hdf5|pkl|pth?)"
-    r"|\.(safetensors|parquet|zip|7z|rar|gz|bz2|xz|zst|mp[34]|wav|avi|mov|mkv)"
+NOT_IMAGES = tuple(
+    ".txt .json .jsonl .csv .tsv .xml .yaml .yml .toml .ini .md .rst .htm .html .pdf .log .db .py .sh .cls .lst .idx "
+    ".npy .npz .mat .h5 .hdf5 .pkl .pt .pth .safetensors .parquet .zip .7z .rar .gz .bz2 .xz .zst .mp3 .mp4 .wav .avi "
+    ".mov .mkv".split()
 )
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+COMPRESSED = "is compressed, which allows no random access; decompress it first"
 # Names that data sets give to their held-out part. `split=` picks the part of a source that has some.
 HELD_OUT = ("val", "validation", "valid", "test")
 PARTS = {"train": ("train", "training"), **{name: (name, *HELD_OUT) for name in HELD_OUT}}
+ADVICE = "give a folder of class folders, a tar, or synthetic"
+Row = tuple[str, str | None, int, int]  # of a unit: name (after top and prefix), class name, offset and size in bytes
 
 
 class Candidate(NamedTuple):
@@ -49,21 +51,12 @@ class SourceGroup(NamedTuple):
 
     kind: str  # "files" of one folder, "tar", "cifar" or "synthetic"
     path: str  # folder, or file
-    top: str  # what its keys begin with: the source's name if there are several, the part that `split` picked
-    prefix: str  # what comes next in its keys; says the class
+    top: str  # first part of its keys: the source's name if there are several, the part that `split` picked
+    prefix: str  # next part of its keys; tells the class
     stamp: str  # changes when the files do
     files: tuple[tuple[str, int], ...] = ()  # names and sizes of "files"; the split of "cifar"
     span: tuple[int, float] = (0, math.inf)  # the bytes of a tar in `path`
     masks: str = ""  # folder of the label maps; images then have no class
-
-
-class Rows(NamedTuple):
-    """What a unit lists: names (after top and prefix), class names, offsets and sizes, one each, sorted by name."""
-
-    names: list[str]
-    classes: list[str | None]
-    offsets: np.ndarray
-    sizes: np.ndarray
 
 
 def units(source: Path, top: str = "", split: str = "train", as_class: bool = False) -> Iterator[SourceGroup]:
@@ -73,12 +66,12 @@ def units(source: Path, top: str = "", split: str = "train", as_class: bool = Fa
     `as_class`: the source is a tar as if it lay in a folder of tars, so that its name is a class.
     Raises UserError for a source that does not exist or cannot be read.
     """
-    _check_kind(source, "give a folder of class folders, a tar, or synthetic")
+    _check_kind(source, ADVICE)
     if cifar.recognised(source):
         file = cifar.part_of(source, split)
-        yield SourceGroup("cifar", str(file), top, "", _stamp(file), ((split, 0),))
+        yield SourceGroup("cifar", str(file), top, "", _stat(file)[1], ((split, 0),))
     elif not source.is_dir():
-        top = top.removesuffix(f"{source.name}/") if as_class else top  # which then begins its keys anyway
+        top = top.removesuffix(f"{source.name}/") if as_class else top  # the prefix says it then
         yield from _file_units(source, source.name, top, alone=not as_class)
     elif (source / "manifest.json").is_file() and any(source.glob("*.index.npy")):
         raise UserError(f"src={source} is a shard folder already; shards index lists foreign shards, fit reads ours")
@@ -86,7 +79,8 @@ def units(source: Path, top: str = "", split: str = "train", as_class: bool = Fa
         images, masks = (_part(source / name, split) or (source / name, "") for name in ("images", "annotations"))
         for unit in _folder_units(images[0], f"{top}images/{images[1]}"):
             folder = os.path.join(masks[0], unit.prefix)
-            stamps = [unit.stamp, *(_stamp(mask_of(folder, name)) for name, _ in unit.files)]
+            masks_of = (Path(folder, name).with_suffix(".png") for name, _ in unit.files)
+            stamps = [unit.stamp, *(_stat(mask, may_lack=True)[1] for mask in masks_of)]
             yield unit._replace(masks=folder, stamp=hashlib.sha256(" ".join(stamps).encode()).hexdigest())
     else:
         root, part = _part(source, split, nested=True) or (source, "")
@@ -95,64 +89,44 @@ def units(source: Path, top: str = "", split: str = "train", as_class: bool = Fa
             yield unit
 
 
-def mask_of(folder: str, name: str) -> Path:
-    """Where the label map of an image lies."""
-    return Path(folder, name).with_suffix(".png")
-
-
-def rows(unit: SourceGroup) -> Rows:
-    """The rows of a unit of kind "files" or "tar". Raises UserError for a damaged tar."""
+def rows(unit: SourceGroup) -> list[Row]:
+    """The rows of a unit of kind "files" or "tar", sorted by name. Raises UserError for a damaged tar."""
     found: dict[str, tuple[int, int]] = {}  # the last of several members of one name counts, as when unpacking
     if unit.kind == "files":
         found = {name: (0, size) for name, size in unit.files}
     else:
         for name, offset, size in _tar_members(Path(unit.path), *unit.span):
             key = PurePosixPath(name).as_posix() if "./" in name or "//" in name else name
-            if size == OUTSIDE or not (_ignored(key) or NOT_IMAGES.fullmatch(os.path.splitext(key)[1].lower())):
+            if size == OUTSIDE or not (_ignored(key) or key.lower().endswith(NOT_IMAGES)):
                 found[key] = offset, size
-    names = sorted(found)
-    places = np.array([found[name] for name in names], np.int64).reshape(-1, 2)
-    classes = [None if unit.masks or not inside(name) else _class_of(unit.prefix + name) for name in names]
-    return Rows(names, classes, places[:, 0], places[:, 1])
+    return [(name, _class_of(unit, name), *place) for name, place in sorted(found.items())]
+
+
+def candidate_of(unit: SourceGroup, row: Row) -> Candidate:
+    """The candidate of a row of a unit."""
+    name, class_name, offset, size = row
+    path = os.path.join(unit.path, name) if unit.kind == "files" else unit.path
+    kind = unit.kind if unit.kind in ("cifar", "synthetic") else "file"
+    mask = str(Path(unit.masks, name).with_suffix(".png")) if unit.masks else ""
+    return Candidate(unit.top + unit.prefix + name, class_name, path, offset, size, kind, mask)
 
 
 def check_sources(sources: Sequence[str | Path]) -> None:
     """Raise UserError for a source that does not exist or seems to hold no image."""
     for source in (Path(source).expanduser() for source in sources if source != "synthetic"):
         if next(units(source), None) is None:
-            raise UserError(f"src={source} holds no image; give a folder of class folders, a tar, or synthetic")
+            raise UserError(f"src={source} holds no image; {ADVICE}")
 
 
 def list_images(src: str | Path) -> list[Candidate]:
-    """What may be an image in `src`, an image file, a folder of any depth or a tar, by name. Raises UserError."""
-    source, found = Path(src).expanduser(), list[Candidate]()
-    advice = "give an image, a folder of images, or a tar"
+    """The possible images in `src`, an image file, a folder of any depth or a tar, sorted by name. Raises UserError."""
+    source, advice = Path(src).expanduser(), "give an image, a folder of images, or a tar"
     _check_kind(source, advice)
-    for unit in _folder_units(source, "") if source.is_dir() else _file_units(source, source.name, "", alone=True):
-        listed = rows(unit)
-        for name, class_name, offset, size in zip(*listed, strict=True):
-            path = os.path.join(unit.path, name) if unit.kind == "files" else unit.path
-            found.append(Candidate(unit.prefix + name, class_name, path, int(offset), int(size)))
+    listed = _folder_units(source, "") if source.is_dir() else _file_units(source, source.name, "", alone=True)
+    found = [candidate_of(unit, row) for unit in listed for row in rows(unit)]
     if not found:
         raise UserError(f"src={source} holds no image; {advice}")
-    return sorted(found, key=lambda c: c.key)
-
-
-def _check_kind(source: Path, advice: str) -> None:
-    """Raise UserError for a source that is neither a folder nor a file: a pipe would be waited for without end."""
-    if not os.path.exists(source):
-        raise UserError(f"src={source} does not exist; {advice}")
-    if not source.is_dir() and not source.is_file():
-        raise UserError(f"src={source} is a pipe or a device; {advice}")
-
-
-def _refuse_label_maps(source: Path, root: Path, unit: SourceGroup) -> None:
-    """Raise UserError for a unit of ADE20K's layout somewhere below the source: label maps would count as photos."""
-    above, found, _ = f"/{unit.prefix}".partition("/annotations/")
-    folder = Path(root, above[1:])
-    if found and (folder / "images").is_dir() and any(name.lower().endswith(".png") for name, _ in unit.files):
-        said = f"give src={folder}, or for the photos alone src={folder / 'images'}"
-        raise UserError(f"src={source}: {folder / 'annotations'} holds label maps, no photos; {said}")
+    return sorted(found, key=lambda candidate: candidate.key)
 
 
 def read_candidate(candidate: Candidate, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -179,11 +153,27 @@ def read_bytes(path: str | Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def _part(root: Path, split: str, nested: bool = False) -> tuple[Path, str] | None:
-    """The part of a folder that `split` means, and its key prefix; None if the folder is not divided in parts.
+def _check_kind(source: Path, advice: str) -> None:
+    """Raise UserError for a source that is neither a folder nor a file: reading from a pipe would never end."""
+    if not (source.is_dir() or source.is_file()):
+        fault = "is a pipe or a device" if os.path.exists(source) else "does not exist"
+        raise UserError(f"src={source} {fault}; {advice}")
 
-    It is if it has `train` (or `training`) and a name of `HELD_OUT`; with `nested`, `train` must hold folders or tars:
-    train and test may be classes. Raises UserError if it is, but not into what `split` says.
+
+def _refuse_label_maps(source: Path, root: Path, unit: SourceGroup) -> None:
+    """Raise UserError for a unit of ADE20K's layout somewhere below the source: label maps would count as photos."""
+    above, found, _ = f"/{unit.prefix}".partition("/annotations/")
+    folder = Path(root, above[1:])
+    if found and (folder / "images").is_dir() and any(name.lower().endswith(".png") for name, _ in unit.files):
+        said = f"give src={folder}, or for the photos alone src={folder / 'images'}"
+        raise UserError(f"src={source}: {folder / 'annotations'} holds label maps, no photos; {said}")
+
+
+def _part(root: Path, split: str, nested: bool = False) -> tuple[Path, str] | None:
+    """The part of a folder that `split` means, and its key prefix; None if the folder has no parts.
+
+    It has parts if it holds `train` (or `training`) and a name of `HELD_OUT`; with `nested`, `train` must hold folders
+    or tars, as train and test may be classes. Raises UserError if none of the parts is `split`.
     """
     train = next((name for name in PARTS["train"] if (root / name).is_dir()), None)
     held_out = [name for name in HELD_OUT if (root / name).is_dir()]
@@ -198,7 +188,7 @@ def _part(root: Path, split: str, nested: bool = False) -> tuple[Path, str] | No
 
 
 def _folder_units(root: Path, top: str) -> Iterator[SourceGroup]:
-    """The units of a folder tree. Of compressed tars beside them (ImageNet's devkit, say) a warning tells.
+    """The units of a folder tree. Compressed tars beside them (ImageNet's devkit, say) are left out with a warning.
 
     Raises UserError if there is nothing but compressed tars.
     """
@@ -206,31 +196,36 @@ def _folder_units(root: Path, top: str) -> Iterator[SourceGroup]:
     some = False
     for folder, prefix, names in _folders(root):
         files: list[tuple[str, int]] = []
-        stamp = hashlib.sha256()
+        digest = hashlib.sha256()
         for name in names:
+            packed = name.lower().endswith(COMPRESSED_TARS)
+            if name.lower().endswith(NOT_IMAGES) and not packed:
+                continue
             path = Path(folder, name)
-            if _compressed(path):
+            size, stamp = _stat(path)
+            if not stamp:  # a pipe or a device
+                continue
+            if packed:
                 compressed.append(path)
             elif path.suffix.lower() == ".tar":
                 some = True
                 yield from _file_units(path, prefix + name, top)
-            elif not NOT_IMAGES.fullmatch(path.suffix.lower()):
-                text, size = _stamp(path), _size(path)
+            else:
                 files.append((name, size))
-                stamp.update(f"{name}\0{text}\0".encode(errors="surrogateescape"))
+                digest.update(f"{name}\0{stamp}\0".encode(errors="surrogateescape"))
         if files:
             some = True
-            yield SourceGroup("files", folder, top, prefix, stamp.hexdigest(), tuple(files))
+            yield SourceGroup("files", folder, top, prefix, digest.hexdigest(), tuple(files))
+    if not some and compressed:
+        raise UserError(f"{min(compressed)} {COMPRESSED}, or move it away")
     if compressed:
-        first = min(compressed)
-        if not some:
-            _refuse_compressed(first)
         more = f" and {len(compressed) - 1} more" if len(compressed) > 1 else ""
-        print(f"warning: left out {first}{more}: compressed tars; decompress what holds images", file=sys.stderr)
+        said = f"left out {min(compressed)}{more}: compressed tars; decompress what holds images"
+        print(f"warning: {said}", file=sys.stderr)
 
 
 def _folders(root: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield path, key prefix and sorted names of the files of every folder in a tree that is not hidden.
+    """Yield path, key prefix and sorted file names of every visible folder in a tree.
 
     Linked folders come after real ones and none is read twice, so loops end.
     """
@@ -252,52 +247,36 @@ def _folders(root: Path) -> Iterator[tuple[str, str, list[str]]]:
             linked = entry.is_symlink()
             if os.path.isdir(entry.path) if linked else entry.is_dir():
                 (links if linked else inner).append((entry.path, f"{prefix}{entry.name}/"))
-            elif entry.is_file(follow_symlinks=False) or (linked and not _special(entry.path)):
+            else:
                 names.append(entry.name)
         yield folder, prefix, names
         folders += reversed(inner)
 
 
-def _special(path: str) -> bool:
-    """Whether a link leads to a pipe or a device. One that leads nowhere does not: it is to be listed as rejected."""
-    return os.path.exists(path) and not os.path.isfile(path)
+def _stat(path: Path, may_lack: bool = False) -> tuple[int, str]:
+    """Bytes of a file, and a stamp that changes with it, "" for a pipe or a device; (-1, "-") for a dangling link.
 
-
-def _stamp(path: Path) -> str:
-    """Size and time of change of a file; "-" where there is none."""
-    status = _status(path)
-    return f"{status.st_size}:{status.st_mtime_ns}" if status else "-"
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, -1 of a link that leads nowhere. Raises UserError for a file that is no longer there."""
-    if (status := _status(path)) is not None:
-        return status.st_size
-    if not path.is_symlink():
-        raise UserError(f"{path} has gone while it was listed")
-    return -1
-
-
-def _status(path: Path) -> os.stat_result | None:
-    """What the system says of a file; None where there is none, or a link that leads nowhere. Raises UserError."""
+    Raises UserError if it cannot be looked at, or is missing (unless it `may_lack`).
+    """
     try:
-        return path.stat()
+        status = os.stat(path)
     except OSError as error:
-        if isinstance(error, FileNotFoundError | NotADirectoryError) or path.is_symlink():
-            return None
+        if path.is_symlink() or (may_lack and isinstance(error, FileNotFoundError | NotADirectoryError)):
+            return -1, "-"
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return status.st_size, f"{status.st_size}:{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else ""
 
 
 def _file_units(path: Path, key: str, top: str, alone: bool = False) -> Iterator[SourceGroup]:
     """The units of one file; `key` is its path within the source folder, or its name if it is the source (`alone`)."""
-    if _compressed(path):
-        _refuse_compressed(path)
+    if path.name.lower().endswith(COMPRESSED_TARS):
+        raise UserError(f"{path} {COMPRESSED}, or move it away")
+    size, stamp = _stat(path)
     if path.suffix.lower() == ".tar":
-        unit = SourceGroup("tar", str(path), top, "" if alone else f"{key}/", _stamp(path))
+        unit = SourceGroup("tar", str(path), top, "" if alone else f"{key}/", stamp)
         yield from _inner_tars(unit) or (unit,)
-    elif not NOT_IMAGES.fullmatch(path.suffix.lower()):
-        prefix = key.removesuffix(path.name)
-        yield SourceGroup("files", str(path.parent), top, prefix, _stamp(path), ((path.name, _size(path)),))
+    elif not path.name.lower().endswith(NOT_IMAGES):
+        yield SourceGroup("files", str(path.parent), top, key.removesuffix(path.name), stamp, ((path.name, size),))
 
 
 def _inner_tars(unit: SourceGroup) -> list[SourceGroup]:
@@ -325,19 +304,13 @@ def _tar_members(path: Path, start: float, stop: float) -> Iterator[tuple[str, i
                 yield f"{name}/{inner}" if inside(inner) else inner, inner_offset, inner_size
 
 
-def _compressed(path: Path) -> bool:
-    return path.name.lower().endswith(COMPRESSED_TARS)
-
-
-def _refuse_compressed(path: Path) -> NoReturn:
-    raise UserError(f"{path} is compressed, which allows no random access; decompress it first, or move it away")
-
-
 def _ignored(key: str) -> bool:
     """Whether a file or one of its folders is hidden, or (`._x`, `__MACOSX`) a macOS archive's by-product."""
     return any((part[:1] == "." and part != ".") or part == "__MACOSX" for part in key.split("/"))
 
 
-def _class_of(key: str) -> str | None:
+def _class_of(unit: SourceGroup, name: str) -> str | None:
     """The name of the folder that holds the file, or of the tar in a folder (or tar) of tars."""
-    return key.rpartition("/")[0].rpartition("/")[2].removesuffix(".tar") or None
+    if unit.masks or not inside(name):
+        return None
+    return (unit.prefix + name).rpartition("/")[0].rpartition("/")[2].removesuffix(".tar") or None

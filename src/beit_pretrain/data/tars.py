@@ -1,17 +1,17 @@
-"""Members of an uncompressed tar where they lie: name, offset, size. Nothing is ever unpacked.
+"""Lists the members of an uncompressed tar in place: name, offset and size. Nothing is unpacked.
 
-An archive may come from anyone. A name that leads outside, a link to elsewhere, a device or a sparse file is passed on
-with a negative size that says so (`REFUSED`); what no archive should have (a size that runs backwards, headers of
-hundreds of megabytes) makes the whole tar unreadable, in one line.
+An archive may come from anyone. A member that must not be read (its name leads outside, or it is a link, a device or a
+sparse file) has a negative size that says why (`REFUSED`). A tar with sizes that run backwards or headers of hundreds
+of megabytes is refused as a whole.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import BinaryIO, cast
+from pathlib import Path, PurePosixPath
 
 from beit_pretrain.errors import UserError
 
@@ -29,7 +29,7 @@ LARGEST_HEADER = 2**20  # bytes of a long name or of pax fields
 def scan_tar(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[tuple[str, int, int]]:
     """Yield (name, offset, size) of the files in the uncompressed tar in the bytes `start` to `stop` of `path`.
 
-    Hard links come last, with the place of what they lead to. A negative size is a key of `REFUSED`.
+    Hard links come last, with the place of their target. A negative size is a key of `REFUSED`.
     Raises UserError if it is no such tar, or a damaged one.
     """
     links: list[tuple[str, str]] = []
@@ -38,7 +38,7 @@ def scan_tar(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[tup
             links.append((member.name, member.linkname))
         elif not member.isdir():
             yield member.name, *_place(member)
-    if links:  # rare: a second look costs less than remembering every name of every tar
+    if links:  # rare: a second pass costs less than remembering every name of every tar
         wanted = {target for _, target in links}
         places = {m.name: _place(m) for m in _members(path, start, stop) if m.name in wanted and not m.islnk()}
         for name, target in links:
@@ -60,23 +60,20 @@ def _place(member: tarfile.TarInfo) -> tuple[int, int]:
     return (0, SPARSE) if member.issparse() else (member.offset_data, member.size)
 
 
-class _Headers:
-    """A file of which tarfile reads headers only: a header that asks for more than `LARGEST_HEADER` is refused."""
+class _Headers(io.BufferedReader):
+    """A file of which tarfile reads headers only: one that asks for more than `LARGEST_HEADER` bytes is refused."""
 
-    def __init__(self, file: BinaryIO):
-        self.file, self.seek, self.tell = file, file.seek, file.tell
-
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= LARGEST_HEADER:
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LARGEST_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes at byte {self.tell()}")
-        return self.file.read(size)
+        return super().read(size)
 
 
 def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
     try:
-        with open(path, "rb") as file:
+        with _Headers(open(path, "rb", buffering=0)) as file:
             file.seek(start)
-            with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
                 before = -1
                 for member in tar:
                     if member.offset >= stop:  # an inner tar without an end mark
@@ -94,3 +91,26 @@ def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
         raise
     except Exception as error:  # tarfile raises nearly anything on hostile headers, RecursionError among others
         raise UserError(f"{path} is not a readable uncompressed tar: {error}") from None
+
+
+def read_named(source: Path, names: set[str], largest: int, total: float = math.inf) -> dict[str, bytes]:
+    """The files of these names, in a folder (or its folder `data`) or anywhere in a tar, compressed or not.
+
+    Raises ValueError if one is missing or, in a tar, has more than `largest` bytes or all members more than `total`.
+    """
+    found: dict[str, bytes] = {}
+    if source.is_dir():
+        files = [folder / name for folder in (source / "data", source) for name in names]
+        found = {file.name: file.read_bytes() for file in files if file.is_file()}
+    else:
+        with tarfile.open(source) as tar:
+            for member in tar:
+                total -= member.size
+                name = PurePosixPath(member.name).name
+                if total < 0 or (name in names and member.size > largest):
+                    raise ValueError(f"its file {name} is too large")
+                if name in names and member.isreg() and (file := tar.extractfile(member)):
+                    found[name] = file.read()
+    if missing := names - found.keys():
+        raise ValueError(f"it lacks the file {min(missing)}")
+    return found

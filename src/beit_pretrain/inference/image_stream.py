@@ -1,6 +1,6 @@
-"""Where predictions come from: files, folders, tars and shards as one stream of images with names, read ahead.
+"""The input of predictions: files, folders, tars and shards as one stream of named images, read ahead.
 
-An image that cannot be read is an entry of the stream too, with its reason: no file of a person ends a prediction.
+An unreadable image is listed with its reason; it does not end a prediction.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.order import Order
@@ -25,8 +26,9 @@ from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.processes import cores, end_with_parent
 from beit_pretrain.transforms.image_io import open_image, reason
 
-PROCESSES = 8  # that read ahead, at most
-WORTH_IT = 64  # images for which a process is started
+MOST_WORKERS = 8
+IMAGES_PER_WORKER = 64  # fewer are not worth starting a process
+BAD_SHOWN = 20  # unreadable files that the summary names
 
 
 class Item(NamedTuple):
@@ -44,10 +46,10 @@ class FileSource:
     def __init__(self, src: Sequence[str | Path]):
         self.candidates: list[Candidate] = []
         for source in src:
-            found = list_images(source)
-            several = len(src) > 1  # names of several sources must not meet
-            prefix = f"{source}/" if several and Path(source).is_dir() else ""
-            self.candidates += [c._replace(key=f"{prefix}{c.key}") for c in found]
+            prefix = (
+                f"{source}/" if len(src) > 1 and Path(source).is_dir() else ""
+            )  # files of two folders may share names
+            self.candidates += [c._replace(key=f"{prefix}{c.key}") for c in list_images(source)]
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -78,7 +80,7 @@ class ShardSource:
 
 
 def source_of(src: str | Sequence[str]) -> FileSource | ShardSource:
-    """What `src` names: shards if a folder has a manifest or lies elsewhere, else files, folders and tars.
+    """The images of `src`: shards if a folder has a manifest or is remote, else files, folders and tars.
 
     Raises UserError for what does not exist or holds no image, and for shards mixed with files.
     """
@@ -89,20 +91,16 @@ def source_of(src: str | Sequence[str]) -> FileSource | ShardSource:
     return ShardSource(sources) if all(shards) else FileSource(sources)
 
 
-class Views(Dataset):
-    """Batch n of a source: a list of `Item`. `seen` makes the views (uint8) of an opened image."""
+class ImageDataset(Dataset):
+    """Image n of a source as an `Item`. `seen` makes the views (uint8) of an opened image."""
 
-    def __init__(self, source: FileSource | ShardSource, apply: Callable[[Image.Image], list[np.ndarray]], batch: int):
-        self.source, self.apply, self.batch = source, apply, batch
+    def __init__(self, source: FileSource | ShardSource, apply: Callable[[Image.Image], list[np.ndarray]]):
+        self.source, self.apply = source, apply
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch)
+        return len(self.source)
 
-    def __getitem__(self, number: int) -> list[Item]:
-        first = number * self.batch
-        return [self.item(n) for n in range(first, min(first + self.batch, len(self.source)))]
-
-    def item(self, number: int) -> Item:
+    def __getitem__(self, number: int) -> Item:
         name = self.source.name(number)
         try:
             with open_image(self.source.read(number)) as image:
@@ -115,42 +113,42 @@ class Views(Dataset):
             return Item(name, [], (0, 0), reason(error))
 
 
-def stream(views: Views, num_workers: int | None) -> Iterator[list[Item]]:
-    """All batches in order, read ahead by some processes (None: as many as are worth it)."""
+def stream(
+    dataset: ImageDataset, batch_size: int, num_workers: int | None, verb: str, bad: list[tuple[str, str]]
+) -> Iterator[list[Item]]:
+    """The readable images in batches, in order, with a progress bar; name and reason of the others go into `bad`.
+
+    `workers`: processes that read ahead; None = one per `IMAGES_PER_WORKER`, at most `MOST_WORKERS`.
+    """
     if num_workers is None:
-        num_workers = min(cores(), PROCESSES, len(views.source) // WORTH_IT)
-    yield from DataLoader(
-        views, batch_size=None, num_workers=num_workers, collate_fn=same, worker_init_fn=end_with_parent
-    )
+        num_workers = min(cores(), MOST_WORKERS, len(dataset) // IMAGES_PER_WORKER)
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list, worker_init_fn=end_with_parent)
+    with tqdm(total=len(dataset), desc=verb, unit=" images") as bar:
+        for items in loader:
+            if good := [item for item in items if item.problem is None]:
+                yield good
+            bad += [(item.name, item.problem) for item in items if item.problem is not None]
+            bar.update(len(items))
 
 
-def same(items: list[Item]) -> list[Item]:
-    """What a worker made, as it is."""
-    return items
+def report(out: Path, done: str, bad: Sequence[tuple[str, str]], list_of_bad: Path) -> None:
+    """Print what was written and the first unreadable files, which `list_of_bad` lists, as JSON lines, with reasons.
 
-
-def write_bad(out: Path, bad: Sequence[tuple[str, str]]) -> Path | None:
-    """List the files that could not be read, with their reasons, as JSON lines; removes an older list if all could."""
-    if not bad:
-        out.unlink(missing_ok=True)
-        return None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps({"file": name, "reason": why}) + "\n" for name, why in bad))
-    return out
-
-
-def summary(out: Path, done: str, bad: Sequence[tuple[str, str]], listed: Path | None) -> str:
-    """The last lines of a prediction: what was written, and the first files that could not be read."""
-    lines = [f"wrote {out}: {done}" + (f", {len(bad)} could not be read (all in {listed}):" if bad else "")]
-    lines += [f"{name}: {why}" for name, why in bad[:20]]
-    return "\n".join(lines)
+    Removes the list of an earlier prediction if all files could be read.
+    """
+    list_of_bad.unlink(missing_ok=True)
+    if bad:
+        list_of_bad.write_text("".join(json.dumps({"file": name, "reason": why}) + "\n" for name, why in bad))
+    print(f"wrote {out}: {done}" + (f", {len(bad)} could not be read (all in {list_of_bad}):" if bad else ""))
+    for name, why in bad[:BAD_SHOWN]:
+        print(f"{name}: {why}")
 
 
 def no_predictor(path: Any, kind: str) -> UserError:
-    """The error for a checkpoint that answers nothing about an image."""
+    """The error for a checkpoint of another kind of network."""
     return UserError(f"{path} holds a {kind}; a classifier or a segmentation model is needed")
 
 
 def nothing(src: Any, bad: Sequence[tuple[str, str]]) -> UserError:
-    """The error for a source of which no file is an image."""
+    """The error for a source without a readable image."""
     return UserError(f"none of the {len(bad)} files in {src} could be read as an image ({bad[0][0]}: {bad[0][1]})")

@@ -1,7 +1,7 @@
 """`predict` with a segmenter: for every image a label map (PNG with a palette) and a coloured overlay with a legend.
 
 Ids in the label maps are those of the annotations that the model was trained on: with `reduce_labels` 1, 2, ... as in
-ADE20K, else 0, 1, .... `classes.csv` says which id and colour is which class.
+ADE20K, else 0, 1, .... `classes.csv` lists id, name and colour of the classes.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import csv
 import errno
 from functools import partial
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path
-from beit_pretrain.inference.image_stream import Item, Views, nothing, source_of, stream, summary, write_bad
+from beit_pretrain.inference.image_stream import ImageDataset, Item, nothing, report, source_of, stream
 from beit_pretrain.inference.segmenter import ImageSegmenter
 from beit_pretrain.inference.settings import PredictSettings
 from beit_pretrain.models.checkpoints.formats import Checkpoint
@@ -27,7 +27,7 @@ from beit_pretrain.transforms.views import to_array
 from beit_pretrain.visualization.overlays import comparison, palette
 
 LONGEST = 200  # bytes of a part of a path; file systems take 255, and temporary names are longer
-# What is wrong with one file's name or place; anything else, such as a full disk, would end all others too.
+# Errors of one file's name or place; any other, such as a full disk, concerns all files and ends the prediction.
 OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 
 
@@ -37,34 +37,29 @@ def predict_maps(cfg: PredictSettings, source: Checkpoint) -> None:
     if out.is_file() or out.suffix in (".csv", ".json", ".jsonl"):
         raise UserError(f"out={out}: a segmentation model writes a folder of label maps, such as out=predictions")
     segmenter = ImageSegmenter(source, cfg.test)
-    images = source_of(cfg.src)
+    see = partial(apply, views=segmenter.views, channels=segmenter.channels)
+    dataset = ImageDataset(source_of(cfg.src), see)
     bad: list[tuple[str, str]] = []
     taken, written = set[Path](), 0
-    views = Views(images, partial(apply, views=segmenter.views, channels=segmenter.channels), cfg.map_batch_size)
-    with tqdm(total=len(images), desc="segmenting", unit=" images") as bar:
-        for items in stream(views, cfg.num_workers):
-            good = [item for item in items if item.problem is None]
-            found = segmenter.segment_views([i.views[:-1] for i in good], [i.size for i in good]) if good else []
-            for item, labels in zip(good, found, strict=True):
-                name = free_name(item.name, taken)
-                try:
-                    write_maps(out, name, labels.numpy().astype(np.uint8), item, segmenter)
-                except OSError as error:
-                    if error.errno not in OF_ONE_FILE:
-                        raise
-                    bad.append((item.name, f"{name} cannot be written: {first_line(error)}"))
-                else:
-                    written += 1
-            bad += [(item.name, item.problem) for item in items if item.problem is not None]
-            bar.update(len(items))
+    for items in stream(dataset, cfg.map_batch_size, cfg.num_workers, "segmenting", bad):
+        found = segmenter.segment_views([item.views[:-1] for item in items], [item.size for item in items])
+        for item, labels in zip(items, found, strict=True):
+            name = free_name(item.name, taken)
+            try:
+                write_maps(out, name, labels.numpy().astype(np.uint8), item, segmenter)
+                written += 1
+            except OSError as error:
+                if error.errno not in OF_ONE_FILE:
+                    raise
+                bad.append((item.name, f"{name} cannot be written: {first_line(error)}"))
     if not written:
         raise nothing(cfg.src, bad)
     write_classes(out / "classes.csv", segmenter)
-    print(summary(out, f"{written} label maps", bad, write_bad(out / "bad.jsonl", bad)))
+    report(out, f"{written} label maps", bad, out / "bad.jsonl")
 
 
 def apply(image: Image.Image, views: SegmentationEvalTransform, channels: int) -> list[np.ndarray]:
-    """The image at all scales, and last as the picture under the overlay, (C, h, w) uint8 each."""
+    """The image at all scales, and last the image under the overlay, (C, h, w) uint8 each."""
     return [*views.scaled(to_channels(image, channels)).values(), to_array(to_rgb(image))]
 
 
@@ -80,26 +75,23 @@ def free_name(key: str, taken: set[Path]) -> Path:
     """A relative path for an image's key, inside the folder whatever the key is, and another for every key."""
     *folders, last = [part for part in PurePosixPath(key).parts if part not in ("/", ".", "..")] or ["image"]
     # No folder ends as the label maps do: dir.jpg beside dir.png/in.jpg becomes dir.png.
-    folders = [f"{part}_" if part.lower().endswith(".png") else part for part in map(shortened, folders)]
-    folder, stem, whole = Path(*folders), shortened(PurePosixPath(last).stem), shortened(last)
-    name = folder / f"{stem}.png"
-    if name in taken:  # a.jpg and a.png of one folder
-        name = folder / f"{whole}.png"
-    number = 2
-    while name in taken:
-        name, number = folder / f"{whole}-{number}.png", number + 1
+    folder = Path(*(f"{part}_" if part.lower().endswith(".png") else part for part in map(shortened, folders)))
+    whole = shortened(last)
+    # The second name is for a.jpg and a.png of one folder.
+    names = chain((shortened(PurePosixPath(last).stem), whole), (f"{whole}-{number}" for number in count(2)))
+    name = next(path for stem in names if (path := folder / f"{stem}.png") not in taken)
     taken.add(name)
     return name
 
 
 def shortened(part: str) -> str:
-    """A part of a path, cut off where it is longer than file systems take."""
+    """A part of a path, cut to the length that file systems take."""
     data = part.encode("utf-8", "surrogateescape")
     return part if len(data) <= LONGEST else data[:LONGEST].decode("utf-8", "ignore")
 
 
 def label_image(found_HW: np.ndarray, segmenter: ImageSegmenter) -> Image.Image:
-    """The label map as a PNG of ids shows it: every id in its class's colour."""
+    """The label map as an image of ids with a palette: every id in its class's colour."""
     shift = int(segmenter.reduce_labels)
     table = np.zeros((256, 3), np.uint8)
     colours = palette(len(segmenter.classes))[: 256 - shift]

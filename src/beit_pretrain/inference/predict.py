@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_path
 from beit_pretrain.inference.classifier import ImageClassifier, Prediction
-from beit_pretrain.inference.image_stream import Views, no_predictor, nothing, source_of, stream, summary, write_bad
+from beit_pretrain.inference.image_stream import ImageDataset, no_predictor, nothing, report, source_of, stream
 from beit_pretrain.inference.label_maps import predict_maps
 from beit_pretrain.inference.settings import PredictSettings
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
@@ -29,10 +28,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 
 def predict(cfg: PredictSettings) -> None:
-    """Write the top classes of every image, as CSV or JSON lines. Bad files are listed, not fatal.
-
-    With a segmentation model, label maps instead.
-    """
+    """Write the top classes of every image, as CSV or JSON lines; with a segmentation model, label maps instead."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     source = read_checkpoint(cfg.init_from)
@@ -45,24 +41,19 @@ def predict(cfg: PredictSettings) -> None:
     if out.is_dir() or out.suffix.lower() not in (".csv", *JSON_LINES):
         raise UserError(f"out={out}: a file is needed, predictions.csv or predictions.jsonl")
     classifier = ImageClassifier(source)
-    images = source_of(cfg.src)
-    # A function of plain settings: the processes that read ahead need no network.
+    # A function of plain settings: the loader processes need no network.
     see = partial(apply, size=classifier.image_size, crop_ratio=classifier.crop_ratio, channels=classifier.channels)
-    views = Views(images, see, cfg.batch_size)
+    dataset = ImageDataset(source_of(cfg.src), see)
     done, bad = 0, list[tuple[str, str]]()
-    with writing(out) as write, tqdm(total=len(images), desc="predicting", unit=" images") as bar:
-        for items in stream(views, cfg.num_workers):
-            good = [item for item in items if item.problem is None]
-            if good:
-                found = classifier.classify(torch.stack([item.views[0] for item in good]), cfg.top)
-                for item, best in zip(good, found, strict=True):
-                    write(item.name, best)
-            done += len(good)
-            bad += [(item.name, item.problem) for item in items if item.problem is not None]
-            bar.update(len(items))
+    with writing(out) as write:
+        for items in stream(dataset, cfg.batch_size, cfg.num_workers, "predicting", bad):
+            found = classifier.classify(torch.stack([item.views[0] for item in items]), cfg.top)
+            for item, best in zip(items, found, strict=True):
+                write(item.name, best)
+            done += len(items)
         if not done:
             raise nothing(cfg.src, bad)
-    print(summary(out, f"{done} images", bad, write_bad(out.with_name(f"{out.stem}.bad.jsonl"), bad)))
+    report(out, f"{done} images", bad, out.with_name(f"{out.stem}.bad.jsonl"))
 
 
 def apply(image: Image.Image, size: int, crop_ratio: float | None, channels: int) -> list[np.ndarray]:
@@ -72,7 +63,7 @@ def apply(image: Image.Image, size: int, crop_ratio: float | None, channels: int
 
 @contextmanager
 def writing(out: Path) -> Iterator[Callable[[str, list[Prediction]], Any]]:
-    """Lend a function that writes an image's predictions. The file gets its name when the block has ended well."""
+    """Lend a function that writes an image's predictions. The file gets its name when the block succeeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         atomic_path(out) as temporary,

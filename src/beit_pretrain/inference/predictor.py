@@ -24,7 +24,7 @@ class Predictor:
 
     Args:
         checkpoint: file or folder.
-        windows: how a segmenter looks at whole images; None = at one scale, not mirrored.
+        windows: how a segmenter tests whole images; None = at one scale, not mirrored.
 
     Attributes: `classes`, their names; `kind`, "classifier" or "segmenter".
     Raises UserError for anything else.

@@ -55,12 +55,12 @@ def attention_sheet(
     """A row for each patch and layer: the image with the patch in red, the mean over all heads, then single heads.
 
     `maps`: {layer: probabilities (A, 1 + N, 1 + N)} of this image (`attention.attention_maps`); heads count from 1.
-    Each map is scaled to its own largest value, which stands beside it in per cent.
+    Each map is scaled to its own largest value, which is written on it in per cent.
     """
     rows, names = [], []
     for row, column in patches:
         for layer, map_ANN in maps.items():
-            seen_AN = map_ANN[:, 1 + row * grid[1] + column, 1:]  # where the patch looks, [CLS] left out
+            seen_AN = map_ANN[:, 1 + row * grid[1] + column, 1:]  # the attention of the patch, without [CLS]
             chosen = [seen_AN.mean(0), *(seen_AN[head - 1] for head in heads)]
             rows.append([marked(image_CHW, (row, column), grid), *(heat(map_N, grid) for map_N in chosen)])
             names.append(f"layer {layer}\npatch\n{row}, {column}")
@@ -78,7 +78,7 @@ def marked(image_CHW: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> 
 
 
 def heat(map_N: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """A map over patches in colours, dark for nothing, yellow for its largest value, which is written below."""
+    """A map over patches in colours, dark for 0, yellow for its largest value, which is written into it."""
     from matplotlib import colormaps
 
     values = map_N.detach().float().cpu().view(*grid).numpy()
@@ -100,7 +100,7 @@ def attention_picture(
     heads: Sequence[int] | None = None,
     patches: Sequence[Sequence[int]] | None = None,
 ) -> Image.Image:
-    """Sheets of several images, one below the other, and words on what they show.
+    """Sheets of several images, one below the other, and a note on how to read them.
 
     None = `default_layers`, all heads, `default_patches`.
     """

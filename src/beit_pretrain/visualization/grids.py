@@ -1,4 +1,4 @@
-"""What people look at: grids of images with captions, hidden patches, curves.
+"""Grids of images with captions, masked patches.
 
 Images are float tensors (B, C, H, W) in [0, 1]; pictures are PIL images.
 """
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP, CAPTION = 4, 16
-TEXT = 12  # height of letters; blanks of smaller ones can hardly be seen
+TEXT = 12  # height of letters; the spaces of smaller ones can hardly be seen
 GREY = 0.5
 
 
@@ -30,35 +30,25 @@ def hide(image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
 
 def grid(columns: list[Tensor], captions: list[str], cell: int | None = None) -> Image.Image:
     """One column per tensor of images, one row per image, captions on top. Small images are enlarged to 96 pixels."""
-    side = cell or max(96, int(columns[0].shape[-1]))
-    rows = len(columns[0])
-    canvas = Image.new("RGB", (len(columns) * (side + GAP) + GAP, rows * (side + GAP) + GAP + CAPTION), "white")
-    draw = ImageDraw.Draw(canvas)
-    for x, (images, caption) in enumerate(zip(columns, captions, strict=True)):
-        draw.text((GAP + x * (side + GAP), 2), caption, fill="black", font=font())
-        for y, image in enumerate(images):
-            place = (GAP + x * (side + GAP), CAPTION + GAP + y * (side + GAP))
-            canvas.paste(to_pil(image).resize((side, side), Image.Resampling.NEAREST), place)
-    return canvas
+    rows = [[to_pil(image) for image in row] for row in zip(*columns, strict=True)]
+    return sheet(rows, captions, None, cell or max(96, int(columns[0].shape[-1])))
 
 
 def sheet(
     rows: Sequence[Sequence[Image.Image]], captions: Sequence[str], names: Sequence[str] | None, cell: int
 ) -> Image.Image:
     """Pictures in rows, resized to `cell` pixels; a caption over each column, a name before each row."""
-    left = 0 if names is None else 64
-    width = left + len(captions) * (cell + GAP) + GAP
-    canvas = Image.new("RGB", (width, CAPTION + GAP + len(rows) * (cell + GAP)), "white")
+    left, step = 0 if names is None else 64, cell + GAP
+    canvas = Image.new("RGB", (left + len(captions) * step + GAP, CAPTION + GAP + len(rows) * step), "white")
     draw = ImageDraw.Draw(canvas)
     for x, caption in enumerate(captions):
-        draw.text((left + GAP + x * (cell + GAP), 2), caption, fill="black", font=font())
+        draw.text((left + GAP + x * step, 2), caption, fill="black", font=font())
     for y, row in enumerate(rows):
-        top = CAPTION + GAP + y * (cell + GAP)
+        top = CAPTION + GAP + y * step
         if names is not None:
             draw.text((GAP, top), names[y], fill="black", font=font())
         for x, picture in enumerate(row):
-            resized = picture.resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(resized, (left + GAP + x * (cell + GAP), top))
+            canvas.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (left + GAP + x * step, top))
     return canvas
 
 
@@ -73,7 +63,7 @@ def stack(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def note(text: str, width: int) -> Image.Image:
-    """Words on a strip of `width` pixels, in as many lines as they take."""
+    """Text on a strip of `width` pixels, in as many lines as it takes."""
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     lines = [""]
     for word in text.split():

@@ -1,6 +1,6 @@
 """Label maps in colour: a palette, overlays on the image, a legend of the classes that occur.
 
-Label maps are (H, W) uint8 with IGNORE where nothing counts; pictures are PIL images.
+Label maps are (H, W) uint8, IGNORE for pixels that do not count; pictures are PIL images.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def overlay(image: Image.Image, labels_HW: np.ndarray, classes: int) -> Image.Im
 
 
 def legend(present: Sequence[int], names: Sequence[str], width: int) -> Image.Image:
-    """A strip of swatches with names, as wide as `width` pixels, as high as it must be."""
+    """A strip of swatches with names, `width` pixels wide, as high as needed."""
     font, colours = ImageFont.load_default(), palette(len(names))
     entries = [(names[i].split(",")[0].strip(), tuple(int(c) for c in colours[i])) for i in present if i != IGNORE]
     if IGNORE in present:

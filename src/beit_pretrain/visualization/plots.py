@@ -34,10 +34,8 @@ def save(made: Any, path: Path) -> Path:
 def curves_plot(runs: Mapping[str, Path], path: Path, metrics: Sequence[str] | None = None) -> Path:
     """Curves of several runs in one picture: {name: its metrics.csv}; a colour for each run.
 
-    Without `metrics`, loss and accuracy, of training (solid) and of held-out images (dashed), under two names where a
-    run has no measure of both; with them, one axis for each metric of that name.
-
-    Raises ValueError if no run has one of them.
+    `metrics`: one axis for each; None = loss and accuracy, of training (solid) and of held-out images (dashed), two
+    measures with two names if a run has none of both. Raises ValueError if no run has any of the metrics.
     """
     known = {name: read_rows(file)[0] for name, file in runs.items()}
     panels: list[tuple[str, list[tuple[str, ...]]]] = [(metric, [(metric,)]) for metric in metrics or ()]
@@ -51,8 +49,8 @@ def curves_plot(runs: Mapping[str, Path], path: Path, metrics: Sequence[str] | N
         for number, (name, file) in enumerate(runs.items()):
             drawn = {metric: f"{name}: {metric.split('/')[-1]}" for metric in alike(known[name], groups)}
             for place, (metric, label) in enumerate(drawn.items()):
-                said = label in list(drawn.values())[:place]  # then the title tells the two apart
-                draw(axes, file, metric, None if said else label, f"C{number % 10}")
+                named = label in list(drawn.values())[:place]  # then the title tells the two apart
+                draw(axes, file, metric, None if named else label, f"C{number % 10}")
         axes.set(title=title if metrics else f"{title} (solid: training, dashed: held out)", xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -60,7 +58,7 @@ def curves_plot(runs: Mapping[str, Path], path: Path, metrics: Sequence[str] | N
 
 
 def alike(columns: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
-    """One metric of each group: the same measure, the first that a run has in all of them, else the first of each."""
+    """One metric of each group: the first measure that a run has in all groups, else the first that it has in each."""
     both = next((list(metrics) for metrics in zip(*groups, strict=True) if all(m in columns for m in metrics)), None)
     return both or [metric for group in groups if (metric := first(columns, group))]
 
@@ -71,7 +69,7 @@ def first(columns: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def draw(axes: Any, file: Path, metric: str, label: str | None, colour: str) -> None:
-    """One line: solid for training, dashed with dots for what is measured seldom."""
+    """One line: solid for training, dashed with dots for held-out images."""
     steps, values = curve(file, metric)
     held_out = metric.startswith("val/")
     style = {"linestyle": STYLES["val" if held_out else "train"], "marker": "o" if held_out else None}

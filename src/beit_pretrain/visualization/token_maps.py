@@ -1,4 +1,4 @@
-"""Token maps: which visual token stands for which patch, in colours and numbers.
+"""Token maps: the visual token of each patch, as a colour and a number.
 
 Shapes: B batch, C channels, H W pixels, N patches.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H W pixels, N patches.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -20,28 +21,24 @@ SMALLEST = 26  # pixels of a square in which one can be read
 
 
 def token_map(ids_N: Tensor, vocab_size: int, cell: int = CELL, hidden_N: Tensor | None = None) -> Image.Image:
-    """The ids of a square grid: a colour for each token, its number where there is room; hidden ones are grey."""
+    """The ids of a square grid: a colour for each token, its number if there is room; hidden ones are grey."""
     side = math.isqrt(len(ids_N))
     ids = ids_N.cpu().view(side, side).numpy()
     colours = palette(vocab_size)[ids]
     hidden = np.zeros_like(ids, bool) if hidden_N is None else hidden_N.cpu().view(side, side).numpy()
     colours[hidden] = round(255 * grids.GREY)
     picture = Image.fromarray(colours).resize((cell, cell), Image.Resampling.NEAREST)
-    square = cell / side
-    if square >= SMALLEST:
-        draw = ImageDraw.Draw(picture)
-        for (row, column), number in np.ndenumerate(ids):
-            centre = ((column + 0.5) * square, (row + 0.5) * square)
-            if not hidden[row, column]:
-                draw.text(
-                    centre,
-                    str(number),
-                    fill="white",
-                    anchor="mm",
-                    font=grids.font(NUMBERS),
-                    stroke_width=1,
-                    stroke_fill="black",
-                )
+    square, draw = cell / side, ImageDraw.Draw(picture)
+    style: dict[str, Any] = {
+        "fill": "white",
+        "anchor": "mm",
+        "font": grids.font(NUMBERS),
+        "stroke_width": 1,
+        "stroke_fill": "black",
+    }
+    for (row, column), number in np.ndenumerate(ids):
+        if square >= SMALLEST and not hidden[row, column]:
+            draw.text(((column + 0.5) * square, (row + 0.5) * square), str(number), **style)
     return picture
 
 

@@ -1,4 +1,4 @@
-"""What a make refuses: values that cannot be right, sources that would count twice or have changed, targets in use."""
+"""Checks before and after `shards make`: invalid values, sources that count twice or have changed, targets in use."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from typing import Any
 from beit_pretrain.data.manifest import MANIFEST, read_manifest
 from beit_pretrain.data.write.file_index import Listing, distinct_names, source_units
 from beit_pretrain.data.write.sample_encoder import Settings
-from beit_pretrain.data.write.staging import show
+from beit_pretrain.data.write.staging import difference, show
 from beit_pretrain.errors import UserError
+
+OTHER_OUT = "choose another out=, or delete it first"
 
 
 def check_arguments(sources: list[str], split: str, num_workers: int | None, settings: Settings) -> None:
-    """Raise UserError for a value that cannot be right."""
+    """Raise UserError for an invalid value."""
     s = settings
     drawn = "synthetic" in sources
     rising = all(a < b for a, b in [s.percentiles, s.window or (0, 1)])
+    named = split and Path(split).name == split and not split.startswith(".")
     wrong = {
         f"val must be at least 0 and below 1, got {s.val}": not 0 <= s.val < 1,
         "val above 0 writes train and val; leave split= out": s.val > 0 and split != "train",
-        f"split must be a plain folder name, got {show(split)}": not split
-        or Path(split).name != split
-        or split.startswith("."),
+        f"split must be a plain folder name, got {show(split)}": not named,
         f"samples_per_shard must be 1 or more, got {s.samples_per_shard}": s.samples_per_shard < 1,
         f"seed must be at least 0 and below 2^63, got {s.seed}": not 0 <= s.seed < 2**63,
         f"resize must be 1 pixel or more, or null, got {s.resize}": s.resize is not None and s.resize < 1,
@@ -48,22 +49,21 @@ def check_arguments(sources: list[str], split: str, num_workers: int | None, set
 def check_sources(sources: list[str], out: Path) -> None:
     """Raise UserError for sources that would be read twice, and for a target inside a source."""
     folders = [Path(source).resolve() for source in sources if source != "synthetic"]
-    if len(set(folders)) < len(folders):
-        raise UserError("src names a source twice; its images would count twice")
     known = set(folders)
+    if len(known) < len(folders):
+        raise UserError("src names a source twice; its images would count twice")
     for folder in folders:
         if outer := known.intersection(folder.parents):
             raise UserError(f"src={folder} lies inside src={min(outer)}; its images would count twice")
-    for folder in folders:
         if folder.is_dir() and out.resolve().is_relative_to(folder):  # the next run would take the shards for sources
             raise UserError(f"out={out} lies inside src={folder}; choose an out= elsewhere")
 
 
 def check_unchanged(work: Path, sources: list[str], split: str, images: int) -> None:
-    """Raise UserError for a source that is not as it was when the half-done run listed it."""
-    advice = f"since the half-done run in {work} began; delete that folder to start anew"
+    """Raise UserError for a source that has changed since the half-done run listed it."""
+    advice = f"since the half-done run in {work} began; delete that folder to start again"
     listed = iter(Listing(work / "listing").units)
-    with redirect_stderr(io.StringIO()):  # what was left out has been said when it was listed
+    with redirect_stderr(io.StringIO()):  # warnings were printed when it was listed
         for unit in source_units(sources, split, images):
             before = next(listed, None)
             if before is not None and unit.path != before.path and before.path and not os.path.exists(before.path):
@@ -78,43 +78,34 @@ def check_unchanged(work: Path, sources: list[str], split: str, images: int) -> 
 
 def check_targets(out: Path, names: list[str], settings: Settings, sources: list[str], half_done: bool) -> bool:
     """Whether the targets hold finished shards of the same settings. Raises UserError if they hold anything else."""
-    advice = "choose another out=, or delete it first"
     finished = []
+    now = provenance(sources, settings)
+    now |= now.pop("settings")
     for target in (out / name for name in names):
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             continue
         if half_done or not (target / MANIFEST).is_file():
-            raise UserError(f"{target} exists and is not empty; {advice}")
-        manifest = read_manifest(target)
-        now = {"seed": settings.seed, "source": source_name(sources), **chosen(sources, settings)}
-        made = {"seed": manifest["seed"], "source": manifest["source"], **manifest["settings"]}
-        for key in now:
-            if made.get(key) != now[key]:
-                raise UserError(
-                    f"{target} holds shards with {key}={show(made.get(key))}, not {show(now[key])}; {advice}"
-                )
+            raise UserError(f"{target} exists and is not empty; {OTHER_OUT}")
+        made = read_manifest(target)
+        before = {"seed": made["seed"], "source": made["source"], **made["settings"]}
+        if differs := difference({key: before.get(key) for key in now}, now):
+            raise UserError(f"{target} holds shards with {differs}; {OTHER_OUT}")
         finished.append(target)
     if 0 < len(finished) < len(names):
-        raise UserError(f"{finished[0]} exists and is not empty; {advice}")
+        raise UserError(f"{finished[0]} exists and is not empty; {OTHER_OUT}")
     return bool(finished)
 
 
 def check_same_listing(out: Path, names: list[str], about: dict[str, Any]) -> None:
     """Raise UserError if the finished targets were made from other files."""
-    for name in names:
-        manifest = read_manifest(out / name)
-        if any(manifest.get(key) != value for key, value in about.items()):
-            raise UserError(
-                f"{out / name} holds shards of other files or classes; choose another out=, or delete it first"
-            )
+    for target in (out / name for name in names):
+        if not about.items() <= read_manifest(target).items():
+            raise UserError(f"{target} holds shards of other files or classes; {OTHER_OUT}")
 
 
-def chosen(sources: list[str], settings: Settings) -> dict[str, Any]:
-    """The settings that the manifest tells."""
-    left_out = {"seed"} if sources == ["synthetic"] else {"seed", "images", "size"}
-    return {name: value for name, value in settings._asdict().items() if name not in left_out}
-
-
-def source_name(sources: list[str]) -> str:
-    """The sources' names alone: paths would differ from machine to machine."""
-    return ", ".join(distinct_names([Path(source).resolve() for source in sources]))
+def provenance(sources: list[str], settings: Settings) -> dict[str, Any]:
+    """Seed, source and settings for the manifest: the sources' names alone, as paths differ between machines."""
+    unused = {"seed"} if sources == ["synthetic"] else {"seed", "images", "size"}
+    chosen = {name: value for name, value in settings._asdict().items() if name not in unused}
+    names = distinct_names([Path(source).resolve() for source in sources])
+    return {"seed": settings.seed, "source": ", ".join(names), "settings": chosen}

@@ -1,4 +1,4 @@
-"""A contact sheet of a shard folder: what a person looks at before training from it."""
+"""Contact sheet of a shard folder: a look at the images and classes before training."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def contact_sheet(folder: str | Path, path: str | Path, columns: int = 8, rows: 
 
 
 def _small(data: bytes, cell: int, max_pixels: int) -> Image.Image:
-    """An image file within a square of `cell` pixels, or a sign that it cannot be decoded."""
+    """An image file within a square of `cell` pixels, or a note that it cannot be decoded."""
     try:
         with open_image(data, max_pixels) as image:
             return ImageOps.contain(to_rgb(image), (cell, cell))
     except Exception as error:  # Pillow's decoders raise nearly everything on broken files
         stop_if_memory_was_short(error, "a sample")
-        sign = Image.new("RGB", (cell, cell), "lightgrey")
-        ImageDraw.Draw(sign).text((4, cell // 2 - 6), "not decoded", "black", ImageFont.load_default(10))
-        return sign
+        note = Image.new("RGB", (cell, cell), "lightgrey")
+        ImageDraw.Draw(note).text((4, cell // 2 - 6), "not decoded", "black", ImageFont.load_default(10))
+        return note

@@ -1,7 +1,7 @@
-"""Take over existing WebDataset tars as they are: an index beside each and a manifest, without writing them again.
+"""Indexes existing WebDataset tars: an index for each and a manifest; the tars are not copied or changed.
 
 A sample of such a tar is an image with a `.cls` (class number) of the same key, if it is labelled
-(`manifest.scan_shard`). Nothing is decoded: what does not decode shows in training.
+(`manifest.scan_shard`). Nothing is decoded: images that do not decode are handled in training.
 """
 
 from __future__ import annotations
@@ -16,19 +16,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from beit_pretrain.data.manifest import (
-    MANIFEST,
-    REJECTED,
-    SHARD_NAME,
-    ShardScan,
-    index_path,
-    scan_shard,
-    shard_entry,
-    write_manifest,
-)
-from beit_pretrain.data.sources import COMPRESSED_TARS
-from beit_pretrain.data.write.shard_writer import write_index
+from beit_pretrain.data import manifest
+from beit_pretrain.data.manifest import MANIFEST, REJECTED
+from beit_pretrain.data.sources import COMPRESSED, COMPRESSED_TARS
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import discard
 from beit_pretrain.processes import cores, in_order
 from beit_pretrain.transforms.image_io import MAX_PIXELS
 
@@ -41,9 +33,9 @@ def index_shards(
     `out`: a folder for indices, manifest and links to the tars; None = beside the tars. `classes`: file with the class
     names, a line each, in the order of their numbers; None = the numbers themselves. `workers`: None = all cores.
 
-    The manifest comes last: a killed run is started again; a failed one leaves nothing behind. Images that are left out
-    (empty, or further ones of a sample) are counted in a warning. Raises UserError for a folder that holds no such tars
-    or a manifest already, for a tar that cannot be read, named in a manifest or holds no sample, and if the folder
+    The manifest comes last: rerun the same command after a kill; a failure leaves nothing behind. Images that are left
+    out (empty, or further ones of a sample) are counted in a warning. Raises UserError for a folder that holds no such
+    tars or a manifest already, for a tar that cannot be read, named in a manifest or holds no sample, and if the folder
     cannot be written.
     """
     src = Path(src).expanduser()
@@ -51,30 +43,18 @@ def index_shards(
     folder = src if out is None else Path(out).expanduser()
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder} has a {MANIFEST} already; see: shards verify src={folder}")
-    with _undone(folder, tars):
-        folder.mkdir(parents=True, exist_ok=True)
-        entries, labels, masks, left_out = [], [], False, 0
+    with _staged(folder) as temporary:
         with in_order(min(num_workers or cores(), len(tars))) as run:
-            found = run(partial(_index, folder), tars)
-            for entry, (index, omitted) in tqdm(found, total=len(tars), unit=" shards", desc="index"):
-                entries.append(entry)
-                labels.append(index["label"].astype(np.int64))
-                masks |= bool(index["segmentation_size"].any())
-                left_out += omitted
-        names = _class_names(max(int(label.max()) for label in labels) + 1, classes)
-        (folder / REJECTED).write_text("")
-        write_manifest(
-            folder,
-            entries,
-            np.concatenate(labels),
-            names,
-            segmentation=masks,
-            seed=0,
-            source=src.resolve().name,
-            settings={"max_pixels": MAX_PIXELS},
-        )
-    if left_out:
-        print(f"warning: left out {left_out:,} images: empty, or further ones of a sample", file=sys.stderr)
+            found = run(partial(_index, folder, temporary), tars)
+            done = [*tqdm(found, total=len(tars), unit=" shards", desc="index")]
+        entries, each_labels, masks, left_out = zip(*done, strict=True)
+        labels = np.concatenate(each_labels)
+        names = _class_names(int(labels.max()) + 1, classes)
+        (temporary / REJECTED).write_text("")
+        made_from = {"source": src.resolve().name, "settings": {"max_pixels": MAX_PIXELS}}
+        manifest.write_manifest(temporary, list(entries), labels, names, segmentation=any(masks), **made_from)
+    if omitted := sum(left_out):
+        print(f"warning: left out {omitted:,} images: empty, or further ones of a sample", file=sys.stderr)
     return folder
 
 
@@ -85,56 +65,57 @@ def _tars(src: Path) -> list[Path]:
     if not tars:
         said = "give the folder of the WebDataset shards"
         if compressed := [path for path in files if path.name.lower().endswith(COMPRESSED_TARS)]:
-            said = f"{compressed[0].name} is compressed, which allows no random access; decompress it first"
+            said = f"{compressed[0].name} {COMPRESSED}"
         elif inner := [path for path in files if path.is_dir() and any(path.glob("*.tar"))]:
             said = f"its folder {inner[0].name} does: give src={inner[0]}"
         raise UserError(f"src={src} holds no tars; {said}")
-    for tar in tars:
-        if not SHARD_NAME.fullmatch(tar.name):
-            rule = "begins with a letter, a digit or _ and has no colon, backslash or control character"
-            raise UserError(f"{str(tar)!r} must be renamed: the name of a shard {rule}")
+    if wrong := [path for path in tars if not manifest.SHARD_NAME.fullmatch(path.name)]:
+        rule = "begins with a letter, a digit or _ and has no colon, backslash or control character"
+        raise UserError(f"{str(wrong[0])!r} must be renamed: the name of a shard {rule}")
     return tars
 
 
 @contextmanager
-def _undone(folder: Path, tars: list[Path]) -> Iterator[None]:
-    """Remove what the block has written, and the folders that it has made, if it fails.
+def _staged(folder: Path) -> Iterator[Path]:
+    """Lend a temporary folder whose files go into `folder`, the manifest last, if the block succeeds.
 
-    Raises UserError, with the folder's name, if it fails since that cannot be written.
+    If not, nothing is left, neither of folders that did not exist. An OSError becomes a UserError.
     """
-    ours = [folder / name for name in (REJECTED, MANIFEST, *(tar.name for tar in tars))]
-    ours += [index_path(folder / tar.name) for tar in tars]
-    new = [path for path in ours if not path.exists() and not path.is_symlink()]
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    temporary = folder / ".indexing"
     try:
-        yield
-    except BaseException as error:
-        with suppress(OSError):  # what went wrong first is what counts
-            for path in new:
-                path.unlink(missing_ok=True)
+        discard(temporary)  # left by a process that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == MANIFEST):
+            file.replace(folder / file.name)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            discard(temporary)
             for path in made:
-                path.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
-        raise
+                path.rmdir()  # unless it holds the files
 
 
-def _index(folder: Path, tar: Path) -> tuple[dict[str, Any], ShardScan]:
-    """Link (if `folder` is another) and index a tar; its entry in the manifest, and what was found in it."""
+def _index(folder: Path, temporary: Path, tar: Path) -> tuple[dict[str, Any], np.ndarray, bool, int]:
+    """Link (if `folder` is another) and index a tar: its entry, labels, whether it has masks, images left out."""
     shard = folder / tar.name
-    if folder.resolve() != tar.parent.resolve() and not (shard.is_symlink() and shard.resolve() == tar.resolve()):
-        if shard.is_symlink() or shard.exists():
+    if folder.resolve() != tar.parent.resolve():
+        ours = shard.is_symlink() and shard.resolve() == tar.resolve()
+        if not ours and (shard.is_symlink() or shard.exists()):
             raise UserError(f"{shard} exists already; choose another out=")
-        shard.symlink_to(tar.resolve())
-    found = scan_shard(shard)
-    if not len(found.rows):
+        (temporary / tar.name).symlink_to(tar.resolve())
+    rows, left_out = manifest.scan_shard(tar)
+    if not len(rows):
         raise UserError(f"{tar} holds no image with a name that says so (.jpg, .png, ...)")
-    write_index(shard, found.rows)
-    return shard_entry(shard, len(found.rows)), found
+    manifest.write_index(temporary / tar.name, rows)
+    masks = bool(rows["segmentation_size"].any())
+    return manifest.shard_entry(tar, len(rows)), rows["label"].copy(), masks, left_out
 
 
 def _class_names(count: int, file: str | Path | None) -> list[str]:
-    """Names of the classes 0, 1, ... Raises UserError if the file names too few."""
+    """Names of the classes 0, 1, ... Raises UserError if the file has too few."""
     if file is None:
         return [str(number) for number in range(count)]
     try:

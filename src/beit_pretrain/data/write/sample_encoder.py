@@ -1,13 +1,14 @@
-"""What is stored of one image: read, decoded in full once, shrunk or brought to 8 bits where that is asked for.
+"""The stored members of one image: read, decoded in full once, shrunk or brought to 8 bits where that is asked for.
 
-A file that is no usable image raises what Pillow raises, and is rejected. One that cannot be read raises UserError,
-since another time it could be.
+A file that is no usable image raises what Pillow raises, and is rejected. One that cannot be read raises UserError: the
+next time it may be readable.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,37 +18,28 @@ from PIL import Image
 from beit_pretrain.data import cifar
 from beit_pretrain.data.sources import Candidate, read_candidate
 from beit_pretrain.data.write import synthetic
+from beit_pretrain.data.write.staging import KEPT
 from beit_pretrain.errors import UserError
+from beit_pretrain.transforms import image_io as reading
 from beit_pretrain.transforms import mean_color_grid as tiles
-from beit_pretrain.transforms.image_io import (
-    EXTENSIONS,
-    IntensityWindow,
-    alpha_of,
-    deep_grey_and_alpha,
-    has_deep_colours,
-    is_deep,
-    is_grey,
-    open_image,
-    to_grey8,
-    to_rgb,
-)
+from beit_pretrain.transforms.image_io import MAX_PIXELS, IntensityWindow, is_deep, open_image, to_grey8, to_rgb
 
 LARGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 
 
 class Settings(NamedTuple):
-    """What determines the bytes of the shards, apart from the source."""
+    """The settings on which the bytes of the shards depend, besides the source."""
 
-    samples_per_shard: int
-    seed: int
-    val: float
-    resize: int | None
-    quality: int
-    window: list[float] | None
-    percentiles: list[float]
-    max_pixels: int
-    images: int
-    size: int
+    samples_per_shard: int = 1000
+    seed: int = 0
+    val: float = 0.0  # share of every class held out, before decoding; images without a class or alone in it are pooled
+    resize: int | None = None  # images whose shorter side has more pixels are shrunk to it; others keep their bytes
+    quality: int = 92  # of shrunk images: JPEG without EXIF, or PNG if not opaque or too long for a JPEG
+    window: Sequence[float] | None = None  # values of grey images (all kinds, with alpha too) that become 0 and 255
+    percentiles: Sequence[float] = (0.5, 99.5)  # the same by each image's own values, if it has more than 8 bits
+    max_pixels: int = MAX_PIXELS
+    images: int = 10000  # of the synthetic set
+    size: int = 96  # pixels a side of the synthetic images
 
     @property
     def levels(self) -> IntensityWindow:
@@ -57,14 +49,17 @@ class Settings(NamedTuple):
 
 
 def sample_members(candidate: Candidate, label: int, settings: Settings) -> dict[str, bytes]:
-    """The members of a sample by extension. Raises whatever Pillow raises for a file that is not a usable image.
+    """The members of a sample by extension. Raises whatever Pillow raises for a file that is no usable image.
 
-    Raises UserError if the file cannot be read, which says nothing of the image.
+    Raises UserError if the file cannot be read, which is no fault of the image.
     """
     about: dict[str, Any] = {"source": candidate.key}
     if candidate.kind == "synthetic":
         drawn = synthetic.draw(candidate.offset, settings.seed, settings.size)
-        members = {"jpg": drawn.jpeg(settings.quality), "seg.png": drawn.segmentation_png()}
+        members = {
+            "jpg": _saved(Image.fromarray(drawn.pixels), "JPEG", quality=settings.quality),
+            "seg.png": _saved(Image.fromarray(drawn.segmentation), "PNG"),
+        }
         about |= {"shape": drawn.shape, "background": drawn.background}
     else:
         members = _image_members(candidate, settings, about)
@@ -89,7 +84,7 @@ def _image_members(candidate: Candidate, settings: Settings, about: dict[str, An
             # With these marks decoding.py decodes a crop's rows alone.
             marks = {"restart_marker_rows": 1, "comment": tiles.comment(image)}
             extension, data = "jpg", _saved(image, "JPEG", quality=settings.quality, **marks)
-    if not extension:  # not as the source has it, and not to be lost again
+    if not extension:  # not the source's bytes; lossless
         image.info.pop("transparency", None)  # a colour that new pixels may have by chance
         extension, data = "png", _saved(image, "PNG")
     members = {extension: data}
@@ -99,39 +94,36 @@ def _image_members(candidate: Candidate, settings: Settings, about: dict[str, An
 
 
 def _read(candidate: Candidate, max_pixels: int) -> bytes:
-    """The bytes of a file. Raises OSError for a link that led nowhere when it was listed already, ValueError for what
-    is not to be read, UserError for whatever else cannot be."""
+    """The bytes of a file. Raises UserError if it cannot be read, ValueError for what is not to be read, OSError for a
+    link that led nowhere when it was listed already."""
     try:
         return read_candidate(candidate, max_pixels)
     except OSError as error:
-        if candidate.size == -1:
-            raise
-        raise _unreadable(candidate.path, error) from None
+        raise error if candidate.size == -1 else _unreadable(candidate.path, error) from None
 
 
 def _unreadable(path: str, error: OSError) -> UserError:
-    kept = "what is finished is kept: give the same command again"
-    return UserError(f"{path} cannot be read: {error.strerror or error}; {kept}")
+    return UserError(f"{path} cannot be read: {error.strerror or error}; {KEPT}")
 
 
 def _decoded(data: bytes, settings: Settings, about: dict[str, Any]) -> tuple[Image.Image, str]:
-    """An image decoded in full, L or RGB, with A where that tells something and the bytes are not kept; the extension
-    under which they may be, "" = they may not. Adds to `about` the values that became 0 and 255, or that it is deep."""
-    if (both := deep_grey_and_alpha(data, settings.max_pixels)) is not None:
+    """An image decoded in full, L or RGB, with A if it is not opaque and the file's bytes are not kept; the extension
+    under which they can be kept, "" = they cannot. Adds to `about` the values that became 0 and 255, or its 16 bits."""
+    if (both := reading.deep_grey_and_alpha(data, settings.max_pixels)) is not None:
         grey, about["window"] = to_grey8(both[0], settings.levels)
         return Image.merge("LA", (grey, both[1])), ""
     with open_image(data, settings.max_pixels) as image:
-        if has_deep_colours(image):
+        if reading.has_deep_colours(image):
             about["bits"] = 16
         image.load()
-        extension, deep = EXTENSIONS[image.format or ""], is_deep(image)
-        if deep or (settings.window and is_grey(image)):
+        extension, deep = reading.EXTENSIONS[image.format or ""], is_deep(image)
+        if deep or (settings.window and reading.is_grey(image)):
             stored, about["window"] = to_grey8(image if deep else image.convert("L"), settings.levels)
             extension = ""
-        else:  # conversion may fail, too, and the reader will do the same
+        else:  # conversion may fail, too; readers convert in the same way
             stored = image.convert("L") if image.mode in ("L", "LA") else to_rgb(image)
         shrunk = settings.resize is not None and min(image.size) > settings.resize
-        if (shrunk or not extension) and not deep and (alpha := alpha_of(image)) is not None:
+        if (shrunk or not extension) and not deep and (alpha := reading.alpha_of(image)) is not None:
             stored = Image.merge(f"{stored.mode}A", (*stored.split(), alpha))
     return stored, extension
 

@@ -1,4 +1,4 @@
-"""Which classes there are, which files go to which split, and in which order: before anything is decoded."""
+"""Classes, order and train/val split of the listed files, before anything is decoded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from beit_pretrain.errors import UserError
 
 
 def class_names(listing: Listing, sources: list[str], out: Path, split: str) -> list[str]:
-    """Sorted names; for a split added beside `train`, those of `train`, so that labels agree. Raises UserError."""
+    """Sorted names; for a split beside an existing `train`, its names, so that labels agree. Raises UserError."""
     if sources == ["synthetic"]:
-        return list(synthetic.TEXTURES)  # all of them, however few the images: the masks' values rest on them
+        return list(synthetic.TEXTURES)  # all, however few the images: the masks' values rest on them
     names = sorted(listing.classes)
     if split == "train" or not names or not (out / "train" / MANIFEST).exists():
         return names
@@ -25,16 +25,10 @@ def class_names(listing: Listing, sources: list[str], out: Path, split: str) -> 
     return known
 
 
-def permutation(count: int, seed: int) -> np.ndarray:
-    """A seeded order of 0 ... count - 1."""
-    # By sorting raw draws: numpy promises these for ever, but not what Generator.permutation makes of them.
-    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
-
-
 def validation_part(labels: np.ndarray, val: float) -> np.ndarray:
-    """Mark the first `val` of each class, one image or more, but never a class's last. Raises UserError if none is.
+    """Mark the first share `val` of each class: at least one image, never all. Raises UserError if none can be.
 
-    Images without a class (-1) or alone in theirs are pooled as if of one class, which need not give any if others do.
+    Images without a class (-1) or alone in theirs are pooled as one class, of which none need be marked if others are.
     """
     chosen = np.zeros(len(labels), bool)
     if val == 0:
@@ -49,3 +43,11 @@ def validation_part(labels: np.ndarray, val: float) -> np.ndarray:
     if not chosen.any():
         raise UserError(f"val={val} leaves nothing to validate on: there is only one image")
     return chosen
+
+
+def split_rows(labels: np.ndarray, names: list[str], val: float, seed: int) -> dict[str, np.ndarray]:
+    """Rows of the listing, whose class indices are `labels`, in the order of each split. Raises UserError."""
+    # By sorting raw draws: numpy guarantees these forever, but not the result of Generator.permutation.
+    order = np.argsort(np.random.PCG64(seed).random_raw(len(labels)), kind="stable")
+    in_val = validation_part(labels[order], val)
+    return {name: order[in_val == (val > 0 and name == "val")] for name in names}

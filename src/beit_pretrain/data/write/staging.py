@@ -1,8 +1,8 @@
-"""The hidden folder in which shards are made: what a killed run left there is gone on with, and published whole.
+"""The hidden folder in which shards are made: a killed run can be resumed, and a split is published as a whole.
 
 OUT/.making/lock          held while a process works
 OUT/.making/plan.json     settings and sources; written once everything is listed
-OUT/.making/listing/      what is to be read, and in which order (listing.py)
+OUT/.making/listing/      the files to read, and their order (listing.py)
 OUT/.making/reports-*/    a report per finished shard
 OUT/.making/train/, val/  the shards; become OUT/train, OUT/val when all are finished
 """
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from beit_pretrain import fileio
-from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.errors import UserError
 
 WORK = ".making"
+KEPT = "what is finished is kept; rerun the same command to resume"
 
 
 @contextmanager
 def work_folder(out: Path) -> Iterator[Path]:
-    """Lend `out/.making`, locked. What is in it stays if the block fails, unless nothing was planned yet.
+    """Lend `out/.making`, locked. If the block fails, its content stays once there is a plan.
 
     Raises UserError if another process works there, or it cannot be written.
     """
@@ -42,16 +42,16 @@ def work_folder(out: Path) -> Iterator[Path]:
                 if not (work / "plan.json").exists():
                     shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        kept = "; what is finished is kept: give the same command again" if (work / "plan.json").exists() else ""
+        kept = f"; {KEPT}" if (work / "plan.json").exists() else ""
         raise UserError(f"cannot write shards to {out}: {error.strerror or error}{kept}") from None
     finally:
         for folder in made:
-            with suppress(OSError):  # not empty, as all went well or is to be gone on with
+            with suppress(OSError):  # not empty: finished, or to be resumed
                 folder.rmdir()
 
 
 def read_plan(work: Path) -> dict[str, Any] | None:
-    """The plan of a half-done run; None if there is none (then whatever else is there goes)."""
+    """The plan of a half-done run; None if there is none (then everything else is removed)."""
     try:
         plan: dict[str, Any] = json.loads((work / "plan.json").read_bytes())
         return plan
@@ -62,19 +62,19 @@ def read_plan(work: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_plan(work: Path, plan: dict[str, Any]) -> None:
-    """Say what is being made: from now on the folder is gone on with."""
-    fileio.atomic_write(work / "plan.json", json.dumps(plan), durable=True)
-
-
 def check_same(work: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError, by name, for the first setting that differs between the half-done run and this one."""
+    """Raise UserError for the first setting that differs between the half-done run and this one."""
+    if differs := difference(before, now):
+        advice = "give the same settings to resume it, or delete that folder to start again"
+        raise UserError(f"{work} holds a half-done run with {differs}; {advice}")
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """`key=old, not new` of the first key, by name, whose values differ."""
     for key in sorted(before.keys() | now.keys()):
         if (old := before.get(key)) != (new := now.get(key)):
-            raise UserError(
-                f"{work} holds a half-done run with {key}={show(old)}, not {show(new)}; give the same settings to go "
-                "on with it, or delete that folder to start anew"
-            )
+            return f"{key}={show(old)}, not {show(new)}"
+    return None
 
 
 def show(value: Any) -> str:
@@ -93,13 +93,8 @@ def publish(work: Path, name: str, out: Path) -> None:
     os.rename(work / name, out / name)
 
 
-def is_published(work: Path, name: str, out: Path) -> bool:
-    """Whether a split of the half-done run is at its place already."""
-    return not (work / name).exists() and (out / name / MANIFEST).is_file()
-
-
 def close(work: Path) -> None:
-    """Remove the work folder: the plan last, so that whoever finds a plan can go on."""
+    """Remove the work folder: the plan last, so that a run with a plan can always be resumed."""
     for path in work.iterdir():
         if path.name not in ("plan.json", "lock"):
             fileio.discard(path)

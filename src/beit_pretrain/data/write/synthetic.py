@@ -1,15 +1,14 @@
 """A labelled synthetic image set, shapes x textures x backgrounds: for the demo, the tests, first steps without data.
 
-Every image shows one large textured shape on a background. The *texture* names the class: it fills most of the
-picture, so neighbouring patches predict each other (what masked image modelling learns from) and the label is in
-what they share. Shape, background, colours, orientation, scale and position vary and are recorded beside the image.
+Every image shows one large textured shape on a background. The *texture* is the class: it fills most of the image, so
+neighbouring patches predict each other, from which masked image modelling learns, and they share what tells the class.
+Shape, background, colours, orientation, scale and position vary; shape and background are stored beside the image.
 Image `i` depends on `(seed, i)` alone, so a set can be drawn in parallel and in any order.
 """
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,8 +17,8 @@ TEXTURES = ("bricks", "checks", "dots", "grid", "rays", "rings", "scales", "stri
 SHAPES = ("disk", "square", "triangle", "ring", "cross")
 BACKGROUNDS = ("plain", "gradient", "clouds")
 
-# Two-colour palettes (ink, paper) as RGB. Few on purpose: colour says nothing about the class, and a small
-# network that may describe an image by its colours will not learn its structure.
+# Two-colour palettes (ink, paper) as RGB. Few on purpose: colour says nothing about the class, and a small network that
+# could describe an image by its colours would not learn its structure.
 PALETTES = (
     ((28, 42, 92), (236, 226, 202)),
     ((140, 38, 44), (240, 212, 178)),
@@ -28,27 +27,13 @@ PALETTES = (
 )
 
 
-@dataclass(frozen=True)
-class SyntheticImage:
+class SyntheticImage(NamedTuple):
     """One drawn image: `pixels` (H, W, 3) uint8, `segmentation` (H, W) uint8 (0 = background, 1 + class inside)."""
 
     pixels: np.ndarray
     segmentation: np.ndarray
-    label: int
     shape: str
     background: str
-
-    def jpeg(self, quality: int = 90) -> bytes:
-        """The image as JPEG bytes."""
-        buffer = io.BytesIO()
-        Image.fromarray(self.pixels).save(buffer, "JPEG", quality=quality)
-        return buffer.getvalue()
-
-    def segmentation_png(self) -> bytes:
-        """The segmentation mask as PNG bytes (ids as they stand in `segmentation`)."""
-        buffer = io.BytesIO()
-        Image.fromarray(self.segmentation).save(buffer, "PNG", optimize=False)
-        return buffer.getvalue()
 
 
 def draw(index: int, seed: int = 0, size: int = 96) -> SyntheticImage:
@@ -68,7 +53,7 @@ def draw(index: int, seed: int = 0, size: int = 96) -> SyntheticImage:
     pixels = foreground * inside[..., None] + _background(background, x, y, rng) * (1 - inside[..., None])
     pixels = np.clip(pixels + rng.normal(0, 3, pixels.shape), 0, 255).astype(np.uint8)
     segmentation = np.where(inside > 0.5, label + 1, 0).astype(np.uint8)
-    return SyntheticImage(pixels, segmentation, label, shape, background)
+    return SyntheticImage(pixels, segmentation, shape, background)
 
 
 def _soft(distance: np.ndarray, width: float) -> np.ndarray:
@@ -85,17 +70,12 @@ def _shape_distance(shape: str, x: np.ndarray, y: np.ndarray, rng: np.random.Gen
     """Signed distance (negative inside) to a large shape about the origin, in units of the image side."""
     x, y = _rotate(x, y, rng.uniform(0, 2 * np.pi))
     radius = rng.uniform(0.42, 0.56)
-    if shape == "disk":
-        return np.hypot(x, y) - radius
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - radius * 0.85
-    if shape == "triangle":
-        return np.maximum(-y, 0.5 * y + 0.866 * abs(x)) - radius * 0.62
-    if shape == "ring":
-        r = np.hypot(x, y)
-        return np.maximum(r - radius, radius * 0.22 - r)
-    arm = radius * 0.5  # cross
-    return np.minimum(np.maximum(abs(x) - arm, abs(y) - radius), np.maximum(abs(y) - arm, abs(x) - radius))
+    arm, r, across, along = radius * 0.5, np.hypot(x, y), abs(x), abs(y)
+    cross = np.minimum(np.maximum(across - arm, along - radius), np.maximum(along - arm, across - radius))
+    triangle = np.maximum(-y, 0.5 * y + 0.866 * across) - radius * 0.62
+    square = np.maximum(across, along) - radius * 0.85
+    ring = np.maximum(r - radius, radius * 0.22 - r)
+    return {"disk": r - radius, "square": square, "triangle": triangle, "ring": ring, "cross": cross}[shape]
 
 
 def _pattern(name: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator, pixel: float) -> np.ndarray:
@@ -134,7 +114,7 @@ def _pattern(name: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator, 
 
 
 def _background(name: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A quiet (H, W, 3) background, so that the texture is what the picture is about."""
+    """A quiet (H, W, 3) background, so that the texture stands out."""
     first, second = rng.uniform(90, 190, (2, 1, 1, 3)).astype(np.float32)
     if name == "plain":
         return np.broadcast_to(first, (*x.shape, 3))
