@@ -166,7 +166,7 @@ def test_segmentation_has_the_recipes_numbers(name):
 
 def test_every_experiment_of_the_recipe_is_checked_above():
     own = {"probe_1k", "probe_base_1k_paper", "probe_large_1k_paper"}  # test_the_probes_are_the_recipes
-    own |= {"tokenizer", "small_own", "finetune_own", "continue_own"}
+    own |= {"tokenizer", "small_own", "finetune_own", "continue_own", "mae_base_1k"}
     rest = {name for name in NAMES if not name.startswith(("demo_", "compare_"))} - own
     assert rest == PRETRAINING.keys() | FINETUNING.keys() | SAME_BUT_SIZE.keys() | SEGMENTATION.keys()
 

@@ -137,7 +137,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def renamed(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings that an earlier version wrote, under today's names."""
-    result = {}
+    result: dict[str, Any] = {}
     for key, value in settings.items():
         new = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}").rpartition(".")[2]
         if isinstance(value, dict):

@@ -25,7 +25,7 @@ from beit_pretrain.data.write import staging as workfolder
 from beit_pretrain.data.write import synthetic
 from beit_pretrain.data.write.file_index import Listing, build_listing, opened_listing
 from beit_pretrain.data.write.labels import segmentation_names
-from beit_pretrain.data.write.sample_encoder import Settings
+from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.shard_writer import Job, read_report, write_shard
 from beit_pretrain.data.write.splitting import class_names, split_rows
 from beit_pretrain.errors import UserError
@@ -50,15 +50,13 @@ def make_shards(
     `src`: "synthetic", a folder (of class folders, tars, or images), a tar, or a list of folders and tars; the class is
     the name of the folder (or inner tar, or tar of a list of tars) that holds the image. `split`: name of the folder,
     and the part of a source that has parts. `labels`: see labels.py. `workers`: None = all cores. `settings`: those of
-    `members.Settings`.
+    `EncodeSettings`.
 
     A half-done run of the same call in `out` is resumed; a finished one is left as it is.
     Raises UserError for a bad argument, source or target, a source that cannot be read or changes meanwhile, too little
     memory, or if no image can be decoded.
     """
-    chosen = Settings(**settings)
-    window = chosen.window and [float(value) for value in chosen.window]
-    chosen = chosen._replace(window=window, percentiles=[float(value) for value in chosen.percentiles])
+    chosen = EncodeSettings.validated(settings)
     # Absolute paths, so that a run can be resumed from another folder.
     given = [src] if isinstance(src, str | Path) else list(src)
     sources = [str(g) if g == "synthetic" else str(Path(g).expanduser().absolute()) for g in given]
@@ -98,7 +96,7 @@ def make_shards(
     return [out / name for name in names]
 
 
-def _plan(sources: list[str], split: str, labels: str | Path | None, settings: Settings) -> dict[str, Any]:
+def _plan(sources: list[str], split: str, labels: str | Path | None, settings: EncodeSettings) -> dict[str, Any]:
     """Everything in which a run must agree with a half-done one to resume it. Raises OSError for unreadable labels."""
     plan: dict[str, Any] = {"src": sources, "split": split, "labels": None, "format": FORMAT, "Pillow": PIL.__version__}
     if labels is not None:
@@ -107,7 +105,7 @@ def _plan(sources: list[str], split: str, labels: str | Path | None, settings: S
         if file.is_file():
             with open(file, "rb") as opened:
                 plan["labels"] += f" (SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]})"
-    return {**plan, **settings._asdict()}
+    return {**plan, **settings.model_dump()}
 
 
 def _list_sources(
@@ -116,7 +114,7 @@ def _list_sources(
     sources: list[str],
     split: str,
     labels: str | Path | None,
-    settings: Settings,
+    settings: EncodeSettings,
     num_workers: int,
 ) -> dict[str, Any]:
     """List the sources; returns the manifest's `classes` and `listing_sha256`. Raises UserError."""
@@ -132,7 +130,7 @@ def _shard(work: Path, name: str, number: int) -> tuple[Path, Path]:
 
 
 def _write_split(
-    work: Path, name: str, rows: np.ndarray, class_index: np.ndarray, settings: Settings, num_workers: int
+    work: Path, name: str, rows: np.ndarray, class_index: np.ndarray, settings: EncodeSettings, num_workers: int
 ) -> None:
     """Write the shards of a split that are not finished. Raises UserError or OSError."""
     for folder in (name, f"reports-{name}"):
@@ -154,7 +152,9 @@ def _write_split(
             bar.update(min(count, total - bar.n))
 
 
-def _describe(work: Path, name: str, files: int, sources: list[str], settings: Settings, about: dict[str, Any]) -> None:
+def _describe(
+    work: Path, name: str, files: int, sources: list[str], settings: EncodeSettings, about: dict[str, Any]
+) -> None:
     """Write rejected.jsonl and the manifest of a finished split. Raises UserError if none of its files is an image."""
     folder, entries, labels = work / name, [], []
     reasons: Counter[str] = Counter()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,37 +17,17 @@ from PIL import Image
 from beit_pretrain.data import cifar
 from beit_pretrain.data.sources import Candidate, read_candidate
 from beit_pretrain.data.write import synthetic
+from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.staging import KEPT
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms import image_io as reading
 from beit_pretrain.transforms import mean_color_grid as tiles
-from beit_pretrain.transforms.image_io import MAX_PIXELS, IntensityWindow, is_deep, open_image, to_grey8, to_rgb
+from beit_pretrain.transforms.image_io import is_deep, open_image, to_grey8, to_rgb
 
 LARGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 
 
-class Settings(NamedTuple):
-    """The settings on which the bytes of the shards depend, besides the source."""
-
-    samples_per_shard: int = 1000
-    seed: int = 0
-    val: float = 0.0  # share of every class held out, before decoding; images without a class or alone in it are pooled
-    resize: int | None = None  # images whose shorter side has more pixels are shrunk to it; others keep their bytes
-    quality: int = 92  # of shrunk images: JPEG without EXIF, or PNG if not opaque or too long for a JPEG
-    window: Sequence[float] | None = None  # values of grey images (all kinds, with alpha too) that become 0 and 255
-    percentiles: Sequence[float] = (0.5, 99.5)  # the same by each image's own values, if it has more than 8 bits
-    max_pixels: int = MAX_PIXELS
-    images: int = 10000  # of the synthetic set
-    size: int = 96  # pixels a side of the synthetic images
-
-    @property
-    def levels(self) -> IntensityWindow:
-        """How grey images become 8 bits."""
-        low, high = self.percentiles
-        return IntensityWindow((self.window[0], self.window[1]) if self.window else None, (low, high))
-
-
-def sample_members(candidate: Candidate, label: int, settings: Settings) -> dict[str, bytes]:
+def sample_members(candidate: Candidate, label: int, settings: EncodeSettings) -> dict[str, bytes]:
     """The members of a sample by extension. Raises whatever Pillow raises for a file that is no usable image.
 
     Raises UserError if the file cannot be read, which is no fault of the image.
@@ -68,7 +47,7 @@ def sample_members(candidate: Candidate, label: int, settings: Settings) -> dict
     return members | {"json": json.dumps(about).encode()}
 
 
-def _image_members(candidate: Candidate, settings: Settings, about: dict[str, Any]) -> dict[str, bytes]:
+def _image_members(candidate: Candidate, settings: EncodeSettings, about: dict[str, Any]) -> dict[str, bytes]:
     """Image and label map to store for a file, once both have been decoded in full. Adds to `about` what was done."""
     data = _read(candidate, settings.max_pixels)
     if candidate.kind == "cifar":
@@ -106,7 +85,7 @@ def _unreadable(path: str, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read: {error.strerror or error}; {KEPT}")
 
 
-def _decoded(data: bytes, settings: Settings, about: dict[str, Any]) -> tuple[Image.Image, str]:
+def _decoded(data: bytes, settings: EncodeSettings, about: dict[str, Any]) -> tuple[Image.Image, str]:
     """An image decoded in full, L or RGB, with A if it is not opaque and the file's bytes are not kept; the extension
     under which they can be kept, "" = they cannot. Adds to `about` the values that became 0 and 255, or its 16 bits."""
     if (both := reading.deep_grey_and_alpha(data, settings.max_pixels)) is not None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, Strict
 
-from beit_pretrain.settings import Count, Name, Paths, Rule, Seed, Settings, Share, Text, Whole, Window, about
+from beit_pretrain.settings import Count, Name, Paths, Rule, Seed, Settings, Text, Whole, Window, about
 
 Quality = Annotated[int, Strict(), Field(ge=1, le=100)]
 Percentile = Annotated[float, Strict(), Field(ge=0, le=100)]
@@ -27,10 +27,32 @@ Percentiles = Annotated[
 ]
 
 
-class ShardsSettings(Settings):
-    """Settings of `shards make`, `shards index`, `shards verify` and `shards show`."""
+class EncodeSettings(Settings):
+    """The settings on which the bytes of the shards depend, besides the source."""
 
     defaults = "shards.yaml"
+
+    samples_per_shard: Count = about("images of a shard")
+    seed: Seed = about("of the order and of the held-out part")
+    # Of every class, before decoding; images without a class or alone in it are pooled.
+    val: BelowOne = about("share of held-out images")
+    resize: Count | None = about("shrink images to this shorter side, pixels; null = keep their bytes")
+    quality: Quality = about("of the JPEGs that resize writes")
+    window: Window | None = about("[low, high]: the values of grey images that become black and white")
+    percentiles: Percentiles = about("the same by each image's own values, for grey images of more than 8 bits")
+    max_pixels: Count = Field(MAX_PIXELS, description="images of more pixels are refused before they are decoded")
+    images: Count = about("of the synthetic set")
+    size: Side = about("of the synthetic images, pixels")
+
+    @property
+    def levels(self) -> IntensityWindow:
+        """How grey images become 8 bits."""
+        window = (self.window[0], self.window[1]) if self.window else None
+        return IntensityWindow(window, (self.percentiles[0], self.percentiles[1]))
+
+
+class ShardsSettings(EncodeSettings):
+    """Settings of `shards make`, `shards index`, `shards verify` and `shards show`."""
 
     action: Text = about("make, index (existing WebDataset tars), verify or show")
     src: Paths = about(
@@ -39,17 +61,8 @@ class ShardsSettings(Settings):
     out: Name | None = about(
         "make: folder for train/ and val/; index: for index and links, null = src; show: the picture"
     )
-    val: Share = about("share of held-out images")
     split: Name | None = about("folder name when val=0; of a source with parts of its own also the part to read")
     labels: Name | None = about(
         "make: ground truth, ImageNet's devkit or a list of `filename class`; index: class names, a line each"
     )
-    samples_per_shard: Count = about("images of a shard")
-    seed: Seed = about("of the order and of the held-out part")
-    resize: Count | None = about("shrink images to this shorter side, pixels")
-    quality: Quality = about("of the JPEGs that resize writes")
-    window: Window | None = about("[low, high]: the values of grey images that become black and white")
-    percentiles: Percentiles = about("the same by each image's own values, for grey images of more than 8 bits")
     num_workers: Whole | None = about("processes; null = all cores")
-    images: Count = about("of the synthetic set")
-    size: Side = about("of the synthetic images, pixels")

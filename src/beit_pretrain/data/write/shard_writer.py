@@ -22,7 +22,8 @@ import numpy as np
 from beit_pretrain.data.manifest import INDEX_DTYPE, index_path, shard_entry, write_index
 from beit_pretrain.data.sources import Candidate
 from beit_pretrain.data.write.file_index import opened_listing
-from beit_pretrain.data.write.sample_encoder import Settings, sample_members
+from beit_pretrain.data.write.sample_encoder import sample_members
+from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.fileio import atomic_path, atomic_write
 from beit_pretrain.transforms.image_io import reason
@@ -37,7 +38,7 @@ class Job(NamedTuple):
     listing: Path  # folder of the listing
     rows: np.ndarray  # of the listing, in the order of the samples
     labels: np.ndarray  # class index of each, -1 = none
-    settings: Settings
+    settings: EncodeSettings
 
 
 def read_report(tar: Path, report: Path) -> dict[str, Any] | None:
