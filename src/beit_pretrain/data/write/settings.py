@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, Strict
 
-from beit_pretrain.settings import Count, Name, Paths, Rule, Seed, Settings, Text, Whole, Window, about
+from beit_pretrain.settings import BelowOne, Count, Name, Paths, Rule, Seed, Settings, Text, Whole, Window, about
+from beit_pretrain.transforms.image_io import MAX_PIXELS, IntensityWindow
 
 Quality = Annotated[int, Strict(), Field(ge=1, le=100)]
 Percentile = Annotated[float, Strict(), Field(ge=0, le=100)]
