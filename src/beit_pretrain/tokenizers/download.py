@@ -48,7 +48,7 @@ def _addresses(cfg: DictConfig, out: Path) -> dict[str, str]:
         raise UserError("src of fetch is openai, or one folder with encoder.pkl and decoder.pkl")
     if cfg.src == "openai":
         return {kind: cfg[kind] for kind in KINDS}
-    if re.match(r"[a-z]+://", cfg.src):
+    if re.match(r"[a-z0-9]+://", cfg.src):
         return {kind: f"{cfg.src.rstrip('/')}/{kind}.pkl" for kind in KINDS}
     folder = Path(cfg.src).expanduser()
     lacking = [f"{kind}.pkl" for kind in KINDS if not (folder / f"{kind}.pkl").is_file()]
