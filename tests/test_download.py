@@ -223,6 +223,12 @@ def test_errors_that_do_not_pass(status, server, path, pauses):
     assert path.read_bytes() == DATA
 
 
+def test_an_answer_without_a_byte_leaves_nothing(server, path):
+    server.next = [Answer(cut=0)] * 2
+    refusal(f"{server.url}/f.bin", path, attempts=2)
+    assert not os.listdir(path.parent)
+
+
 def test_half_a_file_is_never_accepted(server, path):
     server.next = [Answer(cut=len(DATA) // 2)] + [Answer(cut=0, reset=True)] * 2
     said = refusal(f"{server.url}/f.bin", path, attempts=2)

@@ -245,12 +245,12 @@ class TestFiles:
         transfer = transports.Transfer(out, 1.0, len(CONTENT))
         transfer.write = lambda chunk: (_ for _ in ()).throw(OSError("broke off"))
         with pytest.raises(OSError, match="broke off"):
-            transports.fetch((tmp_path / "a.tar").as_uri(), transfer)
+            transports.receive_once((tmp_path / "a.tar").as_uri(), transfer)
         del transfer.write
         transfer.write(b"old")
         if changed:
             (tmp_path / "a.tar").write_bytes(CONTENT[::-1])
-        transports.fetch((tmp_path / "a.tar").as_uri(), transfer)
+        transports.receive_once((tmp_path / "a.tar").as_uri(), transfer)
         assert out.getvalue() == (CONTENT[::-1] if changed else b"old" + CONTENT[3:])
 
 

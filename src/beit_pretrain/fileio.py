@@ -74,21 +74,6 @@ def publish(temporary: Path, path: Path, durable: bool = True, last: str = "") -
         flush_folder(path.parent)
 
 
-def create(path: Path, data: bytes) -> None:
-    """Write a file durably unless there is one; of several processes that try, one succeeds."""
-    temporary = partial_path(path, unique=True)
-    with temporary.open("wb") as file:
-        file.write(data)
-        flush(file)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        os.replace(temporary, path)
-    temporary.unlink(missing_ok=True)
-
-
 def link(path: Path, other: Path) -> None:
     """Give a file a second name, which may be taken; a copy where the file system has no links."""
     with atomic_path(other) as temporary:

@@ -19,16 +19,17 @@ import random
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
-from typing import Any, BinaryIO
+from typing import BinaryIO
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from tqdm import tqdm
 
 from beit_pretrain import fileio
-from beit_pretrain.data.transports import LocalWriteError, PermanentError, Transfer, TransientError, fetch
+from beit_pretrain.data.transports import LocalWriteError, PermanentError, Transfer, receive_once
 from beit_pretrain.errors import UserError, first_line
 
 SCHEMES = ("http", "https", "s3", "gs", "hf", "file", "pipe")
@@ -91,19 +92,15 @@ class Remote:
     def __str__(self) -> str:
         return without_secrets(self.location)
 
-    def read(self, name: str, limit: int, check: Callable[[bytes], None] | None = None) -> bytes:
+    def read(self, name: str, limit: int, check: Callable[[bytes], object] = len) -> bytes:
         """The content of a small file of at most `limit` bytes. Raises DownloadError.
 
-        `check` raises OSError for content that is to be completed or read again: not every server says how long a file
-        is.
+        `check` raises OSError for content that is incomplete: not every server says how long a file is.
         """
         buffer = io.BytesIO()
-
-        def content() -> bytes:
-            return buffer.getvalue()[: buffer.tell()]
-
-        self._transfer(name, buffer, limit, lambda: check(content()) if check else None)
-        return content()
+        transfer = Transfer(buffer, self.timeout, limit, begin=lambda total, version: buffer.truncate())
+        self._receive(name, transfer, lambda: check(buffer.getvalue()))
+        return buffer.getvalue()
 
     def fetch(self, name: str, out: BinaryIO, size: int, check: Callable[[], None]) -> None:
         """Write the file `name`, of just `size` bytes, to the beginning of `out`.
@@ -117,10 +114,9 @@ class Remote:
                 raise OSError(f"broke off after {out.tell():,} of {size:,} bytes")
             check()
 
-        self._transfer(name, out, size, whole)
+        self._receive(name, Transfer(out, self.timeout, size), whole)
 
-    def _transfer(self, name: str, out: BinaryIO, limit: int, check: Callable[[], None]) -> None:
-        transfer = Transfer(out, self.timeout, limit)
+    def _receive(self, name: str, transfer: Transfer, check: Callable[[], object]) -> None:
         _receive(self._address(name), transfer, self.retries + 1, check, f"{name} of {self} cannot be fetched")
 
     def _address(self, name: str) -> str:
@@ -156,77 +152,59 @@ def download(
         UserError: no address that can be read, or what `check` raises; nothing is kept then.
     """
     if not _is_address(url):
-        raise UserError(f"{url!r} is no address to download from; it starts with http://, https:// or file:///")
+        raise UserError(f"{url!r} is no address to download from; it starts with https://, hf://, s3:// or file:///")
     message = f"{path.parent}: waiting for another process that writes there"
-    with fileio.exclusive_lock(path.with_name(f".{path.name}.lock"), message, wait=True, remove=True):
-        partial = fileio.partial_path(path)
-        note = partial.with_name(f"{partial.name}.json")
-        try:
-            if not path.exists():
+    partial = fileio.partial_path(path)
+    note = partial.with_name(f"{partial.name}.json")
+    lock = fileio.exclusive_lock(path.with_name(f".{path.name}.lock"), message, wait=True, remove=True)
+    with lock, ExitStack() as leftovers:
+        for file in (partial, note):
+            leftovers.callback(file.unlink, missing_ok=True)
+        if not path.exists():
+            try:
                 _resume(url, partial, note, path.name, timeout, attempts)
-                if check is not None:
-                    check(partial)
-                fileio.publish(partial, path)
-        except UserError as error:
-            if isinstance(error, DownloadError) and partial.stat().st_size:
+            except BaseException:
+                if partial.is_file() and partial.stat().st_size:
+                    leftovers.pop_all()  # for the next call
                 raise
-            _discard(partial, note)
-            raise
-        _discard(partial, note)
-
-
-def _resume(url: str, partial: Path, note: Path, name: str, timeout: float, attempts: int) -> None:
-    """Complete the file `partial`. The note says which version of which address its bytes are of."""
-    digest = hashlib.sha256(url.encode()).hexdigest()  # the address itself may hold a secret
-    with partial.open("ab") as out, tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
-
-        def begin(version: dict[str, Any]) -> None:
-            out.truncate(0)  # first: a new note must never stand beside old bytes
-            note.write_text(json.dumps({"url": digest, **version}))
-
-        known = _noted(note, digest)
-        if known is None or (known["bytes"] is not None and out.tell() > known["bytes"]):
-            out.truncate(0)
-            out.seek(0)
-        elif out.tell() and out.tell() == known["bytes"]:
-            return  # an earlier process ended before the file got its name
-        transfer = Transfer(out, timeout, None, known, begin, bar)
-        failure = f"{without_secrets(url)} cannot be downloaded"
-        _receive(url, transfer, attempts, lambda: None, failure, progress_counts=True)
-
-
-def _discard(partial: Path, note: Path) -> None:
-    partial.unlink(missing_ok=True)
-    note.unlink(missing_ok=True)
-
-
-def _noted(note: Path, digest: str) -> dict[str, Any] | None:
-    """The version of a partial file, as `Transfer.resume` has noted it; None if it is not known to be of an address."""
-    try:
-        version = json.loads(note.read_text())
-        known = version["url"] == digest and isinstance(version["bytes"], (int, type(None)))
-        return version if known and {"etag", "modified"} <= version.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+            if check is not None:
+                check(partial)
+            fileio.publish(partial, path)
 
 
 def _is_address(url: str) -> bool:
     try:
-        parts = urlsplit(url)
-        known = parts.scheme in SCHEMES and parts.scheme != "pipe" and url.startswith(f"{parts.scheme}://")
-        there = parts.path.startswith("/") if parts.scheme == "file" else parts.port != 0 and bool(parts.hostname)
-        return known and there and not re.search(r"[\s\x00-\x1f]", parts.netloc)
+        _ = urlsplit(url).port
     except ValueError:
         return False
+    return bool(re.match(r"(https?|s3|gs|hf)://[^/\s]+(/|$)|file:///", url))
+
+
+def _resume(url: str, partial: Path, note: Path, name: str, timeout: float, attempts: int) -> None:
+    """Complete the file `partial`. The note says of which version of which address its bytes are."""
+    address = hashlib.sha256(url.encode()).hexdigest()  # which may hold a secret
+    with partial.open("ab") as out, tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+
+        def begin(total: int | None, version: str | None) -> None:
+            out.truncate(0)  # first: a new note must never stand beside old bytes
+            note.write_text(json.dumps([address, total, version]))
+
+        try:
+            noted, total, version = json.loads(note.read_text())
+        except (OSError, ValueError, TypeError):
+            noted = None
+        if noted != address or (total is not None and out.tell() > total):
+            out.truncate(0)
+            out.seek(0)
+            total = version = None
+        if total is None or out.tell() < total:  # else an earlier process ended before the file got its name
+            transfer = Transfer(out, timeout, None, total, version, begin, bar)
+            failure = f"{without_secrets(url)} cannot be downloaded"
+            _receive(url, transfer, attempts, lambda: None, failure, progress_counts=True)
 
 
 def _receive(
-    url: str,
-    transfer: Transfer,
-    tries: int,
-    check: Callable[[], None],
-    failure: str,
-    progress_counts: bool = False,
+    url: str, transfer: Transfer, tries: int, check: Callable[[], object], failure: str, progress_counts: bool = False
 ) -> None:
     """Try until the file is whole and `check` raises no OSError.
 
@@ -235,12 +213,12 @@ def _receive(
     failed, furthest = 0, transfer.position
     while True:
         try:
-            fetch(url, transfer)
+            receive_once(url, transfer)
             check()
             return
         except LocalWriteError as error:
             raise error.args[0] from None
-        except (PermanentError, TransientError, OSError) as error:
+        except (PermanentError, OSError) as error:
             failed = 0 if progress_counts and transfer.position > furthest else failed + 1
             furthest = max(furthest, transfer.position)
             why, asked = _reason(error), getattr(error, "pause", 0.0)

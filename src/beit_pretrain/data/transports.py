@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, BinaryIO, NoReturn
 from urllib.parse import quote, unquote, urlsplit
@@ -37,7 +38,7 @@ class PermanentError(Exception):
     """A failure that another try would not mend."""
 
 
-class TransientError(Exception):
+class TransientError(OSError):
     """A failure that another try may mend. `pause`: seconds that the server asks to wait."""
 
     def __init__(self, reason: str, pause: float = 0.0):
@@ -49,53 +50,41 @@ class LocalWriteError(Exception):
     """Its argument is the OSError of the file that a transfer is written to: it is not the server's."""
 
 
+@dataclass
 class Transfer:
-    """A file on its way: where its bytes go, and of which version they are.
+    """A file on its way."""
 
-    Args:
-        out: a file at the position from which the bytes are missing.
-        timeout: seconds without a byte after which it has stalled.
-        limit: bytes that it may have; None = as many as the server says, which then must say it.
-        version: of the bytes before that position: `bytes` of the whole file, `etag`, `modified`; None = unknown.
-        begin: called with the version before the first byte of a file is written.
-        bar: shows the progress.
-    """
+    out: BinaryIO  # where it is written, from its position on
+    timeout: float  # seconds without a byte after which it has stalled
+    limit: int | None = None  # bytes that it may have; None = as many as the server says, which then must say it
+    total: int | None = None  # bytes of the whole file, and its ETag or date, if they are known
+    version: str | None = None
+    begin: Callable[[int | None, str | None], object] = lambda total, version: None  # called before the first byte
+    bar: tqdm = field(default_factory=lambda: tqdm(disable=True))
 
-    def __init__(
-        self,
-        out: BinaryIO,
-        timeout: float,
-        limit: int | None = None,
-        version: dict[str, Any] | None = None,
-        begin: Callable[[dict[str, Any]], None] = lambda version: None,
-        bar: tqdm | None = None,
-    ):
-        self.out, self.timeout, self.limit, self.version, self.begin = out, timeout, limit, version or {}, begin
-        self.bar = tqdm(disable=True) if bar is None else bar
-        self.position = out.tell()
-        self.total: int | None = None
+    def __post_init__(self) -> None:
+        self.position = self.out.tell()
         self._mark = (time.monotonic(), self.position)
 
     def restart(self) -> None:
         """Take the next bytes as the first ones."""
         self.out.seek(0)
-        self.position, self.version = 0, {}
+        self.position, self.total, self.version = 0, None, None
 
-    def resume(self, start: int, total: int | None = None, etag: Any = None, modified: Any = None) -> None:
+    def resume(self, start: int, total: int | None = None, version: str | None = None) -> None:
         """Take the bytes that follow as those from `start` on, of a file of `total` bytes.
 
         Raises TransientError, and starts over, if they do not continue what is here.
         """
-        version = {"bytes": total, "etag": etag, "modified": modified}
-        known = self.version
+        known = [(self.total, total), (self.version, version)]
         if start == 0:
             self.restart()
             self.version = version
-            self.begin(version)
-        elif start != self.position or any(known.get(k) and v and known[k] != v for k, v in version.items()):
+            self.begin(total, version)
+        elif start != self.position or any(old and new and old != new for old, new in known):
             self.restart()
             raise TransientError("the file has changed on the server")
-        self.total = self.version.get("bytes") or total
+        self.total = total or self.total
         self._mark = (time.monotonic(), self.position)
         self.bar.reset(self.total)
         self.bar.update(self.position)
@@ -126,16 +115,21 @@ class Transfer:
             raise TransientError(f"broke off after {self.position:,} of {self.total:,} bytes")
 
 
-def fetch(url: str, transfer: Transfer) -> None:
+def receive_once(url: str, transfer: Transfer) -> None:
     """One try. Raises PermanentError, TransientError, LocalWriteError, or OSError for other troubles."""
     scheme = url.partition(":")[0].lower()
-    if scheme == "pipe":
-        _from_pipe(url[5:], transfer)
-    elif scheme in ("http", "https", "hf"):
-        _from_http(*_hub_address(url) if scheme == "hf" else (url, {}), transfer)
-    else:
-        _from_file_system(scheme, url, transfer)
-    transfer.finish()
+    try:
+        if scheme == "pipe":
+            _from_pipe(url[5:], transfer)
+        elif scheme in ("http", "https", "hf"):
+            _from_http(*_hub_address(url) if scheme == "hf" else (url, {}), transfer)
+        else:
+            _from_file_system(scheme, url, transfer)
+        transfer.finish()
+    except (OSError, PermanentError, LocalWriteError, MemoryError):
+        raise
+    except Exception as error:  # the clouds' own libraries have exceptions of their own
+        raise TransientError(f"{type(error).__name__}: {first_line(error)}") from None
 
 
 def _from_pipe(command: str, transfer: Transfer) -> None:
@@ -184,7 +178,7 @@ def _file_system(scheme: str, process: int) -> Any:
 
     settings: dict[str, Any] = {}
     if scheme == "http":
-        os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
+        os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # which fsspec leaves as it was at the fork
         settings = {"get_client": _client, "encoded": True}
     return fsspec.filesystem(scheme, skip_instance_cache=True, **settings)
 
@@ -196,7 +190,7 @@ def _from_file_system(scheme: str, url: str, transfer: Transfer) -> None:
         path = unquote(urlsplit(url).path) if scheme == "file" else system._strip_protocol(url)
         with system.open(path, "rb") as file:
             version = system.ukey(path)
-            start = transfer.position if transfer.version.get("etag") == version else 0
+            start = transfer.position if transfer.version == version else 0
             transfer.resume(start, file.size, version)
             file.seek(start)
             while chunk := file.read(CHUNK):
@@ -204,10 +198,6 @@ def _from_file_system(scheme: str, url: str, transfer: Transfer) -> None:
     except ImportError as error:
         said = f"it needs more packages: pip install 'beit_pretrain[remote]' ({first_line(error)})"
         raise PermanentError(said) from None
-    except (OSError, PermanentError, TransientError, LocalWriteError):
-        raise
-    except Exception as error:  # the clouds' own libraries have exceptions of their own
-        raise TransientError(f"{type(error).__name__}: {first_line(error)}") from None
 
 
 def _hub_address(url: str) -> tuple[str, dict[str, str]]:
@@ -216,7 +206,7 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
     The token is that of the environment (HF_TOKEN) or of `hf auth login`.
     """
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers
 
     system = _file_system("hf", os.getpid())
@@ -224,10 +214,8 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
         found = system.resolve_path(url)
     except HfHubHTTPError as error:
         _refuse(error.response.status_code, error.response.reason_phrase, error.response.headers)
-    except (FileNotFoundError, OfflineModeIsEnabled, NotImplementedError, ValueError) as error:
+    except (OSError, NotImplementedError, ValueError) as error:  # no such repository, offline mode, no address
         raise PermanentError(first_line(error)) from None
-    except Exception as error:  # of its HTTP client
-        raise TransientError(f"{type(error).__name__}: {first_line(error)}") from None
     if not hasattr(found, "repo_id"):
         raise PermanentError("hf:// reads data sets and models, not buckets")
     place = {"repo_type": found.repo_type, "revision": found.revision, "endpoint": system.endpoint}
@@ -266,10 +254,10 @@ async def _http(system: Any, url: str, headers: dict[str, str], transfer: Transf
             raise _broken(error) from None  # aiohttp itself would ask again at once
 
     if transfer.position:
+        headers = {**headers, "Range": f"bytes={transfer.position}-"}
         # A weak ETag may not stand in If-Range (RFC 9110, 13.1.5): then the answer's own headers are compared.
-        etag = transfer.version.get("etag") or "W/"
-        version = transfer.version.get("modified") if etag.startswith("W/") else etag
-        headers = {**headers, "Range": f"bytes={transfer.position}-", **({"If-Range": version} if version else {})}
+        if transfer.version and not transfer.version.startswith("W/"):
+            headers["If-Range"] = transfer.version
     parts = urlsplit(url)
     settings = {
         "headers": headers,
@@ -327,13 +315,13 @@ def _accept(response: Any, transfer: Transfer) -> None:
         total = start + response.content_length
     if total is None and transfer.limit is None and "chunked" not in headers.get("Transfer-Encoding", "").lower():
         raise PermanentError("the server does not say how long the file is")
-    transfer.resume(start, total, headers.get("ETag"), headers.get("Last-Modified"))
+    transfer.resume(start, total, headers.get("ETag") or headers.get("Last-Modified"))
 
 
 def _refuse(status: int, reason: str | None, headers: Any) -> NoReturn:
     """Raise the error for the status of an answer without a file. X-Error-* are headers of the Hugging Face Hub."""
     said = f"HTTP {status} {headers.get('X-Error-Message') or reason or ''}".strip()
-    if "X-Error-Code" in headers:
+    if status in (401, 403) and "X-Error-Code" in headers:
         said += "; what is private or gated needs HF_TOKEN"
     if status in PASSING or status >= 500:
         pause = headers.get("Retry-After", "")

@@ -47,7 +47,7 @@ def _addresses(cfg: DownloadSettings, out: Path) -> dict[str, str]:
     """Kind -> where its pickle comes from, by `src`, or else by the two addresses."""
     if cfg.src == "openai":
         return {kind: getattr(cfg, kind) for kind in KINDS}
-    if re.match(r"[a-z]+://", cfg.src):
+    if re.match(r"[a-z0-9]+://", cfg.src):
         return {kind: f"{cfg.src.rstrip('/')}/{kind}.pkl" for kind in KINDS}
     folder = Path(cfg.src).expanduser()
     lacking = [f"{kind}.pkl" for kind in KINDS if not (folder / f"{kind}.pkl").is_file()]

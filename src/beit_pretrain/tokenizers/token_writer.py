@@ -56,8 +56,9 @@ def work_folder(out: Path, part: tuple[int, int]) -> Iterator[Path]:
 def begin(work: Path, plan: dict[str, Any]) -> None:
     """Write the plan, if nobody has yet. Raises UserError if the half-done set has another one."""
     file = work / "plan.json"
-    if not file.exists():
-        fileio.create(file, json.dumps(plan).encode())
+    with fileio.exclusive_lock(work / "lock-plan", wait=True):
+        if not file.exists():
+            fileio.atomic_write(file, json.dumps(plan), durable=True)
     try:
         before = json.loads(file.read_bytes())
     except ValueError as error:
