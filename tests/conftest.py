@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
+from tiny import DVAE, MIM, SIZE, seeded, write_checkpoint
 
 from beit_pretrain import cli as command_line
 from beit_pretrain.data.write.make_shards import make_shards
@@ -33,9 +32,6 @@ COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCh
 settings.register_profile("ci", derandomize=True, max_examples=40, **COMMON)
 settings.register_profile("thorough", max_examples=2000, **COMMON)
 settings.load_profile("ci")
-
-DVAE = {"vocab_size": 32, "width": 8, "blocks": 1, "code_dim": 8, "in_chans": 3}
-MIM = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -118,21 +114,6 @@ def _photo(rng: np.random.Generator, label: int, width: int, height: int) -> Ima
     return image
 
 
-def seeded(build: Callable, *args, **settings):
-    """`build(...)` with weights that do not depend on which test asked first; the global generator is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build(*args, **settings)
-
-
-def write_checkpoint(path: Path, kind: str, model: torch.nn.Module, **about) -> Path:
-    """The part of a checkpoint of `fit` that `checkpoint.read_own` reads."""
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    said = {"kind": kind, "model": dict(model.config), **about}
-    torch.save({"beit_pretrain": said, "state_dict": state, "global_step": 10}, path)
-    return path
-
-
 @pytest.fixture(scope="session")
 def dvae_checkpoint(tmp_path_factory) -> Path:
     """An untrained tokenizer of 32 tokens."""
@@ -150,8 +131,7 @@ def mim_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def segmenter_checkpoint(tmp_path_factory) -> Path:
     """An untrained segmentation model of three classes, whose maps show more than one."""
-    size = {name: value for name, value in MIM.items() if name != "vocab_size"}
-    model = seeded(Segmenter, 3, {"channels": 16, "aux_channels": 8}, **size)
+    model = seeded(Segmenter, 3, {"channels": 16, "aux_channels": 8}, **SIZE)
     with torch.no_grad():
         model.decode_head.classifier.weight.mul_(100)
     about = {"mean": [0.5] * 3, "std": [0.5] * 3, "classes": ["boats", "cats", "dogs"]}
@@ -322,18 +302,3 @@ def full_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
     yield mount
     for folder in folders:
         subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def spoil(folder: Path, shard: int, rows: list[int]) -> None:
-    """Overwrite images of a shard with what is none, and let the manifest say so."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    entry = manifest["shards"][shard]
-    path = folder / entry["name"]
-    index = np.load(path.with_suffix(".index.npy"))
-    data = bytearray(path.read_bytes())
-    for row in rows:
-        offset = int(index[row]["image_offset"])
-        data[offset : offset + 8] = b"no image"
-    path.write_bytes(data)
-    entry["sha256"] = sha256(data).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))

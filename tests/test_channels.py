@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from tiny import fit_words, state_of
 
-TINY = "image_size=32 global_batch_size=4 batch_size=4 data.num_workers=0 threads=1 steps=2 val_every=2 log_every=1".split()
-SMALL = "patch_size=8 model.embed_dim=32 model.num_heads=2 model.depth=2".split()
+DATA = Path("data")
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +32,18 @@ def test_tokenizer_backbone_classifier(channels, deep_grey, run_cli, tmp_path):
         assert code == 0, stderr
 
     run("shards", "make", f"src={deep_grey}", "out=data", "val=0.2", "num_workers=1")
-    data = ["data.train=data/train", "data.val=data/val", f"data.channels={channels}", *TINY]
-    vae = "model.vocab_size=16 model.width=8 model.blocks=1 model.code_dim=8".split()
-    run("fit", "+experiment=demo_tokenizer", *data, *vae, "run_dir=t")
-    mask = "mask.max_patches=6 mask.min_block=1 tokenizer.path=t/checkpoints/last.ckpt".split()
-    run("fit", "+experiment=demo_pretrain", *data, *SMALL, *mask, "run_dir=p")
-    run("fit", "+experiment=demo_finetune", *data, *SMALL, "init_from=p/checkpoints/last.ckpt", "run_dir=f")
-    state = torch.load(tmp_path / "f/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-    assert state["model.patch_embed.proj.weight"].shape[1] == channels
+    more = [f"data.channels={channels}", "global_batch_size=4", "steps=2", "val_every=2"]
+    run(*fit_words("tokenizer", DATA, *more, "run_dir=t"))
+    run(*fit_words("pretrain", DATA, *more, "tokenizer.path=t/checkpoints/last.ckpt", "run_dir=p"))
+    run(*fit_words("finetune", DATA, *more, "init_from=p/checkpoints/last.ckpt", "run_dir=f"))
+    assert state_of(tmp_path / "f")["model.patch_embed.proj.weight"].shape[1] == channels
     run("predict", "init_from=f/checkpoints/last.ckpt", f"src={deep_grey}")
     run("visualize", "run=p")
 
 
 def test_channels_that_do_not_fit(deep_grey, dvae_checkpoint, run_cli):
     assert run_cli("shards", "make", f"src={deep_grey}", "out=data", "num_workers=1")[0] == 0
-    words = [
-        "fit",
-        "+experiment=demo_pretrain",
-        "data.train=data/train",
-        *TINY,
-        *SMALL,
-        f"tokenizer.path={dvae_checkpoint}",
-    ]
+    words = fit_words("pretrain", DATA, "data.val=null", f"tokenizer.path={dvae_checkpoint}")
     for word, said in (
         ("data.channels=2", "data.channels must be 1, 3 or 4"),
         ("mean=[.1,.2]", "mean=[0.1, 0.2] has 2"),

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 import torch
-from conftest import MIM, write_checkpoint
+from tiny import MIM, write_checkpoint
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from tiny import last_checkpoint, rows_of, same_run, signal_group, start, steps_written, wait_until
+from tiny import OFFLINE, fit_words, last_checkpoint, rows_of, same_run, signal_group, start, steps_written, wait_until
 
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.checkpointing import CheckpointManager, check_space, newest_good
@@ -29,18 +29,9 @@ from beit_pretrain.errors import UserError
 @pytest.fixture
 def words(shards, dvae_checkpoint, tmp_path):
     """A small run with everything that real ones have: workers, a tokenizer, drop path, accumulation, offline W&B."""
-    words = ["fit", "+experiment=demo_pretrain", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
-    words += [f"tokenizer.path={dvae_checkpoint}", "image_size=32", "mask.max_patches=6", "mask.min_block=1"]
-    words += ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.drop_path_rate=0.1", "threads=1"]
-    words += ["global_batch_size=8", "batch_size=4", "log_every=1", "val_every=5", "save_every=4", "steps=20"]
-    return [
-        *words,
-        "data.num_workers=1",
-        "logger=wandb",
-        "logger.mode=offline",
-        "num_visualizations=0",
-        "optim.warmup_steps=2",
-    ]
+    words = [f"tokenizer.path={dvae_checkpoint}", "batch_size=4", "val_every=5", "save_every=4", "steps=20", *OFFLINE]
+    words += ["model.drop_path_rate=0.1", "data.num_workers=1", "num_visualizations=0", "optim.warmup_steps=2"]
+    return fit_words("pretrain", shards, *words)
 
 
 @pytest.mark.long
@@ -158,9 +149,8 @@ def signals_restored():
 
 def test_with_averaged_weights_a_validation_is_finished(shards, run_cli, tmp_path, sends, signals_restored):
     """They stand in the network's place meanwhile. Early stopping counts what has been."""
-    words = ["fit", "+experiment=demo_finetune", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
-    words += ["from_scratch=true", "ema=.9", "early_stopping=3", "image_size=32", "global_batch_size=8", "batch_size=4"]
-    words += ["steps=10", "val_every=2", "save_every=4", "log_every=1", "threads=1", "data.num_workers=0"]
+    words = ["from_scratch=true", "ema=.9", "early_stopping=3", "batch_size=4", "steps=10", "val_every=2"]
+    words = fit_words("finetune", shards, *words, "save_every=4")
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
     sends("on_validation_batch_start", 4)
     with pytest.raises(SystemExit):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import fit_words
 
 from beit_pretrain.cli import VERBS
 from beit_pretrain.config import HINTS, experiments
@@ -90,16 +91,7 @@ def test_wrong_words(words, said, run_cli, tmp_path, monkeypatch):
 @pytest.fixture
 def pretrain_words(shards, dvae_checkpoint, tmp_path):
     """A run of the smallest pre-training, as a list of words."""
-    return [
-        "fit",
-        "+experiment=demo_pretrain",
-        f"data.train={shards / 'train'}",
-        f"data.val={shards / 'val'}",
-        f"tokenizer.path={dvae_checkpoint}",
-        f"run_dir={tmp_path / 'run'}",
-        *("image_size=32", "patch_size=8", "mask.max_patches=6", "mask.min_block=1", "steps=2", "global_batch_size=4"),
-        *("model.embed_dim=32", "model.num_heads=2", "model.depth=2", "data.num_workers=0", "data.val_images=8"),
-    ]
+    return fit_words("pretrain", shards, f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}", "steps=2")
 
 
 @pytest.mark.parametrize(

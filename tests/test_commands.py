@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 
 import pytest
-from conftest import seeded, write_checkpoint
 from PIL import Image
+from tiny import SIZE, fit_words, seeded, write_checkpoint
 
 from beit_pretrain.inference import image_stream as images
 from beit_pretrain.models.backbone import Classifier
@@ -16,7 +16,7 @@ from beit_pretrain.transforms.views import HALF
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     """A classifier of the photos' three classes that knows nothing."""
-    model = seeded(Classifier, 3, image_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    model = seeded(Classifier, 3, **SIZE)
     about = {"mean": list(HALF), "std": list(HALF), "classes": ["boats", "cats", "dogs"]}
     return write_checkpoint(tmp_path_factory.mktemp("classifier") / "last.ckpt", "classifier", model, **about)
 
@@ -80,17 +80,8 @@ def test_predict_takes_a_single_file(classifier, photos, run_cli, tmp_path):
 def test_validate_and_show_a_run_whose_sources_are_gone(shards, dvae_checkpoint, mim_checkpoint, run_cli, tmp_path):
     backbone = tmp_path / "moved.ckpt"
     backbone.write_bytes(mim_checkpoint.read_bytes())
-    words = [
-        "fit",
-        "+experiment=demo_finetune",
-        f"init_from={backbone}",
-        "steps=1",
-        "val_every=1",
-        "global_batch_size=4",
-    ]
-    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0", "image_size=32"]
-    words += ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", f"run_dir={tmp_path / 'run'}"]
-    code, _, stderr = run_cli(*words)
+    words = [f"init_from={backbone}", "steps=1", "val_every=1", f"run_dir={tmp_path / 'run'}"]
+    code, _, stderr = run_cli(*fit_words("finetune", shards, *words))
     assert code == 0, stderr
     backbone.unlink()
     code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}")

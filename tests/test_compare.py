@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import seeded
 from test_cifar import NAMES, archive, as_python2, batch
+from tiny import seeded
 
 from beit_pretrain.config import compose
 from beit_pretrain.data.reader import ShardReader

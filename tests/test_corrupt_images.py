@@ -10,17 +10,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import spoil
+from tiny import fit_words, spoil
 
 from beit_pretrain.data import storage
 from beit_pretrain.data.corrupt_images import CorruptImages, allowed, truncate_after
 from beit_pretrain.engine.metrics import curve
 from beit_pretrain.errors import UserError
 
-TINY = (
-    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 data.num_workers=0 num_visualizations=0 "
-    "model.embed_dim=32 model.num_heads=2 model.depth=1 log_every=2 threads=1 data.shuffle_block_size=12 data.shuffle_streams=2"
-).split()
+MORE = [
+    "data.val=null",
+    "num_visualizations=0",
+    "model.depth=1",
+    "log_every=2",
+    "data.shuffle_block_size=12",
+    "data.shuffle_streams=2",
+]
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def fit(run_cli, dvae_checkpoint, tmp_path):
     def run(train, *words: str, steps: int = 12) -> tuple[int, str]:
         given = [f"data.train={train}", f"tokenizer.path={dvae_checkpoint}", f"data.cache_dir={tmp_path / 'cache'}"]
         where = [f"run_dir={tmp_path / 'run'}", f"steps={steps}", f"val_every={steps}"]
-        code, _, stderr = run_cli("fit", "+experiment=demo_pretrain", *given, *TINY, *where, *words)
+        code, _, stderr = run_cli(*fit_words("pretrain", tmp_path, *MORE, *given, *where, *words))
         return code, stderr
 
     return run
@@ -156,7 +160,7 @@ class TestBadImages:
         server = serve(folder)
         lists = []
         for devices in (1, 2):
-            words = ["fit", "+experiment=demo_pretrain", f"data.train={server.url}", *TINY, "data.num_workers=1"]
+            words = fit_words("pretrain", tmp_path, *MORE, f"data.train={server.url}", "data.num_workers=1")
             words += [f"tokenizer.path={dvae_checkpoint}", f"data.cache_dir={tmp_path / str(devices)}", "steps=12"]
             words += [
                 f"run_dir={tmp_path / f'run{devices}'}",

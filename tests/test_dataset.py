@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import spoil
+from tiny import spoil
 
 from beit_pretrain.data import storage
 from beit_pretrain.data.order import Sample

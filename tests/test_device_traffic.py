@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MIM
 from dall_e.encoder import Encoder
+from tiny import MIM, SIZE
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,8 +126,7 @@ def test_a_pretraining_step_never_waits(checkpointing):
 def test_a_finetuning_step_never_waits(monkeypatch):
     # It asks the driver, and reads nothing.
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
-    architecture = {name: value for name, value in MIM.items() if name != "vocab_size"}
-    network = Classifier(10, **architecture)
+    network = Classifier(10, **SIZE)
     regularisation = MixConfig(mixup=0.8, cutmix=1.0)
     with FAKE:
         module = Finetuning(moved(network), OptimSettings(lr=1e-3), regularisation, HALF, HALF)

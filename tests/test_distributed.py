@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import MIM
 from lightning import LightningModule
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from test_dist_env import SRUN, TORCHRUN, variables  # noqa: F401 (a fixture)
-from tiny import tiny_words
+from tiny import SIZE, tiny_words
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +20,6 @@ from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.tokenizers.dvae import DiscreteVAE
 
-MIM_SIZE = {name: value for name, value in MIM.items() if name != "vocab_size"}
 TRAINER = {"accelerator": "cpu", "devices": "auto", "num_nodes": "auto", "strategy": "auto", "precision": "32-true"}
 
 
@@ -127,15 +125,15 @@ class TestDDP:
 
     def test_buffers_are_sent_where_they_differ(self, group):
         """Statistics of batch norms that count on each process alone, and no tables."""
-        segmenter = Segmenter(3, {"channels": 16, "aux_channels": 8}, **MIM_SIZE)
+        segmenter = Segmenter(3, {"channels": 16, "aux_channels": 8}, **SIZE)
         assert self.wrapped(segmenter).broadcast_buffers
         assert not has_local_statistics(torch.nn.SyncBatchNorm.convert_sync_batchnorm(segmenter))
-        assert not self.wrapped(MaskedImageModel(32, **MIM_SIZE)).broadcast_buffers
+        assert not self.wrapped(MaskedImageModel(32, **SIZE)).broadcast_buffers
 
     def test_buffers_that_are_not_sent_are_the_same_everywhere(self):
         """Whatever the weights are, and whatever is computed with them."""
         masked, image = torch.ones(2, 16).bool(), torch.rand(2, 3, 32, 32)
-        one, other = (MaskedImageModel(32, **MIM_SIZE) for _ in range(2))
+        one, other = (MaskedImageModel(32, **SIZE) for _ in range(2))
         other.train()(image, masked).sum().backward()
         buffers = dict(one.named_buffers())
         assert buffers

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import MIM, seeded
 from timm.layers import DropPath
+from tiny import MIM, seeded
 
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.blocks import residual

@@ -10,17 +10,16 @@ import sys
 
 import pytest
 import torch
-from conftest import MIM, write_checkpoint
 from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import MIM, SIZE, write_checkpoint
 
 from beit_pretrain.models.backbone import Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints import export as exporting
 from beit_pretrain.models.checkpoints.pretrained import load_pretrained
 from beit_pretrain.transforms.views import ClassificationTransform
 
-NETWORK = {name: value for name, value in MIM.items() if name != "vocab_size"}
 NAMES = ["cat", "dog", "a, b 'c'"]
 ABOUT = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
 OUT = {"unilm": "x.pth", "timm": "x.safetensors", "hf": "folder", "onnx": "x.onnx"}
@@ -32,7 +31,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for kind, model, about in (
         ("mim", scrambled(MaskedImageModel(**MIM)), ABOUT),
-        ("classifier", scrambled(Classifier(3, **NETWORK)), {**ABOUT, "classes": NAMES, "crop_ratio": None}),
+        ("classifier", scrambled(Classifier(3, **SIZE)), {**ABOUT, "classes": NAMES, "crop_ratio": None}),
     ):
         run = folder / kind
         (run / "checkpoints").mkdir(parents=True)
@@ -104,7 +103,7 @@ def test_round_trip_from_hugging_face(kind, run_cli, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mim", "classifier"])
 def test_round_trip_from_the_authors_format(kind, run_cli, tmp_path):
-    model = scrambled(MaskedImageModel(**MIM) if kind == "mim" else Classifier(3, **NETWORK))
+    model = scrambled(MaskedImageModel(**MIM) if kind == "mim" else Classifier(3, **SIZE))
     unilm_file(tmp_path / "authors.pth", model.state_dict())
     exported(run_cli, tmp_path / "authors.pth", "hf", tmp_path / "hf")
     exported(run_cli, tmp_path / "hf", "unilm", tmp_path / "back.pth")
@@ -131,7 +130,7 @@ def test_round_trip_from_timm(run_cli, tmp_path):
 )
 @pytest.mark.parametrize("to", ["timm", "hf"])
 def test_other_classifiers(changes, to, run_cli, tmp_path):
-    settings = {**NETWORK, **changes}
+    settings = {**SIZE, **changes}
     pool = settings.pop("pool", "avg")
     write_checkpoint(tmp_path / "a.ckpt", "classifier", scrambled(Classifier(3, pool, **settings)))
     exported(run_cli, tmp_path / "a.ckpt", to, tmp_path / OUT[to])
@@ -169,7 +168,7 @@ def test_another_image_size(trained, run_cli, tmp_path):
 
 
 def test_grids_that_are_not_square(run_cli, tmp_path):
-    model = scrambled(Classifier(3, **{**NETWORK, "image_size": (32, 64)}))
+    model = scrambled(Classifier(3, **{**SIZE, "image_size": (32, 64)}))
     write_checkpoint(tmp_path / "a.ckpt", "classifier", model, **ABOUT)
     exported(run_cli, tmp_path / "a.ckpt", "unilm", tmp_path / "a.pth")
     assert load_pretrained(tmp_path / "a.pth", "classify").config["image_size"] == [32, 64]

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import seeded, write_checkpoint
 from crash import Crash
 from PIL import Image
+from tiny import SIZE, fit_words, seeded, state_of, write_checkpoint
 
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
@@ -22,8 +22,6 @@ from beit_pretrain.inference.classifier import ImageClassifier
 from beit_pretrain.models.backbone import Classifier
 from beit_pretrain.tasks.finetune import Finetuning, MixConfig
 from beit_pretrain.transforms.views import HALF
-
-SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.0}
 
 
 def module(**regularisation) -> Finetuning:
@@ -65,9 +63,7 @@ def test_overfits_one_batch():
 @pytest.mark.parametrize("val_batch", [1, 5, 12])
 def test_validation_counts_every_image_once(val_batch, shards, run_cli, tmp_path):
     """The metrics do not depend on how the images are cut into batches, nor on a last batch that is smaller."""
-    words = ["fit", "+experiment=demo_finetune", "from_scratch=true", "steps=1", "val_every=1", "global_batch_size=4"]
-    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0", "log_every=1"]
-    words += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "data.labels_per_class=2"]
+    words = finetune_words(shards, tmp_path, "steps=1", "val_every=1", "global_batch_size=4", "data.labels_per_class=2")
     assert run_cli(*words, f"run_dir={tmp_path / 'one'}", "data.val_batch=64")[0] == 0
     assert run_cli(*words, f"run_dir={tmp_path / 'other'}", f"data.val_batch={val_batch}")[0] == 0
     for name in ("val/loss", "val/accuracy", "val/top5_accuracy"):
@@ -88,21 +84,8 @@ def test_image_classifier(tmp_path):
 
 
 def finetune_words(shards, run_dir, *more: str) -> list[str]:
-    words = [
-        "fit",
-        "+experiment=demo_finetune",
-        "from_scratch=true",
-        "global_batch_size=8",
-        "val_every=2",
-        "save_every=1",
-    ]
-    words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0", "log_every=1"]
-    words += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "data.labels_per_class=null"]
-    return [*words, "optim.warmup_steps=0", "threads=1", f"run_dir={run_dir}", *more]
-
-
-def state_of(run, name="state_dict") -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)[name]
+    words = ["from_scratch=true", "val_every=2", "save_every=1", "data.labels_per_class=null", "optim.warmup_steps=0"]
+    return fit_words("finetune", shards, *words, f"run_dir={run_dir}", *more)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DVAE, MIM, write_checkpoint
 from foreign import scrambled
-from tiny import comparable, read_rows
+from tiny import DVAE, MIM, comparable, read_rows, write_checkpoint
 
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.tokenizers.dvae import DiscreteVAE

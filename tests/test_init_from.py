@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
+from tiny import MIM, data_words
 
 from beit_pretrain.config import compose
 from beit_pretrain.engine.task import Task, find_task
@@ -19,8 +20,7 @@ BRIEF = ["epochs=null", "optim.warmup_epochs=null", "steps=2", "global_batch_siz
 
 @pytest.fixture
 def words(shards, tmp_path):
-    data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0"]
-    return [*data, *BRIEF, f"run_dir={tmp_path / 'run'}", "logger=csv"]
+    return [*data_words(shards), "data.num_workers=0", *BRIEF, f"run_dir={tmp_path / 'run'}", "logger=csv"]
 
 
 @pytest.fixture
@@ -38,8 +38,7 @@ def finetune_words(words):
 @pytest.fixture
 def authors_file(tmp_path):
     """A self-supervised .pth of the dVAE fixture's 32 tokens."""
-    settings = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    model = scrambled(MaskedImageModel(32, **settings))
+    model = scrambled(MaskedImageModel(**MIM))
     return unilm_file(tmp_path / "beit_pt22k.pth", model.state_dict())
 
 

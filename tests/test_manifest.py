@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import spoil
 from PIL import Image
 from test_sources import class_files, tar_bytes, write_folder
+from tiny import spoil
 
 from beit_pretrain.data.manifest import INDEX_DTYPE, index_shard, read_manifest, summary, verify_shards
 from beit_pretrain.data.write.contact_sheet import contact_sheet

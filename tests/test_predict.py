@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import seeded, write_checkpoint
 from PIL import Image
+from tiny import seeded, write_checkpoint
 
 from beit_pretrain import Predictor
 from beit_pretrain.data.order import Sample

@@ -11,9 +11,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DVAE, MIM, seeded, write_checkpoint
 from foreign import hf_classifier, hf_mim, scrambled, timm_beit, unilm_file
 from safetensors.torch import save_file
+from tiny import DVAE, MIM, seeded, write_checkpoint
 from torch import nn
 
 import beit_pretrain

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Trainer
+from tiny import MIM
 
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.order import MASK, generator
@@ -19,7 +20,6 @@ from beit_pretrain.tokenizers.dvae import DVAETokenizer
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.views import HALF, TwoViewTransform, color_jitter
 
-TINY = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 # One attempt a block: images differ widely in how many patches are masked, which is what the objective must bear.
 MASKING = BlockwiseMask((4, 4), max_patches=9, min_block=3, attempts=1)
 
@@ -42,7 +42,7 @@ class Brightness:
 
 def module(tokenizer=None, drop_path_rate=0.0, lr=1e-3, clip=None, **settings) -> Pretraining:
     torch.manual_seed(0)
-    model = MaskedImageModel(**TINY | settings, drop_path_rate=drop_path_rate)
+    model = MaskedImageModel(**MIM | settings, drop_path_rate=drop_path_rate)
     return Pretraining(model, tokenizer or Brightness(), OptimSettings(lr=lr, clip=clip), HALF, HALF)
 
 

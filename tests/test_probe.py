@@ -8,8 +8,8 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import torch
-from conftest import MIM, write_checkpoint
 from foreign import scrambled
+from tiny import MIM, write_checkpoint
 
 from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.engine.settings import OptimSettings

@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import spoil
+from tiny import spoil
 
 from beit_pretrain.data import storage
 from beit_pretrain.data.datamodule import labels

@@ -13,6 +13,7 @@ import pytest
 import torch
 from crash import Crash
 from lightning.pytorch.plugins import MixedPrecision
+from tiny import fit_words, state_of
 
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import distributed as cluster
@@ -21,16 +22,11 @@ from beit_pretrain.engine.metrics import curve
 from beit_pretrain.models.checkpoints import files as checkpoint
 from beit_pretrain.tasks.pretrain import Pretraining
 
-TINY = (
-    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 batch_size=4 data.num_workers=0 "
-    "model.embed_dim=32 model.num_heads=2 model.depth=2 data.val_images=8 log_every=1 threads=1"
-).split()
-
 
 @pytest.fixture
 def words(shards, dvae_checkpoint, tmp_path):
-    given = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
-    return ["fit", "+experiment=demo_pretrain", *given, *TINY, f"run_dir={tmp_path / 'run'}"]
+    more = [f"tokenizer.path={dvae_checkpoint}", "batch_size=4", f"run_dir={tmp_path / 'run'}"]
+    return fit_words("pretrain", shards, *more)
 
 
 def test_a_run_that_died_goes_on_as_if_it_had_not(words, run_cli, tmp_path, monkeypatch):
@@ -50,7 +46,7 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(words, run_cli, tmp_path, monk
     assert "continuing demo/pretrain after step 4" in stdout
     whole, resumed = (curve(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "run"))
     assert resumed == whole  # every step once, the same numbers to the last bit
-    states = [checkpoint.read(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in ("whole", "run")]
+    states = [state_of(tmp_path / name) for name in ("whole", "run")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -77,23 +73,14 @@ def test_a_run_goes_on_with_other_micro_batches(before, after, words, run_cli, t
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-@pytest.mark.parametrize("experiment", ["demo_pretrain", "demo_tokenizer", "demo_finetune"])
-def test_every_kind_of_run_in_every_precision(experiment, precision, shards, dvae_checkpoint, run_cli, tmp_path):
-    words = ["fit", f"+experiment={experiment}", f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
-    words += [
-        "steps=2",
-        "val_every=2",
-        "global_batch_size=4",
-        "data.num_workers=0",
-        "image_size=32",
-        "log_every=1",
-        "threads=1",
-    ]
-    words += {
-        "demo_pretrain": [f"tokenizer.path={dvae_checkpoint}", "mask.max_patches=6", "mask.min_block=1"],
-        "demo_tokenizer": [],
-        "demo_finetune": ["from_scratch=true", "regularisation.mixup=.8", "regularisation.erasing=.5"],
-    }[experiment]
+@pytest.mark.parametrize("task", ["pretrain", "tokenizer", "finetune"])
+def test_every_kind_of_run_in_every_precision(task, precision, shards, dvae_checkpoint, run_cli, tmp_path):
+    more = {
+        "pretrain": [f"tokenizer.path={dvae_checkpoint}"],
+        "tokenizer": [],
+        "finetune": ["from_scratch=true", "regularisation.mixup=.8", "regularisation.erasing=.5"],
+    }[task]
+    words = fit_words(task, shards, "steps=2", "val_every=2", "global_batch_size=4", *more)
     code, _, stderr = run_cli(*words, f"run_dir={tmp_path / 'run'}", f"trainer.precision={precision}")
     assert code == 0, stderr
     assert all(0 < loss < 10 for loss in curve(tmp_path / "run/metrics.csv", "train/loss")[1])
@@ -116,7 +103,7 @@ def test_a_loss_scale_is_not_taken_for_a_gradient(words, run_cli, tmp_path, monk
     for metric in ("train/loss", "train/gradient_norm"):
         full, half = (curve(tmp_path / name / "metrics.csv", metric)[1] for name in ("full", "half"))
         assert half == pytest.approx(full, rel=1e-2), metric
-    states = [checkpoint.read(tmp_path / name / "checkpoints/last.ckpt")["state_dict"] for name in ("full", "half")]
+    states = [state_of(tmp_path / name) for name in ("full", "half")]
     change = max((states[0][name] - states[1][name]).abs().max() for name in states[0])
     assert change < 2e-3  # three steps of 3e-3 each
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from conftest import seeded, spoil, write_checkpoint
+from crash import Crash
 from PIL import Image
-from test_finetune import Crash
+from tiny import fit_words, seeded, spoil, state_of, write_checkpoint
 
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import fit as runs
@@ -29,27 +30,21 @@ from beit_pretrain.models.upernet import Maps, Segmenter
 from beit_pretrain.tasks.segment import Segmentation, confusion, pixel_loss, scores
 from beit_pretrain.transforms.segmentation import IGNORE, read_labels
 
-SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}
+SIZE = {**tiny.SIZE, "drop_path_rate": 0.1}
 SMALL = {"aux_channels": 8, "channels": 16}
 ADE = Path(os.environ.get("ADE20K_MINI", Path(__file__).parents[2] / "shared/data/ade20k-mini"))
 
 
 def words(shards, run_dir, *more: str) -> list[str]:
-    result = ["fit", "+experiment=demo_segment", "from_scratch=true", "steps=2", "val_every=2", "global_batch_size=4"]
-    result += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.num_workers=0", "log_every=1"]
-    result += ["image_size=32", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "optim.warmup_steps=0"]
-    return [
-        *result,
-        "decoder.channels=16",
-        "decoder.aux_channels=8",
+    result = [
+        "from_scratch=true",
+        "steps=2",
+        "val_every=2",
+        "global_batch_size=4",
+        "optim.warmup_steps=0",
         "num_visualizations=2",
-        f"run_dir={run_dir}",
-        *more,
     ]
-
-
-def state_of(run) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return fit_words("segment", shards, *result, f"run_dir={run_dir}", *more)
 
 
 class TestMetrics:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import spoil
 from test_datamodule import MASKING, assert_equal, batches, by_position
 from test_pretraining import Pretraining, trainer
 from test_pretraining import module as network
+from tiny import spoil
 
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.order import CACHED_VIEW, generator

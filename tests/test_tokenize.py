@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import spoil, write_checkpoint
+from tiny import spoil, write_checkpoint
 
 from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
 from beit_pretrain.data.reader import ShardReader

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DVAE, write_checkpoint
 from dall_e import map_pixels, unmap_pixels
 from dall_e.encoder import Encoder
+from tiny import DVAE, write_checkpoint
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Classifier

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import MIM, write_checkpoint
 from foreign import hf_config, scrambled
 from safetensors.torch import load_file
+from tiny import MIM, write_checkpoint
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Classifier, FeatureExtractor, MaskedImageModel

@@ -1,7 +1,11 @@
-"""The smallest `fit` that has everything (shards, a loader worker, a tokenizer, accumulation), in processes."""
+"""The smallest networks, checkpoints and runs, shared by all tests; runs in processes of their own.
+
+The fixtures are in `conftest.py`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,13 +13,29 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from beit_pretrain.engine.metrics import read_rows
 
+DVAE = {"vocab_size": 32, "width": 8, "blocks": 1, "code_dim": 8, "in_chans": 3}
+SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+MIM = {**SIZE, "vocab_size": 32}
+
+# `fit` of a task with a network of SIZE, in this process.
+NETWORK = "patch_size=8 model.embed_dim=32 model.num_heads=2 model.depth=2"
+COMMON = "image_size=32 global_batch_size=8 data.num_workers=0 log_every=1 threads=1"
+TASKS = {
+    "pretrain": f"{NETWORK} mask.max_patches=6 mask.min_block=1 data.val_images=8",
+    "tokenizer": "model.vocab_size=16 model.width=8 model.blocks=1 model.code_dim=8",
+    "finetune": NETWORK,
+    "segment": f"{NETWORK} decoder.channels=16 decoder.aux_channels=8",
+}
+# A pre-training run that has everything (a loader worker, drop path, accumulation), for processes of its own.
 TINY = (
     "+experiment=demo_pretrain image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=16 "
     "batch_size=2 data.num_workers=1 model.embed_dim=32 model.num_heads=2 model.depth=2 model.drop_path_rate=.1 "
@@ -27,9 +47,48 @@ CLOCKS = ("train/images_per_s", "train/data_wait")  # metrics that are no two ti
 STARTED: list[subprocess.Popen] = []  # what a test has started ends with it
 
 
+def seeded(build: Callable, *args, **settings):
+    """`build(...)` with weights that do not depend on which test asked first; the global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build(*args, **settings)
+
+
+def write_checkpoint(path: Path, kind: str, model: torch.nn.Module, **about) -> Path:
+    """The part of a checkpoint of `fit` that `checkpoint.read_own` reads."""
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    said = {"kind": kind, "model": dict(model.config), **about}
+    torch.save({"beit_pretrain": said, "state_dict": state, "global_step": 10}, path)
+    return path
+
+
+def spoil(folder: Path, shard: int, rows: list[int]) -> None:
+    """Overwrite images of a shard with what is none, and let the manifest say so."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["shards"][shard]
+    path = folder / entry["name"]
+    index = np.load(path.with_suffix(".index.npy"))
+    data = bytearray(path.read_bytes())
+    for row in rows:
+        offset = int(index[row]["image_offset"])
+        data[offset : offset + 8] = b"no image"
+    path.write_bytes(data)
+    entry["sha256"] = sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def data_words(shards: Path) -> list[str]:
+    return [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
+
+
+def fit_words(task: str, shards: Path, *more: str) -> list[str]:
+    """`fit` of the demo's experiment of a task, as small as it gets; what is given last counts."""
+    return ["fit", f"+experiment=demo_{task}", *data_words(shards), *COMMON.split(), *TASKS[task].split(), *more]
+
+
 def tiny_words(shards: Path, tokenizer: Path) -> list[str]:
     """Settings of `fit`; steps and name are still to be given."""
-    return [*TINY, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={tokenizer}"]
+    return [*TINY, *data_words(shards), f"tokenizer.path={tokenizer}"]
 
 
 def start(
@@ -132,6 +191,11 @@ def largest_difference(one: Path, other: Path) -> float:
     rows = rows_of(one), rows_of(other)
     assert rows[0].keys() == rows[1].keys()
     return max(abs(rows[0][step]["train/loss"] - rows[1][step]["train/loss"]) for step in rows[0])
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """The weights in `last.ckpt` of a run."""
+    return last_checkpoint(run)["state_dict"]
 
 
 def last_checkpoint(run: Path) -> dict:

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import seeded
 from dall_e import map_pixels
 from dall_e.encoder import Encoder
+from tiny import seeded
 from torch import Tensor
 
 from beit_pretrain.engine.optim import clip_gradients

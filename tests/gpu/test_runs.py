@@ -11,24 +11,20 @@ import pytest
 import test_golden
 import torch
 from crash import Crash
-from tiny import last_checkpoint, read_rows, start
+from tiny import data_words, fit_words, read_rows, start, state_of
 
 from beit_pretrain import load_pretrained
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.metrics import curve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TINY = (
-    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 batch_size=4 data.num_workers=0 "
-    "model.embed_dim=32 model.num_heads=2 model.depth=2 data.val_images=8 log_every=1 threads=1 compile=false"
-).split()
 
 
 @pytest.fixture
 def words(shards, dvae_checkpoint, accelerator) -> list[str]:
     """A tiny pre-training run; steps and run_dir are still to be given."""
-    given = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
-    return ["fit", "+experiment=demo_pretrain", *given, *TINY, accelerator, "trainer.devices=1"]
+    more = [f"tokenizer.path={dvae_checkpoint}", "batch_size=4", "compile=false", accelerator, "trainer.devices=1"]
+    return fit_words("pretrain", shards, *more)
 
 
 def kind_of(device: torch.device) -> str:
@@ -86,7 +82,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(deterministic, words, run_cli, t
     assert code == 0, stderr
     assert "after step 4" in stdout
     rows = [read_rows(tmp_path / name / "metrics.csv")[1] for name in ("whole", "parts")]
-    states = [last_checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "parts")]
+    states = [state_of(tmp_path / name) for name in ("whole", "parts")]
     assert [sorted(found) for found in rows] == [[1, 2, 3, 4, 5, 6]] * 2
     if deterministic:
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -138,7 +134,7 @@ def test_fp16_with_a_loss_scale(cuda, words, run_cli, tmp_path):
 
 
 def test_finetuning_validation_and_prediction(words, photos, mim_checkpoint, shards, accelerator, run_cli, tmp_path):
-    given = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"init_from={mim_checkpoint}"]
+    given = [*data_words(shards), f"init_from={mim_checkpoint}"]
     sizes = "image_size=32 global_batch_size=8 data.num_workers=0 epochs=null steps=2 log_every=1 compile=false".split()
     run = tmp_path / "finetune"
     code, _, stderr = run_cli(

@@ -45,7 +45,9 @@ class DownloadSettings(Settings):
     defaults = "download.yaml"
 
     out: Name = about("folder for the files; encoder.pkl and decoder.pkl that lie there are not downloaded again")
-    src: Name = about("openai; or a folder that has both files, or the start of an address (https://MIRROR/FOLDER, hf://OWNER/NAME)")
+    src: Name = about(
+        "openai; or a folder that has both files, or the start of an address (https://MIRROR/FOLDER, hf://OWNER/NAME)"
+    )
     encoder: Address = about("address of the encoder")
     decoder: Address = about("address of the decoder")
     timeout: Seconds = about("seconds to wait for a connection, or for the next bytes")
