@@ -12,7 +12,6 @@ import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from beit_pretrain.benchmarks.gpu.plan import EXPERIMENT
 from beit_pretrain.compose import compose, config_dir, experiments, show_config
 from beit_pretrain.engine.dist_env import local_rank, rank, speaker
 from beit_pretrain.engine.preemption import early_signals
@@ -79,6 +78,7 @@ TRAINED = {
     **dict.fromkeys(("gpu", "page"), "bench_gpu"),
 }
 SPARED = ("data.train", "tokenizer.path")
+EXPERIMENT = "base_22k"  # of `bench gpu`, unless +experiment= says another
 
 
 def config_of(verb: str, words: list[str]) -> str:
