@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from beit_pretrain.benchmarks import attention, inputs, kernels, page, step
-from beit_pretrain.benchmarks.compare import compared
-from beit_pretrain.benchmarks.cost import counted_flops, kept_bytes, measured_peak
+from beit_pretrain.benchmarks import attention, inputs, loop, measure, step
+from beit_pretrain.benchmarks.blocks import RunResult, interval
 from beit_pretrain.benchmarks.inputs import make_batch, make_bench
 from beit_pretrain.benchmarks.loop import run_in_turn
+from beit_pretrain.benchmarks.measure import compared, counted_flops, kept_bytes, measured_peak
 from beit_pretrain.benchmarks.memory import MOST, WORKSPACE, kept, predicted
 from beit_pretrain.benchmarks.peers import PlainModel, Transformers
-from beit_pretrain.benchmarks.step import forward, host_batches, measured_rounds, our_steps, variant_names
-from beit_pretrain.config import compose
-from beit_pretrain.engine.compile import CompileCounts, compile_counts
+from beit_pretrain.benchmarks.report import Report
+from beit_pretrain.benchmarks.step import host_batches, measure_rounds, on_images, our_steps, variant_names
+from beit_pretrain.compose import compose
+from beit_pretrain.engine.compile import compile_counts
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.trainer import silence_warnings
 from beit_pretrain.errors import UserError
@@ -48,7 +49,7 @@ def words(dvae_checkpoint) -> list[str]:
 def bench(words):
     cfg = compose("bench_step", ["action=step", *words, "model.drop_path_rate=0"], spared=("data.train",))
     bench = make_bench(cfg)
-    for parameter in bench.module.model.parameters():
+    for parameter in bench.model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return bench
 
@@ -61,40 +62,27 @@ def test_a_measurement_obeys_deterministic(words, monkeypatch):
     assert asked == [("pretrain", False)]
 
 
-def theirs(model: nn.Module, bench) -> nn.Module:
-    """A peer with our weights."""
-    own = bench.module.model.state_dict()
-    if isinstance(model, PlainModel):
-        named = {f"body.{name}": tensor for name, tensor in own.items() if not name.startswith(("mask_", "lm_"))}
-        model.load_state_dict(named | {name: own[name] for name in ("mask_token", "lm_head.weight", "lm_head.bias")})
-    return model.train()
-
-
 @pytest.mark.parametrize(("fused", "all_patches"), [(False, False), (True, True)])
 def test_peers_on_timm_have_our_loss_and_gradients(bench, fused, all_patches):
     batch = make_batch(bench, 0)
-    model = theirs(PlainModel(bench.architecture, bench.tokenizer.vocab_size, fused, all_patches), bench)
+    model = PlainModel(bench.model, fused, all_patches).train()
     loss = model(batch.image, batch.ours["mask"], batch.token_M)
-    found = forward(bench, batch.ours, batch.view, batch.ours["tokens"])
+    found = on_images(bench, batch)
     ours = found.loss_sum / found.masked
     torch.testing.assert_close(loss, ours, atol=1e-5, rtol=1e-5)
     loss.backward()
     ours.backward()
-    torch.testing.assert_close(model.mask_token.grad, bench.module.model.mask_token.grad, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        model.body.blocks[0].attn.qkv.weight.grad,
-        bench.module.model.blocks[0].attn.qkv.weight.grad,
-        atol=1e-5,
-        rtol=1e-5,
-    )
+    for peer, own in ((model, bench.model), (model.body.blocks[0].attn.qkv, bench.model.blocks[0].attn.qkv)):
+        name = "mask_token" if peer is model else "weight"
+        torch.testing.assert_close(getattr(peer, name).grad, getattr(own, name).grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_transformers_has_as_many_parameters_and_attends_as_asked(bench, attention):
     """Its weights' parity is tested in test_pretrained.py; here that it is the same network, not a smaller one."""
-    model = Transformers(bench.architecture, bench.tokenizer.vocab_size, attention)
+    model = Transformers(bench.model, attention)
     assert model.model.config._attn_implementation == attention
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in bench.module.model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in bench.model.parameters())
     batch = make_batch(bench, 0)
     loss = model.train()(batch.image, batch.ours["mask"], batch.token_M)
     assert loss.item() == pytest.approx(np.log(bench.tokenizer.vocab_size), rel=0.2)
@@ -106,10 +94,10 @@ def test_our_step_is_the_modules(bench, monkeypatch):
     encode = bench.tokenizer.encode
     monkeypatch.setattr(bench.tokenizer, "encode", lambda image: encoded.append(len(image)) or encode(image))
     for name, calls in (("ours", 0), ("ours_cached", 0), ("ours_tokenizer", 1)):
-        before = bench.module.model.lm_head.weight.clone()
+        before = bench.model.lm_head.weight.clone()
         our_steps(bench)[name](make_batch(bench, 0))
         assert len(encoded) == calls
-        assert not torch.equal(bench.module.model.lm_head.weight, before)
+        assert not torch.equal(bench.model.lm_head.weight, before)
 
 
 def test_an_interval_from_order_statistics():
@@ -118,11 +106,12 @@ def test_an_interval_from_order_statistics():
     for _ in range(400):
         fast = rng.lognormal(0, 0.3, 20)
         ratio = compared(1.1 * rng.lognormal(0, 0.3, 20), fast)
-        inside += ratio.low <= 1.1 <= ratio.high
-        assert ratio.low <= ratio.median <= ratio.high
+        inside += ratio["low"] <= 1.1 <= ratio["high"]
+        assert ratio["low"] <= ratio["median"] <= ratio["high"]
     assert inside / 400 > 0.93
-    assert compared([2.0] * 6, [1.0] * 6) == (2.0, 2.0, 2.0, 6)
-    assert [compared([2.0] * pairs, [1.0] * pairs).interval for pairs in (5, 6)] == ["range", "95 % interval"]
+    assert compared([2.0] * 6, [1.0] * 6) == {"median": 2.0, "low": 2.0, "high": 2.0, "pairs": 6}
+    ratios = (compared([2.0] * pairs, [1.0] * pairs) for pairs in (5, 6))
+    assert [interval(ratio) for ratio in ratios] == ["range", "95 % interval"]
 
 
 def test_operations_are_counted():
@@ -214,7 +203,7 @@ def test_real_batches_are_seen_as_the_experiment_says(words, shards):
 
 def test_one_clock_for_all_that_is_divided(words, run_cli, monkeypatch):
     clocks = []
-    monkeypatch.setattr("beit_pretrain.benchmarks.step.measured_peak", lambda *given: clocks.append(given[-1]) or 1e9)
+    monkeypatch.setattr(measure, "measured_peak", lambda *given: clocks.append(given[-1]) or 1e9)
     code, stdout, stderr = run_cli("bench", "step", *words, "bench.variants=[ours]", "bench.clock=cpu")
     assert code == 0, stderr
     assert clocks == [time.process_time]
@@ -246,8 +235,8 @@ def test_the_loop_in_blocks_waits_once_a_block(words, monkeypatch, tmp_path):
     silence_warnings()
     batches, _ = run_in_turn(cfg, bench, tmp_path, 4)
     assert len(batches.bare) == len(batches.trained) == 3
-    assert batches.bench.module.model.training
-    assert len(waits) == 4 + 3 + 2  # each end of a block, each bare block, each of two checkpoints
+    assert batches.bench.model.training
+    assert len(waits) == 4 + 2  # each end of a block, each of two checkpoints
 
 
 def test_the_loop_waits_for_a_checkpoint_that_a_thread_writes(words, run_cli, monkeypatch):
@@ -296,13 +285,13 @@ def test_attention(words, run_cli, precision):
 
 def test_a_kernel_that_is_wrong_or_refuses_is_reported(words, run_cli, monkeypatch):
     def wrong(q, k, v, bias):
-        return kernels.eager(q, k, v, 2 * bias)
+        return attention.eager(q, k, v, 2 * bias)
 
     def refuses(q, k, v, bias):
         raise RuntimeError("No available kernel.\nAborting.")
 
     for name, kernel in {"wrong": wrong, "refuses": refuses}.items():
-        monkeypatch.setitem(kernels.KERNELS, name, (kernels.on_heads(kernel), False))
+        monkeypatch.setitem(attention.KERNELS, name, attention.on_heads(kernel))
     code, stdout, stderr = run_cli("bench", "attention", *words, "bench.rounds=1")
     assert code == 0, stderr
     found = last(stdout)["queries"]["17"]
@@ -328,7 +317,7 @@ def counting_backend(monkeypatch):
 
 def test_what_is_measured_as_compiled_is_compiled(words, run_cli, counting_backend, monkeypatch):
     """Operations are counted by hooks into the dispatcher, under which Dynamo would give a function up for good."""
-    monkeypatch.setattr(step, "measured_peak", lambda *given: 1e9)  # it takes two seconds
+    monkeypatch.setattr(measure, "measured_peak", lambda *given: 1e9)  # it takes two seconds
     before = compile_counts()
     code, stdout, stderr = run_cli(
         "bench", "step", *words, "compile=true", "bench.variants=[ours,reference_compiled]", "data.jitter=[0,0,0]"
@@ -337,12 +326,11 @@ def test_what_is_measured_as_compiled_is_compiled(words, run_cli, counting_backe
     found, counts = last(stdout), compile_counts().since(before)
     assert counts.graphs >= 2
     assert counts.fallbacks == 0
-    ours = CompileCounts(*(found["started"]["ours"][name] for name in CompileCounts._fields))
-    assert ours.clean
-    assert ours.graphs == 1
+    ours = found["started"]["ours"]
+    assert [ours[name] for name in ("graphs", "graph_breaks", "recompilations", "fallbacks")] == [1, 0, 0, 0]
     assert found["started"]["reference_compiled"]["graphs"] >= 1
     assert found["compiled_later"]["fallbacks"] == 0
-    assert "ours, first step: 1 graph, 0 graph breaks, 0 recompilations" in stdout
+    assert "| 1 / 0 / 0 " in next(line for line in stdout.splitlines() if line.startswith("| ours "))
     assert len(counting_backend) >= 2 * 4  # the first step, two rounds and the warm-up; of two variants
     assert found["flops_per_image"] > 0
 
@@ -360,17 +348,16 @@ def test_a_failed_compilation_is_an_error_of_bench(words, run_cli, monkeypatch):
         run_cli("bench", "step", *words, "compile=true", "bench.variants=[ours]")
 
 
-def test_the_peak_is_of_ours_alone(words, run_cli, monkeypatch):
+def test_the_peak_is_of_ours_alone(bench, monkeypatch):
     """As on a GPU, where the allocator knows the peak of the whole process."""
-    order = []
-    monkeypatch.setattr(step, "measured_peak", lambda *given: 1e9)
-    monkeypatch.setattr(step, "on_gpu", lambda bench: True)
-    monkeypatch.setattr(step, "peak_bytes", lambda device, work: work() or order.append("peak") or 5)
-    monkeypatch.setattr(step, "peer_steps", lambda *given: order.append("others") or {})
-    code, stdout, stderr = run_cli("bench", "step", *words, "bench.variants=[ours,timm]")
-    assert code == 0, stderr
+    order, report, peer_step = [], Report(), step.peer_step
+    monkeypatch.setattr(measure, "measured_peak", lambda *given: 1e9)
+    monkeypatch.setattr(inputs.Bench, "on_gpu", True)
+    monkeypatch.setattr(measure, "peak_bytes", lambda device, work: (work(), order.append("peak"), 5)[-1])
+    monkeypatch.setattr(step, "peer_step", lambda *given: order.append("others") or peer_step(*given))
+    assert list(step.started(bench, ["ours", "timm"], report)) == ["ours", "timm"]
     assert order == ["peak", "others"]
-    assert last(stdout)["memory"]["peak"] == 5
+    assert report.found["memory"]["peak"] == 5
 
 
 def test_on_a_gpu_a_kernel_is_finished_before_the_next(words, monkeypatch):
@@ -379,13 +366,12 @@ def test_on_a_gpu_a_kernel_is_finished_before_the_next(words, monkeypatch):
 
     cfg = compose("bench_step", ["action=attention", *words], spared=("data.train",))
     bench = make_bench(cfg)
-    monkeypatch.setattr(attention, "on_gpu", lambda bench: True)
+    monkeypatch.setattr(inputs.Bench, "on_gpu", True)
     monkeypatch.setattr(attention, "kernel_seconds", lambda work: (work(), 0.5)[1])
-    monkeypatch.setitem(kernels.KERNELS, "late", (lambda: late, False))
-    found = {}
-    for name, each in attention.measured(bench, attention.make_case(bench, 0, False), 1, 0):
-        assert name not in found
-        found[name] = each
+    monkeypatch.setitem(attention.KERNELS, "late", late)
+    report = Report()
+    attention.measure_case(bench, attention.make_case(bench, False), report, 1, 0)
+    found = report.found["queries"]["17"]
     assert list(found) == ["eager", "ours", "sdpa", "no_bias", "late"]
     assert found["ours"]["forward"] == found["ours"]["backward"] == 0.5
     assert found["late"] == {"failed": "RuntimeError: too late"}
@@ -401,9 +387,9 @@ def test_compiled_peers_only_where_ours_are(words):
 
 def test_a_sample_is_the_mean_of_several_steps(bench):
     ticks = itertools.count()
-    timed, taken = bench._replace(now=lambda: float(next(ticks))), []
-    rounds = measured_rounds(timed, {"a": lambda batch: taken.append(batch)}, steps=5)
-    assert [next(rounds), next(rounds)] == [{"a": 1 / 5}] * 2
+    timed, taken, report = bench._replace(now=lambda: float(next(ticks))), [], Report()
+    measure_rounds(timed, {"a": taken.append}, report, rounds=2, warm_up=0, steps=5)
+    assert report.found["seconds"] == {"a": [1 / 5, 1 / 5]}
     assert len(taken) == 10
     assert len({id(batch) for batch in taken}) == 4
 
@@ -425,18 +411,18 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
     assert Path(last(stdout)["page"]) == tmp_path / "page/page.md"
 
 
-def a_step(cfg) -> None:
+def a_step(cfg) -> RunResult:
     """In place of `bench_step`, as much of its last line as the page takes."""
     about = {"experiment": "x", "device": "x", "clock": "cpu", "threads": 1, "torch": "x", "precision": "x"}
-    print(json.dumps({"bench": "step", **about, "batch_size": 3, "ours": 2.0, "seconds": {"ours": [1.5]}}))
+    return RunResult([], {"bench": "step", **about, "batch_size": 3, "ours": 2.0, "seconds": {"ours": [1.5]}})
 
 
 def test_a_part_that_fails_costs_no_other(words, run_cli, tmp_path, monkeypatch):
     def fails(cfg) -> None:
         raise UserError("no kernel")
 
-    monkeypatch.setattr(page, "bench_step", a_step)
-    monkeypatch.setattr(page, "bench_loop", fails)
+    monkeypatch.setattr(step, "bench_step", a_step)
+    monkeypatch.setattr(loop, "bench_loop", fails)
     code, _, stderr = run_cli("bench", "all", *words, f"bench.out={tmp_path / 'page'}")
     assert (code, stderr.splitlines()[-1]) == (2, "error: no kernel")
     assert json.loads((tmp_path / "page/results.json").read_text())["step"]["ours"] == 2
@@ -445,7 +431,7 @@ def test_a_part_that_fails_costs_no_other(words, run_cli, tmp_path, monkeypatch)
 
 
 def test_photos_are_looked_at_before_anything_is_measured(words, run_cli, monkeypatch):
-    monkeypatch.setattr(page, "bench_step", lambda cfg: pytest.fail("measured"))
+    monkeypatch.setattr(step, "bench_step", lambda cfg: pytest.fail("measured"))
     code, _, stderr = run_cli("bench", "all", *words, "bench.src=/nonexistent")
     assert code == 2
     assert "/nonexistent" in stderr.splitlines()[-1]
@@ -504,12 +490,12 @@ def test_the_fast_and_the_plain_path_agree(bench, bf16, large, mode, monkeypatch
     monkeypatch.setattr(linear, "LARGE", large)
     monkeypatch.setattr(linear, "product", lambda *given: products.append(given) or product(*given))
     batch = make_batch(bench, 0)
-    own = bench.module.model
-    plain = theirs(PlainModel(bench.architecture, bench.tokenizer.vocab_size, fused=False, all_patches=False), bench)
+    own = bench.model
+    plain = PlainModel(bench.model).train()
     bench.module.compile_mode = mode
 
     def fast_loss(half: bool) -> torch.Tensor:
-        found = forward(bench._replace(bf16=half), batch.ours, batch.view, batch.ours["tokens"])
+        found = on_images(bench._replace(bf16=half), batch)
         return found.loss_sum / found.masked
 
     def plain_loss(half: bool) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_backbone import image_and_mask, mim
 
-from beit_pretrain.benchmarks.cost import counted_flops
+from beit_pretrain.benchmarks.measure import counted_flops
 from beit_pretrain.models import linear as ours
 from beit_pretrain.models.linear import Linear, by_onednn, linear
 

@@ -1,4 +1,4 @@
-"""`bench attention`: one layer's attention with a bias that learns, by every kernel there is.
+"""`bench attention`: one layer's attention with a bias that learns, by every kernel there is (`KERNELS`).
 
 Each kernel runs on two cases: queries of all tokens, and of the masked positions alone, as in the last block. It begins
 with what a linear layer gives, q, k and v in one tensor, and with the bias as it is gathered from its table, and its
@@ -10,189 +10,223 @@ Shapes: B batch, H heads, N tokens, K tokens that have queries, d width of a hea
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm import tqdm
+from torch._functorch import config as functorch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from beit_pretrain.benchmarks.blocks import RunResult, attention_blocks, milliseconds
 from beit_pretrain.benchmarks.inputs import Bench, make_bench
-from beit_pretrain.benchmarks.kernels import Inputs, Kernel, eager, kernels, on_heads
-from beit_pretrain.benchmarks.step import facts, on_gpu
-from beit_pretrain.benchmarks.timing import Clock, kernel_seconds
+from beit_pretrain.benchmarks.measure import in_turn, kernel_seconds
+from beit_pretrain.benchmarks.report import Report
 from beit_pretrain.errors import first_line
-from beit_pretrain.tables import table
+from beit_pretrain.models.blocks import bias_rows, biased_attention, pad_bias_stride
 
 OUTPUTS = ("out", "dq", "dk", "dv", "dbias")
+PASSES = ("forward", "backward")
 PRODUCTS = 7  # matrix products of B H K N d multiplications: two forward, five backward
 
 
 class Case(NamedTuple):
-    """Inputs, and the gradient of the output."""
+    """What a kernel gets, and the gradient of its output. Tensors but that and `token_BK` need gradients."""
 
-    given: Inputs
-    gradient: Tensor
+    gradient: Tensor  # (B, N or K, H, d)
+    qkv: Tensor  # (B, N, 3, H, d); with `token_BK` keys and values alone, (B, N, 2, H, d)
+    bias: Tensor  # (1, H, N, N)
+    query: Tensor | None = None  # (B, K, H, d)
+    token_BK: Tensor | None = None
 
-    @property
-    def queries(self) -> int:
-        return int(self.gradient.shape[1])
-
-    @property
-    def operations(self) -> int:
-        batch, queries, heads, width = self.gradient.shape
-        return int(PRODUCTS * 2 * batch * heads * queries * self.given.qkv.shape[1] * width)
+    def backward(self, out: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of qkv, bias and query, where there are such."""
+        leaves = [self.qkv, self.bias] if self.query is None else [self.qkv, self.bias, self.query]
+        return torch.autograd.grad(out, leaves, self.gradient.to(out.dtype), retain_graph=True, allow_unused=True)
 
 
-def make_case(bench: Bench, seed: int, masked_only: bool, dtype: torch.dtype | None = None) -> Case:
+Kernel = Callable[[Case], Tensor]  # outputs (B, N or K, H, d)
+OnHeads = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q (B, H, K, d), k, v (B, H, N, d), bias (1|B, H, K, N)
+
+
+def on_heads(attention: OnHeads, prepared: bool = True) -> Kernel:
+    """A kernel of an attention on separate q, k, v and the queries' own rows of the bias.
+
+    `prepared`: the bias in q's precision with aligned rows, as the network has it.
+    """
+
+    def kernel(case: Case) -> Tensor:
+        parts = case.qkv.transpose(1, 3).unbind(2)  # (B, H, N, d) each
+        q, k, v = parts if case.query is None else (case.query.transpose(1, 2), *parts)
+        bias = pad_bias_stride(case.bias, q) if prepared else case.bias
+        rows = bias if case.token_BK is None else bias_rows(bias, case.token_BK)
+        return attention(q, k, v, rows).transpose(1, 2)
+
+    return kernel
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Scores, added bias, softmax, product, as in the release."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backends: SDPBackend | None = None) -> Tensor:
+    """The fused kernel that torch chooses, or one backend's."""
+    bias = None if bias is None else bias.to(q.dtype)
+    if backends is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    with sdpa_kernel(backends):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+@cache
+def compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """FlexAttention, compiled at its first call, the bias looked up in the kernel."""
+    several = len(bias) > 1
+
+    def with_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + (bias[b, h, i, j] if several else bias[0, h, i, j])
+
+    out: Tensor = compiled_flex()(q, k, v, score_mod=with_bias)
+    return out
+
+
+def triton(case: Case) -> Tensor:
+    """The project's own kernels, which take the packed tensors as they are and find the queries' rows themselves."""
+    from beit_pretrain.models.triton_attention import attention_at, packed_attention  # not on every machine
+
+    bias = pad_bias_stride(case.bias, case.qkv)
+    if case.query is None or case.token_BK is None:
+        return packed_attention(case.qkv, bias)
+    return attention_at(case.query, case.qkv, bias, case.token_BK)
+
+
+# ours: what the network uses; sdpa_odd: rows of 197 numbers, which CUDA's kernels copy first; no_bias: what no kernel
+# with a bias can be faster than.
+KERNELS: dict[str, Kernel] = {
+    "eager": on_heads(eager, prepared=False),
+    "ours": on_heads(biased_attention),
+    "sdpa": on_heads(sdpa),
+    "sdpa_odd": on_heads(sdpa, prepared=False),
+    "no_bias": on_heads(lambda q, k, v, bias: sdpa(q, k, v, None)),
+    "sdpa_efficient": on_heads(partial(sdpa, backends=SDPBackend.EFFICIENT_ATTENTION)),
+    "sdpa_cudnn": on_heads(partial(sdpa, backends=SDPBackend.CUDNN_ATTENTION)),
+    "triton": triton,
+    "flex": on_heads(flex),
+}
+CUDA = ("sdpa_odd", "sdpa_efficient", "sdpa_cudnn", "triton", "flex")  # kernels for it alone
+
+
+def kernels(device: torch.device) -> dict[str, Kernel]:
+    """Those that there are for a device."""
+    return {name: kernel for name, kernel in KERNELS.items() if device.type == "cuda" or name not in CUDA}
+
+
+def make_case(bench: Bench, masked_only: bool, dtype: torch.dtype | None = None) -> Case:
     """Random q, k, v as a linear layer gives them, and a bias in single precision as it is gathered from its table."""
-    draw = torch.Generator().manual_seed(seed)
-    heads, width = bench.architecture["num_heads"], bench.architecture["embed_dim"]
-    height, columns = bench.module.model.grid
+    rng = torch.Generator().manual_seed(bench.module.seed)
+    heads, width = bench.model.config["num_heads"], bench.model.config["embed_dim"]
+    height, columns = bench.model.grid
     batch, tokens, queries = bench.batch_size, 1 + height * columns, bench.masking.max_patches
     dtype = dtype or (torch.bfloat16 if bench.bf16 else torch.float32)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw).to(bench.device, dtype)
+        drawn = torch.randn((batch, *shape, heads, width // heads), generator=rng)
+        return drawn.to(bench.device, dtype).requires_grad_()
 
-    bias = torch.randn(1, heads, tokens, tokens, generator=draw).to(bench.device).requires_grad_()
+    bias = torch.randn(1, heads, tokens, tokens, generator=rng).to(bench.device).requires_grad_()
     if not masked_only:
-        qkv = random(batch, tokens, 3, heads, width // heads).requires_grad_()
-        return Case(Inputs(qkv, bias), random(batch, tokens, heads, width // heads))
-    kv = random(batch, tokens, 2, heads, width // heads).requires_grad_()
-    query = random(batch, queries, heads, width // heads).requires_grad_()
-    asked = torch.rand(batch, tokens, generator=draw).argsort(1)[:, :queries].to(bench.device)
-    return Case(Inputs(kv, bias, query, asked), random(batch, queries, heads, width // heads))
+        qkv = random(tokens, 3)
+        return Case(random(tokens).detach(), qkv, bias)
+    kv, query = random(tokens, 2), random(queries)
+    asked = torch.rand(batch, tokens, generator=rng).argsort(1)[:, :queries].to(bench.device)
+    return Case(random(queries).detach(), kv, bias, query, asked)
 
 
 def results(kernel: Kernel, case: Case) -> dict[str, Tensor]:
     """Output and gradients."""
-    out = kernel(case.given)
-    leaves = case.given.leaves
-    gradients = torch.autograd.grad(out, leaves, case.gradient.to(out.dtype), allow_unused=True)
-    of_qkv, of_bias = gradients[:2]
-    parts = of_qkv.unbind(2) if case.given.query is None else (gradients[2], *of_qkv.unbind(2))
-    found = zip(OUTPUTS, (out.detach(), *parts, of_bias), strict=True)
+    out = kernel(case)
+    of_qkv, of_bias, *of_query = case.backward(out)
+    assert of_qkv is not None
+    found = zip(OUTPUTS, (out.detach(), *of_query, *of_qkv.unbind(2), of_bias), strict=True)
     return {name: tensor for name, tensor in found if tensor is not None}
 
 
 def exact(case: Case) -> dict[str, Tensor]:
     """The same in float64, by plain products."""
-    qkv, bias, query, token_BK = case.given
-    given = Inputs(
-        qkv.detach().double().requires_grad_(),
-        bias.detach().double().requires_grad_(),
-        None if query is None else query.detach().double().requires_grad_(),
-        token_BK,
-    )
-    return results(on_heads(eager, prepared=False)(), Case(given, case.gradient.double()))
+    doubled = {k: t.detach().double().requires_grad_() for k, t in case._asdict().items() if t is not None}
+    return results(KERNELS["eager"], Case(**{**doubled, "token_BK": case.token_BK}))
 
 
-def relative_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Relative norm of what each tensor is off."""
-    return {name: ((found[name].double() - wanted[name]).norm() / wanted[name].norm()).item() for name in found}
+def errors_of(kernel: Kernel, case: Case, wanted: dict[str, Tensor]) -> dict[str, Any]:
+    """Relative norm of what each tensor is off, and the largest difference of the output."""
+    off = {name: (tensor.double() - wanted[name]) for name, tensor in results(kernel, case).items()}
+    errors = {name: (each.norm() / wanted[name].norm()).item() for name, each in off.items()}
+    return {"errors": errors, "difference": off["out"].abs().max().item()}
 
 
-@contextmanager
-def repeatable_backward() -> Iterator[None]:
-    """Let a compiled function's backward run more than once on what its forward kept."""
-    from torch._functorch import config
-
-    with config.patch(donated_buffer=False):
-        yield
-
-
-def timed(kernel: Kernel, case: Case) -> dict[str, float]:
-    """On a GPU: median seconds of the forward and of the backward pass."""
-    forward = kernel_seconds(lambda: kernel(case.given))
-    out = kernel(case.given)
-    leaves, gradient = case.given.leaves, case.gradient.to(out.dtype)
-
-    def backward() -> None:
-        torch.autograd.grad(out, leaves, gradient, retain_graph=True, allow_unused=True)
-
-    return {"forward": forward, "backward": kernel_seconds(backward)}
+def seconds_of(
+    kernel: Kernel, case: Case, clock: Callable[[Callable[[], object]], float], number: int = 0
+) -> list[float]:
+    """Of the forward and of the backward pass."""
+    out = kernel(case)
+    return [clock(lambda: kernel(case)), clock(lambda: case.backward(out))]
 
 
-def timed_in_turn(
-    bench: Bench, found: dict[str, Kernel], case: Case, rounds: int, warm_up: int
-) -> dict[str, dict[str, float]]:
-    """Elsewhere: the same of all kernels, in turn, in an order drawn anew every round."""
-    clock = Clock(bench)
-    for number in tqdm(range(-warm_up, rounds), desc="measuring", unit=" rounds"):
-        if number == 0:
-            clock.seconds.clear()
-        for name in np.random.default_rng(abs(number)).permutation(list(found)):
-            with clock(f"{name} forward"):
-                out = found[name](case.given)
-            with clock(f"{name} backward"):
-                torch.autograd.grad(out, case.given.leaves, case.gradient, allow_unused=True)
-            del out
-    medians = clock.medians()
-    return {name: {part: medians[f"{name} {part}"] for part in ("forward", "backward")} for name in found}
+def measure_case(bench: Bench, case: Case, report: Report, rounds: int, warm_up: int) -> None:
+    """Report seconds and errors of every kernel: on a GPU of one after the other, elsewhere of all in turn.
 
-
-def measured(bench: Bench, case: Case, rounds: int, warm_up: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(kernel, its seconds and errors), one after the other; of a kernel that cannot run the reason as `failed`."""
-    working, errors = {}, {}
-    wanted = exact(case)
-    for name, make in kernels(bench.device).items():
+    Of one that cannot run the reason, as `failed`.
+    """
+    queries, there, wanted = str(case.gradient.shape[1]), kernels(bench.device), exact(case)
+    report(operations={queries: PRODUCTS * 2 * case.gradient.numel() * case.qkv.shape[1]})
+    for name, kernel in list(there.items()):
         try:
-            with repeatable_backward():  # around the first call, which compiles
-                working[name] = make()
-                errors[name] = errors_of(results(working[name], case), wanted) if name != "no_bias" else {}
-                seconds = timed(working[name], case) if on_gpu(bench) else {}
-            if seconds:
-                yield name, {**seconds, **errors[name]}
+            with functorch.patch(donated_buffer=False):  # a compiled backward pass is to run more than once
+                found = errors_of(kernel, case, wanted) if name != "no_bias" else {}
+                if bench.on_gpu:
+                    found |= dict(zip(PASSES, seconds_of(kernel, case, kernel_seconds), strict=True))
         except Exception as error:  # a kernel may refuse a device, a shape or a bias that learns in its own way
-            working.pop(name, None)
-            yield name, {"failed": f"{type(error).__name__}: {first_line(error)}"}
-    if not on_gpu(bench):
-        for name, seconds in timed_in_turn(bench, working, case, rounds, warm_up).items():
-            yield name, {**seconds, **errors[name]}
+            found = {"failed": f"{type(error).__name__}: {first_line(error)}"}
+            del there[name]
+        report(queries={queries: {name: found}})
+    if not bench.on_gpu:
+        work = {name: partial(seconds_of, kernel, case, bench.seconds) for name, kernel in there.items()}
+        *_, every = in_turn(work, rounds, warm_up)
+        for name, pairs in every.items():
+            medians = np.median(pairs, axis=0).tolist()
+            report(queries={queries: {name: dict(zip(PASSES, medians, strict=True))}})
 
 
-def errors_of(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Any]:
-    """Relative errors of all tensors, and the largest difference of the output."""
-    difference = (found["out"].double() - wanted["out"]).abs().max().item()
-    return {"errors": relative_errors(found, wanted), "difference": difference}
+def measure(bench: Bench, report: Report, rounds: int, warm_up: int = 1) -> None:
+    """Report every kernel on both cases."""
+    for name, masked_only in (("all tokens", False), ("masked only", True)):
+        with report.part(name):
+            measure_case(bench, make_case(bench, masked_only), report, rounds, warm_up)
+    first: dict[str, Any] = next(iter(report.found.get("queries", {}).values()), {})
+    report(seconds={name: sum(each[part] for part in PASSES) for name, each in first.items() if "failed" not in each})
+    said = (f"{name} {milliseconds(value)}" for name, value in report.found["seconds"].items())
+    report.write(headline=f"ms: {', '.join(said)}")
 
 
-def attention_rows(found: dict[str, dict[str, Any]], operations: float) -> list[list[str]]:
-    """Rows of the table of one case."""
-    rows = []
-    whole = {name: f["forward"] + f["backward"] for name, f in found.items() if "failed" not in f}
-    for name, each in found.items():
-        if name not in whole:
-            rows.append([name, "-", "-", "-", "-", each["failed"][:60]])
-            continue
-        times, rate = (1000 * each["forward"], 1000 * each["backward"]), operations / whole[name] / 1e12
-        errors = ", ".join(f"{key} {value:.1e}" for key, value in each.get("errors", {}).items())
-        ratio = f"{whole['eager'] / whole[name]:.2f}" if "eager" in whole else ""
-        rows.append([name, f"{times[0]:.4g}", f"{times[1]:.4g}", f"{rate:.3g}", ratio, errors])
-    return rows
-
-
-HEAD = ["kernel", "ms forward", "ms backward", "TFLOP/s", "times eager", "relative error from float64"]
-
-
-def bench_attention(cfg: DictConfig) -> None:
-    """Print a table for queries of all tokens and one for the masked alone, and the same as JSON."""
-    bench = make_bench(cfg)
-    cases: dict[str, Any] = {}
-    for masked_only in (False, True):
-        case = make_case(bench, cfg.seed, masked_only)
-        queries, keys = case.queries, case.given.qkv.shape[1]
-        found = dict(measured(bench, case, cfg.bench.rounds, cfg.bench.warm_up))
-        cases[str(queries)] = found
-        print(f"{queries} queries, {keys} keys, {bench.batch_size} images")
-        print(table(HEAD, attention_rows(found, case.operations)) + "\n")
-    whole = next(iter(cases.values()))
-    seconds = {name: each["forward"] + each["backward"] for name, each in whole.items() if "failed" not in each}
-    difference = {name: each["difference"] for name, each in whole.items() if "difference" in each}
-    about = facts(bench, cfg)
-    print(json.dumps({"bench": "attention", **about, "seconds": seconds, "difference": difference, "queries": cases}))
+def bench_attention(cfg: DictConfig) -> RunResult:
+    """Every kernel on queries of all tokens and of the masked alone."""
+    bench, report = make_bench(cfg), Report()
+    report(about=bench.about)
+    measure(bench, report, cfg.bench.rounds, cfg.bench.warm_up)
+    found, blocks = report.found, attention_blocks(report.found)
+    first = next(iter(found["queries"].values()))
+    difference = {name: each["difference"] for name, each in first.items() if "difference" in each}
+    given = {"seconds": found["seconds"], "difference": difference, "queries": found["queries"]}
+    return RunResult(blocks, {"bench": "attention", **found["about"], **given})

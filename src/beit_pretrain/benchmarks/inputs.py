@@ -1,37 +1,38 @@
-"""What `bench step`, `loop` and `memory` measure: an experiment's network and optimiser, and batches for it.
+"""What is measured: an experiment's network and optimiser, and batches for it.
 
-The encoder has OpenAI's architecture and random weights, unless `tokenizer.path` names another; images are random,
-since what is in them costs no time; masks, positions and jitter are those of a run.
+The encoder has OpenAI's architecture and random weights, unless `tokenizer.path` names another. Images are random,
+since their contents cost no time; masks, positions and jitter are those of a run.
 """
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.optim import AdamW
 
-from beit_pretrain.config import as_user_errors
+from beit_pretrain.benchmarks.measure import Clock, seconds_of
 from beit_pretrain.data.order import MASK, generator
-from beit_pretrain.engine.optim import configure
-from beit_pretrain.engine.settings import OptimSettings
+from beit_pretrain.engine.optim import Optim, configure
 from beit_pretrain.engine.speed import compile_mode, make_deterministic, set_attention
-from beit_pretrain.engine.trainer import wanted_gpu
+from beit_pretrain.engine.trainer import as_user_errors, wanted_gpu
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.backbone import Architecture, MaskedImageModel, patch_grid
+from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.build import network
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer, Tokenizer
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.mean_color_grid import SIDE
 from beit_pretrain.transforms.views import ORDERS, jittered_view, normalise, per_channel
+
+PRECISIONS, GPUS = ("auto", "32-true", "bf16-mixed"), ("gpu", "cuda")
 
 
 class Batch(NamedTuple):
@@ -43,27 +44,45 @@ class Batch(NamedTuple):
     token_image: Tensor  # (B, C, h, w) float32 in [0, 1]
     token_M: Tensor  # tokens of the masked patches
 
-    @property
-    def size(self) -> int:
-        return len(self.image)
+    def without(self, name: str) -> dict[str, Tensor]:
+        """What a loader brings: not both "tokens" and the "token_image" to make them of."""
+        return {key: tensor for key, tensor in self.ours.items() if key != name}
 
 
 class Bench(NamedTuple):
     """What is measured: our module, the shapes of its inputs, where and how it runs."""
 
     module: Pretraining
-    architecture: Architecture
     tokenizer: Tokenizer
     masking: BlockwiseMask
     batch_size: int
     device: torch.device
     bf16: bool
-    now: Callable[[], float]  # seconds, of `bench.clock`
+    now: Clock  # `bench.clock`
+    about: dict[str, Any]  # on what, and with which settings, it is measured
 
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            yield
+    @property
+    def model(self) -> MaskedImageModel:
+        return self.module.model
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Seconds of some work, waited for."""
+        return seconds_of(work, self.device, self.now)
+
+    def optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Fused AdamW with the experiment's settings, for our network or another one."""
+        return configure(model or self.model, self.module.optim, total_steps=10**9)["optimizer"]
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -78,99 +97,92 @@ class Bench(NamedTuple):
         finally:
             self.module.compile_mode = mode
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-PRECISIONS = ("auto", "32-true", "bf16-mixed")
-
 
 def check_settings(cfg: DictConfig) -> None:
-    """Raise UserError for settings of `fit` that a measurement would not obey."""
-    settings = cfg.trainer
-    if settings.precision not in PRECISIONS:
-        raise UserError(f"bench measures trainer.precision={', '.join(PRECISIONS)}, not {settings.precision}")
-    if settings.accelerator not in ("auto", "cpu", "gpu", "cuda"):
-        raise UserError(f"bench measures on trainer.accelerator=cpu or gpu, not {settings.accelerator}")
-    if settings.accelerator in ("gpu", "cuda") and not wanted_gpu(settings.accelerator):
-        raise UserError(f"trainer.accelerator={settings.accelerator}: this machine has no GPU")
-    for name in ("devices", "num_nodes"):
-        if settings[name] not in ("auto", 1):
-            raise UserError(f"bench measures one process: trainer.{name} must be auto or 1, not {settings[name]}")
-    if cfg.get("init_from"):
-        raise UserError("bench measures a network of random weights, its shape from model.*; leave init_from= out")
+    """Raise UserError for another task than pre-training, and for settings that a measurement would not obey."""
+    given, on_gpu = cfg.trainer, wanted_gpu(cfg.trainer.accelerator)
+    for wrong, message in (
+        (cfg.task != "pretrain", f"pre-training; +experiment= is one of task {cfg.task}"),
+        (given.precision not in PRECISIONS, f"trainer.precision={', '.join(PRECISIONS)}, not {given.precision}"),
+        (given.accelerator not in ("auto", "cpu", *GPUS), f"trainer.accelerator=cpu or gpu, not {given.accelerator}"),
+        (given.accelerator in GPUS and not on_gpu, f"trainer.accelerator={given.accelerator}: this machine has no GPU"),
+        (given.devices not in ("auto", 1), f"one process: trainer.devices must be auto or 1, not {given.devices}"),
+        (given.num_nodes not in ("auto", 1), f"one process: trainer.num_nodes must be 1, not {given.num_nodes}"),
+        (cfg.get("init_from"), "a network of random weights, its shape from model.*; leave init_from= out"),
+        (on_gpu and cfg.bench.clock == "cpu", "a CPU's work by bench.clock=cpu; on a GPU it must be wall"),
+    ):
+        if wrong:
+            raise UserError(f"bench measures {message}")
 
 
 def make_bench(cfg: DictConfig) -> Bench:
-    """The experiment's network, optimiser and masks. Raises UserError for another task than pre-training."""
-    if cfg.task != "pretrain":
-        raise UserError(f"bench measures pre-training; +experiment= is one of task {cfg.task}")
+    """The experiment's network, optimiser and masks. Raises UserError for settings that cannot be measured."""
+    check_settings(cfg)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     on_gpu = wanted_gpu(cfg.trainer.accelerator)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    bf16 = cfg.trainer.precision == "bf16-mixed" or (cfg.trainer.precision == "auto" and on_gpu)
     if cfg.deterministic:
         make_deterministic(cfg.task, on_gpu)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    if on_gpu and cfg.bench.clock == "cpu":
-        raise UserError("bench.clock=cpu measures a CPU's work; on a GPU it must be wall")
-    bf16 = cfg.trainer.precision == "bf16-mixed" or (cfg.trainer.precision == "auto" and on_gpu)
+    torch.backends.cudnn.benchmark = not cfg.deterministic  # as in `fit`
     with as_user_errors():
-        tokenizer = make_tokenizer(cfg)
-        architecture = network(cfg)
-        model = MaskedImageModel(tokenizer.vocab_size, **architecture).to(device)
+        tokenizer: Tokenizer
+        if cfg.get("tokenizer") and cfg.tokenizer.get("path"):
+            tokenizer = instantiate(cfg.tokenizer)
+        else:
+            from dall_e.encoder import Encoder
+
+            tokenizer = OpenAITokenizer.of(Encoder().eval().requires_grad_(False))
+        model = MaskedImageModel(tokenizer.vocab_size, **network(cfg)).to(device)
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         set_attention(model, cfg.attention, on_gpu, cfg.trainer.precision)
-        settings = {name: value for name, value in cfg.optim.items() if name not in ("warmup_epochs", "warmup_steps")}
+        settings: Any = {k: v for k, v in cfg.optim.items() if k not in ("warmup_epochs", "warmup_steps")}
         mean, std = (per_channel(cfg[name] or (0.5,), cfg.data.channels, name) for name in ("mean", "std"))
-        module = Pretraining(model, tokenizer, OptimSettings(**cast(dict[str, Any], settings)), mean, std, cfg.seed).to(
-            device
-        )
+        module = Pretraining(model, tokenizer, Optim(**settings), mean, std, cfg.seed).to(device)
         module.setup("fit")
         module.compile_mode = compile_mode(cfg.compile, on_gpu, sharded=False)
         if module.compile_mode is not None:
             torch._dynamo.config.suppress_errors = False  # a failed compilation is an error here, not a slower step
-        torch.backends.cudnn.benchmark = not cfg.deterministic  # as in `fit`
-        masking = BlockwiseMask(patch_grid(cfg.image_size, architecture["patch_size"]), **cfg.mask)
-    full = cast(Architecture, {**model.config, **architecture})
+        masking = BlockwiseMask(model.grid, **cfg.mask)
+    about = {
+        "experiment": cfg.name,
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "clock": cfg.bench.clock,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": "bf16-mixed" if bf16 else "32-true",
+        "compile": module.compile_mode,
+        "batch_size": cfg.batch_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     now = time.process_time if cfg.bench.clock == "cpu" else time.perf_counter
-    return Bench(module, full, tokenizer, masking, cfg.batch_size, device, bf16, now)
-
-
-def make_tokenizer(cfg: DictConfig) -> Tokenizer:
-    """The config's tokenizer, or one of OpenAI's architecture with random weights."""
-    asked = cfg.get("tokenizer")
-    if asked is not None and asked.get("path"):
-        tokenizer: Tokenizer = instantiate(asked)
-        return tokenizer
-    from dall_e.encoder import Encoder
-
-    return OpenAITokenizer.of(Encoder().eval().requires_grad_(False))
+    return Bench(module, tokenizer, masking, cfg.batch_size, device, bf16, now, about)
 
 
 def make_batch(bench: Bench, number: int) -> Batch:
-    """Random images (what is in them costs no time), real masks, positions of batch `number` of a run."""
-    draw = torch.Generator().manual_seed(number)
+    """Random images, real masks, positions of batch `number` of a run."""
+    rng = torch.Generator().manual_seed(number)
     masks, index = make_masks(bench, number)
-    height, width = bench.module.model.grid
-    patch, channels = bench.architecture["patch_size"], bench.architecture["in_chans"]
-    small = bench.tokenizer.downsample
+    batch, (height, width), channels = len(masks), bench.model.grid, bench.model.config["in_chans"]
 
-    def pixels(side: int) -> Tensor:
-        shape = (len(masks), height * side, width * side, channels)
-        return torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8).permute(0, 3, 1, 2)
+    def levels(*shape: int, below: int = 256, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.randint(below, (batch, *shape), generator=rng, dtype=dtype)
+
+    def pixels(patch: int) -> Tensor:
+        return levels(height * patch, width * patch, channels).permute(0, 3, 1, 2)
 
     ours = {
-        "image": pixels(patch),
-        "token_image": pixels(small),
-        "jitter_factors": 0.6 + 0.8 * torch.rand(len(masks), 3, generator=draw),
-        "jitter_order": torch.from_numpy(ORDERS)[torch.randint(len(ORDERS), (len(masks),), generator=draw)],
-        "jitter_tiles": torch.randint(0, 256, (len(masks), SIDE**2, channels), generator=draw, dtype=torch.uint8),
+        "image": pixels(bench.model.config["patch_size"]),
+        "token_image": pixels(bench.tokenizer.downsample),
+        "jitter_factors": 0.6 + 0.8 * torch.rand(batch, 3, generator=rng),
+        "jitter_order": torch.from_numpy(ORDERS)[levels(below=len(ORDERS), dtype=torch.int64)],
+        "jitter_tiles": levels(SIDE**2, channels),
         "mask": masks,
         "mask_index": index,
-        "position": torch.arange(len(masks)) + number * len(masks),
-        "tokens": torch.randint(bench.tokenizer.vocab_size, masks.shape, generator=draw),
+        "position": torch.arange(batch) + number * batch,
+        "tokens": levels(height * width, below=bench.tokenizer.vocab_size, dtype=torch.int64),
     }
     ours = {name: tensor.to(bench.device) for name, tensor in ours.items()}
     view, token_image = jittered_view(ours, "image"), jittered_view(ours, "token_image")
@@ -186,9 +198,3 @@ def make_masks(bench: Bench, number: int) -> tuple[Tensor, Tensor]:
     for row, mask in zip(index, masks, strict=True):
         row[: mask.sum()] = np.flatnonzero(mask)
     return torch.from_numpy(masks), torch.from_numpy(index)
-
-
-def configured(model: nn.Module, optim: OptimSettings) -> AdamW:
-    """Fused AdamW with the experiment's settings."""
-    optimizer: AdamW = configure(model, optim, total_steps=10**9)["optimizer"]
-    return optimizer

@@ -20,60 +20,113 @@ its own, in no ratio.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+from torch.utils.data import default_collate
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from beit_pretrain.benchmarks.photos import read_photos, sides_for
+from beit_pretrain.benchmarks.blocks import Block, RunResult
+from beit_pretrain.benchmarks.measure import in_turn
 from beit_pretrain.data.dataset import BatchSchedule, ShardDataset
+from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.order import MASK, Order, generator
 from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.sources import list_images, read_candidate
 from beit_pretrain.data.write.make_shards import make_shards
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.models.backbone import patch_grid
-from beit_pretrain.tables import table
 from beit_pretrain.tokenizers.token_cache import CachedTokens, TokenFolder
 from beit_pretrain.tokenizers.tokenize import make_tokens
+from beit_pretrain.tokenizers.tokenizer import Tokenizer
 from beit_pretrain.transforms import scaled_decoding as decoding
+from beit_pretrain.transforms.image_io import open_image, reason, to_rgb
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.views import HALF, TwoViewTransform, jittered_views, normalise
 
 RESIZE = 288  # shorter side in the shards of `resized` and `cached`, pixels
 BATCH = 32
 PATCH = 16  # pixels
-REFERENCE = "reference"
+REFERENCE, DEVICE_PART = "reference", "device part"
+
+
+class Sides(NamedTuple):
+    """Sides in pixels of the backbone's and the tokenizer's view."""
+
+    image: int
+    token_image: int
+
+
+def read_photos(src: str | Path, limit: int) -> tuple[list[bytes], int]:
+    """At most `limit` encoded images, all of which decode, and how many others do not.
+
+    Of a shard folder the first, of a folder or tar evenly spaced ones. Raises UserError if there is no image.
+    """
+    read: Callable[[Any], bytes] = read_candidate
+    places: list[Any]
+    if (Path(src).expanduser() / MANIFEST).is_file():
+        reader = ShardReader(src)
+        order = Order(reader.sizes, shuffle=False)  # shards stand in random order already
+        places, read = [order.sample_at(i) for i in range(min(limit, reader.samples))], lambda s: reader.read(s).data
+    else:
+        candidates = list_images(src)
+        count = min(limit, len(candidates))
+        places = [candidates[i * len(candidates) // count] for i in range(count)]
+    files, why = [], ""
+    for place in tqdm(places, desc="reading", unit=" images"):
+        try:
+            data = read(place)
+            with open_image(data) as image:
+                to_rgb(image)
+            files.append(data)
+        except UserError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly everything on broken files
+            stop_if_memory_was_short(error, f"an image of {src}")
+            why = reason(error)
+    if not files:
+        raise UserError(f"none of the {len(places)} files in {src} is a usable image ({why})")
+    return files, len(places) - len(files)
+
+
+def sides_for(cfg: DictConfig, tokenizer: Tokenizer | None) -> Sides:
+    """Raises UserError if there is no size, or the tokenizer's view cannot be cut into whole tokens."""
+    if cfg.image_size is None:
+        raise UserError("image_size must be the side of the backbone's view in pixels, such as 224, not null")
+    sides = Sides(cfg.image_size, cfg.token_image_size or max(1, cfg.image_size // 2))
+    if tokenizer is not None and sides.token_image % tokenizer.downsample:
+        pixels = f"{tokenizer.downsample}, the tokenizer's pixels a token"
+        raise UserError(f"token_image_size={sides.token_image} is not divisible by {pixels}")
+    return sides
 
 
 class Reference(ShardDataset):
     """The authors' transform of every sample (beit/datasets.py, DataAugmentationForBEiT), with torchvision and PIL.
 
-    Args:
-        floats: end with normalised float tensors as they do, not with uint8.
-        sides: of the backbone's and the tokenizer's view, pixels.
+    `floats`: it ends with normalised float tensors as theirs, not with uint8.
     """
 
-    def __init__(self, *args, floats: bool, sides: tuple[int, int], **settings):
+    def __init__(self, *args, floats: bool, **settings):
         super().__init__(*args, **settings)
-        self.floats, self.sides, self.jitter = floats, sides, ColorJitter(0.4, 0.4, 0.4)
+        self.floats, self.jitter = floats, ColorJitter(0.4, 0.4, 0.4)
 
     def __getitem__(self, micro_batch: int) -> dict[str, Tensor]:
-        samples = [self.tensors(position) for position in self.plan.positions(micro_batch)]
-        return {key: torch.stack([s[key] for s in samples]) for key in samples[0]}
+        return default_collate([self.tensors(position) for position in self.plan.positions(micro_batch)])
 
     def tensors(self, position: int) -> dict[str, Tensor]:
         """The sample at a position; jitter, flip and crop are torchvision's own draws."""
@@ -82,39 +135,26 @@ class Reference(ShardDataset):
         if torch.rand(1) < 0.5:
             image = F.hflip(image)
         box = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
-        how = (InterpolationMode.BICUBIC, InterpolationMode.LANCZOS)
-        views = [F.resized_crop(image, *box, [side, side], mode) for side, mode in zip(self.sides, how)]
+        views = [
+            F.resized_crop(image, *box, [self.views.image_size] * 2, InterpolationMode.BICUBIC),
+            F.resized_crop(image, *box, [self.views.token_image_size] * 2, InterpolationMode.LANCZOS),
+        ]
+        large, small = map(F.to_tensor if self.floats else F.pil_to_tensor, views)
         if self.floats:
-            large, small = F.normalize(F.to_tensor(views[0]), [0.5] * 3, [0.5] * 3), F.to_tensor(views[1]) * 0.8 + 0.1
-        else:
-            large, small = map(F.pil_to_tensor, views)
+            large, small = F.normalize(large, [0.5] * 3, [0.5] * 3), small * 0.8 + 0.1
         assert self.masking is not None
         mask = self.masking.draw(generator(self.seed, position, MASK))
         return {"image": large, "token_image": small, "mask": torch.from_numpy(mask)}
 
 
-class MeanGrey:
-    """In place of a tokenizer, as no loader looks at which tokens it reads: the mean value of each patch, 0 to 255."""
-
-    vocab_size, downsample, in_chans = 256, 8, 3
-
-    def encode(self, image_BCHW: Tensor) -> Tensor:
-        return (avg_pool2d(image_BCHW.mean(1, keepdim=True), self.downsample) * 255).long().flatten(1)
-
-    def decode(self, ids_BN: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def to(self, device: torch.device) -> MeanGrey:
-        return self
-
-    def digest(self) -> str:
-        return hashlib.sha256(b"mean grey").hexdigest()
+def mean_grey(image_BCHW: Tensor) -> Tensor:
+    """The mean value of each patch, 0 to 255."""
+    return (avg_pool2d(image_BCHW.mean(1, keepdim=True), 8) * 255).long().flatten(1)
 
 
-def cached_tokens(reader: ShardReader, folder: Path, views: TwoViewTransform, grid: tuple[int, int]) -> CachedTokens:
-    """Tokens of one view of each image, made as `tokenize` makes them."""
-    make_tokens(reader, folder, MeanGrey(), views, grid, count=1)
-    return CachedTokens([TokenFolder(folder)], reader, views, grid)
+# In place of a tokenizer, as no loader looks at which tokens it reads.
+TOKENIZER: Any = SimpleNamespace(vocab_size=256, downsample=8, in_chans=3, encode=mean_grey, digest=lambda: "0" * 64)
+TOKENIZER.to = lambda device: TOKENIZER
 
 
 def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed: int) -> dict[str, ShardDataset]:
@@ -124,19 +164,20 @@ def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed
         (folder / "files" / f"{i:06d}.image").write_bytes(data)
     grid = patch_grid(sides[0], PATCH)
     cap = round(75 / 196 * grid[0] * grid[1])
-    masking = BlockwiseMask(grid, cap, min_block=min(16, cap))
     common = []
     for name, resize in (("plain", None), ("resized", RESIZE)):
         (shards,) = make_shards(folder / "files", folder / name, resize=resize, num_workers=1)
         reader = ShardReader(shards)
         common.append((reader, Order(reader.sizes, seed), BatchSchedule(BATCH)))
     plain, small = common
-    settings: dict[str, Any] = {"masking": masking, "seed": seed}
+    views = TwoViewTransform(sides[0], 8 * grid[0])
+    make_tokens(small[0], folder / "tokens", TOKENIZER, views, grid, count=1)  # as `tokenize` does
+    tokens = CachedTokens([TokenFolder(folder / "tokens")], small[0], views, grid)
+    settings: dict[str, Any] = {"masking": BlockwiseMask(grid, cap, min_block=min(16, cap)), "seed": seed}
     fast = TwoViewTransform(*sides)
-    tokens = cached_tokens(small[0], folder / "tokens", TwoViewTransform(sides[0], 8 * grid[0]), grid)
     return {
-        REFERENCE: Reference(*plain, fast, floats=True, sides=sides, **settings),
-        "reference_uint8": Reference(*plain, fast, floats=False, sides=sides, **settings),
+        REFERENCE: Reference(*plain, fast, floats=True, **settings),
+        "reference_uint8": Reference(*plain, fast, floats=False, **settings),
         "exact": ShardDataset(*plain, TwoViewTransform(*sides, pil_reference=True), **settings),
         "fast": ShardDataset(*plain, fast, **settings),
         "resized": ShardDataset(*small, fast, **settings),
@@ -144,20 +185,18 @@ def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed
     }
 
 
-def measure(variants: dict[str, ShardDataset], rounds: int, batches: int) -> dict[str, list[float]]:
-    """Images per CPU second of every variant in every round; a round is `batches` batches of each, in turn."""
-    rates: dict[str, list[float]] = {name: [] for name in variants}
-    for dataset in variants.values():
-        dataset[0]  # opens files, builds tables
-    for number in tqdm(range(rounds), desc="measuring", unit=" rounds"):
-        seconds = dict.fromkeys(variants, 0.0)
+def measure(work: Mapping[str, Callable[[int], object]], rounds: int, batches: int) -> dict[str, list[float]]:
+    """Images per CPU second of all work in every round, of `batches` batches."""
+
+    def rate(make: Callable[[int], object], number: int) -> float:
+        start = time.process_time()
         for batch in range(number * batches, (number + 1) * batches):
-            for name, dataset in variants.items():
-                start = time.process_time()
-                dataset[batch]
-                seconds[name] += time.process_time() - start
-        for name in variants:
-            rates[name].append(batches * BATCH / seconds[name])
+            make(batch)
+        return batches * BATCH / (time.process_time() - start)
+
+    for make in work.values():
+        make(0)  # opens files, builds tables
+    *_, rates = in_turn({name: partial(rate, make) for name, make in work.items()}, rounds)
     return rates
 
 
@@ -167,23 +206,8 @@ def device_part(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return normalise(image, HALF, HALF), token_image * 0.8 + 0.1
 
 
-def measure_device_part(dataset: ShardDataset, rounds: int, batches: int) -> list[float]:
-    """Images per CPU second of `device_part` in every round, of batches that are there."""
-    rates = []
-    device_part(dataset[0])
-    for number in range(rounds):
-        seconds = 0.0
-        for i in range(number * batches, (number + 1) * batches):
-            batch = dataset[i]
-            start = time.process_time()
-            device_part(batch)
-            seconds += time.process_time() - start
-        rates.append(batches * BATCH / seconds)
-    return rates
-
-
-def bench_loader(cfg: DictConfig) -> None:
-    """Print images per second and core of every variant, and of the device's part, as a table and as JSON."""
+def bench_loader(cfg: DictConfig) -> RunResult:
+    """Images per second and core of every variant, and of the device's part."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     sides = sides_for(cfg, None)
@@ -193,28 +217,21 @@ def bench_loader(cfg: DictConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="beit_pretrain-bench-") as folder:
         variants = make_variants(files, Path(folder), sides, cfg.seed)
         batches = max(1, len(files) // BATCH)
-        rates = measure(variants, cfg.rounds, batches)
-        device_rates = measure_device_part(variants["fast"], cfg.rounds, batches)
+        ready = [variants["fast"][number] for number in range(batches)]
+        work: dict[str, Callable[[int], object]] = {name: dataset.__getitem__ for name, dataset in variants.items()}
+        work[DEVICE_PART] = lambda number: device_part(ready[number % batches])
+        rates = measure(work, cfg.rounds, batches)
     median = {name: statistics.median(values) for name, values in rates.items()}
-    ratio = {name: median[name] / median[REFERENCE] for name in median}
-    rows = [
-        [name, f"{median[name]:.0f}", f"{min(values):.0f} to {max(values):.0f}", f"{ratio[name]:.2f}"]
-        for name, values in rates.items()
-    ]
-    device = statistics.median(device_rates)
-    rows.append(["device part", f"{device:.0f}", f"{min(device_rates):.0f} to {max(device_rates):.0f}", ""])
-    print(table(["variant", "images/s and core", "rounds", "times the reference"], rows))
-    about = {
-        "images": len(files),
-        "not_decoded": bad,
-        "rounds": cfg.rounds,
-        "threads": torch.get_num_threads(),
-        "seed": cfg.seed,
-    }
-    about |= {"machine": platform.machine(), "simplejpeg": decoding.simplejpeg is not None, **sides._asdict()}
-    found: dict[str, Any] = {
-        f"{REFERENCE}_images_per_s_core": median.pop(REFERENCE),
-        **{name: ratio[name] for name in median},
-    }
-    found |= {"device_part_images_per_s_core": device, "device_part_rounds": device_rates}
-    print(json.dumps({"bench": "loader", **about, **found, "images_per_s_core": rates}))
+    ratio = {name: median[name] / median[REFERENCE] for name in variants}
+    rows = []
+    for name, values in rates.items():
+        times = f"{ratio[name]:.2f}" if name in ratio else ""
+        rows.append([name, f"{median[name]:.0f}", f"{min(values):.0f} to {max(values):.0f}", times])
+    found: dict[str, Any] = {"images": len(files), "not_decoded": bad, "rounds": cfg.rounds, "seed": cfg.seed}
+    found |= {"threads": torch.get_num_threads(), "machine": platform.machine()}
+    found |= {"simplejpeg": decoding.simplejpeg is not None, **sides._asdict()}
+    found |= {f"{REFERENCE}_images_per_s_core": median[REFERENCE]}
+    found |= {name: times for name, times in ratio.items() if name != REFERENCE}
+    found |= {"device_part_images_per_s_core": median[DEVICE_PART], "device_part_rounds": rates.pop(DEVICE_PART)}
+    head = ("variant", "images/s and core", "rounds", "times the reference")
+    return RunResult([Block(head, rows)], {"bench": "loader", **found, "images_per_s_core": rates})

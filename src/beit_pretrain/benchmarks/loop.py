@@ -11,32 +11,30 @@ writing is measured; since it falls on single blocks, all blocks together are co
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
-from beit_pretrain.benchmarks.compare import Ratio, compared
-from beit_pretrain.benchmarks.inputs import Bench, configured, make_batch, make_bench
-from beit_pretrain.benchmarks.step import BATCHES, backward, facts, forward, on_gpu
-from beit_pretrain.benchmarks.timing import seconds_per_call
-from beit_pretrain.config import as_user_errors
+from beit_pretrain.benchmarks.blocks import Block, RunResult, interval, milliseconds
+from beit_pretrain.benchmarks.inputs import Bench, make_batch, make_bench
+from beit_pretrain.benchmarks.measure import compared
+from beit_pretrain.benchmarks.step import BATCHES, our_steps
 from beit_pretrain.data.corrupt_images import CorruptImages
 from beit_pretrain.engine.callbacks import ProgressBar, Throughput
 from beit_pretrain.engine.checkpointing import LAST, CheckpointManager
 from beit_pretrain.engine.metrics import CsvMetrics
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
 from beit_pretrain.engine.run_folder import REPLACED, SKIPPED
-from beit_pretrain.engine.trainer import make_trainer, silence_warnings
-from beit_pretrain.tables import table
+from beit_pretrain.engine.trainer import as_user_errors, make_trainer, silence_warnings
 
 BLOCK = 100  # steps on a GPU, unless bench.steps says it
 LOG_EVERY = 5  # steps, at the most, between two flushes of the metrics where a block is shorter than log_every
@@ -44,18 +42,12 @@ SAVES = 2  # checkpoints, of which the last is reported: the first also allocate
 
 
 class InterleavedLoader:
-    """Batches for the Trainer; before each block of them a bare loop takes the same steps.
-
-    Args:
-        bench: of the bare loop.
-        blocks: how many are measured.
-        steps: of a block.
-    """
+    """Batches for the Trainer, `blocks` of so many `steps`; before each block a bare loop takes the same ones."""
 
     def __init__(self, bench: Bench, blocks: int, steps: int):
         self.bench, self.blocks, self.steps = bench, blocks, steps
-        self.batches = [make_batch(bench, number).ours for number in range(BATCHES)]
-        self.optimizer = configured(bench.module.model, bench.module.optim)
+        self.batches = [make_batch(bench, number) for number in range(BATCHES)]
+        self.step = our_steps(bench)["ours_cached"]  # what the LightningModule computes, its metrics not counted
         self.bare: list[float] = []  # seconds a step, of every block
         self.trained: list[float] = []
 
@@ -70,40 +62,28 @@ class InterleavedLoader:
                 if number:
                     self.trained.append((self.bench.now() - given) / self.steps)
                 if number < len(self) - 1:
-                    self.bare.append(self.bare_block(number))
+                    self.bare.append(self.bench.seconds(partial(self.bare_block, number)) / self.steps)
                 given = self.bench.now()
-            yield {**self.batch(number), "bad": []}
+            yield {**self.batches[number % BATCHES].without("token_image"), "bad": []}
 
-    def bare_block(self, first: int) -> float:
-        """Seconds a step of the bare loop."""
-        return seconds_per_call(self.bench, lambda number: self.step(first + number), self.steps)
-
-    def batch(self, number: int) -> dict[str, Tensor]:
-        return {k: v for k, v in self.batches[number % BATCHES].items() if k != "token_image"}
-
-    def step(self, number: int) -> None:
-        """The bare step: what the LightningModule computes, its metrics not counted."""
-        batch = self.batch(number)
-        view, tokens = self.bench.module.prepare(batch)
-        backward(self.bench, batch, forward(self.bench, batch, view, tokens))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def bare_block(self, first: int) -> None:
+        for number in range(first, first + self.steps):
+            self.step(self.batches[number % BATCHES])
 
 
 def run_in_turn(cfg: DictConfig, bench: Bench, folder: Path, steps: int) -> tuple[InterleavedLoader, dict[str, float]]:
     """Train with the Trainer and in turn with the bare loop; then the seconds and bytes of a checkpoint."""
     batches = InterleavedLoader(bench, cfg.bench.warm_up + cfg.bench.rounds, steps)
-    ours = make_bench(cfg)  # a network of its own, from the same seed
-    module = ours.module
+    module = make_bench(cfg).module  # a network of its own, from the same seed
     module.log_every = cfg.log_every if steps >= cfg.log_every else min(cfg.log_every, LOG_EVERY)
     module.keeper = CheckpointManager(folder, every=2 * len(batches))  # a checkpoint is measured by itself
     module.guard = NonFiniteGuard(folder / SKIPPED, cfg.max_nonfinite_steps, cfg.batch_size)
     settings = {"global_batch_size": cfg.batch_size, "run_dir": str(folder), "val_every": len(batches)}
-    own = OmegaConf.merge(cfg, settings)
+    settings["trainer"] = {"devices": 1, "num_nodes": 1}  # auto would be all GPUs to Lightning
     saves = Saves(bench, folder / LAST)
     callbacks: list[Callback] = [ProgressBar(refresh_rate=10), Throughput(), CorruptImages(folder / REPLACED, 1), saves]
     with as_user_errors():
-        trainer = make_trainer(own, len(batches), callbacks)  # type: ignore[arg-type]
+        trainer = make_trainer(OmegaConf.merge(cfg, settings), len(batches), callbacks)  # type: ignore[arg-type]
     trainer.loggers = [CsvMetrics(folder / "metrics.csv")]
     with redirect_stdout(sys.stderr):  # Lightning's bar goes where results do
         trainer.fit(module, train_dataloaders=batches)
@@ -133,48 +113,26 @@ class Saves(Callback):
             self.found = {"seconds": seconds, "until_written": written, "bytes": float(self.file.stat().st_size)}
 
 
-def bench_loop(cfg: DictConfig) -> None:
-    """Print what the loop costs over a bare one, and what a checkpoint costs; and both as JSON."""
+def bench_loop(cfg: DictConfig) -> RunResult:
+    """What the loop costs over a bare one, and what a checkpoint costs."""
     silence_warnings()
     bench = make_bench(cfg)
+    steps = cfg.bench.steps or (BLOCK if bench.on_gpu else 1)
     with tempfile.TemporaryDirectory(prefix="beit_pretrain-bench-") as folder:
-        steps = cfg.bench.steps or (BLOCK if on_gpu(bench) else 1)
         batches, saved = run_in_turn(cfg, bench, Path(folder), steps)
     bare, trained = batches.bare[cfg.bench.warm_up :], batches.trained[cfg.bench.warm_up :]
-    cost = compared(trained, bare)
-    step = sorted(trained)[len(trained) // 2]
-    every = cfg.save_every
-    together = sum(trained) / sum(bare)
-    report(cost, together, step, bare, saved, every)
-    print(
-        json.dumps(
-            {
-                "bench": "loop",
-                **facts(bench, cfg),
-                "block": steps,
-                "loop_over_bare": cost._asdict(),
-                "loop_over_bare_together": together,
-                "seconds": {"bare": bare, "trainer": trained},
-                "checkpoint": saved,
-                "checkpoint_share": saved["seconds"] / (every * step + saved["seconds"]),
-                "save_every": every,
-            }
-        )
-    )
-
-
-def report(cost: Ratio, together: float, step: float, bare: list[float], saved: dict[str, float], every: int) -> None:
-    """The table for people."""
-    over = f"{cost.median - 1:+.2%} ({cost.low - 1:+.2%} to {cost.high - 1:+.2%})"
+    cost, together, step = compared(trained, bare), sum(trained) / sum(bare), float(np.median(trained))
+    over = f"{cost['median'] - 1:+.2%} ({cost['low'] - 1:+.2%} to {cost['high'] - 1:+.2%})"
+    wait, written = (f"{saved[name]:.2f} s" for name in ("seconds", "until_written"))
+    share = saved["seconds"] / (cfg.save_every * step + saved["seconds"])
     rows = [
-        ["bare loop", f"{1000 * sorted(bare)[len(bare) // 2]:.4g} ms a step", ""],
-        ["fit's loop", f"{1000 * step:.4g} ms a step", over],
+        ["bare loop", f"{milliseconds(float(np.median(bare)))} ms a step", ""],
+        ["fit's loop", f"{milliseconds(step)} ms a step", over],
         ["all blocks together", "", f"{together - 1:+.2%}"],
-        [
-            "training waits for a checkpoint",
-            f"{saved['seconds']:.2f} s",
-            f"{saved['seconds'] / (every * step):.2%} at one every {every} steps",
-        ],
-        ["until it is on the disk", f"{saved['until_written']:.2f} s, {saved['bytes'] / 1e6:,.0f} MB", ""],
+        ["training waits for a checkpoint", wait, f"{share:.2%} at one every {cfg.save_every} steps"],
+        ["until it is on the disk", f"{written}, {saved['bytes'] / 1e6:,.0f} MB", ""],
     ]
-    print(table(["what", "time", f"over a bare loop, of {cost.pairs} pairs ({cost.interval})"], rows))
+    head = ("what", "time", f"over a bare loop, of {cost['pairs']} pairs ({interval(cost)})")
+    found = {"block": steps, "loop_over_bare": cost, "loop_over_bare_together": together, "save_every": cfg.save_every}
+    found |= {"seconds": {"bare": bare, "trainer": trained}, "checkpoint": saved, "checkpoint_share": share}
+    return RunResult([Block(head, rows)], {"bench": "loop", **bench.about, **found})

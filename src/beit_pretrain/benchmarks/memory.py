@@ -7,22 +7,20 @@ moments, and what a forward pass keeps, which grows with the batch in a straight
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from beit_pretrain.benchmarks.cost import kept_bytes, peak_bytes, state_bytes
+from beit_pretrain.benchmarks.blocks import Block, RunResult
 from beit_pretrain.benchmarks.inputs import Bench, make_batch, make_bench
+from beit_pretrain.benchmarks.measure import kept_bytes, peak_bytes, state_bytes
 from beit_pretrain.benchmarks.step import our_steps
 from beit_pretrain.engine.trainer import wanted_gpu
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import SIZES as NETWORKS
-from beit_pretrain.tables import table
 
 SIZES = ("base", "large")
 MOST = 1 << 14  # images of a batch
@@ -37,7 +35,7 @@ class Fits(NamedTuple):
 
     batch: int
     used: int
-    measured: bool
+    measured: bool = True
 
 
 def predicted(peak_of: Callable[[int], int | None], limit: int) -> Fits:
@@ -46,104 +44,86 @@ def predicted(peak_of: Callable[[int], int | None], limit: int) -> Fits:
     `peak_of`: batch -> the most bytes in use, or None if it does not fit.
     """
     for small, large in PAIRS:
-        peaks = peak_of(small), peak_of(large)
-        if peaks[0] is not None and peaks[1] is not None:
-            each = max(1.0, (peaks[1] - peaks[0]) / (large - small))
-            fixed = peaks[0] - small * each
-            batch = min(MOST, int((limit * (1 - WORKSPACE) - fixed) // each))
-            for _ in range(TRIES):
-                if batch <= large:  # known to fit
-                    return Fits(large, peaks[1], True)
+        low, high = peak_of(small), peak_of(large)
+        if low is not None and high is not None:
+            each = max(1.0, (high - low) / (large - small))
+            batch, tries = min(MOST, int((limit * (1 - WORKSPACE) - low) // each) + small), TRIES
+            while batch > large and tries:
                 if (used := peak_of(batch)) is not None:
-                    return Fits(batch, used, True)
-                batch = int(batch * SMALLER)
-            return Fits(large, peaks[1], True)
-    one = peak_of(1)
-    return Fits(0, 0, True) if one is None else Fits(1, one, True)
+                    return Fits(batch, used)
+                batch, tries = int(batch * SMALLER), tries - 1
+            return Fits(large, high)
+    return Fits(0, 0) if (one := peak_of(1)) is None else Fits(1, one)
 
 
 def tried(cfg: DictConfig, limit: int) -> Fits:
     """On a GPU, by real steps with known tokens, uncompiled: compiling at every size would take minutes."""
+    device = torch.device("cuda")
 
     def peak_of(batch: int) -> int | None:
         def two_steps() -> None:
-            bench = make_bench(OmegaConf.merge(cfg, {"batch_size": batch, "compile": False}))  # type: ignore[arg-type]
+            bench = make_bench(changed(cfg, batch_size=batch, compile=False))
             step = our_steps(bench)["ours_cached"]
             for number in range(2):
                 step(make_batch(bench, number))
 
         try:
-            return peak_bytes(torch.device("cuda"), two_steps)
+            return peak_bytes(device, two_steps)
         except torch.OutOfMemoryError:
             return None
 
-    with memory_limit(limit):
-        return predicted(peak_of, limit)
-
-
-@contextmanager
-def memory_limit(limit: int) -> Iterator[None]:
-    """Let this process have no more of the GPU than so many bytes: as if it were a smaller one."""
-    share = min(1.0, limit / torch.cuda.get_device_properties(0).total_memory)
-    torch.cuda.set_per_process_memory_fraction(share)
+    # This process gets no more of the GPU than that: as if it were a smaller one.
+    share = limit / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     try:
-        yield
+        return predicted(peak_of, limit)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def reckoned(cfg: DictConfig, limit: int) -> Fits:
     """Without computing: from what batches of 1 and 2 would keep, and the largest that comes and goes."""
-    bench = make_bench(with_batch(cfg, 1))
-    model = bench.module.model
+    bench = make_bench(changed(cfg, batch_size=1))
     one, two = kept(bench), kept(bench._replace(batch_size=2))
-    each, fixed = two - one, 2 * one - two
+    each, fixed = two - one, 2 * one - two + state_bytes(bench.model)
     if cfg.activation_checkpointing:  # and what one block keeps while it is computed again
-        model.set_grad_checkpointing(False)
-        each += (kept(bench) - one) // len(model.blocks)
-    each += 4 * bench.masking.max_patches * model.vocab_size  # the largest gradient of an activation: of the logits
-    state = state_bytes(bench.module.model)
-    room = limit * (1 - WORKSPACE) - state - fixed
-    batch = max(0, int(room // each))
-    return Fits(batch, state + fixed + batch * each, False)
+        bench.model.set_grad_checkpointing(False)
+        each += (kept(bench) - one) // len(bench.model.blocks)
+    each += 4 * bench.masking.max_patches * bench.model.vocab_size  # the largest gradient of all: of the logits
+    batch = max(0, int((limit * (1 - WORKSPACE) - fixed) // each))
+    return Fits(batch, fixed + batch * each, measured=False)
 
 
 def kept(bench: Bench) -> int:
     """Bytes that the backward pass of a batch would need: of shapes alone, on fake tensors."""
     batch = make_batch(bench, 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, bench.precision():
-        names = ("mask", "mask_index", "tokens")
-        given = [mode.from_tensor(tensor) for tensor in (batch.view, *(batch.ours[name] for name in names))]
+        given = (batch.view, *(batch.ours[name] for name in ("mask", "mask_index", "tokens")))
         # Without drop path, which keeps next to nothing but looks at numbers.
-        return kept_bytes(lambda: bench.module.objective(*given))
+        return kept_bytes(lambda: bench.module.objective(*map(mode.from_tensor, given)))
 
 
-def with_size(cfg: DictConfig, size: str, checkpointing: bool) -> DictConfig:
-    """The experiment with a network of a named size, whatever shape it sets for itself: that would win."""
-    own: Any = OmegaConf.to_container(cfg)
-    shape = {name: value for name, value in own["model"].items() if name not in NETWORKS[size]}
-    own |= {"model": {**shape, "size": size}, "activation_checkpointing": checkpointing}
-    return OmegaConf.create(own)
-
-
-def with_batch(cfg: DictConfig, batch: int) -> DictConfig:
-    merged: Any = OmegaConf.merge(cfg, {"batch_size": batch})
+def changed(cfg: DictConfig, **settings: Any) -> DictConfig:
+    """The config with other settings."""
+    merged: Any = OmegaConf.merge(cfg, settings)
     return merged
 
 
-def bench_memory(cfg: DictConfig) -> None:
-    """Print the largest batches for base and large, and the same as JSON."""
-    on_gpu = wanted_gpu(cfg.trainer.accelerator)
+def bench_memory(cfg: DictConfig) -> RunResult:
+    """The largest batches of base and large, whatever shape the experiment sets for its own network: that would win."""
+    on_gpu, rows, found = wanted_gpu(cfg.trainer.accelerator), [], {}
     if cfg.bench.memory_gb is None and not on_gpu:
         raise UserError("bench memory on a CPU needs bench.memory_gb=, such as 24")
     limit = int(cfg.bench.memory_gb * GIB) if cfg.bench.memory_gb else torch.cuda.get_device_properties(0).total_memory
-    rows, found = [], {}
     for size in SIZES:
         for checkpointing in (False, True):
-            fits = (tried if on_gpu else reckoned)(with_size(cfg, size, checkpointing), limit)
+            own: Any = OmegaConf.to_container(cfg)
+            shape = {name: value for name, value in own["model"].items() if name not in NETWORKS[size]}
+            own |= {"model": {**shape, "size": size}, "activation_checkpointing": checkpointing}
+            fits = (tried if on_gpu else reckoned)(OmegaConf.create(own), limit)
             found[f"{size}{'_checkpointing' if checkpointing else ''}"] = fits._asdict()
-            how = "yes" if checkpointing else "no"
             way = "measured, uncompiled" if fits.measured else "reckoned"
-            rows.append([size, how, str(fits.batch), f"{fits.used / GIB:.1f}", way])
-    print(table(["network", "activation checkpointing", "largest batch", "GiB", "how"], rows))
-    print(json.dumps({"bench": "memory", "memory_bytes": limit, "precision": cfg.trainer.precision, **found}))
+            rows.append([size, "yes" if checkpointing else "no", str(fits.batch), f"{fits.used / GIB:.1f}", way])
+    head = ("network", "activation checkpointing", "largest batch", "GiB", "how")
+    about = {"memory_bytes": limit, "precision": cfg.trainer.precision}
+    return RunResult([Block(head, rows)], {"bench": "memory", **about, **found})

@@ -11,53 +11,44 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-from beit_pretrain.benchmarks.inputs import Batch, Bench, configured
+from beit_pretrain.benchmarks.inputs import Batch, Bench
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.backbone import Architecture
+from beit_pretrain.models.backbone import MaskedImageModel
+from beit_pretrain.models.checkpoints.export import hf_config
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
 
-Step = Callable[[Tensor, Tensor, Tensor], None]  # of normalised images, a mask, the masked patches' tokens
+SAME = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "drop_path_rate")
 
 
 class PlainModel(nn.Module):
-    """timm's `Beit` with mask token and token head, run in full, as in the release (modeling_pretrain.py).
+    """timm's `Beit` with mask token, token head and our weights, run in full, as in the release (modeling_pretrain.py).
 
-    Args:
-        architecture: of the network.
-        vocab_size: V.
-        fused: attention by torch's scaled_dot_product_attention; else scores, added bias, softmax, product, as there.
-        all_patches: the head on all patches, of which the masked ones are then taken; else on these alone, as there.
+    Unlike there, `fused`: attention by torch's scaled_dot_product_attention; `all_patches`: the head on all patches.
     """
 
-    def __init__(self, architecture: Architecture, vocab_size: int, fused: bool, all_patches: bool):
+    def __init__(self, ours: MaskedImageModel, fused: bool = False, all_patches: bool = False):
         super().__init__()
-        size = architecture["image_size"]
+        config = ours.config
         self.body = Beit(
-            img_size=size if isinstance(size, int) else (size[0], size[1]),
-            patch_size=architecture["patch_size"],
-            in_chans=architecture["in_chans"],
+            img_size=config["image_size"],
             num_classes=0,
             global_pool="",
-            embed_dim=architecture["embed_dim"],
-            depth=architecture["depth"],
-            num_heads=architecture["num_heads"],
-            init_values=architecture["init_values"],
-            drop_path_rate=architecture["drop_path_rate"],
-            use_shared_rel_pos_bias=architecture["rel_pos_bias"] == "shared",
-            use_rel_pos_bias=architecture["rel_pos_bias"] == "per_layer",
-            use_abs_pos_emb=architecture["abs_pos_emb"],
+            use_shared_rel_pos_bias=config["rel_pos_bias"] == "shared",
+            use_rel_pos_bias=config["rel_pos_bias"] == "per_layer",
+            use_abs_pos_emb=config["abs_pos_emb"],
+            **{name: config[name] for name in SAME},
         )
         block: Any
         for block in self.body.blocks:
             block.attn.fused_attn = fused
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, architecture["embed_dim"]))
-        self.lm_head = nn.Linear(architecture["embed_dim"], vocab_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config["embed_dim"]))
+        self.lm_head = nn.Linear(config["embed_dim"], config["vocab_size"])
         self.all_patches = all_patches
-        trunc_normal_(self.mask_token, std=0.02)
+        own = ("mask_token", "lm_head")
+        self.load_state_dict({n if n.startswith(own) else f"body.{n}": t for n, t in ours.state_dict().items()})
 
     def forward(self, image_BCHW: Tensor, mask_BN: Tensor, token_M: Tensor) -> Tensor:
         """Mean cross-entropy of the masked patches."""
@@ -77,38 +68,20 @@ class PlainModel(nn.Module):
 
 
 class Transformers(nn.Module):
-    """`BeitForMaskedImageModeling` of Hugging Face. Raises UserError where transformers is not installed.
+    """`BeitForMaskedImageModeling` of Hugging Face, of our architecture; `attention` is "sdpa" or "eager".
 
-    Args:
-        attention: "sdpa" or "eager".
+    Raises UserError where transformers is not installed.
     """
 
-    def __init__(self, architecture: Architecture, vocab_size: int, attention: str = "sdpa"):
+    def __init__(self, ours: MaskedImageModel, attention: str = "sdpa"):
         super().__init__()
         try:
             from transformers import BeitConfig, BeitForMaskedImageModeling
         except ImportError:
             raise UserError(
-                "bench.peers: transformers is not installed; leave it out, or: pip install transformers"
+                "transformers is not installed: pip install transformers, or other bench.variants="
             ) from None
-        config = BeitConfig(
-            vocab_size=vocab_size,
-            hidden_size=architecture["embed_dim"],
-            num_hidden_layers=architecture["depth"],
-            num_attention_heads=architecture["num_heads"],
-            intermediate_size=int(architecture["embed_dim"] * architecture["mlp_ratio"]),
-            layer_norm_eps=1e-6,
-            image_size=architecture["image_size"],  # type: ignore[arg-type]
-            patch_size=architecture["patch_size"],
-            num_channels=architecture["in_chans"],
-            use_mask_token=True,
-            use_absolute_position_embeddings=architecture["abs_pos_emb"],
-            use_relative_position_bias=architecture["rel_pos_bias"] == "per_layer",
-            use_shared_relative_position_bias=architecture["rel_pos_bias"] == "shared",
-            layer_scale_init_value=architecture["init_values"] or 0.0,
-            drop_path_rate=architecture["drop_path_rate"],
-        )
-        self.model: Any = BeitForMaskedImageModeling(config)
+        self.model: Any = BeitForMaskedImageModeling(BeitConfig(**hf_config(ours, None)))
         self.model.set_attn_implementation(attention)
 
     def forward(self, image_BCHW: Tensor, mask_BN: Tensor, token_M: Tensor) -> Tensor:
@@ -117,48 +90,38 @@ class Transformers(nn.Module):
         return loss
 
 
-def peer_steps(bench: Bench, names: list[str]) -> dict[str, Callable[[Batch], None]]:
-    """The other variants among `names`: the same optimiser, clipping by torch."""
-    architecture, vocab, clip = bench.architecture, bench.tokenizer.vocab_size, bench.module.optim.clip
+def peer_step(bench: Bench, name: str) -> Callable[[Batch], object]:
+    """The training step of a variant of others, with a network of its own, our optimiser and torch's clipping."""
+    model: nn.Module
+    if name.startswith("transformers"):
+        model = Transformers(bench.model, "eager" if name == "transformers_eager" else "sdpa")
+    else:
+        model = PlainModel(bench.model, fused=name == "timm", all_patches=name == "timm")
+    optimizer = bench.optimizer(model.to(bench.device).train())
+    # As a user would: with graph breaks where there are some, and shapes that may change.
+    loss_of: Any = torch.compile(model) if name == "reference_compiled" else model
+    encode = packages_encoder(bench) if name == "reference_tokenizer" else None
 
-    def stepping(model: nn.Module, compiled: bool = False) -> Step:
-        optimizer = configured(model.to(bench.device).train(), bench.module.optim)
-        # As a user would: with graph breaks where there are some, and shapes that may change.
-        loss_of: Any = torch.compile(model) if compiled else model
+    def step(batch: Batch) -> None:
+        mask = batch.ours["mask"]
+        token_M = batch.token_M if encode is None else encode(batch.token_image)[mask]
+        learn(bench, loss_of, optimizer, batch.image, mask, token_M)
 
-        def step(image: Tensor, mask: Tensor, token_M: Tensor) -> None:
-            with bench.precision():
-                loss = loss_of(image, mask, token_M)
-            loss.backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    variants: dict[str, Callable[[Batch], None]] = {}
-    if {"reference", "reference_tokenizer"} & set(names):
-        plain = stepping(PlainModel(architecture, vocab, fused=False, all_patches=False))
-        encode = packages_encoder(bench)
-        variants["reference"] = on_images(plain)
-        variants["reference_tokenizer"] = lambda batch: plain(
-            batch.image, batch.ours["mask"], encode(batch.token_image)[batch.ours["mask"]]
-        )
-    if "reference_compiled" in names:
-        compiled = stepping(PlainModel(architecture, vocab, fused=False, all_patches=False), compiled=True)
-        variants["reference_compiled"] = on_images(compiled)
-    if "timm" in names:
-        timm = stepping(PlainModel(architecture, vocab, fused=True, all_patches=True))
-        variants["timm"] = on_images(timm)
-    for attention, name in (("sdpa", "transformers"), ("eager", "transformers_eager")):
-        if name in names:  # one network each: two of them cost memory, not time
-            variants[name] = on_images(stepping(Transformers(architecture, vocab, attention)))
-    return {name: variant for name, variant in variants.items() if name in names}
+    return step
 
 
-def on_images(step: Step) -> Callable[[Batch], None]:
-    return lambda batch: step(batch.image, batch.ours["mask"], batch.token_M)
+def learn(
+    bench: Bench, loss_of: Any, optimizer: torch.optim.Optimizer, image: Tensor, mask: Tensor, token_M: Tensor
+) -> Tensor:
+    """One step of a network of others; the loss before it."""
+    with bench.precision():
+        loss: Tensor = loss_of(image, mask, token_M)
+    loss.backward()
+    if bench.module.optim.clip is not None:
+        nn.utils.clip_grad_norm_(loss_of.parameters(), bench.module.optim.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
 
 
 def packages_encoder(bench: Bench) -> Callable[[Tensor], Tensor]:

@@ -8,7 +8,6 @@ JPEG round trip, half a pixel), and another draw of the jitter, which is the aug
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,28 +20,18 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from tqdm import tqdm
 
-from beit_pretrain.benchmarks.photos import Sides, read_photos, sides_for
+from beit_pretrain.benchmarks.blocks import Block, RunResult
+from beit_pretrain.benchmarks.loader import Sides, read_photos, sides_for
 from beit_pretrain.data.order import VIEW, generator
-from beit_pretrain.tables import table
 from beit_pretrain.tokenizers.tokenizer import Tokenizer
+from beit_pretrain.transforms import views
 from beit_pretrain.transforms.image_io import open_image, to_rgb
 from beit_pretrain.transforms.mean_color_grid import of_image
 from beit_pretrain.transforms.scaled_decoding import Crop, resized, scaled_decode
-from beit_pretrain.transforms.views import (
-    AugmentParams,
-    Jitter,
-    TwoViewTransform,
-    color_jitter,
-    jitter_arrays,
-    jittered_views,
-    pil_jitter,
-    resized_crop,
-    to_array,
-)
+from beit_pretrain.transforms.views import AugmentParams, TwoViewTransform, jitter_arrays, to_array
 
 OTHER_JITTER = 1_000_003  # added to the seed for another draw of the jitter
-BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
-NO_JITTER = Jitter(np.ones(3, np.float32), np.arange(3))
+FILTERS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS  # of the authors' two views
 
 
 class Pair(NamedTuple):
@@ -65,31 +54,29 @@ class Variant(NamedTuple):
 
 def on_device(arrays: dict[str, np.ndarray]) -> Pair:
     """What the training device makes of a worker's arrays."""
-    views = jittered_views({name: torch.from_numpy(array)[None] for name, array in arrays.items()})
-    return Pair(views[0][0], views[1][0])
+    made = views.jittered_views({name: torch.from_numpy(array)[None] for name, array in arrays.items()})
+    return Pair(made[0][0], made[1][0])
 
 
 def unchanged(image: np.ndarray, token_image: np.ndarray) -> Pair:
     """Arrays (3, H, W) as views."""
-    return on_device(
-        {"image": image, "token_image": token_image} | jitter_arrays(NO_JITTER, np.zeros((64, 3), np.uint8))
-    )
+    return Pair(*(torch.from_numpy(array).float() / 255 for array in (image, token_image)))
 
 
 def pil_arrays(image: Image.Image, crop: Crop, sides: Sides, flip: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Both views of an RGB image by PIL, bicubic and Lanczos, then, if asked, the flip."""
-    large = to_array(resized_crop(image, crop, sides.image, BICUBIC), flip)
-    return large, to_array(resized_crop(image, crop, sides.token_image, LANCZOS), flip)
+    large, small = (views.resized_crop(image, crop, side, how) for side, how in zip(sides, FILTERS, strict=True))
+    return to_array(large, flip), to_array(small, flip)
+
+
+def jittered_and_flipped(image: Image.Image, draw: AugmentParams) -> Image.Image:
+    image = views.pil_jitter(to_rgb(image), draw.jitter)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image
 
 
 def authors(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
     """Decode in full, jitter and flip the whole image, then crop: the view `pil_reference`."""
     return unchanged(*pil_arrays(jittered_and_flipped(image, draw), draw.crop, sides))
-
-
-def jittered_and_flipped(image: Image.Image, draw: AugmentParams) -> Image.Image:
-    image = pil_jitter(to_rgb(image), draw.jitter)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image
 
 
 def unjittered(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
@@ -101,15 +88,13 @@ def jitter_after(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
     """The authors' views but for the jitter, which comes after the crop, in float."""
     rgb = to_rgb(image)
     large, small = pil_arrays(rgb, draw.mirrored(image.width).crop, sides, draw.flip)
-    jitter = jitter_arrays(draw.jitter, of_image(rgb))
-    return on_device({"image": large, "token_image": small} | jitter)
+    return on_device({"image": large, "token_image": small} | jitter_arrays(draw.jitter, of_image(rgb)))
 
 
 def crops_contrast(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
     """The same with contrast relative to the crop's mean grey, each view's own: what this project avoids."""
-    arrays = pil_arrays(to_rgb(image), draw.mirrored(image.width).crop, sides, draw.flip)
     jitter = torch.from_numpy(draw.jitter.factors)[None], torch.from_numpy(draw.jitter.order)[None]
-    return Pair(*(color_jitter(torch.from_numpy(array)[None].float() / 255, *jitter)[0] for array in arrays))
+    return Pair(*(views.color_jitter(view[None], *jitter)[0] for view in unjittered(image, draw, sides)))
 
 
 def scaled(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
@@ -122,9 +107,8 @@ def other_filter(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
     """Without jitter, decoded in full, resized by torch: bicubic for both views."""
     top, left, height, width = draw.mirrored(image.width).crop
     array = np.array(to_rgb(image))[top : top + height, left : left + width]
-    views = (resized(array, side) for side in sides)
-    large, small = ((view.flip(-1) if draw.flip else view).numpy() for view in views)
-    return unchanged(large, small)
+    large, small = (resized(array, side) for side in sides)
+    return unchanged(*((view.flip(-1) if draw.flip else view).numpy() for view in (large, small)))
 
 
 def ours(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
@@ -146,8 +130,7 @@ def half_a_pixel(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
     left_f = left + (0.5 if left + width < image.width else -0.5 if left else 0)
     top_f = top + (0.5 if top + height < image.height else -0.5 if top else 0)
     box = (left_f, top_f, left_f + width, top_f + height)
-    large, small = (image.resize((side, side), how, box=box) for side, how in zip(sides, (BICUBIC, LANCZOS)))
-    return unchanged(to_array(large), to_array(small))
+    return unchanged(*(to_array(image.resize((s, s), how, box=box)) for s, how in zip(sides, FILTERS, strict=True)))
 
 
 EXACT, PLAIN = "exact", "exact, no jitter"
@@ -165,66 +148,48 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-class Tally:
-    """What is gathered of one variant: per view its pixel statistics, its distance and its share of other tokens."""
-
-    def __init__(self) -> None:
-        self.mean: list[np.ndarray] = []  # (3,) per position, of the backbone's view
-        self.std: list[np.ndarray] = []
-        self.distance: list[list[float]] = []  # mean absolute difference, backbone's and tokenizer's view
-        self.changed: list[float] = []
-
-    def add(self, pair: Pair, reference: Pair, ids_N: Tensor | None, reference_ids_N: Tensor | None) -> None:
-        self.mean.append(pair.image.mean((1, 2)).numpy())
-        self.std.append(pair.image.std((1, 2)).numpy())
-        self.distance.append([(a - b).abs().mean().item() for a, b in zip(pair, reference)])
-        if ids_N is not None and reference_ids_N is not None:
-            self.changed.append((ids_N != reference_ids_N).float().mean().item())
-
-    def summary(self, reference: Tally) -> dict[str, Any]:
-        """Levels of 0 ... 255; `ks` is the largest Kolmogorov-Smirnov distance of the three channels."""
-        found: dict[str, Any] = {}
-        for name in ("mean", "std"):
-            own, others = np.array(getattr(self, name)), np.array(getattr(reference, name))
-            found |= {name: 255 * float(own.mean()), f"{name}_sd": 255 * float(own.std(0).mean())}
-            found[f"{name}_ks"] = max(
-                float(ks_2samp(own[:, c], others[:, c], method="asymp").statistic) for c in range(3)
-            )
-        distance = 255 * np.array(self.distance).mean(0)
-        found |= {"image_difference": float(distance[0]), "token_image_difference": float(distance[1])}
-        found["tokens_changed"] = float(np.mean(self.changed)) if self.changed else None
-        return found
-
-
 @torch.no_grad()
 def compare(
     files: list[bytes], positions: int, seed: int, sides: Sides, tokenizer: Tokenizer | None
 ) -> dict[str, dict[str, Any]]:
-    """Every variant's summary, over `positions` draws of the images in turn."""
-    tallies = {name: Tally() for name in VARIANTS}
-    views = TwoViewTransform(*sides)
+    """Statistics of every variant, over `positions` draws of the images in turn."""
+    drawn, rows = TwoViewTransform(*sides), []
+    against = [list(VARIANTS).index(variant.against) for variant in VARIANTS.values()]
+
+    def pair_of(variant: Variant, position: int) -> Pair:
+        with open_image(files[position % len(files)]) as image:
+            draw, other = (drawn.draw(image.size, generator(s, position, VIEW)) for s in (seed, seed + OTHER_JITTER))
+            return variant.make(image, draw._replace(jitter=other.jitter) if variant.other else draw, sides)
+
     for position in tqdm(range(positions), desc="comparing", unit=" positions"):
-        data = files[position % len(files)]
-        pairs = {name: _pair(data, views, variant, seed, position, sides) for name, variant in VARIANTS.items()}
-        ids: dict[str, Tensor | None] = dict.fromkeys(VARIANTS)
+        pairs = [pair_of(variant, position) for variant in VARIANTS.values()]
+        image, token_image = (torch.stack(images) for images in zip(*pairs, strict=True))  # (variants, 3, H, W)
+        off = [(view - view[against]).abs().mean((1, 2, 3)) for view in (image, token_image)]
+        changed = torch.full((len(pairs),), torch.nan)
         if tokenizer is not None:
-            ids = dict(zip(VARIANTS, tokenizer.encode(torch.stack([pair.token_image for pair in pairs.values()]))))
-        for name, variant in VARIANTS.items():
-            tallies[name].add(pairs[name], pairs[variant.against], ids[name], ids[variant.against])
-    return {name: tallies[name].summary(tallies[variant.against]) for name, variant in VARIANTS.items()}
+            ids = tokenizer.encode(token_image)
+            changed = (ids != ids[against]).float().mean(1)
+        rows.append(torch.cat([image.mean((2, 3)), image.std((2, 3)), torch.stack([*off, changed], 1)], 1).numpy())
+    found = np.array(rows, float).swapaxes(0, 1)  # (variants, positions, 9)
+    return {name: statistics(found[i], found[against[i]]) for i, name in enumerate(VARIANTS)}
 
 
-def _pair(data: bytes, views: TwoViewTransform, variant: Variant, seed: int, position: int, sides: Sides) -> Pair:
-    with open_image(data) as image:
-        draw = views.draw(image.size, generator(seed, position, VIEW))
-        if variant.other:
-            other = views.draw(image.size, generator(seed + OTHER_JITTER, position, VIEW))
-            draw = draw._replace(jitter=other.jitter)
-        return variant.make(image, draw, sides)
+def statistics(own: np.ndarray, others: np.ndarray) -> dict[str, Any]:
+    """In levels of 0 ... 255: means and standard deviations of the backbone's view, with the largest Kolmogorov-Smirnov
+    distance (`ks`) of three channels from the other variant's; how far both views are from that's; other tokens.
+    """
+    found: dict[str, Any] = {}
+    for name, channels in (("mean", range(3)), ("std", range(3, 6))):
+        values = 255 * own[:, channels]
+        found |= {name: float(values.mean()), f"{name}_sd": float(values.std(0).mean())}
+        found[f"{name}_ks"] = max(float(ks_2samp(own[:, c], others[:, c], method="asymp").statistic) for c in channels)
+    image, token_image, changed = own[:, 6:].mean(0).tolist()
+    found |= {"image_difference": 255 * image, "token_image_difference": 255 * token_image}
+    return {**found, "tokens_changed": None if np.isnan(changed) else changed}
 
 
-def bench_views(cfg: DictConfig) -> None:
-    """Print the effect of each departure as a table and as JSON."""
+def bench_views(cfg: DictConfig) -> RunResult:
+    """The effect of each departure."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     tokenizer = instantiate(cfg.tokenizer) if cfg.get("tokenizer") else None
@@ -232,8 +197,7 @@ def bench_views(cfg: DictConfig) -> None:
     files, bad = read_photos(cfg.src, cfg.images)
     positions = cfg.positions or len(files)
     found = compare(files, positions, cfg.seed, sides, tokenizer)
-    header = ["views", "against", "view differs by", "token view", "mean (sd)", "KS", "std (sd)", "KS"]
-    header += ["tokens changed"] if tokenizer else []
+    head = ["views", "against", "view differs by", "token view", "mean (sd)", "KS", "std (sd)", "KS"]
     rows = []
     for name, f in found.items():
         row = [name, VARIANTS[name].against if VARIANTS[name].against != name else ""]
@@ -243,7 +207,7 @@ def bench_views(cfg: DictConfig) -> None:
         rows.append(row + ([f"{100 * f['tokens_changed']:.1f} %"] if tokenizer else []))
     about = {"images": len(files), "not_decoded": bad, "positions": positions, "seed": cfg.seed, **sides._asdict()}
     if tokenizer:
+        head.append("tokens changed")
         about |= {"vocab_size": tokenizer.vocab_size, "tokens": (sides.token_image // tokenizer.downsample) ** 2}
-    print(table(header, rows))
-    print("differences, means and standard deviations in levels of 0 ... 255")
-    print(json.dumps({"bench": "views", **about, "variants": found}))
+    note = Block(text="differences, means and standard deviations in levels of 0 ... 255")
+    return RunResult([Block(tuple(head), rows), note], {"bench": "views", **about, "variants": found})

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,15 +14,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from beit_pretrain.benchmarks.attention import exact, make_case, relative_errors, results
+from beit_pretrain.benchmarks.attention import errors_of, exact, kernels, make_case
 from beit_pretrain.benchmarks.gpu.curves import smooth_images
-from beit_pretrain.benchmarks.gpu.device import allowing_tf32
-from beit_pretrain.benchmarks.gpu.report import Report
-from beit_pretrain.benchmarks.gpu.setup import Setup
-from beit_pretrain.benchmarks.inputs import Bench, make_batch, make_bench
-from beit_pretrain.benchmarks.kernels import kernels
+from beit_pretrain.benchmarks.gpu.machine import allowing_tf32
+from beit_pretrain.benchmarks.gpu.plan import Setup
+from beit_pretrain.benchmarks.inputs import Batch, Bench, make_batch, make_bench
 from beit_pretrain.benchmarks.peers import packages_encoder
-from beit_pretrain.benchmarks.step import distance, facts, gradients
+from beit_pretrain.benchmarks.report import Report
+from beit_pretrain.benchmarks.step import distance, gradients
 from beit_pretrain.engine.compile import CompileCounts, compile_counts, compile_reasons
 from beit_pretrain.errors import first_line
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
@@ -34,45 +34,43 @@ OWN_KERNELS, THEIRS = ("ours", "triton"), "sdpa_efficient"  # the former may be 
 BATCHES = 3  # with which a compiled function is called: none but the first may compile it
 
 
+def fail_if(wrong: list[str]) -> None:
+    """Raise RuntimeError with what is wrong."""
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+
+
 def parity(setup: Setup, report: Report) -> None:
     """How many tokens agree; relative errors of every attention kernel from float64. Errors of ours are judged.
 
     Kernels of our own come last: what fails inside a kernel leaves a process without its GPU.
     """
-    cfg = setup.config(f"batch_size={setup.sizes.parity}")
-    bench = make_bench(cfg)
-    report(about=facts(bench, cfg))
+    bench = setup.bench(report, "parity")
     with report.part("tokens"):
-        small = [side * bench.tokenizer.downsample for side in bench.module.model.grid]
-        draw = torch.Generator(bench.device).manual_seed(cfg.seed)
-        report(tokens=token_parity(bench, smooth_images(bench, small, draw)))
+        rng = torch.Generator(bench.device).manual_seed(bench.module.seed)
+        report(tokens=token_parity(bench, smooth_images(bench, bench.tokenizer.downsample, rng)))
+        report.write(headline=f"tokens as fp32: {report.found['tokens']['ours_and_fp32']:.1%}")
     there = kernels(bench.device)
     # Not: no_bias, another function; flex, which compiles for long and is in the stage `attention`.
     theirs = [name for name in there if name not in ("no_bias", "flex", "triton")]
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 3 if setup.device == "cuda" else 2]
-    found: dict[str, dict[str, Any]] = {}
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 3 if bench.on_gpu else 2]
     for names in (theirs, [name for name in there if name == "triton"]):
         for dtype, masked_only in product(dtypes, (False, True)):
-            case = make_case(bench, cfg.seed, masked_only, dtype)
-            label, wanted = f"{str(dtype).removeprefix('torch.')} {case.queries}", exact(case)
+            case = make_case(bench, masked_only, dtype)
+            label, wanted = f"{str(dtype).removeprefix('torch.')} {case.gradient.shape[1]}", exact(case)
             for name in names:
                 try:
-                    errors: Any = relative_errors(results(there[name](), case), wanted)
+                    errors: Any = errors_of(there[name], case, wanted)["errors"]
                 except Exception as error:  # a kernel that refuses a precision is no failure of the stage
                     errors = f"{type(error).__name__}: {first_line(error)}"
-                found.setdefault(label, {})[name] = errors
                 report(attention={label: {name: errors}})
-    for label, each in found.items():
+    for label, each in report.found["attention"].items():
         with report.part(f"attention, {label}"):
-            if wrong := wrong_kernels(each):
-                raise RuntimeError("; ".join(wrong))
+            fail_if(wrong_kernels(each))
 
 
 def wrong_kernels(found: dict[str, dict[str, float] | str]) -> list[str]:
-    """What is wrong with the errors of some kernels, by name; one that did not run is a text and not judged here.
-
-    But for ours: they must run.
-    """
+    """What is wrong with the errors of some kernels; one that did not run is a text and not judged, but for ours."""
     wrong, usual = [], found.get(THEIRS)
     for name, errors in found.items():
         if isinstance(errors, str):
@@ -90,24 +88,9 @@ def wrong_kernels(found: dict[str, dict[str, float] | str]) -> list[str]:
 def token_parity(bench: Bench, image: Tensor) -> dict[str, float]:
     """Shares of tokens on which two encoders agree: ours, the package's module, and that in real fp32.
 
-    `distinct`: tokens that occur. `far`: how far the logits of our tokens lie below fp32's largest, at the most, in
-    standard deviations of all logits: 0 where they agree, little for near-ties.
-    """
-    assert isinstance(bench.tokenizer, OpenAITokenizer)
-    logits_BVN = varied_logits(bench, image)
-    fused = OpenAITokenizer.of(bench.tokenizer.encoder).to(bench.device)  # of the changed weights
-    wanted, package, ours = logits_BVN.argmax(1), packages_encoder(bench)(image), fused.encode(image)
-    below_BN = logits_BVN.amax(1) - logits_BVN.gather(1, ours.unsqueeze(1)).squeeze(1)
-    same = {"ours_and_fp32": ours == wanted, "package_and_fp32": package == wanted, "ours_and_package": ours == package}
-    shares = {name: equal.double().mean().item() for name, equal in same.items()}
-    far = (below_BN / logits_BVN.std()).max().item()
-    return {**shares, "far": far, "tokens": wanted.numel(), "distinct": len(wanted.unique())}
-
-
-def varied_logits(bench: Bench, image: Tensor) -> Tensor:
-    """Logits (B, V, N) of the package's encoder in real fp32, after its output bias was set to give many tokens.
-
-    With random weights alone a few tokens win everywhere, on which any two encoders agree.
+    `distinct`: tokens that occur; with random weights alone a few win everywhere, so the output bias is set to give
+    many. `far`: how far the logits of our tokens lie below fp32's largest, at the most, in standard deviations of all
+    logits: 0 where they agree, little for near-ties.
     """
     from dall_e import map_pixels
 
@@ -116,10 +99,17 @@ def varied_logits(bench: Bench, image: Tensor) -> Tensor:
     for module in precise.modules():
         module.use_float16 = False
     with allowing_tf32(False):
-        logits = precise(map_pixels(image))
-        shift_V = -logits.mean((0, 2, 3))
+        logits_BVHW = precise(map_pixels(image))
+        shift_V = -logits_BVHW.mean((0, 2, 3))
     encoder.blocks.output.conv.b.add_(shift_V.to(encoder.blocks.output.conv.b.device))
-    return (logits + shift_V.view(1, -1, 1, 1)).flatten(2)
+    logits_BVN = (logits_BVHW + shift_V.view(1, -1, 1, 1)).flatten(2)
+    fused = OpenAITokenizer.of(encoder).to(bench.device)  # of the changed weights
+    wanted, package, ours = logits_BVN.argmax(1), packages_encoder(bench)(image), fused.encode(image)
+    below_BN = logits_BVN.amax(1) - logits_BVN.gather(1, ours.unsqueeze(1)).squeeze(1)
+    same = {"ours_and_fp32": ours == wanted, "package_and_fp32": package == wanted, "ours_and_package": ours == package}
+    shares = {name: equal.double().mean().item() for name, equal in same.items()}
+    far = (below_BN / logits_BVN.std()).max().item()
+    return {**shares, "far": far, "tokens": wanted.numel(), "distinct": len(wanted.unique())}
 
 
 def compiled(setup: Setup, report: Report) -> None:
@@ -130,70 +120,63 @@ def compiled(setup: Setup, report: Report) -> None:
     sizes = setup.sizes
     shallow = () if setup.tiny else (f"+model.depth={sizes.shallow}",)
     in_fp32 = setup.config(f"batch_size={sizes.precise}", *shallow, forced=("trainer.precision=32-true",))
-    cases: dict[str, Callable[[], list[str]]] = {
-        "fp32": lambda: compare_compiled(report, "fp32", in_fp32),
-        "training": lambda: compare_compiled(report, "training", setup.config(f"batch_size={sizes.base}")),
-        "views": lambda: compare_views(setup, report),
-    }
-    wrong: list[str] = []
-    for name, compare in cases.items():
-        said = ["it raised an error"]
-        with report.part(name):
-            said = compare()
-        wrong += [f"{name}: {line}" for line in said]
-    if wrong:
-        raise RuntimeError("; ".join(wrong))
+    cfg = setup.config(f"batch_size={sizes.base}")
+    with report.part("fp32"):
+        compare_compiled(report, "fp32", in_fp32)
+    with report.part("training"):
+        compare_compiled(report, "training", cfg)
+    with report.part("views"):
+        compare_views(report, cfg)
+    fail_if([f"{name}: {error}" for name, error in report.errors.items()])
 
 
-def compare_compiled(report: Report, name: str, cfg: DictConfig) -> list[str]:
-    """Compare one network; returns what is wrong."""
+def in_both_ways(bench: Bench, work: Callable[[Batch], Any], batches: list[Batch]) -> tuple[Any, Any, CompileCounts]:
+    """(uncompiled, compiled, counts): results of the first batch, and what was compiled for all of them."""
+    with bench.uncompiled():
+        eager = work(batches[0])
+    torch._dynamo.reset()  # another network before is no recompilation of this one
+    before = compile_counts()
+    fast, *_ = [work(batch) for batch in batches]
+    return eager, fast, compile_counts().since(before)
+
+
+def compare_compiled(report: Report, name: str, cfg: DictConfig) -> None:
+    """Compare the steps of one network. Raises RuntimeError with what is wrong."""
     bench = make_bench(cfg)
-    report(about={name: facts(bench, cfg)})
+    report(about={name: bench.about})
     batches = [make_batch(bench, number) for number in range(BATCHES)]
     with allowing_tf32(False), bench.uncompiled():
-        precise = gradients(bench._replace(bf16=False), batches[0])
+        loss, precise = gradients(bench._replace(bf16=False), batches[0])
     # In bf16 torch's own settings: code compiled under others would not be found in the cache by later stages.
     with allowing_tf32(False) if not bench.bf16 else nullcontext():
-        with bench.uncompiled():
-            eager = gradients(bench, batches[0])
-        torch._dynamo.reset()  # another network before is no recompilation of this one
-        before = compile_counts()
-        fast = gradients(bench, batches[0])
-        for batch in batches[1:]:
-            gradients(bench, batch)
-    counts = compile_counts().since(before)
+        eager, fast, counts = in_both_ways(bench, partial(gradients, bench), batches)
     found = {
-        "loss": {"eager": eager[0], "compiled": fast[0], "fp32": precise[0]},
+        "loss": {"eager": eager[0], "compiled": fast[0], "fp32": loss},
         "from_eager": distance(fast[1], eager[1]),
-        "eager_from_fp32": distance(eager[1], precise[1]),
-        "compiled_from_fp32": distance(fast[1], precise[1]),
+        "eager_from_fp32": distance(eager[1], precise),
+        "compiled_from_fp32": distance(fast[1], precise),
         **counts._asdict(),
     }
     report(compared={name: found})
-    of_loss, of_gradients = abs(fast[0] / eager[0] - 1), found["from_eager"]["all"]
+    report.write(headline=f"{name}: {counts}")
+    of_loss, of_gradients, most = abs(fast[0] / eager[0] - 1), found["from_eager"]["all"], OFF
     if bench.bf16:
-        of_gradients, usual = found["compiled_from_fp32"]["all"], found["eager_from_fp32"]["all"]
-        right = of_loss < LOSS_OFF and of_gradients < TIMES_OFF * usual + OFF
-    else:
-        right = of_loss < OFF and of_gradients < OFF
-    if right:  # not-a-number is not
-        return said_of(counts)
-    return [*said_of(counts), f"compiled and eager differ: loss {of_loss:.2g}, gradients {of_gradients:.2g}"]
+        of_gradients = found["compiled_from_fp32"]["all"]
+        most += TIMES_OFF * found["eager_from_fp32"]["all"]
+    right = of_loss < (LOSS_OFF if bench.bf16 else OFF) and of_gradients < most  # not-a-number is not
+    differ = f"compiled and eager differ: loss {of_loss:.2g}, gradients {of_gradients:.2g}"
+    fail_if(said_of(counts) + ([] if right else [differ]))
 
 
-def compare_views(setup: Setup, report: Report) -> list[str]:
+def compare_views(report: Report, cfg: DictConfig) -> None:
     """Compare the jittered view of a batch, as training with cached tokens makes it."""
-    bench = make_bench(setup.config(f"batch_size={setup.sizes.base}"))
-    cached = [{k: v for k, v in make_batch(bench, n).ours.items() if k != "token_image"} for n in range(BATCHES)]
-    with bench.uncompiled():
-        eager, _ = bench.module.prepare(cached[0])
-    torch._dynamo.reset()
-    before = compile_counts()
-    compiled, *_ = [bench.module.prepare(batch)[0] for batch in cached]
-    counts = compile_counts().since(before)
-    off = (compiled - eager).abs().max().item()
+    bench = make_bench(cfg)
+    batches = [make_batch(bench, number) for number in range(BATCHES)]
+    work = lambda batch: bench.module.prepare(batch.without("token_image"))[0]  # noqa: E731
+    eager, fast, counts = in_both_ways(bench, work, batches)
+    off = (fast - eager).abs().max().item()
     report(views={"largest_difference": off, **counts._asdict()})
-    return [*said_of(counts), *([] if off <= VIEWS_OFF else [f"compiled and eager views differ by {off:.2g}"])]
+    fail_if(said_of(counts) + ([] if off <= VIEWS_OFF else [f"compiled and eager views differ by {off:.2g}"]))
 
 
 def said_of(counts: CompileCounts) -> list[str]:

@@ -1,22 +1,32 @@
-"""The runner's side of a stage's process: start it ahead of its turn, let it begin, wait for it or end it."""
+"""The process of a stage of `bench gpu`, from both sides: `StageProcess` in the runner, `main` in the process itself.
+
+It is started ahead of its turn, imports what the stage needs, waits for a line with its deadline, runs the stage and
+ends. Exit code 0: done; 1: the stage failed, and its report says how; `NO_GPU`: there is none.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from beit_pretrain.benchmarks.gpu.child import NO_GPU
-from beit_pretrain.benchmarks.gpu.plan import Stage
-from beit_pretrain.benchmarks.gpu.report import read
+from beit_pretrain.benchmarks.gpu.plan import Setup, Stage
+from beit_pretrain.benchmarks.report import Report, read, short
+from beit_pretrain.processes import end_with_parent
 
+NO_GPU = 3
 GRACE = 2.0  # seconds between asking a process to end and killing it, and for it to be gone
+MARGIN = 3.0  # seconds before the limit at which a stage that still runs leaves the places of its threads in the log
 
 
 class StageProcess:
@@ -25,50 +35,45 @@ class StageProcess:
     def __init__(self, stage: Stage, job: dict[str, Any], log: Path, environment: dict[str, str]):
         self.stage, self.partial, self.log = stage, Path(job["partial"]), log
         self.partial.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "beit_pretrain.benchmarks.gpu.child", json.dumps(job)]
+        self.began, self.seconds, self.log_start = time.monotonic(), 0.0, 0
+        command = [sys.executable, "-m", __name__, json.dumps({**job, "function": stage.function})]
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=environment, start_new_session=True
             )
-        self.began = self.deadline = 0.0
-        self.log_start = 0
 
     def go(self, seconds: float) -> None:
         """Let the stage begin; it has so many seconds."""
-        self.began = time.monotonic()
-        self.deadline = self.began + seconds
         with self.log.open("a") as file:
             file.write(f"== {self.stage.name}\n")
-        self.log_start = self.log.stat().st_size
+        self.began, self.seconds, self.log_start = time.monotonic(), seconds, self.log.stat().st_size
+        assert self.process.stdin is not None
         with suppress(OSError):  # it has ended already: its exit code will say so
-            assert self.process.stdin is not None
-            self.process.stdin.write(f"{self.deadline}\n".encode())  # a clock that all processes share
+            self.process.stdin.write(f"{self.began + seconds}\n".encode())  # a clock that all processes share
             self.process.stdin.close()
 
     def wait(self) -> dict[str, Any]:
-        """Wait until the stage has ended, or end it. What became of it."""
-        try:
-            code = self.process.wait(max(0.1, self.deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            self.end()
-            return self.outcome("timeout", f"still running after {self.deadline - self.began:.0f} s")
-        self.end()  # what it has started
-        if code == 0:
-            return self.outcome("ok")
+        """Wait until the stage has ended, or end it; its line."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.1, self.began + self.seconds - time.monotonic()))
+        code = self.process.poll()
+        self.end()  # and what it has started
+        if code is None:
+            return self.outcome("timeout", f"still running after {self.seconds:.0f} s")
         if code == NO_GPU:
             return self.outcome("failed", "torch finds no GPU")
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return self.outcome("failed", f"{how}: {self.last_lines()}")
+        return self.outcome("failed" if code else "ok", f"{how}: {self.last_lines()}" if code else None)
 
     def outcome(self, status: str, error: str | None = None) -> dict[str, Any]:
-        """The stage's line, from its report."""
+        """The stage's line, from its report; what this says of an error goes before, but for a timeout."""
         found = read(self.partial)
         self.partial.unlink(missing_ok=True)
         if status == "ok" and found.get("errors"):
             status = "partly"
-        said = found.pop("error", error) if status != "timeout" else error
-        waited = round(time.monotonic() - self.began, 1) if self.began else 0.0
-        line = {"stage": self.stage.name, "status": status, "seconds": found.pop("seconds", waited), **found}
+        reported = found.pop("error", error)
+        line = {"stage": self.stage.name, "status": status, "seconds": round(time.monotonic() - self.began, 1), **found}
+        said = error if status == "timeout" else reported
         return {**line, "error": said} if said else line
 
     def last_lines(self, count: int = 4) -> str:
@@ -80,10 +85,49 @@ class StageProcess:
 
     def end(self) -> None:
         """End the process and all that it has started: they are one process group."""
-        for signum, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-            if signum == signal.SIGTERM and self.process.poll() is not None:
-                continue
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signum)
-            with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver: go on without it
-                self.process.wait(patience)
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            if signum == signal.SIGKILL or self.process.poll() is None:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self.process.pid, signum)
+                with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver: go on without it
+                    self.process.wait(GRACE)
+
+
+def main() -> int:
+    """Run the stage of the job on the command line."""
+    job = json.loads(sys.argv[1])
+    end_with_parent()
+    faulthandler.enable()
+    report = Report(Path(job["partial"]))
+    try:
+        module, function = job["function"].split(":")
+        stage = getattr(importlib.import_module(module), function)
+        torch: Any = sys.modules.get("torch")  # of a stage that needs it
+        if job["device"] != "cpu":
+            torch = importlib.import_module("torch")
+            if not torch.cuda.is_available():
+                return NO_GPU
+        line = sys.stdin.readline()
+        if not line:  # the runner ended
+            return 1
+        deadline, start = float(line), time.monotonic()
+        faulthandler.dump_traceback_later(max(1.0, deadline - start - MARGIN))
+        if job["device"] == "cpu" and torch:
+            # Trace only: C++ would be generated and compiled for a minute, which says nothing about a GPU.
+            torch.compile = partial(torch.compile, backend="eager")
+        stage(Setup.of(job, deadline), report)
+        report.write(seconds=round(time.monotonic() - start, 1))
+    except BaseException as error:
+        traceback.print_exc()
+        report.write(error=short(error))
+        return 1
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # everything is on the disk; what libraries do at the end can hang or crash

@@ -12,25 +12,31 @@ from typing import Any
 
 import numpy as np
 
-from beit_pretrain.benchmarks.gpu.report import Report
-from beit_pretrain.benchmarks.gpu.setup import Setup
-from beit_pretrain.cli import run
+from beit_pretrain.__main__ import run
+from beit_pretrain.benchmarks.gpu.plan import Setup
+from beit_pretrain.benchmarks.report import Report
 from beit_pretrain.engine.compile import compile_counts
 from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.processes import cores
 
 LOG_EVERY = 10  # steps, of `fit`
 SETTLED = 1 / 3  # of a run: what comes before it is compilation and warm-up
-LOOKS = 5.0  # seconds between two looks at a run's metrics: if it is cut short, they are what is known of it
+POLL = 5.0  # seconds between two reads of a run's metrics: they are reported if the stage is killed
 IMAGE, AHEAD = 200_000, 3  # bytes of an image with both its views; batches that a worker may hold
 TRACE_BYTES = 15 * 2**20  # a larger trace stays in the scratch folder
 
 
 def data(setup: Setup, report: Report) -> None:
     """Draw photos and write them into shards."""
+    with timed(report, "shards"):
+        shards(setup)
+
+
+@contextmanager
+def timed(report: Report, name: str) -> Iterator[None]:
     start = time.monotonic()
-    shards(setup)
-    report(seconds=time.monotonic() - start)
+    yield
+    report(seconds={name: time.monotonic() - start})
 
 
 def shards(setup: Setup) -> Path:
@@ -53,47 +59,35 @@ def loader_workers(setup: Setup) -> int:
     """Processes of the loader; 0 = this one. They hand batches over in shared memory, of which there may be little."""
     if setup.tiny:
         return 0
-    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None
-    return (
-        num_workers(setup)
-        if shared is None
-        else min(num_workers(setup), int(shared / (AHEAD * IMAGE * setup.sizes.base)))
-    )
-
-
-def view_words(setup: Setup) -> list[str]:
-    """Of the experiment's words those that `tokenize` takes too."""
-    return [word for word in setup.sizes.words if word.startswith(("image_size=", "patch_size="))]
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 2**60
+    return min(num_workers(setup), int(shared / (AHEAD * IMAGE * setup.sizes.base)))
 
 
 def fit(setup: Setup, report: Report) -> None:
     """Shards, tokens, and a run with cached tokens: data wait, images/s, a profile."""
-    seconds: dict[str, float] = {}
-
-    def took(name: str, start: float) -> None:
-        seconds[name] = time.monotonic() - start
-        report(seconds=seconds)
-
-    start = time.monotonic()
-    folder, encoder = shards(setup), setup.encoder()
-    took("shards", start)
-    tokens, start = setup.scratch / f"{folder.parent.name}-tokens", time.monotonic()
-    if not (tokens / "tokens.json").is_file():
-        accelerator = f"accelerator={setup.device}"
-        words = [f"data={folder}", f"tokenizer.path={encoder}", f"out={tokens}", f"num_workers={num_workers(setup)}"]
-        run(["tokenize", *words, *view_words(setup), accelerator, f"batch_size={2 * setup.sizes.base}"])
-    took("tokens", start)
-    start, before = time.monotonic(), compile_counts()
-    where = setup.scratch / f"run-{time.time_ns()}"
+    with timed(report, "shards"):
+        folder, encoder = shards(setup), setup.encoder()
+    tokens = setup.scratch / f"{folder.parent.name}-tokens"
+    with timed(report, "tokens"):
+        if not (tokens / "tokens.json").is_file():
+            words = [
+                f"data={folder}",
+                f"tokenizer.path={encoder}",
+                f"out={tokens}",
+                f"num_workers={num_workers(setup)}",
+            ]
+            words += [word for word in setup.network if word.startswith(("image_size=", "patch_size="))]
+            run(["tokenize", *words, f"accelerator={setup.device}", f"batch_size={2 * setup.sizes.base}"])
+    before = compile_counts()
     report(loader_workers=loader_workers(setup))
-    with watched(where, lambda found: report(**found)):
-        trained(where, setup, setup.sizes.run, folder, encoder, f"data.tokens={tokens}", "profile=true")
-    took("fit", start)
-    report(compiled=compile_counts().since(before)._asdict(), **speed(where))
-    profile = where / "profile"
-    if (profile / "kernels.txt").is_file():
-        report(profile=(profile / "kernels.txt").read_text())
-        trace = profile / "trace.json.gz"
+    with timed(report, "fit"):
+        where = trained(setup, lambda found: report(**found), setup.sizes.run, f"data.tokens={tokens}", "profile=true")
+    report(compiled=compile_counts().since(before)._asdict())
+    found = report.found
+    report.write(headline=f"{found['images_per_s']:.5g} images/s, waiting {found['data_wait']:.1%}")
+    table, trace = where / "profile/kernels.txt", where / "profile/trace.json.gz"
+    if table.is_file():
+        report(profile=table.read_text())
         if trace.stat().st_size < TRACE_BYTES:
             shutil.copyfile(trace, setup.out / trace.name)
     shutil.rmtree(where, ignore_errors=True)
@@ -101,14 +95,28 @@ def fit(setup: Setup, report: Report) -> None:
 
 def prefetch(setup: Setup, report: Report) -> None:
     """The same loader with the tokenizer on line, the next batch prepared beside the step or not."""
-    folder, encoder = shards(setup), setup.encoder()
     for name, switch in (("off", "device_prefetch=false"), ("on", "device_prefetch=true")):
         with report.part(name):
-            where = setup.scratch / f"run-{time.time_ns()}"
-            with watched(where, lambda found, name=name: report(prefetch={name: found})):  # type: ignore[misc]
-                trained(where, setup, setup.sizes.switched, folder, encoder, switch)
-            report(prefetch={name: speed(where)})
+            where = trained(setup, lambda found: report(prefetch={name: found}), setup.sizes.switched, switch)  # noqa: B023
             shutil.rmtree(where, ignore_errors=True)
+    said = (f"{name} {found['images_per_s']:.5g}" for name, found in report.found["prefetch"].items())
+    report.write(headline="images/s: " + ", ".join(said))
+
+
+def trained(setup: Setup, say: Callable[[dict[str, Any]], None], steps: int, *words: str) -> Path:
+    """Run `fit` in this process, in a folder of its own, which is returned; say how fast it is, now and then."""
+    batch, where = setup.sizes.base, setup.scratch / f"run-{time.time_ns()}"
+    given = [
+        *(f"global_batch_size={batch}", f"batch_size={batch}", f"steps={steps}", f"log_every={LOG_EVERY}"),
+        *(f"save_every={steps}", "logger=csv", f"run_dir={where}", f"data.num_workers={loader_workers(setup)}"),
+        *("trainer.devices=1", "trainer.num_nodes=1"),  # other processes of this stage could not be started
+        *("resume=never", "epochs=null", "recipe=null", "optim.warmup_steps=10", f"val_every={steps}"),
+        *(f"data.train={shards(setup)}", f"tokenizer.path={setup.encoder()}", *words),
+    ]
+    with watched(where, say):
+        run(["fit", *(word for word in setup.settings(*given) if not word.startswith("bench."))])
+    say(speed(where))
+    return where
 
 
 @contextmanager
@@ -116,32 +124,19 @@ def watched(where: Path, say: Callable[[dict[str, Any]], None]) -> Iterator[None
     """Inside, say from time to time how fast the run in a folder is so far."""
     over = threading.Event()
 
-    def look() -> None:
-        while not over.wait(LOOKS):
+    def poll() -> None:
+        while not over.wait(POLL):
             with suppress(Exception):  # nothing is written yet, or just now
                 if found := speed(where):
                     say(found)
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-
-
-def trained(where: Path, setup: Setup, steps: int, folder: Path, encoder: Path, *words: str) -> None:
-    """Run `fit` in this process, in a folder of its own."""
-    batch = setup.sizes.base
-    given = [
-        *(f"global_batch_size={batch}", f"batch_size={batch}", f"steps={steps}", f"log_every={LOG_EVERY}"),
-        *(f"save_every={steps}", "logger=csv", f"run_dir={where}", f"data.num_workers={loader_workers(setup)}"),
-        *("trainer.devices=1", "trainer.num_nodes=1"),  # other processes of this stage could not be started
-        *("resume=never", "epochs=null", "recipe=null", "optim.warmup_steps=10", f"val_every={steps}"),
-        *(f"data.train={folder}", f"tokenizer.path={encoder}", *words),
-    ]
-    run(["fit", *(word for word in setup.settings(*given) if not word.startswith("bench."))])
 
 
 def speed(where: Path) -> dict[str, Any]:

@@ -15,162 +15,130 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig
 
-from beit_pretrain.benchmarks.gpu.blocks import summary
-from beit_pretrain.benchmarks.gpu.child import NO_GPU
-from beit_pretrain.benchmarks.gpu.page import LINES, PAGE, append, as_markdown, keep_leftovers, write_page
-from beit_pretrain.benchmarks.gpu.plan import EXPERIMENT, STAGES, Stage
-from beit_pretrain.benchmarks.gpu.process import StageProcess
-from beit_pretrain.benchmarks.gpu.report import PARTIAL
+from beit_pretrain.__main__ import EXPERIMENT
+from beit_pretrain.benchmarks.blocks import summary
+from beit_pretrain.benchmarks.gpu.page import LINES, PAGE, append, keep_leftovers, write_page
+from beit_pretrain.benchmarks.gpu.plan import STAGES, Stage
+from beit_pretrain.benchmarks.gpu.process import NO_GPU, StageProcess
+from beit_pretrain.benchmarks.report import PARTIAL
 from beit_pretrain.errors import UserError
 
 LOG = "stages.log"
 RESERVE = 6.0  # seconds kept for the page
 OWN = ("action=", "device=", "bench.seconds=", "bench.only=", "bench.tiny=", "bench.out=", "bench.scratch=")
-
-
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP came."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Runner:
-    """Runs stages and writes their lines.
+    """Runs stages, within so many `seconds`, and writes their lines.
 
-    Args:
-        stages: in their order.
-        job: what every stage is told: words, device, tiny, out, scratch.
-        seconds: for everything.
-        chosen: the stages are a choice, and may have the time of those that were not chosen.
+    `job` is what every stage is told: words, device, tiny, out, scratch. Stages that were `chosen` may have the time of
+    the others.
     """
 
     def __init__(self, stages: Sequence[Stage], job: dict[str, Any], seconds: float, chosen: bool = False):
-        self.stages, self.job, self.chosen = list(stages), job, chosen
-        self.out, self.scratch = Path(job["out"]), Path(job["scratch"])
-        self.began = time.monotonic()
+        self.stages, self.job, self.chosen, self.out = stages, job, chosen, Path(job["out"])
+        self.began, self.run = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S")
         self.deadline = self.began + seconds - min(RESERVE, seconds / 10)
-        self.run = time.strftime("%Y-%m-%dT%H:%M:%S")
         self.lines: list[dict[str, Any]] = []
-        self.ready: StageProcess | None = None  # the next stage's
-        self.current: StageProcess | None = None
-        self.background: list[StageProcess] = []
+        self.ready: StageProcess | None = None  # of the next stage in the foreground
+        self.running: list[StageProcess] = []
+        self.environment = {  # one cache of compiled code for all stages; no progress bars in the log
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": f"{job['scratch']}/inductor",
+            "TRITON_CACHE_DIR": f"{job['scratch']}/triton",
+            "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "TQDM_DISABLE": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        if job["device"] == "cpu":  # Triton's interpreter runs our attention, if it is asked before Triton is imported
+            self.environment["TRITON_INTERPRET"] = "1"
 
     def run_all(self) -> None:
         """Run what fits into the time. Raises UserError if the first stage finds no GPU."""
         try:
             for place, stage in enumerate(self.stages):
-                if stage.timed and not stage.background:
-                    self.join_background()
-                if self.left() < stage.least:
-                    why = f"{max(0.0, self.left()):.0f} s are left, it needs {stage.least:.0f}"
-                    self.write({"stage": stage.name, "status": "skipped", "seconds": 0.0, "error": why})
-                elif stage.background:
-                    child = self.take(stage)
-                    self.background.append(child)
-                    child.go(min(stage.limit, self.left()))
-                else:
-                    self.run_one(stage, self.stages[place + 1 :])
-            self.join_background()
+                while self.running and stage.timed and not stage.background:
+                    self.join(self.running[0])
+                if self.left() >= stage.least:
+                    self.start(stage, [one for one in self.stages[place + 1 :] if not one.background])
+                    continue
+                self.drop_ready()
+                why = f"{max(0.0, self.left()):.0f} s are left, it needs {stage.least:.0f}"
+                self.write({"stage": stage.name, "status": "skipped", "seconds": 0.0, "error": why})
+            while self.running:
+                self.join(self.running[0])
         except BaseException:
             self.stop()
             raise
         finally:
-            if self.ready is not None:
-                self.ready.end()
-                self.ready.partial.unlink(missing_ok=True)
+            self.drop_ready()
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def run_one(self, stage: Stage, later: Sequence[Stage]) -> None:
-        self.current = self.take(stage)
-        print(f"{stage.name}: {stage.about} ...", file=sys.stderr, flush=True)
-        share = self.left() / (1 + sum(not one.background for one in later))
-        self.current.go(min(max(stage.limit, share) if self.chosen else stage.limit, self.left()))
-        self.prepare(next((one for one in later if not one.background), None))
-        line = self.current.wait()
-        self.check_gpu(self.current)
-        self.current = None
-        self.write(line)
-
-    def check_gpu(self, child: StageProcess) -> None:
-        """Raise UserError if the first stage to run has found no GPU."""
-        if child.process.returncode == NO_GPU and all(line["status"] == "skipped" for line in self.lines):
-            raise UserError(
-                "torch finds no GPU on this machine; device=cpu bench.tiny=true tries on a CPU whether every stage runs"
-            )
+    def start(self, stage: Stage, later: Sequence[Stage]) -> None:
+        """Let a stage begin. One in the foreground is waited for, while the next one's process imports."""
+        process, limit = self.take(stage), stage.limit
+        self.running.append(process)
+        if self.chosen and not stage.background:
+            limit = max(limit, self.left() / (1 + len(later)))
+        process.go(min(limit, self.left()))
+        if not stage.background:
+            print(f"{stage.name}: {stage.about} ...", file=sys.stderr, flush=True)
+            if later and self.left() >= later[0].least:
+                self.ready = self.take(later[0])
+            self.join(process)
 
     def take(self, stage: Stage) -> StageProcess:
         """The stage's process: the one that is ready, if it is this stage's."""
-        ready = self.ready
-        if ready is not None and ready.stage == stage:
-            self.ready = None
-            return ready
-        own = {"function": stage.function, "partial": str(self.out / f"{stage.name}{PARTIAL}")}
-        return StageProcess(stage, {**self.job, **own}, self.out / LOG, self.environment)
+        if self.ready is not None and self.ready.stage == stage:
+            process, self.ready = self.ready, None
+            return process
+        job = {**self.job, "partial": str(self.out / f"{stage.name}{PARTIAL}")}
+        return StageProcess(stage, job, self.out / LOG, self.environment)
 
-    def prepare(self, stage: Stage | None) -> None:
-        """Start the next stage's process ahead of its turn."""
-        if stage is None or self.left() < stage.least:
-            return
-        if self.ready is not None and self.ready.stage != stage:
+    def drop_ready(self) -> None:
+        if self.ready is not None:
             self.ready.end()
+            self.ready.partial.unlink(missing_ok=True)
             self.ready = None
-        self.ready = self.ready or self.take(stage)
 
-    def join_background(self) -> None:
-        while self.background:
-            line = self.background[0].wait()
-            self.check_gpu(self.background[0])
-            self.background.pop(0)
-            self.write(line)
+    def join(self, process: StageProcess) -> None:
+        """Wait for a stage and write its line. Raises UserError if the first one to run has found no GPU."""
+        line = process.wait()
+        if process.process.returncode == NO_GPU and all(line["status"] == "skipped" for line in self.lines):
+            raise UserError(
+                "torch finds no GPU on this machine; device=cpu bench.tiny=true tries on a CPU whether every stage runs"
+            )
+        self.running.remove(process)
+        self.write(line)
 
     def stop(self) -> None:
         """End what runs; keep what it has found."""
-        for child in [*self.background, *([self.current] if self.current else [])]:
-            if child.process.poll() is None:
-                child.end()
-                self.write(child.outcome("stopped", "the run was ended"))
-            elif child.process.returncode != NO_GPU:
-                self.write(child.wait())
+        for process in self.running:
+            if process.process.poll() is None:
+                process.end()
+                self.write(process.outcome("stopped", "the run was ended"))
+            elif process.process.returncode != NO_GPU:
+                self.write(process.wait())
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line, on the disk before anything else happens; print it; write the page."""
-        line = {"run": self.run, "at": round(time.monotonic() - self.began, 1), **line}
-        self.lines.append(line)
-        text = append(self.out / LINES, line)
-        print(text, flush=True)
+        self.lines.append({"run": self.run, "at": round(time.monotonic() - self.began, 1), **line})
+        print(append(self.out / LINES, self.lines[-1]), flush=True)
         write_page(self.out, plots=False)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """One cache of compiled code for all stages; no progress bars in the log."""
-        caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-        return {
-            **os.environ,
-            **{name: str(self.scratch / folder) for name, folder in caches.items()},
-            "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-            "PYTHONUNBUFFERED": "1",
-            "TQDM_DISABLE": "1",
-            "HF_HUB_OFFLINE": "1",
-            # A trial on a CPU: Triton's interpreter runs our attention, if it is asked before Triton is imported.
-            **({"TRITON_INTERPRET": "1"} if self.job.get("device") == "cpu" else {}),
-        }
 
 
 def chosen(only: Any) -> list[Stage]:
     """The stages that `bench.only` names, in their order. Raises UserError for a name that is none."""
-    if only is None:
-        return list(STAGES)
-    names = [name.strip() for name in (only.split(",") if isinstance(only, str) else only)]
     known = [stage.name for stage in STAGES]
+    names = known if only is None else [name.strip() for name in (only.split(",") if isinstance(only, str) else only)]
     for name in names:
         if name not in known:
             raise UserError(f"bench.only={name}: there are {', '.join(known)}")
@@ -182,8 +150,7 @@ def prepared_folder(path: str, setting: str) -> Path:
     folder = Path(path).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"{setting}={path} cannot be written: {error.strerror}") from None
     return folder
@@ -201,15 +168,15 @@ def scratch_folder(path: str | None) -> Path:
 
 
 @contextmanager
-def terminated_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Terminated` here; the next ones are ignored."""
+def exit_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit here, with a shell's exit code; the next ones are ignored."""
 
-    def handler(signum: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGTERM, signal.SIGHUP):
+    def leave(signum: int, _: object) -> None:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
-        raise Terminated(signum)
+        raise SystemExit(128 + signum)
 
-    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    before = {signum: signal.signal(signum, leave) for signum in SIGNALS}
     try:
         yield
     finally:
@@ -228,18 +195,13 @@ def bench_gpu(cfg: DictConfig) -> None:
     words = words if any(word.startswith("+experiment=") for word in words) else [f"+experiment={EXPERIMENT}", *words]
     job = {"words": words, "device": cfg.device, "tiny": cfg.bench.tiny, "out": str(out), "scratch": str(scratch)}
     runner = Runner(plan, job, cfg.bench.seconds, chosen=cfg.bench.only is not None)
-    code = None
     try:
-        with terminated_by_signals():
+        with exit_on_signals():
             runner.run_all()
-    except Terminated as error:
-        code = 128 + error.signum
     finally:
         if runner.lines:
             write_page(out)
-            print(f"\n{as_markdown(summary(runner.lines))}")
+            print(f"\n{summary(runner.lines).markdown()}")
             print(f"wrote {out / PAGE}; caches, images and runs are in {scratch}", flush=True)
-    if code is not None:
-        raise SystemExit(code)
     if all(line["status"] == "skipped" for line in runner.lines):
         raise UserError(f"no stage ran: {runner.lines[0]['stage']}: {runner.lines[0]['error']}; set bench.seconds=")

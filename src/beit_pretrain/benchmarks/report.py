@@ -1,4 +1,7 @@
-"""What a stage has found so far, on the disk at once: a stage that is ended still leaves it. Imports nothing heavy."""
+"""What has been found so far. Imports nothing heavy.
+
+In a process of `bench gpu` every piece is on the disk at once, so that a stage that is killed still leaves it.
+"""
 
 from __future__ import annotations
 
@@ -16,50 +19,48 @@ PARTIAL = ".partial.jsonl"  # end of the name of a running stage's file
 
 
 class Report:
-    """Appends to a file what a stage finds, piece by piece.
+    """Collects findings piece by piece, in `found`.
 
     Args:
-        path: of the file; `read` puts the pieces together.
+        path: a file to which each piece is appended, for `read`. With it an error costs only its part of the work.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None = None):
         self.path = path
+        self.found: dict[str, Any] = {}
+        self.errors: dict[str, str] = {}  # of parts
 
     def __call__(self, **found: Any) -> None:
         """Add findings; dictionaries are merged with what was found under the same names before."""
-        self._append({"found": found})
+        merge(self.found, found)
+        self.write(found=found)
+
+    def write(self, **piece: Any) -> None:
+        """Append to the file: `found`, `errors`, a `headline`, at the end of a stage its `error` or its `seconds`."""
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(compact(piece)) + "\n")
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A part of the stage: what it raises is reported, and the rest of the stage goes on without it."""
+        """A part of the work. Where there is a file, an error in it is reported and the work goes on after it."""
         try:
             yield
         except Exception as error:
+            if self.path is None:
+                raise
             traceback.print_exc()
-            self._append({"errors": {name: short(error)}})
-        if "torch" in sys.modules:
-            import torch
-
+            self.errors[name] = short(error)
+            self.write(errors={name: self.errors[name]})
+        if torch := sys.modules.get("torch"):
             gc.collect()
             if torch.cuda.is_initialized():
-                with suppress(RuntimeError):  # what failed may have left the process without its GPU
+                with suppress(RuntimeError):  # the error may have left the process without its GPU
                     torch.cuda.empty_cache()
-
-    def took(self, seconds: float) -> None:
-        """The stage has ended."""
-        self._append({"seconds": round(seconds, 1)})
-
-    def failed(self, error: BaseException) -> None:
-        """The stage ends with this error."""
-        self._append({"error": short(error)})
-
-    def _append(self, piece: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(compact(piece)) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """All pieces of a file as one: "found", "errors", "error" and "seconds", each where there is one."""
+    """All pieces of a report's file merged, each under its name where there is one."""
     whole: dict[str, Any] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -79,16 +80,14 @@ def merge(whole: dict[str, Any], piece: dict[str, Any]) -> None:
 
 
 def compact(value: Any) -> Any:
-    """Numbers of six digits, so that lines stay short; what JSON does not know as text."""
+    """Numbers to six digits, to keep lines short; what JSON does not know as text."""
     if isinstance(value, dict):
         return {str(key): compact(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [compact(each) for each in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
-        return value
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-    return str(value)
+    return value if value is None or isinstance(value, (int, str)) else str(value)
 
 
 def short(error: BaseException) -> str:
