@@ -22,7 +22,7 @@ from beit_pretrain.benchmarks.memory import MOST, WORKSPACE, kept, predicted
 from beit_pretrain.benchmarks.peers import PlainModel, Transformers
 from beit_pretrain.benchmarks.report import Report
 from beit_pretrain.benchmarks.step import host_batches, measure_rounds, on_images, our_steps, variant_names
-from beit_pretrain.compose import compose
+from beit_pretrain.config import compose
 from beit_pretrain.engine.compile import compile_counts
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.trainer import silence_warnings

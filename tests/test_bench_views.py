@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_pretrain.benchmarks.photos import Sides
+from beit_pretrain.benchmarks.loader import Sides
 from beit_pretrain.benchmarks.views import EXACT, PLAIN, VARIANTS, authors, compare, half_a_pixel, jitter_after, ours
 from beit_pretrain.data.order import VIEW, generator
 from beit_pretrain.transforms.views import TwoViewTransform, jittered_views

@@ -12,7 +12,6 @@ import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from beit_pretrain.benchmarks.gpu.plan import EXPERIMENT
 from beit_pretrain.config import compose, experiments, help_of, show_config
 from beit_pretrain.engine.dist_env import local_rank, rank, speaker
 from beit_pretrain.engine.preemption import early_signals
@@ -84,6 +83,7 @@ TRAINED = {
     **dict.fromkeys(("step", "loop", "attention", "memory", "all"), "bench_step"),
     **dict.fromkeys(("gpu", "page"), "bench_gpu"),
 }
+EXPERIMENT = "base_22k"  # of `bench gpu`, unless +experiment= says another
 SPARED = ("data.train", "tokenizer.path")
 
 

@@ -99,6 +99,14 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise UserError(explain(error, cls, given)) from None
 
+    def changed(self, **changes: Any) -> Self:
+        """A copy with other values, those of a group as a dictionary; they are not checked."""
+        new = {}
+        for name, value in changes.items():
+            group = getattr(self, name)
+            new[name] = group.changed(**value) if isinstance(group, Settings) and isinstance(value, Mapping) else value
+        return self.model_copy(update=new)
+
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings, the second's where both have one."""

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import DictConfig
 from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -220,7 +219,7 @@ def measure(bench: Bench, report: Report, rounds: int, warm_up: int = 1) -> None
     report.write(headline=f"ms: {', '.join(said)}")
 
 
-def bench_attention(cfg: DictConfig) -> RunResult:
+def bench_attention(cfg: Any) -> RunResult:
     """Every kernel on queries of all tokens and of the masked alone."""
     bench, report = make_bench(cfg), Report()
     report(about=bench.about)

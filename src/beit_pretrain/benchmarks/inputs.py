@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from beit_pretrain.benchmarks.measure import Clock, seconds_of
+from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.order import MASK, generator
-from beit_pretrain.engine.optim import Optim, configure
+from beit_pretrain.engine.optim import configure
 from beit_pretrain.engine.speed import compile_mode, make_deterministic, set_attention
-from beit_pretrain.engine.trainer import as_user_errors, wanted_gpu
+from beit_pretrain.engine.trainer import wanted_gpu
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.build import network
+from beit_pretrain.settings import to_dict
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer, Tokenizer
 from beit_pretrain.transforms.masking import BlockwiseMask
@@ -98,7 +99,7 @@ class Bench(NamedTuple):
             self.module.compile_mode = mode
 
 
-def check_settings(cfg: DictConfig) -> None:
+def check_settings(cfg: Any) -> None:
     """Raise UserError for another task than pre-training, and for settings that a measurement would not obey."""
     given, on_gpu = cfg.trainer, wanted_gpu(cfg.trainer.accelerator)
     for wrong, message in (
@@ -108,14 +109,14 @@ def check_settings(cfg: DictConfig) -> None:
         (given.accelerator in GPUS and not on_gpu, f"trainer.accelerator={given.accelerator}: this machine has no GPU"),
         (given.devices not in ("auto", 1), f"one process: trainer.devices must be auto or 1, not {given.devices}"),
         (given.num_nodes not in ("auto", 1), f"one process: trainer.num_nodes must be 1, not {given.num_nodes}"),
-        (cfg.get("init_from"), "a network of random weights, its shape from model.*; leave init_from= out"),
+        (cfg.init_from, "a network of random weights, its shape from model.*; leave init_from= out"),
         (on_gpu and cfg.bench.clock == "cpu", "a CPU's work by bench.clock=cpu; on a GPU it must be wall"),
     ):
         if wrong:
             raise UserError(f"bench measures {message}")
 
 
-def make_bench(cfg: DictConfig) -> Bench:
+def make_bench(cfg: Any) -> Bench:
     """The experiment's network, optimiser and masks. Raises UserError for settings that cannot be measured."""
     check_settings(cfg)
     if cfg.threads is not None:
@@ -125,12 +126,12 @@ def make_bench(cfg: DictConfig) -> Bench:
     device = torch.device("cuda" if on_gpu else "cpu")
     bf16 = cfg.trainer.precision == "bf16-mixed" or (cfg.trainer.precision == "auto" and on_gpu)
     if cfg.deterministic:
-        make_deterministic(cfg.task, on_gpu)
+        make_deterministic(on_gpu)
     torch.backends.cudnn.benchmark = not cfg.deterministic  # as in `fit`
     with as_user_errors():
         tokenizer: Tokenizer
-        if cfg.get("tokenizer") and cfg.tokenizer.get("path"):
-            tokenizer = instantiate(cfg.tokenizer)
+        if cfg.tokenizer and cfg.tokenizer.path:
+            tokenizer = instantiate(to_dict(cfg.tokenizer))
         else:
             from dall_e.encoder import Encoder
 
@@ -138,14 +139,14 @@ def make_bench(cfg: DictConfig) -> Bench:
         model = MaskedImageModel(tokenizer.vocab_size, **network(cfg)).to(device)
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         set_attention(model, cfg.attention, on_gpu, cfg.trainer.precision)
-        settings: Any = {k: v for k, v in cfg.optim.items() if k not in ("warmup_epochs", "warmup_steps")}
-        mean, std = (per_channel(cfg[name] or (0.5,), cfg.data.channels, name) for name in ("mean", "std"))
-        module = Pretraining(model, tokenizer, Optim(**settings), mean, std, cfg.seed).to(device)
+        optim = cfg.optim.changed(warmup_epochs=None, warmup_steps=0)
+        mean, std = (per_channel(getattr(cfg, name) or (0.5,), cfg.data.channels, name) for name in ("mean", "std"))
+        module = Pretraining(model, tokenizer, optim, mean, std, cfg.seed).to(device)
         module.setup("fit")
         module.compile_mode = compile_mode(cfg.compile, on_gpu, sharded=False)
         if module.compile_mode is not None:
             torch._dynamo.config.suppress_errors = False  # a failed compilation is an error here, not a slower step
-        masking = BlockwiseMask(model.grid, **cfg.mask)
+        masking = BlockwiseMask(grid=model.grid, **to_dict(cfg.mask))
     about = {
         "experiment": cfg.name,
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),

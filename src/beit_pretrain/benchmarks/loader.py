@@ -32,7 +32,6 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -104,7 +103,7 @@ def read_photos(src: str | Path, limit: int) -> tuple[list[bytes], int]:
     return files, len(places) - len(files)
 
 
-def sides_for(cfg: DictConfig, tokenizer: Tokenizer | None) -> Sides:
+def sides_for(cfg: Any, tokenizer: Tokenizer | None) -> Sides:
     """Raises UserError if there is no size, or the tokenizer's view cannot be cut into whole tokens."""
     if cfg.image_size is None:
         raise UserError("image_size must be the side of the backbone's view in pixels, such as 224, not null")
@@ -170,15 +169,20 @@ def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed
         reader = ShardReader(shards)
         common.append((reader, Order(reader.sizes, seed), BatchSchedule(BATCH)))
     plain, small = common
-    views = TwoViewTransform(sides[0], 8 * grid[0])
+    views = TwoViewTransform(image_size=sides[0], token_image_size=8 * grid[0])
     make_tokens(small[0], folder / "tokens", TOKENIZER, views, grid, count=1)  # as `tokenize` does
     tokens = CachedTokens([TokenFolder(folder / "tokens")], small[0], views, grid)
-    settings: dict[str, Any] = {"masking": BlockwiseMask(grid, cap, min_block=min(16, cap)), "seed": seed}
-    fast = TwoViewTransform(*sides)
+    settings: dict[str, Any] = {
+        "masking": BlockwiseMask(grid=grid, max_patches=cap, min_block=min(16, cap)),
+        "seed": seed,
+    }
+    fast = TwoViewTransform(image_size=sides[0], token_image_size=sides[1])
     return {
         REFERENCE: Reference(*plain, fast, floats=True, **settings),
         "reference_uint8": Reference(*plain, fast, floats=False, **settings),
-        "exact": ShardDataset(*plain, TwoViewTransform(*sides, pil_reference=True), **settings),
+        "exact": ShardDataset(
+            *plain, TwoViewTransform(image_size=sides[0], token_image_size=sides[1], pil_reference=True), **settings
+        ),
         "fast": ShardDataset(*plain, fast, **settings),
         "resized": ShardDataset(*small, fast, **settings),
         "cached": ShardDataset(*small, tokens.views, tokens=tokens, **settings),
@@ -206,7 +210,7 @@ def device_part(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return normalise(image, HALF, HALF), token_image * 0.8 + 0.1
 
 
-def bench_loader(cfg: DictConfig) -> RunResult:
+def bench_loader(cfg: Any) -> RunResult:
     """Images per second and core of every variant, and of the device's part."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

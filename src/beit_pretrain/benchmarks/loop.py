@@ -22,19 +22,19 @@ from typing import Any
 
 import numpy as np
 from lightning import Callback, Trainer
-from omegaconf import DictConfig, OmegaConf
 
 from beit_pretrain.benchmarks.blocks import Block, RunResult, interval, milliseconds
 from beit_pretrain.benchmarks.inputs import Bench, make_batch, make_bench
 from beit_pretrain.benchmarks.measure import compared
 from beit_pretrain.benchmarks.step import BATCHES, our_steps
+from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.corrupt_images import CorruptImages
 from beit_pretrain.engine.callbacks import ProgressBar, Throughput
 from beit_pretrain.engine.checkpointing import LAST, CheckpointManager
 from beit_pretrain.engine.metrics import CsvMetrics
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
 from beit_pretrain.engine.run_folder import REPLACED, SKIPPED
-from beit_pretrain.engine.trainer import as_user_errors, make_trainer, silence_warnings
+from beit_pretrain.engine.trainer import make_trainer, silence_warnings
 
 BLOCK = 100  # steps on a GPU, unless bench.steps says it
 LOG_EVERY = 5  # steps, at the most, between two flushes of the metrics where a block is shorter than log_every
@@ -71,19 +71,19 @@ class InterleavedLoader:
             self.step(self.batches[number % BATCHES])
 
 
-def run_in_turn(cfg: DictConfig, bench: Bench, folder: Path, steps: int) -> tuple[InterleavedLoader, dict[str, float]]:
+def run_in_turn(cfg: Any, bench: Bench, folder: Path, steps: int) -> tuple[InterleavedLoader, dict[str, float]]:
     """Train with the Trainer and in turn with the bare loop; then the seconds and bytes of a checkpoint."""
     batches = InterleavedLoader(bench, cfg.bench.warm_up + cfg.bench.rounds, steps)
     module = make_bench(cfg).module  # a network of its own, from the same seed
     module.log_every = cfg.log_every if steps >= cfg.log_every else min(cfg.log_every, LOG_EVERY)
     module.keeper = CheckpointManager(folder, every=2 * len(batches))  # a checkpoint is measured by itself
     module.guard = NonFiniteGuard(folder / SKIPPED, cfg.max_nonfinite_steps, cfg.batch_size)
-    settings = {"global_batch_size": cfg.batch_size, "run_dir": str(folder), "val_every": len(batches)}
+    settings: dict[str, Any] = {"global_batch_size": cfg.batch_size, "run_dir": str(folder), "val_every": len(batches)}
     settings["trainer"] = {"devices": 1, "num_nodes": 1}  # auto would be all GPUs to Lightning
     saves = Saves(bench, folder / LAST)
     callbacks: list[Callback] = [ProgressBar(refresh_rate=10), Throughput(), CorruptImages(folder / REPLACED, 1), saves]
     with as_user_errors():
-        trainer = make_trainer(OmegaConf.merge(cfg, settings), len(batches), callbacks)  # type: ignore[arg-type]
+        trainer = make_trainer(cfg.changed(**settings), len(batches), callbacks)
     trainer.loggers = [CsvMetrics(folder / "metrics.csv")]
     with redirect_stdout(sys.stderr):  # Lightning's bar goes where results do
         trainer.fit(module, train_dataloaders=batches)
@@ -113,7 +113,7 @@ class Saves(Callback):
             self.found = {"seconds": seconds, "until_written": written, "bytes": float(self.file.stat().st_size)}
 
 
-def bench_loop(cfg: DictConfig) -> RunResult:
+def bench_loop(cfg: Any) -> RunResult:
     """What the loop costs over a bare one, and what a checkpoint costs."""
     silence_warnings()
     bench = make_bench(cfg)

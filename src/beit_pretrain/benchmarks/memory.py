@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beit_pretrain.benchmarks.blocks import Block, RunResult
@@ -21,6 +20,7 @@ from beit_pretrain.benchmarks.step import our_steps
 from beit_pretrain.engine.trainer import wanted_gpu
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import SIZES as NETWORKS
+from beit_pretrain.settings import to_dict
 
 SIZES = ("base", "large")
 MOST = 1 << 14  # images of a batch
@@ -56,13 +56,13 @@ def predicted(peak_of: Callable[[int], int | None], limit: int) -> Fits:
     return Fits(0, 0) if (one := peak_of(1)) is None else Fits(1, one)
 
 
-def tried(cfg: DictConfig, limit: int) -> Fits:
+def tried(cfg: Any, limit: int) -> Fits:
     """On a GPU, by real steps with known tokens, uncompiled: compiling at every size would take minutes."""
     device = torch.device("cuda")
 
     def peak_of(batch: int) -> int | None:
         def two_steps() -> None:
-            bench = make_bench(changed(cfg, batch_size=batch, compile=False))
+            bench = make_bench(cfg.changed(batch_size=batch, compile=False))
             step = our_steps(bench)["ours_cached"]
             for number in range(2):
                 step(make_batch(bench, number))
@@ -81,9 +81,9 @@ def tried(cfg: DictConfig, limit: int) -> Fits:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def reckoned(cfg: DictConfig, limit: int) -> Fits:
+def reckoned(cfg: Any, limit: int) -> Fits:
     """Without computing: from what batches of 1 and 2 would keep, and the largest that comes and goes."""
-    bench = make_bench(changed(cfg, batch_size=1))
+    bench = make_bench(cfg.changed(batch_size=1))
     one, two = kept(bench), kept(bench._replace(batch_size=2))
     each, fixed = two - one, 2 * one - two + state_bytes(bench.model)
     if cfg.activation_checkpointing:  # and what one block keeps while it is computed again
@@ -103,13 +103,7 @@ def kept(bench: Bench) -> int:
         return kept_bytes(lambda: bench.module.objective(*map(mode.from_tensor, given)))
 
 
-def changed(cfg: DictConfig, **settings: Any) -> DictConfig:
-    """The config with other settings."""
-    merged: Any = OmegaConf.merge(cfg, settings)
-    return merged
-
-
-def bench_memory(cfg: DictConfig) -> RunResult:
+def bench_memory(cfg: Any) -> RunResult:
     """The largest batches of base and large, whatever shape the experiment sets for its own network: that would win."""
     on_gpu, rows, found = wanted_gpu(cfg.trainer.accelerator), [], {}
     if cfg.bench.memory_gb is None and not on_gpu:
@@ -117,10 +111,10 @@ def bench_memory(cfg: DictConfig) -> RunResult:
     limit = int(cfg.bench.memory_gb * GIB) if cfg.bench.memory_gb else torch.cuda.get_device_properties(0).total_memory
     for size in SIZES:
         for checkpointing in (False, True):
-            own: Any = OmegaConf.to_container(cfg)
-            shape = {name: value for name, value in own["model"].items() if name not in NETWORKS[size]}
-            own |= {"model": {**shape, "size": size}, "activation_checkpointing": checkpointing}
-            fits = (tried if on_gpu else reckoned)(OmegaConf.create(own), limit)
+            shape = {name: value for name, value in to_dict(cfg.model).items() if name not in NETWORKS[size]}
+            model = type(cfg.model)(**{**shape, "size": size})
+            own = cfg.model_copy(update={"model": model, "activation_checkpointing": checkpointing})
+            fits = (tried if on_gpu else reckoned)(own, limit)
             found[f"{size}{'_checkpointing' if checkpointing else ''}"] = fits._asdict()
             way = "measured, uncompiled" if fits.measured else "reckoned"
             rows.append([size, "yes" if checkpointing else "no", str(fits.batch), f"{fits.used / GIB:.1f}", way])

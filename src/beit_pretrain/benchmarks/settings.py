@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from beit_pretrain.settings import Count, Name, Paths, Positive, Rule, Seed, Settings, Side, Switch, Text, Whole, about
+from beit_pretrain.tokenizers.settings import TokenizerSettings
 
 VARIANTS = (
     *("ours", "ours_tokenizer", "ours_cached", "reference", "reference_compiled", "reference_tokenizer"),
@@ -23,7 +24,7 @@ class ImageBenchSettings(Settings):
 
     action: Text = about("views: what our order of operations changes in pixels and tokens; loader: images/s per core")
     src: Paths = about("a folder, a tar, or a shard folder (with manifest.json) of images")
-    tokenizer: Any = Field(
+    tokenizer: TokenizerSettings | None = Field(
         None, description="views: openai or dvae, with tokenizer.path=...: also counts the tokens that change"
     )
     images: Count = about("at most so many of them")

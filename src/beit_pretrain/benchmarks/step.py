@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,13 +31,12 @@ from beit_pretrain.benchmarks.blocks import Block, RunResult, milliseconds, step
 from beit_pretrain.benchmarks.inputs import Batch, Bench, make_batch, make_bench
 from beit_pretrain.benchmarks.peers import peer_step
 from beit_pretrain.benchmarks.report import Report
-from beit_pretrain.data.datamodule import PretrainData
+from beit_pretrain.config import as_user_errors
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.engine.compile import compile_counts
 from beit_pretrain.engine.optim import clip_gradients
-from beit_pretrain.engine.tasks import data_settings, pretrain_views
-from beit_pretrain.engine.trainer import as_user_errors
-from beit_pretrain.tasks.pretrain import MIMOutput
+from beit_pretrain.tasks.common import data_settings
+from beit_pretrain.tasks.pretrain import MIMOutput, PretrainData, two_views
 from beit_pretrain.tokenizers.tokenizer import view_size
 from beit_pretrain.transforms.views import jittered_view
 
@@ -248,7 +246,7 @@ def shares(bench: Bench, batches: Iterator[dict[str, Tensor]], with_data: bool) 
     return {name: float(np.median(values[1:])) for name, values in seconds.items()}
 
 
-def host_batches(cfg: DictConfig, bench: Bench) -> Iterable[dict[str, Tensor]]:
+def host_batches(cfg: Any, bench: Bench) -> Iterable[dict[str, Tensor]]:
     """Batches in the host's memory: of `data.train`, if it is given, else random ones.
 
     Opens the shards, but makes no batch and starts no worker before it is iterated over.
@@ -258,12 +256,12 @@ def host_batches(cfg: DictConfig, bench: Bench) -> Iterable[dict[str, Tensor]]:
         return ({name: tensor.cpu() for name, tensor in batch.items()} for batch in every)
     with as_user_errors():
         side = view_size(bench.model.grid, bench.tokenizer, cfg.data.token_image_size)
-        data = PretrainData(views=pretrain_views(cfg, side), masking=bench.masking, **data_settings(cfg))
+        data = PretrainData(views=two_views(cfg, side), masking=bench.masking, **data_settings(cfg))
     dataset = data.train_dataset(BatchSchedule(bench.batch_size))
     return DataLoader(dataset, batch_size=None, sampler=range(PARTS), num_workers=cfg.data.num_workers)
 
 
-def bench_step(cfg: DictConfig) -> RunResult:
+def bench_step(cfg: Any) -> RunResult:
     """Images/s of every variant, the ratios with their intervals, shares of time, memory."""
     bench, report = make_bench(cfg), Report()
     on_host = host_batches(cfg, bench)  # before the rounds, which take long: what is wrong with the data is said now
@@ -280,6 +278,6 @@ def bench_step(cfg: DictConfig) -> RunResult:
     return RunResult(blocks, {"bench": "step", **about, **rates, **report.found})
 
 
-def variant_names(cfg: DictConfig, bench: Bench) -> list[str]:
+def variant_names(cfg: Any, bench: Bench) -> list[str]:
     """Those of the config; compiled ones of others only where ours are compiled."""
     return [name for name in cfg.bench.variants if bench.module.compile_mode is not None or "compiled" not in name]

@@ -13,10 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from beit_pretrain.benchmarks.blocks import BARS, Block, RunResult, as_markdown, bars
-from beit_pretrain.compose import compose, quoted
+from beit_pretrain.config import compose, quoted
 from beit_pretrain.errors import UserError
 
 ACTIONS = {  # action -> module:function, taking the composed config
@@ -33,23 +31,23 @@ ACTIONS = {  # action -> module:function, taking the composed config
 PAGE, RESULTS = "page.md", "results.json"
 
 
-def bench(cfg: DictConfig) -> None:
+def bench(cfg: Any) -> None:
     """Measure what `cfg.action` names."""
     if cfg.action not in ACTIONS:
         raise UserError(f"bench {cfg.action}: there are {', '.join(ACTIONS)}")
-    if "src" in cfg and cfg.src is not None and not isinstance(cfg.src, str):
+    if isinstance(getattr(cfg, "src", None), list):
         raise UserError("bench takes one src=: a folder, a tar or a shard folder")
     if outcome := measured(cfg.action, cfg):
         print(f"{as_markdown(outcome.blocks)}\n{json.dumps(outcome.found)}")
 
 
-def measured(action: str, cfg: DictConfig) -> RunResult | None:
+def measured(action: str, cfg: Any) -> RunResult | None:
     module, function = ACTIONS[action].split(":")
     outcome: RunResult | None = getattr(importlib.import_module(module), function)(cfg)
     return outcome
 
 
-def bench_all(cfg: DictConfig) -> RunResult:
+def bench_all(cfg: Any) -> RunResult:
     """Write page, plot and all figures of step, loop and attention into the folder `bench.out`.
 
     And of memory on a GPU, or where `bench.memory_gb` says of what; of the loader where `bench.src` names photos.

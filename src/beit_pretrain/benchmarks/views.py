@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 from PIL import Image
 from scipy.stats import ks_2samp
 from torch import Tensor
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from beit_pretrain.benchmarks.blocks import Block, RunResult
 from beit_pretrain.benchmarks.loader import Sides, read_photos, sides_for
 from beit_pretrain.data.order import VIEW, generator
+from beit_pretrain.settings import to_dict
 from beit_pretrain.tokenizers.tokenizer import Tokenizer
 from beit_pretrain.transforms import views
 from beit_pretrain.transforms.image_io import open_image, to_rgb
@@ -113,7 +113,7 @@ def other_filter(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
 
 def ours(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
     """What training sees by default: all departures at once."""
-    return on_device(TwoViewTransform(*sides).apply(image, draw))
+    return on_device(TwoViewTransform(image_size=sides[0], token_image_size=sides[1]).apply(image, draw))
 
 
 def encoded_again(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
@@ -153,7 +153,7 @@ def compare(
     files: list[bytes], positions: int, seed: int, sides: Sides, tokenizer: Tokenizer | None
 ) -> dict[str, dict[str, Any]]:
     """Statistics of every variant, over `positions` draws of the images in turn."""
-    drawn, rows = TwoViewTransform(*sides), []
+    drawn, rows = TwoViewTransform(image_size=sides[0], token_image_size=sides[1]), []
     against = [list(VARIANTS).index(variant.against) for variant in VARIANTS.values()]
 
     def pair_of(variant: Variant, position: int) -> Pair:
@@ -188,11 +188,11 @@ def statistics(own: np.ndarray, others: np.ndarray) -> dict[str, Any]:
     return {**found, "tokens_changed": None if np.isnan(changed) else changed}
 
 
-def bench_views(cfg: DictConfig) -> RunResult:
+def bench_views(cfg: Any) -> RunResult:
     """The effect of each departure."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    tokenizer = instantiate(cfg.tokenizer) if cfg.get("tokenizer") else None
+    tokenizer = instantiate(to_dict(cfg.tokenizer)) if cfg.tokenizer else None
     sides = sides_for(cfg, tokenizer)
     files, bad = read_photos(cfg.src, cfg.images)
     positions = cfg.positions or len(files)

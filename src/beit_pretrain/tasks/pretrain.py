@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from PIL import Image
-from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from beit_pretrain.data.datamodule import ShardData, first_images
@@ -35,8 +34,9 @@ from beit_pretrain.models.backbone import MaskedImageModel, patch_grid
 from beit_pretrain.models.build import network, normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.formats import Checkpoint
 from beit_pretrain.models.checkpoints.pretrained import mim
-from beit_pretrain.settings import Name, Paths, Settings, Switch, Text, Whole, about, to_dict
+from beit_pretrain.settings import Paths, Switch, Whole, about, to_dict
 from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
+from beit_pretrain.tokenizers.settings import TokenizerSettings
 from beit_pretrain.tokenizers.token_cache import OPTIONS, CachedTokens, TokenFolder, same_tokenizer
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, codebook_use, view_size
 from beit_pretrain.transforms.masking import BlockwiseMask
@@ -47,15 +47,6 @@ from beit_pretrain.visualization.attention_maps import attention_picture
 from beit_pretrain.visualization.token_maps import token_sheet
 
 IGNORE = -100
-
-
-class TokenizerSettings(Settings):
-    """The tokenizer: tokenizer=openai, dvae, or none where the tokens are cached (data.tokens)."""
-
-    model_config = ConfigDict(extra="allow")
-
-    target: Text | None = Field(alias="_target_", description="the class; tokenizer=NAME sets it")
-    path: Name | None = about("folder of OpenAI's dVAE, or checkpoint of a tokenizer run")
 
 
 class PretrainDataSettings(DataSettings, ViewSettings):

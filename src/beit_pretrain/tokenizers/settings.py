@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, ConfigDict, Field, Strict
 
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.settings import Count, Name, Paths, Rule, Seconds, Seed, Settings, Side, Text, Whole, about, matching
@@ -20,6 +20,15 @@ Address = Annotated[
 ]
 
 
+class TokenizerSettings(Settings):
+    """The tokenizer: tokenizer=openai, dvae, or none where the tokens are cached (data.tokens)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    target: Text | None = Field(alias="_target_", description="the class; tokenizer=NAME sets it")
+    path: Name | None = about("folder of OpenAI's dVAE, or checkpoint of a tokenizer run")
+
+
 class TokenizeSettings(ViewSettings, RemoteOptions):
     """Settings of `tokenize`. A run that takes the tokens must have the same image_size, patch_size and views."""
 
@@ -27,7 +36,7 @@ class TokenizeSettings(ViewSettings, RemoteOptions):
 
     src: Paths = about("shard folder or location, or a list of them; data=SHARDS says the same")
     out: Name | None = about("folder for the tokens; null = the folder tokens in the shard folder")
-    tokenizer: Any = about("tokenizer=openai, or dvae: one of your own; with tokenizer.path=")
+    tokenizer: TokenizerSettings | None = about("tokenizer=openai, or dvae: one of your own; with tokenizer.path=")
     views: Views = about("of every image; a run sees them in turn, one an epoch")
     part: Part | None = about("K/N: shards K, K + N, ... alone, K from 0, for N machines; null = all that are missing")
     seed: Seed = about("of crops, flips and jitter")

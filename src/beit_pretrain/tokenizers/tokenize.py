@@ -26,6 +26,7 @@ from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError, first_line, stop_if_memory_was_short
 from beit_pretrain.models.backbone import patch_grid
 from beit_pretrain.processes import cores, end_with_parent
+from beit_pretrain.settings import to_dict
 from beit_pretrain.tokenizers.settings import TokenizeSettings
 from beit_pretrain.tokenizers.token_cache import FORMAT, images_digest, record_dtype, tokens_name, view_settings
 from beit_pretrain.tokenizers.token_writer import begin, finish, is_finished, is_whole, save, summary, work_folder
@@ -68,10 +69,10 @@ def tokenize(cfg: TokenizeSettings) -> None:
             raise UserError(f"{source} is on another machine: out= must say where its tokens go, such as out=FOLDER")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    if not (cfg.tokenizer and cfg.tokenizer.get("_target_")):
+    if cfg.tokenizer is None or not cfg.tokenizer.target:
         raise UserError("a tokenizer is needed: tokenizer=openai or tokenizer=dvae, with tokenizer.path=")
     with as_user_errors():
-        tokenizer: Tokenizer = instantiate(cfg.tokenizer)
+        tokenizer: Tokenizer = instantiate(to_dict(cfg.tokenizer))
         check_channels(tokenizer, cfg.channels)
         views, grid = make_views(cfg, tokenizer)
         device = device_of(cfg.accelerator)

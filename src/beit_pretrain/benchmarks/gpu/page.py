@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from beit_pretrain.benchmarks import blocks
 from beit_pretrain.benchmarks.blocks import Findings, as_markdown, summary
 from beit_pretrain.benchmarks.gpu.plan import STAGES
@@ -73,7 +71,7 @@ def keep_leftovers(out: Path) -> None:
         path.unlink()
 
 
-def bench_page(cfg: DictConfig) -> None:
+def bench_page(cfg: Any) -> None:
     """Write the page of the folder `bench.out` once more. Raises UserError if it has no lines."""
     out = Path(cfg.bench.out)
     keep_leftovers(out)

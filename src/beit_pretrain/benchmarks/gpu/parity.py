@@ -11,7 +11,6 @@ from itertools import product
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from beit_pretrain.benchmarks.attention import errors_of, exact, kernels, make_case
@@ -140,7 +139,7 @@ def in_both_ways(bench: Bench, work: Callable[[Batch], Any], batches: list[Batch
     return eager, fast, compile_counts().since(before)
 
 
-def compare_compiled(report: Report, name: str, cfg: DictConfig) -> None:
+def compare_compiled(report: Report, name: str, cfg: Any) -> None:
     """Compare the steps of one network. Raises RuntimeError with what is wrong."""
     bench = make_bench(cfg)
     report(about={name: bench.about})
@@ -168,7 +167,7 @@ def compare_compiled(report: Report, name: str, cfg: DictConfig) -> None:
     fail_if(said_of(counts) + ([] if right else [differ]))
 
 
-def compare_views(report: Report, cfg: DictConfig) -> None:
+def compare_views(report: Report, cfg: Any) -> None:
     """Compare the jittered view of a batch, as training with cached tokens makes it."""
     bench = make_bench(cfg)
     batches = [make_batch(bench, number) for number in range(BATCHES)]

@@ -13,8 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omegaconf import DictConfig
-
 from beit_pretrain.benchmarks.report import Report
 
 if TYPE_CHECKING:
@@ -133,13 +131,13 @@ class Setup(NamedTuple):
         device = ["trainer.accelerator=cpu", "compile=true"] if self.device == "cpu" else ["trainer.accelerator=gpu"]
         return [*chosen, *self.network, *device, *words, *given]
 
-    def config(self, *words: str, experiment: str | None = None, forced: tuple[str, ...] = ()) -> DictConfig:
+    def config(self, *words: str, experiment: str | None = None, forced: tuple[str, ...] = ()) -> Any:
         """The config of `bench step` with these settings; `forced` ones win over the user's. Raises UserError."""
-        from beit_pretrain.compose import compose
+        from beit_pretrain.config import compose
 
         small = [f"tokenizer.path={self.encoder()}"] if self.tiny else []  # else random weights in memory
         given = ["action=step", *small, *self.settings(*words, experiment=experiment), *forced]
-        cfg: DictConfig = compose("bench_step", given, spared=("data.train", "tokenizer.path"))
+        cfg: Any = compose("bench_step", given, spared=("data.train", "tokenizer.path"))
         return cfg
 
     def bench(self, report: Report, size: str, *words: str, **how: Any) -> Bench:

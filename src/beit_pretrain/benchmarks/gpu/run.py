@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from beit_pretrain.__main__ import run
 from beit_pretrain.benchmarks.gpu.plan import Setup
 from beit_pretrain.benchmarks.report import Report
+from beit_pretrain.cli import run
 from beit_pretrain.engine.compile import compile_counts
 from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.processes import cores

@@ -17,14 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
-from beit_pretrain.__main__ import EXPERIMENT
 from beit_pretrain.benchmarks.blocks import summary
 from beit_pretrain.benchmarks.gpu.page import LINES, PAGE, append, keep_leftovers, write_page
 from beit_pretrain.benchmarks.gpu.plan import STAGES, Stage
 from beit_pretrain.benchmarks.gpu.process import NO_GPU, StageProcess
 from beit_pretrain.benchmarks.report import PARTIAL
+from beit_pretrain.cli import EXPERIMENT
 from beit_pretrain.errors import UserError
 
 LOG = "stages.log"
@@ -184,7 +182,7 @@ def exit_on_signals() -> Iterator[None]:
             signal.signal(signum, old)
 
 
-def bench_gpu(cfg: DictConfig) -> None:
+def bench_gpu(cfg: Any) -> None:
     """Run the stages and write the page. Raises UserError if none ran, SystemExit(143) after SIGTERM."""
     plan = chosen(cfg.bench.only)
     if cfg.device == "cpu" and not cfg.bench.tiny:
