@@ -22,7 +22,8 @@ from beit_pretrain.benchmarks.views import (
     ours,
 )
 from beit_pretrain.data.order import VIEW, generator
-from beit_pretrain.transforms.views import TwoViewTransform, jittered_views
+from beit_pretrain.transforms.jitter import jittered_views
+from beit_pretrain.transforms.views import TwoViewTransform
 
 SIDES = Sides(32, 16)
 JITTER = "only jitter after the crop"

@@ -14,8 +14,8 @@ from conftest import spoil
 
 from beit_pretrain.data import remote
 from beit_pretrain.data.corrupt_images import CorruptImages, allowed, truncate_after
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.errors import UserError
+from beit_pretrain.tables import curve
 
 TINY = (
     "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 data.num_workers=0 num_visualizations=0 "

@@ -16,11 +16,11 @@ from PIL import Image
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import fit as runs
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.optim import Optim
 from beit_pretrain.models.backbone import Classifier
+from beit_pretrain.tables import curve
 from beit_pretrain.tasks.finetune import Finetuning, ImageClassifier, MixConfig
-from beit_pretrain.transforms.views import HALF
+from beit_pretrain.transforms.jitter import HALF
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "drop_path_rate": 0.0}
 

@@ -17,8 +17,9 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.tasks.pretrain import IGNORE, Pretraining, masked_targets, nearest_visible
 from beit_pretrain.tasks.tokenizer import DVAETokenizer
+from beit_pretrain.transforms.jitter import HALF, color_jitter
 from beit_pretrain.transforms.masking import BlockwiseMask
-from beit_pretrain.transforms.views import HALF, TwoViewTransform, color_jitter
+from beit_pretrain.transforms.views import TwoViewTransform
 
 TINY = {"image_size": 32, "patch_size": 8, "vocab_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
 # One attempt a block: images differ widely in how many patches are masked, which is what the objective must bear.

@@ -19,11 +19,11 @@ from test_finetune import Crash
 
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import fit as runs
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.optim import Optim
 from beit_pretrain.inference import label_maps as maps
 from beit_pretrain.inference.label_maps import free_name
 from beit_pretrain.models.upernet import Maps, Segmenter
+from beit_pretrain.tables import curve
 from beit_pretrain.tasks.segment import (
     ImageSegmenter,
     Segmentation,

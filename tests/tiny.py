@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from beit_pretrain.engine.metrics import read_rows
+from beit_pretrain.tables import read_rows
 
 TINY = (
     "+experiment=demo_pretrain image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=16 "

@@ -14,7 +14,7 @@ from tiny import last_checkpoint, read_rows, start
 
 from beit_pretrain import load_pretrained
 from beit_pretrain.engine import fit as runs
-from beit_pretrain.engine.metrics import curve
+from beit_pretrain.tables import curve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = (

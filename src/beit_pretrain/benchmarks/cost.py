@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit_pretrain.models.linear import ONEDNN, linear
+from beit_pretrain.models.cpu_kernels import ONEDNN, linear
 
 
 def counted_flops(step: Callable[[], Any]) -> int:

@@ -27,9 +27,9 @@ from beit_pretrain.models.backbone import Architecture, MaskedImageModel, patch_
 from beit_pretrain.models.build import network
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer, Tokenizer
+from beit_pretrain.transforms.jitter import ORDERS, jittered_view, normalise, per_channel
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.mean_color_grid import SIDE
-from beit_pretrain.transforms.views import ORDERS, jittered_view, normalise, per_channel
 
 
 class Batch(NamedTuple):
@@ -129,7 +129,7 @@ def make_bench(cfg: DictConfig) -> Bench:
             torch._dynamo.config.suppress_errors = False  # a failed compilation is an error here, not a slower step
         torch.backends.cudnn.benchmark = not cfg.deterministic  # as in `fit`
         masking = BlockwiseMask(patch_grid(cfg.image_size, architecture["patch_size"]), **cfg.mask)
-    full = cast(Architecture, {**model.config, **architecture})
+    full = {**model.config, **architecture}
     now = time.process_time if cfg.bench.clock == "cpu" else time.perf_counter
     return Bench(module, full, tokenizer, masking, cfg.batch_size, device, bf16, now)
 

@@ -98,7 +98,7 @@ class Transformers(nn.Module):
             num_attention_heads=architecture["num_heads"],
             intermediate_size=int(architecture["embed_dim"] * architecture["mlp_ratio"]),
             layer_norm_eps=1e-6,
-            image_size=architecture["image_size"],  # type: ignore[arg-type]
+            image_size=architecture["image_size"],
             patch_size=architecture["patch_size"],
             num_channels=architecture["in_chans"],
             use_mask_token=True,

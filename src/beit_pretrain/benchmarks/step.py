@@ -43,7 +43,7 @@ from beit_pretrain.engine.trainer import as_user_errors
 from beit_pretrain.tables import table
 from beit_pretrain.tasks.pretrain import MIMOutput
 from beit_pretrain.tokenizers.tokenizer import view_size
-from beit_pretrain.transforms.views import jittered_view
+from beit_pretrain.transforms.jitter import jittered_view
 
 BATCHES = 4  # different ones, in turn
 STEPS = 5  # of a sample on a GPU, unless bench.steps says it

@@ -26,19 +26,10 @@ from beit_pretrain.data.order import VIEW, generator
 from beit_pretrain.tables import table
 from beit_pretrain.tokenizers.tokenizer import Tokenizer
 from beit_pretrain.transforms.image_io import open_image, to_rgb
+from beit_pretrain.transforms.jitter import Jitter, color_jitter, jitter_arrays, jittered_views, pil_jitter
 from beit_pretrain.transforms.mean_color_grid import of_image
 from beit_pretrain.transforms.scaled_decoding import Crop, resized, scaled_decode
-from beit_pretrain.transforms.views import (
-    AugmentParams,
-    Jitter,
-    TwoViewTransform,
-    color_jitter,
-    jitter_arrays,
-    jittered_views,
-    pil_jitter,
-    resized_crop,
-    to_array,
-)
+from beit_pretrain.transforms.views import AugmentParams, TwoViewTransform, resized_crop, to_array
 
 OTHER_JITTER = 1_000_003  # added to the seed for another draw of the jitter
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS

@@ -17,7 +17,7 @@ from beit_pretrain.data.dataset import ShardDataset
 from beit_pretrain.errors import UserError
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tasks.segment import Segmentation
-from beit_pretrain.transforms.views import normalise
+from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.attention_maps import attention_picture
 from beit_pretrain.visualization.overlays import comparison

@@ -23,7 +23,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.tasks.finetune import Finetuning
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tasks.segment import Segmentation
-from beit_pretrain.transforms.views import jittered_views
+from beit_pretrain.transforms.jitter import jittered_views
 
 
 def preflight(cfg: DictConfig, task: Task, trainer: Trainer, steps: int) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
 
 from hydra.utils import instantiate
 from lightning import Callback
@@ -21,20 +20,23 @@ from beit_pretrain.engine.optim import Optim
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.online_knn import OnlineKNN
 from beit_pretrain.models.backbone import Classifier, MaskedImageModel, patch_grid
-from beit_pretrain.models.build import network, normalisation, origin, read_source
+from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.formats import Checkpoint, digest
+from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import classifier, features, mim, segmenter
-from beit_pretrain.models.upernet import Decoder, Segmenter
+from beit_pretrain.models.linear_probe import LayerProbes
+from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.tasks.finetune import Finetuning, MixConfig
-from beit_pretrain.tasks.linear_probe import LayerProbes, Probing
+from beit_pretrain.tasks.linear_probe import Probing
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tasks.segment import Segmentation, SlidingWindow
 from beit_pretrain.tasks.tokenizer import DiscreteVAE, GumbelConfig, TokenizerTraining
 from beit_pretrain.tokenizers.token_cache import OPTIONS, TokenFolder, same_tokenizer
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, view_size
+from beit_pretrain.transforms.jitter import HALF
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.segmentation import SegmentationEvalTransform, SegmentationTrainTransform
-from beit_pretrain.transforms.views import HALF, ClassificationTransform, TwoViewTransform
+from beit_pretrain.transforms.views import ClassificationTransform, TwoViewTransform
 
 
 @dataclass
@@ -237,7 +239,7 @@ def segment_task(cfg: DictConfig) -> Task:
     mean, std = normalisation(cfg, source.about if source else {})
     windows = SlidingWindow(**to_dict(cfg.test))
     data, names = segmentation_data(cfg, mean, windows)
-    decoder = cast(Decoder, to_dict(cfg.decoder))
+    decoder = to_dict(cfg.decoder)
     if source is None:
         model = Segmenter(len(names), decoder, **network(cfg))
     else:

@@ -21,15 +21,16 @@ from torch import Tensor
 from beit_pretrain.data.sources import list_images, read_candidate
 from beit_pretrain.engine.callbacks import first_images, masked_picture, segmentation_picture
 from beit_pretrain.engine.checkpointing import LAST
-from beit_pretrain.engine.metrics import curve, read_rows
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
+from beit_pretrain.tables import curve, read_rows
 from beit_pretrain.tasks.finetune import Finetuning
 from beit_pretrain.tasks.linear_probe import Probing
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tasks.segment import Segmentation
 from beit_pretrain.tasks.tokenizer import TokenizerTraining, reconstruction_picture
 from beit_pretrain.transforms.image_io import open_image, reason
-from beit_pretrain.transforms.views import centre_view, normalise, to_array
+from beit_pretrain.transforms.jitter import normalise
+from beit_pretrain.transforms.views import centre_view, to_array
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.attention_maps import attention_picture
 from beit_pretrain.visualization.plots import PANELS, curves_plot, layers_plot

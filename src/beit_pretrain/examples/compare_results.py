@@ -12,9 +12,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from beit_pretrain.compose import to_dict
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.examples import report as demo_report
-from beit_pretrain.tables import table
+from beit_pretrain.tables import curve, table
 from beit_pretrain.visualization.plots import bars_plot, curves_plot, layers_plot
 
 UNTRAINED = "not trained"  # what "from scratch" means to a probe

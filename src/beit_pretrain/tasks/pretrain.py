@@ -18,7 +18,7 @@ from beit_pretrain.engine.optim import Optim
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel, patch_grid
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, codebook_use
-from beit_pretrain.transforms.views import jittered_view, jittered_views, normalise
+from beit_pretrain.transforms.jitter import jittered_view, jittered_views, normalise
 
 IGNORE = -100
 

@@ -24,8 +24,8 @@ from beit_pretrain.models.checkpoints.pretrained import segmenter
 from beit_pretrain.models.drop_path import uniforms
 from beit_pretrain.models.upernet import DROPOUT, Segmenter
 from beit_pretrain.transforms.image_io import to_channels
+from beit_pretrain.transforms.jitter import HALF, normalise
 from beit_pretrain.transforms.segmentation import IGNORE, SegmentationEvalTransform
-from beit_pretrain.transforms.views import HALF, normalise
 
 AUX_WEIGHT = 0.4
 WINDOWS = 8  # windows that go through the network at once

@@ -27,7 +27,8 @@ from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.remote import is_remote
 from beit_pretrain.errors import UserError
-from beit_pretrain.transforms.views import AugmentParams, Crop, Jitter, TwoViewTransform
+from beit_pretrain.transforms.jitter import Jitter
+from beit_pretrain.transforms.views import AugmentParams, Crop, TwoViewTransform
 
 FORMAT = "beit_pretrain-tokens/1"
 TOKENS = "tokens.json"
