@@ -13,7 +13,7 @@ from PIL import Image
 from beit_pretrain.benchmarks import loader as bench_loader
 from beit_pretrain.benchmarks.loader import REFERENCE, make_variants, mean_grey, measure
 from beit_pretrain.data.order import Sample
-from beit_pretrain.transforms.views import jittered_view
+from beit_pretrain.transforms.jitter import jittered_view
 
 NAMES = {REFERENCE, "reference_uint8", "exact", "fast", "resized", "cached"}
 

@@ -27,7 +27,7 @@ from beit_pretrain.engine.compile import compile_counts
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.trainer import silence_warnings
 from beit_pretrain.errors import UserError
-from beit_pretrain.models import linear
+from beit_pretrain.models import cpu_kernels
 
 TINY = (
     "+experiment=base_22k image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 model.size=null "
@@ -480,15 +480,15 @@ def test_wrong_words(given, said, run_cli, monkeypatch):
 
 @pytest.mark.parametrize("mode", [None, pytest.param("default", marks=pytest.mark.long)])
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("large", [linear.LARGE, 0], ids=["torch", "onednn"])
+@pytest.mark.parametrize("large", [cpu_kernels.LARGE, 0], ids=["torch", "onednn"])
 def test_the_fast_and_the_plain_path_agree(bench, bf16, large, mode, monkeypatch):
     """Loss and gradients: 1e-5 in fp32; in bf16 both paths lie within 3 % of fp32, tensor by tensor, the loss .2 %.
 
     Also where every product is large enough for oneDNN, which takes those in fp32.
     """
-    products, product = [], linear.product
-    monkeypatch.setattr(linear, "LARGE", large)
-    monkeypatch.setattr(linear, "product", lambda *given: products.append(given) or product(*given))
+    products, product = [], cpu_kernels.product
+    monkeypatch.setattr(cpu_kernels, "LARGE", large)
+    monkeypatch.setattr(cpu_kernels, "product", lambda *given: products.append(given) or product(*given))
     batch = make_batch(bench, 0)
     own = bench.model
     plain = PlainModel(bench.model).train()
@@ -509,7 +509,7 @@ def test_the_fast_and_the_plain_path_agree(bench, bf16, large, mode, monkeypatch
 
     exact_loss, exact = results(plain_loss(False), plain)
     losses, gradients = zip(results(fast_loss(bf16), own), results(plain_loss(bf16), plain), strict=True)
-    assert bool(products) == (large == 0 and not bf16 and mode is None and linear.ONEDNN is not None)
+    assert bool(products) == (large == 0 and not bf16 and mode is None and cpu_kernels.ONEDNN is not None)
     bound = 2e-3 if bf16 else 1e-6
     assert losses == pytest.approx([exact_loss] * 2, rel=bound)
     for name, wanted in exact.items():

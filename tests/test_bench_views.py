@@ -13,7 +13,8 @@ from PIL import Image
 from beit_pretrain.benchmarks.loader import Sides
 from beit_pretrain.benchmarks.views import EXACT, PLAIN, VARIANTS, authors, compare, half_a_pixel, jitter_after, ours
 from beit_pretrain.data.order import VIEW, generator
-from beit_pretrain.transforms.views import TwoViewTransform, jittered_views
+from beit_pretrain.transforms.jitter import jittered_views
+from beit_pretrain.transforms.views import TwoViewTransform
 
 SIDES = Sides(32, 16)
 JITTER = "only jitter after the crop"

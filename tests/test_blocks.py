@@ -97,7 +97,7 @@ def test_the_last_block_works_at_the_masked_positions_alone(at, monkeypatch):
 @pytest.mark.parametrize("images", [1, 3], ids=["one bias", "a bias an image"])
 @pytest.mark.parametrize("learns", [True, False])
 def test_attention_is_the_formula(learns, images, keys):
-    """Also where keys are filled up to a multiple of `blocks.KEYS`; neither a bias nor keys are written to."""
+    """Also where keys are filled up to a multiple of `cpu_kernels.KEYS`; neither a bias nor keys are written to."""
     q, k, v = (torch.randn(3, HEADS, n, 8, requires_grad=True) for n in (5, keys, keys))
     bias = torch.randn(images, HEADS, 5, keys, requires_grad=learns)
     expected = (q @ k.transpose(-2, -1) / 8**0.5 + bias).softmax(-1) @ v

@@ -20,10 +20,10 @@ from tiny import OFFLINE, fit_words, last_checkpoint, rows_of, same_run, signal_
 
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.checkpointing import CheckpointManager, check_space, newest_good
-from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
 from beit_pretrain.engine.preemption import Preempted, PreemptionSignals
 from beit_pretrain.errors import UserError
+from beit_pretrain.tables import read_rows
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from tiny import SIZE, fit_words, seeded, write_checkpoint
 
 from beit_pretrain.inference import image_stream as images
 from beit_pretrain.models.backbone import Classifier
-from beit_pretrain.transforms.views import HALF
+from beit_pretrain.transforms.jitter import HALF
 
 
 @pytest.fixture(scope="module")

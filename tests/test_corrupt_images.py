@@ -14,8 +14,8 @@ from tiny import fit_words, spoil
 
 from beit_pretrain.data import storage
 from beit_pretrain.data.corrupt_images import CorruptImages, allowed, truncate_after
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.errors import UserError
+from beit_pretrain.tables import curve
 
 MORE = [
     "data.val=null",

@@ -22,7 +22,7 @@ from beit_pretrain.models.backbone import Classifier, MaskedImageModel
 from beit_pretrain.tasks.finetune import Finetuning, MixConfig
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
-from beit_pretrain.transforms import views
+from beit_pretrain.transforms import jitter
 from beit_pretrain.transforms.mean_color_grid import SIDE
 
 GPU = torch.device("cuda", 0)
@@ -53,8 +53,8 @@ class Transfers(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def constants_are_kept(monkeypatch):
     """As those of a real GPU are; these are fake, and not kept after the test."""
-    monkeypatch.setattr(views, "_CONSTANTS", {})
-    monkeypatch.setattr(views, "_may_be_kept", lambda like: True)
+    monkeypatch.setattr(jitter, "_CONSTANTS", {})
+    monkeypatch.setattr(jitter, "_may_be_kept", lambda like: True)
 
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)

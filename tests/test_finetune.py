@@ -22,6 +22,10 @@ from beit_pretrain.inference.classifier import ImageClassifier
 from beit_pretrain.models.backbone import Classifier
 from beit_pretrain.tasks.finetune import Finetuning, MixConfig
 from beit_pretrain.transforms.views import HALF
+from beit_pretrain.engine.optim import Optim
+from beit_pretrain.tables import curve
+from beit_pretrain.tasks.finetune import Finetuning, ImageClassifier, MixConfig
+from beit_pretrain.transforms.jitter import HALF
 
 
 def module(**regularisation) -> Finetuning:

@@ -1,4 +1,4 @@
-"""Blockwise masking: the distribution of the release (RECIPE section 2), and what holds on every grid."""
+"""Blockwise masking: the distribution of the release (masking_generator.py), and what holds on every grid."""
 
 import math
 

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from beit_pretrain.engine.metrics import CsvMetrics, curve, read_rows
+from beit_pretrain.engine.metrics import CsvMetrics
+from beit_pretrain.tables import curve, read_rows
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from test_pretraining import data, module
 from beit_pretrain.evaluation import online_knn
 from beit_pretrain.evaluation.knn import TEMPERATURE, sweep
 from beit_pretrain.evaluation.online_knn import Labelled, OnlineKNN
-from beit_pretrain.transforms.views import HALF, ClassificationTransform, normalise
+from beit_pretrain.transforms.jitter import HALF, normalise
+from beit_pretrain.transforms.views import ClassificationTransform
 
 
 class Logger:

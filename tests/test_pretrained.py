@@ -190,6 +190,23 @@ class TestFormats:
         assert not loaded.training
         assert all(torch.equal(t, state[n]) for n, t in loaded.state_dict().items())
 
+    @pytest.mark.parametrize("head", ["mim", "features", "classify", "segment"])
+    def test_the_blocks_and_head_for_cls_of_beit_v2_are_ignored(self, head, tmp_path):
+        state = scrambled(MaskedImageModel(**MIM)).state_dict()
+        extra = {f"cls_pt_layers.{i}.{n.removeprefix('blocks.0.')}": t for i in (0, 1) for n, t in state.items()}
+        extra = {name: tensor for name, tensor in extra.items() if ".norm" in name or ".mlp" in name}
+        extra |= {f"cls_pt_{n}": t for n, t in state.items() if n.startswith(("norm.", "lm_head."))}
+        assert {"cls_pt_norm.weight", "cls_pt_lm_head.weight", "cls_pt_layers.1.mlp.fc1.weight"} <= extra.keys()
+        torch.save({"model": state | extra}, tmp_path / "v2.pth")
+        torch.save({"model": state}, tmp_path / "v1.pth")
+        classes = {"num_classes": 3} if head in ("classify", "segment") else {}
+        found, expected = (load_pretrained(tmp_path / f"{v}.pth", head, **classes).state_dict() for v in ("v2", "v1"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(t, found[n]) for n, t in expected.items() if n.startswith("blocks."))
+        torch.save({"model": state | {"cls_pt_other.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=r"unexpected: cls_pt_other\.weight"):
+            load_pretrained(tmp_path / "other.pth", head, **classes)
+
     @pytest.mark.parametrize(("bias", "pool"), [("per_layer", "avg"), ("per_layer", "token"), ("none", "avg")])
     def test_the_authors_fine_tuned_files(self, bias, pool, tmp_path):
         absolute = bias == "none"
@@ -267,7 +284,7 @@ NETWORK = {name: value for name, value in MIM.items() if name != "vocab_size"}
 
 class TestHeads:
     def test_from_pre_training_to_a_classifier(self, mim_checkpoint):
-        """The shared table starts every block's own; the final norm makes room for a new one (RECIPE section 5)."""
+        """The shared table starts every block's own; the final norm makes room for a new one (modeling_finetune.py)."""
         before = load_pretrained(mim_checkpoint, "mim")
         after = load_pretrained(mim_checkpoint, "classify", num_classes=5, drop_path_rate=0.2)
         shared = before.rel_pos_bias.relative_position_bias_table

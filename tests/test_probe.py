@@ -18,6 +18,11 @@ from beit_pretrain.models.checkpoints.formats import digest
 from beit_pretrain.models.checkpoints.pretrained import load_pretrained
 from beit_pretrain.tasks.probe import LayerProbes, Probing, pooled
 from beit_pretrain.transforms.views import HALF
+from beit_pretrain.engine.optim import Optim
+from beit_pretrain.errors import UserError
+from beit_pretrain.models.linear_probe import LayerProbes, pooled
+from beit_pretrain.tables import read_rows
+from beit_pretrain.transforms.jitter import HALF
 
 
 def batch(count: int = 6) -> dict:

@@ -1,4 +1,4 @@
-"""Resized position tables against an independent implementation of the geometric spline scheme, and its limits."""
+"""Resized position tables against an independent implementation of the release's interpolation, and its limits."""
 
 import numpy as np
 import pytest
@@ -41,9 +41,13 @@ def by_fitpack(table_RH: torch.Tensor, old: tuple[int, int], new: tuple[int, int
     return np.concatenate([np.stack(heads, axis=1), table_RH[-3:].double().numpy()])
 
 
-@pytest.mark.parametrize("new", [(24, 24), (32, 32), (14, 20), (20, 14), (15, 15), (40, 64)])
+LARGER = [(24, 24), (32, 32), (14, 20), (20, 14), (15, 15), (40, 64)]
+SMALLER = [(7, 7), (13, 13), (10, 10), (14, 10), (9, 14), (1, 3), (2, 2)]
+
+
+@pytest.mark.parametrize("new", [*LARGER, *SMALLER, (7, 20), (24, 6)])
 @pytest.mark.parametrize("smooth", [True, False])
-def test_larger_grids_agree_with_fitpack(new, smooth):
+def test_other_grids_agree_with_fitpack(new, smooth):
     old = (14, 14)
     resized = resize_table(table(old, smooth=smooth), old, new)
     assert resized.shape == ((2 * new[0] - 1) * (2 * new[1] - 1) + 3, 3)
@@ -54,6 +58,8 @@ def test_larger_grids_agree_with_fitpack(new, smooth):
 def test_from_a_grid_that_is_not_square():
     resized = resize_table(table((6, 9)), (6, 9), (10, 30))
     assert np.abs(resized.numpy() - by_fitpack(table((6, 9)), (6, 9), (10, 30))).max() < 1e-4
+    resized = resize_table(table((6, 9)), (6, 9), (4, 5))
+    assert np.abs(resized.numpy() - by_fitpack(table((6, 9)), (6, 9), (4, 5))).max() < 1e-4
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (3, 5), (1, 1)])
@@ -61,24 +67,29 @@ def test_the_same_grid_is_the_identity(grid):
     assert torch.equal(resize_table(table(grid), grid, grid), table(grid))
 
 
-@pytest.mark.parametrize(("old", "new"), [((14, 14), (7, 7)), ((14, 14), (14, 10)), ((14, 20), (1, 3))])
-def test_a_smaller_grid_is_the_centre_crop(old, new):
-    whole = table(old)
-    picture = whole[:-3].reshape(2 * old[0] - 1, 2 * old[1] - 1, -1)
-    top, left = old[0] - new[0], old[1] - new[1]
-    crop = picture[top : top + 2 * new[0] - 1, left : left + 2 * new[1] - 1].reshape(-1, 3)
-    assert torch.equal(resize_table(whole, old, new), torch.cat([crop, whole[-3:]]))
+def test_a_smaller_grid_is_interpolated_at_ratio_1_01():
+    """As in the release, whose bisection ends at its lower bound: close to the centre crop, but not the same."""
+    steps = np.diff(progression(13, 6), prepend=0)
+    assert steps[1:] / steps[:-1] == pytest.approx(1.01, abs=2e-6)
+    whole = 0.05 * table((14, 14))
+    crop = whole[:-3].reshape(27, 27, -1)[7:20, 7:20].reshape(-1, 3)
+    resized = resize_table(whole, (14, 14), (7, 7))
+    assert torch.equal(resized[-3:], whole[-3:])
+    assert 0.01 < (resized[:-3] - crop).abs().max() < 0.05
 
 
-def test_offset_zero_and_the_neighbours_stay():
+@pytest.mark.parametrize("new", [(24, 24), (7, 7)])
+def test_offset_zero_and_the_neighbours_stay(new):
     """The progression starts with a step of 1: what near patches are to each other does not change."""
-    old, new = (14, 14), (24, 24)
+    old, side = (14, 14), 2 * new[0] - 1
     before = table(old)[:-3].reshape(27, 27, -1)[12:15, 12:15]
-    after = resize_table(table(old), old, new)[:-3].reshape(47, 47, -1)[22:25, 22:25]
+    after = resize_table(table(old), old, new)[:-3].reshape(side, side, -1)[side // 2 - 1 :, side // 2 - 1 :][:3, :3]
     assert torch.allclose(before, after, atol=1e-5)
 
 
-@pytest.mark.parametrize(("old", "new"), [((1, 1), (4, 4)), ((2, 2), (4, 4)), ((2, 3), (8, 9)), ((4, 4), (60, 60))])
+@pytest.mark.parametrize(
+    ("old", "new"), [((1, 1), (4, 4)), ((2, 2), (4, 4)), ((2, 3), (8, 9)), ((4, 4), (60, 60)), ((2, 3), (1, 1))]
+)
 def test_tiny_grids(old, new):
     """Too few offsets for a cubic, or a grid that no ratio reaches: finite, within sight of what is known."""
     before, after = table(old), resize_table(table(old), old, new)

@@ -14,10 +14,10 @@ from tiny import last_checkpoint, rows_of, tiny_words
 from beit_pretrain.config import compose
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine import resume
-from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.engine.run_folder import mark_finished, read_config
 from beit_pretrain.engine.sweep import SweepRun, is_finished
 from beit_pretrain.errors import UserError
+from beit_pretrain.tables import read_rows
 
 
 @pytest.fixture

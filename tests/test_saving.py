@@ -18,9 +18,9 @@ from tiny import last_checkpoint, rows_of
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
 from beit_pretrain.engine.checkpointing import CheckpointManager
-from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO
+from beit_pretrain.tables import read_rows
 
 WRITE = AtomicCheckpointIO.save_checkpoint
 

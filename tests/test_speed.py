@@ -18,10 +18,10 @@ from torch.autograd import DeviceType
 
 from beit_pretrain.engine.callbacks import ProgressBar
 from beit_pretrain.engine.device_prefetch import DevicePrefetcher
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.module import read_numbers
 from beit_pretrain.engine.speed import Profile, check_cuda_graphs, compile_mode, kernels, make_deterministic
 from beit_pretrain.errors import UserError
+from beit_pretrain.tables import curve
 
 
 class KeepsLosses(Pretraining):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from tiny import errors, start, tiny_words
 
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.sweep import SweepRun, combine, describe, last_words, members_of, sort_words, summary
 from beit_pretrain.errors import UserError
+from beit_pretrain.tables import curve
 
 
 @pytest.fixture

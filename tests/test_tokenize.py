@@ -16,7 +16,8 @@ from beit_pretrain.tokenizers import tokenize as tokenizing
 from beit_pretrain.tokenizers.dvae import DiscreteVAE, DVAETokenizer
 from beit_pretrain.tokenizers.token_cache import TokenFolder, record_dtype
 from beit_pretrain.transforms.image_io import open_image
-from beit_pretrain.transforms.views import TwoViewTransform, jittered_views
+from beit_pretrain.transforms.jitter import jittered_views
+from beit_pretrain.transforms.views import TwoViewTransform
 
 TINY = "image_size=32 patch_size=8 num_workers=0 threads=1 accelerator=cpu".split()
 MODEL = (

@@ -17,9 +17,9 @@ from tiny import start, tiny_words
 
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine import speed
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.checkpoints import files as checkpoint
+from beit_pretrain.tables import curve
 
 INTERPRETED = Path(__file__).with_name("interpreted_attention.py")
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on an H100 or H200
@@ -167,6 +167,8 @@ def test_triton_needs_a_gpu(shards, dvae_checkpoint, run_cli, tmp_path, monkeypa
 
 
 def test_which_attention(monkeypatch):
+    pytest.importorskip("triton")
+
     def kernel(asked: str, on_gpu: bool = True, precision: str = "auto", width: int = 64) -> str:
         return speed.attention_kernel(asked, on_gpu, precision, {width})
 

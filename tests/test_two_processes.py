@@ -25,7 +25,7 @@ from tiny import (
     wait_until,
 )
 
-from beit_pretrain.engine.metrics import read_rows
+from beit_pretrain.tables import read_rows
 
 pytestmark = pytest.mark.long
 

@@ -14,23 +14,25 @@ from torchvision.transforms import functional as F
 from beit_pretrain.data.order import VIEW, generator
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms import mean_color_grid as tiles
-from beit_pretrain.transforms.scaled_decoding import Crop
-from beit_pretrain.transforms.views import (
+from beit_pretrain.transforms.jitter import (
     BRIGHTNESS,
     CONTRAST,
     HALF,
     SATURATION,
-    AugmentParams,
-    ClassificationTransform,
     Jitter,
-    TwoViewTransform,
-    centre_view,
     color_jitter,
-    draw_crop,
     draw_jitter,
     jittered_views,
     normalise,
     per_channel,
+)
+from beit_pretrain.transforms.scaled_decoding import Crop
+from beit_pretrain.transforms.views import (
+    AugmentParams,
+    ClassificationTransform,
+    TwoViewTransform,
+    centre_view,
+    draw_crop,
     shorter_side,
     to_array,
 )

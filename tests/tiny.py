@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from beit_pretrain.engine.metrics import read_rows
+from beit_pretrain.tables import read_rows
 
 DVAE = {"vocab_size": 32, "width": 8, "blocks": 1, "code_dim": 8, "in_chans": 3}
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 from beit_pretrain.fileio import atomic_path
+from beit_pretrain.errors import UserError, first_line
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -15,6 +16,26 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
+
+
+def read_rows(path: str | Path) -> tuple[list[str], dict[int, dict[str, float]]]:
+    """Columns, and {step: {metric: value}} of a run's metrics.csv; empty cells are left out.
+
+    Raises UserError if it is no such file.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())  # without a last line that a crash has torn
+        rows = {int(r["step"]): {k: float(v) for k, v in r.items() if k != "step" and v} for r in reader}
+        return list(reader.fieldnames or ["step"]), rows
+    except (ValueError, LookupError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); move it away, and the run goes on") from None
+
+
+def curve(path: str | Path, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric of a run's metrics.csv."""
+    points = [(step, row[metric]) for step, row in sorted(read_rows(path)[1].items()) if metric in row]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:

@@ -21,8 +21,8 @@ from beit_pretrain.models.drop_path import uniforms
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tokenizers.dalle_encoder import SplitProduct, conv_relu
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
+from beit_pretrain.transforms.jitter import ORDERS, jittered_views, normalise
 from beit_pretrain.transforms.mean_color_grid import SIDE
-from beit_pretrain.transforms.views import ORDERS, jittered_views, normalise
 
 BATCH, SIZE, PATCHES, MASKED, HALF = 8, 64, 64, 24, (0.5, 0.5, 0.5)
 MODEL = {"image_size": SIZE, "patch_size": 8, "vocab_size": 512, "embed_dim": 128, "depth": 3, "num_heads": 2}

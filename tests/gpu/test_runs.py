@@ -15,7 +15,7 @@ from tiny import data_words, fit_words, read_rows, start, state_of
 
 from beit_pretrain import load_pretrained
 from beit_pretrain.engine import fit as runs
-from beit_pretrain.engine.metrics import curve
+from beit_pretrain.tables import curve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -18,7 +18,7 @@ import torch
 from tiny import errors, last_checkpoint, rows_of, same_run, same_weights, start, steps_written, tree, wait_until
 
 from beit_pretrain.engine.checkpointing import newest_good
-from beit_pretrain.engine.metrics import read_rows
+from beit_pretrain.tables import read_rows
 
 pytestmark = [pytest.mark.soak, pytest.mark.long, pytest.mark.timeout(1800)]
 

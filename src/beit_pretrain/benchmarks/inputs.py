@@ -29,9 +29,9 @@ from beit_pretrain.models.build import network
 from beit_pretrain.settings import to_dict
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer, Tokenizer
+from beit_pretrain.transforms.jitter import ORDERS, jittered_view, normalise, per_channel
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.mean_color_grid import SIDE
-from beit_pretrain.transforms.views import ORDERS, jittered_view, normalise, per_channel
 
 PRECISIONS, GPUS = ("auto", "32-true", "bf16-mixed"), ("gpu", "cuda")
 

@@ -55,8 +55,9 @@ from beit_pretrain.tokenizers.tokenize import make_tokens
 from beit_pretrain.tokenizers.tokenizer import Tokenizer
 from beit_pretrain.transforms import scaled_decoding as decoding
 from beit_pretrain.transforms.image_io import open_image, reason, to_rgb
+from beit_pretrain.transforms.jitter import HALF, jittered_views, normalise
 from beit_pretrain.transforms.masking import BlockwiseMask
-from beit_pretrain.transforms.views import HALF, TwoViewTransform, jittered_views, normalise
+from beit_pretrain.transforms.views import TwoViewTransform
 
 RESIZE = 288  # shorter side in the shards of `resized` and `cached`, pixels
 BATCH = 32

@@ -38,7 +38,7 @@ from beit_pretrain.engine.optim import clip_gradients
 from beit_pretrain.tasks.common import data_settings
 from beit_pretrain.tasks.pretrain import MIMOutput, PretrainData, two_views
 from beit_pretrain.tokenizers.tokenizer import view_size
-from beit_pretrain.transforms.views import jittered_view
+from beit_pretrain.transforms.jitter import jittered_view
 
 BATCHES = 4  # different ones, in turn
 STEPS = 5  # of a sample on a GPU, unless bench.steps says it

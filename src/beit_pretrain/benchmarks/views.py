@@ -26,9 +26,11 @@ from beit_pretrain.settings import to_dict
 from beit_pretrain.tokenizers.tokenizer import Tokenizer
 from beit_pretrain.transforms import views
 from beit_pretrain.transforms.image_io import open_image, to_rgb
+from beit_pretrain.transforms.jitter import Jitter, color_jitter, jitter_arrays, jittered_views, pil_jitter
 from beit_pretrain.transforms.mean_color_grid import of_image
 from beit_pretrain.transforms.scaled_decoding import Crop, resized, scaled_decode
 from beit_pretrain.transforms.views import AugmentParams, TwoViewTransform, jitter_arrays, to_array
+from beit_pretrain.transforms.views import AugmentParams, TwoViewTransform, resized_crop, to_array
 
 OTHER_JITTER = 1_000_003  # added to the seed for another draw of the jitter
 FILTERS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS  # of the authors' two views

@@ -1,6 +1,6 @@
-"""Checkpoints that a thread writes: the training loop waits for a copy in host memory, not for the disk.
+"""Checkpoints written by a thread: the training loop waits for a copy in host memory, not for the disk.
 
-One write at a time: the next save first waits for the one before. What a write fails with is raised in the main thread.
+One write at a time: the next save first waits for the one before. Errors of a write are raised in the main thread.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from beit_pretrain.errors import first_line
 from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO
 
-PATIENCE = 1.0  # seconds for a write that is cancelled to end
+PATIENCE = 1.0  # seconds for a cancelled write to end
 _open: set[int] = set()  # descriptors of files that are being written
 
 
 def _close_in_child() -> None:
-    """A loader worker that is forked now would keep the file's space on the disk for as long as it lives."""
+    """A loader worker forked during a write would keep the file's space on the disk as long as it runs."""
     for descriptor in _open:
         os.close(descriptor)
 
@@ -34,19 +34,13 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Snapshot:
-    """Copies of checkpoints in host memory, one at a time: buffers are allocated once and used again.
-
-    Buffers for tensors on a GPU are pinned, so that the host need not wait for the copies.
-    """
+    """Copies of checkpoints in host memory, one at a time, in buffers that are used again; pinned for GPU tensors."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple, Tensor] = {}  # by the names that lead to a tensor, and the device that it is on
 
     def take(self, content: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
-        """(a copy that nothing changes until the next one is taken, the event after which it is complete).
-
-        The event is None if nothing was on a GPU.
-        """
+        """(a copy, valid until the next one is taken; the event after which it is complete, None without a GPU)."""
         before, self._buffers = self._buffers, {}
         copied = self._copied(content, (), before)
         if not any(place[-1] == "cuda" for place in self._buffers):
@@ -64,7 +58,7 @@ class Snapshot:
             self._buffers[place] = buffer
             return buffer.copy_(value.detach(), non_blocking=True)
         if isinstance(value, dict):
-            held = copy.copy(value)  # a state dict has the versions of its modules as an attribute
+            held = copy.copy(value)  # a state dict has an attribute, the versions of its modules
             for key, item in value.items():
                 held[key] = self._copied(item, (*place, key), before)
             return held
@@ -74,7 +68,7 @@ class Snapshot:
 
 
 def host_memory_like(value: Tensor) -> Tensor:
-    """Memory of the host for a copy: pinned for a tensor on a GPU, unless the system refuses so much of it."""
+    """Host memory for a copy: pinned for a tensor on a GPU, unless the system refuses so much of it."""
     if value.is_cuda:
         try:
             return torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False)
@@ -84,11 +78,10 @@ def host_memory_like(value: Tensor) -> Tensor:
 
 
 class BackgroundCheckpointIO(AtomicCheckpointIO):
-    """Writes as `AtomicCheckpointIO`, in a thread, from a snapshot that is taken before `save_checkpoint` returns.
+    """Writes like `AtomicCheckpointIO`, in a thread, from a snapshot that is taken before `save_checkpoint` returns.
 
-    After `teardown`, when nobody will ask any more, `save_checkpoint` writes the file itself.
-
-    `on_written(path, content)` is called by the thread after each write; its errors count as those of the write.
+    After `teardown`, `save_checkpoint` writes the file itself. The thread calls `on_written(path, content)` after each
+    write; its errors count as errors of the write.
     """
 
     def __init__(self) -> None:
@@ -134,14 +127,14 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             raise error
 
     def check(self) -> None:
-        """Raise UserError if a write has failed; one that is not finished is not waited for."""
+        """Raise UserError if a write has failed, without waiting for one that has not finished."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def cancel(self) -> None:
-        """Break a write off, since the process is about to end; the checkpoint before it stays.
+        """Stop a write because the process is about to end; the checkpoint before it stays.
 
-        Python kills threads at its end, which C++ code in the middle of a write answers by aborting the process.
+        Python kills threads at exit, and C++ code in the middle of a write would then abort the process.
         """
         self._cancelled.set()
         if self._thread is not None:
@@ -156,7 +149,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         return super().load_checkpoint(*args, **kwargs)
 
     def teardown(self) -> None:
-        """Called by Lightning after the loop, also after a second Ctrl-C: it does not wait."""
+        """Called by Lightning after the loop, also after a second Ctrl-C: does not wait."""
         self._snapshot = None
 
     @contextmanager
@@ -170,7 +163,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
 
 
 class Cancellable:
-    """A file for `torch.save`, of which every write fails once `cancelled` is set."""
+    """A file for `torch.save` whose writes fail once `cancelled` is set."""
 
     def __init__(self, file: BinaryIO, cancelled: threading.Event):
         self._file, self._cancelled = file, cancelled

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from pathlib import Path
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from beit_pretrain import fileio
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.tables import read_rows
 
 
 class CsvMetrics(Logger):
@@ -93,26 +95,3 @@ class CsvMetrics(Logger):
 def is_first_process() -> bool:
     """Whether this is rank 0, also before a trainer has launched its processes (and knows)."""
     return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def read_rows(path: str | Path) -> tuple[list[str], dict[int, dict[str, float]]]:
-    """Columns, and {step: {metric: value}} of a metrics file; empty cells are left out.
-
-    Raises UserError if it is no such file.
-    """
-    try:
-        text = Path(path).read_text("utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a last line without its end was torn by a crash
-        with io.StringIO(whole, newline="") as file:
-            reader = csv.DictReader(file)
-            rows = {int(r["step"]): {k: float(v) for k, v in r.items() if k != "step" and v} for r in reader}
-            return list(reader.fieldnames or ["step"]), rows
-    except (ValueError, LookupError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}); move it away, and the run goes on") from None
-
-
-def curve(path: str | Path, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric."""
-    _, rows = read_rows(path)
-    points = [(step, row[metric]) for step, row in sorted(rows.items()) if metric in row]
-    return [step for step, _ in points], [value for _, value in points]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd import DeviceType
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.blocks import TRITON_WIDTHS, attentions
+from beit_pretrain.models.blocks import attentions
 
 WARM_UP, PROFILED = 10, 5  # steps before a profile (compilation, first allocations), and in it
 DEAREST = 10  # operations of the table
@@ -92,7 +92,7 @@ def attention_kernel(asked: str, on_gpu: bool, precision: str | int | None, widt
     """
     if asked == "auto":
         fastest = FASTEST_ATTENTION.get(torch.cuda.get_device_capability(), "sdpa") if on_gpu else "sdpa"
-        return "sdpa" if without_triton(on_gpu, precision, widths) else fastest
+        return "sdpa" if fastest == "sdpa" or without_triton(on_gpu, precision, widths) else fastest
     if asked == "triton" and (reason := without_triton(on_gpu, precision, widths)):
         raise UserError(f"attention=triton {reason}; attention=sdpa runs everywhere")
     return asked
@@ -114,8 +114,10 @@ def without_triton(on_gpu: bool, precision: str | int | None, widths: Collection
         return "needs a GPU of CUDA, and this run has none"
     if str(precision).startswith("64"):
         return f"does not take trainer.precision={precision}"
-    if other := set(widths) - set(TRITON_WIDTHS):
-        return f"takes heads of width {', '.join(map(str, TRITON_WIDTHS))}, and this network's are {min(other)} wide"
+    from beit_pretrain.models.triton_attention import WIDTHS  # imports Triton
+
+    if other := set(widths) - set(WIDTHS):
+        return f"takes heads of width {', '.join(map(str, WIDTHS))}, and this network's are {min(other)} wide"
     return ""
 
 

@@ -245,7 +245,7 @@ def summary(members: list[SweepRun], codes: dict[str, int]) -> tuple[tuple[str, 
 
 def last_metrics(path: Path) -> dict[str, float]:
     """The last value of every metric of a run, and the last step; nothing if there is no such file."""
-    from beit_pretrain.engine.metrics import read_rows
+    from beit_pretrain.tables import read_rows
 
     if not path.is_file():
         return {}

@@ -19,8 +19,9 @@ from beit_pretrain.data.dataset import EvalSchedule, ShardDataset
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_path
 from beit_pretrain.models.backbone import FeatureExtractor
+from beit_pretrain.models.backbone import FeatureExtractor, Features
 from beit_pretrain.processes import end_with_parent
-from beit_pretrain.transforms.views import normalise
+from beit_pretrain.transforms.jitter import normalise
 
 CLS, AVG = 0, 1  # where the two vectors stand
 
@@ -34,6 +35,11 @@ class FeatureStore(NamedTuple):
     def layer(self, number: int, which: int) -> torch.Tensor:
         """(n, D) float32 of the layer `number` from 0; `which` is CLS or AVG."""
         return torch.from_numpy(np.array(self.features[:, number, which])).float()
+
+    def batch(self, first: int, last: int, device: torch.device) -> Features:
+        """Images `first` to `last` as a network gives them, with the mean of the patches as the only patch."""
+        x_BL2D = torch.from_numpy(np.array(self.features[first:last])).to(device).float()
+        return Features(list(x_BL2D[:, :, CLS].unbind(1)), list(x_BL2D[:, :, AVG:].unbind(1)))
 
 
 def key_of(**facts) -> str:

@@ -17,6 +17,7 @@ from beit_pretrain.evaluation.linear_probe import accuracy, train_probes
 from beit_pretrain.evaluation.settings import ProbeSettings
 from beit_pretrain.models.build import normalisation, origin
 from beit_pretrain.models.checkpoints.formats import Checkpoint, digest, read_checkpoint
+from beit_pretrain.models.checkpoints.init_from import check_channels, normalisation, origin
 from beit_pretrain.models.checkpoints.pretrained import features as feature_extractor
 from beit_pretrain.settings import to_dict
 from beit_pretrain.tables import table, write_csv
@@ -25,7 +26,7 @@ from beit_pretrain.visualization.plots import layers_plot
 
 
 class LayerResult(NamedTuple):
-    """What one layer is worth: top-1 accuracy of its linear probe and of its best kNN, with what made that."""
+    """Top-1 accuracy of a layer's linear probe and of its best kNN, with the settings of that kNN."""
 
     layer: int
     linear: float
@@ -40,7 +41,10 @@ def probe(cfg: ProbeSettings) -> list[LayerResult]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     source = read_checkpoint(cfg.init_from)
-    size = fitting_size(cfg, source)
+    size = cfg.image_size or source.architecture["image_size"]
+    if not isinstance(size, int):
+        raise UserError(f"init_from={cfg.init_from} is for images of {list(size)} pixels: set image_size to one side")
+    check_channels(cfg, source)
     data = evaluation_data(cfg, size)
     out = Path(cfg.out) if cfg.out else Path(cfg.init_from).absolute().parent / "probe"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,36 +58,10 @@ def probe(cfg: ProbeSettings) -> list[LayerResult]:
     return layers
 
 
-def fitting_size(cfg: ProbeSettings, source: Checkpoint) -> int:
-    """Side of the images, in pixels. Raises UserError for what the network cannot see."""
-    size, channels = cfg.image_size or source.architecture["image_size"], source.architecture["in_chans"]
-    if not isinstance(size, int):
-        raise UserError(f"init_from={cfg.init_from} is for images of {list(size)} pixels: set image_size to one side")
-    if cfg.data.channels != channels:
-        raise UserError(f"init_from={cfg.init_from} sees {channels} channels: set data.channels={channels}")
-    return size
-
-
-def stored_features(
-    cfg: ProbeSettings, source: Checkpoint, size: int, data: ClassificationData, folder: Path, device: torch.device
-) -> dict[str, FeatureStore]:
-    """The one pass over both splits. Files are named by all that they depend on."""
-    backbone = feature_extractor(source, size).to(device).requires_grad_(False)
-    mean, std = normalisation(cfg, source.about)
-    print(f"probe of {origin(source)}: {len(backbone.blocks)} layers, {len(data.classes)} classes", flush=True)
-    stored: dict[str, FeatureStore] = {}
-    for split, limit in (("train", cfg.train_images), ("val", cfg.data.val_images)):
-        facts = {"backbone": digest(source.state), "size": size, "mean": mean, "std": std, "crop": cfg.data.crop_ratio}
-        facts |= {"images": [s.sha256 for s in data.readers[split].shards], "limit": limit}
-        name, dataset = f"{split}-{key_of(**facts)}", data.eval_dataset(split, images=limit)
-        stored[split] = extract(backbone, mean, std, dataset, folder, name, cfg.data.num_workers)
-    return stored
-
-
 def evaluation_data(cfg: ProbeSettings, size: int) -> ClassificationData:
     """Both splits in the evaluation view. Raises UserError without labels, or without held-out images."""
     if cfg.data.val is None:
-        raise UserError("data.val is missing: held-out images that are asked for")
+        raise UserError("data.val is missing: held-out images are needed")
     views = ClassificationTransform(
         image_size=size, train=False, crop_ratio=cfg.data.crop_ratio, channels=cfg.data.channels
     )
@@ -95,55 +73,61 @@ def evaluation_data(cfg: ProbeSettings, size: int) -> ClassificationData:
     return data
 
 
+def stored_features(
+    cfg: ProbeSettings, source: Checkpoint, size: int, data: ClassificationData, folder: Path, device: torch.device
+) -> dict[str, FeatureStore]:
+    """The one pass over both splits. File names hash everything that the features depend on."""
+    backbone = feature_extractor(source, size).to(device).requires_grad_(False)
+    mean, std = normalisation(cfg, source.about)
+    print(f"probe of {origin(source)}: {len(backbone.blocks)} layers, {len(data.classes)} classes", flush=True)
+    facts = {"backbone": digest(source.state), "size": size, "mean": mean, "std": std, "crop": cfg.data.crop_ratio}
+    stored: dict[str, FeatureStore] = {}
+    for split, limit in (("train", cfg.train_images), ("val", cfg.data.val_images)):
+        name = f"{split}-{key_of(**facts, images=[s.sha256 for s in data.readers[split].shards], limit=limit)}"
+        dataset = data.eval_dataset(split, images=limit)
+        stored[split] = extract(backbone, mean, std, dataset, folder, name, cfg.data.num_workers)
+    return stored
+
+
 def measured(
     cfg: ProbeSettings, stored: dict[str, FeatureStore], classes: int, device: torch.device
 ) -> tuple[list[LayerResult], list[tuple]]:
     """(a row for each layer, a row for each layer, pool, k and temperature of kNN)."""
     train, val = stored["train"], stored["val"]
-    settings = to_dict(cfg.linear)
-    probes = train_probes(train, classes, seed=cfg.seed, device=device, **settings)
-    linear = accuracy(probes, val, settings["pool"], device)
-    known, asked = train.labels >= 0, val.labels >= 0
-    if not known.any() or not asked.any():
+    probes = train_probes(train, classes, seed=cfg.seed, device=device, **cfg.linear)
+    linear = accuracy(probes, val, device)
+    labelled = [(s, torch.from_numpy(s.labels >= 0)) for s in (train, val)]
+    if not all(known.any() for _, known in labelled):
         raise UserError("probe needs labels: of the training or of the held-out images none has a class")
-    labels = [torch.from_numpy(s.labels[here]).to(device) for s, here in ((train, known), (val, asked))]
+    bank_labels, labels = (torch.from_numpy(s.labels)[known].to(device) for s, known in labelled)
     layers, sweeps = [], []
-    for number in range(len(linear)):
+    for number, share in enumerate(linear):
         rows = []
         for pool, which in (("avg", AVG), ("cls", CLS)):
-            bank, queries = (s.layer(number, which)[torch.from_numpy(h)] for s, h in ((train, known), (val, asked)))
-            found = sweep(bank.to(device), labels[0], queries.to(device), labels[1], classes, **to_dict(cfg.knn))
-            rows += [(number + 1, pool, k, t, share) for (k, t), share in found.items()]
+            bank, queries = (s.layer(number, which)[known].to(device) for s, known in labelled)
+            found = sweep(bank, bank_labels, queries, labels, classes, list(cfg.knn.ks), list(cfg.knn.temperatures))
+            rows += [(number + 1, pool, k, t, hits) for (k, t), hits in found.items()]
         best = max(rows, key=lambda row: row[-1])
-        layers.append(LayerResult(number + 1, linear[number], best[4], best[1], best[2], best[3]))
+        layers.append(LayerResult(number + 1, share, best[4], *best[1:4]))
         sweeps += rows
     return layers, sweeps
 
 
 def write(out: Path, layers: list[LayerResult], sweeps: list[tuple], cfg: ProbeSettings) -> None:
-    """The files of a probe, and its table for people."""
+    """The files of a probe, and its table on the terminal."""
     write_csv(out / "layers.csv", LayerResult._fields, [tuple(layer) for layer in layers])
     write_csv(out / "knn.csv", ("layer", "pool", "k", "temperature", "accuracy"), sweeps)
     said = {"init_from": str(cfg.init_from), "layers": [layer._asdict() for layer in layers]}
     (out / "probe.json").write_text(json.dumps(said, indent=2) + "\n")
+    checkpoint = Path(cfg.init_from).absolute()
+    name = checkpoint.parents[1].name if checkpoint.parent.name == "checkpoints" else checkpoint.stem
     curves = {"linear probe": [x.linear for x in layers], "kNN, best k": [x.knn for x in layers]}
-    layers_plot({run_name(Path(cfg.init_from).absolute()): curves}, out / "layers.png")
-    print(layer_table(layers))
-    linear, knn = max(layers, key=lambda x: x.linear), max(layers, key=lambda x: x.knn)
-    print(f"best: linear probe {linear.linear:.2%} (layer {linear.layer}), kNN {knn.knn:.2%} (layer {knn.layer})")
-    print(f"wrote {out}: layers.csv, knn.csv, layers.png")
-
-
-def run_name(checkpoint: Path) -> str:
-    """What to call a checkpoint in a plot: its run, or itself."""
-    return checkpoint.parents[1].name if checkpoint.parent.name == "checkpoints" else checkpoint.stem
-
-
-def layer_table(layers: list[LayerResult]) -> str:
-    """Markdown: a row for each layer."""
-    header = ["layer", "linear probe", "kNN", "of", "k", "temperature"]
+    layers_plot({name: curves}, out / "layers.png")
     rows = [
         [str(x.layer), f"{x.linear:.2%}", f"{x.knn:.2%}", x.knn_pool, str(x.knn_k), f"{x.knn_temperature:g}"]
         for x in layers
     ]
-    return table(header, rows)
+    print(table(["layer", "linear probe", "kNN", "of", "k", "temperature"], rows))
+    linear, knn = max(layers, key=lambda x: x.linear), max(layers, key=lambda x: x.knn)
+    print(f"best: linear probe {linear.linear:.2%} (layer {linear.layer}), kNN {knn.knn:.2%} (layer {knn.layer})")
+    print(f"wrote {out}: layers.csv, knn.csv, layers.png")

@@ -28,6 +28,8 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.examples import report
 from beit_pretrain.examples.settings import DemoSettings
 from beit_pretrain.settings import to_dict
+from beit_pretrain.engine.visualize import show
+from beit_pretrain.tables import read_rows
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's
 STAGES = ("data", "tokenizer", "pretrain")

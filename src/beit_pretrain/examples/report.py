@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from beit_pretrain.engine.metrics import curve, read_rows
+from beit_pretrain.tables import curve, read_rows
 
 
 class AcceptanceCheck(NamedTuple):

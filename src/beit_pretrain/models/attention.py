@@ -1,4 +1,4 @@
-"""Where every head of every block looks: attention probabilities, which the fused kernels do not give away.
+"""Attention probabilities of every head of every block, which fused kernels do not return.
 
 Shapes: B batch, C channels, H W pixels, N patches, D width, A heads.
 """
@@ -31,9 +31,7 @@ def attention_maps(
 
 def probabilities(attention: Any, x_BND: Tensor, shared_bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + position bias), (B, A, N, N), of timm's attention on its normalised input."""
-    bias = None
-    if attention.q_bias is not None:
-        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
     qkv = F.linear(x_BND, attention.qkv.weight, bias)
     q, k, _ = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     logits = (q * attention.scale) @ k.transpose(-2, -1)

@@ -1,7 +1,7 @@
-"""The BEiT backbone: timm's `Beit`, and what pre-training adds to it (BEiT, sections 2.1, 2.4 and 2.5).
+"""The BEiT backbone: timm's `Beit` and what pre-training adds to it (BEiT, sections 2.1, 2.4 and 2.5).
 
-Shapes: B batch, C channels, H W pixels, N patches, D width, V vocabulary, K masked positions of one image (padded),
-M masked patches of the batch. Masks are True where a patch is masked, to be predicted.
+Shapes: B batch, C channels, H W pixels, N patches, D width, R residual branches, V vocabulary, K masked positions of
+one image (padded), M masked patches of the batch. Masks are True where a patch is masked and has to be predicted.
 
 State-dict names are timm's and the authors': `blocks.N.attn.qkv.weight`, `mask_token`, `lm_head.weight`, ...
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypedDict, Unpack, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import LayerNorm
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.blocks import Attention, Mlp, PatchEmbed, block_outputs
-from beit_pretrain.models.linear import Linear, use_linear
+from beit_pretrain.models.cpu_kernels import Linear, use_linear
 
-# Named sizes: width, depth, heads and the initial layer scale of RECIPE section 3 (tiny and small as in DeiT).
+# Base and large as in the release's modeling_pretrain.py, with the layer scale of its commands; tiny, small as in DeiT.
 SIZES: dict[str, dict] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3, "init_values": 0.1},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6, "init_values": 0.1},
@@ -50,45 +50,20 @@ def patch_grid(image_size: int | Sequence[int], patch_size: int) -> tuple[int, i
     return sides[0] // patch_size, sides[1] // patch_size
 
 
-class Architecture(TypedDict, total=False):
-    """Arguments that every network here takes.
-
-    image_size: side of square images, or (height, width), pixels. patch_size: side of a patch, pixels.
-    embed_dim, depth, num_heads, init_values (initial layer scale; None = no layer scale): see `SIZES`.
-    drop_path_rate: stochastic depth of the last block; linear from 0 over the depth.
-    rel_pos_bias: "shared", one relative position bias table for all blocks (pre-training, RECIPE section 3);
-    "per_layer", one for each (fine-tuning); "none".
-    abs_pos_emb: learned absolute positions (the released ImageNet-1k 800-epoch model).
-    norm_eps: of every LayerNorm (Hugging Face's files say 1e-12).
-    """
-
-    image_size: int | Sequence[int]
-    patch_size: int
-    in_chans: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
-    init_values: float | None
-    drop_path_rate: float
-    rel_pos_bias: str
-    abs_pos_emb: bool
-    norm_eps: float
-
-
+Architecture = dict[str, Any]  # arguments that every network takes, some of these:
 DEFAULTS: Architecture = {
-    "image_size": 224,
-    "patch_size": 16,
+    "image_size": 224,  # side of square images, or (height, width), pixels
+    "patch_size": 16,  # side of a patch, pixels
     "in_chans": 3,
     "embed_dim": 768,
     "depth": 12,
     "num_heads": 12,
     "mlp_ratio": 4.0,
-    "init_values": 0.1,
-    "drop_path_rate": 0.1,
-    "rel_pos_bias": "shared",
-    "abs_pos_emb": False,
-    "norm_eps": 1e-6,
+    "init_values": 0.1,  # initial layer scale; None = no layer scale
+    "drop_path_rate": 0.1,  # stochastic depth of the last block; linear from 0 over the depth
+    "rel_pos_bias": "shared",  # one position bias table for all blocks; "per_layer" (fine-tuning), "none"
+    "abs_pos_emb": False,  # learned absolute positions, as in the released 800-epoch ImageNet-1k model
+    "norm_eps": 1e-6,  # of every LayerNorm; Hugging Face's files say 1e-12
 }
 BIASES = ("shared", "per_layer", "none")
 
@@ -96,10 +71,12 @@ BIASES = ("shared", "per_layer", "none")
 class Backbone(Beit):
     """timm's Beit with the options of every BEiT checkpoint; `config` holds the arguments that build it again."""
 
-    def __init__(self, pool: str, num_classes: int, **architecture: Unpack[Architecture]):
+    kind = "backbone"  # what a checkpoint of the network is called
+
+    def __init__(self, pool: str, num_classes: int, **architecture: Any):
         if unknown := sorted(architecture.keys() - DEFAULTS.keys()):
             raise TypeError(f"unknown arguments of the network: {', '.join(unknown)}")
-        config: dict[str, Any] = {**DEFAULTS, **architecture}
+        config = {**DEFAULTS, **architecture}
         self.grid = patch_grid(config["image_size"], config["patch_size"])
         if config["rel_pos_bias"] not in BIASES:
             raise UserError(f"model.rel_pos_bias={config['rel_pos_bias']} is not one of {', '.join(BIASES)}")
@@ -122,7 +99,7 @@ class Backbone(Beit):
         self.patch_embed.__class__ = PatchEmbed
         use_linear(self)
         self.config = config
-        # Plain facts that a checkpoint or a file of others says beside its tensors: mean, std, classes, ...
+        # Facts that a checkpoint states beside its tensors: mean, std, classes, ...
         self.about: dict[str, Any] = {}
 
     def hidden_states(
@@ -130,8 +107,7 @@ class Backbone(Beit):
     ) -> list[Tensor]:
         """Raw outputs (B, 1 + N, D) of every block, [CLS] first, without the final LayerNorm.
 
-        `drop_BR`, numbers in [0, 1) for each image and residual branch, decides about drop path (`drop_path.uniforms`);
-        without it nothing is dropped.
+        `drop_BR`, random numbers from `drop_path.uniforms`, decides about drop path; None = nothing is dropped.
         """
         return block_outputs(self, embed(self, image_BCHW, mask_BN), drop_BR)
 
@@ -144,10 +120,12 @@ class Backbone(Beit):
 class MaskedImageModel(Backbone):
     """Beit with a mask token and a token head: predicts the visual token of every masked patch.
 
-    `vocab_size` is V, the size of the tokenizer's codebook; the other arguments are those of `Architecture`.
+    `vocab_size` is V, the size of the tokenizer's codebook; for the other arguments see `DEFAULTS`.
     """
 
-    def __init__(self, vocab_size: int = 8192, **architecture: Unpack[Architecture]):
+    kind = "mim"
+
+    def __init__(self, vocab_size: int = 8192, **architecture: Any):
         super().__init__("", 0, **architecture)
         self.config["vocab_size"] = self.vocab_size = vocab_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
@@ -161,9 +139,9 @@ class MaskedImageModel(Backbone):
     def forward_at(
         self, image_BCHW: Tensor, mask_BN: Tensor, position_BK: Tensor, drop_BR: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, K, V) at the given patch numbers: static shapes and no wait for the device, unlike `forward`.
+        """Logits (B, K, V) at the given patches, with static shapes and no synchronisation, unlike `forward`.
 
-        `position_BK` lists the masked patches of each image, padded by any valid number (the caller ignores those).
+        `position_BK` lists the masked patches of each image, padded with any valid number.
         """
         token_BK = position_BK + 1  # behind [CLS]
         hidden = block_outputs(self, embed(self, image_BCHW, mask_BN), drop_BR, token_BK=token_BK)[-1]
@@ -175,16 +153,18 @@ class MaskedImageModel(Backbone):
 
 
 class Classifier(Backbone):
-    """Beit for classification, by default with a bias table for every block (RECIPE section 5).
+    """Beit for classification, by default with a bias table for every block (the release's modeling_finetune.py).
 
     Args:
         num_classes: number of classes.
         pool: "avg", the mean of the patch tokens -> a new LayerNorm -> linear head; "token", the final LayerNorm of
             pre-training -> [CLS] -> linear head.
-        architecture: see `Architecture`.
+        architecture: see `DEFAULTS`.
     """
 
-    def __init__(self, num_classes: int, pool: str = "avg", **architecture: Unpack[Architecture]):
+    kind = "classifier"
+
+    def __init__(self, num_classes: int, pool: str = "avg", **architecture: Any):
         if pool not in ("avg", "token"):
             raise UserError(f"model.pool={pool} is not one of avg, token")
         architecture.setdefault("rel_pos_bias", "per_layer")
@@ -205,9 +185,9 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor(Backbone):
-    """Beit without a head: features of every layer, without the final LayerNorm (RECIPE section 6)."""
+    """Beit without a head: features of every layer, without the final LayerNorm."""
 
-    def __init__(self, **architecture: Unpack[Architecture]):
+    def __init__(self, **architecture: Any):
         super().__init__("", 0, **architecture)
         self.norm = nn.Identity()
 
@@ -222,7 +202,7 @@ def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tens
 
     The replacement comes before any position is added, and through `where`: no pixel of a masked patch is left.
     """
-    # In the parameters' precision, also under autocast: what residual branches are added to is never rounded to bf16.
+    # In the parameters' precision, also under autocast: the residual stream is never rounded to bf16.
     x_BND = model.patch_embed(image_BCHW.to(model.cls_token.dtype)).to(model.cls_token.dtype)
     if mask_BN is not None:
         x_BND = torch.where(mask_BN.unsqueeze(-1), model.mask_token, x_BND)
@@ -232,44 +212,40 @@ def embed(model: Any, image_BCHW: Tensor, mask_BN: Tensor | None = None) -> Tens
     return model.pos_drop(x_BND)
 
 
+_cut_normal = partial(nn.init.trunc_normal_, std=0.02, a=-0.02, b=0.02)  # cut at one sigma
+_normal = partial(nn.init.trunc_normal_, std=0.02, a=-2.0, b=2.0)
+
+
 def init_for_pretraining(model: MaskedImageModel) -> None:
-    """The release's initial weights of pre-training: truncated normal of std .02 cut at +-.02, that is at one sigma."""
-    _init(model, _draw_cut, patch_conv=True)
-    _draw_cut(model.mask_token)
+    """The release's initial weights of pre-training: normal of std .02, cut at +-.02."""
+    _init(model, _cut_normal, patch_conv=True)
+    _cut_normal(model.mask_token)
     init_token_head(model.lm_head)
 
 
 def init_for_finetuning(model: Backbone) -> None:
-    """The release's initial weights of fine-tuning: std .02 (cut at an absolute +-2), head x .001, patch conv as is."""
-    _init(model, _draw, patch_conv=False)
+    """The release's initial weights of fine-tuning: normal of std .02, patch convolution as torch's, head x .001."""
+    _init(model, _normal, patch_conv=False)
     if isinstance(model.head, nn.Linear):
         init_class_head(model.head)
 
 
 def init_token_head(head: nn.Linear) -> None:
-    """A new head over the tokens of a codebook."""
-    _draw_cut(head.weight)
+    """Initial weights of a head over visual tokens."""
+    _cut_normal(head.weight)
     nn.init.zeros_(head.bias)
 
 
 @torch.no_grad()
 def init_class_head(head: nn.Linear) -> None:
-    """A new head over classes: nearly nothing at first."""
-    _draw(head.weight)
+    """Initial weights of a head over classes, near zero."""
+    _normal(head.weight)
     head.weight.mul_(0.001)
     nn.init.zeros_(head.bias)
 
 
-def _draw_cut(weight: Tensor) -> None:
-    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
-
-
-def _draw(weight: Tensor) -> None:
-    nn.init.trunc_normal_(weight, std=0.02, a=-2.0, b=2.0)
-
-
 @torch.no_grad()
-def _init(model: Beit, draw: Callable[[Tensor], None], patch_conv: bool) -> None:
+def _init(model: Beit, draw: Callable[[Tensor], Tensor], patch_conv: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and patch_conv):
             draw(module.weight)
@@ -282,6 +258,6 @@ def _init(model: Beit, draw: Callable[[Tensor], None], patch_conv: bool) -> None
     if model.pos_embed is not None:
         draw(model.pos_embed)
     block: Any
-    for layer, block in enumerate(model.blocks, start=1):  # residual branches start smaller the deeper they sit
+    for layer, block in enumerate(model.blocks, start=1):  # deeper residual branches start smaller
         block.attn.proj.weight.div_(math.sqrt(2 * layer))
         block.mlp.fc2.weight.div_(math.sqrt(2 * layer))

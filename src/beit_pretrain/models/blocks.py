@@ -1,15 +1,14 @@
-"""The transformer's blocks: timm's modules, run so that nothing is computed that nobody looks at.
+"""The transformer's blocks: timm's modules with a faster forward pass that gives the same numbers but for rounding.
 
-* A residual branch that drop path drops is not computed for that image.
-* Of the last block in front of a token head, only the masked positions have queries, a projection and an MLP.
+* Of the last block in front of a token head only the masked positions have queries, a projection and an MLP.
 * The bias of the attention is gathered once a step, in the layout and precision that fused kernels want.
-* Attention runs by torch's kernels, or by Triton kernels of our own (`Attention.kernel`).
-* Layer scale is multiplied into the weights in front of it and not into every token's output.
+* Attention runs by torch's kernels or by our Triton kernels (`Attention.kernel`).
+* Layer scale is multiplied into the weights in front of it, not into every token's output.
 * Patches are embedded by a matrix product, not by a convolution of three channels.
-* Linear layers take the fastest product (`linear.py`).
+* What is for CPUs alone is in `cpu_kernels.py`, which has a switch.
 
-None of that changes a number by more than rounding. Shapes: B batch, N tokens ([CLS] first), K tokens that are asked
-for, D width, H heads, d width of a head, R residual branches (two a block).
+Shapes: B batch, N tokens ([CLS] first), K tokens that are asked for, D width, H heads, d width of a head, R residual
+branches (two a block).
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from beit_pretrain.models.linear import linear
+from beit_pretrain.models import cpu_kernels
+from beit_pretrain.models.cpu_kernels import linear
 
-# Not cuDNN's: without gradients torch would prefer it, and it makes a new plan for every shape. Not measured yet.
+# Without cuDNN's: torch would prefer it without gradients, and it makes a new plan for every shape. Not measured yet.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-ALIGNED = 16  # numbers in whose multiples rows of the bias begin: without, CUDA's kernels copy it at every layer
-TRITON_WIDTHS = (16, 32, 64, 128)  # of the heads that the Triton kernels take
-KEYS = 8  # a CPU's keys are filled up to multiples of it: products with rows of 197 numbers are slower than of 200
+ALIGNED = 16  # rows of the bias begin at multiples of it: otherwise CUDA's kernels copy the bias in every layer
 
 
 class PatchEmbed(layers.PatchEmbed):
@@ -50,15 +48,14 @@ class PatchEmbed(layers.PatchEmbed):
 def scaled_linear(layer: nn.Linear, x: Tensor, gamma_D: Tensor | None) -> Tensor:
     """gamma * (x W^T + b), layer scale's factors (D,) after a linear layer.
 
-    In training they are multiplied into W and b: their gradient comes out of that of W, and neither the layer's output
-    must be kept for it nor two tensors of its size be read. fp16 could not hold such weights where gamma is 1e-5.
+    In training gamma is multiplied into W and b: its gradient then follows from that of W, so the layer's output is
+    neither kept nor read for it. Not in fp16, which could not hold such weights where gamma is 1e-5.
     """
     if gamma_D is None:
         return layer(x)
     if not torch.is_grad_enabled() or compute_dtype(x) == torch.float16:
         return gamma_D * layer(x)
-    bias = None if layer.bias is None else gamma_D * layer.bias
-    return linear(x, gamma_D.unsqueeze(1) * layer.weight, bias)
+    return linear(x, gamma_D.unsqueeze(1) * layer.weight, gamma_D * layer.bias)
 
 
 class Mlp(layers.Mlp):
@@ -85,29 +82,27 @@ class Attention(beit.Attention):
         token_BK: Tensor | None = None,
         gamma_D: Tensor | None = None,
     ) -> Tensor:
-        """Outputs (B, N, D); with `token_BK`, numbers of tokens, those of these tokens (B, K, D).
+        """Outputs (B, N, D), or with token numbers `token_BK` those of these tokens, (B, K, D).
 
-        `shared_rel_pos_bias` (1, H, N, N) is added to the scores; a table of the layer's own is added by itself.
+        `shared_rel_pos_bias` (1, H, N, N) is added to the scores, and so is the bias of the layer's own table.
         `gamma_D`: the layer scale that follows.
         """
         bias = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             own = pad_bias_stride(self._get_rel_pos_bias(), x_BND)
             bias = own if bias is None else bias + own
-        none: Any = self.k_bias  # zeros: keys have no bias
+        heads, bias_of_k = self.num_heads, cast(Tensor, self.k_bias)  # zeros
         if token_BK is None:
-            whole = None if self.q_bias is None else torch.cat((self.q_bias, none, self.v_bias))
-            qkv = linear(x_BND, self.qkv.weight, whole).unflatten(-1, (3, self.num_heads, -1))
+            bias_3D = torch.cat((self.q_bias, bias_of_k, self.v_bias))
+            qkv = linear(x_BND, self.qkv.weight, bias_3D).unflatten(-1, (3, heads, -1))
             q, k, v = qkv.unbind(2)
         else:
-            parts = (len(self.qkv.weight) // 3, 2 * len(self.qkv.weight) // 3)
-            of_query, of_rest = self.qkv.weight.split(parts)
-            rest = None if self.q_bias is None else torch.cat((none, self.v_bias))
-            q = linear(gather_tokens(x_BND, token_BK), of_query, self.q_bias).unflatten(-1, (self.num_heads, -1))
-            kv = linear(x_BND, of_rest, rest).unflatten(-1, (2, self.num_heads, -1))
+            of_query, of_rest = self.qkv.weight.split((x_BND.shape[-1], 2 * x_BND.shape[-1]))
+            q = linear(gather_tokens(x_BND, token_BK), of_query, self.q_bias).unflatten(-1, (heads, -1))
+            kv = linear(x_BND, of_rest, torch.cat((bias_of_k, self.v_bias))).unflatten(-1, (2, heads, -1))
             k, v = kv.unbind(2)
         if bias is not None and self.kernel == "triton":
-            from beit_pretrain.models.triton_attention import attention_at, packed_attention  # not on every machine
+            from beit_pretrain.models.triton_attention import attention_at, packed_attention  # needs Triton
 
             out_BKHd = packed_attention(qkv, bias) if token_BK is None else attention_at(q, kv, bias, token_BK)
         else:
@@ -127,20 +122,9 @@ def biased_attention(q_BHKd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, bias: Tenso
     if q_BHKd.is_cuda:
         with sdpa_kernel(KERNELS):
             return F.scaled_dot_product_attention(q_BHKd, k_BHNd, v_BHNd, attn_mask=bias)
-    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
-        return F.scaled_dot_product_attention(q_BHKd, k_BHNd, v_BHNd, attn_mask=bias)
-    # On a CPU no fused kernel takes a bias that learns: here it is added by the product itself.
-    missing = -k_BHNd.shape[2] % KEYS
-    if missing:  # keys that nobody looks at; not minus infinity, of which compiled softmax makes NaN
-        bias = F.pad(bias, (0, missing), value=torch.finfo(bias.dtype).min / 2)
-        k_BHNd, v_BHNd = (F.pad(t, (0, 0, 0, missing)) for t in (k_BHNd, v_BHNd))
-    shape = (*q_BHKd.shape[:3], k_BHNd.shape[2])
-    scores = bias.expand(shape).reshape(-1, *shape[2:])
-    if scores.dtype != q_BHKd.dtype or (bias.shape[0] == shape[0] and not missing):  # in place only on a copy
-        scores = scores.to(q_BHKd.dtype, copy=True)
-    q, k, v = (t.flatten(0, 1) for t in (q_BHKd, k_BHNd, v_BHNd))
-    scores = scores.baddbmm_(q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(-1).to(v.dtype), v).unflatten(0, shape[:2])
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled() and cpu_kernels.active(q_BHKd.device):
+        return cpu_kernels.attention(q_BHKd, k_BHNd, v_BHNd, bias)
+    return F.scaled_dot_product_attention(q_BHKd, k_BHNd, v_BHNd, attn_mask=bias)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -180,19 +164,14 @@ def residual(
 ) -> Tensor:
     """x + branch(x), the branch dropped with probability `rate` for each image and else scaled by 1 / (1 - rate).
 
-    `uniform_B` (B,) in [0, 1) decides; None = nothing is dropped. With `skip` the branch is computed for the images
-    alone that keep it: fewer products, but shapes that change and a look at the device.
+    `uniform_B` (B,) in [0, 1) decides; None = nothing is dropped. With `skip` the branch is computed only for the
+    images that keep it.
     """
     if rate == 0 or uniform_B is None:
         return x + branch(x)
     keep_B = uniform_B >= rate
     if skip and not keep_B.all():
-        kept = keep_B.nonzero().flatten()
-        scale = 1 / (1 - rate)
-        if not len(kept):  # one image at least, or a process of several would have no gradient where others have one
-            kept, scale = kept.new_zeros(1), 0.0
-        # Not x[kept], whose gradient is put together ten times as slowly.
-        return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=scale)
+        return cpu_kernels.residual_of_kept(x, branch, keep_B, 1 / (1 - rate))
     factor_B = keep_B.to(x.dtype) / (1 - rate)
     return x + branch(x) * factor_B.view(-1, *[1] * (x.ndim - 1))
 
@@ -200,23 +179,19 @@ def residual(
 def run_block(
     block: Any, x: Tensor, bias: Tensor | None, drop_B2: Tensor | None = None, token_BK: Tensor | None = None
 ) -> Tensor:
-    """timm's Block on (B, N, D), with the decisions about drop path (B, 2) given from outside.
+    """timm's Block on (B, N, D), with drop path's random numbers (B, 2) from outside.
 
     With `token_BK` its outputs at these tokens alone, (B, K, D).
     """
-
-    def mlp_branch(x: Tensor) -> Tensor:
-        return block.mlp(block.norm2(x), block.gamma_2)
-
     rate = getattr(block.drop_path1, "drop_prob", 0.0)
     first, second = drop_B2.unbind(1) if drop_B2 is not None else (None, None)
-    skip = not (x.is_cuda or torch.compiler.is_compiling())
+    skip = cpu_kernels.active(x.device) and not torch.compiler.is_compiling()
     if token_BK is None:
         x = residual(x, lambda x: block.attn(block.norm1(x), bias, gamma_D=block.gamma_1), rate, first, skip)
     else:
         out = block.attn(block.norm1(x), bias, token_BK, block.gamma_1)
         x = residual(gather_tokens(x, token_BK), lambda _: out, rate, first)
-    return residual(x, mlp_branch, rate, second, skip)
+    return residual(x, lambda x: block.mlp(block.norm2(x), block.gamma_2), rate, second, skip)
 
 
 def block_outputs(

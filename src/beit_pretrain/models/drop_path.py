@@ -1,7 +1,7 @@
-"""Stochastic depth (Huang et al. 2016) whose draws belong to positions of the run.
+"""Stochastic depth (Huang et al. 2016) with random numbers keyed by the position in the run.
 
 Whether a residual branch is dropped for the image at position k is a function of (seed, k, branch): the same on any
-number of processes, in any micro-batch, after any restart. Drawn on the training device, without a wait for it.
+number of processes, in any micro-batch, after any restart. Drawn on the training device without synchronisation.
 Shapes: B batch, R residual branches (two a block).
 """
 

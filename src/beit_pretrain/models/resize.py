@@ -1,4 +1,4 @@
-"""Position tables at another image size (RECIPE section 5).
+"""Position tables at another image size, as in the release's run_class_finetuning.py.
 
 A relative position bias table holds one row for each offset between two patches, (2h - 1) x (2w - 1) of them row-major,
 and three more: [CLS] to patch, patch to [CLS], [CLS] to itself. Near offsets need the finest resolution, so the known
@@ -14,31 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EXTRA_ROWS = 3
-RATIOS = (1.01, 1.5)  # between which the ratio of the progression is sought
+RATIOS = (1.01, 1.5)  # bounds of the progression's ratio
 
 
 def resize_table(table_RH: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """A relative position bias table (R, heads) of grid `old` (rows, columns of patches) for grid `new`.
 
-    Each axis by itself: as it is for the same number of patches, cropped around offset 0 for fewer, stretched
-    geometrically for more. The three rows of [CLS] are kept.
+    An axis whose number of patches changes is interpolated, also for fewer patches: the ratio then ends at its lower
+    bound, 1.01. The three rows of [CLS] are kept.
     """
     if old == new:
         return table_RH.clone()
     offsets = table_RH[:-EXTRA_ROWS].double().cpu().numpy().reshape(2 * old[0] - 1, 2 * old[1] - 1, -1)
     for axis in (0, 1):
-        offsets = _resize_axis(offsets, axis, new[axis])
+        if old[axis] != new[axis]:
+            offsets = _resize_axis(offsets, axis, new[axis])
     body = torch.from_numpy(offsets.reshape(-1, offsets.shape[-1])).to(table_RH)
     return torch.cat([body, table_RH[-EXTRA_ROWS:]])
 
 
 def _resize_axis(offsets: np.ndarray, axis: int, patches: int) -> np.ndarray:
     reach, new_reach = offsets.shape[axis] // 2, patches - 1
-    if new_reach <= reach:
-        return offsets.take(np.arange(reach - new_reach, reach + new_reach + 1), axis=axis)
     if reach == 0:  # a single known offset says nothing about the others
         return np.repeat(offsets, 2 * new_reach + 1, axis=axis)
-    from scipy.interpolate import make_interp_spline  # for larger images alone: training does without SciPy
+    from scipy.interpolate import make_interp_spline  # slow to import, and only used when images change their size
 
     half = progression(reach, new_reach)
     known = np.concatenate([-half[::-1], [0.0], half])
@@ -48,9 +47,9 @@ def _resize_axis(offsets: np.ndarray, axis: int, patches: int) -> np.ndarray:
 
 
 def progression(terms: int, extent: float) -> np.ndarray:
-    """Places 1, 1 + q, 1 + q + q^2, ... of `terms` offsets, with the q from `RATIOS` whose last place is `extent`.
+    """Places 1, 1 + q, 1 + q + q^2, ... of `terms` offsets, with the q within `RATIOS` whose last place is `extent`.
 
-    q is the last midpoint of a bisection to 1e-6, as in the release: a table resized here is the release's.
+    q is the last midpoint of a bisection to 1e-6, as in the release.
     """
     (low, high), ratio = RATIOS, 0.0
     while high - low > 1e-6:

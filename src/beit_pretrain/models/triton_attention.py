@@ -24,10 +24,10 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 from triton.runtime.jit import JITFunction
 
-from beit_pretrain.models.blocks import TRITON_WIDTHS as WIDTHS
 from beit_pretrain.models.triton_gradients import backward_kernel, bias_kernel, delta_kernel
 from beit_pretrain.models.triton_kernels import forward_kernel
 
+WIDTHS = (16, 32, 64, 128)  # of a head
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROGRAMS = 768  # of the bias's gradient, at least, where the batch can be split into so many: 6 for each SM of an H100
 DELTA_ROWS = 64

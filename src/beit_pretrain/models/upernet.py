@@ -1,8 +1,7 @@
-"""UPerNet (Xiao et al. 2018) with an auxiliary FCN head on features of four blocks of a BEiT (RECIPE section 7).
+"""UPerNet (Xiao et al. 2018) with an auxiliary FCN head on features of four blocks of a BEiT (BEiT, section 3.2).
 
-A plain transformer has one resolution. Its features of four blocks become a pyramid of x4, x2, x1 and x1/2 of the patch
-grid; the coarsest level is pooled at several scales, the levels are merged from the coarsest to the finest, and a 1x1
-convolution classifies the finest grid, of a quarter of the patch size.
+The features of four blocks are rescaled to x4, x2, x1 and x1/2 of the patch grid; the coarsest level is pooled at
+several scales, the levels are merged from the coarsest to the finest, and a 1x1 convolution classifies the finest grid.
 
 Module names are those of Hugging Face's files and, but for the classifiers, of the authors' segmentation checkpoints.
 Shapes: B batch, C channels, H W pixels, h w patches, D width, F channels of the decoder, K classes.
@@ -10,35 +9,30 @@ Shapes: B batch, C channels, H W pixels, h w patches, D width, F channels of the
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.backbone import Architecture, Backbone, embed, init_for_finetuning
+from beit_pretrain.models.backbone import Backbone, embed, init_for_finetuning
 from beit_pretrain.models.blocks import block_outputs
 
 DROPOUT = 0.1  # of whole channels in front of the two classifiers
 HEADS = ("fpn1.", "fpn2.", "decode_head.", "auxiliary_head.")
 CLASSIFIERS = ("decode_head.classifier.", "auxiliary_head.classifier.")
 
-
-class Decoder(TypedDict, total=False):
-    """Arguments of the heads.
-
-    layers: numbers of four blocks, from 1 (0 = the embeddings), in ascending order; None = `default_layers`.
-    channels: F; None = the width of the backbone. pool_scales: grids of the pyramid pooling.
-    aux_channels: of the auxiliary head; None = no such head. aux_convs: its 3x3 convolutions.
-    """
-
-    layers: Sequence[int] | None
-    channels: int | None
-    pool_scales: Sequence[int]
-    aux_channels: int | None
-    aux_convs: int
+Decoder = dict[str, Any]  # arguments of the heads, some of these:
+DEFAULTS: Decoder = {
+    "layers": None,  # numbers of four blocks, from 1 (0 = the embeddings), ascending; None = `default_layers`
+    "channels": None,  # F; None = the width of the backbone
+    "pool_scales": (1, 2, 3, 6),  # grids of the pyramid pooling
+    "aux_channels": 256,  # of the auxiliary head; None = no such head
+    "aux_convs": 1,  # its 3x3 convolutions
+}
 
 
 class Maps(NamedTuple):
@@ -61,7 +55,7 @@ class Conv(nn.Conv2d):
 
 
 class PixelClassifier(nn.Conv2d):
-    """1x1 convolution to classes, nearly nothing at first."""
+    """1x1 convolution to classes, near zero at first."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__(channels, classes, kernel_size=1)
@@ -72,16 +66,10 @@ class PixelClassifier(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
 
-class ConvUnit(nn.Module):
+def conv_unit(channels_in: int, channels: int, kernel: int = 1) -> nn.Sequential:
     """Convolution without bias, batch norm, ReLU."""
-
-    def __init__(self, channels_in: int, channels: int, kernel: int = 1):
-        super().__init__()
-        self.conv = Conv(channels_in, channels, kernel, padding=kernel // 2, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
+    conv = Conv(channels_in, channels, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(channels), relu=nn.ReLU()))
 
 
 class UPerHead(nn.Module):
@@ -90,12 +78,12 @@ class UPerHead(nn.Module):
     def __init__(self, width: int, channels: int, pool_scales: Sequence[int], classes: int):
         super().__init__()
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvUnit(width, channels)) for scale in pool_scales
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), conv_unit(width, channels)) for scale in pool_scales
         )
-        self.bottleneck = ConvUnit(width + len(pool_scales) * channels, channels, 3)
-        self.lateral_convs = nn.ModuleList(ConvUnit(width, channels) for _ in range(3))
-        self.fpn_convs = nn.ModuleList(ConvUnit(channels, channels, 3) for _ in range(3))
-        self.fpn_bottleneck = ConvUnit(4 * channels, channels, 3)
+        self.bottleneck = conv_unit(width + len(pool_scales) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(conv_unit(width, channels) for _ in range(3))
+        self.fpn_convs = nn.ModuleList(conv_unit(channels, channels, 3) for _ in range(3))
+        self.fpn_bottleneck = conv_unit(4 * channels, channels, 3)
         self.classifier = PixelClassifier(channels, classes)
 
     def forward(self, pyramid: list[Tensor], keep_BF: Tensor | None = None) -> Tensor:
@@ -115,7 +103,7 @@ class FCNHead(nn.Module):
 
     def __init__(self, width: int, channels: int, convs: int, classes: int):
         super().__init__()
-        self.convs = nn.Sequential(*(ConvUnit(width if i == 0 else channels, channels, 3) for i in range(convs)))
+        self.convs = nn.Sequential(*(conv_unit(width if i == 0 else channels, channels, 3) for i in range(convs)))
         self.classifier = PixelClassifier(channels, classes)
 
     def forward(self, x: Tensor, keep_BF: Tensor | None = None) -> Tensor:
@@ -123,52 +111,43 @@ class FCNHead(nn.Module):
 
 
 class Segmenter(Backbone):
-    """A BEiT under UPerNet: a class for every pixel.
+    """A BEiT under UPerNet: K classes for every pixel.
 
-    Args:
-        num_classes: K.
-        decoder: see `Decoder`; None = all its defaults.
-        architecture: see `backbone.Architecture`; by default with a bias table for every block.
+    For `decoder` see `DEFAULTS`, for `architecture` those of `backbone.py`; by default every block has a bias table.
     """
 
-    def __init__(self, num_classes: int, decoder: Decoder | None = None, **architecture: Unpack[Architecture]):
+    kind = "segmenter"
+
+    def __init__(self, num_classes: int, decoder: Decoder | None = None, **architecture: Any):
         architecture.setdefault("rel_pos_bias", "per_layer")
         super().__init__("", 0, **architecture)
         self.norm = nn.Identity()  # the raw outputs of blocks are used
-        given: Decoder = decoder or {}
+        given = {**DEFAULTS, **(decoder or {})}
         depth, width = len(self.blocks), int(self.embed_dim)
-        layers = list(given.get("layers") or default_layers(depth))
+        layers = list(given["layers"] or default_layers(depth))
         if len(layers) != 4 or layers != sorted(layers) or layers[0] < 0 or layers[-1] > depth:
             raise UserError(f"decoder.layers={layers} must be four numbers up to {depth}, in ascending order")
-        channels = given.get("channels") or width
-        scales, aux, convs = list(given.get("pool_scales", (1, 2, 3, 6))), given.get("aux_channels", 256), 1
-        convs = given.get("aux_convs", convs)
+        channels, scales, aux = given["channels"] or width, list(given["pool_scales"]), given["aux_channels"]
         self.layers, self.num_classes = layers, num_classes
+        self.channels, self.aux_channels = channels, aux or 0
         self.fpn1 = nn.Sequential(_doubling(width), nn.BatchNorm2d(width), nn.GELU(), _doubling(width))
         self.fpn2 = nn.Sequential(_doubling(width))
         self.decode_head = UPerHead(width, channels, scales, num_classes)
-        self.auxiliary_head = FCNHead(width, aux, convs, num_classes) if aux else None
-        self.channels, self.aux_channels = channels, aux or 0
-        self.config |= {"num_classes": num_classes}
-        self.config["decoder"] = {
-            "layers": layers,
-            "channels": channels,
-            "pool_scales": scales,
-            "aux_channels": aux,
-            "aux_convs": convs,
-        }
+        self.auxiliary_head = FCNHead(width, aux, given["aux_convs"], num_classes) if aux else None
+        self.config["num_classes"] = num_classes
+        self.config["decoder"] = {**given, "layers": layers, "channels": channels, "pool_scales": scales}
         init_for_finetuning(self)
         self.blocks[layers[-1] :].requires_grad_(False)  # nothing reads them
 
     def forward(self, image_BCHW: Tensor, drop_BR: Tensor | None = None, keep_BF: Tensor | None = None) -> Maps:  # type: ignore[override]
-        """Logits at a quarter of the patch size, as in transformers. Images are normalised, of the network's size.
+        """Logits on four times the patch grid, as in transformers, of normalised images of the network's size.
 
-        `drop_BR`: see `Backbone.hidden_states`. `keep_BF`, factors of the channels in front of the two classifiers
-        (B, F + aux_channels), is their dropout; None = no dropout.
+        `drop_BR`: see `Backbone.hidden_states`. `keep_BF` (B, F + aux_channels), factors of the channels in front of
+        the two classifiers, is their dropout; None = no dropout.
         """
         pyramid = self.pyramid(image_BCHW, drop_BR)
         keep = keep_BF.split([self.channels, self.aux_channels], dim=1) if keep_BF is not None else (None, None)
-        auxiliary = self.auxiliary_head(pyramid[2], keep[1]) if self.auxiliary_head is not None else None
+        auxiliary = self.auxiliary_head(pyramid[2], keep[1]) if self.auxiliary_head else None
         return Maps(self.decode_head(pyramid, keep[0]), auxiliary)
 
     def pyramid(self, image_BCHW: Tensor, drop_BR: Tensor | None = None) -> list[Tensor]:

@@ -45,6 +45,8 @@ from beit_pretrain.transforms.views import TwoViewTransform, jittered_view, jitt
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.attention_maps import attention_picture
 from beit_pretrain.visualization.token_maps import token_sheet
+from beit_pretrain.tokenizers.tokenizer import Tokenizer, codebook_use
+from beit_pretrain.transforms.jitter import jittered_view, jittered_views, normalise
 
 IGNORE = -100
 

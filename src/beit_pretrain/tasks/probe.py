@@ -1,7 +1,6 @@
-"""Linear probes: one linear classifier on the frozen features of every layer at once (RECIPE section 6).
+"""The task `probe`: trains linear classifiers on the frozen features of every layer (`networks/linear_probe.py`).
 
-The last layer of a masked image model is busy with tokens and looks broken to a linear classifier, so all layers are
-probed in one run and the best one is named. Shapes: B batch, C channels, H W pixels, D width, K classes.
+Shapes: B batch, C channels, H W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -9,23 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.backbone import FeatureExtractor, Features
+from beit_pretrain.models.backbone import FeatureExtractor
 from beit_pretrain.models.build import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.formats import digest
+from beit_pretrain.models.linear_probe import LayerProbes, losses_and_hits
 from beit_pretrain.models.checkpoints.pretrained import features
 from beit_pretrain.settings import Count, Pool, Settings, about
 from beit_pretrain.tasks.common import BackboneSettings, ClassificationDataSettings, labelled_data
-from beit_pretrain.transforms.views import normalise
+from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.visualization.plots import layers_plot
 
 
@@ -52,37 +50,6 @@ class ProbeSettings(BackboneSettings):
     data: ClassificationDataSettings
 
 
-class LayerProbes(nn.Module):
-    """A linear classifier for each of some layers, without any normalisation in front.
-
-    Args:
-        layers: numbers of the blocks, from 1.
-        width: D, of the backbone.
-        num_classes: K.
-        pool: "cls_avg", [CLS] beside the mean of the patch tokens (release); "avg" (paper); "cls".
-    """
-
-    def __init__(self, layers: Sequence[int], width: int, num_classes: int, pool: str = "cls_avg"):
-        super().__init__()
-        self.config = {"layers": list(layers), "width": width, "num_classes": num_classes, "pool": pool}
-        self.layers, self.pool = list(layers), pool
-        self.heads = nn.ModuleList(nn.Linear(width * (2 if pool == "cls_avg" else 1), num_classes) for _ in layers)
-        for head in self.heads:
-            nn.init.normal_(head.weight, std=0.01)  # type: ignore[arg-type]
-            nn.init.zeros_(head.bias)  # type: ignore[arg-type]
-
-    def forward(self, features: Features) -> list[Tensor]:
-        """Logits (B, K) of every layer."""
-        return [
-            head(pooled(features.cls[layer - 1], features.patches[layer - 1], self.pool))
-            for layer, head in zip(self.layers, self.heads, strict=True)
-        ]
-
-
-def pooled(cls_BD: Tensor, patches_BND: Tensor, pool: str) -> Tensor:
-    """One vector an image: (B, 2 D) for "cls_avg", else (B, D)."""
-    parts = {"cls": [cls_BD], "avg": [patches_BND.mean(1)], "cls_avg": [cls_BD, patches_BND.mean(1)]}[pool]
-    return torch.cat(parts, dim=1)
 
 
 class Probing(TrainedModule):
@@ -121,22 +88,18 @@ class Probing(TrainedModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """The sum of the layers' cross-entropies: no layer's probe sees another's gradient."""
-        logits = [x.float() for x in self(batch["image"].float() / 255)]
-        losses = torch.stack([F.cross_entropy(x, batch["label"]) for x in logits])
-        correct = torch.stack([(x.argmax(1) == batch["label"]).float().mean() for x in logits])
-        self.accumulate(loss=losses.mean(), accuracy=correct.max())
+        losses, hits = losses_and_hits(self(batch["image"].float() / 255), batch["label"])
+        losses, accuracies = losses / len(batch["label"]), hits / len(batch["label"])
+        self.accumulate(loss=losses.mean(), accuracy=accuracies.max())
         return losses.sum()
 
     def on_validation_epoch_start(self) -> None:
-        # For each layer: loss, hits; and the number of images.
+        # Each layer's loss and hits, and the number of images.
         self._totals = torch.zeros(2 * len(self.model.layers) + 1, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        label_B, count = batch["label"], len(self.model.layers)
-        for i, logits in enumerate(self(batch["image"].float() / 255)):
-            self._totals[i] += F.cross_entropy(logits.float(), label_B, reduction="sum")
-            self._totals[count + i] += (logits.argmax(1) == label_B).sum()
-        self._totals[-1] += len(label_B)
+        losses, hits = losses_and_hits(self(batch["image"].float() / 255), batch["label"])
+        self._totals += torch.cat([losses, hits, hits.new_tensor([len(batch["label"])])])
 
     def on_validation_epoch_end(self) -> None:
         totals = self.sum_over_processes(self._totals)

@@ -36,6 +36,10 @@ from beit_pretrain.transforms.segmentation import IGNORE, SegmentationEvalTransf
 from beit_pretrain.transforms.views import normalise
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.overlays import comparison
+from beit_pretrain.models.upernet import DROPOUT, Segmenter
+from beit_pretrain.transforms.image_io import to_channels
+from beit_pretrain.transforms.jitter import HALF, normalise
+from beit_pretrain.transforms.segmentation import IGNORE, SegmentationEvalTransform
 
 AUX_WEIGHT = 0.4
 PoolScale = Annotated[int, Strict(), Field(ge=1, le=2**10 - 1)]

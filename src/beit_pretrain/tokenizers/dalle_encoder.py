@@ -2,7 +2,7 @@
 
 The package converts every weight at every call and scales each residual path in a pass of its own. Here that happens
 once, when the weights are moved to a device:
-* CPU: weights in oneDNN's blocked layout, everything in float32.
+* CPU: weights in oneDNN's blocked layout, everything in float32 (`models/cpu_kernels.py` has the switch).
 * CUDA: convolutions in fp16 with channels innermost, as in the release, each with its bias and ReLU in one kernel. The
   output convolution, float32 in the release, is one fp16 product with float32 sums: each weight is split into two fp16
   numbers whose sum is exact to 2^-22. Its input is fp16 anyway, so but for the sums nothing else is rounded. cuDNN's
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_pretrain.errors import first_line
+from beit_pretrain.models import cpu_kernels
 
 FUSED_OFF = 0.01  # of the largest number: from which on a fused kernel's are wrong
 FP16_TOP = 2.0**15  # weights are scaled by a power of two to just below it, so that their small halves do not underflow
@@ -145,7 +146,7 @@ class FusedEncoder:
     def __init__(self, encoder: nn.Module, device: torch.device, half: bool | None = None):
         self.device = device
         self.half = device.type == "cuda" if half is None else half
-        self.blocked = device.type == "cpu" and not self.half and torch.backends.mkldnn.is_available()
+        self.blocked = cpu_kernels.active(device) and not self.half and torch.backends.mkldnn.is_available()
         # cuDNN's kernel may take any algorithm, whatever torch is told of determinism.
         self.fused = self.half and not torch.are_deterministic_algorithms_enabled()
         blocks: Any = encoder.blocks

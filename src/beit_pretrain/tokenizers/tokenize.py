@@ -32,9 +32,11 @@ from beit_pretrain.tokenizers.token_cache import FORMAT, images_digest, record_d
 from beit_pretrain.tokenizers.token_writer import begin, finish, is_finished, is_whole, save, summary, work_folder
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, view_size
 from beit_pretrain.transforms.image_io import open_image, reason
+from beit_pretrain.transforms.jitter import jittered_view
 from beit_pretrain.transforms.mean_color_grid import SIDE
 from beit_pretrain.transforms.settings import ViewSettings
 from beit_pretrain.transforms.views import TwoViewTransform, jittered_view
+from beit_pretrain.transforms.views import TwoViewTransform
 
 SHOWN = 20  # images that could not be decoded which are named
 

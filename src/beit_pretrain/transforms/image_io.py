@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-# Pillow's name of a format -> extension in a shard. No EPS: Pillow would hand untrusted files to Ghostscript.
+# Pillow's name of a format -> extension in a shard. Not EPS: Pillow would run Ghostscript on untrusted files.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 EXTENSIONS |= {"JPEG2000": "jp2", "AVIF": "avif", "PPM": "ppm", "ICO": "ico", "TGA": "tga", "PCX": "pcx", "SGI": "sgi"}
 IMAGE_EXTENSIONS = frozenset(EXTENSIONS.values()) | {"jpeg", "tif", "pgm", "pbm"}
@@ -30,7 +30,7 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """Open an image, not yet decoded, for the length of a `with` block, in which it must be decoded.
+    """Open an image for the length of a `with` block, in which it must be decoded.
 
     Raises ValueError, before decoding, if it has more than `max_pixels`, and whatever Pillow raises for broken files.
     """

@@ -1,4 +1,4 @@
-"""The rows of a JPEG that a crop needs, as a JPEG of its own, without decoding anything.
+"""Cuts the rows that a crop needs out of a JPEG, as a JPEG of its own, without decoding.
 
 `shards make resize=` ends every row of blocks with a restart marker (ITU T.81, section E.1.4), after which decoding
 can begin anew. So a band of rows is cut out by bytes: a header with another height, and the band's segments.
@@ -15,7 +15,7 @@ OTHER_FRAMES = {0xC0 + n for n in range(1, 16)} - {0xC4, 0xC8, 0xCC}  # not base
 
 
 class _Layout(NamedTuple):
-    """What the header says of a baseline JPEG with one restart interval a row of blocks."""
+    """A baseline JPEG with one restart interval a row of blocks."""
 
     height: int
     height_at: int  # offset of the header's two bytes

@@ -1,7 +1,7 @@
-"""The colours of a whole image: mean colours of 8 x 8 tiles, which contrast is relative to (views.py).
+"""Mean colours of an image in 8 x 8 tiles, to which the contrast of the colour jitter is relative (`jitter.py`).
 
-`shards make resize=` writes them into the file, as a comment of the JPEG, so that only a crop's rows need be decoded:
-the text is `PREFIX` and 3 bytes a tile in hexadecimal. Without a comment all rows are decoded.
+`shards make resize=` writes them into the JPEG as a comment, `PREFIX` and 3 bytes a tile in hexadecimal, so that only a
+crop's rows have to be decoded. Without the comment all rows are.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def of_image(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def in_jpeg(data: bytes) -> np.ndarray | None:
-    """The colours in a JPEG's bytes, uint8 (64, 3); None if it tells none."""
+    """The colours in a JPEG's bytes, uint8 (64, 3); None if it has none."""
     at = data.find(MARK, 0, SEARCHED)
     return None if at < 0 else in_comment(data[at + 4 : at + 4 + LENGTH])
 
 
 def in_comment(text: bytes | str | None, channels: int = 3) -> np.ndarray | None:
-    """The colours in a file's comment as uint8 (64, 3), or (64, 1) for one channel; None if it tells none."""
+    """The colours in a file's comment as uint8 (64, 3), or (64, 1) for one channel; None if it has none."""
     if not isinstance(text, bytes) or len(text) != LENGTH or not text.startswith(PREFIX):
         return None
     try:

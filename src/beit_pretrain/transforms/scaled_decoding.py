@@ -1,9 +1,9 @@
-"""Decode only what a crop needs, and resize it: the fast way from an opened image to a view.
+"""Decodes only what a crop needs, and resizes it.
 
 JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop allows it. Resizing is torch's antialiased bicubic
-on uint8, vectorised: Pillow's filter within rounding, at a quarter of its time. With simplejpeg, where there is one,
-JPEGs go straight into an array, of those with restart markers only the rows that the crop needs; the pixels are the
-same, since both are libjpeg-turbo with the same settings.
+on uint8: Pillow's filter within rounding, at a quarter of its time. If simplejpeg is installed, JPEGs are decoded by it
+straight into an array, and of those with restart markers only the rows that the crop needs; the pixels are the same,
+since Pillow and simplejpeg are libjpeg-turbo with the same settings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ try:
 except ImportError:
     simplejpeg = None
 
-
 SAME_RGB = ("YCbCr", "Gray", "RGB")  # colours of a JPEG; CMYK's two kinds differ
 
 
@@ -40,22 +39,22 @@ class Crop(NamedTuple):
 
 
 class Cropped(NamedTuple):
-    """What was decoded of an image."""
+    """A decoded crop."""
 
     array: np.ndarray  # uint8 (h, w, C), the crop
     tiles: np.ndarray  # uint8 (64, C), the whole image's mean colours
 
 
 def cropped_array(image: Image.Image | TurboJpeg, crop: Crop, size: int, channels: int = 3) -> Cropped:
-    """The crop of an opened image, of at least `size` pixels a side where the image has them, and the whole's colours.
+    """The crop of an opened image, at least `size` pixels a side where the image has them, and its mean colours.
 
     Raises what Pillow raises for broken files.
     """
     if isinstance(image, TurboJpeg):
         if (cropped := turbo_crop(image, crop, size)) is not None:
             return cropped
-        with open_image(image.data) as judged:
-            return cropped_array(judged, crop, size, channels)
+        with open_image(image.data) as again:
+            return cropped_array(again, crop, size, channels)
     tiles = in_comment(image.info.get("comment"), channels)
     image, crop = scaled_decode(image, crop, size, channels)
     # A copy, since torch warns of arrays that cannot be written to.
@@ -66,7 +65,7 @@ def cropped_array(image: Image.Image | TurboJpeg, crop: Crop, size: int, channel
 def scaled_decode(image: Image.Image, crop: Crop, size: int, channels: int = 3) -> tuple[Image.Image, Crop]:
     """Decode to `channels`, JPEGs at 1/2, 1/4 or 1/8 of their size where the crop still keeps `size` pixels a side.
 
-    Returns the image and the crop in its pixels. The DCT's own averaging stands for the first halvings of the resize.
+    Returns the image and the crop in its pixels.
     """
     width, height = image.size
     if image.format in ("JPEG", "MPO") and (scale := decoding_scale(image.size, crop, size)) > 1:
@@ -76,7 +75,7 @@ def scaled_decode(image: Image.Image, crop: Crop, size: int, channels: int = 3) 
 
 
 def decoding_scale(image_size: tuple[int, int], crop: Crop, size: int) -> int:
-    """1, 2, 4 or 8: by how much an image of (width, height) may be decoded smaller, keeping `size` pixels a side."""
+    """1, 2, 4 or 8: the factor by which an image (width, height) may be decoded smaller for a view of `size`."""
     factor = min(crop.height, crop.width) / size
     return next((scale for scale in (8, 4, 2) if factor >= scale), 1)
 
@@ -96,11 +95,11 @@ def crop_in(crop: Crop, image_size: tuple[int, int], decoded_size: tuple[int, in
 
 
 class TurboJpeg(NamedTuple):
-    """A JPEG whose header alone was read: what the fast views need of a PIL image, without opening one."""
+    """A JPEG of which only the header was read, in place of an opened PIL image."""
 
     data: bytes
     size: tuple[int, int]  # width, height
-    tiles: np.ndarray | None = None  # the whole image's colours, if the file tells them
+    tiles: np.ndarray | None = None  # the image's mean colours, if the file has them in a comment
 
     @property
     def width(self) -> int:
@@ -108,7 +107,7 @@ class TurboJpeg(NamedTuple):
 
 
 def turbo_jpeg(data: bytes) -> TurboJpeg | None:
-    """The JPEG in `data` if simplejpeg is there and both make the same RGB of it; None: open it with Pillow."""
+    """The JPEG in `data` if simplejpeg decodes it to the same RGB as Pillow; None = open it with Pillow."""
     if simplejpeg is None or data[:3] != b"\xff\xd8\xff":
         return None
     try:
@@ -121,7 +120,7 @@ def turbo_jpeg(data: bytes) -> TurboJpeg | None:
 
 
 def turbo_crop(image: TurboJpeg, crop: Crop, size: int) -> Cropped | None:
-    """`cropped_array` by simplejpeg; None for what it objects to: of damaged files Pillow is the judge."""
+    """`cropped_array` by simplejpeg; None if it fails: for damaged files Pillow decides."""
     data, first, scale = image.data, 0, decoding_scale(image.size, crop, size)
     try:
         if scale > 1:
@@ -129,7 +128,7 @@ def turbo_crop(image: TurboJpeg, crop: Crop, size: int) -> Cropped | None:
             array = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
             crop = crop_in(crop, image.size, (array.shape[1], array.shape[0]))
         else:
-            if image.tiles is not None:  # else the whole image's colours are needed
+            if image.tiles is not None:  # else the whole image is needed for them
                 data, first = cut_rows(data, crop.top, crop.top + crop.height) or (data, 0)
             array = simplejpeg.decode_jpeg(data, "RGB")
             crop = crop._replace(top=crop.top - first)
@@ -144,6 +143,6 @@ def resized(array_HWC: np.ndarray, size: int) -> Tensor:
     if array_HWC.shape[2] == 4:  # Pillow weighs colours by alpha, as it does in the authors' order
         image = Image.fromarray(array_HWC, "RGBA").resize((size, size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    # In memory as torch's kernel wants it, or it would copy the pixels into planes and back, for half of its time.
+    # Channels innermost in memory, or torch's kernel would spend half of its time on copies.
     image_1CHW = torch.from_numpy(np.ascontiguousarray(array_HWC))[None].permute(0, 3, 1, 2)
     return F.interpolate(image_1CHW, (size, size), mode="bicubic", antialias=True)[0]

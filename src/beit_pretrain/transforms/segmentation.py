@@ -1,7 +1,8 @@
-"""Images with label maps for segmentation: the training crop and the whole image at test time (RECIPE section 7).
+"""Images with label maps for segmentation: training crops, and whole images for testing.
 
-Label maps follow ADE20K's convention by default: 0 in the file is nothing that counts, ids 1 ... K become classes
-0 ... K - 1, and IGNORE marks what does not count. Shapes: C channels, H W pixels, S the side of a crop.
+Both follow the pipelines of the release's semantic_segmentation/configs. By default 0 in a label map is ignored and ids
+1 ... K are the classes 0 ... K - 1, as in ADE20K; IGNORE marks ignored pixels. Shapes: C channels, H W pixels, S the
+side of a crop.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ import numpy as np
 from PIL import Image
 
 from beit_pretrain.transforms.image_io import to_channels
-from beit_pretrain.transforms.views import HALF, to_array
+from beit_pretrain.transforms.jitter import HALF
+from beit_pretrain.transforms.views import to_array
 
 IGNORE = 255
-LONGEST = 4  # the longer side of a resized image is at most so many times the shorter side that is asked for
+LONGEST = 4  # the longer side of a resized image is at most so many times the requested shorter side
 CROPS = 10  # tries for a crop that is not mostly of one class
 SHIFT, FACTORS, HUE = 32.0, (0.5, 1.5), 18 / 180  # photometric distortion; hue in turns
 
 
 def read_labels(label_map: Image.Image, classes: int, reduce_labels: bool, size: tuple[int, int]) -> np.ndarray:
-    """Classes (H, W) uint8 of a label map, IGNORE where a pixel does not count.
+    """Classes (H, W) uint8 of a label map, IGNORE where a pixel is ignored.
 
-    Raises ValueError if it is no label map of an image of `size` (width, height), or has ids beyond the classes.
+    Raises ValueError if it is not a label map of an image of `size` (width, height), or has ids beyond the classes.
     """
     if label_map.size != size:
         raise ValueError(f"its label map has {label_map.width} x {label_map.height} pixels, not {size[0]} x {size[1]}")
@@ -145,26 +147,18 @@ class SegmentationEvalTransform:
 def distorted(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Photometric distortion of uint8 pixels (H, W) or (H, W, C), each step with probability 1/2.
 
-    Brightness, then contrast either before or after saturation and hue. Grey has neither of these; a fourth channel
+    Brightness, then contrast either before or after saturation and hue. Grey has neither of these two; a fourth channel
     stays as it is.
     """
-    applied = rng.random(5) < 0.5
+    brightness, first, contrasted, saturated, turned = rng.random(5) < 0.5
     shift, (contrast, saturation) = rng.uniform(-SHIFT, SHIFT), rng.uniform(*FACTORS, 2)
     turn = rng.uniform(-HUE, HUE)
-    if pixels.ndim == 3 and pixels.shape[2] == 4:
-        colours = _distorted(pixels[..., :3], applied, shift, contrast, saturation, turn)
-        return np.concatenate([colours, pixels[..., 3:]], axis=2)
-    return _distorted(pixels, applied, shift, contrast, saturation, turn)
-
-
-def _distorted(
-    pixels: np.ndarray, applied: np.ndarray, shift: float, contrast: float, saturation: float, turn: float
-) -> np.ndarray:
-    brightness, first, contrasted, saturated, turned = applied
+    coloured, rest = pixels.ndim == 3, pixels[..., 3:]
+    pixels = pixels[..., :3] if coloured else pixels
     pixels = _linear(pixels, 1.0, shift) if brightness else pixels
     if contrasted and first:
         pixels = _linear(pixels, contrast, 0.0)
-    if pixels.ndim == 3 and (saturated or turned):
+    if coloured and (saturated or turned):
         hsv = np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("HSV"))
         if saturated:
             hsv[..., 1] = _linear(hsv[..., 1], saturation, 0.0)
@@ -173,7 +167,7 @@ def _distorted(
         pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
     if contrasted and not first:
         pixels = _linear(pixels, contrast, 0.0)
-    return pixels
+    return np.concatenate([pixels, rest], axis=2) if coloured and rest.shape[2] else pixels
 
 
 def _linear(pixels: np.ndarray, factor: float, shift: float) -> np.ndarray:

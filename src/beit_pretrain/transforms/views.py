@@ -1,10 +1,7 @@
-"""From a decoded image to what the networks see: crops, flips, colour jitter, normalisation (RECIPE sections 1 and 5).
+"""From an opened image to uint8 views: random resized crops, flips, RandAugment, centre crops.
 
-Workers crop and resize and send uint8; jitter and normalisation run batched on the training device, with the same
-jitter for both views (`color_jitter`). `pil_reference=True` keeps the authors' order instead: jitter and flip of the whole
-image with PIL, then the crops.
-
-Shapes: B batch, C channels, H W pixels.
+Runs in loader workers. Jitter and normalisation follow on the training device (`jitter.py`); `pil_reference=True` keeps the
+authors' order instead: jitter and flip of the whole image with PIL, then the crops. Shapes: C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -14,44 +11,34 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import permutations
 from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from pydantic import ConfigDict, PrivateAttr
 from torch import Tensor
-
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import Channels, ShareAboveZero, Side, Text, about
 from beit_pretrain.transforms.image_io import open_image, to_channels
+from beit_pretrain.transforms.jitter import HALF, Jitter, draw_jitter, jitter_arrays, pil_jitter
 from beit_pretrain.transforms.mean_color_grid import SIDE
 from beit_pretrain.transforms.scaled_decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
 from beit_pretrain.transforms.settings import CropSettings, ViewSettings
 
-HALF = (0.5, 0.5, 0.5)  # mean and std of BEiT's ImageNet-22k pre-training
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
-ORDERS = np.array(list(permutations(range(3))))
-GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
-EPSILON = 1e-3  # of a level of 8 bits: what float32 may miss an integer by
 THIN = 16  # times as long as wide: from there on an image is never enlarged as a whole
 
 
-class Jitter(NamedTuple):
-    """Colour jitter of one image: the factor of brightness, contrast and saturation, and the order they come in."""
-
-    factors: np.ndarray  # (3,) float32, 1 = unchanged
-    order: np.ndarray  # (3,) int64, a permutation of BRIGHTNESS, CONTRAST, SATURATION
-
-
 class AugmentParams(NamedTuple):
-    """What one position draws for its view."""
+    """The random numbers of a position's view."""
 
     jitter: Jitter
     flip: bool
     crop: Crop
 
     def mirrored(self, width: int) -> AugmentParams:
-        """The draw with the box in an unflipped image of `width`, where ours is cropped before it is flipped."""
+        """The draw with its box in the unflipped image of `width`, for cropping before flipping."""
         top, left, height, side = self.crop
         return self._replace(crop=Crop(top, width - left - side, height, side)) if self.flip else self
 
@@ -72,14 +59,6 @@ def draw_crop(
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
     return Crop((height - h) // 2, (width - w) // 2, h, w)
-
-
-def draw_jitter(rng: np.random.Generator, strength: Sequence[float] | None) -> Jitter:
-    """Factors uniform in [1 - s, 1 + s] (not below 0) for each of the three strengths, in random order."""
-    strength = strength or (0.0, 0.0, 0.0)
-    low = [max(0.0, 1 - s) for s in strength]
-    factors = [a + (1 + s - a) * rng.random() for a, s in zip(low, strength, strict=True)]
-    return Jitter(np.array(factors, np.float32), ORDERS[int(len(ORDERS) * rng.random())])
 
 
 def resized_crop(image: Image.Image, crop: Crop, size: int, resample: Image.Resampling) -> Image.Image:
@@ -110,30 +89,32 @@ class TwoViewTransform(ViewSettings):
     image_size: Side = about("side of the backbone's view, pixels")
 
     def prepare_view(self, data: bytes, rng: np.random.Generator) -> Callable[[], dict[str, np.ndarray]]:
-        """What makes the same of an image file's bytes; draws already, where the file's first bytes tell the size.
+        """A function that makes the views of an image file's bytes; it raises what Pillow raises for broken files.
 
-        It raises what Pillow raises for broken files.
+        The random numbers are drawn now if the file's first bytes tell the size, else when the function is called.
         """
-        if not self.pil_reference and self.channels == 3 and (jpeg := turbo_jpeg(data)) is not None:
+        if (jpeg := self._turbo_jpeg(data)) is not None:
             draw = self.draw(jpeg.size, rng)
             return lambda: self.apply(jpeg, draw)
         return lambda: self._of_opened(data, rng)
+
+    def _turbo_jpeg(self, data: bytes) -> TurboJpeg | None:
+        return turbo_jpeg(data) if self.channels == 3 and not self.pil_reference else None
 
     def _of_opened(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         with open_image(data) as image:
             return self(image, rng)
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> AugmentParams:
-        """Jitter, flip and crop of an image of `size` (width, height), the same whatever is `pil_reference`.
+        """Jitter, flip and crop of an image of `size` (width, height), the same with and without `pil_reference`.
 
-        The box lies in the flipped image, since the authors flip before they crop: so both show the same part.
+        The box lies in the flipped image, since the authors flip before they crop.
         """
         jitter = draw_jitter(rng, self.jitter)
         return AugmentParams(jitter, bool(rng.random() < self.flip), draw_crop(rng, *size, self.scale, self.ratio))
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """`image`, `token_image` as uint8 (C, H, W), `jitter_factors` (3,), `jitter_order` (3,) and
-        `jitter_tiles` (64, C) uint8, the whole image's colours.
+        """`image`, `token_image` as uint8 (C, H, W), and the jitter as in `jitter_arrays`.
 
         With `pil_reference` the jitter has been applied and the factors are 1.
         """
@@ -142,14 +123,14 @@ class TwoViewTransform(ViewSettings):
     def apply(
         self, image: Image.Image | TurboJpeg, draw: AugmentParams, names: Sequence[str] = ("image", "token_image")
     ) -> dict[str, np.ndarray]:
-        """What `__call__` gives, for a draw made before; of `image` and `token_image` only those in `names`."""
+        """What `__call__` returns, for a given draw; of `image` and `token_image` only those in `names`."""
         sizes = {"image": self.image_size, "token_image": self.token_image_size}
         wanted = {name: size for name, size in sizes.items() if name in names and size is not None}
         top, left, height, width = draw.crop
         if top + height > image.size[1] or left + width > image.size[0] or min(width, height) < 1:
             raise ValueError("the crop of its view lies outside the image")
         if not self.pil_reference:
-            # Decoded for the larger view, whatever is asked for: the pixels of one do not depend on the other.
+            # Decoded for the larger view whatever is asked for: the pixels of one must not depend on the other.
             largest = max(size for size in sizes.values() if size is not None)
             cropped = cropped_array(image, draw.mirrored(image.width).crop, largest, self.channels)
             made = {name: resized(cropped.array, size) for name, size in wanted.items()}
@@ -160,12 +141,12 @@ class TwoViewTransform(ViewSettings):
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image
         filters = {"image": Image.Resampling.BICUBIC, "token_image": Image.Resampling.LANCZOS}
         arrays = {name: to_array(resized_crop(image, draw.crop, size, filters[name])) for name, size in wanted.items()}
-        tiles = np.zeros((SIDE * SIDE, self.channels), np.uint8)  # a factor of 1 looks at none
+        tiles = np.zeros((SIDE * SIDE, self.channels), np.uint8)  # not used where factors are 1
         return arrays | jitter_arrays(draw.jitter._replace(factors=np.ones(3, np.float32)), tiles)
 
     def seen_bytes(self, data: bytes, draw: AugmentParams, names: Sequence[str] = ("image", "token_image")) -> dict:
         """`seen` of an image file's bytes. Raises what Pillow raises for broken files, ValueError for a box outside."""
-        if not self.pil_reference and self.channels == 3 and (jpeg := turbo_jpeg(data)) is not None:
+        if (jpeg := self._turbo_jpeg(data)) is not None:
             return self.apply(jpeg, draw, names)
         with open_image(data) as image:
             return self.apply(image, draw, names)
@@ -179,7 +160,7 @@ class ClassificationTransform(CropSettings):
         train: which of the two.
         scale, ratio, flip: of the random resized crop.
         auto_augment: timm's name of a RandAugment policy, such as `rand-m9-mstd0.5-inc1`; None = none.
-        fill: colour in [0, 1] of what RandAugment moves in from outside: the mean of the normalisation.
+        fill: colour in [0, 1] that RandAugment moves in from outside: the mean of the normalisation.
         crop_ratio: evaluation resizes the shorter side to image_size / crop_ratio (None: .875 below 384, 1 from there).
         channels: see `TwoViewTransform`; RandAugment takes 1 or 3.
     """
@@ -205,24 +186,22 @@ class ClassificationTransform(CropSettings):
         image, crop = scaled_decode(image, crop, self.image_size, self.channels)
         view = resized_crop(image, crop, self.image_size, Image.Resampling.BICUBIC)
         if self.auto_augment:
-            view = self._randaugment(view, self.auto_augment, rng)
+            # timm draws from the global generators: seed them by the position, so that workers cannot matter.
+            seed = int(rng.integers(2**32))
+            random.seed(seed)
+            np.random.seed(seed)
+            view = self._randaugment(view)
         return {"image": to_array(view, flip)}
 
-    def _randaugment(self, view: Image.Image, policy: str, rng: np.random.Generator) -> Image.Image:
-        if not self._augment:
-            from timm.data.auto_augment import rand_augment_transform
+    @cached_property
+    def _randaugment(self) -> Callable[[Image.Image], Image.Image]:
+        from timm.data.auto_augment import rand_augment_transform
 
-            levels = tuple(round(255 * m) for m in self.fill)
-            fill = levels if self.channels == 3 else levels[0]
-            settings = {"translate_const": int(self.image_size * 0.45), "img_mean": fill}
-            self._augment.append(
-                rand_augment_transform(policy, {**settings, "interpolation": Image.Resampling.BICUBIC})
-            )
-        # timm draws from the global generators: seed them by the position, so that workers cannot matter.
-        seed = int(rng.integers(2**32))
-        random.seed(seed)
-        np.random.seed(seed)
-        return self._augment[0](view)
+        assert self.auto_augment is not None
+        levels = tuple(round(255 * m) for m in self.fill)
+        fill = levels if self.channels == 3 else levels[0]
+        settings = {"translate_const": int(self.image_size * 0.45), "img_mean": fill}
+        return rand_augment_transform(self.auto_augment, {**settings, "interpolation": Image.Resampling.BICUBIC})
 
 
 def shorter_side(size: int, crop_ratio: float | None = None) -> int:
@@ -235,11 +214,11 @@ def shorter_side(size: int, crop_ratio: float | None = None) -> int:
 def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None, channels: int = 3) -> Image.Image:
     """Evaluation view: shorter side to size / crop_ratio (bicubic), then the central (size, size) crop.
 
-    Of a thin image the central part alone is enlarged: 3000 x 1 pixels would take gigabytes. It is the same but for the
-    rounding between Pillow's two passes, whose order depends on the size.
+    Of a thin image only the central part is enlarged: 3000 x 1 pixels would take gigabytes. The result is the same but
+    for the rounding between Pillow's two passes, whose order depends on the size.
     """
     shorter = shorter_side(size, crop_ratio)
-    # Decode JPEGs at twice the size that is needed: the bicubic filter then still sees every detail that counts.
+    # JPEGs are decoded at twice the needed size, which loses no detail that the bicubic filter would keep.
     if image.format == "JPEG" and min(image.size) > shorter * 2:
         image.draft(None, (shorter * 2, shorter * 2))
     image = to_channels(image, channels)
@@ -254,105 +233,3 @@ def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None, 
         return image.resize((size, size), Image.Resampling.BICUBIC, box)
     image = image.resize(whole, Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
-
-
-def pil_jitter(image: Image.Image, jitter: Jitter) -> Image.Image:
-    """Colour jitter of a PIL image, rounded to 8 bits after each operation, as the authors' loader applies it."""
-    from torchvision.transforms import functional as F  # an exact view only: torchvision is slow to import
-
-    adjust = {BRIGHTNESS: F.adjust_brightness, CONTRAST: F.adjust_contrast, SATURATION: F.adjust_saturation}
-    for operation in jitter.order:
-        image = adjust[int(operation)](image, float(jitter.factors[operation]))
-    return image
-
-
-def jitter_arrays(jitter: Jitter, tiles: np.ndarray) -> dict[str, np.ndarray]:
-    """What a sample carries of its jitter; `tiles` (64, C) uint8 are the whole image's colours."""
-    return {"jitter_factors": jitter.factors, "jitter_order": jitter.order, "jitter_tiles": tiles}
-
-
-def color_jitter(image_BCHW: Tensor, factors_B3: Tensor, order_B3: Tensor, tiles_BKC: Tensor | None = None) -> Tensor:
-    """Colour jitter of a batch of images in [0, 1], each with its own factors and order, in static shapes.
-
-    With `tiles_BKC` in [0, 1] as Pillow does it to the whole image: contrast blends with the mean grey of these colours
-    after the operations before it, and every operation cuts off what is below a level of 8 bits. Without, contrast
-    blends with the mean grey of what it gets.
-    Every operation blends the image with a reference (black, its mean grey, its grey image), as torchvision's do. An
-    image of one channel is its own grey image: saturation changes nothing. A fourth channel is left alone, as PIL does
-    with alpha.
-    """
-    if image_BCHW.shape[1] > 3:
-        of_three = None if tiles_BKC is None else tiles_BKC[..., :3]
-        colours = color_jitter(image_BCHW[:, :3], factors_B3, order_B3, of_three)
-        return torch.cat([colours, image_BCHW[:, 3:]], dim=1)
-    whole_BCK1 = None if tiles_BKC is None else tiles_BKC.transpose(1, 2)[..., None]
-    for slot in range(3):
-        operation_B111 = order_B3[:, slot].view(-1, 1, 1, 1)
-        factor_B111 = factors_B3.gather(1, order_B3[:, slot : slot + 1]).to(image_BCHW.dtype).view(-1, 1, 1, 1)
-        mean_B111 = _grey(image_BCHW if whole_BCK1 is None else whole_BCK1).mean(dim=(1, 2, 3), keepdim=True)
-        image_BCHW = _blended(image_BCHW, operation_B111, factor_B111, mean_B111)
-        if whole_BCK1 is not None:
-            image_BCHW = (image_BCHW * 255 + EPSILON).floor() / 255
-            whole_BCK1 = (_blended(whole_BCK1, operation_B111, factor_B111, mean_B111) * 255 + EPSILON).floor() / 255
-    return image_BCHW
-
-
-def _grey(image_BCHW: Tensor) -> Tensor:
-    channels = image_BCHW.shape[1]
-    weight_C = constant(GREY if channels == 3 else (1.0 / channels,) * channels, image_BCHW)
-    return (image_BCHW * weight_C.view(1, -1, 1, 1)).sum(1, keepdim=True)  # no matmul: autocast would round it
-
-
-def _blended(image_BCHW: Tensor, operation_B111: Tensor, factor_B111: Tensor, mean_B111: Tensor) -> Tensor:
-    """One operation of the jitter: away from, or towards, black, the mean grey or the image's own grey."""
-    reference = torch.where(operation_B111 == CONTRAST, mean_B111, _grey(image_BCHW))
-    reference = torch.where(operation_B111 == BRIGHTNESS, torch.zeros_like(reference), reference)
-    return torch.lerp(reference.expand_as(image_BCHW), image_BCHW, factor_B111).clamp(0, 1)
-
-
-def per_channel(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
-    """Mean or std for so many channels: as given, or one value for all. Raises UserError for any other number."""
-    if len(values) != channels and len(set(values)) == 1:
-        return (values[0],) * channels
-    if len(values) != channels:
-        raise UserError(f"{name}={list(values)} has {len(values)} values for data.channels={channels}")
-    return tuple(values)
-
-
-def normalise(image_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(image - mean) / std per channel."""
-    mean_C11, std_C11 = (constant(values, image_BCHW).view(-1, 1, 1) for values in (mean, std))
-    return (image_BCHW - mean_C11) / std_C11
-
-
-_CONSTANTS: dict[tuple, Tensor] = {}
-
-
-def _may_be_kept(like: Tensor) -> bool:
-    """A compiler keeps constants by itself; a fake tensor must not outlive what it was made for."""
-    return not torch.compiler.is_compiling() and type(like) is Tensor
-
-
-def constant(values: tuple[float, ...], like: Tensor) -> Tensor:
-    """A few numbers as a tensor (len(values),) in the precision and on the device of `like`, made once for each.
-
-    Made anew at every call, it would be a copy for which the host waits until the GPU has done all its work.
-    """
-    if not _may_be_kept(like):
-        return like.new_tensor(values)
-    key = (tuple(values), like.dtype, like.device)
-    if key not in _CONSTANTS:
-        with torch.inference_mode(False):  # validation may ask first, and training use it afterwards
-            _CONSTANTS[key] = torch.tensor(values, dtype=like.dtype, device=like.device)
-    return _CONSTANTS[key]
-
-
-def jittered_views(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Both views of a batch in [0, 1] float32 on the batch's device, jittered alike: (backbone's, tokenizer's)."""
-    return jittered_view(batch, "image"), jittered_view(batch, "token_image")
-
-
-def jittered_view(batch: dict[str, Any], name: str) -> Tensor:
-    """One of the two views, `image` or `token_image`."""
-    jitter = (batch["jitter_factors"], batch["jitter_order"], batch["jitter_tiles"].float() / 255)
-    return color_jitter(batch[name].float() / 255, *jitter)

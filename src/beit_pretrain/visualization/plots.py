@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from beit_pretrain.engine.metrics import curve, read_rows
+from beit_pretrain.tables import curve, read_rows
 
 # What "loss" and "accuracy" are called in a run's metrics.csv: the first that a run has, if it can be of both splits.
 PANELS = {"loss": ("loss", "reconstruction"), "accuracy": ("masked_token_accuracy", "accuracy", "miou")}

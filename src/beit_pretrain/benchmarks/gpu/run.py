@@ -16,8 +16,8 @@ from beit_pretrain.benchmarks.gpu.plan import Setup
 from beit_pretrain.benchmarks.report import Report
 from beit_pretrain.cli import run
 from beit_pretrain.engine.compile import compile_counts
-from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.processes import cores
+from beit_pretrain.tables import read_rows
 
 LOG_EVERY = 10  # steps, of `fit`
 SETTLED = 1 / 3  # of a run: what comes before it is compilation and warm-up

@@ -1,13 +1,12 @@
-"""Checkpoints in other people's formats: the authors' .pth, timm, Hugging Face, ONNX.
+"""Checkpoints in other formats: the authors' .pth, timm, Hugging Face, ONNX.
 
-Each export is written under a temporary name, opened again by the software it is for, and compared: the command says
-that it succeeded only when that software gives our numbers. The authors' format has no installed software; it is read
-back by `load_pretrained`, tensor by tensor.
+Each export is written under a temporary name, opened again by the software it is for, and succeeds only if that
+software computes our numbers. The authors' format is read back by `load_pretrained`, tensor by tensor.
 """
 
 from __future__ import annotations
 
-import copy
+import importlib
 import json
 import os
 import warnings
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path
 from beit_pretrain.models.backbone import Classifier, MaskedImageModel
+from beit_pretrain.models.backbone import SIZES, Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
 from beit_pretrain.models.checkpoints.infer_architecture import TABLE
@@ -33,10 +33,12 @@ from beit_pretrain.models.checkpoints.model_card import MARK, card
 from beit_pretrain.models.checkpoints.pretrained import classifier, load_pretrained, mim, segmenter
 from beit_pretrain.models.settings import ExportSettings
 from beit_pretrain.models.upernet import Segmenter
-from beit_pretrain.transforms.views import HALF, per_channel, shorter_side
+from beit_pretrain.transforms.jitter import HALF, per_channel
+from beit_pretrain.transforms.views import shorter_side
 
 SUFFIXES = {"unilm": ".pth", "timm": ".safetensors", "onnx": ".onnx", "hf": ""}
 TOLERANCE = 1e-4  # of the largest output: other software sums in another order
+HEAD_OF = {"mim": "mim", "classifier": "classify", "segmenter": "segment"}  # kind -> `head` of `load_pretrained`
 Model = MaskedImageModel | Classifier | Segmenter
 
 
@@ -90,22 +92,15 @@ def set_permissions(written: Path) -> None:
 
 @contextmanager
 def quiet():
-    """Other people's libraries announce themselves, warn and draw progress bars; an error still shows."""
+    """Silence the warnings, banners and progress bars of other libraries; exceptions pass."""
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
 def label(model: Model) -> dict[str, Any]:
-    """What our own files say beside the tensors."""
-    return {"kind": kind_of(model), "model": dict(model.config), **model.about}
-
-
-def kind_of(model: Model) -> str:
-    """What a checkpoint of a network holds, as in `formats.Checkpoint`."""
-    if isinstance(model, Segmenter):
-        return "segmenter"
-    return "mim" if isinstance(model, MaskedImageModel) else "classifier"
+    """Our own files' entry beside the tensors."""
+    return {"kind": model.kind, "model": dict(model.config), **model.about}
 
 
 def to_unilm(model: Model, path: Path) -> str:
@@ -119,7 +114,7 @@ def to_unilm(model: Model, path: Path) -> str:
 
 
 def to_timm(model: Model, path: Path) -> str:
-    """A safetensors file that `timm.create_model(..., checkpoint_path=)` takes; of a mim, the backbone alone."""
+    """A safetensors file for `timm.create_model(..., checkpoint_path=)`; of a mim, the backbone alone."""
     import timm
 
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -128,13 +123,13 @@ def to_timm(model: Model, path: Path) -> str:
     save_file(state, path, metadata={"format": "pt", "beit_pretrain": json.dumps({**label(model), "kind": "timm"})})
     name, settings = timm_arguments(model)
     try:
-        theirs = timm.create_model(name, checkpoint_path=str(path), **settings).eval()
+        theirs: Any = timm.create_model(name, checkpoint_path=str(path), **settings).eval()
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"timm does not open the export: {first_line(error)}") from error
     image, _ = probe(model)
     with torch.no_grad():
         if isinstance(model, MaskedImageModel):
-            compare(model.encode(image), cast(Any, theirs).forward_features(image), "timm")
+            compare(model.encode(image), theirs.forward_features(image), "timm")
         else:
             compare(model(image), theirs(image), "timm")
     words = "".join(f", {key}={value!r}" for key, value in settings.items())
@@ -143,36 +138,32 @@ def to_timm(model: Model, path: Path) -> str:
 
 def timm_arguments(model: Model) -> tuple[str, dict[str, Any]]:
     """(name of timm's model, the arguments in which ours differs from it)."""
-    config = model.config
-    large = config["embed_dim"] == 1024
-    defaults: dict[str, Any] = {"img_size": 224, "patch_size": 16, "in_chans": 3, "num_classes": 1000, "mlp_ratio": 4.0}
-    defaults |= {"embed_dim": 1024 if large else 768, "depth": 24 if large else 12, "num_heads": 16 if large else 12}
-    defaults |= {"init_values": 1e-5 if large else 0.1, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
-    defaults |= {"use_shared_rel_pos_bias": False, "global_pool": "avg"}
-    ours = {name: config[name] for name in defaults if name in config}
-    ours |= {"img_size": config["image_size"], "use_abs_pos_emb": config["abs_pos_emb"]}
-    ours |= {"use_rel_pos_bias": config["rel_pos_bias"] == "per_layer"}
-    ours |= {"use_shared_rel_pos_bias": config["rel_pos_bias"] == "shared"}
-    ours |= {"num_classes": config.get("num_classes", 0), "global_pool": config.get("pool", "")}
+    size = "large" if model.config["embed_dim"] == 1024 else "base"
+    defaults = {"img_size": 224, "patch_size": 16, "in_chans": 3, "num_classes": 1000, "mlp_ratio": 4.0, **SIZES[size]}
+    defaults |= {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "use_shared_rel_pos_bias": False}
+    defaults["global_pool"] = "avg"
+    ours = {name: model.config[name] for name in defaults if name in model.config}
+    ours |= {"img_size": model.config["image_size"], "use_abs_pos_emb": model.config["abs_pos_emb"]}
+    ours["use_rel_pos_bias"] = model.config["rel_pos_bias"] == "per_layer"
+    ours["use_shared_rel_pos_bias"] = model.config["rel_pos_bias"] == "shared"
+    ours |= {"num_classes": model.config.get("num_classes", 0), "global_pool": model.config.get("pool", "")}
     # The value only starts a training, the file has the real ones; create_model drops arguments that are None.
     ours["init_values"] = 0 if ours["init_values"] is None else defaults["init_values"]
-    different = {name: value for name, value in ours.items() if value != defaults[name]}
-    return f"beit_{'large' if large else 'base'}_patch16_224", different
+    return f"beit_{size}_patch16_224", {name: value for name, value in ours.items() if value != defaults[name]}
 
 
 def to_hf(model: Model, path: Path) -> str:
     """A folder for `from_pretrained`: config.json, model.safetensors, preprocessor_config.json."""
     transformers = needed("transformers")
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # that a BeitModel leaves the head behind is no news
+    transformers.logging.set_verbosity_error()  # it would warn that a BeitModel does not use the head
     if model.grid[0] != model.grid[1]:
         raise UserError(
             "to=hf: transformers swaps height and width on grids that are not square; to=timm or unilm keeps them"
         )
-    kind = kind_of(model)
     count = 0 if isinstance(model, MaskedImageModel) else model.num_classes
     classes = (model.about.get("classes") or [f"LABEL_{i}" for i in range(count)]) if count else None
-    architecture = hf.ARCHITECTURES[kind]
+    architecture = hf.ARCHITECTURES[model.kind]
     path.mkdir(exist_ok=True)
     config = transformers.BeitConfig(**hf_config(model, classes), architectures=[architecture], dtype="float32")
     config.save_pretrained(path)
@@ -181,7 +172,7 @@ def to_hf(model: Model, path: Path) -> str:
         first = {n: t for n, t in state.items() if n.startswith("blocks.0.")}
         last = f"blocks.{len(model.blocks)}."
         state |= {n.replace("blocks.0.", last): torch.zeros_like(t) for n, t in first.items()}
-    named = hf.to_names(state, kind)
+    named = hf.to_names(state, model.kind)
     save_file({n: t.contiguous() for n, t in named.items()}, path / "model.safetensors", metadata={"format": "pt"})
     transformers.BeitImageProcessor(**processor_settings(model)).save_pretrained(path)
     same_network(model, path)
@@ -199,7 +190,7 @@ def to_hf(model: Model, path: Path) -> str:
 
 
 def processor_settings(model: Model) -> dict[str, Any]:
-    """How images are prepared: the evaluation view; for a segmenter, the whole image squeezed into a square."""
+    """Preprocessing: the evaluation view; for a segmenter, the whole image resized to a square."""
     size = model.config["image_size"]
     square = {"height": size, "width": size}
     half = per_channel(HALF, model.config["in_chans"], "mean")
@@ -214,27 +205,17 @@ def processor_settings(model: Model) -> dict[str, Any]:
 def hf_config(model: Model, classes: list[str] | None) -> dict[str, Any]:
     """Our architecture in the words of `BeitConfig`."""
     ours = model.config
-    said: dict[str, Any] = {
-        "image_size": ours["image_size"],
-        "patch_size": ours["patch_size"],
-        "num_channels": ours["in_chans"],
-        "hidden_size": ours["embed_dim"],
-        "num_hidden_layers": ours["depth"],
-        "num_attention_heads": ours["num_heads"],
+    said: dict[str, Any] = {hf.CONFIG[name]: ours[name] for name in hf.CONFIG}
+    said |= {
         "intermediate_size": int(ours["embed_dim"] * ours["mlp_ratio"]),
         "layer_scale_init_value": ours["init_values"] or 0.0,
-        "layer_norm_eps": ours["norm_eps"],
-        "drop_path_rate": ours["drop_path_rate"],
-        "use_absolute_position_embeddings": ours["abs_pos_emb"],
         "use_relative_position_bias": ours["rel_pos_bias"] == "per_layer",
         "use_shared_relative_position_bias": ours["rel_pos_bias"] == "shared",
     }
     if classes is None:
         return said | {"use_mask_token": True, "vocab_size": ours["vocab_size"], "use_mean_pooling": True}
-    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    if "decoder" in ours:
-        return said | names | decoder_config(ours)
-    return said | {"use_mean_pooling": ours["pool"] == "avg", **names}
+    said |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    return said | (decoder_config(ours) if "decoder" in ours else {"use_mean_pooling": ours["pool"] == "avg"})
 
 
 def decoder_config(ours: dict[str, Any]) -> dict[str, Any]:
@@ -275,21 +256,15 @@ def to_onnx(model: Model, path: Path) -> str:
     onnxruntime = needed("onnxruntime")
     needed("onnxscript")
     image, mask = probe(model)
-    batch = torch.export.Dim("batch")
-    masked = isinstance(model, MaskedImageModel)
-    plain = copy.deepcopy(model)
-    for attention in plain.modules():
-        if hasattr(attention, "fused_attn"):
-            attention.fused_attn = False  # type: ignore[assignment]  # its strides do not survive the tracing
-    network: nn.Module = AllTokens(plain).eval() if isinstance(plain, MaskedImageModel) else plain
-    inputs = {"image": image, "mask": mask} if masked else {"image": image}
+    network: nn.Module = AllTokens(model).eval() if isinstance(model, MaskedImageModel) else model
+    inputs = {"image": image, "mask": mask} if isinstance(model, MaskedImageModel) else {"image": image}
     torch.onnx.export(
         network,
         tuple(inputs.values()),
         str(path),
         input_names=list(inputs),
         output_names=["logits"],
-        dynamic_shapes=tuple({0: batch} for _ in inputs),
+        dynamic_shapes=tuple({0: torch.export.Dim("batch")} for _ in inputs),
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -306,8 +281,6 @@ def to_onnx(model: Model, path: Path) -> str:
 
 def needed(name: str) -> Any:
     """A module that only an export needs. Raises UserError with the command that installs it."""
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -324,10 +297,8 @@ def probe(model: Model) -> tuple[Tensor, Tensor]:
 
 
 def same_network(model: Model, path: Path) -> None:
-    """Raise UserError unless `load_pretrained` reads every tensor back bit by bit."""
-    head = {"mim": "mim", "classifier": "classify", "segmenter": "segment"}[kind_of(model)]
-    again = load_pretrained(path, head)
-    theirs = again.state_dict()
+    """Raise UserError unless `load_pretrained` reads every tensor back, bit by bit."""
+    theirs = load_pretrained(path, HEAD_OF[model.kind]).state_dict()
     for name, tensor in model.state_dict().items():
         if not torch.equal(tensor, theirs[name]):
             raise UserError(f"the export does not read back: {name} differs")

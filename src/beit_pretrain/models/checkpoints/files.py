@@ -1,4 +1,4 @@
-"""Read checkpoints: strict, never unpickling freely, and with an error that says what the file seems to be."""
+"""Reads checkpoints strictly, never unpickling freely, with errors that say what a file seems to be; atomic writes."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def read(path: str | Path) -> dict:
 
 
 def read_tensors(path: str | Path) -> tuple[dict, dict]:
-    """(what the file holds, what a safetensors header of ours says) of a torch or safetensors file.
+    """(content, our entry in a safetensors header) of a torch or safetensors file, told apart by their first bytes.
 
-    Told apart by their content, whatever they are called. Raises UserError for anything else.
+    Raises UserError for anything else.
     """
     path = existing(path)
     with path.open("rb") as file:
@@ -65,7 +65,7 @@ def read_tensors(path: str | Path) -> tuple[dict, dict]:
 
 
 def existing(path: str | Path) -> Path:
-    """The path of a file that is there. Raises UserError, with what may be meant."""
+    """The path of an existing file. Raises UserError, with a guess of what was meant."""
     path = Path(path)
     if path.is_dir():
         found = sorted(path.rglob("*.ckpt"))
@@ -77,7 +77,7 @@ def existing(path: str | Path) -> Path:
 
 
 def _why(path: Path, error: Exception) -> str:
-    """Why a file is refused. torch's own message advises to unpickle freely: not repeated."""
+    """Why a file is refused, without torch's own message, which advises to unpickle freely."""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
@@ -96,9 +96,9 @@ def _why(path: Path, error: Exception) -> str:
 
 
 def read_own(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict]:
-    """(arguments of the network, its state dict, what else the file says) of a checkpoint written by `fit`.
+    """(arguments of the network, its state dict, our whole entry) of a checkpoint written by `fit`.
 
-    Raises UserError if the file is none of ours, or holds something else than `kind`.
+    Raises UserError if `fit` did not write the file, or if it holds something else than `kind`.
     """
     content = read(path)
     about = content.get("beit_pretrain")
@@ -115,7 +115,7 @@ def read_own(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict
 
 
 def rebuild(build: Callable[..., Module], path: str | Path, kind: str) -> tuple[Module, dict]:
-    """The frozen network of a checkpoint, in eval mode, and what else the file says. Raises UserError as `read_own`."""
+    """The frozen network of a checkpoint, in eval mode, and our entry. Raises UserError as `read_own`."""
     config, state, about = read_own(path, kind)
     try:
         model = build(**config)
@@ -126,15 +126,18 @@ def rebuild(build: Callable[..., Module], path: str | Path, kind: str) -> tuple[
 
 
 def _looks_like(content: dict) -> str:
-    keys = [str(key) for key in content]
-    for name in ("model", "module", "state_dict"):
-        if isinstance(content.get(name), dict):
-            return f"a torch checkpoint with the entry '{name}'"
-    return f"its keys are {', '.join(sorted(keys)[:4])}{', ...' if len(keys) > 4 else ''}" if keys else "it is empty"
+    entry = next((name for name in ("model", "module", "state_dict") if isinstance(content.get(name), dict)), None)
+    return f"a torch checkpoint with the entry '{entry}'" if entry else listed_keys(content)
+
+
+def listed_keys(content: dict) -> str:
+    """The first keys of a dictionary, in words."""
+    keys = sorted(map(str, content))
+    return f"its keys are {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}" if keys else "it is empty"
 
 
 def load_exactly(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """`load_state_dict` whose error is one line with every name. Raises UserError if a name or a shape differs."""
+    """`load_state_dict` that raises UserError, in one line with every name, if a name or a shape differs."""
     check_fit(model.state_dict(), state, source)
     model.load_state_dict(state)
 

@@ -1,7 +1,7 @@
-"""Everyone's BEiT checkpoints in our names (RECIPE section 8): the authors', timm's, Hugging Face's, our own.
+"""Reads BEiT checkpoints of the authors, timm, Hugging Face and our own under our names.
 
-`read_checkpoint` finds out what a file or folder is, translates its names to those of `backbone.py`, and infers the
-architecture from the tensors, or from the config that lies beside them. Nothing in a file is ever executed.
+`read_checkpoint` recognises a file or folder, translates its names to those of `backbone.py`, and infers the
+architecture from the tensors, or from the config beside them. Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ from torch import Tensor
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.checkpoints import hf
-from beit_pretrain.models.checkpoints.files import KINDS, read_tensors
-from beit_pretrain.models.checkpoints.infer_architecture import HEADS, believed_facts, floats, infer
+from beit_pretrain.models.checkpoints.files import KINDS, listed_keys, read_tensors
+from beit_pretrain.models.checkpoints.infer_architecture import HEADS, checked_facts, floats, infer
 
-# Buffers that follow from the architecture; some files hold them.
-DERIVED = ("relative_position_index", "attn.k_bias", "position_ids")
-# What the networks of RECIPE section 8 may be called, and in which entry a file keeps their tensors.
-ENTRIES = ("state_dict", "model", "module")
+DERIVED = ("relative_position_index", "attn.k_bias", "position_ids")  # buffers that some files hold
+ENTRIES = ("state_dict", "model", "module")  # in which a file may keep its tensors
 PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
 SEGMENTATION = ("decode_head.", "auxiliary_head.")  # without a prefix beside a backbone that has one
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-# Names that give away what a file is, when it is no BEiT: (pattern, what it seems to be).
+# Files that are no BEiT: (pattern of a tensor's name, what it seems to be).
 FOREIGN = (
     (r"decoder_(embed|blocks)\.", "a masked autoencoder (MAE)"),
     (r"^beit3\.", "a BEiT-3"),
@@ -73,7 +71,7 @@ class Checkpoint:
 def read_checkpoint(path: str | Path, image_size: Sequence[int] | None = None) -> Checkpoint:
     """Read a checkpoint of any known format. Raises UserError, in one line, for anything else.
 
-    `image_size`, (height, width), says of which grid its position tables are, should they be of no square one.
+    `image_size`, (height, width), is needed where position tables are of a grid that is not square.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -92,7 +90,7 @@ def read_checkpoint(path: str | Path, image_size: Sequence[int] | None = None) -
     else:
         architecture = dict(known["model"]) if isinstance(known.get("model"), dict) else {}
         about = {name: value for name, value in known.items() if name not in ("kind", "model")}
-        about = {**timm_facts(folder if in_folder else None), **about}
+        about = {**(timm_facts(folder) if in_folder else {}), **about}
         if isinstance(content.get("global_step"), int):
             about["step"] = content["global_step"]
         found = "beit_pretrain" if known else "unilm or timm"
@@ -102,7 +100,7 @@ def read_checkpoint(path: str | Path, image_size: Sequence[int] | None = None) -
     kind = next((kind for kind, name in HEADS.items() if name in state), "backbone")
     state = floats(state, path)
     architecture = infer(state, kind, architecture, path, image_size)
-    about = believed_facts(about, architecture["in_chans"], architecture.get("num_classes"), path)
+    about = checked_facts(about, architecture["in_chans"], architecture.get("num_classes"), path)
     return Checkpoint(path, found, kind, architecture, state, about)
 
 
@@ -130,18 +128,14 @@ def unwrap(content: dict, known: dict[str, Any], path: Path) -> tuple[dict[str, 
         known = content["beit_pretrain"]
     state = {str(name): tensor for name, tensor in entry.items() if isinstance(tensor, Tensor)}
     if not state:
-        keys = sorted(map(str, content))
-        listed = f"its keys are {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}" if keys else "it is empty"
-        raise UserError(f"{path} holds no tensors by name ({listed})")
+        raise UserError(f"{path} holds no tensors by name ({listed_keys(content)})")
     while prefix := next((p for p in PREFIXES if all(name.startswith((p, *SEGMENTATION)) for name in state)), None):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state, known
 
 
-def timm_facts(folder: Path | None) -> dict[str, Any]:
+def timm_facts(folder: Path) -> dict[str, Any]:
     """Normalisation and crop of a timm model's folder (config.json with `pretrained_cfg`)."""
-    if folder is None:
-        return {}
     said = hf.read_json(folder / "config.json").get("pretrained_cfg")
     names = {"mean": "mean", "std": "std", "crop_ratio": "crop_pct"}
     return {ours: said[name] for ours, name in names.items() if name in said} if isinstance(said, dict) else {}

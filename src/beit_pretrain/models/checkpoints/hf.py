@@ -1,9 +1,10 @@
-"""Hugging Face's names for BEiT, both ways: as they stand in files (`BeitFor...`, transformers 4 and 5 alike)."""
+"""Hugging Face's names for BEiT, both ways, as they are in files (`BeitFor...` of transformers 4 and 5 alike)."""
 
 from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,22 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.settings import is_number
 
 TABLE = "relative_position_bias_table"
-# Ours -> theirs, inside a block and outside. q, k, v are one matrix here and three there.
-BLOCK = {
+QKV = ("query", "key", "value")  # one matrix here, three there
+# Ours -> theirs, inside a block and outside.
+LAYERS = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.proj": "attention.output.dense",
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-BLOCK_NAMES = {
-    f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in BLOCK.items() for part in ("weight", "bias")
-} | {
-    "gamma_1": "lambda_1",
-    "gamma_2": "lambda_2",
-    "attn.q_bias": "attention.attention.query.bias",
-    "attn.v_bias": "attention.attention.value.bias",
-    f"attn.{TABLE}": f"attention.attention.relative_position_bias.{TABLE}",
-}
+BLOCK = {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in LAYERS.items() for part in ("weight", "bias")}
+BLOCK |= {f"attn.qkv.weight.{part}": f"attention.attention.{part}.weight" for part in QKV}
+BLOCK |= {"attn.q_bias": "attention.attention.query.bias", "attn.v_bias": "attention.attention.value.bias"}
+BLOCK |= {f"attn.{TABLE}": f"attention.attention.relative_position_bias.{TABLE}"}
+BLOCK |= {"gamma_1": "lambda_1", "gamma_2": "lambda_2"}
 STEM = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
@@ -41,15 +38,27 @@ STEM = {
     "fc_norm.weight": "pooler.layernorm.weight",
     "fc_norm.bias": "pooler.layernorm.bias",
 }
-QKV = ("query", "key", "value")
+# What is the same number in our architecture and in BeitConfig.
+CONFIG = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "norm_eps": "layer_norm_eps",
+    "drop_path_rate": "drop_path_rate",
+    "abs_pos_emb": "use_absolute_position_embeddings",
+}
 ARCHITECTURES = {
     "mim": "BeitForMaskedImageModeling",
     "classifier": "BeitForImageClassification",
     "segmenter": "BeitForSemanticSegmentation",
 }
-# Of our exports: the blocks that are BEiT's. transformers' segmentation cannot look at the last block, so one more,
-# which nothing looks at, follows it.
+# Our exports' entry for the number of BEiT's blocks. transformers' segmentation cannot use the last block, so there one
+# more follows it that nothing uses.
 USED = "beit_pretrain_blocks"
+LAYER = re.compile(r"beit\.encoder\.layer\.(\d+)\.(.+)")
 
 
 def is_hf(state: dict[str, Tensor]) -> bool:
@@ -86,32 +95,25 @@ def translate(
         raise UserError(f"{folder}/config.json: hidden_act={config['hidden_act']}, BEiT has gelu")
     if any(name.startswith("decode_head.") for name in state):
         refuse_other_segmenters(config, folder)
-    mim = "lm_head.weight" in state
-    theirs = {"classifier.weight": "head.weight", "classifier.bias": "head.bias"}
-    theirs |= {f"{'' if mim else 'beit.'}layernorm.{part}": f"norm.{part}" for part in ("weight", "bias")}
-    theirs |= {f"beit.{name}": ours for ours, name in STEM.items()}
+    kind = "mim" if "lm_head.weight" in state else "classifier"
     if not any(name.startswith("beit.") for name in state):  # a BeitModel by itself
         state = {name if name.startswith(("lm_head", "classifier")) else f"beit.{name}": t for name, t in state.items()}
-    if mim:  # a leftover of some versions; the token head does not look at it
-        state = {name: t for name, t in state.items() if not name.startswith("beit.pooler.")}
-    else:  # a classifier has no use for it
-        state.pop("beit.embeddings.mask_token", None)
+    # Leftovers of some versions: a token head does not use the pooler, a classifier not the mask token.
+    idle = "beit.pooler." if kind == "mim" else "beit.embeddings.mask_token"
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(idle)}
     if isinstance(used := config.get(USED), int):
-        idle = re.compile(r"beit\.encoder\.layer\.(\d+)\.")
-        state = {n: t for n, t in state.items() if not ((found := idle.match(n)) and int(found[1]) >= used)}
-    inside = {name: ours for ours, name in BLOCK_NAMES.items()}
+        state = {n: t for n, t in state.items() if not ((found := LAYER.match(n)) and int(found[1]) >= used)}
+    outside = {theirs: ours for ours, theirs in outside_blocks(kind).items()}
+    inside = {theirs: ours for ours, theirs in BLOCK.items()}
     renamed: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        if found := re.fullmatch(r"beit\.encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.weight", name):
-            parts.setdefault(found[1], {})[found[2]] = tensor
-        elif (found := re.fullmatch(r"beit\.encoder\.layer\.(\d+)\.(.+)", name)) and found[2] in inside:
-            renamed[f"blocks.{found[1]}.{inside[found[2]]}"] = tensor
-        else:
-            renamed[theirs.get(name, name)] = tensor
-    for block, three in parts.items():
-        if len(three) == 3:
-            renamed[f"blocks.{block}.attn.qkv.weight"] = torch.cat([three[part] for part in QKV])
+        found = LAYER.fullmatch(name)
+        ours = inside.get(found[2]) if found else None
+        renamed[f"blocks.{found[1]}.{ours}" if found and ours else outside.get(name, name)] = tensor
+    for whole in {name.rpartition(".")[0] for name in renamed if name.endswith(QKV)}:
+        parts = [renamed.pop(f"{whole}.{part}") for part in QKV if f"{whole}.{part}" in renamed]
+        if len(parts) == 3:
+            renamed[whole] = torch.cat(parts)
     return renamed, architecture(config), facts(config, folder)
 
 
@@ -139,10 +141,9 @@ def decoder(config: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_other_segmenters(config: dict[str, Any], folder: Path) -> None:
     """Raise UserError for a segmentation head with options that no released BEiT has."""
-    if config.get("auxiliary_concat_input"):
-        raise UserError(f"{folder}/config.json: auxiliary_concat_input=true is not supported")
-    if config.get("add_fpn"):
-        raise UserError(f"{folder}/config.json: add_fpn=true is of a backbone, not of a segmentation model")
+    for option in ("auxiliary_concat_input", "add_fpn"):
+        if config.get(option):
+            raise UserError(f"{folder}/config.json: {option}=true is not supported")
 
 
 def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -161,26 +162,30 @@ def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         found["reduce_labels"] = reduced
     size, crop = processor.get("size"), processor.get("crop_size")
     if processor.get("do_center_crop") and isinstance(size, dict) and isinstance(crop, dict):
-        shorter, height = size.get("shortest_edge"), crop.get("height")
-        if is_number(shorter) and is_number(height) and 0 < height <= shorter:
-            found["crop_ratio"] = height / shorter
+        with suppress(TypeError, KeyError, ZeroDivisionError):
+            if 0 < (ratio := crop["height"] / size["shortest_edge"]) <= 1:
+                found["crop_ratio"] = ratio
+    return found
+
+
+def outside_blocks(kind: str) -> dict[str, str]:
+    """Ours -> theirs, outside of the blocks, of the network in `ARCHITECTURES`."""
+    found = {ours: f"beit.{theirs}" for ours, theirs in STEM.items()}
+    for part in ("weight", "bias"):
+        found[f"norm.{part}"] = f"layernorm.{part}" if kind == "mim" else f"beit.layernorm.{part}"
+        found[f"head.{part}"] = f"classifier.{part}"
     return found
 
 
 def to_names(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Our tensors under the names of a `BeitForMaskedImageModeling` (kind "mim") or another `ARCHITECTURES` file."""
-    named: dict[str, Tensor] = {}
-    outside = {ours: f"beit.{theirs}" for ours, theirs in STEM.items()}
-    for part in ("weight", "bias"):
-        outside[f"norm.{part}"] = f"layernorm.{part}" if kind == "mim" else f"beit.layernorm.{part}"
-        outside[f"head.{part}"] = f"classifier.{part}"
+    """Our tensors under the names of a file of the network in `ARCHITECTURES`."""
+    outside, named = outside_blocks(kind), {}
     for name, tensor in state.items():
-        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        if found is None:
+        _, number, inside = name.split(".", 2) if name.startswith("blocks.") else ("", "", "")
+        if not inside:
             named[outside.get(name, name)] = tensor
-        elif found[2] == "attn.qkv.weight":
-            for part, third in zip(QKV, tensor.chunk(3), strict=True):
-                named[f"beit.encoder.layer.{found[1]}.attention.attention.{part}.weight"] = third.clone()
-        else:
-            named[f"beit.encoder.layer.{found[1]}.{BLOCK_NAMES[found[2]]}"] = tensor
+            continue
+        whole = {f"{inside}.{p}": t.clone() for p, t in zip(QKV, tensor.chunk(3))} if "qkv" in inside else None
+        for part, values in (whole or {inside: tensor}).items():
+            named[f"beit.encoder.layer.{number}.{BLOCK[part]}"] = values
     return named

@@ -1,6 +1,6 @@
-"""What a file's tensors tell of its network, and whether its tensors and facts can be believed.
+"""Infers the architecture from a file's tensors, and checks tensors and facts of files that may come from anyone.
 
-Files come from anyone. Everything here raises UserError, in one line that names the file, before anything is built.
+Everything here raises UserError, in one line that names the file, before a network is built.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, Strict, TypeAdapter, ValidationError
 from torch import Tensor
-
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import NonNegative, Number, Positive, Rule, Share, ShareAboveZero, Text, rule
+from pydantic import BaseModel, Field, ValidationError
 
 TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
@@ -28,45 +28,48 @@ DIMENSIONS = {"patch_embed.proj.weight": 4, "cls_token": 3, "mask_token": 3, "po
 DIMENSIONS |= {"head.weight": 2, "lm_head.weight": 2, HEADS["segmenter"]: 4}
 BLOCK_DIMENSIONS = {f"attn.{TABLE}": 2, "mlp.fc1.weight": 2}
 
-Pixels = Annotated[int, Strict(), Field(ge=1, le=2**16 - 1)]
-Pair = Annotated[list[Pixels], Field(min_length=2, max_length=2)]
-Heads = Annotated[int, Strict(), Field(ge=1, le=2**12 - 1)]
-# What a config beside the tensors may say.
-SAID: dict[str, Any] = {
-    "image_size": Annotated[Pixels | Pair | None, Rule("null or a number of pixels, or a pair")],
-    "num_heads": Heads | None,
-    "init_values": NonNegative | None,
-    "norm_eps": Positive,
-    "drop_path_rate": Share,
-}
-FACTS: dict[str, Any] = {"classes": Annotated[list[Text], Field(min_length=1)], "crop_ratio": ShareAboveZero | None}
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Pixels = Annotated[int, Field(ge=1, lt=2**16)]
 
 
-def believed(values: dict[str, Any], types: dict[str, Any], path: Path) -> None:
-    """Raise UserError for the first value that is not of its type."""
-    for name, kind in types.items():
-        try:
-            if name in values:
-                TypeAdapter(kind).validate_python(values[name])
-        except ValidationError:
-            said = str(values[name])[:80]
-            raise UserError(f"{path}: {name} of its config must be {rule(kind)}, got {said!r}") from None
+class Facts(BaseModel, strict=True):
+    """What a file may say beside its tensors, in its config or in its entry of ours."""
+
+    image_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None
+    num_heads: Annotated[int, Field(ge=1, lt=2**12)] | None = None
+    init_values: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    norm_eps: Positive = 1e-6
+    drop_path_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    classes: list[Annotated[str, Field(min_length=1)]] = []
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    mean: list[Annotated[float, Field(allow_inf_nan=False)]] = []
+    std: list[Positive] = []
 
 
-def believed_facts(about: dict[str, Any], channels: int, classes: int | None, path: Path) -> dict[str, Any]:
-    """The facts beside the tensors, checked. Names of another number of classes are no names of these: left out."""
-    one_each = Field(min_length=channels, max_length=channels)
-    believed(
-        about, FACTS | {"mean": Annotated[list[Number], one_each], "std": Annotated[list[Positive], one_each]}, path
-    )
+def check_facts(values: dict[str, Any], path: Path) -> None:
+    """Raise UserError for the first value that `Facts` refuses."""
+    try:
+        Facts.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name, needed = first["loc"][0], first["msg"].replace("Input should be", "must be")
+        raise UserError(f"{path}: {name} of its config {needed}, got {str(values[str(name)])[:80]!r}") from None
+
+
+def checked_facts(about: dict[str, Any], channels: int, classes: int | None, path: Path) -> dict[str, Any]:
+    """The facts beside the tensors, checked; without class names if they are for another number of classes."""
+    check_facts(about, path)
+    for name in ("mean", "std"):
+        if len(about.get(name, [0] * channels)) != channels:
+            raise UserError(f"{path}: {name} of its config must be a list of {channels}, got {about[name]}")
     wrong = classes is not None and len(about.get("classes", [])) != classes
     return {name: value for name, value in about.items() if not (wrong and name == "classes")}
 
 
 def floats(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors as float32, in which networks are built and trained; half precision loses nothing.
+    """The tensors as float32, in which networks are built and trained.
 
-    Raises UserError for what no weight is: whole or complex numbers, NaN, sparse tensors, more numbers than are there.
+    Raises UserError for integers, complex numbers, NaN, sparse tensors, and tensors larger than their storage.
     """
     found = {}
     for name, tensor in state.items():
@@ -86,12 +89,12 @@ def floats(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 def infer(
     state: dict[str, Tensor], kind: str, said: dict[str, Any], path: Path, hint: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The architecture, from the tensors; what tensors cannot tell comes from `said`, the file's own config.
+    """The architecture, from the tensors; what they do not determine comes from `said`, the file's own config.
 
-    Heads without any bias table: 64 numbers each, as in every BEiT. `hint` is the (height, width) of the images for
-    tables that are of no square grid. Raises UserError for what no BEiT has.
+    Without a bias table heads are taken to be 64 wide, as in every BEiT. `hint` is the (height, width) of the images
+    for tables of a grid that is not square. Raises UserError for what no BEiT has.
     """
-    believed(said, SAID, path)
+    check_facts(said, path)
     depth = number_of_blocks(state, path)
     blocks = {f"blocks.{i}.{name}": n for i in range(depth) for name, n in BLOCK_DIMENSIONS.items()}
     for name, dimensions in (DIMENSIONS | blocks).items():
@@ -135,7 +138,7 @@ def infer(
 
 
 def decoder(state: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Arguments of a segmenter's heads (`upernet.Decoder`); `said` has the blocks and the pool scales, if anything."""
+    """Arguments of a segmenter's heads (`upernet.DEFAULTS`); `said` may have the blocks and the pool scales."""
     merged = state.get("decode_head.fpn_bottleneck.conv.weight")
     if merged is None:
         raise UserError(f"{path} holds a segmentation model of another kind; UPerNet can be read")
@@ -151,7 +154,7 @@ def decoder(state: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[
 
 
 def number_of_blocks(state: dict[str, Tensor], path: Path) -> int:
-    """How many blocks there are. Raises UserError unless they are numbered from 0 without a gap."""
+    """The number of blocks. Raises UserError unless they are numbered from 0 without a gap."""
     numbers_found = {found[1] for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
     count = len(numbers_found)
     if count > MOST_BLOCKS or numbers_found != {str(i) for i in range(count)}:
@@ -163,9 +166,9 @@ def number_of_blocks(state: dict[str, Tensor], path: Path) -> int:
 def image_size(
     state: dict[str, Tensor], tables: list[Tensor], patch: int, path: Path, hint: Sequence[int] | None
 ) -> int | list[int]:
-    """Side of the images that the position tables are for, pixels; 224 or so if there are none.
+    """Side of the images, pixels, that the position tables are for; about 224 if there are none.
 
-    The tables of a grid that is not square leave open which one it is: then it must be that of `hint`.
+    Tables of a grid that is not square do not determine it: it must be that of `hint`.
     """
     if tables:
         rows = len(tables[0])

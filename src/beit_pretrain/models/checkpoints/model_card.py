@@ -7,64 +7,80 @@ from typing import Any
 
 import yaml
 
-from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.models.backbone import Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints.formats import Checkpoint, sizes
+from beit_pretrain.models.checkpoints.hf import ARCHITECTURES
 from beit_pretrain.models.upernet import Segmenter
+from beit_pretrain.tables import read_rows
 
 MARK = "<!-- written by beit_pretrain export -->"  # an export overwrites no other README
 RECIPE = ("task", "epochs", "steps", "global_batch_size", "image_size", "optim", "mask", "regularisation", "seed")
-
-
-# Class of a network -> what hubs call its task, and transformers' class.
-TAGS = {
-    "MaskedImageModel": ("image-feature-extraction", "BeitForMaskedImageModeling"),
-    "Classifier": ("image-classification", "BeitForImageClassification"),
-    "Segmenter": ("image-segmentation", "BeitForSemanticSegmentation"),
+# Kind of a network -> what model hubs call its task, and what is on the backbone.
+KINDS = {
+    "mim": ("image-feature-extraction", "a token head of {vocab_size} visual tokens"),
+    "classifier": ("image-classification", "a classifier of {num_classes} classes"),
+    "segmenter": ("image-segmentation", "UPerNet for {num_classes} classes of pixels"),
 }
+CARD = """---
+library_name: transformers
+pipeline_tag: {tag}
+tags: [beit, vision]
+---
+
+{MARK}
+
+# BEiT with {head}
+
+{sizes}. Trained with beit_pretrain, after BEiT (Bao et al. 2021, arXiv 2106.08254).
+
+```python
+from transformers import BeitImageProcessor, {opens}
+
+processor = BeitImageProcessor.from_pretrained("FOLDER")
+model = {opens}.from_pretrained("FOLDER")
+```
+
+Images are normalised by mean {mean}, std {std}.
+
+## Recipe
+
+{recipe}
+
+## Measured on held-out images
+
+{metrics}
+
+## Licence and data
+
+Whoever publishes this model says here what it was trained on, and its licence.
+"""
 
 
 def card(model: MaskedImageModel | Classifier | Segmenter, source: Checkpoint) -> str:
     """Markdown with the front matter that model hubs read.
 
-    Recipe and metrics come from the run's folder, where the checkpoint lies in one; otherwise the card says that it
-    has none. Metrics are those of the checkpoint's own step.
+    Recipe and metrics, those of the checkpoint's own step, come from the run's folder if the checkpoint is in one.
     """
-    masked = isinstance(model, MaskedImageModel)
-    run = source.path.parent.parent
-    settings = recipe(run / "config.yaml")
+    run, half = source.path.parent.parent, [0.5] * 3
+    tag, head = KINDS[model.kind]
     metrics = measured(run / "metrics.csv", source.about.get("step"))
     if metrics:
         metrics += f" Images of {source.architecture['image_size']} pixels."
-    head = (
-        f"a token head of {model.config['vocab_size']} visual tokens"
-        if masked
-        else f"a classifier of {model.config['num_classes']} classes"
+    return CARD.format(
+        MARK=MARK,
+        tag=tag,
+        head=head.format(**model.config),
+        opens=ARCHITECTURES[model.kind],
+        sizes=sizes(model.config),
+        mean=model.about.get("mean", half),
+        std=model.about.get("std", half),
+        recipe=recipe(run / "config.yaml") or "Not known: the checkpoint was not in the folder of a run.",
+        metrics=metrics or "Nothing is on record.",
     )
-    if isinstance(model, Segmenter):
-        head = f"UPerNet for {model.config['num_classes']} classes of pixels"
-    tag, opens = TAGS[type(model).__name__]
-    normalised = f"mean {model.about.get('mean', [0.5] * 3)}, std {model.about.get('std', [0.5] * 3)}"
-    lines = [
-        "---",
-        *("library_name: transformers", f"pipeline_tag: {tag}", "tags: [beit, vision]"),
-        "---",
-        *("", MARK, "", "# BEiT with " + head, ""),
-        f"{sizes(model.config)}. Trained with beit_pretrain, after BEiT (Bao et al. 2021, arXiv 2106.08254).",
-        *("", "```python", f"from transformers import BeitImageProcessor, {opens}", ""),
-        *('processor = BeitImageProcessor.from_pretrained("FOLDER")', f'model = {opens}.from_pretrained("FOLDER")'),
-        *("```", "", f"Images are normalised by {normalised}.", ""),
-        *("## Recipe", "", settings or "Not known: the checkpoint did not lie in the folder of a run.", ""),
-        *("## Measured on held-out images", "", metrics or "Nothing is on record.", ""),
-        *("## Licence and data", "", "Whoever publishes this model says here what it was trained on, and its licence."),
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def recipe(config: Path) -> str:
     """The settings that matter, as YAML in a code block; empty without a config."""
-    if not config.is_file():
-        return ""
     try:
         said: Any = yaml.safe_load(config.read_text())
     except (yaml.YAMLError, ValueError, OSError):
@@ -79,9 +95,8 @@ def measured(metrics: Path, step: int | None) -> str:
     """The validation of a run after optimiser step `step` as a table; empty without one."""
     if not metrics.is_file() or step is None:
         return ""
-    _, rows = read_rows(metrics)
-    values = sorted((name, value) for name, value in rows.get(step, {}).items() if name.startswith("val/"))
-    if not values:
+    values = sorted(read_rows(metrics)[1].get(step, {}).items())
+    table = [f"| {name.removeprefix('val/')} | {value:.4g} |" for name, value in values if name.startswith("val/")]
+    if not table:
         return ""
-    table = [f"| {name.removeprefix('val/')} | {value:.4g} |" for name, value in values]
     return "\n".join(["| metric | value |", "|---|---|", *table, "", f"After {step} optimiser steps."])

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN's products are torch's, forward and backward."""
+"""What is for CPUs alone gives torch's numbers, forward and backward, and all of it has one switch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import torch.nn.functional as F
 from test_backbone import image_and_mask, mim
 
 from beit_pretrain.benchmarks.measure import counted_flops
-from beit_pretrain.models import linear as ours
-from beit_pretrain.models.linear import Linear, by_onednn, linear
+from beit_pretrain.models import cpu_kernels as ours
+from beit_pretrain.models.cpu_kernels import Linear, by_onednn, linear
+from beit_pretrain.models.drop_path import uniforms
+from beit_pretrain.tokenizers.dalle_encoder import FusedEncoder
+
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(ours.ONEDNN is None, reason="torch without oneDNN")
 
@@ -96,3 +100,45 @@ def test_every_operation_counts_by_whichever_product(narrow, monkeypatch):
     # The patch embedding: forward and the weight's gradient, since a patch has more numbers than a token.
     layers = 4 * len(model.blocks) + 1
     assert len(called) == 2 + (3 * layers if narrow else 2 * layers + len(model.blocks))
+
+
+@pytest.fixture
+def off(monkeypatch):
+    """The switch turned off, and an error for whoever goes past it."""
+    monkeypatch.setattr(ours, "ENABLED", False)
+    for name in ("product", "attention", "residual_of_kept"):
+        monkeypatch.setattr(ours, name, None)
+
+
+def step(model) -> list[torch.Tensor]:
+    """Logits and gradients of a step with drop path."""
+    image, mask = image_and_mask()
+    at = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:5] for i in range(3)])
+    logits = model.forward_at(image, mask, at, uniforms(0, torch.arange(3), model.branches))
+    (logits.sin().sum() / logits.numel()).backward()
+    return [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("bias", ["shared", "per_layer", "none"])
+def test_the_switch_leaves_plain_torch(bias, always, request):
+    expected = step(mim(rel_pos_bias=bias, depth=3, drop_path_rate=0.5))
+    request.getfixturevalue("off")
+    for found, wanted in zip(step(mim(rel_pos_bias=bias, depth=3, drop_path_rate=0.5)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_switch_is_that_of_the_tokenizer_too(monkeypatch):
+    from dall_e.encoder import Encoder
+
+    torch.manual_seed(0)
+    encoder = Encoder(n_hid=16, n_blk_per_group=1, vocab_size=64, device=CPU, requires_grad=False)
+    image, arranged = torch.rand(2, 3, 32, 32), FusedEncoder(encoder, CPU)
+    monkeypatch.setattr(ours, "ENABLED", False)
+    plain = FusedEncoder(encoder, CPU)
+    assert (arranged.blocked, plain.blocked) == (True, False)
+    torch.testing.assert_close(plain(image), arranged(image), atol=1e-4, rtol=1e-4)
+
+
+def test_the_switch_is_for_cpus_alone():
+    assert ours.active(CPU)
+    assert not ours.active(torch.device("cuda"))
