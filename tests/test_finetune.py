@@ -16,15 +16,11 @@ from tiny import SIZE, fit_words, seeded, state_of, write_checkpoint
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import fit as runs
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.inference.classifier import ImageClassifier
 from beit_pretrain.models.backbone import Classifier
-from beit_pretrain.tasks.finetune import Finetuning, MixConfig
-from beit_pretrain.transforms.views import HALF
-from beit_pretrain.engine.optim import Optim
 from beit_pretrain.tables import curve
-from beit_pretrain.tasks.finetune import Finetuning, ImageClassifier, MixConfig
+from beit_pretrain.tasks.finetune import Finetuning, MixConfig
 from beit_pretrain.transforms.jitter import HALF
 
 

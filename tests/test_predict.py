@@ -21,8 +21,6 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.inference.segmenter import ImageSegmenter
 from beit_pretrain.inference.sliding_window import SlidingWindow, label_maps
 from beit_pretrain.models.backbone import Classifier
-from beit_pretrain.transforms.views import HALF
-from beit_pretrain.tasks.segment import ImageSegmenter, SlidingWindow, label_maps
 from beit_pretrain.transforms.jitter import HALF
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -17,8 +17,6 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.tasks.pretrain import IGNORE, PretrainData, Pretraining, masked_targets, nearest_visible
 from beit_pretrain.tokenizers.dvae import DVAETokenizer
-from beit_pretrain.tasks.pretrain import IGNORE, Pretraining, masked_targets, nearest_visible
-from beit_pretrain.tasks.tokenizer import DVAETokenizer
 from beit_pretrain.transforms.jitter import HALF, color_jitter
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.views import TwoViewTransform

@@ -11,17 +11,13 @@ import torch
 from foreign import scrambled
 from tiny import MIM, write_checkpoint
 
-from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.models.backbone import Features, MaskedImageModel
 from beit_pretrain.models.checkpoints.formats import digest
 from beit_pretrain.models.checkpoints.pretrained import load_pretrained
-from beit_pretrain.tasks.probe import LayerProbes, Probing, pooled
-from beit_pretrain.transforms.views import HALF
-from beit_pretrain.engine.optim import Optim
-from beit_pretrain.errors import UserError
 from beit_pretrain.models.linear_probe import LayerProbes, pooled
 from beit_pretrain.tables import read_rows
+from beit_pretrain.tasks.probe import Probing
 from beit_pretrain.transforms.jitter import HALF
 
 

@@ -20,28 +20,14 @@ from tiny import fit_words, seeded, spoil, state_of, write_checkpoint
 
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import fit as runs
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.engine.settings import OptimSettings
-from beit_pretrain.engine.optim import Optim
 from beit_pretrain.inference import label_maps as maps
 from beit_pretrain.inference.label_maps import free_name
 from beit_pretrain.inference.segmenter import ImageSegmenter
 from beit_pretrain.inference.sliding_window import SlidingWindow, best_classes, segmented, slide, starts
 from beit_pretrain.models.upernet import Maps, Segmenter
-from beit_pretrain.tasks.segment import Segmentation, confusion, pixel_loss, scores
 from beit_pretrain.tables import curve
-from beit_pretrain.tasks.segment import (
-    ImageSegmenter,
-    Segmentation,
-    SlidingWindow,
-    best_classes,
-    confusion,
-    pixel_loss,
-    scores,
-    segmented,
-    slide,
-    starts,
-)
+from beit_pretrain.tasks.segment import Segmentation, confusion, pixel_loss, scores
 from beit_pretrain.transforms.segmentation import IGNORE, read_labels
 
 SIZE = {**tiny.SIZE, "drop_path_rate": 0.1}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from beit_pretrain.fileio import atomic_path
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.fileio import atomic_path
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from beit_pretrain.models.linear import ONEDNN, linear
+from beit_pretrain.models.cpu_kernels import ONEDNN, linear
 
 CALLS, SAMPLES, WARM_UP = 5, 20, 3  # of `kernel_seconds`: calls of a sample, samples, calls before them
 CYCLES = 2e9  # of a GPU in a second, at the most

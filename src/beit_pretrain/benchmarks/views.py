@@ -26,11 +26,10 @@ from beit_pretrain.settings import to_dict
 from beit_pretrain.tokenizers.tokenizer import Tokenizer
 from beit_pretrain.transforms import views
 from beit_pretrain.transforms.image_io import open_image, to_rgb
-from beit_pretrain.transforms.jitter import Jitter, color_jitter, jitter_arrays, jittered_views, pil_jitter
+from beit_pretrain.transforms.jitter import color_jitter, jitter_arrays, jittered_views
 from beit_pretrain.transforms.mean_color_grid import of_image
 from beit_pretrain.transforms.scaled_decoding import Crop, resized, scaled_decode
-from beit_pretrain.transforms.views import AugmentParams, TwoViewTransform, jitter_arrays, to_array
-from beit_pretrain.transforms.views import AugmentParams, TwoViewTransform, resized_crop, to_array
+from beit_pretrain.transforms.views import AugmentParams, TwoViewTransform, to_array
 
 OTHER_JITTER = 1_000_003  # added to the seed for another draw of the jitter
 FILTERS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS  # of the authors' two views
@@ -56,7 +55,7 @@ class Variant(NamedTuple):
 
 def on_device(arrays: dict[str, np.ndarray]) -> Pair:
     """What the training device makes of a worker's arrays."""
-    made = views.jittered_views({name: torch.from_numpy(array)[None] for name, array in arrays.items()})
+    made = jittered_views({name: torch.from_numpy(array)[None] for name, array in arrays.items()})
     return Pair(made[0][0], made[1][0])
 
 
@@ -96,7 +95,7 @@ def jitter_after(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
 def crops_contrast(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
     """The same with contrast relative to the crop's mean grey, each view's own: what this project avoids."""
     jitter = torch.from_numpy(draw.jitter.factors)[None], torch.from_numpy(draw.jitter.order)[None]
-    return Pair(*(views.color_jitter(view[None], *jitter)[0] for view in unjittered(image, draw, sides)))
+    return Pair(*(color_jitter(view[None], *jitter)[0] for view in unjittered(image, draw, sides)))
 
 
 def scaled(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:

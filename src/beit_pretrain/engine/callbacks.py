@@ -9,12 +9,6 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from PIL import Image
 
-from beit_pretrain.data.datamodule import ShardData
-from beit_pretrain.data.dataset import ShardDataset
-from beit_pretrain.errors import UserError
-from beit_pretrain.tasks.pretrain import Pretraining
-from beit_pretrain.tasks.segment import Segmentation
-from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.visualization import grids
 
 

@@ -7,15 +7,12 @@ the run resumes, so that no step stands twice.
 from __future__ import annotations
 
 import csv
-import io
-import os
 from pathlib import Path
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from beit_pretrain import fileio
-from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.tables import read_rows
 
 

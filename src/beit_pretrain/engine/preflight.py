@@ -18,10 +18,6 @@ from beit_pretrain.engine.optim import configure
 from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.task import Task, find_task, task_names
 from beit_pretrain.errors import UserError
-from beit_pretrain.tasks.finetune import Finetuning
-from beit_pretrain.tasks.pretrain import Pretraining
-from beit_pretrain.tasks.segment import Segmentation
-from beit_pretrain.transforms.jitter import jittered_views
 
 
 def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> list[str]:

@@ -19,7 +19,8 @@ from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.transforms.image_io import open_image, reason
-from beit_pretrain.transforms.views import centre_view, normalise, to_array
+from beit_pretrain.transforms.jitter import normalise
+from beit_pretrain.transforms.views import centre_view, to_array
 from beit_pretrain.visualization.attention_maps import attention_picture
 
 

@@ -16,21 +16,12 @@ from PIL import Image
 
 from beit_pretrain.config import as_user_errors
 from beit_pretrain.engine.checkpointing import LAST
-from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.engine.resume import load_run
 from beit_pretrain.engine.run_folder import CONFIG, read_config
 from beit_pretrain.engine.settings import VisualizeSettings
 from beit_pretrain.engine.task import find_task
 from beit_pretrain.errors import UserError
-from beit_pretrain.errors import UserError, stop_if_memory_was_short
-from beit_pretrain.tables import curve, read_rows
-from beit_pretrain.tasks.finetune import Finetuning
-from beit_pretrain.tasks.pretrain import Pretraining
-from beit_pretrain.tasks.segment import Segmentation
-from beit_pretrain.tasks.tokenizer import TokenizerTraining, reconstruction_picture
-from beit_pretrain.transforms.image_io import open_image, reason
-from beit_pretrain.transforms.jitter import normalise
-from beit_pretrain.transforms.views import centre_view, to_array
+from beit_pretrain.tables import read_rows
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.plots import PANELS, curves_plot
 

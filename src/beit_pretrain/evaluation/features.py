@@ -18,7 +18,6 @@ from tqdm import tqdm
 from beit_pretrain.data.dataset import EvalSchedule, ShardDataset
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_path
-from beit_pretrain.models.backbone import FeatureExtractor
 from beit_pretrain.models.backbone import FeatureExtractor, Features
 from beit_pretrain.processes import end_with_parent
 from beit_pretrain.transforms.jitter import normalise

@@ -11,8 +11,6 @@ from torch import Tensor, distributed
 from beit_pretrain.data.datamodule import ShardData
 from beit_pretrain.evaluation.knn import TEMPERATURE, sweep
 from beit_pretrain.settings import Count, Settings, about
-from beit_pretrain.transforms.views import ClassificationTransform, normalise
-from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.transforms.views import ClassificationTransform
 

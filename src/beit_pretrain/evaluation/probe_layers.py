@@ -15,7 +15,6 @@ from beit_pretrain.evaluation.features import AVG, CLS, FeatureStore, extract, k
 from beit_pretrain.evaluation.knn import sweep
 from beit_pretrain.evaluation.linear_probe import accuracy, train_probes
 from beit_pretrain.evaluation.settings import ProbeSettings
-from beit_pretrain.models.build import normalisation, origin
 from beit_pretrain.models.checkpoints.formats import Checkpoint, digest, read_checkpoint
 from beit_pretrain.models.checkpoints.init_from import check_channels, normalisation, origin
 from beit_pretrain.models.checkpoints.pretrained import features as feature_extractor
@@ -94,7 +93,7 @@ def measured(
 ) -> tuple[list[LayerResult], list[tuple]]:
     """(a row for each layer, a row for each layer, pool, k and temperature of kNN)."""
     train, val = stored["train"], stored["val"]
-    probes = train_probes(train, classes, seed=cfg.seed, device=device, **cfg.linear)
+    probes = train_probes(train, classes, seed=cfg.seed, device=device, **to_dict(cfg.linear))
     linear = accuracy(probes, val, device)
     labelled = [(s, torch.from_numpy(s.labels >= 0)) for s in (train, val)]
     if not all(known.any() for _, known in labelled):

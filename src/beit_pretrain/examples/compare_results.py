@@ -9,13 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beit_pretrain.engine.metrics import curve
 from beit_pretrain.examples import report as demo_report
 from beit_pretrain.examples.settings import CompareSettings
 from beit_pretrain.settings import to_dict
-from beit_pretrain.tables import table
-from omegaconf import DictConfig
-from beit_pretrain.config import to_dict
 from beit_pretrain.tables import curve, table
 from beit_pretrain.visualization.plots import bars_plot, curves_plot, layers_plot
 

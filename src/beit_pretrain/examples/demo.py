@@ -22,13 +22,11 @@ from beit_pretrain.data.sources import check_sources
 from beit_pretrain.data.write.contact_sheet import contact_sheet
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine.fit import fit
-from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.engine.visualize import visualize
 from beit_pretrain.errors import UserError
 from beit_pretrain.examples import report
 from beit_pretrain.examples.settings import DemoSettings
 from beit_pretrain.settings import to_dict
-from beit_pretrain.engine.visualize import show
 from beit_pretrain.tables import read_rows
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's

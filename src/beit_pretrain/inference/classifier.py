@@ -12,7 +12,8 @@ from torch import Tensor
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
 from beit_pretrain.models.checkpoints.pretrained import classifier
-from beit_pretrain.transforms.views import HALF, centre_view, normalise, per_channel, to_array
+from beit_pretrain.transforms.jitter import HALF, normalise, per_channel
+from beit_pretrain.transforms.views import centre_view, to_array
 
 
 class Prediction(NamedTuple):

@@ -15,8 +15,8 @@ from beit_pretrain.inference.sliding_window import SlidingWindow, segmented_all
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
 from beit_pretrain.models.checkpoints.pretrained import segmenter
 from beit_pretrain.transforms.image_io import to_channels
+from beit_pretrain.transforms.jitter import HALF, normalise
 from beit_pretrain.transforms.segmentation import SegmentationEvalTransform
-from beit_pretrain.transforms.views import HALF, normalise
 
 
 class ImageSegmenter:

@@ -12,7 +12,7 @@ decoder, P numbers of a patch (rows, columns, channels).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Architecture, Backbone, embed
 from beit_pretrain.models.blocks import Attention, Mlp, block_outputs, gather_tokens, run_blocks
+from beit_pretrain.models.cpu_kernels import Linear, use_linear
 from beit_pretrain.models.drop_path import uniforms
-from beit_pretrain.models.linear import Linear, use_linear
 
 # What of `Architecture` cannot be chosen: a plain ViT with sine-cosine positions (section 3; appendix A.1).
 FIXED: Architecture = {"rel_pos_bias": "none", "abs_pos_emb": True, "init_values": None, "drop_path_rate": 0.0}
@@ -100,12 +100,12 @@ class MaskedAutoencoder(Backbone):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         norm_pix_loss: bool = True,
-        **architecture: Unpack[Architecture],
+        **architecture: Any,
     ):
         for name, value in FIXED.items():
             if architecture.get(name, value) != value:
                 raise UserError(f"model.{name}={architecture.get(name)}: a masked autoencoder has {name}={value}")
-        super().__init__("", 0, **cast(Architecture, {**architecture, **FIXED}))
+        super().__init__("", 0, **{**architecture, **FIXED})
         self.norm_pix_loss = norm_pix_loss
         decoder = {"decoder_embed_dim": decoder_embed_dim, "decoder_depth": decoder_depth}
         self.config |= {**decoder, "decoder_num_heads": decoder_num_heads, "norm_pix_loss": norm_pix_loss}

@@ -22,8 +22,9 @@ from beit_pretrain.settings import (
     Text,
     about,
 )
+from beit_pretrain.transforms.jitter import HALF
 from beit_pretrain.transforms.settings import CropSettings
-from beit_pretrain.transforms.views import HALF, ClassificationTransform
+from beit_pretrain.transforms.views import ClassificationTransform
 
 Width = Annotated[int, Strict(), Field(ge=1, le=2**20 - 1)]
 Colours = Annotated[list[Number], Field(min_length=1)]

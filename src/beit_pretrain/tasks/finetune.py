@@ -23,11 +23,12 @@ from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Classifier, patch_grid
-from beit_pretrain.models.build import network, normalisation, origin, read_source
+from beit_pretrain.models.build import network
+from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import classifier
 from beit_pretrain.settings import Count, NonNegative, Rule, Settings, Share, Switch, about
 from beit_pretrain.tasks.common import BackboneSettings, ClassificationDataSettings, NetworkSettings, labelled_data
-from beit_pretrain.transforms.views import normalise
+from beit_pretrain.transforms.jitter import normalise
 
 Decay = Annotated[float, Strict(), Field(gt=0, lt=1), Rule("a number above 0 and below 1")]
 

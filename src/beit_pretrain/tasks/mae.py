@@ -21,13 +21,14 @@ from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
-from beit_pretrain.models.build import network, normalisation
+from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.files import rebuild
+from beit_pretrain.models.checkpoints.init_from import normalisation
 from beit_pretrain.models.mae import MaskedAutoencoder, Masking, random_masking
 from beit_pretrain.settings import Settings, Switch, Whole, about, to_dict
 from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, Width, classification_data
+from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.transforms.settings import CropSettings
-from beit_pretrain.transforms.views import normalise
 from beit_pretrain.visualization import grids
 
 Ratio = Annotated[float, Strict(), Field(gt=0, lt=1)]

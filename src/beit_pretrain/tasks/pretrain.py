@@ -31,22 +31,22 @@ from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
 from beit_pretrain.models.backbone import MaskedImageModel, patch_grid
-from beit_pretrain.models.build import network, normalisation, origin, read_source
+from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.formats import Checkpoint
+from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import mim
 from beit_pretrain.settings import Paths, Switch, Whole, about, to_dict
 from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
 from beit_pretrain.tokenizers.settings import TokenizerSettings
 from beit_pretrain.tokenizers.token_cache import OPTIONS, CachedTokens, TokenFolder, same_tokenizer
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, codebook_use, view_size
+from beit_pretrain.transforms.jitter import jittered_view, jittered_views, normalise
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.settings import MaskSettings, ViewSettings
-from beit_pretrain.transforms.views import TwoViewTransform, jittered_view, jittered_views, normalise
+from beit_pretrain.transforms.views import TwoViewTransform
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.attention_maps import attention_picture
 from beit_pretrain.visualization.token_maps import token_sheet
-from beit_pretrain.tokenizers.tokenizer import Tokenizer, codebook_use
-from beit_pretrain.transforms.jitter import jittered_view, jittered_views, normalise
 
 IGNORE = -100
 

@@ -5,23 +5,24 @@ Shapes: B batch, C channels, H W pixels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-import torch
-from torch import Tensor
 
-from beit_pretrain.engine.metrics import curve
+import torch
+from torch import Tensor, nn
+
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import FeatureExtractor
-from beit_pretrain.models.build import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.formats import digest
-from beit_pretrain.models.linear_probe import LayerProbes, losses_and_hits
+from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import features
+from beit_pretrain.models.linear_probe import LayerProbes, losses_and_hits
 from beit_pretrain.settings import Count, Pool, Settings, about
+from beit_pretrain.tables import curve
 from beit_pretrain.tasks.common import BackboneSettings, ClassificationDataSettings, labelled_data
 from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.visualization.plots import layers_plot
@@ -48,8 +49,6 @@ class ProbeSettings(BackboneSettings):
     model: NoNetwork = about("init_from says")
     probe: LayerSettings
     data: ClassificationDataSettings
-
-
 
 
 class Probing(TrainedModule):

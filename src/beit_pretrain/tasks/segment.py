@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +26,17 @@ from beit_pretrain.engine.task import Task, check_split
 from beit_pretrain.errors import UserError
 from beit_pretrain.inference.sliding_window import SlidingWindow, segmented, upsampled
 from beit_pretrain.models.backbone import patch_grid
-from beit_pretrain.models.build import network, normalisation, origin, read_source
+from beit_pretrain.models.build import network
+from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import segmenter
 from beit_pretrain.models.drop_path import uniforms
-from beit_pretrain.models.upernet import DROPOUT, Decoder, Segmenter
+from beit_pretrain.models.upernet import DROPOUT, Segmenter
 from beit_pretrain.settings import Range, Settings, Share, ShareAboveZero, Side, Switch, Whole, about, to_dict
 from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
+from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.transforms.segmentation import IGNORE, SegmentationEvalTransform, SegmentationTrainTransform
-from beit_pretrain.transforms.views import normalise
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.overlays import comparison
-from beit_pretrain.models.upernet import DROPOUT, Segmenter
-from beit_pretrain.transforms.image_io import to_channels
-from beit_pretrain.transforms.jitter import HALF, normalise
-from beit_pretrain.transforms.segmentation import IGNORE, SegmentationEvalTransform
 
 AUX_WEIGHT = 0.4
 PoolScale = Annotated[int, Strict(), Field(ge=1, le=2**10 - 1)]
@@ -194,7 +191,7 @@ class Segment(Task):
         patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
         mean, std = normalisation(cfg, source.about if source else {})
         self.data, names = segmentation_data(cfg, mean, cfg.test)
-        decoder = cast(Decoder, to_dict(cfg.decoder))
+        decoder = to_dict(cfg.decoder)
         if source is None:
             model = Segmenter(len(names), decoder, **network(cfg))
         else:

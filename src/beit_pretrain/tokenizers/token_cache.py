@@ -27,10 +27,9 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import renamed, to_dict
-from beit_pretrain.transforms.scaled_decoding import Crop
-from beit_pretrain.transforms.views import AugmentParams, Jitter, TwoViewTransform
 from beit_pretrain.transforms.jitter import Jitter
-from beit_pretrain.transforms.views import AugmentParams, Crop, TwoViewTransform
+from beit_pretrain.transforms.scaled_decoding import Crop
+from beit_pretrain.transforms.views import AugmentParams, TwoViewTransform
 
 FORMAT = "beit_pretrain-tokens/1"
 TOKENS = "tokens.json"

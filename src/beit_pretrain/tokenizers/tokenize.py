@@ -35,7 +35,6 @@ from beit_pretrain.transforms.image_io import open_image, reason
 from beit_pretrain.transforms.jitter import jittered_view
 from beit_pretrain.transforms.mean_color_grid import SIDE
 from beit_pretrain.transforms.settings import ViewSettings
-from beit_pretrain.transforms.views import TwoViewTransform, jittered_view
 from beit_pretrain.transforms.views import TwoViewTransform
 
 SHOWN = 20  # images that could not be decoded which are named

@@ -31,8 +31,9 @@ class Jitter(NamedTuple):
     order: np.ndarray  # (3,) int64, a permutation of BRIGHTNESS, CONTRAST, SATURATION
 
 
-def draw_jitter(rng: np.random.Generator, strength: tuple[float, float, float]) -> Jitter:
+def draw_jitter(rng: np.random.Generator, strength: Sequence[float] | None) -> Jitter:
     """Factors uniform in [1 - s, 1 + s], not below 0, for each of the three strengths, and a random order."""
+    strength = strength or (0.0, 0.0, 0.0)
     low = [max(0.0, 1 - s) for s in strength]
     factors = [a + (1 + s - a) * rng.random() for a, s in zip(low, strength, strict=True)]
     return Jitter(np.array(factors, np.float32), ORDERS[int(len(ORDERS) * rng.random())])

@@ -9,17 +9,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from itertools import permutations
-from typing import Any, NamedTuple
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from pydantic import ConfigDict, PrivateAttr
-from torch import Tensor
-from beit_pretrain.errors import UserError
+
 from beit_pretrain.settings import Channels, ShareAboveZero, Side, Text, about
 from beit_pretrain.transforms.image_io import open_image, to_channels
 from beit_pretrain.transforms.jitter import HALF, Jitter, draw_jitter, jitter_arrays, pil_jitter

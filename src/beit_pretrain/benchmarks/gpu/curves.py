@@ -19,11 +19,6 @@ from beit_pretrain.benchmarks.inputs import Bench, make_masks
 from beit_pretrain.benchmarks.peers import PlainModel, learn
 from beit_pretrain.benchmarks.report import Report
 from beit_pretrain.benchmarks.step import SPARE, take_step
-from beit_pretrain.transforms.views import normalise
-from beit_pretrain.benchmarks.gpu.step import SPARE
-from beit_pretrain.benchmarks.inputs import Bench, configured, make_bench, make_masks
-from beit_pretrain.benchmarks.peers import PlainModel
-from beit_pretrain.benchmarks.step import backward, facts, forward
 from beit_pretrain.transforms.jitter import normalise
 
 RATE, WARM_UP = 5e-4, 20  # learning rate of these small batches, and the steps until it is reached

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path
-from beit_pretrain.models.backbone import Classifier, MaskedImageModel
 from beit_pretrain.models.backbone import SIZES, Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.formats import read_checkpoint

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, Strict, TypeAdapter, ValidationError
-from torch import Tensor
-from beit_pretrain.errors import UserError
-from beit_pretrain.settings import NonNegative, Number, Positive, Rule, Share, ShareAboveZero, Text, rule
 from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.settings import Positive
 
 TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
@@ -28,7 +28,6 @@ DIMENSIONS = {"patch_embed.proj.weight": 4, "cls_token": 3, "mask_token": 3, "po
 DIMENSIONS |= {"head.weight": 2, "lm_head.weight": 2, HEADS["segmenter"]: 4}
 BLOCK_DIMENSIONS = {f"attn.{TABLE}": 2, "mlp.fc1.weight": 2}
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Pixels = Annotated[int, Field(ge=1, lt=2**16)]
 
 
