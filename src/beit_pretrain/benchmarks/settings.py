@@ -62,7 +62,10 @@ class GpuGroup(StepGroup):
     """How everything is measured."""
 
     seconds: Positive = about("for everything; a stage that no longer fits is skipped")
-    only: Stages | None = about("stages, such as base or base,large; null = all")
+    only: Stages | None = about(
+        "stages, such as base or base,large; null = facts,data,warm,parity,compile,curves,base,large,attention,fit,triton,"
+        "prefetch,wide,wider,graphs,autotune"
+    )
     tiny: Switch = about("tiny networks and few images, to try whether every stage runs")
     scratch: Name | None = about("folder of compiled code, images and runs; null = kept in the temporary folder")
 

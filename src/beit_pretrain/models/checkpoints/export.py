@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path
-from beit_pretrain.models.backbone import SIZES, Classifier, MaskedImageModel
+from beit_pretrain.models.backbone import SIZES, Backbone, Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
 from beit_pretrain.models.checkpoints.infer_architecture import TABLE
 from beit_pretrain.models.checkpoints.model_card import MARK, card
-from beit_pretrain.models.checkpoints.pretrained import classifier, load_pretrained, mim, segmenter
+from beit_pretrain.models.checkpoints.pretrained import classifier, encoder, load_pretrained, mim, segmenter
 from beit_pretrain.models.settings import ExportSettings
 from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.transforms.jitter import HALF, per_channel
@@ -37,8 +37,13 @@ from beit_pretrain.transforms.views import shorter_side
 
 SUFFIXES = {"unilm": ".pth", "timm": ".safetensors", "onnx": ".onnx", "hf": ""}
 TOLERANCE = 1e-4  # of the largest output: other software sums in another order
-HEAD_OF = {"mim": "mim", "classifier": "classify", "segmenter": "segment"}  # kind -> `head` of `load_pretrained`
-Model = MaskedImageModel | Classifier | Segmenter
+HEAD_OF = {
+    "backbone": "features",
+    "mim": "mim",
+    "classifier": "classify",
+    "segmenter": "segment",
+}  # kind -> `head` of `load_pretrained`
+Model = Backbone | MaskedImageModel | Classifier | Segmenter
 
 
 def export(cfg: ExportSettings) -> Path:
@@ -57,13 +62,12 @@ def export(cfg: ExportSettings) -> Path:
     if foreign and not ((out / "README.md").exists() and MARK in (out / "README.md").read_text(errors="replace")):
         raise UserError(f"out={cfg.out} has a {foreign[0]} that no export wrote; choose another folder")
     source = read_checkpoint(cfg.init_from)
-    if source.kind == "backbone":
-        raise UserError(f"{cfg.init_from} has neither a token head nor classes; there is nothing to export")
-    if source.kind == "segmenter" and cfg.to != "hf":
-        raise UserError(f"{cfg.init_from} is a segmentation model; it can be written with to=hf alone")
+    if source.kind in ("backbone", "segmenter") and cfg.to != "hf":
+        what = "a segmentation model" if source.kind == "segmenter" else "a backbone without a head"
+        raise UserError(f"{cfg.init_from} is {what}; it can be written with to=hf alone")
     drop = source.architecture.get("drop_path_rate", 0.0)  # idle here, but part of what the files say
     builders: dict[str, Callable[..., Model]] = {"mim": mim, "classifier": classifier, "segmenter": segmenter}
-    model = builders[source.kind](source, cfg.image_size, drop_path_rate=drop)
+    model = {**builders, "backbone": encoder}[source.kind](source, cfg.image_size, drop_path_rate=drop)
     write: Callable[[Model, Path], str] = {"unilm": to_unilm, "timm": to_timm, "onnx": to_onnx, "hf": to_hf}[cfg.to]
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -160,7 +164,7 @@ def to_hf(model: Model, path: Path) -> str:
         raise UserError(
             "to=hf: transformers swaps height and width on grids that are not square; to=timm or unilm keeps them"
         )
-    count = 0 if isinstance(model, MaskedImageModel) else model.num_classes
+    count = 0 if model.kind in ("backbone", "mim") else model.num_classes
     classes = (model.about.get("classes") or [f"LABEL_{i}" for i in range(count)]) if count else None
     architecture = hf.ARCHITECTURES[model.kind]
     path.mkdir(exist_ok=True)
@@ -182,6 +186,8 @@ def to_hf(model: Model, path: Path) -> str:
     with torch.no_grad():
         if isinstance(model, MaskedImageModel):
             compare(model(image, mask), theirs(image, bool_masked_pos=mask).logits[mask], "transformers")
+        elif model.kind == "backbone":
+            compare(model.forward_features(image), theirs(image).last_hidden_state, "transformers")
         else:
             ours = model(image).main if isinstance(model, Segmenter) else model(image)
             compare(ours, theirs(image).logits, "transformers")
@@ -211,6 +217,8 @@ def hf_config(model: Model, classes: list[str] | None) -> dict[str, Any]:
         "use_relative_position_bias": ours["rel_pos_bias"] == "per_layer",
         "use_shared_relative_position_bias": ours["rel_pos_bias"] == "shared",
     }
+    if model.kind == "backbone":
+        return said | {"use_mask_token": False, "use_mean_pooling": False}
     if classes is None:
         return said | {"use_mask_token": True, "vocab_size": ours["vocab_size"], "use_mean_pooling": True}
     said |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
@@ -298,8 +306,8 @@ def probe(model: Model) -> tuple[Tensor, Tensor]:
 def same_network(model: Model, path: Path) -> None:
     """Raise UserError unless `load_pretrained` reads every tensor back, bit by bit."""
     theirs = load_pretrained(path, HEAD_OF[model.kind]).state_dict()
-    for name, tensor in model.state_dict().items():
-        if not torch.equal(tensor, theirs[name]):
+    for name, tensor in theirs.items():  # features lack the final LayerNorm of a backbone
+        if not torch.equal(model.state_dict()[name], tensor):
             raise UserError(f"the export does not read back: {name} differs")
 
 

@@ -51,6 +51,7 @@ CONFIG = {
     "abs_pos_emb": "use_absolute_position_embeddings",
 }
 ARCHITECTURES = {
+    "backbone": "BeitModel",
     "mim": "BeitForMaskedImageModeling",
     "classifier": "BeitForImageClassification",
     "segmenter": "BeitForSemanticSegmentation",
@@ -188,4 +189,6 @@ def to_names(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         whole = {f"{inside}.{p}": t.clone() for p, t in zip(QKV, tensor.chunk(3))} if "qkv" in inside else None
         for part, values in (whole or {inside: tensor}).items():
             named[f"beit.encoder.layer.{number}.{BLOCK[part]}"] = values
+    if kind == "backbone":  # a BeitModel by itself
+        return {name.removeprefix("beit."): tensor for name, tensor in named.items()}
     return named

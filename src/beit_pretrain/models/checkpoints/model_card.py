@@ -7,16 +7,16 @@ from typing import Any
 
 import yaml
 
-from beit_pretrain.models.backbone import Classifier, MaskedImageModel
+from beit_pretrain.models.backbone import Backbone
 from beit_pretrain.models.checkpoints.formats import Checkpoint, sizes
 from beit_pretrain.models.checkpoints.hf import ARCHITECTURES
-from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.tables import read_rows
 
 MARK = "<!-- written by beit_pretrain export -->"  # an export overwrites no other README
 RECIPE = ("task", "epochs", "steps", "global_batch_size", "image_size", "optim", "mask", "regularisation", "seed")
 # Kind of a network -> what model hubs call its task, and what is on the backbone.
 KINDS = {
+    "backbone": ("image-feature-extraction", "no head: features of images"),
     "mim": ("image-feature-extraction", "a token head of {vocab_size} visual tokens"),
     "classifier": ("image-classification", "a classifier of {num_classes} classes"),
     "segmenter": ("image-segmentation", "UPerNet for {num_classes} classes of pixels"),
@@ -56,7 +56,7 @@ Whoever publishes this model says here what it was trained on, and its licence.
 """
 
 
-def card(model: MaskedImageModel | Classifier | Segmenter, source: Checkpoint) -> str:
+def card(model: Backbone, source: Checkpoint) -> str:
     """Markdown with the front matter that model hubs read.
 
     Recipe and metrics, those of the checkpoint's own step, come from the run's folder if the checkpoint is in one.

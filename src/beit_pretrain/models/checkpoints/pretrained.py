@@ -154,6 +154,12 @@ def features(source: Checkpoint, image_size: ImageSize = None, drop_path_rate: f
     return finished(lambda: FeatureExtractor(**architecture), state, source)
 
 
+def encoder(source: Checkpoint, image_size: ImageSize = None, drop_path_rate: float = 0.0) -> Backbone:
+    """The backbone with its final LayerNorm alone."""
+    architecture, state = prepared(source, image_size, drop_path_rate, ("norm.",))
+    return finished(lambda: Backbone("", 0, **architecture), state, source)
+
+
 def spread_table(source: Checkpoint, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:
     """For fine-tuning, start a bias table for every block from the shared one, in place."""
     if source.kind not in ("classifier", "segmenter") and architecture["rel_pos_bias"] == "shared":
