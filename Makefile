@@ -36,10 +36,11 @@ soak: $(READY) ## what takes minutes each: kills, processes, disks, NaN, full-si
 
 test-all: test test-long ## all tests
 
-check: $(READY) ## lint, format, types
+check: $(READY) ## lint, format, types, which package imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(READY) ## format the code
 	$(BIN)/ruff format .

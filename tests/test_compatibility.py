@@ -24,7 +24,8 @@ from beit_pretrain.tokenizers.dvae import DVAETokenizer
 
 EXPECTED = GOLDEN / "earlier.json"
 COMMON = (
-    "fit data.train=data/train data.val=data/val data.num_workers=0 data.shuffle_block_size=8 data.shuffle_streams=2 global_batch_size=4 "
+    "fit data.train=data/train data.val=data/val data.num_workers=0 data.shuffle_block_size=8 "
+    "data.shuffle_streams=2 global_batch_size=4 "
     "batch_size=2 image_size=16 threads=1 trainer.accelerator=cpu steps=4 val_every=4 save_every=2 log_every=3 "
     "optim.warmup_steps=1 optim.lr=1e-2 "
 )

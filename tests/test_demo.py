@@ -11,7 +11,10 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.examples import report
 from beit_pretrain.examples.demo import demo
 
-BRIEF = "images=60 val_images=20 labels_per_class=2 seeds=2 steps={tokenizer:3,pretrain:3,finetune:2} num_workers=0 threads=1".split()
+BRIEF = (
+    "images=60 val_images=20 labels_per_class=2 seeds=2 steps={tokenizer:3,pretrain:3,finetune:2} "
+    "num_workers=0 threads=1"
+).split()
 KEYS = {
     "masked_token_accuracy",
     "majority_token_accuracy",

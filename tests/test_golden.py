@@ -30,7 +30,8 @@ TOLERANCE = 1e-5
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg", "timm", "lightning")
 
 COMMON = (
-    "fit data.train={train} data.val={val} image_size=32 global_batch_size=8 batch_size=4 data.num_workers=0 log_every=1 "
+    "fit data.train={train} data.val={val} image_size=32 global_batch_size=8 batch_size=4 "
+    "data.num_workers=0 log_every=1 "
     "threads=1 trainer.accelerator=cpu optim.lr=1e-2 "
 )
 NETWORK = COMMON + "patch_size=8 model.embed_dim=32 model.num_heads=2 model.depth=2 "
@@ -41,7 +42,8 @@ RUNS = {
     "pretrain": PRETRAIN + "tokenizer.path={tokenizer} steps=6 val_every=6 optim.warmup_steps=2",
     "pretrain_options": PRETRAIN
     + "tokenizer.path={varied_tokenizer} steps=4 val_every=2 optim.warmup_steps=1 seed=3 batch_size=2 "
-    "data.train=[{train},{val}] data.weights=[.7,.3] data.jitter=[.4,.4,.4] data.shuffle_block_size=24 data.shuffle_streams=2 "
+    "data.train=[{train},{val}] data.weights=[.7,.3] data.jitter=[.4,.4,.4] data.shuffle_block_size=24 "
+    "data.shuffle_streams=2 "
     "model.rel_pos_bias=per_layer model.abs_pos_emb=true model.drop_path_rate=.2",
     "tokenizer": COMMON + "+experiment=demo_tokenizer model={{vocab_size:32,width:8,blocks:1,code_dim:8}} steps=5 "
     "val_every=5 relaxation.kl_weight=.01 optim.warmup_steps=1",

@@ -21,7 +21,8 @@ from beit_pretrain.transforms.views import TwoViewTransform
 
 TINY = "image_size=32 patch_size=8 num_workers=0 threads=1 accelerator=cpu".split()
 MODEL = (
-    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 data.num_workers=0 steps=3 val_every=3 "
+    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 "
+    "data.num_workers=0 steps=3 val_every=3 "
     "model.embed_dim=32 model.num_heads=2 model.depth=2 data.val_images=8 log_every=1 threads=1 data.scale=[0.08,1] "
     "data.ratio=[0.75,1.3333333333333333] data.jitter=[0.4,0.4,0.4] trainer.accelerator=cpu"
 ).split()

@@ -16,7 +16,8 @@ from beit_pretrain.visualization.plots import bars_plot, curves_plot
 from beit_pretrain.visualization.token_maps import token_map
 
 TINY = (
-    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 data.num_workers=0 num_visualizations=2 "
+    "image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=8 "
+    "data.num_workers=0 num_visualizations=2 "
     "model.embed_dim=32 model.num_heads=2 model.depth=2 data.val_images=8 log_every=1 threads=1 steps=2 val_every=2"
 ).split()
 

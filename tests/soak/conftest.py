@@ -39,13 +39,18 @@ def made(tmp_path_factory) -> Made:
     dvae = f"fit +experiment=demo_tokenizer name=dvae {train} {val} image_size=32 steps=60 val_every=60 log_every=20"
     shell(f"{dvae} threads=1 model.vocab_size=64 model.width=16 data.num_workers=0".split(), folder)
     tokenizer = f"tokenizer.path={folder / 'runs/dvae/checkpoints/last.ckpt'}"
-    views = "image_size=32 patch_size=8 scale=[0.4,1.0] ratio=[0.9,1.1] jitter=[0.4,0.4,0.4] views=2 num_workers=0 threads=1"
+    views = (
+        "image_size=32 patch_size=8 scale=[0.4,1.0] ratio=[0.9,1.1] jitter=[0.4,0.4,0.4] views=2 num_workers=0 "
+        "threads=1"
+    )
     shell(f"tokenize data={folder / 'data/train'} tokenizer=dvae {tokenizer} {views}".split(), folder)
     common = (
-        f"fit +experiment=demo_pretrain {train} image_size=32 patch_size=8 data.jitter=[0.4,0.4,0.4] data.num_workers=2 "
+        f"fit +experiment=demo_pretrain {train} image_size=32 patch_size=8 data.jitter=[0.4,0.4,0.4] "
+        "data.num_workers=2 "
         "model.embed_dim=96 model.depth=3 model.num_heads=3 model.drop_path_rate=.1 mask.max_patches=6 "
         "mask.min_block=1 global_batch_size=8 batch_size=4 optim.warmup_steps=5 log_every=1 save_every=7 val_every=25 "
-        "data.val_images=16 data.val_batch=4 knn.bank=32 knn.queries=16 num_visualizations=1 threads=1 trainer.accelerator=cpu"
+        "data.val_images=16 data.val_batch=4 knn.bank=32 knn.queries=16 num_visualizations=1 threads=1 "
+        "trainer.accelerator=cpu"
     ).split()
     words = [*common, *OFFLINE, val, tokenizer]
     return Made(folder, words, [*common, *OFFLINE, "tokenizer=none", f"data.tokens={folder / 'data/train/tokens'}"])

@@ -14,8 +14,8 @@ batch:
   (made for this by a stand-in for the tokenizer, through the code of the verb `tokenize`).
 
 All of ours leave to the training device what `reference` has done: conversion to float, normalisation and, but for
-`pil_reference`, the jitter. `device part` says how many images a second that takes on this core, both views of `fast`: a row of
-its own, in no ratio.
+`pil_reference`, the jitter. `device part` says how many images a second that takes on this core, both views of
+`fast`: a row of its own, in no ratio.
 """
 
 from __future__ import annotations

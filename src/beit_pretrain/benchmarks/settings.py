@@ -63,7 +63,8 @@ class GpuGroup(StepGroup):
 
     seconds: Positive = about("for everything; a stage that no longer fits is skipped")
     only: Stages | None = about(
-        "stages, such as base or base,large; null = facts,data,warm,parity,compile,curves,base,large,attention,fit,triton,"
+        "stages, such as base or base,large; null = "
+        "facts,data,warm,parity,compile,curves,base,large,attention,fit,triton,"
         "prefetch,wide,wider,graphs,autotune"
     )
     tiny: Switch = about("tiny networks and few images, to try whether every stage runs")

@@ -24,8 +24,8 @@ class CorruptImages(Callback):
     """Collects what the batches say of bad images (`batches.ShardDataset`).
 
     `train/replaced` is their share since the last metrics. Every bad image is a line of `path`, and all since the last
-    metrics have one line of warning. The run stops when there are clearly more of them than `max_corrupt_fraction` allows: four
-    standard deviations and three images more, so that a single one at the beginning does not end a run.
+    metrics have one line of warning. The run stops when there are clearly more of them than `max_corrupt_fraction`
+    allows: four standard deviations and three images more, so that a single one at the beginning does not end a run.
 
     Args:
         path: the list; None = warnings alone.
@@ -80,7 +80,8 @@ class CorruptImages(Callback):
                 last = self._last
                 raise AllRanksError(
                     f"{self._seen_bad:,} of {self._seen:,} training images had to be replaced, more than "
-                    f"data.max_corrupt_fraction={self.max_corrupt_fraction:g} allows; the last: {last['key']} of {last['shard']} "
+                    f"data.max_corrupt_fraction={self.max_corrupt_fraction:g} allows; the last: {last['key']} of "
+                    f"{last['shard']} "
                     f"({last['reason']}){self._where()}"
                 )
         if self._seen >= WINDOW:

@@ -143,7 +143,8 @@ class ShardData(LightningDataModule):
         if needed > limit:
             raise UserError(
                 f"data.cache_gb={self.settings.cache_gb:g} is too small: this node reads from {len(here):,} shards of "
-                f"{needed / 1e9:.3g} GB at once; set it higher, or data.shuffle_block_size or data.shuffle_streams lower"
+                f"{needed / 1e9:.3g} GB at once; set it higher, or data.shuffle_block_size or data.shuffle_streams "
+                f"lower"
             )
 
     def val_dataloader(self) -> DataLoader | list:

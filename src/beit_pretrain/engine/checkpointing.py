@@ -2,8 +2,8 @@
 
 A checkpoint is taken after everything of its step is done and its metrics are written, and before a validation that is
 due then (it says so, and whoever goes on from it validates first). So nothing is repeated and nothing is missed. The
-loop waits for a copy in memory; a thread writes it (`engine/background_checkpoint.py`), and whatever ends the run waits for
-that.
+loop waits for a copy in memory; a thread writes it (`engine/background_checkpoint.py`), and whatever ends the run
+waits for that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Signals that end a run with all saved: SIGTERM and SIGUSR1 of a scheduler, a person's Ctrl-C.
 
-Inside the training loop a signal is noted, and obeyed after the step in hand (`keeping.CheckpointManager` asks). Before and after
+Inside the training loop a signal is noted, and obeyed after the step in hand (`keeping.CheckpointManager` asks).
+Before and after
 it there is nothing in hand, and a signal ends the process at once, from a thread if need be: Python hands a signal to
 the main thread alone, which may be waiting for other processes in torch's C++, for as long as `timeout_minutes`.
 """

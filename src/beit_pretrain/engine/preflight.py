@@ -92,7 +92,8 @@ def run_summary(cfg: FitSettings, task: Task, steps: int, trainer: Trainer) -> s
     return "\n".join(
         (
             f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",
-            f"  {steps:,} steps of {cfg.global_batch_size} ({trainer.world_size} processes x {share} images x {accumulate})"
+            f"  {steps:,} steps of {cfg.global_batch_size} ({trainer.world_size} processes x {share} images x "
+            f"{accumulate})"
             f", {steps * cfg.global_batch_size / task.data.samples:.4g} epochs, precision {trainer.precision}",
             f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
             f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",

@@ -26,7 +26,7 @@ LOCK = ".lock"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings of a run, as its `config.yaml` says them, under today's names. Raises UserError for anything else."""
+    """The settings in a run's `config.yaml`, under today's names. Raises UserError for anything else."""
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, OSError) as error:

@@ -33,7 +33,8 @@ def micro_batches(global_batch_size: int, batch_size: int, world: int) -> int:
     share = global_batch_size // world
     if global_batch_size % world or share == 0 or share % min(batch_size, share):
         raise AllRanksError(
-            f"global_batch_size={global_batch_size} is not a multiple of batch_size={batch_size} times {world} processes"
+            f"global_batch_size={global_batch_size} is not a multiple of batch_size={batch_size} times {world} "
+            f"processes"
         )
     return share // min(batch_size, share)
 

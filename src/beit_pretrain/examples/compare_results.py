@@ -151,7 +151,8 @@ def conditions(numbers: dict[str, Any]) -> str:
     return "\n".join(
         (
             f"{numbers['training_images']:,} training images of {numbers['classes']} classes, "
-            f"{numbers['labelled_images']:,} of them with labels for fine-tuning ({settings['labels_per_class']} a class); "
+            f"{numbers['labelled_images']:,} of them with labels for fine-tuning ({settings['labels_per_class']} "
+            f"a class); "
             f"{numbers['held_out_images']:,} held-out images; seeds {', '.join(map(str, numbers['seeds']))}.",
             f"{numbers['device']}, {numbers['threads']} thread(s), torch {numbers['torch']}, precision "
             f"{settings['precision']}; steps: {', '.join(f'{k} {v:,}' for k, v in settings['steps'].items())}.",

@@ -1,7 +1,7 @@
 """The demo's report: one self-contained HTML page and one JSON file, with what was measured and what it promises.
 
-`python -m beit_pretrain.examples.report runs/demo/report.json` checks the promises of a written report (exit code 1 if one is
-broken): continuous integration catches a broken demo by it.
+`python -m beit_pretrain.examples.report runs/demo/report.json` checks the promises of a written report (exit code 1
+if one is broken): continuous integration catches a broken demo by it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class NetworkSettings(Settings):
     size: Text | None = about("tiny, small, base or large; names embed_dim, depth, num_heads, init_values")
     drop_path_rate: BelowOne = about("stochastic depth of the last block; linear from 0 over the depth")
     rel_pos_bias: Literal["shared", "per_layer", "none"] | None = about(
-        "shared: one table for all blocks | per_layer: one for each | none; null = that of init_from, else the task's own"
+        "shared: one table for all blocks | per_layer: one for each | none; null = that of init_from, else "
+        "the task's own"
     )
     abs_pos_emb: Switch | None = about("learned absolute positions; null = that of init_from, else false")
     embed_dim: Width | None = Field(None, description="set by size, or as +model.embed_dim=N")

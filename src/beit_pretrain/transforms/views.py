@@ -1,6 +1,7 @@
 """From an opened image to uint8 views: random resized crops, flips, RandAugment, centre crops.
 
-Runs in loader workers. Jitter and normalisation follow on the training device (`jitter.py`); `pil_reference=True` keeps the
+Runs in loader workers. Jitter and normalisation follow on the training device (`jitter.py`); `pil_reference=True`
+keeps the
 authors' order instead: jitter and flip of the whole image with PIL, then the crops. Shapes: C channels, H W pixels.
 """
 

@@ -57,7 +57,8 @@ class ShardsSettings(EncodeSettings):
 
     action: Text = about("make, index (existing WebDataset tars), verify or show")
     src: Paths = about(
-        "make: a folder of class folders, a tar, a folder of tars, CIFAR-100's archive, or synthetic; else a shard folder"
+        "make: a folder of class folders, a tar, a folder of tars, CIFAR-100's archive, or synthetic; else a "
+        "shard folder"
     )
     out: Name | None = about(
         "make: folder for train/ and val/; index: for index and links, null = src; show: the picture"

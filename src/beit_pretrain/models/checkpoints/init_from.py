@@ -14,7 +14,8 @@ from beit_pretrain.transforms.jitter import HALF, per_channel
 def read_source(cfg: Any, expands_bias: bool = False) -> Checkpoint | None:
     """The checkpoint of `init_from`, if any; its architecture is the run's.
 
-    `expands_bias`: a bias table that all blocks share becomes one for each. Raises UserError where the config asks for another size: its learning rates would be for another network.
+    `expands_bias`: a bias table that all blocks share becomes one for each. Raises UserError where the config asks
+    for another size: its learning rates would be for another network.
     """
     if not cfg.init_from:
         return None
