@@ -15,7 +15,7 @@ from beit_pretrain.errors import UserError
 
 PARTIAL = ".partial"  # end of the name of a file that is being written
 
-_locks: set[FileIO] = set()  # locks that this process holds
+_locks: dict[FileIO, bool] = {}  # files of locks that this process waits for (False) or holds (True)
 
 
 class LockedError(UserError):
@@ -124,36 +124,40 @@ def exclusive_lock(
     while True:
         # Unbuffered: a child of a fork closes it, and must not write what its parent's buffer holds.
         with open(path, "r+b", buffering=0, opener=_create) as file:
+            _locks[file] = False
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                if not wait:
-                    holder = file.read(200).decode(errors="replace").strip()
-                    raise LockedError(message.replace("{holder}", holder)) from None
-                if message:
-                    print(message, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                if strict:
-                    raise
-            if not _is_at(file, path):  # its holder has removed or renamed it
-                continue
-            _locks.add(file)
-            try:
+                _acquire(file, message, wait, strict)
+                if not _is_at(file, path):  # its holder has removed or renamed it
+                    continue
+                _locks[file] = True
                 yield file
+                return
             finally:
-                _locks.discard(file)
-                if not file.closed:  # as in a child
+                if _locks.pop(file, False):  # not in a child
                     if remove and _is_at(file, path):  # while it is held: whoever waits finds the file gone
                         path.unlink(missing_ok=True)
                     with suppress(OSError):
                         fcntl.flock(file, fcntl.LOCK_UN)  # a child that has just begun may not have closed it yet
-            return
+
+
+def _acquire(file: FileIO, message: str, wait: bool, strict: bool) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        if not wait:
+            holder = file.read(200).decode(errors="replace").strip()
+            raise LockedError(message.replace("{holder}", holder)) from None
+        if message:
+            print(message, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        if strict:
+            raise
 
 
 def is_held(path: Path) -> bool:
     """Whether this process holds the lock on `path`."""
-    return any(_is_at(file, path) for file in list(_locks))
+    return any(held and _is_at(file, path) for file, held in list(_locks.items()))
 
 
 def _create(path: str, flags: int) -> int:
