@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -25,7 +25,7 @@ from beit_pretrain.engine.fit import fit
 from beit_pretrain.engine.run_folder import FINISHED
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.probe_layers import probe
-from beit_pretrain.examples.compare_results import report
+from beit_pretrain.examples.compare_results import KINDS, report
 from beit_pretrain.examples.settings import CompareSettings
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO, read_own
@@ -33,7 +33,6 @@ from beit_pretrain.settings import renamed, to_dict
 
 MARK = "compare.yaml"  # its config; says that the folder is a comparison's
 STAGES = "stages.jsonl"  # time that each finished stage took
-KINDS = ("pretrained", "control", "scratch")
 FREE = ("precision", "threads", "num_workers", "seeds", "probe_images")  # may differ when a comparison goes on
 
 
@@ -109,20 +108,18 @@ def run_seed(cfg: CompareSettings, folder: Path, kind: str, seed: int, data: dic
 
 def probe_features(cfg: CompareSettings, folder: Path, kind: str, seed: int, data: dict[str, Path]) -> None:
     """Linear probes and kNN of every layer; from scratch, of the network before any training."""
-    out, stage = folder / f"probe-{kind}", f"{folder.name}/probe-{kind}"
-    if (out / "layers.csv").is_file():
-        print(f"== {stage}: finished before", flush=True)
-        return
-    print(f"\n== {stage} ==", flush=True)
-    checkpoint = folder / kind / "checkpoints/last.ckpt"
-    if kind == "scratch":
-        checkpoint = untrained(folder / "pretrained/checkpoints/last.ckpt", folder / "untrained.ckpt", seed)
-    settings: dict[str, Any] = {"init_from": checkpoint, "out": out, "seed": seed, "threads": cfg.threads, **data}
-    settings |= {"train_images": cfg.probe_images, "data.val_images": cfg.probe_images, "data.crop_ratio": 1.0}
-    words = [f"{key}={quoted(value)}" for key, value in {**settings, "data.num_workers": cfg.num_workers}.items()]
-    clocks = time.perf_counter(), time.process_time()
-    probe(compose("probe", words))
-    record(cfg, stage, clocks)
+
+    def work() -> None:
+        checkpoint = folder / kind / "checkpoints/last.ckpt"
+        if kind == "scratch":
+            checkpoint = untrained(folder / "pretrained/checkpoints/last.ckpt", folder / "untrained.ckpt", seed)
+        settings: dict[str, Any] = {"init_from": checkpoint, "out": out, "seed": seed, "threads": cfg.threads, **data}
+        settings |= {"train_images": cfg.probe_images, "data.val_images": cfg.probe_images, "data.crop_ratio": 1.0}
+        settings |= {"data.num_workers": cfg.num_workers}
+        probe(compose("probe", [f"{key}={quoted(value)}" for key, value in settings.items()]))
+
+    out = folder / f"probe-{kind}"
+    run_stage(cfg, out, out / "layers.csv", work)
 
 
 def untrained(like: Path, path: Path, seed: int) -> Path:
@@ -137,22 +134,26 @@ def untrained(like: Path, path: Path, seed: int) -> Path:
 
 
 def train(cfg: CompareSettings, experiment: str, folder: Path, **settings) -> None:
-    """One stage, unless it has finished. Adds the time that it took to `stages.jsonl`."""
+    """One run of `fit`, unless it has finished."""
+
+    def work() -> None:
+        common = {"name": f"{cfg.name}/{folder.relative_to(cfg.run_dir).as_posix()}", "run_dir": folder}
+        common |= {"seed": cfg.seed, "threads": cfg.threads, "data.num_workers": cfg.num_workers}
+        given = {**common, "trainer.precision": cfg.precision, **settings}
+        fit(compose("fit", [f"+experiment={experiment}", *(f"{k}={quoted(v)}" for k, v in given.items())]))
+
+    run_stage(cfg, folder, folder / FINISHED, work)
+
+
+def run_stage(cfg: CompareSettings, folder: Path, finished: Path, work: Callable[[], None]) -> None:
+    """Do the work of a stage unless its last file exists; add its seconds, wall and CPU, to `stages.jsonl`."""
     stage = folder.relative_to(cfg.run_dir).as_posix()
-    if (folder / FINISHED).is_file():
+    if finished.is_file():
         print(f"== {stage}: finished before", flush=True)
         return
     print(f"\n== {stage} ==", flush=True)
-    common = {"name": f"{cfg.name}/{stage}", "run_dir": folder, "seed": cfg.seed, "threads": cfg.threads}
-    common |= {"data.num_workers": cfg.num_workers, "trainer.precision": cfg.precision}
-    words = [f"{key}={quoted(value)}" for key, value in {**common, **settings}.items()]
-    clocks = time.perf_counter(), time.process_time()
-    fit(compose("fit", [f"+experiment={experiment}", *words]))
-    record(cfg, stage, clocks)
-
-
-def record(cfg: CompareSettings, stage: str, clocks: tuple[float, float]) -> None:
-    """Note how long a stage took since its last start: on the clock, and of this process on its cores."""
-    took = {"seconds": time.perf_counter() - clocks[0], "cpu_seconds": time.process_time() - clocks[1]}
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - processor}
     with (Path(cfg.run_dir) / STAGES).open("a") as file:
         file.write(json.dumps({"stage": stage, **took}) + "\n")

@@ -9,21 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beit_pretrain.examples import report as demo_report
+from beit_pretrain.examples.report import last_value, machine
 from beit_pretrain.examples.settings import CompareSettings
 from beit_pretrain.settings import to_dict
-from beit_pretrain.tables import curve, table
+from beit_pretrain.tables import table
 from beit_pretrain.visualization.plots import bars_plot, curves_plot, layers_plot
 
 UNTRAINED = "not trained"  # what "from scratch" means to a probe
 KINDS = {"pretrained": "pre-trained", "control": "control: shuffled targets", "scratch": "from scratch"}
 MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5"}
-
-
-def last_value(path: Path, metric: str) -> float | None:
-    """The last value of a metric of a run, None if it was never measured."""
-    values = curve(path, metric)[1] if path.is_file() else []
-    return values[-1] if values else None
 
 
 def report(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -71,7 +65,7 @@ def collected(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict
             last_value(f / "pretrained/metrics.csv", "val/majority_token_accuracy") for f in folders
         ],
         "stages": stages(run_dir),
-        **demo_report.machine(cfg.threads),
+        **machine(cfg.threads),
     }
 
 
@@ -104,18 +98,14 @@ def mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
-def spread(values: Sequence[float]) -> float:
-    """Largest less smallest."""
-    return max(values) - min(values)
-
-
 def promises(numbers: dict[str, Any]) -> list[tuple[str, bool]]:
     """What pre-training is to show, and whether it did: the gain and the control, against the spread of the seeds."""
     found = {kind: numbers["fine_tuned"][kind]["accuracy"] for kind in KINDS}
     mean = {kind: statistics.fmean(values) for kind, values in found.items()}
-    widest = max(spread(found["pretrained"]), spread(found["scratch"]))
+    spread = {kind: max(values) - min(values) for kind, values in found.items()}
+    widest = max(spread["pretrained"], spread["scratch"])
     gain, other = mean["pretrained"] - mean["scratch"], mean["control"] - mean["scratch"]
-    allowed = max(spread(found["control"]), spread(found["scratch"]))
+    allowed = max(spread["control"], spread["scratch"])
     return [
         (
             f"pre-training beats training from scratch by {100 * gain:.2f} points, more than the spread of the seeds "
@@ -132,72 +122,46 @@ def promises(numbers: dict[str, Any]) -> list[tuple[str, bool]]:
 
 def tables(numbers: dict[str, Any]) -> str:
     """The results as a page of Markdown."""
-    header = ["fine-tuning", *(f"{m}, mean +- sd" for m in MEASURES.values()), "top-1 by seed"]
-    layers = ["", "measure", *map(str, range(1, layer_count(numbers) + 1))]
+    tuned, layers, settings = numbers["fine_tuned"], numbers["layers"], numbers["settings"]
+    accuracies = [
+        [
+            name,
+            *(shown(tuned[kind][measure]) for measure in MEASURES),
+            ", ".join(f"{100 * value:.2f}" for value in tuned[kind]["accuracy"]),
+        ]
+        for kind, name in KINDS.items()
+    ]
+    names = {**KINDS, "scratch": UNTRAINED}
+    by_layer = [
+        [names[kind], measure, *(shown(column) for column in zip(*rows, strict=True))]
+        for kind, found in layers.items()
+        for measure, rows in found.items()
+    ]
+    tokens = {**numbers["masked_token_accuracy"], "the most frequent token": numbers["majority_token_accuracy"]}
+    found = (f"{kind} {', '.join(f'{value:.1%}' for value in values)}" for kind, values in tokens.items())
+    times = numbers["stages"].items()
+    took = (f"{name} {t['seconds']:.0f} s ({t['cpu_seconds']:.0f} s of CPU)" for name, t in times)
+    conditions = (
+        f"{numbers['training_images']:,} training images of {numbers['classes']} classes, "
+        f"{numbers['labelled_images']:,} of them with labels for fine-tuning ({settings['labels_per_class']} a class); "
+        f"{numbers['held_out_images']:,} held-out images; seeds {', '.join(map(str, numbers['seeds']))}.\n"
+        f"{numbers['device']}, {numbers['threads']} thread(s), torch {numbers['torch']}, precision "
+        f"{settings['precision']}; steps: {', '.join(f'{k} {v:,}' for k, v in settings['steps'].items())}.\n"
+        f"A stage took, mean over the seeds: {'; '.join(took)}."
+    )
+    depth = len(layers["pretrained"]["linear probe"][0])
     parts = (
-        conditions(numbers),
-        table(header, accuracy_rows(numbers)),
+        conditions,
+        table(["fine-tuning", *(f"{m}, mean +- sd" for m in MEASURES.values()), "top-1 by seed"], accuracies),
         "\n".join(f"* {'yes' if kept else '**NO**'}: {text}." for text, kept in promises(numbers)),
         "Frozen features, top-1 by layer (mean +- sd over the seeds):",
-        table(layers, layer_rows(numbers)),
-        masked_tokens(numbers),
+        table(["", "measure", *map(str, range(1, depth + 1))], by_layer),
+        f"Masked tokens of held-out images that were found, by seed: {'; '.join(found)}.",
     )
     return "\n\n".join(parts) + "\n"
-
-
-def conditions(numbers: dict[str, Any]) -> str:
-    """On what, with what and for how long it was measured."""
-    settings, times = numbers["settings"], numbers["stages"].items()
-    return "\n".join(
-        (
-            f"{numbers['training_images']:,} training images of {numbers['classes']} classes, "
-            f"{numbers['labelled_images']:,} of them with labels for fine-tuning ({settings['labels_per_class']} "
-            f"a class); "
-            f"{numbers['held_out_images']:,} held-out images; seeds {', '.join(map(str, numbers['seeds']))}.",
-            f"{numbers['device']}, {numbers['threads']} thread(s), torch {numbers['torch']}, precision "
-            f"{settings['precision']}; steps: {', '.join(f'{k} {v:,}' for k, v in settings['steps'].items())}.",
-            "A stage took, mean over the seeds: "
-            + "; ".join(f"{name} {t['seconds']:.0f} s ({t['cpu_seconds']:.0f} s of CPU)" for name, t in times)
-            + ".",
-        )
-    )
-
-
-def masked_tokens(numbers: dict[str, Any]) -> str:
-    """How well the two pre-trainings did at their own task."""
-    kinds = {**numbers["masked_token_accuracy"], "the most frequent token": numbers["majority_token_accuracy"]}
-    said = (f"{kind} {', '.join(f'{v:.1%}' for v in values)}" for kind, values in kinds.items())
-    return f"Masked tokens of held-out images that were found, by seed: {'; '.join(said)}."
-
-
-def layer_count(numbers: dict[str, Any]) -> int:
-    """Layers of the backbone."""
-    return len(numbers["layers"]["pretrained"]["linear probe"][0])
 
 
 def shown(values: Sequence[float]) -> str:
     """Mean and sample standard deviation in per cent."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.fmean(values):.2f} +- {100 * deviation:.2f}"
-
-
-def accuracy_rows(numbers: dict[str, Any]) -> list[list[str]]:
-    """A row for each way to start."""
-    return [
-        [
-            name,
-            *(shown(numbers["fine_tuned"][kind][m]) for m in MEASURES),
-            ", ".join(f"{100 * v:.2f}" for v in numbers["fine_tuned"][kind]["accuracy"]),
-        ]
-        for kind, name in KINDS.items()
-    ]
-
-
-def layer_rows(numbers: dict[str, Any]) -> list[list[str]]:
-    """Two rows, linear probe and kNN, for each way to start; a network from scratch is one that is not trained."""
-    names = {**KINDS, "scratch": UNTRAINED}
-    return [
-        [names[kind], measure, *(shown(column) for column in zip(*rows, strict=True))]
-        for kind, found in numbers["layers"].items()
-        for measure, rows in found.items()
-    ]

@@ -27,10 +27,10 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.examples import report
 from beit_pretrain.examples.settings import DemoSettings
 from beit_pretrain.settings import to_dict
-from beit_pretrain.tables import read_rows
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's
 STAGES = ("data", "tokenizer", "pretrain")
+ACCURACIES = tuple(f"{name}_token_accuracy" for name in ("masked", "majority", "copy"))
 
 
 def demo(cfg: DemoSettings) -> dict:
@@ -68,14 +68,11 @@ def demo(cfg: DemoSettings) -> dict:
     numbers = {
         "source": shards.manifest["source"],
         "training_images": shards.samples,
-        "masked_token_accuracy": pretrained["val/masked_token_accuracy"],
-        "majority_token_accuracy": pretrained["val/majority_token_accuracy"],
-        "copy_token_accuracy": pretrained["val/copy_token_accuracy"],
-        "codebook_perplexity": pretrained["val/codebook_perplexity"],
+        **{name: pretrained[f"val/{name}"] for name in (*ACCURACIES, "codebook_perplexity")},
         "codebook_distinct": int(pretrained["val/codebook_distinct"]),
         "vocab_size": int(tokenizer_cfg.model.vocab_size),
         "reconstruction_mse": tokenizer["val/reconstruction"],
-        "knn_accuracy": last_value(run_dir / "pretrain/metrics.csv", "val/knn_accuracy"),
+        "knn_accuracy": report.last_value(run_dir / "pretrain/metrics.csv", "val/knn_accuracy"),
         **classes,
         "seed": int(cfg.seed),
         "steps": to_dict(cfg.steps),
@@ -167,9 +164,3 @@ def draw(run_dir: Path) -> None:
     """The pictures of the report that no run has drawn by itself."""
     for name in ("tokenizer", "pretrain"):
         visualize(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))
-
-
-def last_value(path: Path, metric: str) -> float | None:
-    """The last value of a metric, None if it was never measured."""
-    values = [row[metric] for _, row in sorted(read_rows(path)[1].items()) if metric in row]
-    return values[-1] if values else None

@@ -14,9 +14,10 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from beit_pretrain.tables import curve, read_rows
+from beit_pretrain.visualization.plots import figure
 
 
 class AcceptanceCheck(NamedTuple):
@@ -70,6 +71,12 @@ def summary(numbers: dict) -> str:
     marks = {True: "yes", False: "NO", None: "-"}
     lines += [f"  [{marks[p.kept]:>3}] {p.text}" for p in promises(numbers)]
     return "\n".join([*lines, f"{numbers['seconds']:.0f} seconds, seed {numbers['seed']}"])
+
+
+def last_value(path: Path, metric: str) -> float | None:
+    """The last value of a metric of a run, None if it was never measured."""
+    values = curve(path, metric)[1] if path.is_file() else []
+    return values[-1] if values else None
 
 
 def machine(threads: int | None) -> dict:
@@ -151,23 +158,16 @@ def picture(path: Path, caption: str) -> str:
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _axes(columns: int):
-    from matplotlib.figure import Figure  # no pyplot: a report must not need a display or touch global state
-
-    figure = Figure(figsize=(4.2 * columns, 3.0), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def _svg(figure) -> str:
+def _svg(drawn: Any) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    drawn.savefig(buffer, format="svg")
     return "<figure>" + buffer.getvalue().split("?>", 1)[-1].split(">", 1)[-1] + "</figure>"
 
 
 def curves(metrics: Path) -> str:
     """Loss, token accuracy against the two guesses, and kNN accuracy over the steps of pre-training."""
     names, _ = read_rows(metrics)
-    figure, (loss, accuracy, knn) = _axes(3)
+    drawn, (loss, accuracy, knn) = figure(3, 4.2, 3.0)
     for metric, label in (("train/loss", "training"), ("val/loss", "held out")):
         loss.plot(*curve(metrics, metric), label=label, marker="o" if metric.startswith("val") else None)
     for metric, label in (
@@ -185,14 +185,14 @@ def curves(metrics: Path) -> str:
         axes.set(title=title, xlabel="step")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    return _svg(figure)
+    return _svg(drawn)
 
 
 def bars(numbers: dict) -> str:
     """Accuracy of every fine-tuning run."""
     if numbers.get("finetune_accuracy") is None:
         return f"<p>Skipped: {html.escape(numbers.get('finetune_note', 'no labels'))}.</p>"
-    figure, (axes,) = _axes(1)
+    drawn, (axes,) = figure(1, 4.2, 3.0)
     for x, (kind, label) in enumerate((("finetune", "pre-trained"), ("scratch", "from scratch"))):
         values = numbers[f"{kind}_accuracies"]
         axes.bar(x, sum(values) / len(values), width=0.6, label=label)
@@ -206,7 +206,7 @@ def bars(numbers: dict) -> str:
         f"{numbers['held_out_images']} held-out images, {len(numbers['finetune_accuracies'])} seeds (dots). "
         "The network from scratch has the same labels and steps, and no layer decay.</p>"
     )
-    return text + _svg(figure)
+    return text + _svg(drawn)
 
 
 def finetune_curves(run_dir: Path) -> str:
@@ -214,13 +214,13 @@ def finetune_curves(run_dir: Path) -> str:
     files = sorted(run_dir.glob("finetune-*/metrics.csv"))
     if not files:
         return ""
-    figure, (axes,) = _axes(1)
+    drawn, (axes,) = figure(1, 4.2, 3.0)
     for file in files:
         scratch = "scratch" in file.parent.name
         axes.plot(*curve(file, "train/loss"), color="C1" if scratch else "C0", label=file.parent.name.split("-", 1)[1])
     axes.set(title="training loss (nats)", xlabel="step")
     axes.legend(fontsize=8)
-    return _svg(figure)
+    return _svg(drawn)
 
 
 def check(path: str) -> int:
