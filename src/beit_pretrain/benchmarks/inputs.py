@@ -109,7 +109,7 @@ def check_settings(cfg: Any) -> None:
         (given.accelerator in GPUS and not on_gpu, f"trainer.accelerator={given.accelerator}: this machine has no GPU"),
         (given.devices not in ("auto", 1), f"one process: trainer.devices must be auto or 1, not {given.devices}"),
         (given.num_nodes not in ("auto", 1), f"one process: trainer.num_nodes must be 1, not {given.num_nodes}"),
-        (cfg.init_from, "a network of random weights, its shape from model.*; leave init_from= out"),
+        (getattr(cfg, "init_from", None), "a network of random weights, its shape from model.*; leave init_from= out"),
         (on_gpu and cfg.bench.clock == "cpu", "a CPU's work by bench.clock=cpu; on a GPU it must be wall"),
     ):
         if wrong:
