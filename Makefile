@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SRC ?= synthetic
 NAME ?= demo
-CIFAR ?= ../shared/data/cifar100-train.tar
-CIFAR_TEST ?= ../shared/data/cifar100-test.tar
+CIFAR ?= cifar-100-python.tar.gz
+CIFAR_TEST ?= null
 
 .DEFAULT_GOAL := help
 .PHONY: help demo compare test test-long test-gpu test-all soak check format clean
