@@ -256,7 +256,7 @@ class TrainedModule(LightningModule):
             self._sums = dict(checkpoint.get("unwritten", {}))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Add the metadata, in plain containers, from which `models.checkpoints.files.read_own` rebuilds the network."""
+        """Add the metadata (plain containers) from which `models.checkpoints.files.read_own` rebuilds the network."""
         checkpoint["beit_pretrain"] = {"kind": self.kind, "model": dict(self.model.config), **self.about}
         checkpoint["settings"] = self.settings
         checkpoint["images"] = dict(self.images)

@@ -23,8 +23,8 @@ COLLAPSED = 0.01  # fraction of the vocabulary; a smaller perplexity gives a war
 class NonFiniteGuard:
     """Skips and counts the updates of steps whose gradient is not finite, without waiting for the device.
 
-    With `found_inf` set, a fused optimiser leaves weights, moments and step counts unchanged; the learning-rate schedule
-    still advances.
+    With `found_inf` set, a fused optimiser leaves weights, moments and step counts unchanged. The learning-rate
+    schedule still advances.
 
     Args:
         path: file for the list of skipped steps and their positions; None = warnings only.

@@ -92,8 +92,9 @@ def run_summary(cfg: FitSettings, task: Task, steps: int, trainer: Trainer) -> s
     return "\n".join(
         (
             f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",
-            f"  {steps:,} steps of {cfg.global_batch_size} ({trainer.world_size} processes x {share} images x {accumulate})"
-            f", {steps * cfg.global_batch_size / task.data.samples:.4g} epochs, precision {trainer.precision}",
+            f"  {steps:,} steps of {cfg.global_batch_size} ({trainer.world_size} processes x {share} images x "
+            f"{accumulate}), {steps * cfg.global_batch_size / task.data.samples:.4g} epochs, "
+            f"precision {trainer.precision}",
             f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
             f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",
             *([f"  from {task.origin}"] if task.origin else []),
@@ -120,7 +121,7 @@ def lr_hint(cfg: FitSettings) -> list[str]:
 
 
 def fit_for_fsdp(cfg: FitSettings, task: Task, world: int) -> None:
-    """Raise UserError for tasks, settings and data that do not work with FSDP, where no process has the whole network."""
+    """Raise UserError for tasks, settings and data that need the whole network on one process (FSDP shards it)."""
     if not task.fsdp:
         able = [name for name in task_names() if find_task(name).fsdp]
         raise UserError(f"trainer.strategy=fsdp is for {' and '.join(able)}, not for {cfg.task}")
