@@ -98,7 +98,7 @@ def attention_kernel(asked: str, on_gpu: bool, precision: str | int | None, widt
 
 
 def set_attention(network: nn.Module, asked: str, on_gpu: bool, precision: str | int | None) -> None:
-    """Set the attention kernel of every block of a network. Raises UserError if "triton" is requested and cannot run."""
+    """Set the attention kernel of every block. Raises UserError if "triton" is requested and cannot run."""
     layers = attentions(network)
     kernel = attention_kernel(asked, on_gpu, precision, {layer.width for layer in layers})
     for layer in layers:
