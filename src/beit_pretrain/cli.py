@@ -78,7 +78,7 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-# Actions of `bench` whose config has the settings of `fit`, without SPARED: they make images and a tokenizer themselves.
+# Actions of `bench` that take the settings of `fit`, but need none of SPARED: they make images and a tokenizer.
 TRAINED = {
     **dict.fromkeys(("step", "loop", "attention", "memory", "all"), "bench_step"),
     **dict.fromkeys(("gpu", "page"), "bench_gpu"),

@@ -283,7 +283,7 @@ def group_of(annotation: Any) -> type[Settings] | None:
 
 
 def rule(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
-    """A description of the valid values of a type, such as "a whole number of at least 1"."""
+    """A description of the valid values of a type, such as `a whole number of at least 1`."""
     for item in metadata:
         if isinstance(item, Rule):
             return str(item)

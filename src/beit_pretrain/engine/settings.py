@@ -76,9 +76,7 @@ class TrainerSettings(Settings):
     defaults = "fit.yaml:trainer"
 
     accelerator: Text = about("auto, cpu, gpu or another of Lightning's accelerators")
-    devices: Devices = about(
-        "per machine; auto = as many as torchrun or srun started, else all GPUs, else one process"
-    )
+    devices: Devices = about("per machine; auto = as many as torchrun or srun started, else all GPUs, else one process")
     num_nodes: Annotated[Literal["auto"] | Count, Rule("auto or a whole number of at least 1")] = about(
         "machines; auto = from torchrun or srun"
     )
@@ -105,9 +103,7 @@ class FitSettings(Settings):
     name: Name = about("of the run; its folder is run_dir")
     run_dir: Name = about("folder of the run", may_change=True)
     seed: Seed = about("of all random numbers")
-    resume: Literal["auto", "never"] = about(
-        "auto: resume from the folder's last checkpoint | never: start over", True
-    )
+    resume: Literal["auto", "never"] = about("auto: resume from the folder's last checkpoint | never: start over", True)
 
     epochs: Positive | None = about("length of the run, in epochs ...")
     steps: Count | None = about("... or in optimiser steps")
