@@ -66,7 +66,7 @@ def test_told_to_stop(signum, expected, words, tmp_path):
     assert running.wait(60) == expected, log.read_text()
     said = log.read_text()
     assert f"stopped by {signal.Signals(signum).name} after step" in said
-    assert "the same command goes on from there" in said
+    assert "rerun the same command to resume from there" in said
     assert "Traceback" not in said
     saved = last_checkpoint(folder)["global_step"]
     assert before <= saved <= steps_written(folder) == saved

@@ -1,4 +1,4 @@
-"""Self-supervised pre-training of image transformers the BEiT way, on PyTorch Lightning."""
+"""BEiT: self-supervised pre-training of vision transformers by masked image modelling, on PyTorch Lightning."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ __all__ = ["Predictor", "load_pretrained"]
 
 
 def __getattr__(name: str):
-    """The names above at first use: they need torch, which the command line's --help does not wait for."""
+    """Import the public names on first use: they need torch, which would make --help slow."""
     if name == "load_pretrained":
         from beit_pretrain.models.checkpoints.pretrained import load_pretrained
 

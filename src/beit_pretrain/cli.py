@@ -1,7 +1,7 @@
 """The command line: `python -m beit_pretrain VERB [+experiment=NAME] [key=value ...]`.
 
-Turns a verb into a Hydra config and that into one function call. Nothing heavy is imported before a verb needs it, so
-that --help answers at once. What the user can mend gets one line and exit code 2, not a traceback.
+Composes the verb's Hydra config and calls the verb's function with it. Heavy modules are imported only when needed, so
+--help is fast. User errors print one line and exit with code 2, without a traceback.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from beit_pretrain.errors import AllRanksError, UserError
 
 
 class Verb(NamedTuple):
-    """A verb of the command line: what it does, in which function."""
+    """A verb of the command line: its description and its function."""
 
     about: str
-    function: str  # module:function, taking the composed config
+    function: str  # "module:function"; takes the composed config
 
 
 VERBS = {
@@ -64,7 +64,7 @@ WORDS = {
     "shards": "action",
     "bench": "action",
     "visualize": "what",
-}  # verbs that take a word: the setting that it means
+}  # verbs with a first word without "=": the setting that it stands for
 
 
 def usage() -> str:
@@ -78,24 +78,24 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-# `bench` of a training step takes the settings of `fit`, but for these: it makes its own images and tokenizer.
+# Actions of `bench` that take the settings of `fit`, but need none of SPARED: they make images and a tokenizer.
 TRAINED = {
     **dict.fromkeys(("step", "loop", "attention", "memory", "all"), "bench_step"),
     **dict.fromkeys(("gpu", "page"), "bench_gpu"),
 }
-EXPERIMENT = "base_22k"  # of `bench gpu`, unless +experiment= says another
+EXPERIMENT = "base_22k"  # default experiment of `bench gpu`
 SPARED = ("data.train", "tokenizer.path")
 
 
 def config_of(verb: str, words: list[str]) -> str:
-    """The name of the config that a verb's words are settings of."""
+    """The name of the verb's config; that of `bench` depends on its action."""
     if verb != "bench":
         return verb
     return next((TRAINED[word[7:]] for word in words if word.startswith("action=") and word[7:] in TRAINED), verb)
 
 
 def run(argv: list[str]) -> None:
-    """Carry out one command line. Raises UserError for what the user can mend."""
+    """Run one command line. Raises UserError."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return
@@ -121,8 +121,8 @@ def run(argv: list[str]) -> None:
     rest = [word for word in rest if word not in ("-m", "--multirun")]
     if verb in WORDS and rest and "=" not in rest[0] and not rest[0].startswith("-"):
         rest = [f"{WORDS[verb]}={rest[0]}", *rest[1:]]
-    rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a group cannot be null
-    if verb == "tokenize":  # `data` is a group of configs to Hydra
+    rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a Hydra group cannot be null
+    if verb == "tokenize":  # for Hydra, `data` is a config group
         rest = [f"src={word[5:]}" if word.startswith("data=") else word for word in rest]
     config = config_of(verb, rest)
     if config == "bench_gpu" and not any(word.startswith("+experiment=") for word in rest):
@@ -139,7 +139,7 @@ def run(argv: list[str]) -> None:
     try:
         cfg = compose(config, rest, spared=SPARED if config in TRAINED.values() else ())
     except UserError as error:
-        if local_rank():  # the machine's first process has the same words, and says it
+        if local_rank():  # every machine's first process prints the same error
             raise AllRanksError(str(error)) from error
         raise
     module, function = VERBS[verb].function.split(":")
@@ -147,7 +147,7 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> int:
-    """Entry point: exit code 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Entry point. Returns exit code 0, 2 for user errors, 130 after Ctrl-C; other codes raise SystemExit."""
     words = sys.argv[1:]
     try:
         with early_signals("fit") if words[:1] == ["fit"] and not {"-m", "--multirun"} & {*words} else nullcontext():
@@ -162,8 +162,8 @@ def main() -> int:
     except MemoryError:
         print("error: not enough memory; fewer workers, or smaller batches, need less", file=sys.stderr)
         return 2
-    except OSError as error:  # a folder that cannot be written, a full disk, a file where a folder should be
-        if isinstance(error, BrokenPipeError):  # the reader of a pipe, `head` say, has had enough
+    except OSError as error:  # an unwritable folder, a full disk, a file in place of a folder
+        if isinstance(error, BrokenPipeError):  # the reader of the pipe, such as `head`, has closed it
             return 0
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""From words on a command line to a Hydra config that is complete, resolved, and of sensible values.
+"""Composes Hydra configs from the command line, and validates them.
 
-Imports Hydra only when something is composed, so that --help answers at once.
+Imports Hydra only to compose a config, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, cast
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import Settings, config_dir, help_text, unknown
 
-# Where a missing setting comes from. Said when a config is complete but for it.
+# How to get the value of a missing setting, for error messages.
 HINTS = {
     "data.train": "shards of training images; make them with: python -m beit_pretrain shards make src=FOLDER out=DATA, "
     "then data.train=DATA/train",
@@ -36,7 +36,7 @@ HINTS = {
 
 
 def experiments() -> dict[str, str]:
-    """Name -> first header line of every experiment."""
+    """{name: first line of its header} of all experiments."""
     files = sorted((config_dir() / "experiment").glob("*.yaml"))
     return {
         f.stem: next((s[1:].strip() for s in f.read_text().splitlines()[1:] if s.startswith("#")), "") for f in files
@@ -44,7 +44,7 @@ def experiments() -> dict[str, str]:
 
 
 def compose_raw(verb: str, overrides: list[str]):
-    """The verb's config with the user's overrides, not yet resolved. Raises UserError for what does not compose."""
+    """The verb's config with the user's overrides, unresolved. Raises UserError if it does not compose."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -58,7 +58,7 @@ def compose_raw(verb: str, overrides: list[str]):
 
 
 def help_of(verb: str, overrides: list[str]) -> str:
-    """The settings of a verb, grouped, with defaults and descriptions; of `fit` with an experiment the task's too."""
+    """The text of `VERB --help`: settings with defaults and descriptions, with an experiment those of its task too."""
     from omegaconf import OmegaConf
 
     cfg = compose_raw(verb, overrides)
@@ -70,11 +70,10 @@ def help_of(verb: str, overrides: list[str]) -> str:
 
 
 def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> Any:
-    """The verb's settings with the user's overrides, complete and validated: a model of its kind (`model_of`).
+    """The verb's settings with the user's overrides, complete and validated; an instance of `model_of`.
 
-    Of the settings named in `spared`, those that are missing become null.
-
-    Raises UserError, in one line, for whatever does not compose, is missing or unknown, or is no value of its type.
+    Missing settings become null if `spared` names them. Raises UserError, with one line, if the config does not compose
+    or a setting is missing, unknown or invalid.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -87,7 +86,7 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
         cfg.init_from = None
         missing.remove("init_from")
     if "tokenizer.path" in missing and OmegaConf.select(cfg, "data.tokens") is not None:
-        cfg.tokenizer = {"_target_": None, "path": None}  # cached tokens need none
+        cfg.tokenizer = {"_target_": None, "path": None}  # cached tokens need no tokenizer
         missing.remove("tokenizer.path")
     absent = set(missing) & set(spared)
     for key in absent:
@@ -108,7 +107,7 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
     return settings
 
 
-# Verb, or config of a verb -> where the model of its settings is. Looked up late: some modules take seconds to import.
+# Config name -> "module:class" of its settings. Strings, since some modules take seconds to import.
 MODELS = {
     "download": "tokenizers.settings:DownloadSettings",
     "shards": "data.write.settings:ShardsSettings",
@@ -129,7 +128,7 @@ MODELS = {
 
 
 def model_of(verb: str, task: str | None = None) -> type[Settings]:
-    """The model of a verb's settings; of `fit` and of what takes its settings, that of the task."""
+    """The settings class of a verb; for `fit`, and benchmarks with its settings, that of the task."""
     module, name = MODELS[verb].split(":")
     model: type[Settings] = getattr(importlib.import_module(f"beit_pretrain.{module}"), name)
     if task is None or verb not in ("fit", "bench_step", "bench_gpu"):
@@ -139,13 +138,13 @@ def model_of(verb: str, task: str | None = None) -> type[Settings]:
 
 
 def typed(verb: str, overrides: list[str]) -> str:
-    """The verb as it stands on a command line: some words of `bench` have a config of their own."""
+    """The verb as typed on the command line: some actions of `bench` have separate configs."""
     action = next((word.partition("=")[2] for word in overrides if word.startswith("action=")), "step")
     return f"bench {action}" if verb in ("bench_step", "bench_gpu") else verb
 
 
 def readable(word: str) -> str:
-    """The setting as Hydra's grammar takes it: a path with '=', '$' or a comma is quoted."""
+    """The setting in Hydra's grammar: quotes values that it would not read as they are, such as paths with commas."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -153,23 +152,23 @@ def readable(word: str) -> str:
     try:
         plain = not OverridesParser.create().parse_override(word).is_sweep_override()
     except HydraException:
-        plain = value[:1] in ("", "[", "{", "'", '"')  # meant as Hydra's own syntax: let it say what is wrong
+        plain = value[:1] in ("", "[", "{", "'", '"')  # probably meant as Hydra syntax: let Hydra report the error
     return word if plain else f"{key}={quoted(value)}"
 
 
 def quoted(value: object) -> str:
-    """A value as Hydra's grammar reads it back unchanged."""
+    """A value quoted so that Hydra's grammar reads it back unchanged."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if not isinstance(value, (str, Path)):
         return str(value)
-    # Inside quotes a backslash is one of two only before a quote, the closing one too.
+    # Inside quotes, backslashes are doubled only directly before a quote (also the closing one).
     escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(value))
     return f"'{escaped}'"
 
 
 def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
-    """One line for an error of Hydra, whose own messages run over several."""
+    """A one-line message for an error of Hydra or OmegaConf."""
     text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
     line = first_line(error)
     if override := getattr(error, "override", None):
@@ -191,7 +190,7 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
 
 
 def known_keys(verb: str, overrides: list[str]) -> list[str]:
-    """The settings that a verb has, with the experiment of the command line."""
+    """All setting names of a verb, with the experiment of the command line."""
     from omegaconf import OmegaConf
 
     def keys(group: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -205,7 +204,7 @@ def known_keys(verb: str, overrides: list[str]) -> list[str]:
 
 
 def show_config(verb: str, overrides: list[str]) -> str:
-    """The composed config as YAML, with what is missing as ???."""
+    """The composed config as YAML, with missing values as ???."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(compose_raw(verb, overrides))
@@ -213,13 +212,13 @@ def show_config(verb: str, overrides: list[str]) -> str:
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Errors while something is built come from its settings: one line for the person who wrote them."""
+    """Turn errors during construction, which come from wrong settings, into one-line user errors."""
     try:
         yield
     except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise UserError(first_line(error)) from error
     except Exception as error:
-        # Of Hydra, OmegaConf and Lightning, which are not imported for the sake of their exceptions.
+        # Names of exceptions of Hydra, OmegaConf and Lightning, to avoid importing these packages here.
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if not kinds & {"InstantiationException", "OmegaConfBaseException", "MisconfigurationException"}:
             raise

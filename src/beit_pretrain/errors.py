@@ -1,26 +1,26 @@
-"""The exceptions that the command line shows as a line of text instead of a traceback."""
+"""User errors: the command line prints them as one line instead of a traceback."""
 
 import errno
 
 
 class UserError(Exception):
-    """Something the user can mend (a wrong path, a bad value): printed as `error: <one line>`, exit code 2."""
+    """An error that the user can fix (a wrong path, a bad value): printed as `error: <one line>`, exit code 2."""
 
     def __init__(self, message: str):
-        # A loader worker's error comes back as the text of its whole traceback: what was said stands at its end.
+        # An error in a loader worker arrives as the text of its traceback; keep only the message at its end.
         name = f"{type(self).__module__}.{type(self).__name__}: "
         super().__init__(str(message).rsplit(name, 1)[-1].strip())
 
 
 class AllRanksError(UserError):
-    """A UserError that every process of a run raises alike: only the first one says it."""
+    """A UserError that every process of a run raises: only rank 0 prints it."""
 
 
 def stop_if_memory_was_short(error: BaseException, what: str) -> None:
-    """Raise UserError if that is why `what` could not be decoded: no fault of the image, which nothing may replace.
+    """Raise UserError if `error` means that there was too little memory to decode `what`; such an image is not corrupt.
 
-    Python's and the system's words for it, and those of torch's allocator. Not Pillow's "out of memory error" of a
-    decoder, which damaged files provoke.
+    Recognises MemoryError, ENOMEM and torch's allocator. Pillow's "out of memory error" does not count, since damaged
+    files cause it.
     """
     if (
         isinstance(error, MemoryError)
@@ -31,5 +31,5 @@ def stop_if_memory_was_short(error: BaseException, what: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message (torch's and Hydra's run over pages)."""
+    """The first non-empty line of an exception's message (messages of torch and Hydra can be very long)."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,7 +1,7 @@
-"""Settings as pydantic models: type, range and description of each stand here or beside the code that uses it.
+"""Base class, shared types and error messages of settings, which are pydantic models.
 
-The default of a setting stands in one place, the YAML in `conf/` that the user reads. A model says with `defaults`
-which file that is, so that Python callers get the same ones: `OptimSettings(lr=1e-3)`.
+Types, ranges and descriptions are in the models; default values are only in the YAML files of `conf/`. A model names
+its file in `defaults`, so Python callers get the same defaults: `OptimSettings(lr=1e-3)`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pydantic import (
 
 from beit_pretrain.errors import UserError
 
-# Settings of version 0.0 that have another name now.
+# Settings of version 0.0 -> new names.
 RENAMED = {
     "ahead": "device_prefetch",
     "data.exact": "data.pil_reference",
@@ -46,36 +46,36 @@ RENAMED = {
     "recipe.global_batch": "recipe.global_batch_size",
     "workers": "num_workers",
 }
-# Classes that settings of version 0.0 name.
+# Classes in settings of version 0.0 -> new paths.
 MOVED = {
     "beit_pretrain.training.dvae.DVAETokenizer": "beit_pretrain.tokenizers.dvae.DVAETokenizer",
     "beit_pretrain.tokens.shuffled.ShuffledTokenizer": "beit_pretrain.tokenizers.shuffled.ShuffledTokenizer",
     "beit_pretrain.tokens.tokenizer.OpenAITokenizer": "beit_pretrain.tokenizers.tokenizer.OpenAITokenizer",
 }
-LARGEST = 2**63  # YAML and Python know larger whole numbers, numpy and torch do not
+LARGEST = 2**63  # integers of numpy and torch must be smaller
 
 
 class Rule(str):
-    """What a setting must be, in words, where its type alone does not say it."""
+    """A description of valid values, for error messages, where the type alone does not give one."""
 
 
 def config_dir() -> Path:
-    """The folder of configs: inside an installed package, or at the top of a checkout."""
+    """The folder `conf`: inside an installed package, or at the top of a checkout."""
     inside = Path(__file__).parent / "conf"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def about(text: str, may_change: bool = False) -> Any:
-    """A setting with its description. `may_change`: also when a run is resumed, since it does not change the result."""
+    """A setting with its description. `may_change`: it may change on resume, since it does not change the result."""
     return Field(description=text, json_schema_extra={"may_change": True} if may_change else None)
 
 
 class Settings(BaseModel):
-    """A group of settings. Raises pydantic's ValidationError; `validated` says the same in one line."""
+    """A group of settings. Raises pydantic's ValidationError; `validated` raises a one-line UserError instead."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
-    defaults: ClassVar[str] = ""  # "fit.yaml" or "fit.yaml:optim", or several: where the defaults stand
-    positional: ClassVar[tuple[str, ...]] = ()  # settings that Python callers may give without their names
+    defaults: ClassVar[str] = ""  # files of the defaults, separated by spaces: "fit.yaml" or "fit.yaml:optim"
+    positional: ClassVar[tuple[str, ...]] = ()  # settings that Python callers may pass as positional arguments
 
     def __init__(self, *values: Any, **named: Any):
         super().__init__(**dict(zip(self.positional, values, strict=False)), **named)
@@ -93,14 +93,14 @@ class Settings(BaseModel):
 
     @classmethod
     def validated(cls, given: Mapping[str, Any]) -> Self:
-        """The settings as a model. Raises UserError, in one line, for the first that is wrong, missing or unknown."""
+        """Validate the settings. Raises UserError, with one line, for the first wrong, missing or unknown setting."""
         try:
             return cls.model_validate(given)
         except ValidationError as error:
             raise UserError(explain(error, cls, given)) from None
 
     def changed(self, **changes: Any) -> Self:
-        """A copy with other values, those of a group as a dictionary; they are not checked."""
+        """A copy with changed values (of a group: as a dictionary), without validation."""
         new = {}
         for name, value in changes.items():
             group = getattr(self, name)
@@ -109,7 +109,7 @@ class Settings(BaseModel):
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings, the second's where both have one."""
+    """Merge nested settings; `other` takes precedence."""
     result = dict(one)
     for key, value in other.items():
         mine = result.get(key)
@@ -119,7 +119,7 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def yaml_defaults(place: str) -> dict[str, Any]:
-    """The defaults in "FILE.yaml" or, of a group in it, "FILE.yaml:GROUP"; without what is missing or interpolated."""
+    """The defaults in "FILE.yaml", or in a group of it, "FILE.yaml:GROUP"; without missing and interpolated values."""
     file, _, group = place.partition(":")
     content = yaml.safe_load((config_dir() / file).read_text())
     return known(content[group] if group else content)
@@ -134,17 +134,17 @@ def known(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Settings as a plain dictionary, without optional ones that nobody has set."""
+    """Settings as a plain dictionary, without unset optional ones."""
     return settings.model_dump(by_alias=True, exclude_unset=True)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a finite number, and no truth value."""
+    """Whether a value is a finite int or float (not a bool)."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
 def renamed(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings that an earlier version wrote, under today's names."""
+    """Settings of an earlier version, with their new names."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
         new = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}").rpartition(".")[2]
@@ -171,7 +171,7 @@ def _is_ascending(pair: list[float]) -> list[float]:
 
 
 def _as_text(value: Any) -> Any:
-    """A number that is meant as a name: a folder may be called 2024."""
+    """Convert numbers and paths to text: a folder may be called 2024."""
     return str(value) if type(value) in (int, float) or isinstance(value, Path) else value
 
 
@@ -219,7 +219,7 @@ Pool = Literal["cls_avg", "avg", "cls"]
 
 
 def matching(pattern: str) -> Callable[[str], str]:
-    """A validator of texts of a form."""
+    """A validator for texts that match the whole pattern."""
 
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -233,7 +233,7 @@ def matching(pattern: str) -> Callable[[str], str]:
 
 
 def explain(error: ValidationError, model: type[Settings], given: Mapping[str, Any]) -> str:
-    """The first error of a validation, in one line."""
+    """The first error of a validation, as one line."""
     first = error.errors()[0]
     path: list[str] = []
     place: Any = given
@@ -262,11 +262,11 @@ def explain(error: ValidationError, model: type[Settings], given: Mapping[str, A
 
 
 def unknown(key: str, keys: list[str], verb: str = "", otherwise: str = "") -> str:
-    """What to say of a setting that does not exist: its new name, the nearest known one, or `otherwise`."""
+    """The message for an unknown setting: with its new name, the most similar known name, or `otherwise`."""
     if key in RENAMED:
         return f"{key} was renamed to {RENAMED[key]}"
     close = difflib.get_close_matches(key, keys, 1)
-    if not close:  # without its group
+    if not close:  # compare without the group
         last = key.rpartition(".")[2]
         leaves = {known.rpartition(".")[2]: known for known in reversed(keys)}
         close = [leaves[leaf] for leaf in difflib.get_close_matches(last, leaves, 1)]
@@ -275,7 +275,7 @@ def unknown(key: str, keys: list[str], verb: str = "", otherwise: str = "") -> s
 
 
 def group_of(annotation: Any) -> type[Settings] | None:
-    """The group of settings that a field holds, or may hold; None if it is a value."""
+    """The settings class of a field that is a group (or an optional group); None for other fields."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, Settings):
             return kind
@@ -283,7 +283,7 @@ def group_of(annotation: Any) -> type[Settings] | None:
 
 
 def rule(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
-    """What a value must be, in words, from its type."""
+    """A description of the valid values of a type, such as `a whole number of at least 1`."""
     for item in metadata:
         if isinstance(item, Rule):
             return str(item)
@@ -314,12 +314,12 @@ def rule(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
 
 
 def flat(metadata: Any) -> list[Any]:
-    """pydantic's FieldInfo carries its own metadata."""
+    """Flatten metadata: pydantic's FieldInfo holds further metadata."""
     return [inner for item in metadata for inner in (getattr(item, "metadata", None) or [item])]
 
 
 def limits(metadata: Any) -> tuple[Any, bool, Any]:
-    """(lowest, whether that itself is excluded, highest) of a number."""
+    """(lower bound, whether it is exclusive, upper bound) of a number; None = no bound."""
     low = high = None
     above = False
     for item in flat(metadata):
@@ -333,7 +333,7 @@ def limits(metadata: Any) -> tuple[Any, bool, Any]:
 
 
 def help_text(model: type[Settings], composed: Mapping[str, Any]) -> str:
-    """All settings of a model with their defaults, grouped, as `--help` shows them."""
+    """All settings of a model with defaults and descriptions, by group, for `--help`."""
     lines: list[str] = []
 
     def section(model: type[Settings], values: Mapping[str, Any], prefix: str) -> None:
@@ -357,7 +357,7 @@ def help_text(model: type[Settings], composed: Mapping[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it is written on a command line."""
+    """A value in the syntax of the command line."""
     if isinstance(value, Mapping | list) or value is None or isinstance(value, bool):
         return yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0].replace(", ", ",")
     return str(value)

@@ -1,1 +1,1 @@
-"""What runs a training: trainer, optimiser, checkpoints, resume, preemption, processes, sweeps."""
+"""The training engine: trainer, optimiser, checkpoints, resume, preemption, distributed processes, sweeps."""

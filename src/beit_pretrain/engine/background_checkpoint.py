@@ -1,6 +1,6 @@
-"""Checkpoints written by a thread: the training loop waits for a copy in host memory, not for the disk.
+"""Asynchronous checkpoint writing: the training loop waits for a copy to host memory, not for the disk.
 
-One write at a time: the next save first waits for the one before. Errors of a write are raised in the main thread.
+One write at a time: a save first waits for the previous write. Write errors are raised in the main thread.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from beit_pretrain.errors import first_line
 from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO
 
-PATIENCE = 1.0  # seconds for a cancelled write to end
-_open: set[int] = set()  # descriptors of files that are being written
+PATIENCE = 1.0  # seconds to wait for a cancelled write to end
+_open: set[int] = set()  # file descriptors of checkpoints being written
 
 
 def _close_in_child() -> None:
-    """A loader worker forked during a write would keep the file's space on the disk as long as it runs."""
+    """Close open checkpoint files in a forked loader worker: it would keep their disk space in use while it runs."""
     for descriptor in _open:
         os.close(descriptor)
 
@@ -34,13 +34,17 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Snapshot:
-    """Copies of checkpoints in host memory, one at a time, in buffers that are used again; pinned for GPU tensors."""
+    """A copy of a checkpoint in host memory, in reused buffers (pinned for GPU tensors); one copy at a time."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple, Tensor] = {}  # by the names that lead to a tensor, and the device that it is on
+        self._buffers: dict[tuple, Tensor] = {}  # key: path of the tensor in the checkpoint, and its device type
 
     def take(self, content: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
-        """(a copy, valid until the next one is taken; the event after which it is complete, None without a GPU)."""
+        """Copy a checkpoint.
+
+        Returns the copy, valid until the next `take`, and the CUDA event after which it is complete (None without GPU
+        tensors).
+        """
         before, self._buffers = self._buffers, {}
         copied = self._copied(content, (), before)
         if not any(place[-1] == "cuda" for place in self._buffers):
@@ -58,7 +62,7 @@ class Snapshot:
             self._buffers[place] = buffer
             return buffer.copy_(value.detach(), non_blocking=True)
         if isinstance(value, dict):
-            held = copy.copy(value)  # a state dict has an attribute, the versions of its modules
+            held = copy.copy(value)  # keeps the `_metadata` attribute of a state dict
             for key, item in value.items():
                 held[key] = self._copied(item, (*place, key), before)
             return held
@@ -68,7 +72,7 @@ class Snapshot:
 
 
 def host_memory_like(value: Tensor) -> Tensor:
-    """Host memory for a copy: pinned for a tensor on a GPU, unless the system refuses so much of it."""
+    """An empty host tensor of the same shape and dtype, pinned for a GPU tensor if the system allows it."""
     if value.is_cuda:
         try:
             return torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False)
@@ -78,10 +82,10 @@ def host_memory_like(value: Tensor) -> Tensor:
 
 
 class BackgroundCheckpointIO(AtomicCheckpointIO):
-    """Writes like `AtomicCheckpointIO`, in a thread, from a snapshot that is taken before `save_checkpoint` returns.
+    """Writes like `AtomicCheckpointIO`, but in a thread, from a snapshot taken before `save_checkpoint` returns.
 
-    After `teardown`, `save_checkpoint` writes the file itself. The thread calls `on_written(path, content)` after each
-    write; its errors count as errors of the write.
+    After `teardown`, `save_checkpoint` writes synchronously. `on_written(path, content)` is called after each write, in
+    the thread; its errors are treated as write errors.
     """
 
     def __init__(self) -> None:
@@ -92,21 +96,21 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         self._cancelled = threading.Event()
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        """Raises UserError if the write before this one has failed."""
+        """Take a snapshot and start writing it. Raises UserError if the previous write failed."""
         self.wait()
         if self._snapshot is None:
             self._write(checkpoint, None, Path(path))
             self.wait()
             return
         content, complete = self._snapshot.take(checkpoint)
-        # A daemon, since Python would wait at its end for any other thread, and a second Ctrl-C does not.
+        # A daemon thread: at exit Python waits for all others, and a second Ctrl-C must not wait.
         self._thread = threading.Thread(target=self._write, args=(content, complete, Path(path)), daemon=True)
         self._thread.start()
 
     def _write(self, content: dict[str, Any], complete: torch.cuda.Event | None, path: Path) -> None:
         try:
             if complete is not None:
-                with torch.cuda.device(complete.device):  # else a thread's device is the first, which may be another's
+                with torch.cuda.device(complete.device):  # a new thread starts on device 0
                     complete.synchronize()
             super().save_checkpoint(content, path)
             self.on_written(path, content)
@@ -114,7 +118,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             self._error = error
 
     def wait(self) -> None:
-        """Wait until everything is on the disk. Raises UserError if a write has failed."""
+        """Wait until the checkpoint is on disk. Raises UserError if a write failed."""
         if self._thread is not None:
             try:
                 self._thread.join()
@@ -127,14 +131,14 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
             raise error
 
     def check(self) -> None:
-        """Raise UserError if a write has failed, without waiting for one that has not finished."""
+        """Raise UserError if a write failed, without waiting for an unfinished one."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def cancel(self) -> None:
-        """Stop a write because the process is about to end; the checkpoint before it stays.
+        """Cancel the current write because the process is about to exit; the previous checkpoint stays intact.
 
-        Python kills threads at exit, and C++ code in the middle of a write would then abort the process.
+        Python kills daemon threads at exit; C++ code in the middle of a write would then abort the process.
         """
         self._cancelled.set()
         if self._thread is not None:
@@ -149,7 +153,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         return super().load_checkpoint(*args, **kwargs)
 
     def teardown(self) -> None:
-        """Called by Lightning after the loop, also after a second Ctrl-C: does not wait."""
+        """Switch to synchronous writes. Lightning calls this after the loop, also after a second Ctrl-C: no waiting."""
         self._snapshot = None
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Callbacks: progress, throughput and data wait, masked | predicted | original pictures."""
+"""Callbacks: progress bar, throughput and data wait; saving and logging of pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from beit_pretrain.visualization import grids
 
 
 class ProgressBar(TQDMProgressBar):
-    """One bar over the whole run: steps, elapsed and remaining time, steps/s, and the latest metrics."""
+    """One progress bar for the whole run: steps, elapsed and remaining time, steps/s and the latest metrics."""
 
     def get_metrics(self, trainer: Trainer, pl_module) -> dict:
         items = super().get_metrics(trainer, pl_module)
@@ -22,19 +22,19 @@ class ProgressBar(TQDMProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module) -> None:
         super().on_train_start(trainer, pl_module)
-        # Of a run that goes on, which Lightning would let begin at nothing, without an end.
+        # On resume Lightning would start the bar at 0, without a total.
         bar = self.train_progress_bar
         bar.total = self.total_train_batches
         bar.initial = bar.n = trainer.global_step * trainer.accumulate_grad_batches
 
     def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:
-        for bar in (self._val_progress_bar, self._train_progress_bar):  # what is said next gets a line of its own
+        for bar in (self._val_progress_bar, self._train_progress_bar):  # so that the next message starts on a new line
             if bar is not None:
                 bar.close()
 
     @property
     def total_train_batches(self) -> int | float:
-        return self.trainer.num_training_batches  # Lightning's own count mixes optimiser steps and micro-batches
+        return self.trainer.num_training_batches  # Lightning's count mixes optimiser steps and micro-batches
 
     def init_train_tqdm(self):
         bar = super().init_train_tqdm()
@@ -43,7 +43,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class Throughput(Callback):
-    """Images per second over all processes, and the share of time in which the step waited for data."""
+    """Logs images per second over all processes, and the share of time spent waiting for data (`data_wait`)."""
 
     def __init__(self) -> None:
         self._mark = self._waited = 0.0
@@ -62,7 +62,7 @@ class Throughput(Callback):
         now = time.perf_counter()
         last_micro_batch = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if last_micro_batch and trainer.global_step % pl_module.log_every == 0:
-            # Callbacks run before the module's own hook, so this lands in the flush of the same step.
+            # Lightning calls callbacks before the module's hook, so the flush of this step includes these values.
             elapsed = max(now - self._mark, 1e-9)
             pl_module.accumulate(images_per_s=self._images / elapsed, data_wait=self._waited / elapsed)
             self._mark, self._waited, self._images = now, 0.0, 0
@@ -71,12 +71,12 @@ class Throughput(Callback):
         self._started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module) -> None:
-        self._mark += time.perf_counter() - self._started  # validation is neither training nor waiting
+        self._mark += time.perf_counter() - self._started  # leave validation time out
         pl_module.batch_ended = None
 
 
 def publish(trainer: Trainer, picture: Image.Image, folder: Path, name: str = "") -> None:
-    """Write a picture of the current step and hand it to the loggers that take pictures."""
+    """Save a picture of the current step as a PNG and send it to the loggers that accept images."""
     path = folder / f"step-{trainer.global_step:06d}{f'-{name}' if name else ''}.png"
     grids.save(picture, path)
     for logger in trainer.loggers:

@@ -1,9 +1,9 @@
-"""When a run saves, and what it goes on from.
+"""When a run saves a checkpoint, and which checkpoint it resumes from.
 
-A checkpoint is taken after everything of its step is done and its metrics are written, and before a validation that is
-due then (it says so, and whoever goes on from it validates first). So nothing is repeated and nothing is missed. The
-loop waits for a copy in memory; a thread writes it (`engine/background_checkpoint.py`), and whatever ends the run
-waits for that.
+A checkpoint is taken when its step is complete and the metrics are written, before a validation that is due at that
+step. The checkpoint records that validation as due, and a resumed run validates first, so nothing is repeated or
+skipped. The training loop waits only for a copy in memory; a thread writes it to disk
+(`engine/background_checkpoint.py`), and the run does not exit before the write is complete.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.models.checkpoints import files as checkpoint
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
-# What a run needs to go on.
+# Entries that a checkpoint must have to resume from it.
 OF_A_RUN = {"state_dict": dict, "global_step": int, "optimizer_states": list, "loops": dict, "beit_pretrain": dict}
-ASK_EVERY = 10  # validation batches between two questions to the other processes whether one of them was told to stop
+ASK_EVERY = 10  # validation batches between two checks whether any process received a stop signal
 
 
 class CheckpointManager:
-    """Saves `last.ckpt` (the one before becomes `previous.ckpt`), and `step-....ckpt` of every M-th step for good.
+    """Saves `last.ckpt` (its predecessor becomes `previous.ckpt`) and, every `keep_every` steps, `step-NNNNNNNN.ckpt`.
 
     Args:
-        folder: of the checkpoints.
-        every: optimiser steps between two of them.
-        minutes: save also when so many have passed since the last one; None = by steps alone.
-        keep_every: optimiser steps between two that are kept for good; None = none is.
-        signals: whether the run is told to stop.
-        val_minutes: validate also when so many have passed since the last validation; None = by steps alone.
+        folder: folder of the checkpoints.
+        every: optimiser steps between two saves.
+        minutes: also save when this many minutes have passed since the last save; None = by steps only.
+        keep_every: optimiser steps between two checkpoints that are kept permanently; None = keep none.
+        signals: the stop signals of this process.
+        val_minutes: also validate when this many minutes have passed since the last validation; None = by steps only.
     """
 
     def __init__(
@@ -59,36 +59,36 @@ class CheckpointManager:
         self.folder, self.every, self.minutes, self.keep_every = folder, every, minutes, keep_every
         self.val_minutes = val_minutes
         self.signals = signals or PreemptionSignals()
-        self.saved_at: int | None = None  # the step of the newest checkpoint; `signals.saved_at`: of that on the disk
-        self.validated_at = 0  # the step of the newest validation of this process
+        self.saved_at: int | None = None  # step of the newest snapshot; `signals.saved_at`: newest checkpoint on disk
+        self.validated_at = 0  # step of this process's newest validation
         self.prepare_view = False
         self._saved = self._validated = time.monotonic()
         self._writer: BackgroundCheckpointIO | None = None
 
     def __deepcopy__(self, memo: dict) -> CheckpointManager:
-        return self  # a module that is copied (averaged weights) is of the same run
+        return self  # copies of the module (averaged weights) belong to the same run
 
     def begin(self, trainer: Any) -> None:
-        """The loop begins: signals wait for the step in hand from here on."""
-        self._watch(trainer)  # it also writes `best.ckpt`, perhaps before any `last.ckpt`
+        """Call at the start of the loop: from here on a signal takes effect after the current step."""
+        self._watch(trainer)  # the writer also writes `best.ckpt`, possibly before the first `last.ckpt`
         self._saved = self._validated = time.monotonic()
         self.prepare_view = self.signals.looping = True
 
     def _watch(self, trainer: Any) -> None:
-        """Wait for this run's writer from here on, and hear of what it has written."""
+        """Use this run's writer, and have it call `_written` after each write."""
         self._writer = trainer.strategy.checkpoint_io
         self._writer.on_written = self._written
 
     def end(self) -> None:
-        """The loop has ended."""
+        """Call at the end of the loop: signals take effect at once again."""
         self.signals.looping = False
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Whatever ends the run waits for the checkpoint that is being written; a second Ctrl-C does not."""
+        """Wait for the current checkpoint write before an error or signal ends the run; a second Ctrl-C cancels it."""
         try:
             yield
-        except (KeyboardInterrupt, SystemExit):  # SystemExit is Lightning's answer to a KeyboardInterrupt
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns KeyboardInterrupt into SystemExit
             if self._writer is not None:
                 self._writer.cancel()
             self.end()
@@ -96,50 +96,50 @@ class CheckpointManager:
         except BaseException:
             try:
                 self.wait()
-            except Exception as error:  # beside what ends the run
+            except Exception as error:  # the error that ends the run is raised below
                 print(f"warning: {first_line(error)}", file=sys.stderr, flush=True)
             self.end()
             raise
 
     def status(self, step: int) -> Agreed:
-        """What this process says of itself during a step: its signal, and what its clock says."""
+        """This process's part of the step exchange: the signal it received, and what is due by its clock."""
         now = time.monotonic()
         save = self.minutes is not None and now - self._saved > 60 * self.minutes
         validate = self.val_minutes is not None and now - self._validated > 60 * self.val_minutes
         return Agreed(step, self.signals.told, save, validate)
 
     def after_step(self, module: Any) -> None:
-        """Called when an optimiser step and its metrics are done. Raises Stopped after saving, if told to.
+        """Save if due; call after an optimiser step and its metrics.
 
-        Raises UserError if the last checkpoint could not be written.
+        Raises Preempted, after saving, if a process received a signal; UserError if the last write failed.
         """
         step, last = module.trainer.global_step, module.trainer.max_steps
         if self._writer is not None:
             self._writer.check()
         agreed = self.status(step) if module.trainer.world_size == 1 else module.exchange.read()
-        # What was said before the last checkpoint, or the last validation, is over.
+        # Requests from before the last checkpoint or validation are already served.
         late = agreed.save and agreed.step > (self.saved_at or 0)
         validate = agreed.validate and agreed.step > self.validated_at and module.has_validation
         module.validation_due = module.validation_due or validate
         for_good = self.keep_every is not None and step % self.keep_every == 0
         if agreed.signum or late or validate or for_good or step % self.every == 0 or step == last:
             self.save(module)
-        # One that came while the last write was waited for: it need not cost another step, and another write.
+        # A signal that arrived during the save: this step is saved, so stop now instead of after one more step.
         signum = self.signals.told if module.trainer.world_size == 1 and self.saved_at == step else agreed.signum
         if signum:
             self._stop(module, signum)
 
     def after_validation_batch(self, module: Any, number: int) -> None:
-        """Called after every batch of a validation, which need not be finished: it is repeated. May raise Stopped."""
+        """Call after every validation batch. Raises Preempted on a signal; the resumed run repeats the validation."""
         if any(isinstance(callback, WeightAveraging) for callback in module.trainer.callbacks):
-            return  # the averaged weights stand in the network's place
+            return  # the network holds the averaged weights now, so saving would be wrong
         if module.trainer.world_size == 1 or (number + 1) % ASK_EVERY == 0:
             self._stop_if_told(module)
 
     def after_validation(self, module: Any) -> None:
-        """Called when a validation and its metrics are done. Raises Stopped after saving, if told to."""
+        """Call after a validation and its metrics. Raises Preempted, after saving, if a process received a signal."""
         self.validated_at, self._validated = module.trainer.global_step, time.monotonic()
-        if module.trainer.should_stop:  # early: this was the last step
+        if module.trainer.should_stop:  # early stopping: this was the last step
             self.save(module)
         self._stop_if_told(module)
 
@@ -153,7 +153,7 @@ class CheckpointManager:
         raise Preempted(signum, module.trainer.global_step)
 
     def agreed_signal(self, trainer: Any) -> int:
-        """The signal that one of the processes was sent, the same on all of them; all must ask. 0 = none."""
+        """The signal that any process received, equal on all processes; 0 = none. A collective: all must call it."""
         if trainer.world_size == 1:
             return self.signals.told
         told = torch.tensor(self.signals.told, device=trainer.strategy.root_device)
@@ -161,18 +161,18 @@ class CheckpointManager:
         return int(told)
 
     def save(self, module: Any) -> None:
-        """Take a snapshot of the run for `last.ckpt`, unless that is of this step already.
+        """Take a snapshot for `last.ckpt`, unless this step is already saved.
 
-        Raises UserError if the last checkpoint could not be written.
+        Raises UserError if the last write failed.
         """
         trainer = module.trainer
         if self.saved_at == trainer.global_step:
             return
-        self._watch(trainer)  # a run that has no step to take has not begun
-        self.wait()  # the metrics would be flushed behind it anyway
+        self._watch(trainer)  # `begin` is not called if no steps are left
+        self.wait()  # syncing the metrics would wait for the disk anyway
         for logger in trainer.loggers:
             if isinstance(logger, CsvMetrics):
-                logger.sync()  # a power cut must not leave a checkpoint without the metrics that lead to it
+                logger.sync()  # a power cut must not leave a checkpoint without its earlier metrics
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self.saved_at = trainer.global_step
         if not trainer.is_global_zero:
@@ -180,7 +180,7 @@ class CheckpointManager:
         self._saved = time.monotonic()
 
     def _written(self, path: Path, content: dict[str, Any]) -> None:
-        """Called by the thread when a checkpoint is on the disk: keep it for good if its step is one of those."""
+        """Called by the writer thread after a write: link `last.ckpt` as `step-NNNNNNNN.ckpt` if it must be kept."""
         if path != self.folder / LAST:
             return
         step = int(content["global_step"])
@@ -189,20 +189,21 @@ class CheckpointManager:
         self.signals.saved_at = step
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk. Raises UserError if it could not be written."""
+        """Wait until the last checkpoint is on disk. Raises UserError if the write failed."""
         if self._writer is not None:
             self._writer.wait()
 
     def settle(self, trainer: Any) -> None:
-        """The same on all processes: none ends before, since launchers end all when one has ended."""
+        """Wait on all processes: launchers end all processes as soon as one exits."""
         self.wait()
         trainer.strategy.barrier()
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """(the newest checkpoint that can be read, a line for each newer one that cannot).
+    """Find the checkpoint to resume from.
 
-    Raises UserError if there are checkpoints, but none is good.
+    Returns the newest readable checkpoint (None without checkpoints) and one line per newer, unreadable one.
+    Raises UserError if there are checkpoints but none is readable.
     """
     found = (path for path in (*folder.glob("step-*.ckpt"), folder / BEST) if path.is_file())
     others = sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
@@ -215,7 +216,7 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
             missing = [n for n, kind in OF_A_RUN.items() if not isinstance(held[n], kind) or held[n] in ([], {})]
             if missing:
                 raise UserError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing)")
-            with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+            with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
                 if broken := archive.testzip():
                     raise UserError(f"{path} is damaged: the checksum of {broken} is another")
             return path, problems
@@ -229,15 +230,17 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
 def check_space(
     folder: Path, parameters: int, states: int = 3, best: bool = False, kept: int = 0, cleared: bool = False
 ) -> str:
-    """A line about the disk for checkpoints. Raises UserError if it cannot be written or is too small.
+    """Check the disk space for checkpoints; returns one line for the user.
+
+    Raises UserError if the folder is not writable or the disk is too small.
 
     Args:
-        folder: of the checkpoints; it need not exist yet.
-        parameters: of the network.
-        states: float32 numbers a checkpoint has for each: the weights, AdamW's two moments, an average.
-        best: whether there is a `best.ckpt`, beside the last one, the one before, and the one that is being written.
-        kept: how many are kept for good. A disk too small for these is pointed out and not refused.
-        cleared: the run starts over, which removes what an earlier one kept for good.
+        folder: folder of the checkpoints; need not exist yet.
+        parameters: number of parameters of the network.
+        states: float32 values per parameter in a checkpoint: weight, AdamW's two moments, average.
+        best: whether the run writes `best.ckpt`, besides the last, the previous and the currently written checkpoint.
+        kept: number of permanently kept checkpoints. Too little space for these is only a warning.
+        cleared: whether the run starts over, which removes the checkpoints of an earlier run.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -258,9 +261,9 @@ def check_space(
 
 
 def room(folder: Path, cleared: bool) -> int:
-    """Bytes that come free when a run overwrites the checkpoints of an earlier part, or all of them are `cleared`.
+    """Bytes freed when a run overwrites old checkpoints, or removes all of them (`cleared`).
 
-    A file may have several names, and one that is kept for good under any of them stays.
+    A file with several hard links counts once, and not at all if one of its names is kept.
     """
     for_good = list(folder.glob("step-*.ckpt"))
     going = [path for name in (LAST, PREVIOUS, BEST) if (path := folder / name).is_file()]
@@ -272,5 +275,5 @@ def room(folder: Path, cleared: bool) -> int:
 
 
 def size(count: int) -> str:
-    """Bytes in a unit that leaves something to read."""
+    """Bytes as text, in MB or GB."""
     return f"{count / 1e6:.3g} MB" if count < 1e8 else f"{count / 1e9:.2f} GB"

@@ -1,6 +1,6 @@
-"""What torch.compile made of a process's functions: graphs, graph breaks, recompilations, functions left uncompiled.
+"""Statistics of torch.compile: graphs, graph breaks, recompilations and fallbacks to eager execution.
 
-All of it is read from Dynamo's counters here and nowhere else; `fit`, `bench` and the tests share it.
+The only place that reads Dynamo's counters; `fit`, `bench` and the tests use it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 from lightning import Callback, Trainer
 from tqdm import tqdm
 
-REMEMBERED = 10_000  # compilations
+REMEMBERED = 10_000  # compilations that Dynamo keeps metrics of
 REPORT_AFTER = 3  # optimiser steps: by then every function of the step has been compiled
 
 
 class CompileCounts(NamedTuple):
-    """Counts since the process began, or between two moments (`since`)."""
+    """Counts since the process started, or since an earlier count (`since`)."""
 
     graphs: int = 0
     graph_breaks: int = 0
-    recompilations: int = 0  # of functions that had been compiled before, for other inputs
-    fallbacks: int = 0  # times that a function could not be compiled and ran eagerly instead
-    seconds: float = 0.0  # spent on compiling
-    pieces: int = 0  # into which graphs were cut for DDP, beyond one each
+    recompilations: int = 0  # of functions already compiled for other inputs
+    fallbacks: int = 0  # compilations that failed, so that the function ran eagerly
+    seconds: float = 0.0  # compile time
+    pieces: int = 0  # additional subgraphs from DDPOptimizer's splits
 
     def since(self, before: CompileCounts) -> CompileCounts:
         return CompileCounts(
@@ -38,7 +38,7 @@ class CompileCounts(NamedTuple):
 
     @property
     def clean(self) -> bool:
-        """Whether all that ran is one graph a function, compiled once."""
+        """Whether every function is one graph, compiled once."""
         return self.graphs > 0 and not (self.graph_breaks or self.recompilations or self.fallbacks)
 
     def __str__(self) -> str:
@@ -50,11 +50,11 @@ class CompileCounts(NamedTuple):
 
 
 def compile_counts() -> CompileCounts:
-    """The counts since the process began.
+    """The counts since the process started.
 
-    Calls that Dynamo skips from the start, under a TorchDispatchMode for instance, appear in none of them.
+    Calls that Dynamo skips entirely, for instance under a TorchDispatchMode, are not counted.
     """
-    from torch._dynamo.utils import calculate_time_spent, counters, get_compilation_metrics  # a second to import
+    from torch._dynamo.utils import calculate_time_spent, counters, get_compilation_metrics  # takes 1 s to import
 
     remember_all()
     frames, graphs = counters["frames"], counters["stats"]["unique_graphs"]
@@ -62,7 +62,7 @@ def compile_counts() -> CompileCounts:
         graphs=graphs,
         graph_breaks=sum(counters["graph_break"].values()),
         recompilations=sum(metrics.recompile_reason is not None for metrics in get_compilation_metrics()),
-        pieces=max(0, counters["aot_autograd"]["total"] - graphs),  # DDPOptimizer compiles each by itself
+        pieces=max(0, counters["aot_autograd"]["total"] - graphs),  # DDPOptimizer compiles each subgraph separately
         fallbacks=frames["total"] - frames["ok"],
         seconds=calculate_time_spent().get("total_wall_time", 0.0),
     )
@@ -70,14 +70,14 @@ def compile_counts() -> CompileCounts:
 
 @cache
 def remember_all() -> None:
-    """Let Dynamo keep what it says of a compilation: its own limit is the last 64."""
+    """Raise Dynamo's limit on kept compilation metrics (64 by default)."""
     from torch._dynamo.utils import set_compilation_metrics_limit
 
     set_compilation_metrics_limit(REMEMBERED)
 
 
 def compile_reasons(counts: CompileCounts) -> list[str]:
-    """One line for each reason of the latest failures, recompilations and graph breaks: of as many as were counted."""
+    """One line per reason of the latest failures, recompilations and graph breaks, as many as `counts` has."""
     from torch._dynamo.utils import counters, get_compilation_metrics
 
     newest = get_compilation_metrics()[::-1]
@@ -91,23 +91,23 @@ def compile_reasons(counts: CompileCounts) -> list[str]:
 
 
 def first_lines(text: str | None, count: int = 2) -> str:
-    """The first lines of a message of Dynamo's as one line."""
+    """The first `count` lines of a Dynamo message, joined into one line."""
     lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
     return " ".join(lines[:count])[:300]
 
 
 class CompileReport(Callback):
-    """Prints the counts once, after the first steps of a run that compiles, and a warning where it fell back to eager.
+    """Prints the counts once, after the first steps, with a warning if a function fell back to eager execution.
 
-    What was compiled again later is pointed out when training ends.
+    Later recompilations are reported at the end of training.
 
     Args:
-        asked: `compile=` of the run.
+        asked: the run's setting `compile`.
     """
 
     def __init__(self, asked: bool | str = "auto") -> None:
         self._asked = asked
-        self._first = 0  # the step at which this process began
+        self._first = 0  # step at which this process started
         self._before = CompileCounts()
         self._reported: CompileCounts | None = None
 
@@ -145,7 +145,7 @@ class CompileReport(Callback):
 
 
 def say(line: str) -> None:
-    """A line on stderr that does not break the progress bar."""
+    """Print a line to stderr without breaking the progress bar."""
     tqdm.write(line, file=sys.stderr)
 
 

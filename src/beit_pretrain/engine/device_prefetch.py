@@ -1,4 +1,4 @@
-"""Prepares the next batch on a stream of its own while the current one trains (`device_prefetch=true`)."""
+"""Prepares the next batch on a separate CUDA stream during the current step (`device_prefetch=true`)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-PREPARED = ("image", "token_image", "jitter_factors", "jitter_order", "jitter_tiles", "tokens")  # used up by `prepare`
+PREPARED = ("image", "token_image", "jitter_factors", "jitter_order", "jitter_tiles", "tokens")  # inputs of `prepare`
 
 
 class Prepared(NamedTuple):
-    """A batch on the device, and the event after which it may be used; None where there are no streams."""
+    """A batch on the device, and the event after which it may be used (None on a CPU)."""
 
     batch: dict
     event: torch.cuda.Event | None
 
 
 class DevicePrefetcher:
-    """A loader whose next batch is copied, jittered and tokenized while the step works on the current one.
+    """Wraps a loader: copies, jitters and tokenizes the next batch while the step uses the current one.
 
-    On a GPU this happens on a side stream. Everywhere, the batches are those of the loader and of `prepare`.
+    On a GPU this runs on a side stream. The batches are the same as without prefetching.
 
     Args:
-        loader: yields batches (dictionaries), in pinned memory on a GPU, or the copies would wait.
-        prepare: batch on the device -> backbone's view (B, C, H, W) in [0, 1] and tokens (B, N).
-        device: where to.
+        loader: yields batches (dictionaries); for a GPU in pinned memory, since other copies block the host.
+        prepare: batch on the device -> the backbone's view (B, C, H, W) in [0, 1] and tokens (B, N).
+        device: target device.
     """
 
     def __init__(self, loader: Any, prepare: Callable[[dict], tuple[Tensor, Tensor]], device: torch.device):
@@ -39,7 +39,7 @@ class DevicePrefetcher:
         stream = None
         if self.device.type == "cuda":
             stream = torch.cuda.Stream(self.device)
-            # Once: what `prepare` reads (the tokenizer's weights) was written on the current stream.
+            # Once: the tokenizer's weights, which `prepare` reads, were written on the current stream.
             stream.wait_stream(torch.cuda.current_stream(self.device))
         current: Prepared | None = None
         for batch in self.loader:
@@ -52,7 +52,7 @@ class DevicePrefetcher:
 
     @torch.no_grad()
     def _prepared(self, batch: dict, stream: torch.cuda.Stream | None) -> Prepared:
-        """Queue copy, views and tokens of a batch on the side stream, and an event behind them."""
+        """Queue the copy, view and tokens of a batch on the side stream, then record an event."""
         with torch.cuda.stream(stream):
             moved = {
                 name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -64,15 +64,15 @@ class DevicePrefetcher:
         return Prepared(kept | {"view": view, "tokens": tokens}, event)
 
     def _handed_over(self, prepared: Prepared) -> dict:
-        """The batch, once the current stream waits for its event.
+        """Make the current stream wait for the batch's event, and return the batch.
 
-        For its own event, not for the side stream: there the batch after it is queued already, and waiting for that
-        would put one after the other what is meant to run side by side.
+        It does not wait for the whole side stream: the next batch is already queued there, and waiting for it would
+        remove the overlap.
         """
         if prepared.event is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(prepared.event)
             for value in prepared.batch.values():
                 if isinstance(value, Tensor):
-                    value.record_stream(stream)  # the allocator must not reuse its memory while the step reads it
+                    value.record_stream(stream)  # keeps the allocator from reusing the memory during the step
         return prepared.batch

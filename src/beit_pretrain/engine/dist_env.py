@@ -1,6 +1,6 @@
-"""Who started this process: torchrun, srun, a Kubernetes job, Lightning, or a person; and how many others there are.
+"""Detects the launcher (torchrun, srun, Kubernetes, Lightning or none), the number of processes and the rank.
 
-Read from the environment alone, without torch.
+Reads only environment variables and does not import torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from beit_pretrain.errors import AllRanksError
 
-# What one run tells its own processes. A run that is started from inside another must not take it for its own.
+# Variables that a run sets for its processes. A run started from inside another run must not inherit them.
 PROCESS_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "ROLE_RANK", "ROLE_NAME"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
@@ -20,7 +20,7 @@ PROCESS_VARIABLES = (
 
 
 class DistEnv(NamedTuple):
-    """Processes that a launcher outside of Python has started: `processes` on `nodes` machines, `per_node` on each."""
+    """Processes started by an external launcher: `processes` in total, on `nodes` machines with `per_node` each."""
 
     by: str  # "torchrun", "srun" or "WORLD_SIZE"
     processes: int
@@ -29,14 +29,17 @@ class DistEnv(NamedTuple):
 
 
 def launched() -> DistEnv | None:
-    """What started this process together with others; None if it is alone, or a child that Lightning started."""
+    """The external launcher of this process; None if it has none (a single process, or a child of Lightning).
+
+    Raises AllRanksError if the environment is inconsistent.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:  # first: torchrun may run inside a SLURM job
         found = ("torchrun", number("WORLD_SIZE"), number("GROUP_WORLD_SIZE"), number("LOCAL_WORLD_SIZE"))
     elif "SLURM_PROCID" in os.environ and (tasks := number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")) > 1:
         nodes = number("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
         found = ("srun", tasks, nodes, number("SLURM_NTASKS_PER_NODE", otherwise=tasks // nodes))
     elif "RANK" in os.environ and "LOCAL_RANK" not in os.environ and number("WORLD_SIZE") > 1:
-        found = ("WORLD_SIZE", number("WORLD_SIZE"), number("WORLD_SIZE"), 1)  # one process a pod, by an operator
+        found = ("WORLD_SIZE", number("WORLD_SIZE"), number("WORLD_SIZE"), 1)  # Kubernetes: one process per pod
     else:
         return None
     launch = DistEnv(*found)
@@ -48,7 +51,7 @@ def launched() -> DistEnv | None:
 
 
 def number(*names: str, otherwise: int = 1) -> int:
-    """The first of these environment variables that is set, as a whole number."""
+    """The first of these environment variables that is set, as an int >= 1. Raises AllRanksError for other values."""
     for name in names:
         if name in os.environ:
             if not os.environ[name].isdecimal() or int(os.environ[name]) < 1:
@@ -60,30 +63,30 @@ def number(*names: str, otherwise: int = 1) -> int:
 
 
 def is_child() -> bool:
-    """Whether a run has started this process for itself, without a launcher from outside."""
+    """Whether another process of the run started this one, without an external launcher."""
     return launched() is None and number_of_this("LOCAL_RANK") > 0
 
 
 def is_restarted() -> bool:
-    """Whether a scheduler has started this job before: SLURM after a requeue, torchrun after a process that failed."""
+    """Whether this is a restart of the same job: SLURM after a requeue, torchrun after a failed process."""
     return any(number_of_this(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def local_rank() -> int:
-    """Number of this process among those of its run on this machine, as far as the environment says."""
+    """Local rank of this process according to the environment; 0 if unset."""
     return number_of_this("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def rank() -> int:
-    """Number of this process among those of its run, as far as the environment says."""
+    """Global rank of this process according to the environment; 0 if unset."""
     return number_of_this("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
 def number_of_this(*names: str) -> int:
-    """The first of these environment variables that is a number; 0 = none is."""
+    """The first of these environment variables that is a number; 0 if none is."""
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
 
 
 def speaker() -> str:
-    """How a message names this process: nothing for the first one, else its rank and machine."""
+    """Prefix of this process's messages: empty for rank 0, else rank and machine."""
     return f"rank {rank()} on {socket.gethostname()}: " if rank() else ""

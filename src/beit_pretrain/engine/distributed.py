@@ -1,7 +1,7 @@
-"""Many processes and machines: how many take part, how they meet, what they share, and what is said when that fails.
+"""Distributed runs: resolves devices, nodes and strategy, checks that all ranks agree, and explains failures.
 
-Lightning runs the processes. Here its settings are completed from what the launcher says, counts that cannot be true
-are refused before anyone waits, and every process is compared with the first one before the first step.
+Lightning runs the processes. This module fills in its settings from the launcher, rejects inconsistent counts before
+the rendezvous, and compares every process with rank 0 before the first step.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from beit_pretrain.engine.preemption import Preempted
 from beit_pretrain.engine.subprocess_launcher import DDP, FSDP, SubprocessLauncher
 from beit_pretrain.errors import AllRanksError, UserError, first_line
 
-MAY_DIFFER = ("data.train", "data.val", "data.cache_dir")  # places on a machine; what is in them is compared
+MAY_DIFFER = ("data.train", "data.val", "data.cache_dir")  # paths may differ between machines; contents are compared
 
-# What torch says, over several libraries, when a process does not answer or is gone.
+# Matches the errors of torch, gloo and NCCL when another process has ended or does not answer.
 GONE = re.compile(
     r"gloo|nccl|connection (?:closed|reset|refused)|broken pipe|timed out|application timeout|pair closure|socket"
     r"|rendezvous|clients joined",
@@ -45,9 +45,14 @@ GONE = re.compile(
 
 
 def resolve_trainer_args(trainer: dict[str, Any], minutes: float, compression: str | None = None) -> dict[str, Any]:
-    """The settings of `trainer` with devices, nodes, strategy and cluster environment filled in for this process.
+    """Fill in devices, nodes, strategy and cluster environment of the settings `trainer`.
 
-    `compression`: how DDP sends gradients. Raises AllRanksError if they contradict the launcher or the machine.
+    Raises AllRanksError if they contradict the launcher or the machine.
+
+    Args:
+        trainer: the group of settings `trainer`.
+        minutes: time-out of the process group.
+        compression: how DDP sends gradients; None = as they are.
     """
     launch = launched()
     settings = dict(trainer)
@@ -64,7 +69,7 @@ def resolve_trainer_args(trainer: dict[str, Any], minutes: float, compression: s
 
 
 def visible_gpus(accelerator: str) -> int:
-    """GPUs that a run with this accelerator may use; 0 = it runs on CPUs. Raises UserError where some are asked for."""
+    """Number of GPUs for this accelerator; 0 = CPU. Raises UserError if GPUs are requested and there are none."""
     if accelerator not in ("auto", "gpu", "cuda"):
         return 0
     gpus = torch.cuda.device_count()
@@ -74,14 +79,14 @@ def visible_gpus(accelerator: str) -> int:
 
 
 def count(devices: int | str | list[int], gpus: int) -> int:
-    """How many devices of a machine are meant."""
+    """Number of devices per machine."""
     if devices in ("auto", -1):
         return gpus or 1
     return len(devices) if isinstance(devices, list) else int(devices)
 
 
 def check_counts(devices: int, nodes: int, gpus: int, launch: DistEnv | None) -> None:
-    """Raise AllRanksError if devices, nodes, GPUs and started processes do not belong together."""
+    """Raise UserError if devices, nodes, GPUs and started processes are inconsistent (same on all ranks)."""
     if gpus and devices > gpus:
         raise AllRanksError(f"trainer.devices={devices}, but {socket.gethostname()} has {gpus} GPU{'s' * (gpus > 1)}")
     if launch and (devices, nodes) != (launch.per_node, launch.nodes):
@@ -98,8 +103,8 @@ def check_counts(devices: int, nodes: int, gpus: int, launch: DistEnv | None) ->
 
 
 def environment(launch: DistEnv | None) -> ClusterEnvironment:
-    """Lightning's view of the launcher. It must not requeue by itself: it would save in the middle of a step."""
-    if launch is None:  # also a SLURM job of one task: the run then makes its processes itself
+    """Lightning's cluster environment for the launcher, without automatic requeue, which saves in mid-step."""
+    if launch is None:  # also in a SLURM job with one task, where the run starts its processes itself
         return LightningEnvironment()
     if launch.by == "torchrun":
         return TorchElasticEnvironment()
@@ -110,7 +115,7 @@ def environment(launch: DistEnv | None) -> ClusterEnvironment:
 
 
 def strategy(name: str, world: int, minutes: float, compression: str | None = None) -> Any:
-    """DDP for more than one process, FSDP when it is asked for; other names are Lightning's."""
+    """DDP for several processes, FSDP on request; other names are passed to Lightning."""
     wait, is_ddp = timedelta(minutes=minutes), name in ("auto", "ddp") and world > 1
     if compression is not None and not is_ddp:
         found = f"trainer.strategy={name}" if world > 1 else "one process"
@@ -123,13 +128,13 @@ def strategy(name: str, world: int, minutes: float, compression: str | None = No
 
 
 def shard(model: Any, mesh: Any) -> None:
-    """Cut a network's parameters over the processes of `mesh` (FSDP), in place.
+    """Shard a network's parameters over the processes of `mesh` (FSDP), in place.
 
-    A block's attention and MLP are gathered when they are needed; the small rest stays together for the whole step.
+    The attention and MLP of each block are separate FSDP units; all other parameters, which are small, form one unit.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    if getattr(model, "is_sharded", False):  # a validation after the training asks again
+    if getattr(model, "is_sharded", False):  # a validation after training calls this again
         return
     for block in model.blocks:
         fully_shard(block.attn, mesh=mesh)
@@ -141,7 +146,7 @@ def shard(model: Any, mesh: Any) -> None:
 
 
 class RankConsistencyCheck(Callback):
-    """Compares every process with the first one as soon as they have met: `facts` must be the same on all of them."""
+    """Compares every process with rank 0 after the rendezvous: `facts` must be equal. Raises AllRanksError."""
 
     facts: dict[str, str]
 
@@ -153,23 +158,23 @@ class RankConsistencyCheck(Callback):
         said = disagreement(everyone)
         if said:
             if not trainer.is_global_zero:
-                time.sleep(2)  # a launcher ends all processes when one ends: the first one is to speak before
+                time.sleep(2)  # launchers end all processes when one exits: let rank 0 print the error first
             raise AllRanksError(said)
 
 
 def disagreement(everyone: list[tuple[str, dict[str, str]]]) -> str | None:
-    """What the first process that differs from rank 0 has else, in one line; None if all agree."""
+    """One line on the first process that differs from rank 0; None if all agree."""
     _, first = everyone[0]
     for rank, (host, facts) in enumerate(everyone):
         names = [name for name in sorted(first | facts) if first.get(name) != facts.get(name)]
         if names:
             parts = [f"{name}={facts.get(name)} (rank 0: {first.get(name)})" for name in names[:3]]
-            return f"rank {rank} on {host} was started with something else than rank 0: {'; '.join(parts)}"
+            return f"rank {rank} on {host} differs from rank 0: {'; '.join(parts)}"
     return None
 
 
 def facts(cfg: dict[str, Any], data: ShardData, done: int) -> dict[str, str]:
-    """What all processes must have alike: settings, contents of the data, the step from which they go on."""
+    """Facts that must be equal on all processes: settings, contents of the data, resume step, torch version."""
     return {
         **flat(cfg),
         **{f"images of data.{split}": found for split, found in contents(data).items()},
@@ -179,12 +184,12 @@ def facts(cfg: dict[str, Any], data: ShardData, done: int) -> dict[str, str]:
 
 
 def contents(data: ShardData) -> dict[str, str]:
-    """{split: a short name for the contents of its shards, as their manifests say them}."""
+    """{split: digest of its shards, from their manifests}."""
     return {split: digest(reader.shards) for split, reader in data.readers.items()}
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"optim.lr": "0.001", ...} of nested settings, less the places on a machine."""
+    """Flatten nested settings to {"optim.lr": "0.001", ...}, without `MAY_DIFFER`."""
     found: dict[str, str] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
@@ -196,15 +201,15 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def digest(shards: list[Any]) -> str:
-    """A short name for the contents of shards, as their manifests say them."""
+    """A short SHA-256 digest of the sample counts and checksums of shards."""
     return hashlib.sha256("\n".join(f"{s.samples} {s.sha256}" for s in shards).encode()).hexdigest()[:12]
 
 
 @contextmanager
 def distributed_errors(trainer: Trainer, minutes: float) -> Iterator[None]:
-    """Say in one line what ended a run that is not its own fault: lost processes, a loader worker, the GPU's memory.
+    """Turn errors from outside the program into one-line user errors: lost processes or workers, out of memory.
 
-    The first process takes those that it has started with it.
+    Also stops the child processes that this process started.
     """
     launcher = trainer.strategy.launcher
     try:
@@ -226,7 +231,7 @@ def distributed_errors(trainer: Trainer, minutes: float) -> Iterator[None]:
 
 
 def in_one_line(error: RuntimeError, trainer: Trainer, minutes: float) -> UserError | None:
-    """What to tell about an error of torch; None = it is a mistake in the program, and wants its traceback."""
+    """The user error for a torch error; None = a bug in the program, which needs its traceback."""
     if told := worker_died(error):
         return told
     if isinstance(error, torch.OutOfMemoryError):
@@ -239,7 +244,7 @@ def in_one_line(error: RuntimeError, trainer: Trainer, minutes: float) -> UserEr
 
 
 def lost_connection(error: BaseException | None) -> BaseException | None:
-    """The error of the network behind an error: the others that follow from it hide it."""
+    """The network error in the chain of causes of an error; None if there is none."""
     while error is not None:
         if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and GONE.search(str(error))):
             return error
@@ -248,7 +253,7 @@ def lost_connection(error: BaseException | None) -> BaseException | None:
 
 
 def lost(trainer: Trainer, minutes: float, reason: str) -> str:
-    """What to tell about a lost connection."""
+    """The message for a lost connection or a failed rendezvous."""
     reason = re.sub(r"^\[[^]]*\.(?:cpp|cc|h|hpp):\d+\]\s*", "", reason)[:160]
     if trainer.global_step == 0 and not distributed.is_initialized():
         place = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', '?')}"
@@ -258,5 +263,5 @@ def lost(trainer: Trainer, minutes: float, reason: str) -> str:
         )
     return (
         f"another process of the run ended, or did not answer for {minutes:g} minutes (timeout_minutes), after step "
-        f"{trainer.global_step}; the same command goes on from the last checkpoint ({reason})"
+        f"{trainer.global_step}; rerun the same command to resume from the last checkpoint ({reason})"
     )

@@ -1,7 +1,7 @@
-"""From a composed config to a finished run; fit, validate.
+"""The verbs `fit` and `validate`: run a composed config.
 
-The folder of a run holds `config.yaml`, `metrics.csv`, `pictures/`, `checkpoints/`, and, if there were any, the lists
-`replaced.jsonl` of bad images and `skipped.jsonl` of steps without a finite gradient.
+A run's folder holds `config.yaml`, `metrics.csv`, `pictures/`, `checkpoints/` and, if needed, `replaced.jsonl` (corrupt
+images) and `skipped.jsonl` (steps with a non-finite gradient).
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from beit_pretrain.settings import to_dict
 
 
 def fit(cfg: FitSettings) -> dict[str, float]:
-    """Train what the config describes; returns the last validation metrics.
+    """Train, or resume, the run that the config describes; returns the last validation metrics.
 
-    Raises KeyboardInterrupt after Ctrl-C, and SystemExit(75) after SIGTERM or SIGUSR1, with all saved.
+    After saving, raises KeyboardInterrupt on Ctrl-C and SystemExit(75) on SIGTERM or SIGUSR1.
     """
     silence_warnings()
     if is_child():
         end_with_parent()
-    if is_restarted():  # the job began anew once; now it goes on
+    if is_restarted():  # resume=never holds for the first start of a job only
         cfg.resume = "auto"
 
     def on_exit(stopped: Preempted) -> int:
         if is_first_process():
             saved = "" if stopped.step is None else f", saved {Path(cfg.run_dir) / 'checkpoints' / LAST}"
             same = f"the same command{' without resume=never' if cfg.resume == 'never' else ''}"
-            print(f"{stopped}{saved}; {same} goes on{' from there' * bool(saved)}", flush=True)
-        if is_child():  # the process that started this one has the exit code that counts
+            print(f"{stopped}{saved}; rerun {same} to resume{' from there' * bool(saved)}", flush=True)
+        if is_child():  # only the exit code of the parent process matters
             return 0
         return 130 if stopped.signum == signal.SIGINT else PREEMPTED
 
@@ -73,16 +73,16 @@ def fit(cfg: FitSettings) -> dict[str, float]:
 
 
 def run(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
-    """The same, with the signals that end it. Raises Stopped."""
+    """`fit` under the lock of the run's folder, if the folder exists. Raises Preempted on a signal."""
     run_dir = Path(cfg.run_dir)
-    # Before anything in it is read: a run that is just ending still writes there. A folder that is not there yet is
-    # made after the preflight checks.
+    # Lock before reading the folder: a run that is about to exit may still write to it. A new folder is made, and
+    # locked, after the preflight checks.
     with exclusive_lock(run_dir, is_first_process() and cfg.preflight != "only" and run_dir.is_dir()):
         return run_locked(cfg, signals)
 
 
 def run_locked(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
-    """The same, in a folder that no other run writes into, if it is there. Raises Stopped."""
+    """Build the task and the trainer, check, resume, train and finish. Raises Preempted on a signal."""
     run_dir, folder = Path(cfg.run_dir), Path(cfg.run_dir) / "checkpoints"
     with as_user_errors():
         kind = find_task(cfg.task)
@@ -98,7 +98,7 @@ def run_locked(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]
         check_same_data(task.module, start)
         steps = total_steps(cfg, task.data.samples)
         agreement, sharded = cluster.RankConsistencyCheck(), cfg.trainer.strategy == "fsdp"
-        if sharded:  # these look at the network in one process, where it is no longer whole
+        if sharded:  # under FSDP no process holds the whole network, which these callbacks need
             task.callbacks = [c for c in task.callbacks if not getattr(c, "needs_whole_network", False)]
         trainer = make_trainer(cfg, steps, [agreement, *common_callbacks(cfg, folder, task), *task.callbacks])
         speed.check_cuda_graphs(cfg.compile, trainer.accumulate_grad_batches, cfg.device_prefetch, sharded)
@@ -133,13 +133,13 @@ def run_locked(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]
 
 
 def close_loggers(trainer: Trainer, how: str) -> None:
-    """Tell the loggers that nothing more comes."""
+    """Finalize the loggers with the status `how`: "finished" or "stopped"."""
     for logger in trainer.loggers:
         logger.finalize(how)
 
 
 def prepare(cfg: FitSettings, task: Task, start: ResumeState, signals: PreemptionSignals) -> None:
-    """What watches over the run: its rhythm, its checkpoints, its guard."""
+    """Set up logging interval, checkpoints, non-finite guard, time-outs and compilation of the task's module."""
     module, folder = task.module, Path(cfg.run_dir) / "checkpoints"
     module.log_every = cfg.log_every
     module.keeper = CheckpointManager(
@@ -149,7 +149,7 @@ def prepare(cfg: FitSettings, task: Task, start: ResumeState, signals: Preemptio
         module.keeper.saved_at = start.step
     sharded = cfg.trainer.strategy == "fsdp"
     module.guard = NonFiniteGuard(Path(cfg.run_dir) / SKIPPED, cfg.max_nonfinite_steps, cfg.global_batch_size, sharded)
-    module.exchange.patience = 0.9 * 60 * cfg.timeout_minutes  # before NCCL, which ends a process without a word
+    module.exchange.patience = 0.9 * 60 * cfg.timeout_minutes  # before NCCL's time-out, which aborts without a message
     module.compile_mode = speed.compile_mode(cfg.compile, wanted_gpu(cfg.trainer.accelerator), sharded)
     torch._dynamo.config.optimize_ddp = bool(cfg.optimize_ddp)
     task.data.patience = 60 * cfg.timeout_minutes
@@ -157,9 +157,9 @@ def prepare(cfg: FitSettings, task: Task, start: ResumeState, signals: Preemptio
 
 
 def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: float) -> None:
-    """Run the loop, which passes over a run that has all its steps. Raises Stopped with all saved.
+    """Run the training loop, which does nothing if no steps are left. Raises Preempted, after saving, on a signal.
 
-    Signals go on to wait, for `finish` to obey them.
+    A signal after the last step takes effect in `finish`.
     """
     keeper = task.module.keeper
     assert keeper is not None
@@ -169,15 +169,15 @@ def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: fl
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         if resume is None or keeper.prepare_view:
             raise
-        raise UserError(f"the run cannot go on from {resume}: {type(error).__name__}: {first_line(error)}") from error
-    except SystemExit:  # Lightning's answer to a Ctrl-C that came twice
+        raise UserError(f"the run cannot resume from {resume}: {type(error).__name__}: {first_line(error)}") from error
+    except SystemExit:  # raised by Lightning on a second Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
 
 
 def finish(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> dict[str, float]:
-    """Have the last checkpoint on the disk and measure it, whatever `save_every` and `val_every` are."""
+    """Save and validate the last step, whatever `save_every` and `val_every` are; returns its metrics."""
     module, step, keeper = task.module, trainer.global_step, task.module.keeper
     assert keeper is not None
     if "val" in task.data.readers and step % min(cfg.val_every, steps) and keeper.validated_at != step:
@@ -193,7 +193,7 @@ def finish(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> dict[s
         early = f" (stopped early after step {step} of {steps})" if step < steps else ""
         print(f"saved {keeper.folder / LAST}{early}", flush=True)
     if module.validation_due:
-        keeper.signals.looping = True  # told to stop, all processes break it off after the same batch
+        keeper.signals.looping = True  # so that on a signal all processes stop after the same batch
         with cluster.distributed_errors(trainer, cfg.timeout_minutes):
             trainer.validate(module, task.data, verbose=False)
         keeper.end()
@@ -203,7 +203,7 @@ def finish(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> dict[s
 
 
 def common_callbacks(cfg: FitSettings, folder: Path, task: Task) -> list[Callback]:
-    """Progress, throughput, bad images, and the best checkpoint where there are held-out images."""
+    """Callbacks of every task: progress, throughput, corrupt images; with held-out images the best checkpoint."""
     callbacks: list[Callback] = [
         ProgressBar(refresh_rate=10),
         Throughput(),
@@ -219,7 +219,7 @@ def common_callbacks(cfg: FitSettings, folder: Path, task: Task) -> list[Callbac
 
 
 def validate(cfg: ValidateSettings) -> dict[str, float]:
-    """Metrics of a run's last checkpoint on held-out images; prints and returns them."""
+    """Validate a run's last checkpoint on held-out images; prints and returns the metrics."""
     silence_warnings()
     given = {name: value for name, value in to_dict(cfg.test).items() if value is not None}
     overrides = {**({"data": {"val": cfg.data.val}} if cfg.data.val else {}), **({"test": given} if given else {})}

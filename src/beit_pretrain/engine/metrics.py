@@ -1,7 +1,7 @@
-"""Metrics of a run as a CSV file that survives restarts.
+"""A CSV logger that continues its file on resume.
 
-Lightning's CSVLogger deletes its file when a run starts again. This one appends, and cuts back to the step from which
-the run resumes, so that no step stands twice.
+Lightning's CSVLogger deletes its file when a run is started again. This one appends, after removing the rows later than
+the step from which the run resumes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from beit_pretrain.tables import read_rows
 
 
 class CsvMetrics(Logger):
-    """One row per step, one column per metric; new columns are added as they come.
+    """One row per step, one column per metric; new metrics add columns.
 
     Args:
-        path: the file, by custom `metrics.csv` in the run's folder.
+        path: the file, usually `metrics.csv` in the run's folder.
     """
 
     def __init__(self, path: str | Path):
@@ -47,11 +47,11 @@ class CsvMetrics(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params, *args, **kwargs) -> None:
-        """The run's settings stand in its config.yaml."""
+        """Does nothing: config.yaml has the settings."""
 
     @rank_zero_only
     def truncate_after(self, step: int, validation_due: bool = False) -> None:
-        """Forget everything after `step`: the run resumes there, with a validation if one is due."""
+        """Remove the rows after `step` and, if its validation is due (again), its validation metrics."""
         self.rows = {s: row for s, row in self.rows.items() if s <= step}
         if validation_due and step in self.rows:
             self.rows[step] = {k: v for k, v in self.rows[step].items() if not k.startswith("val/")}
@@ -59,7 +59,7 @@ class CsvMetrics(Logger):
 
     @rank_zero_only
     def sync(self) -> None:
-        """Have everything on the disk, whatever becomes of the machine."""
+        """Flush the file to disk (fsync)."""
         if self.path.is_file():
             with self.path.open("rb") as file:
                 fileio.flush(file)
@@ -90,5 +90,5 @@ class CsvMetrics(Logger):
 
 
 def is_first_process() -> bool:
-    """Whether this is rank 0, also before a trainer has launched its processes (and knows)."""
+    """Whether this is rank 0; works also before the trainer has launched its processes."""
     return getattr(rank_zero_only, "rank", 0) == 0

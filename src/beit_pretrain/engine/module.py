@@ -1,7 +1,7 @@
-"""What every LightningModule of the project shares: optimiser, gradient norm and clip, metrics, what a checkpoint says.
+"""Base class of the project's LightningModules: optimiser, gradient norm and clip, metrics, checkpoint metadata.
 
-Metrics stay on the device, as they are, and are read all at once every `log_every` optimiser steps, as means over all
-micro-batches and processes since then, so that the training loop never waits for the device to print a number.
+Metrics stay on the device and are read together every `log_every` optimiser steps, as means over all micro-batches and
+processes since the last read, so the training loop does not wait for the device at each step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from beit_pretrain.engine.speed import CUDA_GRAPHS
 from beit_pretrain.engine.step_exchange import Agreed, StepExchange
 from beit_pretrain.models.drop_path import uniforms
 
-MOST_KEPT = 1024  # values of a metric that wait to be read
+MOST_KEPT = 1024  # unread values per metric, before they are read early
 PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
 
 
@@ -34,9 +34,9 @@ class TrainedModule(LightningModule):
     """A network, its optimiser settings and its metrics.
 
     Args:
-        model: the network; its `config` (plain keyword arguments) goes into the checkpoint.
+        model: the network; its `config` (plain keyword arguments) is saved in the checkpoint.
         optim: optimiser settings.
-        seed: of the run; drop path and mixing are drawn from it and the positions.
+        seed: seed of the run; drop path and mixing depend on it and on the positions.
     """
 
     model: Any
@@ -47,23 +47,23 @@ class TrainedModule(LightningModule):
         self.seed = seed
         self.model = model
         self.optim = optim
-        self.about: dict = {}  # plain facts for whoever reads the checkpoint: classes, normalisation, tokenizer
-        self.settings: dict = {}  # of the run, less those that are free to change
-        self.images: dict[str, str] = {}  # split -> the contents of the data, to go on with the same
+        self.about: dict = {}  # metadata for readers of the checkpoint: classes, normalisation, tokenizer
+        self.settings: dict = {}  # the run's settings, without those that may change on resume
+        self.images: dict[str, str] = {}  # split -> digest of its data; must be equal on resume
         self.log_every = 50
         self.batch_ended: float | None = None
         self.keeper: CheckpointManager | None = None
         self.exchange = StepExchange()
         self.guard: NonFiniteGuard | None = None
-        self.validation_due = False  # of the step in hand: a checkpoint says so
-        self._kept: dict[str, list[tuple[Tensor | float, Tensor | float]]] = {}  # values and weights, not yet read
+        self.validation_due = False  # after the current step; saved in the checkpoint
+        self._kept: dict[str, list[tuple[Tensor | float, Tensor | float]]] = {}  # unread (value, weight) pairs
         self._sums: dict[str, Tensor] = {}  # (2,) float64 on the CPU: sum of value x weight, sum of weights
-        self.compile_mode: str | None = None  # of `fast`; None = nothing is compiled
+        self.compile_mode: str | None = None  # for `maybe_compile`; None = no compilation
         self._compiled: dict[str, Callable] = {}
-        self.shown: dict[str, float] = {}  # what the progress bar shows
+        self.shown: dict[str, float] = {}  # metrics in the progress bar
 
     def configure_model(self) -> None:
-        if self.trainer.precision == "64-true":  # Lightning does it later, and would load a checkpoint into float32
+        if self.trainer.precision == "64-true":  # Lightning converts only after loading a checkpoint into float32
             self.double()
         if self._device_mesh is not None:  # trainer.strategy=fsdp
             cluster.shard(self.model, self._device_mesh["data_parallel"])
@@ -73,7 +73,7 @@ class TrainedModule(LightningModule):
         return optimisation.configure(self.model, self.optim, int(self.trainer.max_steps), depth)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Rescale and clip here and not by Lightning: its clip refuses fused AdamW under bf16, and knows no scale."""
+        """Rescale and clip the gradients. Lightning's clip rejects fused AdamW under bf16 and cannot rescale."""
         if self.trainer.world_size > 1:
             self.exchange.finish()
         loss_scale = self.loss_scale()
@@ -84,25 +84,25 @@ class TrainedModule(LightningModule):
             self.accumulate(skipped=self.guard.check(norm, optimizer, self.trainer.global_step))
 
     def drop_path_noise(self, batch: dict) -> Tensor | None:
-        """Drop path's numbers (B, R) for the positions of a batch; None where nothing would be dropped."""
+        """Drop path's uniform numbers (B, R) for the positions of a batch; None without drop path."""
         if not self.model.config.get("drop_path_rate"):
             return None
         return uniforms(self.seed, batch["position"], self.model.branches)
 
     def loss_scale(self) -> Tensor | float:
-        """What trainer.precision=16-mixed has multiplied the loss by; the fused optimiser takes it out again."""
+        """The loss scale of trainer.precision=16-mixed, else 1; the fused optimiser divides by it."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None:
             return 1.0
-        scale = scaler._get_scale_async()  # on the device: `get_scale` waits for it, at every step
+        scale = scaler._get_scale_async()  # on the device; `get_scale` would wait for the device at each step
         return scaler.get_scale() if scale is None else scale
 
     def masked_patches(self) -> Tensor | int:
-        """Of this process in this step, for a loss that is normalised by those of the global batch."""
+        """Masked patches of this process in this step, for a loss normalised over the global batch."""
         return 0
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Before the last backward pass of a step, beside which the processes tell one another how things stand."""
+        """Start the step exchange before the last backward pass of a step, so that the two overlap."""
         trainer = self.trainer
         if trainer.world_size > 1 and (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             step = trainer.global_step + 1
@@ -110,11 +110,11 @@ class TrainedModule(LightningModule):
             self.exchange.start(given, self.masked_patches(), self.device)
 
     def gradient_scale(self) -> Tensor | float:
-        """Factor for the gradients of this step (a loss that is normalised over the global batch overrides it)."""
+        """Factor for the gradients of this step; overridden for a loss normalised over the global batch."""
         return 1.0
 
     def maybe_compile(self, function: Callable, **options: Any) -> Callable:
-        """The function, compiled if this run compiles: once for each, with shapes that never change."""
+        """The function, compiled (once, with static shapes) if this run compiles."""
         if self.compile_mode is None:
             return function
         key = getattr(function, "__qualname__", repr(function))
@@ -128,11 +128,11 @@ class TrainedModule(LightningModule):
         return bool(self._compiled)
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
-        if self.compile_mode in CUDA_GRAPHS:  # what the graphs of the last micro-batch gave may be overwritten now
+        if self.compile_mode in CUDA_GRAPHS:  # outputs of the last micro-batch's graphs may be overwritten now
             torch.compiler.cudagraph_mark_step_begin()
 
     def accumulate(self, weight: Tensor | float = 1.0, **metrics: Tensor | float) -> None:
-        """Add values to the weighted means that the next flush writes as `train/<name>`; reads nothing yet."""
+        """Add values to the weighted means that the next flush writes as `train/<name>`, without a device sync."""
         weight = weight.detach() if isinstance(weight, Tensor) else weight
         for name, value in metrics.items():
             kept = self._kept.setdefault(name, [])
@@ -141,9 +141,9 @@ class TrainedModule(LightningModule):
                 self._read()
 
     def _read(self) -> None:
-        """Read what is kept, with one wait for the device, and add it up in the order in which it came.
+        """Read the kept values with one device sync, and add them in their order.
 
-        So the sums do not depend on when they were read: a run that is continued writes the same means.
+        So the sums do not depend on when they were read: a resumed run writes the same means.
         """
         everything = [x for pairs in self._kept.values() for pair in pairs for x in pair]
         numbers = read_numbers(everything)
@@ -151,7 +151,7 @@ class TrainedModule(LightningModule):
         for name, pairs in self._kept.items():
             total, weights = self._sums.get(name, torch.zeros(2)).tolist()
             for value, weight in zip(numbers[at : at + 2 * len(pairs) : 2], numbers[at + 1 : at + 2 * len(pairs) : 2]):
-                if math.isfinite(value):  # a skipped step is counted, and does not hide the others' mean
+                if math.isfinite(value):  # a skipped step must not make the mean of the others NaN
                     total, weights = total + value * weight, weights + weight
             at += 2 * len(pairs)
             self._sums[name] = torch.tensor([total, weights], dtype=torch.float64)
@@ -166,7 +166,7 @@ class TrainedModule(LightningModule):
             every = int(self.trainer.val_check_interval)
             self.validation_due = self.has_validation and (batch_idx + 1) % every == 0
             self.keeper.after_step(self)
-        self.batch_ended = time.perf_counter()  # the last thing of a step: from here on it waits for data
+        self.batch_ended = time.perf_counter()  # end of the step: from here on it waits for data
 
     @property
     def has_validation(self) -> bool:
@@ -182,7 +182,7 @@ class TrainedModule(LightningModule):
         sums, weights = self.sum_over_processes(torch.stack([self._sums[n] for n in names], dim=1).to(self.device))
         self._sums = {}
         metrics = {f"train/{name}": value for name, value in zip(names, (sums / weights).tolist(), strict=True)}
-        # Numbers of the host: those that Lightning logs are tensors on the device, read at every refresh of the bar.
+        # Python numbers: values logged through Lightning are device tensors, read at each refresh of the bar.
         self.shown = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
         self.log_metrics(metrics)
         if self.guard is not None:
@@ -192,14 +192,14 @@ class TrainedModule(LightningModule):
     def on_train_start(self) -> None:
         if self.keeper is not None:
             self.keeper.begin(self.trainer)
-            # Lightning's loop asks after every step, and knows of steps or of minutes, but not of both.
+            # Lightning's loop can validate by steps or by minutes, but not by both.
             loop: Any = self.trainer.fit_loop.epoch_loop
             loop._should_check_val_fx = lambda data_fetcher: self.validation_due
-        if self.validation_due:  # the run was ended before or during it
+        if self.validation_due:  # the run ended before or during this validation
             self.validate_now()
 
     def validate_now(self) -> None:
-        """Validate between two steps, as Lightning's loop does by itself."""
+        """Validate between two steps, in the way of Lightning's loop."""
         loop = self.trainer.fit_loop.epoch_loop.val_loop
         loop.restarting = False
         self.trainer.validating = True
@@ -216,31 +216,31 @@ class TrainedModule(LightningModule):
             self.keeper.after_validation(self)
 
     def log_validation(self, metrics: dict[str, Tensor | float]) -> None:
-        """Write `val/<name>`: to the loggers, and to Lightning for callbacks that watch a metric."""
+        """Log `val/<name>` to the loggers, and to Lightning for callbacks that monitor a metric."""
         values = {f"val/{name}": float(value) for name, value in metrics.items()}
-        self.log_dict(values, logger=False, sync_dist=True)  # equal on all processes already; it silences a warning
+        self.log_dict(values, logger=False, sync_dist=True)  # already equal on all processes; avoids a warning
         if not self.trainer.sanity_checking:
             self.log_metrics(values)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
-        """Hand metrics to every logger, at the number of optimiser steps taken so far."""
+        """Send metrics to every logger, at the current optimiser step."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
     def sum_over_processes(self, values: Tensor | None) -> Tensor:
-        """The sum over all processes (the tensor itself in a run of one)."""
+        """The sum over all processes; with one process, the tensor itself."""
         assert values is not None
         if self.trainer.world_size == 1:
             return values
         total = values.clone()
-        distributed.all_reduce(total)  # Lightning's own `reduce` has a barrier in front
+        distributed.all_reduce(total)  # Lightning's `reduce` adds a barrier
         return total
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Count micro-batches anew: a run may go on with other micro-batches or processes than it was saved with.
+        """Reset Lightning's micro-batch counters: a run may resume with other micro-batches, processes or steps.
 
-        Or for more steps: the whole run is one epoch to Lightning, which is in its middle wherever the run goes on. A
-        loop that has come to the end of its epoch would begin the next one for ever, without a batch.
+        For Lightning the whole run is one epoch, so a resumed run is always inside it. With a loop at the end of its
+        epoch Lightning would start new epochs forever, without a batch.
         """
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         done = int(checkpoint.get("global_step", 0)) * self.trainer.accumulate_grad_batches
@@ -256,7 +256,7 @@ class TrainedModule(LightningModule):
             self._sums = dict(checkpoint.get("unwritten", {}))
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Say in plain containers what the file holds, so that `checkpoint.read_own` can rebuild the network."""
+        """Add the metadata (plain containers) from which `models.checkpoints.files.read_own` rebuilds the network."""
         checkpoint["beit_pretrain"] = {"kind": self.kind, "model": dict(self.model.config), **self.about}
         checkpoint["settings"] = self.settings
         checkpoint["images"] = dict(self.images)
@@ -267,9 +267,9 @@ class TrainedModule(LightningModule):
             self.guard.write(self.trainer.global_step, self.trainer.is_global_zero)
 
     def unwritten(self) -> dict[str, Tensor]:
-        """Sums since the last flush, over all processes: a checkpoint between two flushes loses none of them.
+        """Metric sums since the last flush, over all processes, for a checkpoint between two flushes.
 
-        From here on the first process holds them for all, as it will after a restart.
+        Afterwards rank 0 holds the sums of all processes, as it does after a resume.
         """
         self._read()
         names = sorted(self._sums)
@@ -282,7 +282,7 @@ class TrainedModule(LightningModule):
 
 
 def read_numbers(values: Sequence[Tensor | float]) -> list[float]:
-    """Scalars as Python numbers, in their order, with one transfer from the device."""
+    """Scalars as Python floats, in order, with one transfer from the device."""
     numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
     places: dict[torch.dtype, list[int]] = {}
     for place, value in enumerate(values):

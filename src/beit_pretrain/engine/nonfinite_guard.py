@@ -1,4 +1,4 @@
-"""What a run watches: steps without a finite gradient, leaps of the loss, a codebook that collapses."""
+"""Health checks of a run: skips steps with a non-finite gradient, warns of loss spikes and codebook collapse."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from tqdm import tqdm
 
 from beit_pretrain.errors import AllRanksError
 
-REMEMBERED = 256  # skipped steps that are told apart between two looks at the device
-COLLAPSED = 0.01  # of the vocabulary: a smaller perplexity is pointed out
+REMEMBERED = 256  # skipped steps whose numbers are kept between two reports
+COLLAPSED = 0.01  # fraction of the vocabulary; a smaller perplexity gives a warning
 
 
 class NonFiniteGuard:
-    """Skips the update of a step whose gradient is not finite, and counts it, without waiting for the device.
+    """Skips and counts the updates of steps whose gradient is not finite, without waiting for the device.
 
-    A fused optimiser leaves weights, moments and step counts alone when `found_inf` is set; the schedule goes on.
+    With `found_inf` set, a fused optimiser leaves weights, moments and step counts unchanged. The learning-rate
+    schedule still advances.
 
     Args:
-        path: list of the skipped steps and their positions; None = warnings alone.
-        max_nonfinite_steps: so many steps in a row stop the run.
-        global_batch_size: positions of a step.
-        sharded: the optimiser's tensors are in parts (FSDP), which the flag is not: it waits for the device, and the
-            optimiser passes over parameters without a gradient.
+        path: file for the list of skipped steps and their positions; None = warnings only.
+        max_nonfinite_steps: number of skipped steps in a row that stops the run.
+        global_batch_size: positions per step.
+        sharded: FSDP, whose sharded tensors do not work with the flag `found_inf`. The guard then waits for the device
+            and removes the gradients, and the optimiser skips parameters without one.
     """
 
     def __init__(self, path: Path | None, max_nonfinite_steps: int, global_batch_size: int, sharded: bool = False):
@@ -40,14 +41,14 @@ class NonFiniteGuard:
             global_batch_size,
             sharded,
         )
-        self._counts = torch.zeros(2, dtype=torch.int64)  # in a row now; since the last look
-        self._longest = torch.zeros((), dtype=torch.int64)  # row since the last look
+        self._counts = torch.zeros(2, dtype=torch.int64)  # skipped steps: in a row now; since the last report
+        self._longest = torch.zeros((), dtype=torch.int64)  # longest row since the last report
         self._steps = torch.zeros(REMEMBERED, dtype=torch.int64)
         self._losses: deque[float] = deque(maxlen=20)
         self._collapsed = False
 
     def check(self, norm: Tensor, optimizer: Any, step: int) -> Tensor:
-        """Make the optimiser skip this step if the gradient's norm is not finite. Returns 1 if it does, else 0."""
+        """Make the optimiser skip this step if the gradient norm is not finite. Returns 1 if so, else 0 (a tensor)."""
         bad = (~norm.isfinite()).long()
         self._counts, self._longest, self._steps = (
             tensor.to(norm.device) for tensor in (self._counts, self._longest, self._steps)
@@ -63,9 +64,9 @@ class NonFiniteGuard:
         return bad
 
     def report(self, metrics: dict[str, float], step: int, vocab_size: int | None, first: bool) -> None:
-        """Report what happened since the last look. Raises AllRanksError after too many skipped steps in a row.
+        """Write and print the events since the last report. Raises AllRanksError after too many skipped steps in a row.
 
-        `first`: this is the process that writes.
+        `first`: whether this is rank 0, which writes.
         """
         longest = int(self._longest)
         self.write(step, first)
@@ -81,7 +82,7 @@ class NonFiniteGuard:
                 tqdm.write(f"warning: step {step}: {line}", file=sys.stderr)
 
     def warnings(self, metrics: dict[str, float], vocab_size: int | None) -> list[str]:
-        """Lines about a loss that leaps above its recent course, and a codebook that is hardly used."""
+        """Warnings, as lines: the loss is far above its recent values; the codebook is hardly used."""
         lines = []
         loss, use = metrics.get("train/loss", math.nan), metrics.get("train/codebook_perplexity", math.nan)
         if len(self._losses) >= 5:
@@ -93,11 +94,11 @@ class NonFiniteGuard:
         collapsed = bool(vocab_size) and use < max(2.0, COLLAPSED * (vocab_size or 0))
         if collapsed and not self._collapsed:
             lines.append(f"the codebook collapses: {use:.3g} of {vocab_size} tokens are in use (perplexity)")
-        self._collapsed = collapsed  # said once, until it recovers
+        self._collapsed = collapsed  # warn once, until it recovers
         return lines
 
     def write(self, now: int, first: bool) -> None:
-        """List what was skipped since the last look (before every checkpoint too: a killed run must not lose it)."""
+        """List the steps skipped since the last call; called before every checkpoint too, so that a kill loses none."""
         skipped = int(self._counts[1])
         self._counts[1] = 0
         if not skipped or not first:

@@ -1,6 +1,8 @@
-"""Parameter groups, layer-wise learning-rate decay and schedules (RECIPE sections 4 and 5).
+"""Parameter groups, layer-wise learning-rate decay and learning-rate schedules.
 
-timm's own groups are not used: they exempt the relative position bias tables from weight decay, the release does not.
+They follow BEiT (arXiv:2106.08254), appendices on hyperparameters, and the release's `beit/optim_factory.py`
+(`get_parameter_groups`) and `beit/utils.py` (`cosine_scheduler`). timm's parameter groups are not used: they exempt the
+relative position bias tables from weight decay, and the release does not.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def rate(optim: OptimSettings, step: int, total: int) -> float:
 def learning_rate(step: int, total: int, warmup: int, peak: float, end: float) -> float:
     """Learning rate of optimiser step `step` (from 0) of `total`: linear warm-up from 0, then cosine to `end`.
 
-    The warm-up is `linspace(0, peak, warmup)`: step 0 has rate 0, and the peak stands at steps warmup-1 and warmup.
+    The warm-up is `linspace(0, peak, warmup)`: step 0 has rate 0, steps warmup-1 and warmup both have the peak.
     """
     if step < warmup:
         return peak * step / (warmup - 1) if warmup > 1 else 0.0
@@ -39,14 +41,14 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, end: float) -
 def poly_rate(step: int, total: int, warmup: int, peak: float, end: float, start: float) -> float:
     """Linear decay from `peak` to `end` over the whole run, times a linear warm-up from `start` to 1 (segmentation).
 
-    Decay and warm-up begin together, so the peak itself is never reached: step `warmup` is already on the line.
+    Decay and warm-up both begin at step 0, so the rate never reaches the peak.
     """
     rate = end + (peak - end) * max(0.0, 1 - step / total)
     return rate * (1 - (1 - step / warmup) * (1 - start)) if step < warmup else rate
 
 
 def layer_of(name: str, depth: int) -> int:
-    """The layer a Beit parameter belongs to: embeddings 0, block i -> i + 1, everything else depth + 1."""
+    """Layer index of a `Beit` parameter: embeddings 0, block i -> i + 1, everything else depth + 1."""
     if name.startswith(("patch_embed.", "cls_token", "mask_token", "pos_embed")):
         return 0
     if name.startswith("blocks."):
@@ -61,9 +63,10 @@ def parameter_groups(
     layer_decay: float | None = None,
     depth: int = 0,
 ) -> list[dict]:
-    """AdamW groups. No decay on 1-D parameters, biases, `pos_embed` and `cls_token`; the mask token is decayed.
+    """AdamW parameter groups: no weight decay for 1-D parameters, biases, `pos_embed` and `cls_token`.
 
-    Each group carries `names` (for a person and for tests) and its own `lr` = lr * layer_decay ** (depth + 1 - layer).
+    The mask token is decayed. Each group has `names` (of its parameters) and
+    `lr` = lr * layer_decay ** (depth + 1 - layer).
     """
     groups: dict[tuple[int, float], dict] = {}
     for name, parameter in parameters:
@@ -103,15 +106,15 @@ def clip_gradients(
     if not gradients:
         return torch.zeros(())
     norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):  # FSDP: every process has a part of each gradient
+    if isinstance(norm, DTensor):  # FSDP: each process holds a part of each gradient
         norm = norm.full_tensor()
         gradients = [cast(DTensor, gradient).to_local() for gradient in gradients]
     norm = norm * scale
     factor = scale
     if clip is not None:
         factor = factor * torch.clamp(clip / (norm + 1e-6), max=1.0)
-    if isinstance(factor, Tensor):  # in another precision it would take a kernel for each gradient, not one for many
-        half = gradients[0].dtype in (torch.bfloat16, torch.float16)  # which would round the factor by .4 %
+    if isinstance(factor, Tensor):  # with another dtype, _foreach_mul_ launches one kernel per gradient
+        half = gradients[0].dtype in (torch.bfloat16, torch.float16)  # would round the factor by up to 0.4 %
         torch._foreach_mul_(gradients, factor.float() if half else factor.to(gradients[0].dtype))
     elif factor != 1:
         torch._foreach_mul_(gradients, factor)

@@ -1,9 +1,8 @@
-"""Signals that end a run with all saved: SIGTERM and SIGUSR1 of a scheduler, a person's Ctrl-C.
+"""Preemption: SIGTERM and SIGUSR1 (from a scheduler) and Ctrl-C save and end a run.
 
-Inside the training loop a signal is noted, and obeyed after the step in hand (`keeping.CheckpointManager` asks).
-Before and after
-it there is nothing in hand, and a signal ends the process at once, from a thread if need be: Python hands a signal to
-the main thread alone, which may be waiting for other processes in torch's C++, for as long as `timeout_minutes`.
+Inside the training loop a signal takes effect after the current step (`engine.checkpointing.CheckpointManager` checks
+for it). Outside the loop it ends the process at once, if necessary from a thread: Python runs signal handlers only in
+the main thread, which may wait for other processes in C++ code for up to `timeout_minutes`.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from types import FrameType
 from typing import Any
 
 PREEMPTED = 75  # exit code after SIGTERM or SIGUSR1: "temporary failure, try again" (sysexits.h)
-PATIENCE = 1.0  # seconds that the main thread has to obey a signal when nothing is in hand
+PATIENCE = 1.0  # seconds for the main thread to handle a signal outside the loop
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preempted(BaseException):
-    """The run was told to stop. Not an Exception, since it is also raised where any of those means a damaged file.
+    """A signal stopped the run. Not an Exception: some code treats any Exception as a damaged file.
 
-    `signum`: by which signal; `step`: the step whose checkpoint is on the disk, None = nothing was in hand.
+    `signum`: the signal; `step`: the step whose checkpoint is on disk, None = no step was in progress.
     """
 
     def __init__(self, signum: int, step: int | None = None):
@@ -34,13 +33,13 @@ class Preempted(BaseException):
 
 
 class PreemptionSignals:
-    """Takes over the signals in a `with` block.
+    """Handles the signals inside a `with` block.
 
     Args:
-        farewell: what is said when a signal has ended the run; gives the exit code. Called here only if the main thread
-            does not come to it.
+        on_exit: prints the last message and returns the exit code. Called here only if the main thread does not
+            handle the signal in time.
 
-    `told`: the first signal that came while `looping`, else 0. `saved_at`: the step of the last checkpoint.
+    `told`: the first signal received while `looping`, else 0. `saved_at`: step of the last checkpoint on disk.
     """
 
     def __init__(self, on_exit: Callable[[Preempted], int] | None = None) -> None:
@@ -48,17 +47,17 @@ class PreemptionSignals:
         self.looping = False
         self.saved_at: int | None = None
         self._farewell = on_exit or (lambda _: PREEMPTED)
-        self._leaving = False  # a Stopped is on its way
-        self._heard = threading.Event()  # by the main thread
+        self._leaving = False  # Preempted has been raised
+        self._heard = threading.Event()  # the main thread has run the handler
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._wakeup_before = -1
 
     def __deepcopy__(self, memo: dict) -> PreemptionSignals:
-        return self  # a module that is copied (averaged weights) is in the same process
+        return self  # copies of the module (averaged weights) are in the same process
 
     def __enter__(self) -> PreemptionSignals:
-        if threading.current_thread() is threading.main_thread():  # else whoever runs us there handles signals
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -68,13 +67,13 @@ class PreemptionSignals:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for signum, handler in self._before.items():
-            # Schedulers repeat themselves: whoever is leaving already must not lose its exit code to a second signal.
+            # Schedulers may send a signal twice: the second one must not change the exit code.
             leaving = kind is not None and issubclass(kind, Preempted) and signum != signal.SIGINT
             signal.signal(signum, signal.SIG_IGN if leaving else handler)
         self._before = {}
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup_before)
-            os.close(self._pipe[1])  # which ends the thread
+            os.close(self._pipe[1])  # ends the thread
             self._pipe = None
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
@@ -97,8 +96,7 @@ class PreemptionSignals:
 
 @contextmanager
 def early_signals(program: str) -> Iterator[None]:
-    """Until a run takes them over, which is after seconds of imports: a scheduler's signals end the process, to be
-    started again."""
+    """Handle SIGTERM and SIGUSR1 during the imports, before the run handles them: exit with code 75."""
 
     def leave(signum: int, _: FrameType | None) -> None:
         os.write(1, f"{program}: {Preempted(signum)}; the same command starts again\n".encode())
@@ -111,5 +109,5 @@ def early_signals(program: str) -> Iterator[None]:
         yield
     finally:
         for signum, handler in before.items():
-            if signal.getsignal(signum) is leave:  # else a run that is leaving ignores it
+            if signal.getsignal(signum) is leave:  # a preempted run has set SIG_IGN, which must stay
                 signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""What a person wants to know, and what must work, before a run of two weeks starts."""
+"""Preflight checks and the summary that is printed before a run starts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from beit_pretrain.errors import UserError
 
 
 def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> list[str]:
-    """Try everything that a run needs before its folder is touched; a line for each check, for people.
+    """Check data, tokenizer, disk, memory and precision before the run's folder is changed; one line per check.
 
-    Raises UserError for what would end the run later.
+    Raises UserError for problems that would stop the run later.
     """
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
     given = f"global_batch_size={cfg.global_batch_size} on {trainer.world_size} processes, batch_size={cfg.batch_size}"
@@ -40,19 +40,19 @@ def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> lis
 
 
 def images_at_once(cfg: FitSettings, trainer: Trainer) -> int:
-    """Images of a micro-batch: `batch_size`, or a process's share of the global batch where that is smaller."""
+    """Images per micro-batch: `batch_size`, or the process's share of the global batch if that is smaller."""
     return cfg.global_batch_size // trainer.world_size // trainer.accumulate_grad_batches
 
 
 def numbers_kept(task: Task) -> int:
-    """Numbers of a checkpoint for each parameter: the weight, AdamW's two moments, an average."""
+    """Float32 values per parameter in a checkpoint: weight, AdamW's two moments and, if used, an average."""
     return 3 + any(isinstance(callback, WeightAveraging) for callback in task.callbacks)
 
 
 def memory(task: Task, pinned: bool) -> str:
-    """A line about the host's memory for the snapshot from which checkpoints are written.
+    """A line on the host memory for the checkpoint snapshot.
 
-    `pinned`: torch gives pinned memory in powers of two, for each tensor.
+    `pinned`: whether it is pinned memory, whose size torch rounds up to a power of two per tensor.
     """
     sizes = (4 * p.numel() for p in task.module.model.parameters())
     needed = numbers_kept(task) * sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
@@ -65,7 +65,7 @@ def memory(task: Task, pinned: bool) -> str:
 
 
 def disk(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> str:
-    """A line about the disk for the checkpoints of a run. Raises UserError as `check_space`."""
+    """A line on the disk space for checkpoints. Raises UserError like `check_space`."""
     return check_space(
         Path(cfg.run_dir) / "checkpoints",
         sum(p.numel() for p in task.module.model.parameters()),
@@ -77,7 +77,7 @@ def disk(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> str:
 
 
 def dry_run(task: Task) -> None:
-    """Make one sample of each split and the optimiser, before the run's folder is touched: what fails, fails here."""
+    """Build one sample of each split, and the optimiser, so that errors appear before the run's folder is changed."""
     task.data.train_dataset(BatchSchedule(task.data.global_batch_size)).sample(0)
     if "val" in task.data.readers:
         task.data.eval_dataset("val").sample(0)
@@ -85,7 +85,7 @@ def dry_run(task: Task) -> None:
 
 
 def run_summary(cfg: FitSettings, task: Task, steps: int, trainer: Trainer) -> str:
-    """The few lines a person wants to see before a run of two weeks starts."""
+    """The lines printed before a run starts: parameters, data, steps, optimiser, folder, hints."""
     parameters = sum(p.numel() for p in task.module.model.parameters())
     settings = task.module.optim
     accumulate, share = trainer.accumulate_grad_batches, images_at_once(cfg, trainer)
@@ -93,8 +93,8 @@ def run_summary(cfg: FitSettings, task: Task, steps: int, trainer: Trainer) -> s
         (
             f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",
             f"  {steps:,} steps of {cfg.global_batch_size} ({trainer.world_size} processes x {share} images x "
-            f"{accumulate})"
-            f", {steps * cfg.global_batch_size / task.data.samples:.4g} epochs, precision {trainer.precision}",
+            f"{accumulate}), {steps * cfg.global_batch_size / task.data.samples:.4g} epochs, "
+            f"precision {trainer.precision}",
             f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
             f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",
             *([f"  from {task.origin}"] if task.origin else []),
@@ -106,7 +106,7 @@ def run_summary(cfg: FitSettings, task: Task, steps: int, trainer: Trainer) -> s
 
 
 def lr_hint(cfg: FitSettings) -> list[str]:
-    """A line about a global batch that is not the recipe's, with the rate that it would suggest; else none."""
+    """A hint on the learning rate if the global batch size differs from the recipe's; else an empty list."""
     recipe = cfg.recipe
     if recipe is None or cfg.global_batch_size == recipe.global_batch_size:
         return []
@@ -121,7 +121,7 @@ def lr_hint(cfg: FitSettings) -> list[str]:
 
 
 def fit_for_fsdp(cfg: FitSettings, task: Task, world: int) -> None:
-    """Raise UserError for what cannot be done with a network that no process has as a whole."""
+    """Raise UserError for tasks, settings and data that need the whole network on one process (FSDP shards it)."""
     if not task.fsdp:
         able = [name for name in task_names() if find_task(name).fsdp]
         raise UserError(f"trainer.strategy=fsdp is for {' and '.join(able)}, not for {cfg.task}")

@@ -1,4 +1,4 @@
-"""From where a run goes on: the newest good checkpoint of its folder, if the settings are the same; its loggers too."""
+"""Resuming a run: finds the newest readable checkpoint, compares settings and data, restores folder and loggers."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from beit_pretrain.settings import merged, renamed, to_dict
 
 
 class ResumeState(NamedTuple):
-    """Where a run goes on."""
+    """The state from which a run resumes, read from its checkpoint."""
 
     path: Path | None = None  # the checkpoint; None = a new run
-    step: int = 0  # optimiser steps that are done
-    validation_due: bool = False  # of that step
-    about: dict = {}  # what the checkpoint says of itself
-    rows: int = 0  # of metrics, that were written until then
-    images: dict[str, str] = {}  # split -> the contents of the data that it was trained on
+    step: int = 0  # finished optimiser steps
+    validation_due: bool = False  # after that step
+    about: dict = {}  # the checkpoint's metadata
+    rows: int = 0  # rows of metrics.csv written by then
+    images: dict[str, str] = {}  # split -> digest of the data that it was trained on
 
 
 def find_resume(cfg: FitSettings, folder: Path) -> ResumeState:
-    """Where the run goes on: at the newest good checkpoint of its folder.
+    """Find the newest readable checkpoint of the run's folder and check that the settings match.
 
-    Raises UserError if the folder has a run of other settings, or checkpoints that cannot be read.
+    Raises UserError if the folder holds a run with other settings, or only unreadable checkpoints.
     """
     begun = any(folder.glob("*.ckpt"))
-    # Before the first checkpoint the other processes may find what the first one of the same run has just written; they
-    # are compared with it when they meet.
+    # Before the first checkpoint, other ranks might read a config.yaml that rank 0 has just written. They skip this:
+    # `RankConsistencyCheck` compares them with rank 0.
     if cfg.resume == "never" or not (begun or is_first_process()):
         return ResumeState()
     old, lost = settings_of_folder(Path(cfg.run_dir), begun)
@@ -77,7 +77,10 @@ def find_resume(cfg: FitSettings, folder: Path) -> ResumeState:
 
 
 def settings_of_folder(run_dir: Path, begun: bool) -> tuple[dict | None, str]:
-    """(the settings in a run's config.yaml, why there are none). Raises UserError if nothing else can say them."""
+    """(settings from the run's config.yaml or None, reason for None).
+
+    Raises UserError for an unreadable config.yaml without checkpoints (`begun` is false).
+    """
     if not (run_dir / CONFIG).is_file():
         return None, f"{run_dir} has no {CONFIG} with its settings"
     try:
@@ -89,7 +92,7 @@ def settings_of_folder(run_dir: Path, begun: bool) -> tuple[dict | None, str]:
 
 
 def same_settings(old: dict, cfg: FitSettings) -> None:
-    """Raise UserError if a run of other settings is in the folder: its metrics and checkpoints are not this one's."""
+    """Raise UserError if the run in the folder has other settings than `cfg`."""
     different = differences(old, to_dict(cfg), type(cfg))
     if different:
         raise UserError(
@@ -99,19 +102,19 @@ def same_settings(old: dict, cfg: FitSettings) -> None:
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Say it once, however many processes there are."""
+    """Print warnings to stderr, on rank 0 only."""
     for warning in warnings if is_first_process() else ():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def write_config(cfg: FitSettings) -> None:
-    """Say in a run's folder what its settings are."""
+    """Write the run's config.yaml."""
     text = yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True)
     atomic_write(Path(cfg.run_dir) / CONFIG, text)  # other processes may read it meanwhile
 
 
 def restore_config(cfg: FitSettings) -> None:
-    """Write a run's config.yaml again if it is gone or damaged."""
+    """Rewrite the run's config.yaml if it is missing or damaged."""
     try:
         read_config(Path(cfg.run_dir) / CONFIG)
     except UserError:
@@ -119,7 +122,7 @@ def restore_config(cfg: FitSettings) -> None:
 
 
 def open_folder(cfg: FitSettings, trainer: Trainer, module: TrainedModule, start: ResumeState) -> None:
-    """Make the run's folder what it was at `start`, write its config, attach the loggers."""
+    """Restore the run's folder to its state at `start`, write config.yaml and attach the loggers."""
     run_dir = Path(cfg.run_dir)
     module.settings = resume_config(to_dict(cfg), type(cfg))
     if is_first_process():  # the trainer does not know its rank before it has launched its processes
@@ -127,8 +130,8 @@ def open_folder(cfg: FitSettings, trainer: Trainer, module: TrainedModule, start
             set_aside(start.path)
             for name in (REPLACED, SKIPPED):
                 truncate_after(run_dir / name, start.step)
-        elif find_resume(cfg, run_dir / "checkpoints").path:  # the folder was not there when this was asked first
-            raise UserError(f"another process has trained in {run_dir} meanwhile; the same command goes on from there")
+        elif find_resume(cfg, run_dir / "checkpoints").path:  # the first check ran before the folder existed
+            raise UserError(f"another process has trained in {run_dir} meanwhile; rerun the same command to resume")
         else:
             clear(run_dir, another=cfg.resume == "never")
         write_config(cfg)
@@ -150,7 +153,10 @@ def open_folder(cfg: FitSettings, trainer: Trainer, module: TrainedModule, start
 
 
 def load_run(run: str | Path, overrides: dict[str, Any] | None = None) -> tuple[FitSettings, Task]:
-    """Config and task of a finished (or running) run, with the weights of its last checkpoint."""
+    """Load a finished (or running) run: its config, and its task with the weights of the last checkpoint.
+
+    Raises UserError if the folder is not a run's folder or the checkpoint does not fit.
+    """
     run = Path(run)
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not the folder of a run (it has no {CONFIG})")
@@ -166,16 +172,16 @@ def load_run(run: str | Path, overrides: dict[str, Any] | None = None) -> tuple[
 
 
 def same_backbone(module: TrainedModule, about: dict, last: Path) -> None:
-    """Raise UserError if probes were trained on another backbone than they are put on now."""
+    """Raise UserError if the probes in a checkpoint were trained on another backbone than the current one."""
     if about.get("backbone") != module.about.get("backbone"):
         raise UserError(f"{last} was trained on another backbone than {module.about.get('init_from')} holds now")
 
 
 def check_same_data(module: TrainedModule, start: ResumeState) -> None:
-    """Raise UserError if the data, or the backbone of probes, are no longer those that the run began with."""
+    """Raise UserError if the data, or the probes' backbone, changed since the checkpoint."""
     if start.path:
         same_backbone(module, start.about, start.path)
-    images = module.images  # their contents, wherever they lie now
+    images = module.images  # digests: the same shards may have moved
     for split in sorted({*images, *start.images}) if start.images else ():
         if images.get(split) != start.images.get(split):
             raise UserError(

@@ -1,4 +1,4 @@
-"""A run's folder: what it says of the run, whether its settings are those of another call, and whose it is just now."""
+"""A run's folder: its files, comparison of settings, clean-up, and the lock against a second run."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from beit_pretrain.engine.checkpointing import BEST, LAST, PREVIOUS
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import Settings, group_of, renamed
 
-CONFIG = "config.yaml"  # of a run: its settings
-FINISHED = "finished.json"  # of a run: written when it has done all its steps
-REPLACED = "replaced.jsonl"  # of a run: images that could not be decoded
-SKIPPED = "skipped.jsonl"  # of a run: steps without a finite gradient
-WANDB_ID = ".wandb_id"  # of a run: what W&B calls it
+CONFIG = "config.yaml"  # settings of the run
+FINISHED = "finished.json"  # written when all steps are done
+REPLACED = "replaced.jsonl"  # images that could not be decoded
+SKIPPED = "skipped.jsonl"  # steps with a non-finite gradient
+WANDB_ID = ".wandb_id"  # the run's ID at W&B
 LOCK = ".lock"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a run's `config.yaml`, under today's names. Raises UserError for anything else."""
+    """Read the settings from a run's `config.yaml`, with old names replaced. Raises UserError for other content."""
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, OSError) as error:
@@ -37,7 +37,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def may_change(model: type[Settings], key: str) -> tuple[bool, type[Settings] | None]:
-    """(Whether a setting may differ when a run is resumed, the group that it is)."""
+    """(whether a setting may change on resume, its model if it is a group of settings)."""
     field = next((f for name, f in model.model_fields.items() if key in (name, f.alias)), None)
     if field is None:
         return False, None
@@ -45,7 +45,7 @@ def may_change(model: type[Settings], key: str) -> tuple[bool, type[Settings] | 
 
 
 def differences(old: Any, new: Any, model: type[Settings] | None, path: str = "") -> list[str]:
-    """Settings that differ, as "key: old -> new", less those that may change."""
+    """Settings that differ, as "key: old -> new", without those that may change."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{path}: {old} -> {new}"]
     found = []
@@ -57,7 +57,7 @@ def differences(old: Any, new: Any, model: type[Settings] | None, path: str = ""
 
 
 def resume_config(settings: dict[str, Any], model: type[Settings] | None) -> dict[str, Any]:
-    """The settings less those that may change: what a checkpoint says of its run."""
+    """The settings without those that may change, for the checkpoint."""
     result = {}
     for key, value in settings.items():
         free, group = may_change(model, key) if model else (False, None)
@@ -67,12 +67,12 @@ def resume_config(settings: dict[str, Any], model: type[Settings] | None) -> dic
 
 
 def mark_finished(folder: Path, step: int) -> None:
-    """Say in a run's folder that it has done all its steps."""
+    """Write `finished.json`: the run has done all its steps."""
     fileio.atomic_write(folder / FINISHED, json.dumps({"step": step}) + "\n")
 
 
 def finished_step(folder: Path) -> int | None:
-    """The step after which a run was finished (early stopping may come before the last one); None if it is not."""
+    """The step after which the run finished (with early stopping not its last one); None if it is not finished."""
     try:
         return int(json.loads((folder / FINISHED).read_bytes())["step"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -80,9 +80,9 @@ def finished_step(folder: Path) -> int | None:
 
 
 def clear(folder: Path, another: bool) -> None:
-    """Remove what an earlier run left; nothing else is touched, whatever the folder is.
+    """Remove the files of an earlier run, and no others.
 
-    `another`: the new run is another one to W&B too, and not one that was killed before its first checkpoint.
+    `another`: also remove the W&B ID, so that W&B sees a new run. False for a run killed before its first checkpoint.
     """
     ours = [f"checkpoints/{name}" for name in (LAST, PREVIOUS, BEST, "step-*.ckpt", "*.ckpt.damaged", ".*.partial")]
     ours += [FINISHED, "pictures/step-*.png", "metrics.csv", REPLACED, SKIPPED, *([WANDB_ID] if another else [])]
@@ -92,10 +92,10 @@ def clear(folder: Path, another: bool) -> None:
 
 
 def set_aside(resume: Path) -> None:
-    """Make the folder of checkpoints ready for a run that goes on from one of them.
+    """Prepare the folder of checkpoints for resuming from `resume`.
 
-    Newer ones, which are damaged, get another name, since the next one would make them its predecessor. What a kill
-    left half-written goes.
+    Renames newer, damaged checkpoints, so that the next save does not make them `previous.ckpt`, and removes partly
+    written files.
     """
     for half in resume.parent.glob(".*.ckpt.partial"):
         half.unlink()
@@ -109,10 +109,10 @@ def set_aside(resume: Path) -> None:
 
 @contextmanager
 def exclusive_lock(folder: Path, first: bool) -> Iterator[None]:
-    """Hold a run's folder, so that no second run writes into it. Raises UserError if another process holds it.
+    """Lock a run's folder against a second run. Raises UserError if another process holds the lock.
 
-    The lock ends with its process, however that ends, and child processes do not hold it. A process that holds it may
-    ask again. `first`: this is the process that writes.
+    The lock is released when its process exits, in any way; child processes do not inherit it; it is re-entrant.
+    `first`: whether this is rank 0; other ranks take no lock.
     """
     if not first or fileio.is_held(folder / LOCK):
         yield

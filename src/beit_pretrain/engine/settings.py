@@ -1,4 +1,4 @@
-"""Settings that every training has (`fit`), whatever the task; a task adds its own in `tasks/`."""
+"""Settings of `fit` that all tasks share (each task adds more in `tasks/`), and of `validate`, `visualize`, sweeps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class OptimSettings(Settings):
     warmup_start: Share = about("with poly, the warm-up rises from this share of the rate")
 
     def with_warmup_in_steps(self, samples: int, global_batch_size: int) -> OptimSettings:
-        """A warm-up given in epochs as optimiser steps."""
+        """A copy with the warm-up in optimiser steps instead of epochs."""
         if self.warmup_epochs is None:
             return self
         steps = round(self.warmup_epochs * samples / global_batch_size)
@@ -63,33 +63,31 @@ class OptimSettings(Settings):
 
 
 class RecipeSettings(Settings):
-    """Global batch size and learning rate that belong together; another batch size gets a hint."""
+    """The recipe's global batch size and learning rate; a run with another batch size prints a hint."""
 
-    global_batch_size: Count = about("images of one optimiser step")
+    global_batch_size: Count = about("images per optimiser step")
     lr: Positive = about("the learning rate for it")
 
 
 class TrainerSettings(Settings):
-    """Settings of lightning.Trainer; others of its own can be added as +trainer.KEY=VALUE."""
+    """Settings of lightning.Trainer; more can be added as +trainer.KEY=VALUE."""
 
     model_config = ConfigDict(extra="allow")
     defaults = "fit.yaml:trainer"
 
-    accelerator: Text = about("auto, cpu, gpu or another of Lightning's")
-    devices: Devices = about(
-        "of a machine; auto = as many as torchrun or srun started, else all GPUs, else one process"
-    )
+    accelerator: Text = about("auto, cpu, gpu or another of Lightning's accelerators")
+    devices: Devices = about("per machine; auto = as many as torchrun or srun started, else all GPUs, else one process")
     num_nodes: Annotated[Literal["auto"] | Count, Rule("auto or a whole number of at least 1")] = about(
-        "machines; auto = as torchrun or srun say"
+        "machines; auto = from torchrun or srun"
     )
     strategy: Text = about("auto = DDP on several devices; fsdp = network, gradients and optimiser sharded over them")
     precision: Any = about("auto = bf16-mixed on a GPU that has it, else 32-true")
 
 
 class LoggerSettings(Settings):
-    """Where metrics go, beside metrics.csv."""
+    """Loggers besides metrics.csv."""
 
-    kind: Literal["csv", "wandb"] = about("csv: the file alone | wandb: Weights & Biases too")
+    kind: Literal["csv", "wandb"] = about("csv: only metrics.csv | wandb: Weights & Biases too")
     project: Text | None = Field(None, description="of Weights & Biases")
     mode: Literal["online", "offline", "disabled", "shared"] | None = Field(
         None, description="null = $WANDB_MODE, else online with an account, else offline"
@@ -101,38 +99,36 @@ class FitSettings(Settings):
 
     defaults = "fit.yaml"
 
-    task: Text = about("what is trained; the experiment sets it")
+    task: Text = about("what to train; set by the experiment")
     name: Name = about("of the run; its folder is run_dir")
     run_dir: Name = about("folder of the run", may_change=True)
-    seed: Seed = about("of everything random")
-    resume: Literal["auto", "never"] = about(
-        "auto: continue from the folder's last checkpoint | never: start over", True
-    )
+    seed: Seed = about("of all random numbers")
+    resume: Literal["auto", "never"] = about("auto: resume from the folder's last checkpoint | never: start over", True)
 
     epochs: Positive | None = about("length of the run, in epochs ...")
     steps: Count | None = about("... or in optimiser steps")
-    global_batch_size: Count = about("images of one optimiser step over all processes")
-    batch_size: Count = about("images of a process at once; gradient accumulation makes up the rest", True)
+    global_batch_size: Count = about("images per optimiser step, over all processes")
+    batch_size: Count = about("images per process and micro-batch; gradient accumulation does the rest", True)
 
     optim: OptimSettings
-    recipe: RecipeSettings | None = about("the batch size and learning rate that belong together; null = no hint")
+    recipe: RecipeSettings | None = about("the recipe's batch size and learning rate; null = no hint")
 
     log_every: Count = about("optimiser steps", True)
     val_every: Count = about("optimiser steps", True)
-    val_minutes: Positive | None = about("validate also after so many minutes", True)
+    val_minutes: Positive | None = about("also validate after this many minutes", True)
     save_every: Count = about("optimiser steps", True)
-    save_minutes: Positive | None = about("save also after so many minutes", True)
-    keep_every: Count | None = about("keep the checkpoint of every so many steps, beside last, previous and best", True)
-    max_nonfinite_steps: Count = about("steps in a row without a finite gradient after which the run stops", True)
+    save_minutes: Positive | None = about("also save after this many minutes", True)
+    keep_every: Count | None = about("steps between checkpoints kept besides last, previous and best", True)
+    max_nonfinite_steps: Count = about("stop after this many steps in a row with a non-finite gradient", True)
     preflight: Literal[True, "only"] = about("only: check data, tokenizer, disk and precision, and do not start", True)
 
     threads: Count | None = about("of torch on a CPU; null = torch's choice", True)
     compile: Compile = about("torch.compile; auto = on a GPU | reduce-overhead: CUDA graphs | max-autotune", True)
-    deterministic: Switch = about("same bits at every run on one kind of GPU, slower (CPU runs always are)", True)
-    attention: Literal["auto", "sdpa", "triton"] = about("sdpa: torch's kernels | triton: ours, on a GPU", True)
-    device_prefetch: Switch = about("on a GPU: copy, jitter and tokenize the next batch beside the step", True)
+    deterministic: Switch = about("bit-identical runs on one kind of GPU, slower (CPU runs always are)", True)
+    attention: Literal["auto", "sdpa", "triton"] = about("sdpa: torch's kernels | triton: our kernels, on a GPU", True)
+    device_prefetch: Switch = about("on a GPU: copy, jitter and tokenize the next batch during the step", True)
     profile: Switch = about("trace of steps 11 to 15 and a table of the slowest operations, into profile/", True)
-    optimize_ddp: Switch = about("split the compiled graph so that gradients are sent while others are computed", True)
+    optimize_ddp: Switch = about("split the compiled graph to overlap the gradient all-reduce with computation", True)
     gradient_compression: Literal[None, "bf16"] = about("bf16: halves what DDP sends, for slow networks", True)
     timeout_minutes: Minutes = about("longest wait for another process or a loader worker", True)
 
@@ -146,19 +142,19 @@ class FitSettings(Settings):
 
 
 class TestSettings(Settings):
-    """How whole images are segmented; null = as in the run."""
+    """Segmentation of whole images; null = as in the run."""
 
     scales: Annotated[list[ImageScale], Field(min_length=1)] | None = about(
-        "such as [0.5,0.75,1,1.25,1.5,1.75], with flip the release's multi-scale test"
+        "such as [0.5,0.75,1,1.25,1.5,1.75], with flip=true the release's multi-scale test"
     )
-    flip: Switch | None = about("average the mirrored image in")
-    stride: ShareAboveZero | None = about("of the sliding window, as a share of its side")
+    flip: Switch | None = about("average with the mirrored image")
+    stride: ShareAboveZero | None = about("of the sliding window, as a fraction of its side")
 
 
 class ValidationDataSettings(Settings):
     """Held-out images."""
 
-    val: Paths | None = about("shard folder; null = the run's own")
+    val: Paths | None = about("shard folder; null = the run's")
 
 
 class ValidateSettings(Settings):
@@ -178,26 +174,26 @@ class VisualizeSettings(Settings):
     defaults = "visualize.yaml"
 
     what: Literal["masked", "attention", "tokens", "curves", "layers"] | None = about(
-        "masked | predicted | original; attention maps; token maps; curves; probes by layer; null = all the run has"
+        "masked | predicted | original; attention maps; token maps; curves; probes by layer; null = all available"
     )
     run: Name | None = about("folder of the run")
     runs: Paths | None = about("curves of several runs in one picture: runs=[runs/A,runs/B]")
     out: Name | None = about("picture file; null = in pictures/ of the run's folder (of the first of runs)")
-    images: Count = about("rows; attention: at most 2 of the run's own")
+    images: Count = about("rows; attention: at most 2 of the run's images")
     split: Name = about("val or train")
-    photos: Name | None = about("attention: images of your own instead: a file, a folder or a tar")
+    photos: Name | None = about("attention: your images instead: a file, a folder or a tar")
     layers: Annotated[list[Count], Field(min_length=1)] | None = about("attention: blocks from 1; null = three of them")
     heads: Annotated[list[Count], Field(min_length=1)] | None = about("attention: heads from 1; null = all")
     patches: Annotated[list[PatchPlace], Field(min_length=1)] | None = about(
         "attention: [[row,column],...] from 0; null = three along the diagonal"
     )
     metrics: Annotated[list[Text], Field(min_length=1)] | None = about(
-        "curves: names of metrics.csv, an axis for each, such as [train/lr,val/accuracy]; null = loss and accuracy"
+        "curves: metrics to draw, one axis each, such as [train/lr,val/accuracy]; null = loss and accuracy"
     )
 
 
 class SweepSettings(Settings):
-    """How a sweep is run."""
+    """Settings of a sweep (`fit -m`)."""
 
     defaults = "sweep.yaml"
 

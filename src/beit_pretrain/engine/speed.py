@@ -1,4 +1,4 @@
-"""How a step is executed, which changes none of its numbers beyond rounding: compiled, deterministic, profiled."""
+"""How a step is executed: torch.compile, determinism, attention kernel, profiling. Results change by rounding only."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from torch.autograd import DeviceType
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.blocks import attentions
 
-WARM_UP, PROFILED = 10, 5  # steps before a profile (compilation, first allocations), and in it
-DEAREST = 10  # operations of the table
+WARM_UP, PROFILED = 10, 5  # steps before the profile (compilation, first allocations); steps in the profile
+DEAREST = 10  # rows in the table of the slowest operations
 
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
 
 
 def check_cuda_graphs(asked: bool | str, micro_batches: int, device_prefetch: bool, sharded: bool = False) -> None:
-    """Raise UserError where CUDA graphs would give errors or wrong gradients.
+    """Raise UserError if CUDA graphs would give errors or wrong gradients.
 
-    A graph writes into the same memory at every replay: over what gradient accumulation still needs of the
-    micro-batch before (pytorch#169545, pytorch#96693), and under the feet of a batch that is made on another stream.
-    It reads parameters where they were at first: FSDP moves them (`sharded`).
+    A graph writes to the same memory at each replay. That overwrites results of the previous micro-batch that gradient
+    accumulation still needs (pytorch#169545, pytorch#96693), and conflicts with batches prepared on another stream. It
+    also reads parameters at fixed addresses, and FSDP (`sharded`) moves them.
     """
     if asked not in CUDA_GRAPHS:
         return
@@ -47,28 +47,27 @@ def check_cuda_graphs(asked: bool | str, micro_batches: int, device_prefetch: bo
 
 
 def make_deterministic(on_gpu: bool, impossible: str = "") -> None:
-    """`deterministic=true`: the same bits at every run on one kind of GPU, at a price in speed.
+    """`deterministic=true`: bit-identical runs on one kind of GPU, but slower. Call before the first kernel.
 
-    Raises UserError on a GPU where the task has something `impossible`, of which torch has no such form.
-    Without it, sums to which many threads add (gradients of queries, of the mask token, of the bias tables) are added
-    in the order in which they happen to arrive. Must come before the first kernel.
+    Without it, atomic additions (gradients of queries, mask token and bias tables) sum in a random order. Raises
+    UserError on a GPU if the task uses an operation without a deterministic form (`impossible`: its name).
     """
     import torch._inductor.config
 
     if on_gpu and impossible:
         raise UserError(f"deterministic=true: torch has no deterministic form of {impossible} on a GPU")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS' own condition
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # fills cost bandwidth
     torch.backends.cudnn.benchmark = False
-    torch._inductor.config.deterministic = True  # kernels' block sizes are not chosen by timings
+    torch._inductor.config.deterministic = True  # do not choose block sizes by timing
 
 
 def compile_mode(asked: bool | str, on_gpu: bool, sharded: bool) -> str | None:
-    """The mode of torch.compile for `compile=`; None = not at all.
+    """The mode of torch.compile for the setting `compile`; None = no compilation.
 
-    "auto" compiles on a GPU, where a network is whole (FSDP gathers its pieces by hooks, at which a graph breaks), and
-    goes on uncompiled if that fails; any other value says by itself what is to be done.
+    "auto" compiles on a GPU, except with FSDP (`sharded`), whose hooks break the graph, and falls back to eager
+    execution if compilation fails.
     """
     if asked == "auto":
         if not on_gpu or sharded:
@@ -80,15 +79,15 @@ def compile_mode(asked: bool | str, on_gpu: bool, sharded: bool) -> str | None:
     return asked
 
 
-# Compute capability -> the attention that was measured to be faster there (docs/performance.md has the measurement).
-# Empty: no GPU has been measured yet, so `attention=auto` is sdpa everywhere.
+# Compute capability -> the kernel that was faster in a measurement (docs/performance.md).
+# Empty: no GPU has been measured yet, so `attention=auto` means sdpa everywhere.
 FASTEST_ATTENTION: dict[tuple[int, int], str] = {}
 
 
 def attention_kernel(asked: str, on_gpu: bool, precision: str | int | None, widths: Collection[int]) -> str:
-    """What `attention=` means for a network with heads of these widths: "sdpa", torch's kernels, or "triton", our own.
+    """Resolve the setting `attention` for heads of these widths: "sdpa" (torch's kernels) or "triton" (this package's).
 
-    Raises UserError where "triton" is asked for and cannot run.
+    Raises UserError if "triton" is requested and cannot run.
     """
     if asked == "auto":
         fastest = FASTEST_ATTENTION.get(torch.cuda.get_device_capability(), "sdpa") if on_gpu else "sdpa"
@@ -99,7 +98,7 @@ def attention_kernel(asked: str, on_gpu: bool, precision: str | int | None, widt
 
 
 def set_attention(network: nn.Module, asked: str, on_gpu: bool, precision: str | int | None) -> None:
-    """Set what runs the attention of every block in a network. Raises UserError where "triton" cannot."""
+    """Set the attention kernel of every block. Raises UserError if "triton" is requested and cannot run."""
     layers = attentions(network)
     kernel = attention_kernel(asked, on_gpu, precision, {layer.width for layer in layers})
     for layer in layers:
@@ -107,7 +106,7 @@ def set_attention(network: nn.Module, asked: str, on_gpu: bool, precision: str |
 
 
 def without_triton(on_gpu: bool, precision: str | int | None, widths: Collection[int]) -> str:
-    """Why the Triton kernels cannot run, in words; "" if they can. In tests Triton's interpreter runs them on a CPU."""
+    """The reason why the Triton kernels cannot run; "" if they can. Tests run them on a CPU in Triton's interpreter."""
     if find_spec("triton") is None:
         return "needs the package triton, which is not installed"
     if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
@@ -122,10 +121,10 @@ def without_triton(on_gpu: bool, precision: str | int | None, widths: Collection
 
 
 class Profile(Callback):
-    """`profile=true`: a trace of a few steps, for Perfetto or chrome://tracing, and a table of the dearest operations.
+    """`profile=true`: a trace of a few steps (for Perfetto or chrome://tracing) and a table of the slowest operations.
 
     Args:
-        folder: gets `trace.json.gz` and `kernels.txt`.
+        folder: output folder for `trace.json.gz` and `kernels.txt`.
     """
 
     def __init__(self, folder: Path):
@@ -160,7 +159,7 @@ class Profile(Callback):
             self._profiler = None
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        if profiler.step_num < WARM_UP + PROFILED:  # stopped in the middle: the figures a step would be wrong
+        if profiler.step_num < WARM_UP + PROFILED:  # stopped early: the averages per step would be wrong
             return
         self._written = True
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -175,16 +174,16 @@ class Profile(Callback):
 
 
 def too_short(steps: int) -> None:
-    """Say why there is no profile."""
+    """Warn that the run is too short for a profile."""
     said = f"warning: profile=true needs {WARM_UP + PROFILED} steps; of {steps} there is no profile"
     print(said, file=sys.stderr, flush=True)
 
 
 def kernels(events: Iterable[Any], count: int) -> str:
-    """The dearest operations by the time in themselves: share, milliseconds, calls.
+    """Table of the `count` slowest operations by self time: share, milliseconds and calls per step.
 
-    On a GPU they are its kernels and copies alone: torch gives the operators that start them the same time once more.
-    Named regions (a step, the optimiser, waiting for data) are no operations.
+    On a GPU only kernels and copies are listed, since torch attributes their time to the launching operators as well.
+    Named regions (a step, the optimiser, waiting for data) are left out.
     """
     own = [event for event in events if not event.is_user_annotation and not event.key.startswith("ProfilerStep")]
     on_gpu = [event for event in own if event.device_type == DeviceType.CUDA]

@@ -1,11 +1,11 @@
-"""What the processes of a run tell one another at every step, in one all-reduce beside the last backward pass.
+"""One all-reduce per step between the processes of a run, overlapped with the last backward pass.
 
-Every process adds how many patches it has masked, which signal it was sent, and whether its clock says that a
-checkpoint or a validation is due. Sums of integers are exact, in whatever order they are added.
+Each process contributes its number of masked patches, the signal it received, and whether a checkpoint or a validation
+is due by its clock. The values are integers, so their sum does not depend on the order.
 
-The masked patches are needed before the gradients are clipped: there the device waits for the sum, not the host. The
-host reads the rest one step later, from a copy in pinned memory, when the device has long got there: so it never waits
-for the step in hand, and all processes act on the same values after the same step.
+The number of masked patches is needed before the gradients are clipped; there the device waits for the sum, not the
+host. The host reads the other values one step later, from a copy in pinned memory. So it never waits for the current
+step, and all processes act on the same values after the same step.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor, distributed
 
 from beit_pretrain.engine.preemption import SIGNALS
 
-MASKED, SAVE, VALIDATE, FIRST_SIGNAL = 0, 1, 2, 3  # places in the sums; a count for each signal stands at the end
-LOOK = 5e-4  # seconds between two looks whether a copy has arrived; loader workers need the core meanwhile
+MASKED, SAVE, VALIDATE, FIRST_SIGNAL = 0, 1, 2, 3  # indices in the sums; from FIRST_SIGNAL on a count per signal
+LOOK = 5e-4  # seconds between two checks for a finished copy; sleeping leaves the core to loader workers
 PLACES = FIRST_SIGNAL + len(SIGNALS)
 
 
 class Agreed(NamedTuple):
-    """What all processes know of one another, the same on all of them."""
+    """The result of an exchange, equal on all processes (or one process's contribution to it)."""
 
-    step: int = 0  # during which they said it
-    signum: int = 0  # a signal that one of them was sent; 0 = none
-    save: bool = False  # one of their clocks says that a checkpoint is due
-    validate: bool = False  # the same of a validation
+    step: int = 0  # the step of the exchange
+    signum: int = 0  # a signal that any process received; 0 = none
+    save: bool = False  # a checkpoint is due by the clock of any process
+    validate: bool = False  # a validation is due by the clock of any process
 
 
 class _Buffers:
-    """What one exchange needs. Two take turns: one is still read while the next is under way."""
+    """Buffers of one exchange. Two alternate: one is read while the next exchange runs."""
 
     def __init__(self, device: torch.device):
         on_gpu = device.type == "cuda"
@@ -45,33 +45,33 @@ class _Buffers:
 
 
 class StepExchange:
-    """The exchange of every step: `start` before the last backward pass, `finish` before the clip, `read` at the end.
+    """The exchange of each step: `start` before the last backward pass, `finish` before clipping, `read` at the end.
 
-    Without other processes it is not used.
+    Not used in runs with one process.
     """
 
     def __init__(self) -> None:
-        self.patience = math.inf  # seconds to wait for the others
+        self.patience = math.inf  # seconds to wait for the other processes
         self._buffers: tuple[_Buffers, _Buffers] | None = None
         self._work: distributed.Work | None = None
-        self._now = 0  # which of the two buffers is the current step's
-        self._steps = 0  # how many exchanges there have been
+        self._now = 0  # index of the current step's buffers
+        self._steps = 0  # number of exchanges so far
 
     def start(self, given: Agreed, masked: Tensor | int, device: torch.device) -> None:
-        """Begin to add up what every process has to say during a step; `masked` patches may be on the device."""
+        """Start the all-reduce of this process's values; `masked` patches may be a tensor on the device."""
         if self._buffers is None:
             self._buffers = _Buffers(device), _Buffers(device)
         self._now, self._steps = 1 - self._now, self._steps + 1
         buffers = self._buffers[self._now]
         buffers.step = given.step
         said = [0, int(given.save), int(given.validate), *(int(given.signum == signum) for signum in SIGNALS)]
-        buffers.given.copy_(torch.tensor(said))  # pinned memory: the host would wait for any other copy to a GPU
+        buffers.given.copy_(torch.tensor(said))  # pinned memory: other copies to a GPU block the host
         buffers.sums.copy_(buffers.given, non_blocking=True)
         buffers.sums[MASKED] += masked
         self._work = distributed.all_reduce(buffers.sums, async_op=True)
 
     def finish(self) -> None:
-        """Have the device wait for the sums, on a CPU the host."""
+        """Make the device (on a CPU, the host) wait for the sums, and start their copy to the host."""
         assert self._buffers is not None
         assert self._work is not None
         self._work.wait()
@@ -82,9 +82,9 @@ class StepExchange:
             buffers.copied.record()
 
     def _wait_for(self, buffers: _Buffers) -> None:
-        """Wait until a copy has arrived; in Python, which can obey a signal meanwhile, and give up by itself.
+        """Wait for a copy to the host, in Python, so that signals are handled meanwhile.
 
-        NCCL, which gives up at the run's time-out, would end the process without a word. Raises RuntimeError.
+        Raises RuntimeError after `patience`, before NCCL's time-out, which aborts without a message.
         """
         deadline = time.monotonic() + self.patience
         while buffers.copied is not None and not buffers.copied.query():
@@ -94,12 +94,12 @@ class StepExchange:
 
     @property
     def masked(self) -> Tensor:
-        """Masked patches of all processes in the step whose exchange is finished, int64, on the device."""
+        """Masked patches of all processes in the last finished exchange: an int64 scalar on the device."""
         assert self._buffers is not None
         return self._buffers[self._now].sums[MASKED]
 
     def read(self) -> Agreed:
-        """What was said during the step before the last one that is finished; nothing at the first step."""
+        """The result of the exchange before the last one; empty at the first step."""
         if self._buffers is None or self._steps < 2:
             return Agreed()
         buffers = self._buffers[1 - self._now]

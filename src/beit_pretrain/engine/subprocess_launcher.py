@@ -1,7 +1,8 @@
-"""Processes that a run starts itself (`trainer.devices=8` without a launcher), and what happens when one of them fails.
+"""Starts and watches the processes of a run without an external launcher (`trainer.devices=8`); DDP and FSDP.
 
-Lightning's own watcher kills the first process too, without a word and whatever it is about to say. Here the first one
-has a while for an error of its own; if it hangs in an exchange with the one that is gone, it is ended with a line.
+If a child process fails, Lightning's watcher kills the main process at once, without a message. This launcher gives the
+main process some seconds to report its own error. If it hangs in a collective with the failed process, the launcher
+prints a one-line error and ends it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-PATIENCE = 15.0  # seconds that the first process has for an error of its own
+PATIENCE = 15.0  # seconds for the main process to report its own error
 
 
 class SubprocessLauncher(_SubprocessScriptLauncher):
-    """Starts the other processes of a machine, and watches them until `leaving` is set."""
+    """Starts the other processes of this machine, and watches them until `leaving` is set."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -34,7 +35,7 @@ class SubprocessLauncher(_SubprocessScriptLauncher):
 
     def _call_children_scripts(self) -> None:
         super()._call_children_scripts()
-        self.children, self.procs = self.procs, []  # Lightning's watcher has nothing to watch
+        self.children, self.procs = self.procs, []  # disables Lightning's watcher
         threading.Thread(target=self._watch, daemon=True, name="children").start()
 
     def kill(self, signum: int) -> None:
@@ -51,8 +52,8 @@ class SubprocessLauncher(_SubprocessScriptLauncher):
         rank, code = failed
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
         print(
-            f"\nerror: process {rank} of the run {how}; the others are ended. The same command goes on from the last "
-            "checkpoint",
+            f"\nerror: process {rank} of the run {how}; the others are ended. Rerun the same command to resume from "
+            "the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -65,15 +66,15 @@ class SubprocessLauncher(_SubprocessScriptLauncher):
         return next(((rank, code) for rank, code in ended if code), None)
 
     def forward_signal(self) -> None:
-        """Tell the others to stop, when the first process was told alone, and see to it that they do."""
+        """Stop the children with SIGTERM after a signal to the main process; kill them after 10 s."""
         self.leaving.set()
-        self.kill(signal.SIGTERM)  # who is leaving already ignores it
+        self.kill(signal.SIGTERM)  # children that are already exiting ignore it
         self._end_after(10)
 
     def end(self) -> None:
-        """Stop watching and end the others, when the first process leaves with an error."""
+        """End the children when the main process exits with an error."""
         self.leaving.set()
-        self._end_after(1)  # who has an error to tell has told it
+        self._end_after(1)  # they have had time to report their own errors
 
     def _end_after(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -83,7 +84,7 @@ class SubprocessLauncher(_SubprocessScriptLauncher):
 
 
 class _StartsChildren:
-    """A strategy whose launcher is `Children`."""
+    """Mixin for a strategy that uses `SubprocessLauncher`."""
 
     _launcher: Any
 
@@ -94,11 +95,11 @@ class _StartsChildren:
 
 
 class DDP(_StartsChildren, DDPStrategy):
-    """Every process has the whole network. Gradients are views of the buckets that are summed, which spares a copy.
+    """Lightning's DDPStrategy with gradients as views of the all-reduce buckets, which saves a copy.
 
     Args:
-        compression: "bf16" = gradients are rounded to it before they are summed, which halves what is sent.
-        settings: of Lightning's DDPStrategy.
+        compression: "bf16" = all-reduce gradients in bf16, which halves the traffic; None = as they are.
+        settings: arguments of Lightning's DDPStrategy.
     """
 
     def __init__(self, compression: str | None = None, **settings: Any):
@@ -109,17 +110,17 @@ class DDP(_StartsChildren, DDPStrategy):
         assert self.model is not None
         self._ddp_kwargs["broadcast_buffers"] = has_local_statistics(self.model)
         super().configure_ddp()
-        if self._compression == "bf16":  # Lightning's own argument does nothing on CPUs
+        if self._compression == "bf16":  # Lightning's argument for it has no effect on CPUs
             cast(DistributedDataParallel, self.model).register_comm_hook(None, bf16_compress_hook)
 
 
 def has_local_statistics(model: nn.Module) -> bool:
-    """Whether a network has batch norms that count on each process alone; those of the first process are then used.
+    """Whether a network has batch norms with statistics per process; DDP then broadcasts those of rank 0.
 
-    All other buffers are tables that are the same everywhere: they need not be sent at every step.
+    All other buffers are constant tables, equal on all processes, and need no broadcast at each step.
     """
     return any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in model.modules())
 
 
 class FSDP(_StartsChildren, ModelParallelStrategy):
-    """Network, gradients and optimiser are cut over the processes."""
+    """Shards parameters, gradients and optimiser state over the processes."""

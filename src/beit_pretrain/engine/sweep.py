@@ -1,7 +1,7 @@
-"""Sweeps: `fit -m optim.lr=1e-3,2e-3 seed=1,2,3` is a run for each combination, in a process and folder of its own.
+"""Sweeps: `fit -m optim.lr=1e-3,2e-3 seed=1,2,3` runs every combination, each in a separate process and folder.
 
-Hydra's grammar says what is swept: lists with commas, choice(), range(), glob(). A member's folder is named by its
-values, so that the same call finds it again: members that are finished are skipped, the others go on where they were.
+The syntax of swept values is Hydra's: comma-separated lists, choice(), range(), glob(). A run's folder is named after
+its swept values. Rerun the same command to resume a sweep: it skips finished runs and resumes the others.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import config_dir, to_dict
 from beit_pretrain.tables import write_csv
 
-LOG = "log.txt"  # of a member: what it printed
+LOG = "log.txt"  # output of a run
 LONGEST_NAME = 120
-FIRST = ("val/loss", "val/accuracy", "val/masked_token_accuracy", "val/knn_accuracy")  # of the metrics in the table
+FIRST = ("val/loss", "val/accuracy", "val/masked_token_accuracy", "val/knn_accuracy")  # first metrics of the table
 
 
 class SweepRun(NamedTuple):
     """One run of a sweep."""
 
-    name: str  # its values in short: lr_0.001_seed_1
+    name: str  # its swept values, such as lr_0.001_seed_1
     folder: Path
-    swept: dict[str, str]  # key -> value
-    words: list[str]  # settings for `fit`
+    swept: dict[str, str]  # swept key -> value
+    words: list[str]  # command-line settings for `fit`
 
 
 class ParsedOverrides(NamedTuple):
-    """The words of a sweep's command line: the sweep's own settings, the launcher's, and those of its members."""
+    """The words of a sweep's command line: settings of the sweep, of its launcher and of its runs."""
 
     own: list[str]
     launcher: list[str]
@@ -45,7 +45,7 @@ class ParsedOverrides(NamedTuple):
 
 
 def sweep(words: list[str]) -> None:
-    """Run all members of a sweep, print and write a summary. Ends with exit code 1 if any of them failed."""
+    """Run a sweep, then print and write its summary. Exits with code 1 if any run failed."""
     if launched():
         raise UserError("a sweep starts its own processes: call fit -m once, not under torchrun or srun")
     own, launcher_words, settings = sort_words(words)
@@ -66,7 +66,7 @@ def sweep(words: list[str]) -> None:
         print(f"error: {len(failed)} of {len(members)} runs failed:", file=sys.stderr)
         for member, outcome in failed:
             print(f"  {member.name}: exit code {outcome.code}: {last_words(member.folder / LOG)}", file=sys.stderr)
-        print("the same command runs them again, and only them", file=sys.stderr)
+        print("rerun the same command to run only these again", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -75,7 +75,7 @@ def skipped(count: int) -> str:
 
 
 def sort_words(words: list[str]) -> ParsedOverrides:
-    """Which words of the command line are for the sweep, which for its launcher, which for its members."""
+    """Sort the words of the command line into settings of the sweep, of its launcher and of its runs."""
     own, launcher_words, settings = [], [], []
     for word in words:
         key = word.partition("=")[0].lstrip("+~")
@@ -84,25 +84,25 @@ def sort_words(words: list[str]) -> ParsedOverrides:
         elif key == "hydra/launcher" or key.startswith("hydra.launcher."):
             launcher_words.append(word.lstrip("+"))
         elif key.startswith(("hydra.", "hydra/")):
-            raise UserError(f"{word}: of Hydra's own settings a sweep takes hydra/launcher and hydra.launcher.*")
+            raise UserError(f"{word}: the only Hydra settings of a sweep are hydra/launcher and hydra.launcher.*")
         else:
             settings.append(word)
     return ParsedOverrides(own, launcher_words, settings)
 
 
 def members_of(words: list[str]) -> tuple[Path, list[SweepRun]]:
-    """The folder of a sweep and its members. Raises UserError if nothing is swept, or no member has a config."""
+    """The folder of a sweep, and its runs. Raises UserError if nothing is swept, or no run's config composes."""
     combinations = combine(words)
     if len(combinations) < 2:
         raise UserError("there is nothing to sweep: give a setting several values, such as seed=1,2,3")
     base = first_that_composes([settings for _, settings in combinations])
     swept_keys = {key for swept, _ in combinations for key in swept}
     if {"name", "run_dir"} & swept_keys:
-        raise UserError("name and run_dir belong to the whole sweep; its runs get folders of their own")
+        raise UserError("name and run_dir belong to the whole sweep; each run gets a separate folder in it")
     keys = {word.partition("=")[0].lstrip("+") for word in words}
     name, folder = str(base.name), Path(base.run_dir)
     if "experiment" in {key.lstrip("+") for key in swept_keys} and not keys & {"name", "run_dir"}:
-        name, folder = "sweep", folder.parent / "sweep"  # the experiments have names of their own
+        name, folder = "sweep", folder.parent / "sweep"  # each experiment sets a different name
     members = []
     for swept, settings in combinations:
         short = describe(swept)
@@ -115,7 +115,7 @@ def members_of(words: list[str]) -> tuple[Path, list[SweepRun]]:
 
 
 def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
-    """({swept key: value}, settings of the member) for each combination, the last swept key changing fastest."""
+    """({swept key: value}, command-line settings) of each combination; the last swept key changes fastest."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -128,12 +128,12 @@ def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
         for word in words:
             try:
                 (override,) = parser.parse_overrides([word])
-            except HydraException:  # a path, or meant as Hydra's own syntax: the member says what is wrong
+            except HydraException:  # a path, or wrong syntax, which the run itself reports
                 choices[word.partition("=")[0]] = [readable(word)]
                 continue
             key = override.get_key_element()
             swept = [other for other in swept if other != key]
-            choices.pop(key, None)  # said twice: the last one counts
+            choices.pop(key, None)  # a repeated key: the last value counts
             if not override.is_sweep_override():
                 choices[key] = [word]
             elif override.is_discrete_sweep():
@@ -153,9 +153,9 @@ def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
 
 
 def first_that_composes(candidates: list[list[str]]) -> Any:
-    """The config of the first member that has one: what is wrong with one of them is that one's failure.
+    """The config of the first candidate that composes; the runs themselves report their errors.
 
-    Raises UserError, the first one's, if none has.
+    Raises the first candidate's UserError if none composes.
     """
     first: UserError | None = None
     for settings in candidates:
@@ -168,7 +168,7 @@ def first_that_composes(candidates: list[list[str]]) -> Any:
 
 
 def describe(swept: dict[str, str]) -> str:
-    """A folder's name from the swept values, such as lr_0.001_seed_1: the same values always give the same name."""
+    """Folder name from the swept values, such as lr_0.001_seed_1; equal values always give the same name."""
     last = [re.split(r"[./@]", key.lstrip("+~"))[-1] for key in swept]
     keys = [short if last.count(short) == 1 else key.lstrip("+~") for short, key in zip(last, swept, strict=True)]
     name = "_".join(f"{plain_text(key)}_{plain_text(value)}" for key, value in zip(keys, swept.values(), strict=True))
@@ -176,9 +176,9 @@ def describe(swept: dict[str, str]) -> str:
 
 
 def plain_text(value: str) -> str:
-    """A value in characters that are harmless in paths and settings; what that loses is kept as a short hash."""
+    """A value in characters that are safe in paths and settings, with a short hash if that changes it."""
     text = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
-    text = text.lower() if text in ("True", "False") else text  # as people write them
+    text = text.lower() if text in ("True", "False") else text  # as on the command line
     if re.fullmatch(r"[A-Za-z0-9_.+-]{1,40}", text) and text.strip("."):
         return text
     kept = re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.")[-40:]
@@ -190,18 +190,18 @@ def short_hash(text: str) -> str:
 
 
 def is_finished(member: SweepRun) -> bool:
-    """Whether a member has done all its steps, with these settings."""
+    """Whether a run has done all its steps with the same settings."""
     if not (member.folder / FINISHED).is_file():
         return False
     try:
         cfg, old = compose("fit", member.words), read_config(member.folder / CONFIG)
-    except UserError:  # the member itself says what is wrong
+    except UserError:  # the run itself reports it
         return False
     return cfg.resume != "never" and not differences(old, to_dict(cfg), type(cfg))
 
 
 def progress(number: int, total: int, name: str, outcome: RunResult | None) -> None:
-    """A line when a member starts, and one when it has ended."""
+    """Print a line when a run starts (`outcome` is None) or ends."""
     said = "started"
     if outcome is not None:
         how = f"failed with exit code {outcome.code}" if outcome.code else "finished"
@@ -210,7 +210,7 @@ def progress(number: int, total: int, name: str, outcome: RunResult | None) -> N
 
 
 def last_words(log: Path) -> str:
-    """The last line that a member printed; if that is an error of ours, the whole of it."""
+    """The last error line in a run's log, or else its last line."""
     try:
         text = log.read_bytes()[-20_000:].decode(errors="replace")
     except OSError as error:
@@ -221,7 +221,7 @@ def last_words(log: Path) -> str:
 
 
 def summary(members: list[SweepRun], codes: dict[str, int]) -> tuple[tuple[str, ...], list[tuple]]:
-    """Header and rows: name, state, swept values, steps, last metrics; the best run first, failed ones at the end."""
+    """Header and rows: name, state, swept values, step, last metrics; best run first, failed runs last."""
     last = {member.name: last_metrics(member.folder / "metrics.csv") for member in members}
     metrics = sorted({name for values in last.values() for name in values if name.startswith("val/")})
     metrics = metrics or sorted({name for values in last.values() for name in values if name == "train/loss"})
@@ -244,7 +244,7 @@ def summary(members: list[SweepRun], codes: dict[str, int]) -> tuple[tuple[str, 
 
 
 def last_metrics(path: Path) -> dict[str, float]:
-    """The last value of every metric of a run, and the last step; nothing if there is no such file."""
+    """The last value of every metric in metrics.csv, and the last step; empty if the file does not exist."""
     from beit_pretrain.tables import read_rows
 
     if not path.is_file():
@@ -256,7 +256,7 @@ def last_metrics(path: Path) -> dict[str, float]:
 
 
 def table(header: tuple[str, ...], rows: list[tuple], columns: int = 8) -> str:
-    """The summary for people: the swept values are in the runs' names already, further metrics in the file."""
+    """The summary as text, without swept values (they are in the names) and with at most `columns` columns."""
     at = header.index("step")
     kept = [0, 1, *range(at, min(len(header), at + columns - 2))]
     text = [[header[i] for i in kept]]

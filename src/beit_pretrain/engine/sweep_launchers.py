@@ -1,7 +1,7 @@
-"""Where the members of a sweep run: processes of this machine, or jobs that submitit sends to SLURM (or runs here).
+"""Launchers of a sweep's runs: processes on this machine, or submitit jobs (on SLURM or local).
 
-Each member is the shipped `fit` in a fresh process: a second run in one process would inherit its process group, its
-random state and its memory.
+Each run is `fit` in a new process: a second run in the same process would inherit its process group, random state and
+memory.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from typing import Any, NamedTuple, Protocol
 from beit_pretrain.engine.dist_env import PROCESS_VARIABLES
 from beit_pretrain.errors import UserError, first_line
 
-PATIENCE = 120.0  # seconds that a member has for its last checkpoint after a signal
-REQUEUE = 75  # exit code of a run, and so of a sweep, that was told to make room: start it again
+PATIENCE = 120.0  # seconds for a run to save its last checkpoint after a signal
+REQUEUE = 75  # exit code of a preempted run or sweep: start it again
 
 
 class RunResult(NamedTuple):
-    """How a member ended."""
+    """Exit code and duration of a run."""
 
     code: int
     seconds: float
 
 
 class Handle(Protocol):
-    """A member that was started."""
+    """A run that was started."""
 
     def poll(self) -> int | None: ...  # exit code, None while it runs
 
-    def stop(self, number: int) -> None: ...  # hand on a signal
+    def stop(self, number: int) -> None: ...  # send a signal
 
 
 class Launcher(NamedTuple):
-    """How the members of a sweep are started: `start(member, slot)`, at most `at_once` slots."""
+    """How the runs of a sweep are started: `start(number, slot)`, with `at_once` slots."""
 
     start: Callable[[int, int], Handle]
     at_once: int
 
 
-Work = list[tuple[list[str], Path]]  # settings and log file of every member
+Work = list[tuple[list[str], Path]]  # command-line settings and log file of each run
 
 
 def launcher(words: list[str], folder: Path, jobs: int, work: Work) -> Launcher:
@@ -63,7 +63,7 @@ def launcher(words: list[str], folder: Path, jobs: int, work: Work) -> Launcher:
     tasks = [Job(command(words), log, str(Path.cwd())) for words, log in work]
     if name == "submitit_local":
         return Launcher(lambda i, slot: Submitted(executor.submit(tasks[i])), jobs)
-    with executor.batch():  # one job array: SLURM itself holds back what is too many at once
+    with executor.batch():  # one job array: SLURM limits how many jobs run at once
         sent = [executor.submit(task) for task in tasks]
     if sent:
         print(f"sent to SLURM as {sent[0].job_id.partition('_')[0]}; Ctrl-C cancels", flush=True)
@@ -76,7 +76,7 @@ def run_all(
     at_once: int,
     report: Callable[[int, int, str, RunResult | None], None],
 ) -> list[RunResult]:
-    """Run every member, at most `at_once` at a time, whatever becomes of the others. Signals are handed on to them."""
+    """Run all, at most `at_once` at a time, and continue after failures. Signals are forwarded to the runs."""
     outcomes: dict[int, RunResult] = {}
     running: dict[int, tuple[Handle, int, float]] = {}
     slots = list(range(at_once))
@@ -98,12 +98,12 @@ def run_all(
 
 
 class PreemptionSignal(BaseException):
-    """SIGTERM or SIGUSR1: a scheduler wants the machine back."""
+    """SIGTERM or SIGUSR1 from a scheduler."""
 
 
 @contextmanager
 def stopping(running: dict[int, tuple[Handle, int, float]]) -> Iterator[None]:
-    """What ends the sweep ends its members: Ctrl-C as Ctrl-C, a scheduler's signals as SIGTERM, with time to save."""
+    """End the runs when the sweep ends: forward Ctrl-C as SIGINT, other signals as SIGTERM, and let the runs save."""
 
     def tell(*_: object) -> None:
         raise PreemptionSignal
@@ -119,7 +119,7 @@ def stopping(running: dict[int, tuple[Handle, int, float]]) -> Iterator[None]:
             signal.SIGTERM if isinstance(error, PreemptionSignal) else signal.SIGINT,
         )
         if isinstance(error, PreemptionSignal):
-            print("stopped; the same command goes on", file=sys.stderr)
+            print("stopped; rerun the same command to resume", file=sys.stderr)
             raise SystemExit(REQUEUE) from None
         raise
     finally:
@@ -128,7 +128,7 @@ def stopping(running: dict[int, tuple[Handle, int, float]]) -> Iterator[None]:
 
 
 def end(handles: list[Handle], number: int) -> None:
-    """Hand a signal to members and wait for them; after `PATIENCE`, or a further Ctrl-C, they are killed."""
+    """Send a signal to runs and wait for them; kill them after `PATIENCE` seconds or another Ctrl-C."""
     for handle in handles:
         handle.stop(number)
     deadline = time.monotonic() + PATIENCE
@@ -141,18 +141,18 @@ def end(handles: list[Handle], number: int) -> None:
 
 
 def command(words: list[str]) -> list[str]:
-    """`fit` with these settings, by the Python that runs now."""
+    """The command line of `fit` with these settings, with the current Python."""
     return [sys.executable, "-m", "beit_pretrain", "fit", *words]
 
 
 def member_environment(gpus: str | None = None) -> dict[str, str]:
-    """The environment of a member: that of the sweep, less what belongs to a run's own processes."""
+    """The environment of a run: the sweep's, without the variables of distributed processes."""
     kept = {k: v for k, v in os.environ.items() if k not in PROCESS_VARIABLES and not k.startswith("TORCHELASTIC_")}
     return kept if gpus is None else {**kept, "CUDA_VISIBLE_DEVICES": gpus}
 
 
 def begin(command: list[str], log: Path, cwd: str | None = None, gpus: str | None = None) -> subprocess.Popen:
-    """A member's process, with a session of its own: a signal reaches it and its children once, through the sweep."""
+    """Start a run's process in a new session, so that it and its children get each signal once, from the sweep."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -167,20 +167,20 @@ def begin(command: list[str], log: Path, cwd: str | None = None, gpus: str | Non
 
 
 def signal_group(process: subprocess.Popen, number: int) -> None:
-    """Signal a member and its children."""
+    """Signal a run and its children."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 class Process:
-    """A member as a process of this machine."""
+    """A run as a process on this machine."""
 
     def __init__(self, words: list[str], log: Path, gpus: str | None):
         self.process = begin(command(words), log, gpus=gpus)
 
     def poll(self) -> int | None:
         code = self.process.poll()
-        return code if code is None or code >= 0 else 128 - code  # a signal, as a shell writes it
+        return code if code is None or code >= 0 else 128 - code  # a signal, in the shell's convention
 
     def stop(self, number: int) -> None:
         if self.process.poll() is None:
@@ -188,7 +188,7 @@ class Process:
 
 
 def shared_gpus(jobs: int) -> list[str] | None:
-    """CUDA_VISIBLE_DEVICES for each of `jobs` members at once; None for all GPUs (or none) to every member."""
+    """CUDA_VISIBLE_DEVICES of each of `jobs` concurrent runs; None = leave it unchanged (one job, or no GPUs)."""
     if jobs == 1:
         return None
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -204,7 +204,7 @@ def shared_gpus(jobs: int) -> list[str] | None:
 
 
 def submitit_executor(cluster: str, settings: list[str], folder: Path) -> Any:
-    """submitit's executor with the settings of Hydra's launcher of that name. Raises UserError for unknown ones."""
+    """submitit's executor with the settings of Hydra's submitit launcher. Raises UserError for wrong settings."""
     try:
         import submitit
         from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf, LocalQueueConf, SlurmQueueConf
@@ -216,7 +216,7 @@ def submitit_executor(cluster: str, settings: list[str], folder: Path) -> Any:
     defaults = OmegaConf.structured(LocalQueueConf if cluster == "local" else SlurmQueueConf)
     defaults.submitit_folder, defaults.name = str(folder.absolute() / ".submitit" / "%j"), "beit_pretrain"
     if cluster == "slurm":
-        defaults.max_num_timeout = 100  # a run goes on exactly where it was
+        defaults.max_num_timeout = 100  # requeues: runs resume exactly, so there is no need for a low limit
     try:
         given: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.from_dotlist(settings)))  # type: ignore[assignment]
     except (OmegaConfBaseException, ValueError) as error:
@@ -231,13 +231,13 @@ def submitit_executor(cluster: str, settings: list[str], folder: Path) -> Any:
             folder=place, cluster=cluster, **({} if timeouts is None else {f"{cluster}_max_num_timeout": timeouts})
         )
         executor.update_parameters(**{k if k in base else f"{cluster}_{k}": v for k, v in given.items()})
-    except (RuntimeError, ValueError, TypeError, NameError) as error:  # no sbatch here, or a setting it cannot take
+    except (RuntimeError, ValueError, TypeError, NameError) as error:  # no sbatch, or an invalid setting
         raise UserError(f"hydra/launcher=submitit_{cluster}: {first_line(error)}") from error
     return executor
 
 
 class Job:
-    """A member inside a job of submitit: it is pickled, sent, called there, and called again when it was requeued."""
+    """A run inside a submitit job: pickled, sent, called there, and called again after a requeue."""
 
     def __init__(self, command: list[str], log: Path, cwd: str):
         self.command, self.log, self.cwd = command, log, cwd
@@ -248,7 +248,7 @@ class Job:
         told: list[int] = []
 
         def forward_signal(number: int, _: object) -> None:
-            if not told:  # a cancelled job hears it from the terminal and from submitit
+            if not told:  # a cancelled job gets the signal twice: from the terminal and from submitit
                 signal_group(process, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
             told.append(number)
 
@@ -258,7 +258,7 @@ class Job:
         return code if code >= 0 else 128 - code
 
     def checkpoint(self) -> Any:
-        """Before a time limit or preemption: let the run save, then have the same job put into the queue again."""
+        """Called by submitit before a time limit or preemption: let the run save, then requeue the job."""
         from submitit.helpers import DelayedSubmission
 
         if self.process is not None:
@@ -269,7 +269,7 @@ class Job:
 
 
 class Submitted:
-    """A member as a job of submitit."""
+    """A run as a submitit job."""
 
     def __init__(self, job: Any):
         self.job = job
@@ -279,7 +279,7 @@ class Submitted:
             return None
         try:
             return next((code for code in self.job.results() if code), 0)
-        except Exception:  # submitit's own: cancelled, killed, out of time; the job's own log says more
+        except Exception:  # from submitit: cancelled, killed, out of time; the job's log has the details
             return 1
 
     def stop(self, number: int) -> None:

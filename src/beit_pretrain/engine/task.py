@@ -1,4 +1,4 @@
-"""What the engine knows of a task. Each is a file in `tasks/`: settings, LightningModule, data, pictures, refusals."""
+"""Base class of tasks. Each task is a file in `tasks/`: its settings, LightningModule, data, pictures and checks."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from beit_pretrain.visualization.attention_maps import attention_picture
 
 
 class Task:
-    """A training, built from its settings. A subclass in `tasks/NAME.py` is the task NAME.
+    """A task, built from its settings. The subclass in `tasks/NAME.py` is the task NAME.
 
-    Building raises UserError for settings that do not go together.
+    The constructor raises UserError for inconsistent settings.
     """
 
     settings: ClassVar[type[FitSettings]]
-    best: ClassVar[tuple[str, Literal["min", "max"]]]  # the held-out metric that says which checkpoint is the best
-    fsdp = False  # whether trainer.strategy=fsdp can run it
-    sync_batchnorm = False  # whether its batch norms count over all GPUs
-    nondeterministic_on_gpu = ""  # what of it torch cannot do deterministically on a GPU
+    best: ClassVar[tuple[str, Literal["min", "max"]]]  # metric on held-out images that selects `best.ckpt`, and mode
+    fsdp = False  # whether it supports trainer.strategy=fsdp
+    sync_batchnorm = False  # whether its batch norms are synchronised over all GPUs
+    nondeterministic_on_gpu = ""  # its operation without a deterministic form on a GPU; "" = none
 
     module: TrainedModule
     data: ShardData
     callbacks: list[Callback]
-    origin = ""  # what the network started from, in words
+    origin = ""  # initialisation of the network, as text
 
     def __init__(self, cfg: Any):
         self.cfg = cfg
@@ -47,30 +47,30 @@ class Task:
 
     @property
     def network(self) -> nn.Module:
-        """The network whose blocks attend."""
+        """The network with the attention blocks."""
         network: nn.Module = self.module.model
         return network
 
     def check_micro_batch(self, images: int, world: int, on_gpus: bool, given: str) -> None:
-        """Raise UserError for a micro-batch of so many images that cannot be trained on; `given`: the settings."""
+        """Raise UserError if the task cannot train on a micro-batch of `images`; `given`: the settings, as text."""
 
     def preflight(self) -> list[str]:
-        """Try what only this task needs; a line for each, for people. Raises UserError."""
+        """Checks of this task only; returns one line per check. Raises UserError."""
         return []
 
     def prepare(self) -> None:
-        """Called when the run is about to start."""
+        """Called just before the run starts."""
 
     @classmethod
     def resumed(cls, cfg: Any, last: Path) -> Any:
-        """The settings with the network of the run's own checkpoint: what it started from need not exist any more."""
+        """The settings with `init_from` set to the run's checkpoint: the original one may no longer exist."""
         own = {"init_from": str(last), "from_scratch": False, "new_head": False}
         return cfg.model_copy(update={name: value for name, value in own.items() if name in type(cfg).model_fields})
 
-    # Pictures of what it learned, for `visualize`; None = it has none of that kind.
+    # Pictures for `visualize`; None = this task has no such picture.
 
     def masked(self, options: Any) -> Image.Image | None:
-        """What the run was trained for, on held-out images."""
+        """The outputs of the model on held-out images."""
         return None
 
     def tokens(self, options: Any) -> Image.Image | None:
@@ -78,11 +78,11 @@ class Task:
         return None
 
     def layers(self, options: Any, run: Path) -> Callable[[Path], Path] | None:
-        """Accuracy by layer, as something that draws it into a file."""
+        """A function that draws the accuracy by layer into a file."""
         return None
 
     def attention(self, options: Any) -> Image.Image | None:
-        """Attention maps of a backbone, whatever head it has."""
+        """Attention maps of the backbone, with any head."""
         module: Any = self.module
         if not hasattr(module, "mean"):
             return None
@@ -98,19 +98,19 @@ class Task:
         )
 
     def batch_of(self, options: Any) -> dict[str, Tensor]:
-        """The first images of the split, as the run sees them."""
+        """The first images of the split, after the run's transform."""
         check_split(self.data, options)
         return first_images(self.data.eval_dataset(options.split), options.images, torch.device("cpu"))
 
 
 def task_names() -> list[str]:
-    """The tasks that there are."""
+    """Names of all tasks."""
     package = importlib.import_module("beit_pretrain.tasks")
     return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "common"]
 
 
 def find_task(name: str) -> type[Task]:
-    """The task of a name: the class in its file. Raises UserError if there is none."""
+    """The task class in `tasks/NAME.py`. Raises UserError if there is none."""
     if name not in task_names():
         raise UserError(f"task={name} is not one of {', '.join(task_names())}")
     module = importlib.import_module(f"beit_pretrain.tasks.{name}")
@@ -122,13 +122,16 @@ def find_task(name: str) -> type[Task]:
 
 
 def check_split(data: ShardData, options: Any) -> None:
-    """Raise UserError for a split that the run does not have."""
+    """Raise UserError if the run does not have the split `options.split`."""
     if options.split not in data.readers:
         raise UserError(f"split={options.split}: the run has {', '.join(data.readers)}")
 
 
 def chosen_images(data: ShardData, options: Any, network: Any, count: int) -> Tensor:
-    """(B, C, H, W) in [0, 1], of the network's size: the user's own images (`photos`), else the split's first."""
+    """(B, C, H, W) in [0, 1] at the network's input size: the user's images (`photos`), else the split's first ones.
+
+    Raises UserError if an image cannot be read.
+    """
     height, width = (side * network.config["patch_size"] for side in network.grid)
     channels = network.config["in_chans"]
     if options.photos is None:

@@ -1,4 +1,4 @@
-"""Lightning's Trainer for a run: how many steps, micro-batches and processes, in which precision."""
+"""Builds Lightning's Trainer for a run: steps, micro-batches, processes, precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from beit_pretrain.settings import to_dict
 
 
 def total_steps(cfg: FitSettings, samples: int) -> int:
-    """Optimiser steps of the run, from `steps` or `epochs`."""
+    """Optimiser steps of the run, from `steps` or `epochs`. Raises AllRanksError unless exactly one of them is set."""
     if (cfg.steps is None) == (cfg.epochs is None):
         raise AllRanksError("set the length of the run by either steps=N or epochs=N")
     steps = cfg.steps if cfg.steps is not None else int((cfg.epochs or 0) * samples / cfg.global_batch_size)
@@ -29,46 +29,49 @@ def total_steps(cfg: FitSettings, samples: int) -> int:
 
 
 def micro_batches(global_batch_size: int, batch_size: int, world: int) -> int:
-    """Micro-batches per process and optimiser step. Raises UserError if the numbers do not divide."""
+    """Micro-batches per process and optimiser step. Raises AllRanksError if the sizes do not divide."""
     share = global_batch_size // world
     if global_batch_size % world or share == 0 or share % min(batch_size, share):
         raise AllRanksError(
             f"global_batch_size={global_batch_size} is not a multiple of batch_size={batch_size} times {world} "
-            f"processes"
+            "processes"
         )
     return share // min(batch_size, share)
 
 
 def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback], sync_batchnorm: bool = False) -> Trainer:
-    """Lightning's Trainer: it runs the loop; gradients, batches, metrics and signals are the modules' own."""
-    compression = cfg.gradient_compression if steps else None  # validating takes none, and has no gradients
+    """Lightning's Trainer. It runs the loop; this package handles gradients, batches, metrics and signals itself.
+
+    `steps`: optimiser steps; 0 = validation only.
+    """
+    compression = cfg.gradient_compression if steps else None  # validation has no gradients
     settings = cluster.resolve_trainer_args(to_dict(cfg.trainer), cfg.timeout_minutes, compression)
     plugins = [BackgroundCheckpointIO(), *settings.pop("plugins")]
     if settings["precision"] == "auto":
         gpu = wanted_gpu(settings["accelerator"]) and torch.cuda.is_bf16_supported()
         settings["precision"] = "bf16-mixed" if gpu else "32-true"
-    # CPUs have no synchronised batch norm.
+    # torch has no synchronised batch norm on CPUs.
     settings["sync_batchnorm"] = sync_batchnorm and wanted_gpu(settings["accelerator"])
     trainer = Trainer(
         **settings,
         max_steps=steps,
         logger=False,
         callbacks=callbacks,
-        # Without a ModelCheckpoint of ours Lightning would add one of its own, which writes at the end.
+        # True without a ModelCheckpoint in `callbacks` makes Lightning add one, which saves at the end.
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         default_root_dir=cfg.run_dir,
-        use_distributed_sampler=False,  # batches are dealt to processes by their positions
+        use_distributed_sampler=False,  # the data module assigns batches to processes by position
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         enable_model_summary=False,
-        log_every_n_steps=1,  # metrics have a rhythm of their own; this only keeps a warning away
+        log_every_n_steps=1,  # avoids a warning; `log_every` sets when metrics are written
         plugins=plugins,
     )
-    # Lightning's handler would end a run with exit code 0 or, of several processes, wait for the others inside itself.
+    # Lightning's signal handler would exit with code 0 or, with several processes, block while it waits for the others.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    # Nor is anything left for it to tell the others, which it would do before every micro-batch, and wait.
+    # Without it, Lightning's broadcast of SIGTERM, which blocks before every micro-batch, is not needed either.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    if steps:  # validating takes none: the global batch need not divide among its processes
+    if steps:  # for validation the global batch size need not be divisible by the number of processes
         accumulate = micro_batches(cfg.global_batch_size, cfg.batch_size, trainer.world_size)
         trainer.accumulate_grad_batches = accumulate
         trainer.val_check_interval = min(cfg.val_every, steps) * accumulate
@@ -76,12 +79,12 @@ def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback], sync_b
 
 
 def wanted_gpu(accelerator: str) -> bool:
-    """Whether a run with this accelerator is on a GPU of CUDA."""
+    """Whether a run with this accelerator uses a CUDA GPU."""
     return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 def silence_warnings() -> None:
-    """Keep advertisements and warnings about what is so on purpose away from the lines that matter."""
+    """Silence Lightning's tips, and warnings about intended behaviour."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         "LeafSpec",

@@ -1,8 +1,8 @@
-"""The verb `visualize`: pictures of what a run learned, into its folder and its logger.
+"""The verb `visualize`: draws pictures of a run into its folder and its logger.
 
-masked      masked | predicted tokens decoded | original (of a tokenizer original | decoded, of a segmenter overlays)
-attention   where chosen patches look, for layers and heads
-tokens      token maps: which visual token stands for which patch
+masked      masked | predicted tokens decoded | original; for a tokenizer original | decoded, for a segmenter overlays
+attention   attention maps of chosen patches, by layer and head
+tokens      token maps: the visual token of each patch
 curves      loss and accuracy of one or several runs in one picture
 layers      accuracy of linear probes by layer
 """
@@ -30,7 +30,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def visualize(cfg: VisualizeSettings) -> None:
-    """Draw `cfg.what`, or all that the run has, into its `pictures/` (or `cfg.out`), and hand it to its logger."""
+    """Draw `cfg.what`, or all pictures that the run has, into `pictures/` or `cfg.out`, and send them to its logger.
+
+    Raises UserError if the run or the picture does not exist.
+    """
     given = cfg.runs if cfg.runs is not None else cfg.run
     if given is None:
         raise UserError("run is missing: the folder of a run, such as runs/base_22k; or runs=[A,B] for their curves")
@@ -58,10 +61,10 @@ def visualize(cfg: VisualizeSettings) -> None:
 
 
 def draw(run: Path, cfg: VisualizeSettings, out: Path | None) -> Iterator[Path]:
-    """The pictures of one run, one after the other, as they are written.
+    """Draw the pictures of one run; yields each path after writing it.
 
-    Those that the run does not have are left out unless one is asked for; held-out images that it does not have are
-    those of training then.
+    Without `cfg.what`, pictures that the run does not have are skipped, and training images are used if there are no
+    held-out images. Raises UserError if the requested picture does not exist.
     """
     folder, what = run / "pictures", cfg.what or ("masked" if out is not None else None)
     if what == "curves" or (what is None and has_curves(run)):
@@ -90,13 +93,13 @@ def draw(run: Path, cfg: VisualizeSettings, out: Path | None) -> Iterator[Path]:
 
 
 def has_curves(run: Path) -> bool:
-    """Whether a run has measured anything that is drawn without being asked for."""
+    """Whether metrics.csv has a metric that is drawn by default."""
     columns = read_rows(run / METRICS)[0] if (run / METRICS).is_file() else []
     return any(column.split("/")[-1] in names for column in columns for names in PANELS.values())
 
 
 def curves(runs: Sequence[Path], cfg: VisualizeSettings, path: Path) -> Path:
-    """Curves of some runs, called by their folders' names."""
+    """Draw the curves of runs into one picture, labelled with the names of their folders."""
     names = [run.name for run in runs]
     called = {(run.name if names.count(run.name) == 1 else str(run)): run / METRICS for run in runs}
     for file in called.values():
@@ -109,7 +112,7 @@ def curves(runs: Sequence[Path], cfg: VisualizeSettings, path: Path) -> Path:
 
 
 def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
-    """Hand the pictures to the run's W&B run, if it has one."""
+    """Send the pictures to the run's W&B run, if it has one."""
     cfg = read_config(run / CONFIG)
     if cfg.get("logger", {}).get("kind") != "wandb" or not (run / CHECKPOINT).is_file():
         return

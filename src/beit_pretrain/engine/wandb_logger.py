@@ -1,6 +1,6 @@
-"""Weights & Biases as a logger: offline unless the user configured an account, the same run after a restart.
+"""Weights & Biases logger: offline unless the user configured an account; a resumed run keeps its W&B run.
 
-W&B is a process of its own. A signal to all processes of a run must not end it, and a run must not end with it.
+W&B runs in a separate process. A signal to all processes of a run must not end it; its failure must not end the run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from beit_pretrain.settings import to_dict
 
 
 def mode(asked: str | None) -> str:
-    """`asked`, else $WANDB_MODE, else "online" if an account is configured, else "offline"."""
+    """W&B's mode: `asked`, else $WANDB_MODE, else "online" if an account is configured, else "offline"."""
     if asked or os.environ.get("WANDB_MODE"):
         return asked or os.environ["WANDB_MODE"]
     netrc = Path.home() / ".netrc"
@@ -34,9 +34,9 @@ def mode(asked: str | None) -> str:
 
 
 def same_id(path: Path, first: bool) -> str:
-    """W&B's id of a run: the one in a file of the run's folder, else a new one, which the first process writes there.
+    """W&B's ID of a run: read from a file in its folder, else a new one, which rank 0 (`first`) writes there.
 
-    It travels in the checkpoints too; the file is for a run that is killed before its first one.
+    Checkpoints hold it too; the file is for a run that is killed before its first checkpoint.
     """
     if path.is_file() and (known := path.read_text("utf-8").strip()):
         return known
@@ -47,22 +47,21 @@ def same_id(path: Path, first: bool) -> str:
 
 
 class WeightsAndBiases(WandbLogger):
-    """Lightning's logger; if W&B breaks down, it says so once, and the run goes on without it."""
+    """Lightning's logger; if W&B fails, it prints one warning, and the run continues without it."""
 
     lost = False
 
     @rank_zero_only
     def begin(self, rows: dict[int, dict[str, float]]) -> None:
-        """Start W&B, and give an offline run the metrics that it had before it was ended: {step: {metric: value}}.
+        """Start W&B and, offline, log the metrics from before the resume: {step: {metric: value}}.
 
-        Offline, W&B begins a new folder at every start, and a kill may have torn the last one. So each folder has the
-        run as a whole, every step once, and the newest one is all that has to be synced.
-        Raises UserError if W&B does not start.
+        Offline, W&B makes a new folder at each start, and a kill may have damaged the last one. So each folder gets the
+        whole run, and only the newest one needs to be synced. Raises UserError if W&B does not start.
         """
         try:
             with blocked_for_children():
                 self.experiment  # noqa: B018 (it starts W&B)
-        except Exception as error:  # W&B's own, and those of the network
+        except Exception as error:  # from W&B or the network
             raise UserError(
                 f"W&B does not start ({first_line(error)[:160]}); logger.mode=offline needs none"
             ) from error
@@ -78,12 +77,12 @@ class WeightsAndBiases(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """At the very end of a run ("finished", "stopped") have everything written; the next one is another to W&B."""
+        """At the end of a run (status "finished" or "stopped"), finish the W&B run."""
         import wandb
 
         if status in ("finished", "stopped"):
             self._outlive(wandb.finish, exit_code=PREEMPTED if status == "stopped" else 0)
-        else:  # Lightning's, after the loop
+        else:  # called by Lightning after the loop
             super().finalize(status)
 
     def _outlive(self, call: Callable, *args: Any, **kwargs: Any) -> None:
@@ -91,7 +90,7 @@ class WeightsAndBiases(WandbLogger):
             return
         try:
             call(*args, **kwargs)
-        except Exception as error:  # its connection, its server, its bugs
+        except Exception as error:  # the connection, the server, or a bug in W&B
             import wandb
 
             self.lost = True
@@ -103,7 +102,7 @@ class WeightsAndBiases(WandbLogger):
 
 @contextmanager
 def blocked_for_children() -> Iterator[None]:
-    """Processes that are started inside do not get the signals that end a run."""
+    """Block the stop signals for processes started in this context."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -112,7 +111,7 @@ def blocked_for_children() -> Iterator[None]:
 
 
 def wandb_logger(cfg: FitSettings, run_id: str) -> WeightsAndBiases:
-    """The logger of a run, with its composed config."""
+    """The W&B logger of a run, with its composed config."""
     how = mode(cfg.logger.mode)
     logger = WeightsAndBiases(
         name=cfg.name,
@@ -123,5 +122,5 @@ def wandb_logger(cfg: FitSettings, run_id: str) -> WeightsAndBiases:
         resume=None if how == "offline" else "allow",
         config=to_dict(cfg),
     )
-    logger._wandb_init.pop("anonymous", None)  # W&B warns of it, at every start
+    logger._wandb_init.pop("anonymous", None)  # W&B would print a warning about it at each start
     return logger
