@@ -542,7 +542,7 @@ def test_the_compile_stage_fails_where_compilation_does(setup, report, traced, m
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(Pretraining, "objective", refuses)
-    with pytest.raises(RuntimeError, match="fp32: .*no such instruction"):
+    with pytest.raises(RuntimeError, match=r"fp32: .*no such instruction"):
         parity.compiled(setup._replace(words=("+experiment=base_22k", "compile=true")), report)
     assert "no such instruction" in read(report.path)["errors"]["training"]
     assert read(report.path)["found"]["views"]["graphs"] == 1
