@@ -40,6 +40,11 @@ VARIANTS = {
 }
 
 
+def config(words: list[str], *more: str):
+    """The config of a measurement of a step."""
+    return compose("bench_step", ["action=step", *words, *more], spared=("data.train",))
+
+
 @pytest.fixture
 def words(dvae_checkpoint) -> list[str]:
     return [*TINY, f"tokenizer.path={dvae_checkpoint}"]
@@ -47,7 +52,7 @@ def words(dvae_checkpoint) -> list[str]:
 
 @pytest.fixture
 def bench(words):
-    cfg = compose("bench_step", ["action=step", *words, "model.drop_path_rate=0"], spared=("data.train",))
+    cfg = config(words, "model.drop_path_rate=0")
     bench = make_bench(cfg)
     for parameter in bench.model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -58,7 +63,7 @@ def test_a_measurement_obeys_deterministic(words, monkeypatch):
     asked: list = []
     monkeypatch.setattr(inputs, "make_deterministic", lambda *given: asked.append(given))
     for switch in ("false", "true"):
-        make_bench(compose("bench_step", ["action=step", *words, f"deterministic={switch}"], spared=("data.train",)))
+        make_bench(config(words, f"deterministic={switch}"))
     assert asked == [(False,)]
 
 
@@ -192,7 +197,7 @@ def test_wrong_data_is_said_before_the_rounds(words, run_cli):
 def test_real_batches_are_seen_as_the_experiment_says(words, shards):
     given = [f"data.train={shards / 'train'}", "data.num_workers=0", "data.jitter=[0,0,0]", "data.flip=0"]
     whole = ["data.scale=[1,1]", "data.ratio=[1,1]"]  # of square images: nothing is left to chance
-    cfg = compose("bench_step", ["action=step", *words, *given, *whole])
+    cfg = config(words, *given, *whole)
     bench = make_bench(cfg)
     batch = next(iter(host_batches(cfg, bench)))
     assert (batch["jitter_factors"] == 1).all()
@@ -229,7 +234,7 @@ def test_loop(words, run_cli, recwarn):
 
 
 def test_the_loop_in_blocks_waits_once_a_block(words, monkeypatch, tmp_path):
-    cfg = compose("bench_step", ["action=loop", *words, "bench.warm_up=0", "bench.rounds=3"], spared=("data.train",))
+    cfg = config(words, "bench.warm_up=0", "bench.rounds=3")
     bench, waits = make_bench(cfg), []
     monkeypatch.setattr(type(bench), "wait", lambda self: waits.append(1))
     silence_warnings()
@@ -364,21 +369,22 @@ def test_on_a_gpu_a_kernel_is_finished_before_the_next(words, monkeypatch):
     def late(given):
         raise RuntimeError("too late")
 
-    cfg = compose("bench_step", ["action=attention", *words], spared=("data.train",))
+    cfg = config(words)
     bench = make_bench(cfg)
     monkeypatch.setattr(inputs.Bench, "on_gpu", True)
     monkeypatch.setattr(attention, "kernel_seconds", lambda work: (work(), 0.5)[1])
     monkeypatch.setitem(attention.KERNELS, "late", late)
-    report = Report()
-    attention.measure_case(bench, attention.make_case(bench, False), report, 1, 0)
-    found = report.found["queries"]["17"]
-    assert list(found) == ["eager", "ours", "sdpa", "no_bias", "late"]
+    reports: list[dict] = []
+    attention.measure_case(bench, attention.make_case(bench, False), lambda **found: reports.append(found), 1, 0)
+    found = [each["queries"]["17"] for each in reports if "queries" in each]
+    assert [list(each) for each in found] == [["eager"], ["ours"], ["sdpa"], ["no_bias"], ["late"]]
+    found = {name: result for each in found for name, result in each.items()}
     assert found["ours"]["forward"] == found["ours"]["backward"] == 0.5
     assert found["late"] == {"failed": "RuntimeError: too late"}
 
 
 def test_compiled_peers_only_where_ours_are(words):
-    cfg = compose("bench_step", ["action=step", *words], spared=("data.train",))
+    cfg = config(words)
     bench = make_bench(cfg)
     assert "reference_compiled" not in variant_names(cfg, bench)
     bench.module.compile_mode = "default"

@@ -34,7 +34,8 @@ VERBS = {
     ),
     "tokenize": Verb("tokens of shards, computed once for data.tokens", "beit_pretrain.tokenizers.tokenize:tokenize"),
     "fit": Verb(
-        "train what +experiment= names: a tokenizer, a backbone (BEiT, MAE), a classifier, probes, a segmenter", "beit_pretrain.engine.fit:fit"
+        "train what +experiment= names: a tokenizer, a backbone (BEiT, MAE), a classifier, probes, a segmenter",
+        "beit_pretrain.engine.fit:fit",
     ),
     "probe": Verb(
         "linear probes and kNN on the frozen features of every layer", "beit_pretrain.evaluation.probe_layers:probe"

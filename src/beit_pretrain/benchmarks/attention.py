@@ -128,7 +128,7 @@ CUDA = ("sdpa_odd", "sdpa_efficient", "sdpa_cudnn", "triton", "flex")  # kernels
 
 
 def kernels(device: torch.device) -> dict[str, Kernel]:
-    """Those that there are for a device."""
+    """The kernels that run on a device."""
     return {name: kernel for name, kernel in KERNELS.items() if device.type == "cuda" or name not in CUDA}
 
 
@@ -178,15 +178,15 @@ def errors_of(kernel: Kernel, case: Case, wanted: dict[str, Tensor]) -> dict[str
 def seconds_of(
     kernel: Kernel, case: Case, clock: Callable[[Callable[[], object]], float], number: int = 0
 ) -> list[float]:
-    """Of the forward and of the backward pass."""
+    """Seconds of the forward and of the backward pass."""
     out = kernel(case)
     return [clock(lambda: kernel(case)), clock(lambda: case.backward(out))]
 
 
 def measure_case(bench: Bench, case: Case, report: Report, rounds: int, warm_up: int) -> None:
-    """Report seconds and errors of every kernel: on a GPU of one after the other, elsewhere of all in turn.
+    """Report seconds and errors of every kernel, or why it cannot run (`failed`).
 
-    Of one that cannot run the reason, as `failed`.
+    On a GPU one kernel is finished before the next begins; elsewhere all are timed in turn.
     """
     queries, there, wanted = str(case.gradient.shape[1]), kernels(bench.device), exact(case)
     report(operations={queries: PRODUCTS * 2 * case.gradient.numel() * case.qkv.shape[1]})

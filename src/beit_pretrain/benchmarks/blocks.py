@@ -1,6 +1,6 @@
-"""Findings as tables, in Markdown and HTML. Imports nothing heavy: `bench page` runs where torch does not.
+"""Results as tables and plots, in Markdown and HTML. Imports nothing heavy: `bench page` runs without torch.
 
-Steps and attention kernels have tables of their own; what any other stage of `bench gpu` has found is listed by name.
+Steps and attention kernels have tables of their own; other stages of `bench gpu` get a list of names and values.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Block(NamedTuple):
 
 
 class RunResult(NamedTuple):
-    """What an action of `bench` has measured: for people, and as one JSON object for programs."""
+    """Result of an action of `bench`: tables for people, one JSON object for programs."""
 
     blocks: list[Block]
     found: Findings
@@ -81,7 +81,7 @@ def shown(value: Any) -> str:
 
 
 def listed(found: Findings, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
-    """Rows of names and values: single values of the two outer levels, further in those of a group together."""
+    """Rows of names and values: one row for each value of the two outer levels, one for each group below."""
     single = {name: value for name, value in found.items() if not isinstance(value, dict)}
     if len(path) < 2:
         yield from ([", ".join((*path, name)), shown(value)] for name, value in single.items())
@@ -93,26 +93,26 @@ def listed(found: Findings, path: tuple[str, ...] = ()) -> Iterator[list[str]]:
 
 
 def other_blocks(found: Findings) -> list[Block]:
-    """Any findings, by name; texts of several lines below."""
+    """A list of names and values; texts of several lines follow it."""
     texts = {name: value for name, value in found.items() if isinstance(value, str) and "\n" in value}
     rows = list(listed({name: value for name, value in found.items() if name not in texts}))
     return [Block(("what", "value"), rows), *(Block(text=text) for text in texts.values())]
 
 
 def utilisation(found: Findings, name: str) -> float | None:
-    """Of the measured peak of matrix products, for steps whose operations were counted."""
+    """Share of the measured matrix-product peak; only for steps whose operations were counted."""
     rate, operations, peak = found["images_per_s"].get(name), found.get("flops_per_image"), found.get("peak_flops")
     return rate * operations / peak if name in ("ours", "ours_cached") and rate and operations and peak else None
 
 
 def outer_cuts(values: list[float], parts: int) -> tuple[float, float]:
-    """The first and the last cut of values into parts of the same number: of 10 parts, 10 % and 90 %."""
+    """The lowest and the highest quantile that cut values into equal parts: 10 % and 90 % for 10 parts."""
     cuts = statistics.quantiles(values, n=parts, method="inclusive") if len(values) > 1 else values
     return cuts[0], cuts[-1]
 
 
 def interval(ratio: Findings) -> str:
-    """What `low` and `high` of a ratio are, for the head of a table."""
+    """What `low` and `high` of a ratio are called in a table."""
     return "95 % interval" if ratio.get("pairs", 0) >= INTERVAL else "range"
 
 
@@ -166,7 +166,7 @@ PLOTS = {"base": BARS, "curves": CURVES}
 
 
 def blocks_of(line: Findings) -> list[Block]:
-    """What the page shows of a stage."""
+    """The page's section on a stage."""
     errors = [["the stage", line["error"]]] if line.get("error") else []
     errors += [[name, error] for name, error in line.get("errors", {}).items()]
     blocks = [Block(("went wrong", "how"), errors)]
@@ -181,7 +181,7 @@ def blocks_of(line: Findings) -> list[Block]:
 
 
 def summary(lines: Iterable[Findings]) -> Block:
-    """The stages, a row each, with the most important of each."""
+    """One row for each stage, with its headline."""
     rows = []
     for line in lines:
         failed = [f"failed: {', '.join(line['errors'])}"] if line.get("errors") else []

@@ -37,7 +37,7 @@ PRECISIONS, GPUS = ("auto", "32-true", "bf16-mixed"), ("gpu", "cuda")
 
 
 class Batch(NamedTuple):
-    """The same images as everyone's loader would bring them, on the device."""
+    """The same images in the form that every variant takes, on the device."""
 
     ours: dict[str, Tensor]  # uint8 views, jitter, mask, mask_index, position, tokens
     view: Tensor  # (B, C, H, W) float32 in [0, 1]
@@ -46,12 +46,12 @@ class Batch(NamedTuple):
     token_M: Tensor  # tokens of the masked patches
 
     def without(self, name: str) -> dict[str, Tensor]:
-        """What a loader brings: not both "tokens" and the "token_image" to make them of."""
+        """A loader's batch: without "tokens", or without the "token_image" that they are made of."""
         return {key: tensor for key, tensor in self.ours.items() if key != name}
 
 
 class Bench(NamedTuple):
-    """What is measured: our module, the shapes of its inputs, where and how it runs."""
+    """What is measured: our module, its tokenizer and masks, device and precision."""
 
     module: Pretraining
     tokenizer: Tokenizer
@@ -60,7 +60,7 @@ class Bench(NamedTuple):
     device: torch.device
     bf16: bool
     now: Clock  # `bench.clock`
-    about: dict[str, Any]  # on what, and with which settings, it is measured
+    about: dict[str, Any]  # device and settings, for the results
 
     @property
     def model(self) -> MaskedImageModel:
@@ -100,7 +100,7 @@ class Bench(NamedTuple):
 
 
 def check_settings(cfg: Any) -> None:
-    """Raise UserError for another task than pre-training, and for settings that a measurement would not obey."""
+    """Raise UserError for other tasks than pre-training and for settings that `bench` would ignore."""
     given, on_gpu = cfg.trainer, wanted_gpu(cfg.trainer.accelerator)
     for wrong, message in (
         (cfg.task != "pretrain", f"pre-training; +experiment= is one of task {cfg.task}"),
@@ -192,7 +192,7 @@ def make_batch(bench: Bench, number: int) -> Batch:
 
 
 def make_masks(bench: Bench, number: int) -> tuple[Tensor, Tensor]:
-    """Masks (B, N) of batch `number` of a run, and the numbers of the masked patches (B, K), filled up with -1."""
+    """Masks (B, N) of batch `number` of a run, and the indices of the masked patches (B, K), padded with -1."""
     positions = range(number * bench.batch_size, (number + 1) * bench.batch_size)
     masks = np.stack([bench.masking.draw(generator(0, p, MASK)).reshape(-1) for p in positions])
     index = np.full((len(masks), bench.masking.max_patches), -1)

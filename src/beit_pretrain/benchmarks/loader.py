@@ -73,7 +73,7 @@ class Sides(NamedTuple):
 
 
 def read_photos(src: str | Path, limit: int) -> tuple[list[bytes], int]:
-    """At most `limit` encoded images, all of which decode, and how many others do not.
+    """At most `limit` encoded images that decode, and the number of those that do not.
 
     Of a shard folder the first, of a folder or tar evenly spaced ones. Raises UserError if there is no image.
     """
@@ -152,7 +152,7 @@ def mean_grey(image_BCHW: Tensor) -> Tensor:
     return (avg_pool2d(image_BCHW.mean(1, keepdim=True), 8) * 255).long().flatten(1)
 
 
-# In place of a tokenizer, as no loader looks at which tokens it reads.
+# A stand-in for a tokenizer: which tokens a loader reads does not matter.
 TOKENIZER: Any = SimpleNamespace(vocab_size=256, downsample=8, in_chans=3, encode=mean_grey, digest=lambda: "0" * 64)
 TOKENIZER.to = lambda device: TOKENIZER
 
@@ -206,7 +206,7 @@ def measure(work: Mapping[str, Callable[[int], object]], rounds: int, batches: i
 
 
 def device_part(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Both views of a batch as the networks want them: what ours leaves to the device, and `reference` has done."""
+    """Both views of a batch as network inputs: the work that ours leaves to the device and `reference` does itself."""
     image, token_image = jittered_views(batch)
     return normalise(image, HALF, HALF), token_image * 0.8 + 0.1
 

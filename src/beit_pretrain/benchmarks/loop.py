@@ -42,7 +42,7 @@ SAVES = 2  # checkpoints, of which the last is reported: the first also allocate
 
 
 class InterleavedLoader:
-    """Batches for the Trainer, `blocks` of so many `steps`; before each block a bare loop takes the same ones."""
+    """Batches for the Trainer, in `blocks` of `steps`; before each block a bare loop takes the same steps."""
 
     def __init__(self, bench: Bench, blocks: int, steps: int):
         self.bench, self.blocks, self.steps = bench, blocks, steps

@@ -18,14 +18,14 @@ from beit_pretrain.models.cpu_kernels import ONEDNN, linear
 
 CALLS, SAMPLES, WARM_UP = 5, 20, 3  # of `kernel_seconds`: calls of a sample, samples, calls before them
 CYCLES = 2e9  # of a GPU in a second, at the most
-HOST_MARGIN = 1.5  # the GPU is kept busy so many times as long as the host needs to queue the calls
+HOST_MARGIN = 1.5  # times the host's time to queue the calls for which the GPU is kept busy
 OUTSIDE = 0.025  # probability that the true median lies below an interval, and above
 Clock = Callable[[], float]  # seconds
 Result = TypeVar("Result")
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, now: Clock = time.perf_counter) -> float:
-    """Seconds of some work: between two CUDA events on a GPU, waited for before; by `now` elsewhere."""
+    """Seconds of some work, between two CUDA events on an idle GPU, by the clock `now` elsewhere."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return event_seconds(work)
@@ -46,8 +46,8 @@ def event_seconds(work: Callable[[], object]) -> float:
 def kernel_seconds(work: Callable[[], object]) -> float:
     """Median seconds of a short piece of work on a GPU, warmed up.
 
-    Several calls are timed together, and queued while the GPU is kept busy: the host's time for a call, which for some
-    kernels is longer than the GPU's, does not count. In a compiled step it would not either.
+    Several calls are timed together and queued while the GPU is kept busy, so that the host's time for a call, which
+    for some kernels is longer than the GPU's, does not count; in a compiled step it would not either.
     """
 
     def calls(count: int = CALLS) -> None:
@@ -70,9 +70,9 @@ def kernel_seconds(work: Callable[[], object]) -> float:
 def in_turn(
     work: Mapping[str, Callable[[int], Result]], rounds: int, warm_up: int = 0, seed: int = 0
 ) -> Iterator[dict[str, list[Result]]]:
-    """Results of all work, in turn, in an order drawn anew every round; given after every round but those of warm-up.
+    """Run all work in a new random order every round, so that other load on the machine slows all of it alike.
 
-    So whatever else the machine does slows all alike. Work gets the number of the round, from 0, warm-up included.
+    `work` gets the number of the round, warm-up included. Yields all results so far after every round but warm-up.
     """
     found: dict[str, list[Result]] = {name: [] for name in work}
     order = np.random.default_rng(seed)
@@ -86,14 +86,13 @@ def in_turn(
 
 
 def compared(slow: Sequence[float], fast: Sequence[float]) -> dict[str, Any]:
-    """How many times as fast the second is: of seconds in pairs, measured one after the other.
+    """How many times as fast the second is, from pairs of seconds measured one after the other.
 
-    `low` and `high` hold the true `median` with a probability of 95 %; of fewer than six `pairs`, whose range they are,
-    with less. They are order statistics of the ratios, which is exact for any distribution: how many of these are below
-    the true median is how many heads there are in so many flips of a coin.
+    `low` and `high` are the 95 % confidence interval of the `median`, from order statistics of the ratios: the number
+    of ratios below the true median is binomial, whatever their distribution. Of fewer than six `pairs` it is the range.
     """
     values = np.sort(np.asarray(slow, float) / np.asarray(fast, float))
-    pairs, below, outside = len(values), 1, 0  # of the 2^pairs outcomes those with `outside` heads or fewer
+    pairs, below, outside = len(values), 1, 0  # of 2^pairs outcomes, those with at most `outside` below
     while below < OUTSIDE * 2**pairs:
         outside += 1
         below += math.comb(pairs, outside)
@@ -151,10 +150,7 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
 def matmul_rate(
     device: torch.device, dtype: torch.dtype, side: int, now: Clock = time.perf_counter, seconds: float | None = None
 ) -> float:
-    """FLOP/s of products of square matrices: the best of a few samples; or, over so many `seconds`, the mean.
-
-    Of random numbers: on zeros a GPU is faster.
-    """
+    """FLOP/s of products of square random matrices: the best of a few samples, or the mean over so many `seconds`."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     calls, samples = (2 if device.type == "cpu" else 20), 3
     if seconds is not None:

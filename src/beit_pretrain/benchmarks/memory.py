@@ -2,7 +2,7 @@
 
 On a GPU the peaks of two small batches are measured, in uncompiled steps; the straight line through them predicts the
 largest batch, which is then tried. Elsewhere it is reckoned, without computing anything: weights, gradients and
-moments, and what a forward pass keeps, which grows with the batch in a straight line too.
+moments, and what a forward pass keeps, which is linear in the batch size too.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def reckoned(cfg: Any, limit: int) -> Fits:
 
 
 def kept(bench: Bench) -> int:
-    """Bytes that the backward pass of a batch would need: of shapes alone, on fake tensors."""
+    """Bytes that the backward pass of a batch would need, from shapes alone: on fake tensors."""
     batch = make_batch(bench, 0)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, bench.precision():
         given = (batch.view, *(batch.ours[name] for name in ("mask", "mask_index", "tokens")))
@@ -104,7 +104,7 @@ def kept(bench: Bench) -> int:
 
 
 def bench_memory(cfg: Any) -> RunResult:
-    """The largest batches of base and large, whatever shape the experiment sets for its own network: that would win."""
+    """The largest batches of base and large; the experiment's own network shape is dropped, since it would win."""
     on_gpu, rows, found = wanted_gpu(cfg.trainer.accelerator), [], {}
     if cfg.bench.memory_gb is None and not on_gpu:
         raise UserError("bench memory on a CPU needs bench.memory_gb=, such as 24")

@@ -1,7 +1,7 @@
-"""Other people's training step, for comparison: the authors' release written out plainly, timm, transformers.
+"""Training steps of other implementations: the authors' release written out plainly, timm, transformers.
 
-Each takes normalised images, a mask and the tokens of the masked patches, and gives the loss of the same objective; so
-all of them learn the same from a batch. Shapes as in models/backbone.py.
+Each takes normalised images, a mask and the tokens of the masked patches, and gives the loss of the same objective.
+Shapes as in models/backbone.py.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Transformers(nn.Module):
 
 
 def peer_step(bench: Bench, name: str) -> Callable[[Batch], object]:
-    """The training step of a variant of others, with a network of its own, our optimiser and torch's clipping."""
+    """The training step of a peer: its own network, our optimiser, torch's gradient clipping."""
     model: nn.Module
     if name.startswith("transformers"):
         model = Transformers(bench.model, "eager" if name == "transformers_eager" else "sdpa")
@@ -113,7 +113,7 @@ def peer_step(bench: Bench, name: str) -> Callable[[Batch], object]:
 def learn(
     bench: Bench, loss_of: Any, optimizer: torch.optim.Optimizer, image: Tensor, mask: Tensor, token_M: Tensor
 ) -> Tensor:
-    """One step of a network of others; the loss before it."""
+    """One optimiser step of a peer; returns its loss."""
     with bench.precision():
         loss: Tensor = loss_of(image, mask, token_M)
     loss.backward()
@@ -125,7 +125,7 @@ def learn(
 
 
 def packages_encoder(bench: Bench) -> Callable[[Tensor], Tensor]:
-    """Tokens (B, N) as the release computes them; for a tokenizer of another kind, its own way."""
+    """Encoder of the `dall_e` package, as in the release; another kind of tokenizer encodes by itself."""
     if not isinstance(bench.tokenizer, OpenAITokenizer):
         return bench.tokenizer.encode
     from dall_e import map_pixels

@@ -1,6 +1,6 @@
-"""What has been found so far. Imports nothing heavy.
+"""Results of a measurement, collected piece by piece. Imports nothing heavy.
 
-In a process of `bench gpu` every piece is on the disk at once, so that a stage that is killed still leaves it.
+In a stage of `bench gpu` every piece is written to the disk at once, so that a killed stage keeps its results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Report:
         self.errors: dict[str, str] = {}  # of parts
 
     def __call__(self, **found: Any) -> None:
-        """Add findings; dictionaries are merged with what was found under the same names before."""
+        """Add results; dictionaries are merged with earlier ones of the same name."""
         merge(self.found, found)
         self.write(found=found)
 
@@ -43,7 +43,7 @@ class Report:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """A part of the work. Where there is a file, an error in it is reported and the work goes on after it."""
+        """A part of the work. With a file, its errors are reported and the work continues after it."""
         try:
             yield
         except Exception as error:
@@ -60,7 +60,7 @@ class Report:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """All pieces of a report's file merged, each under its name where there is one."""
+    """All pieces of a report's file, merged."""
     whole: dict[str, Any] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -80,7 +80,7 @@ def merge(whole: dict[str, Any], piece: dict[str, Any]) -> None:
 
 
 def compact(value: Any) -> Any:
-    """Numbers to six digits, to keep lines short; what JSON does not know as text."""
+    """Round numbers to six digits; convert what JSON does not know to text."""
     if isinstance(value, dict):
         return {str(key): compact(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

@@ -40,11 +40,11 @@ from beit_pretrain.tasks.pretrain import MIMOutput, PretrainData, two_views
 from beit_pretrain.tokenizers.tokenizer import view_size
 from beit_pretrain.transforms.jitter import jittered_view
 
-BATCHES = 4  # different ones, in turn
+BATCHES = 4  # different batches, used in turn
 STEPS = 5  # of a sample on a GPU, unless bench.steps says it
 PARTS = 6  # steps in which the parts are timed; the first is not counted
 SPARE = 4.0  # seconds of a stage's time that are kept for its end
-PAIRS = (  # what is divided by what
+PAIRS = (  # of which ratios are reported
     *(("ours", other) for other in ("reference", "reference_compiled", "timm", "transformers", "transformers_eager")),
     *((own, "reference_tokenizer") for own in ("ours_tokenizer", "ours_cached")),
 )
@@ -68,14 +68,13 @@ def our_steps(bench: Bench) -> dict[str, Variant]:
 
 def take_step(
     bench: Bench, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], view: Tensor, tokens: Tensor
-) -> Tensor:
-    """One step of ours; the mean loss of the masked patches before it."""
+) -> MIMOutput:
+    """One optimiser step; returns the output of its forward pass."""
     found = forward(bench, batch, view, tokens)
-    loss = (found.loss_sum / found.masked).detach().clone()  # a CUDA graph will overwrite its own
     backward(bench, batch, found)
     optimizer.step()
     optimizer.zero_grad()
-    return loss
+    return found
 
 
 def forward(bench: Bench, batch: dict[str, Tensor], view: Tensor, tokens: Tensor) -> MIMOutput:
@@ -145,7 +144,7 @@ def first_step(bench: Bench, variant: Variant) -> dict[str, Any]:
 def started(
     bench: Bench, names: Sequence[str], report: Report, check_time: Callable[[str], object] = lambda name: None
 ) -> dict[str, Variant]:
-    """Variants after their first step, ours first; what they cost is reported, and which of them fail.
+    """Take the first step of every variant, ours first, and report costs and failures; returns the working variants.
 
     `check_time`, called with a name before a network of others is built, may raise. Raises RuntimeError if ours fail.
     """
@@ -181,17 +180,21 @@ def measure_rounds(
     pairs: Sequence[tuple[str, str]] = PAIRS,
     left: Callable[[], float] = lambda: math.inf,
 ) -> None:
-    """Report seconds of a step of every variant, the mean of so many in a row; and what they say, after every round.
+    """Report seconds of a step of every variant, the mean of `steps` in a row, and rates and ratios, after every round.
 
-    Ends early if of the seconds that are `left` there are too few for another round.
+    Ends early if the seconds `left` are too few for another round.
     """
     batches, count = [make_batch(bench, number) for number in range(BATCHES)], steps or (STEPS if bench.on_gpu else 1)
 
     def sample(variant: Variant, number: int) -> float:
         for batch in batches:  # other draws of drop path every round
             batch.ours["position"] = torch.arange(bench.batch_size, device=bench.device) + number * bench.batch_size
-        given = [batches[(number + step) % BATCHES] for step in range(count)]
-        return bench.seconds(lambda: [variant(batch) for batch in given]) / count
+
+        def work() -> None:
+            for step in range(number, number + count):
+                variant(batches[step % BATCHES])
+
+        return bench.seconds(work) / count
 
     start = time.monotonic()
     work = {name: partial(sample, variant) for name, variant in variants.items()}
@@ -264,7 +267,7 @@ def host_batches(cfg: Any, bench: Bench) -> Iterable[dict[str, Tensor]]:
 def bench_step(cfg: Any) -> RunResult:
     """Images/s of every variant, the ratios with their intervals, shares of time, memory."""
     bench, report = make_bench(cfg), Report()
-    on_host = host_batches(cfg, bench)  # before the rounds, which take long: what is wrong with the data is said now
+    on_host = host_batches(cfg, bench)  # before the long rounds: problems with the data show at once
     report(about=bench.about)
     variants, before = started(bench, variant_names(cfg, bench), report), compile_counts()
     measure_rounds(bench, variants, report, cfg.bench.rounds, cfg.bench.warm_up, cfg.bench.steps, cfg.seed)
@@ -279,5 +282,5 @@ def bench_step(cfg: Any) -> RunResult:
 
 
 def variant_names(cfg: Any, bench: Bench) -> list[str]:
-    """Those of the config; compiled ones of others only where ours are compiled."""
+    """Variants of the config; compiled peers only where ours is compiled."""
     return [name for name in cfg.bench.variants if bench.module.compile_mode is not None or "compiled" not in name]

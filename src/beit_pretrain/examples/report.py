@@ -199,7 +199,7 @@ def bars(numbers: dict) -> str:
         axes.plot([x] * len(values), values, "k.", markersize=8)
     axes.axhline(numbers["chance_accuracy"], color="grey", linestyle=":", label="chance")
     axes.set(
-        title="accuracy on held-out images", xticks=[0, 1], xticklabels=["pre-trained", "from scratch"], ylim=(0, 1)
+        title="accuracy on held-out images", ylim=(0, 1), xticks=[0, 1], xticklabels=["pre-trained", "from scratch"]
     )
     text = (
         f"<p>{numbers['labelled_images']} labelled images of {numbers['classes']} classes, "

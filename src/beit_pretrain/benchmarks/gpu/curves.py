@@ -1,7 +1,7 @@
 """The stage `curves`: the loss over some hundred steps on the fast and on the plain path, same weights, same data.
 
 Images are smooth and their tokens follow from the colours, so there is something to learn. Both paths drop the same
-branches. A second run of the fast path on other data says how far two curves are apart by chance (`noise`).
+branches. A second run of the fast path on other data shows how far two curves differ by chance (`noise`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def curves(setup: Setup, report: Report) -> None:
 
 
 def differences(losses: dict[str, list[float]]) -> dict[str, Any]:
-    """Over the second half: how far the plain path is from the fast one, and other data from it."""
+    """Mean and largest difference from the fast path over the second half: of the plain path, and of other data."""
     fast = losses.get("fast", [])
     found: dict[str, Any] = {}
     for name, label in (("plain", "difference"), ("fast, other data", "noise")):
@@ -58,7 +58,7 @@ def differences(losses: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def trained(setup: Setup, bench: Bench, path: Path, seed: int) -> list[float]:
-    """Losses of the steps for which there is time."""
+    """Losses of all steps, or of those for which there is time."""
     step, optimizer = path
     found: list[Tensor] = []
     for number, batch in zip(range(setup.sizes.curve), stream(bench, seed), strict=False):
@@ -71,7 +71,7 @@ def trained(setup: Setup, bench: Bench, path: Path, seed: int) -> list[float]:
 
 
 def stream(bench: Bench, seed: int) -> Iterator[Batch]:
-    """Batches without end, the same for the same seed."""
+    """An endless stream of batches, determined by the seed."""
     rng = torch.Generator(bench.device).manual_seed(seed)
     masks = [make_masks(bench, MASKS * seed + number) for number in range(MASKS)]
     patch, number = bench.model.config["patch_size"], 0
@@ -87,7 +87,7 @@ def stream(bench: Bench, seed: int) -> Iterator[Batch]:
 
 
 def smooth_images(bench: Bench, patch: int, rng: torch.Generator) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] of a few colours that run into each other, channels innermost as a loader's."""
+    """Images (B, C, H, W) in [0, 1] of smooth colour gradients, channels last as from a loader."""
     coarse = torch.rand((bench.batch_size, bench.model.config["in_chans"], 4, 4), generator=rng, device=bench.device)
     size = [side * patch for side in bench.model.grid]
     image = F.interpolate(coarse, size, mode="bicubic", align_corners=False).clamp_(0, 1)
@@ -97,7 +97,12 @@ def smooth_images(bench: Bench, patch: int, rng: torch.Generator) -> Tensor:
 def fast_path(bench: Bench) -> Path:
     """Our step."""
     optimizer = bench.optimizer()
-    return lambda batch: take_step(bench, optimizer, batch, batch["view"], batch["tokens"]), optimizer
+
+    def step(batch: Batch) -> Tensor:
+        found = take_step(bench, optimizer, batch, batch["view"], batch["tokens"])
+        return (found.loss_sum / found.masked).detach()
+
+    return step, optimizer
 
 
 def plain_path(bench: Bench) -> Path:
@@ -119,7 +124,7 @@ def plain_path(bench: Bench) -> Path:
 
 
 class GivenDrop(nn.Module):
-    """Drop path of one residual branch, by decisions from outside: `uniform_BR` in [0, 1), those of our network."""
+    """Drop path of one residual branch that takes its random numbers `uniform_BR` in [0, 1) from our network."""
 
     uniform_BR: Tensor | None = None  # of all branches
 

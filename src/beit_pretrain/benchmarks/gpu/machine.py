@@ -1,4 +1,4 @@
-"""The stage `facts`: what the machine is, and what its parts can do at best."""
+"""The stage `facts`: a description of the machine, its memory bandwidth and its matrix-product peak."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def facts(setup: Setup, report: Report) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the driver's side of CUDA and the packages that there are."""
+    """Versions of Python, CUDA, cuDNN and installed packages."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     found["cudnn"] = str(torch.backends.cudnn.version())
     for package in PACKAGES:
@@ -101,7 +101,7 @@ def bandwidth(device: torch.device, size: int) -> dict[str, float]:
 
 @contextmanager
 def allowing_tf32(allowed: bool) -> Iterator[None]:
-    """Products and convolutions of float32 as TF32, or in full (torch's own choice is TF32 for convolutions alone)."""
+    """Run float32 products and convolutions as TF32, or in full precision (torch's default: TF32 for convolutions)."""
     products, convolutions = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     unset = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
@@ -109,5 +109,5 @@ def allowing_tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products, convolutions
-        # "none" once more: compiled code is looked up in the cache by this word.
+        # Back to "none": this word is part of the key of the compile cache.
         torch.backends.cuda.matmul.fp32_precision = unset

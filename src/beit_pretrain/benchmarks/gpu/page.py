@@ -1,6 +1,6 @@
 """The page of `bench gpu`, made from the lines of `gpu.jsonl` alone: on the machine itself, or later on another one.
 
-Of each stage the newest line that has findings counts. Imports nothing heavy; plots are drawn where matplotlib is.
+Of each stage it shows the newest line with results. Imports nothing heavy; plots need matplotlib.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ tr:nth-child(even) { background: #eee }</style><h1>bench gpu</h1>
 
 
 def newest(out: Path) -> dict[str, Findings]:
-    """Stage -> its newest line in a folder's gpu.jsonl that has findings, else its newest; in the order of the stages.
+    """Stage -> its newest line with results in a folder's gpu.jsonl, else its newest line; in the order of the stages.
 
-    A torn line is left out. Raises UserError if there is none.
+    Torn lines are skipped. Raises UserError if no line is left.
     """
     try:
         text = (out / LINES).read_text()
@@ -53,7 +53,7 @@ def newest(out: Path) -> dict[str, Findings]:
 
 
 def append(path: Path, line: dict[str, Any]) -> str:
-    """Append a line of JSON and have it on the disk. Returns it."""
+    """Append a line of JSON and flush it to the disk; returns it."""
     text = json.dumps(line)
     with path.open("a") as file:
         file.write(text + "\n")
@@ -63,7 +63,7 @@ def append(path: Path, line: dict[str, Any]) -> str:
 
 
 def keep_leftovers(out: Path) -> None:
-    """Make lines of what stages of a run had found that was killed itself."""
+    """Turn partial results of a killed run into lines."""
     for path in sorted(out.glob(f"*{PARTIAL}")):
         if found := read(path):
             line = {"run": "earlier", "stage": path.name.removesuffix(PARTIAL), "status": "cut short", "seconds": 0.0}

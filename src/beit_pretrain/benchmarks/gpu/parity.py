@@ -50,7 +50,7 @@ def parity(setup: Setup, report: Report) -> None:
         report(tokens=token_parity(bench, smooth_images(bench, bench.tokenizer.downsample, rng)))
         report.write(headline=f"tokens as fp32: {report.found['tokens']['ours_and_fp32']:.1%}")
     there = kernels(bench.device)
-    # Not: no_bias, another function; flex, which compiles for long and is in the stage `attention`.
+    # Without no_bias, another function, and flex, which compiles for long and is in the stage `attention`.
     theirs = [name for name in there if name not in ("no_bias", "flex", "triton")]
     dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 3 if bench.on_gpu else 2]
     for names in (theirs, [name for name in there if name == "triton"]):
@@ -69,7 +69,7 @@ def parity(setup: Setup, report: Report) -> None:
 
 
 def wrong_kernels(found: dict[str, dict[str, float] | str]) -> list[str]:
-    """What is wrong with the errors of some kernels; one that did not run is a text and not judged, but for ours."""
+    """Problems of kernels by their errors; a kernel that did not run has a text instead, which counts for ours only."""
     wrong, usual = [], found.get(THEIRS)
     for name, errors in found.items():
         if isinstance(errors, str):
@@ -179,7 +179,7 @@ def compare_views(report: Report, cfg: Any) -> None:
 
 
 def said_of(counts: CompileCounts) -> list[str]:
-    """A line if something was not one graph, compiled once."""
+    """A line unless everything was one graph, compiled once."""
     if counts.clean and counts.graphs == 1:
         return []
     reasons = "; ".join(compile_reasons(counts)[:3])

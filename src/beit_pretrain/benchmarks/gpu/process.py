@@ -25,12 +25,12 @@ from beit_pretrain.benchmarks.report import Report, read, short
 from beit_pretrain.processes import end_with_parent
 
 NO_GPU = 3
-GRACE = 2.0  # seconds between asking a process to end and killing it, and for it to be gone
-MARGIN = 3.0  # seconds before the limit at which a stage that still runs leaves the places of its threads in the log
+GRACE = 2.0  # seconds between SIGTERM and SIGKILL, and to wait after it
+MARGIN = 3.0  # seconds before the limit at which the stack of every thread is written to the log
 
 
 class StageProcess:
-    """A stage's process, which imports what it needs and waits for `go`."""
+    """A stage's process: it imports what the stage needs and waits for `go`."""
 
     def __init__(self, stage: Stage, job: dict[str, Any], log: Path, environment: dict[str, str]):
         self.stage, self.partial, self.log = stage, Path(job["partial"]), log
@@ -43,21 +43,21 @@ class StageProcess:
             )
 
     def go(self, seconds: float) -> None:
-        """Let the stage begin; it has so many seconds."""
+        """Start the stage, with a limit in seconds."""
         with self.log.open("a") as file:
             file.write(f"== {self.stage.name}\n")
         self.began, self.seconds, self.log_start = time.monotonic(), seconds, self.log.stat().st_size
         assert self.process.stdin is not None
-        with suppress(OSError):  # it has ended already: its exit code will say so
+        with suppress(OSError):  # the process has ended already; its exit code tells
             self.process.stdin.write(f"{self.began + seconds}\n".encode())  # a clock that all processes share
             self.process.stdin.close()
 
     def wait(self) -> dict[str, Any]:
-        """Wait until the stage has ended, or end it; its line."""
+        """Wait for the stage, or end it at its limit; returns its line."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(max(0.1, self.began + self.seconds - time.monotonic()))
         code = self.process.poll()
-        self.end()  # and what it has started
+        self.end()  # also processes that it started
         if code is None:
             return self.outcome("timeout", f"still running after {self.seconds:.0f} s")
         if code == NO_GPU:
@@ -66,7 +66,7 @@ class StageProcess:
         return self.outcome("failed" if code else "ok", f"{how}: {self.last_lines()}" if code else None)
 
     def outcome(self, status: str, error: str | None = None) -> dict[str, Any]:
-        """The stage's line, from its report; what this says of an error goes before, but for a timeout."""
+        """The stage's line for gpu.jsonl; an error in its report replaces `error`, except after a timeout."""
         found = read(self.partial)
         self.partial.unlink(missing_ok=True)
         if status == "ok" and found.get("errors"):
@@ -84,12 +84,12 @@ class StageProcess:
         return " | ".join(lines[-count:])[-400:]
 
     def end(self) -> None:
-        """End the process and all that it has started: they are one process group."""
+        """End the process and its children, which are one process group."""
         for signum in (signal.SIGTERM, signal.SIGKILL):
             if signum == signal.SIGKILL or self.process.poll() is None:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(self.process.pid, signum)
-                with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver: go on without it
+                with suppress(subprocess.TimeoutExpired):  # it hangs in the driver; continue without it
                     self.process.wait(GRACE)
 
 

@@ -1,4 +1,4 @@
-"""The stages of a real run: images, shards, tokens, `fit` with its loader; and the prefetcher on and off."""
+"""The stages of a real run: shards, tokens, `fit` with its loader; and `fit` with the prefetcher on and off."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def num_workers(setup: Setup) -> int:
 
 
 def loader_workers(setup: Setup) -> int:
-    """Processes of the loader; 0 = this one. They hand batches over in shared memory, of which there may be little."""
+    """Loader processes, 0 = this one; limited by the shared memory in which they hand over batches."""
     if setup.tiny:
         return 0
     shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 2**60
@@ -94,7 +94,7 @@ def fit(setup: Setup, report: Report) -> None:
 
 
 def prefetch(setup: Setup, report: Report) -> None:
-    """The same loader with the tokenizer on line, the next batch prepared beside the step or not."""
+    """The same loader with the tokenizer on line, with and without device prefetch."""
     for name, switch in (("off", "device_prefetch=false"), ("on", "device_prefetch=true")):
         with report.part(name):
             where = trained(setup, lambda found: report(prefetch={name: found}), setup.sizes.switched, switch)  # noqa: B023
@@ -104,7 +104,7 @@ def prefetch(setup: Setup, report: Report) -> None:
 
 
 def trained(setup: Setup, say: Callable[[dict[str, Any]], None], steps: int, *words: str) -> Path:
-    """Run `fit` in this process, in a folder of its own, which is returned; say how fast it is, now and then."""
+    """Run `fit` in this process and report its speed through `say`; returns its folder."""
     batch, where = setup.sizes.base, setup.scratch / f"run-{time.time_ns()}"
     given = [
         *(f"global_batch_size={batch}", f"batch_size={batch}", f"steps={steps}", f"log_every={LOG_EVERY}"),
@@ -121,7 +121,7 @@ def trained(setup: Setup, say: Callable[[dict[str, Any]], None], steps: int, *wo
 
 @contextmanager
 def watched(where: Path, say: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Inside, say from time to time how fast the run in a folder is so far."""
+    """While the block runs, report the speed of the run in a folder every `POLL` seconds."""
     over = threading.Event()
 
     def poll() -> None:

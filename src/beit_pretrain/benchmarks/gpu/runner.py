@@ -26,7 +26,7 @@ from beit_pretrain.cli import EXPERIMENT
 from beit_pretrain.errors import UserError
 
 LOG = "stages.log"
-RESERVE = 6.0  # seconds kept for the page
+RESERVE = 6.0  # seconds reserved for the page
 OWN = ("action=", "device=", "bench.seconds=", "bench.only=", "bench.tiny=", "bench.out=", "bench.scratch=")
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -81,7 +81,7 @@ class Runner:
         return self.deadline - time.monotonic()
 
     def start(self, stage: Stage, later: Sequence[Stage]) -> None:
-        """Let a stage begin. One in the foreground is waited for, while the next one's process imports."""
+        """Start a stage. Wait for it if it is in the foreground, while the next stage's process imports."""
         process, limit = self.take(stage), stage.limit
         self.running.append(process)
         if self.chosen and not stage.background:
@@ -94,7 +94,7 @@ class Runner:
             self.join(process)
 
     def take(self, stage: Stage) -> StageProcess:
-        """The stage's process: the one that is ready, if it is this stage's."""
+        """The stage's process: the one that was started ahead, or a new one."""
         if self.ready is not None and self.ready.stage == stage:
             process, self.ready = self.ready, None
             return process
@@ -108,7 +108,7 @@ class Runner:
             self.ready = None
 
     def join(self, process: StageProcess) -> None:
-        """Wait for a stage and write its line. Raises UserError if the first one to run has found no GPU."""
+        """Wait for a stage and write its line. Raises UserError if the first stage to run found no GPU."""
         line = process.wait()
         if process.process.returncode == NO_GPU and all(line["status"] == "skipped" for line in self.lines):
             raise UserError(
@@ -118,7 +118,7 @@ class Runner:
         self.write(line)
 
     def stop(self) -> None:
-        """End what runs; keep what it has found."""
+        """End running stages and write their lines."""
         for process in self.running:
             if process.process.poll() is None:
                 process.end()
@@ -127,14 +127,14 @@ class Runner:
                 self.write(process.wait())
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line, on the disk before anything else happens; print it; write the page."""
+        """Append a line, flushed to the disk; print it; update the page."""
         self.lines.append({"run": self.run, "at": round(time.monotonic() - self.began, 1), **line})
         print(append(self.out / LINES, self.lines[-1]), flush=True)
         write_page(self.out, plots=False)
 
 
 def chosen(only: Any) -> list[Stage]:
-    """The stages that `bench.only` names, in their order. Raises UserError for a name that is none."""
+    """The stages in `bench.only`, in their order. Raises UserError for an unknown name."""
     known = [stage.name for stage in STAGES]
     names = known if only is None else [name.strip() for name in (only.split(",") if isinstance(only, str) else only)]
     for name in names:
@@ -144,7 +144,7 @@ def chosen(only: Any) -> list[Stage]:
 
 
 def prepared_folder(path: str, setting: str) -> Path:
-    """A folder that exists and can be written into. Raises UserError."""
+    """Create a folder, if needed. Raises UserError if it cannot be written."""
     folder = Path(path).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def prepared_folder(path: str, setting: str) -> Path:
 
 
 def scratch_folder(path: str | None) -> Path:
-    """Where caches, images and runs are: as asked for, or the user's own in the system's temporary folder."""
+    """Folder of caches, images and runs: the given one, or the user's own in the system's temporary folder."""
     if path is not None:
         return prepared_folder(path, "bench.scratch")
     folder = Path(tempfile.gettempdir()) / f"beit_pretrain_bench_{os.getuid()}"

@@ -28,7 +28,7 @@ LOSS_OFF, GRADIENTS_OFF = 1e-2, 5e-2  # relative difference of a step under two 
 
 
 def warm(setup: Setup, report: Report) -> None:
-    """Compile what `base` and `large` run, but for what `compile` compiles meanwhile."""
+    """Fill the compile cache for `base` and `large`, except for what the stage `compile` compiles."""
     with report.part("base"):
         bench = setup.bench(report, "base")
         reference = peer_step(bench, "reference_compiled")
@@ -44,7 +44,7 @@ def warm(setup: Setup, report: Report) -> None:
 
 
 def warmed(setup: Setup) -> Path:
-    """A file that is there if the compiled reference is in the cache, for these settings."""
+    """Marker file: the compiled reference is in the cache for these settings."""
     name = hashlib.sha256(repr((setup.words, setup.sizes)).encode()).hexdigest()[:16]
     return setup.scratch / f"reference-compiled-{name}"
 
@@ -52,7 +52,7 @@ def warmed(setup: Setup) -> Path:
 def interleaved(
     setup: Setup, report: Report, size: str, names: tuple[str, ...] = OURS[:1], experiment: str | None = None
 ) -> None:
-    """Variants of a step, interleaved. One that fails is reported, and left out."""
+    """Measure variants of a step, interleaved. A variant that fails is reported and left out."""
     bench = setup.bench(report, size, experiment=experiment)
 
     def check_time(name: str) -> None:
@@ -118,7 +118,7 @@ def compare_numbers(report: Report, numbers: dict[str, Gradients], usual: str, o
 
 
 def in_graph_steps(variant: Callable[[Batch], object]) -> Variant:
-    """Tell CUDA graphs where a step begins: what the last one returned may be overwritten."""
+    """Mark the beginning of a step for CUDA graphs: outputs of the last one may be overwritten."""
 
     def step(batch: Batch) -> None:
         torch.compiler.cudagraph_mark_step_begin()
