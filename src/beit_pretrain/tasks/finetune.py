@@ -158,10 +158,7 @@ class Finetune(Task):
         if source is None:
             model = Classifier(len(data.classes), cfg.model.pool or "avg", **network(cfg))
         else:
-            same = source.about.get("classes") in (
-                None,
-                list(data.classes),
-            )  # a head for other classes cannot be reused
+            same = source.about.get("classes") in (None, list(data.classes))  # else the head cannot be reused
             drop = cfg.model.drop_path_rate
             model = classifier(source, cfg.image_size, len(data.classes), drop, cfg.model.pool, new_head=not same)
             model.train()

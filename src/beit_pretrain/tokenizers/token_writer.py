@@ -41,7 +41,7 @@ def work_folder(out: Path, part: tuple[int, int]) -> Iterator[Path]:
             yield work
     except OSError as error:
         raise UserError(
-            f"cannot write tokens to {out}: {error.strerror or error}; finished shards are kept: rerun the same "
+            f"cannot write tokens to {out}: {error.strerror or error}; finished shards are kept; rerun the same "
             "command to resume"
         ) from None
     finally:

@@ -263,7 +263,7 @@ def _failing(device: torch.device) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise UserError(
-            f"tokenizing on {device} failed: {first_line(error)}; finished shards are kept: rerun the same command to "
+            f"tokenizing on {device} failed: {first_line(error)}; finished shards are kept; rerun the same command to "
             "resume, with a smaller batch_size= or fewer num_workers= if memory is short"
         ) from error
 
