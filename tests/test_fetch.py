@@ -252,7 +252,7 @@ class TestRefusals:
         torch.save(encoder, tmp_path / "other.pkl")
         server.files["/encoder.pkl"] = (tmp_path / "other.pkl").read_bytes()
         said = one_line(run_cli("download", f"out={copy}", *addresses(server)))
-        assert f"is not the encoder.pkl that {copy / 'weights.json'} tells of" in said
+        assert f"is not the encoder.pkl recorded in {copy / 'weights.json'}" in said
         assert not list(copy.glob("*encoder*"))
 
     @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_a_full_disk_is_one_line(shards, dvae_checkpoint, whole, tmp_path):
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: cannot write tokens to")
-    assert "File too large; what is finished is kept: give the same command again" in last
+    assert "File too large; finished shards are kept; rerun the same command to resume" in last
     assert "Traceback" not in done.stderr
     assert not (source / "tokens").exists()
     assert not list((source / ".tokens.making/tokens").iterdir())

@@ -1,1 +1,1 @@
-"""Shards, and the order in which a run reads them."""
+"""Shards, and the order in which a run reads their samples."""

@@ -1,18 +1,18 @@
-"""Shards of other machines on this one's disk: a folder of bounded size that all processes of a node share.
+"""Local LRU cache of remote shards: a folder of bounded size that all processes of a node share.
 
-A shard is fetched whole and named by its SHA-256, so that neither its name nor its origin can lead out of the folder,
-data sets share what is equal, and a changed shard is another one:
+Shards are downloaded whole and named by their SHA-256. So no name can lead out of the folder, data sets share equal
+shards, and a changed shard is a new file:
 
-    <sha256>.tar         a shard that has been checked, renamed to this name when it was complete
-    <sha256>.index.npy   its index, made from it
-    <sha256>.partial     a shard on its way; whoever fetches it holds a lock on it, others wait for that
-    .lock                held while room is made and while a shard gets its name
+    <sha256>.tar         a complete, checked shard; renamed to this name when finished
+    <sha256>.index.npy   its index
+    <sha256>.partial     a shard being downloaded; the downloading process locks it, others wait
+    .lock                held while files are evicted and while a shard is renamed
 
-Whatever else lies in the folder belongs to somebody: it is neither counted nor touched.
+Other files in the folder are not counted and never touched.
 
-Room is reserved before a byte is fetched: the partial file gets its final size at once. What was not used for longest
-makes room; a file that is being read survives that, since an open file outlives its name. Use is the file's mtime,
-which readers and prefetchers renew (`ahead.py`).
+Space is reserved before a download: the partial file gets its final size at once. The least recently used shards are
+evicted; a reader that has one open can read on, since an open file outlives its name. The time of last use is the
+file's mtime, which readers and prefetchers update (`prefetch.py`).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from beit_pretrain import fileio
 from beit_pretrain.data.manifest import INDEX_DTYPE, index_shard
 from beit_pretrain.errors import UserError
 
-RECENT = 60.0  # seconds since its last use in which a shard does not make room for one that is fetched ahead
-TOUCH = 1.0  # seconds between two notes of a shard's use by one process
-WAIT = 0.1  # seconds between two looks for room
+RECENT = 60.0  # seconds since its last use in which a shard is not evicted for a prefetched one
+TOUCH = 1.0  # seconds between two updates of a shard's mtime by one process
+WAIT = 0.1  # seconds between two checks for free space
 INDEX_HEADER = 256  # bytes of an index file before its rows
-OURS = re.compile(r"[0-9a-f]{64}\.(tar|index\.npy|partial)")  # files of the cache, by name
+OURS = re.compile(r"[0-9a-f]{64}\.(tar|index\.npy|partial)")  # names of the cache's files
 
 
 class Shard(NamedTuple):
-    """What the manifest says of a shard."""
+    """A shard's entry in the manifest."""
 
     name: str
     samples: int
@@ -49,11 +49,11 @@ class Shard(NamedTuple):
 
 
 class ShardCache:
-    """The folder.
+    """The cache folder.
 
     Args:
-        folder: on a disk of this machine.
-        limit: bytes that the cache's files in it may have together.
+        folder: on a local disk.
+        limit: largest total size of the cache's files, bytes.
     """
 
     def __init__(self, folder: str | Path, limit: int):
@@ -66,10 +66,10 @@ class ShardCache:
             raise UserError(f"data.cache_dir={self.folder} cannot be written: {error.strerror}") from None
 
     def open(self, shard: Shard, fetch: Callable[[BinaryIO], None]) -> int:
-        """A file descriptor of the shard, fetched first if it is not here. Raises UserError if it cannot be had.
+        """A file descriptor of the shard, downloaded first if missing. Raises UserError if that fails.
 
-        `fetch` writes the shard, from its beginning, into the file it is given; an OSError that it raises is taken for
-        one of this folder's disk.
+        `fetch` writes the whole shard into the file that it gets; an OSError that it raises is reported as an error of
+        the local disk.
         """
         try:
             while True:
@@ -81,7 +81,7 @@ class ShardCache:
             raise UserError(f"data.cache_dir={self.folder} with {shard.name}: {error.strerror or error}") from None
 
     def fetch_ahead(self, shard: Shard, fetch: Callable[[BinaryIO], None]) -> None:
-        """Renew a shard that is here; fetch it if it is not, nobody else does, and there is room for it."""
+        """Mark a cached shard as used; download a missing one if no other process does and there is space."""
         descriptor = self._opened(shard)
         if descriptor is None:
             descriptor = self._fetched(shard, fetch, urgent=False)
@@ -89,12 +89,12 @@ class ShardCache:
             os.close(descriptor)
 
     def index(self, shard: Shard, descriptor: int) -> np.ndarray:
-        """INDEX_DTYPE rows of a shard that is open."""
+        """INDEX_DTYPE rows of an open shard."""
         with suppress(OSError, ValueError, EOFError):
             rows = np.load(self._path(shard, "index.npy"), allow_pickle=False)
             if rows.dtype == INDEX_DTYPE and len(rows) == shard.samples:
                 return rows
-        return index_shard(f"/dev/fd/{descriptor}")  # it has just made room for another one
+        return index_shard(f"/dev/fd/{descriptor}")  # the shard has just been evicted
 
     def _path(self, shard: Shard, kind: str) -> Path:
         return self.folder / f"{shard.sha256}.{kind}"
@@ -105,7 +105,7 @@ class ShardCache:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(descriptor).st_size != shard.bytes:  # somebody else has been at it
+        if os.fstat(descriptor).st_size != shard.bytes:  # another program has changed it
             os.close(descriptor)
             path.unlink(missing_ok=True)
             return None
@@ -117,7 +117,7 @@ class ShardCache:
         return descriptor
 
     def _fetched(self, shard: Shard, fetch: Callable[[BinaryIO], None], urgent: bool) -> int | None:
-        """Fetch the shard. None if it may be here by now (another process had it), or if it is not urgent and waits."""
+        """Download the shard. None if another process has, or if it is not urgent and would have to wait."""
         partial = self._path(shard, "partial")
         try:
             with fileio.exclusive_lock(partial, wait=urgent, remove=True, strict=True), partial.open("r+b") as file:
@@ -126,19 +126,19 @@ class ShardCache:
             return None
 
     def _filled(self, file: BinaryIO, shard: Shard, fetch: Callable[[BinaryIO], None], urgent: bool) -> int | None:
-        """Fetch the shard into its partial file, which this process holds, and give that its name."""
+        """Download the shard into its partial file, which this process has locked, and rename it."""
         size = shard.bytes + INDEX_HEADER + INDEX_DTYPE.itemsize * shard.samples
         if size > self.limit:
             raise UserError(f"{shard.name} has {shard.bytes:,} bytes, more than data.cache_gb leaves room for")
         while not self._reserved(file, size, urgent):
             if not urgent:
                 return None
-            time.sleep(WAIT)  # others' shards are on their way, in room of their own
+            time.sleep(WAIT)  # other processes' downloads hold reserved space
         fetch(file)
         file.flush()
         index = index_shard(file.name)
         fileio.flush(file)
-        with self._locked():  # nobody may take the index's room before it is there
+        with self._locked():  # no process may take the index's reserved space before it is written
             os.ftruncate(file.fileno(), shard.bytes)
             np.save(self._path(shard, "index.npy"), index)
             os.rename(file.name, self._path(shard, "tar"))
@@ -148,7 +148,7 @@ class ShardCache:
         return fileio.exclusive_lock(self.folder / ".lock", wait=True, strict=True)
 
     def _reserved(self, file: BinaryIO, size: int, urgent: bool) -> bool:
-        """Make room for `size` bytes and give them to the file; False if there is none to be had now."""
+        """Evict shards until `size` bytes are free, and reserve them for the file. False if that is impossible now."""
         with self._locked():
             shards, total = self._contents(Path(file.name))
             now, victims = time.time(), []
@@ -166,9 +166,9 @@ class ShardCache:
             return True
 
     def _contents(self, mine: Path) -> tuple[list[tuple[float, Path, int]], int]:
-        """Last use, path and bytes (with its index) of every shard, and all bytes but `mine`'s; clears what is dead.
+        """Last use, path and bytes (with its index) of every shard, and the total bytes without `mine`.
 
-        Files of other names are not looked at.
+        Deletes partial files of dead processes and indices without a shard. Other files are ignored.
         """
         sizes, used = {}, {}
         for entry in (entry for entry in os.scandir(self.folder) if OURS.fullmatch(entry.name)):
@@ -179,7 +179,7 @@ class ShardCache:
             if path == mine:
                 del sizes[name]
             elif name.endswith(".partial"):
-                with suppress(fileio.LockedError), fileio.exclusive_lock(path, remove=True):  # who held it has died
+                with suppress(fileio.LockedError), fileio.exclusive_lock(path, remove=True):  # its process has died
                     del sizes[name]
             elif name.endswith(".index.npy") and name.replace(".index.npy", ".tar") not in sizes:
                 path.unlink(missing_ok=True)
@@ -193,7 +193,7 @@ class ShardCache:
 
 
 def check_content(file: BinaryIO, shard: Shard) -> None:
-    """Raise OSError if the first bytes of a file are not the shard that the manifest describes."""
+    """Raise OSError if the first `shard.bytes` bytes of a file do not have the shard's SHA-256."""
     digest, left = hashlib.sha256(), shard.bytes
     file.flush()
     file.seek(0)

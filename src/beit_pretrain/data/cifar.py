@@ -1,9 +1,9 @@
-"""CIFAR-100 as published, `cifar-100-python.tar.gz` (or unpacked): pickles, read without running them.
+"""Reads CIFAR-100 as published, `cifar-100-python.tar.gz` or unpacked: pickles, read without executing them.
 
 The format (cs.toronto.edu/~kriz/cifar.html): files `train`, `test` and `meta`, each a pickled dictionary. `data` is a
 uint8 array (N, 3072), an image's 1,024 red, then green, then blue values; `fine_labels` and `filenames` are lists.
-A pickle may name any function to call. Here the few names that an array needs stand for inert records of this module;
-any other name is an error.
+A pickle may name any function to call. Here the few names that an array needs map to inert classes of this module; any
+other name is an error.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SIDE = 32
 PIXELS = 3 * SIDE * SIDE  # bytes of an image
 ARCHIVE = re.compile(r"cifar-100-python.*\.(tar\.gz|tgz)", re.IGNORECASE)
 FILES = {"train": "train", "val": "test", "test": "test", "validation": "test"}
-LARGEST = 2**29  # bytes of a file in the archive; the real ones have 155 MB and less
+LARGEST = 2**29  # largest file in the archive, bytes; the real ones have at most 155 MB
 
 
 def recognised(source: Path) -> bool:
-    """Whether a file or folder is the archive or what comes out of it."""
+    """Whether a path is the archive or the unpacked folder."""
     if source.is_dir():
         return all((source / name).is_file() for name in ("train", "test", "meta"))
     return ARCHIVE.fullmatch(source.name) is not None
@@ -43,7 +43,7 @@ def part_of(source: Path, split: str) -> Path:
 def read(source: Path, split: str) -> tuple[list[str], list[str], np.ndarray]:
     """Names and classes of the images of a split, and their pixels (N, 3072) uint8.
 
-    `source`: what `part_of` gave for the split. Raises UserError if anything differs from CIFAR-100's own layout.
+    `source`: as `part_of` returns for the split. Raises UserError if anything differs from CIFAR-100's own layout.
     """
     name = FILES[split]
     try:
@@ -63,7 +63,7 @@ def read(source: Path, split: str) -> tuple[list[str], list[str], np.ndarray]:
 
 
 class _Inert:
-    """Stands for numpy's types while a pickle is read: keeps what it is given and does nothing."""
+    """Replaces numpy's types while a pickle is read: stores its arguments and does nothing else."""
 
     state: tuple[Any, ...] = ()
 
@@ -74,7 +74,7 @@ class _Inert:
         self.state = state
 
     def array(self) -> np.ndarray:
-        """The (N, 3072) uint8 array that the record describes. Raises ValueError if it describes another."""
+        """The 2-D uint8 array that the record describes. Raises ValueError for any other array."""
         _, shape, dtype, fortran, data = self.state
         if dtype.args[0] not in ("u1", b"u1") or fortran or not isinstance(data, bytes) or len(shape) != 2:
             raise ValueError("its data is no array of bytes")
@@ -83,11 +83,11 @@ class _Inert:
 
 ALLOWED: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _Inert, ("numpy", "dtype"): _Inert}
 ALLOWED |= {(f"numpy.{core}.multiarray", "_reconstruct"): _Inert for core in ("core", "_core")}
-# In pickles that Python 3 wrote for Python 2: text of one byte a character.
+# Used by pickles that Python 3 wrote for Python 2, for bytes.
 ALLOWED["_codecs", "encode"] = lambda text, encoding: text.encode("latin1")
 
 
-# The C unpickler reserves memory for whatever memo number a pickle names; the one in Python does not.
+# Python's unpickler, not the C one: that reserves memory for any memo number in a hostile pickle.
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:

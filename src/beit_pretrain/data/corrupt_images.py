@@ -1,4 +1,4 @@
-"""Images that could not be decoded: counted, listed in the run's folder, and the end of a run that has too many."""
+"""Counts images that do not decode, lists them in the run folder, and stops a run that has too many."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tqdm import tqdm
 from beit_pretrain.errors import AllRanksError
 from beit_pretrain.fileio import atomic_write
 
-WINDOW = 1_000_000  # images after which the rate is counted anew, so that a good beginning does not excuse a bad end
+WINDOW = 1_000_000  # images after which counting restarts, so that a good start does not hide a bad end
 
 
 class CorruptImages(Callback):
-    """Collects what the batches say of bad images (`batches.ShardDataset`).
+    """Collects the bad images that batches report (`dataset.ShardDataset`).
 
-    `train/replaced` is their share since the last metrics. Every bad image is a line of `path`, and all since the last
-    metrics have one line of warning. The run stops when there are clearly more of them than `max_corrupt_fraction`
-    allows: four standard deviations and three images more, so that a single one at the beginning does not end a run.
+    Logs their share as `train/replaced`. Writes one line per bad image to `path`, and one warning for all since the
+    last metrics. Stops the run when there are clearly more than `max_corrupt_fraction` allows: four standard deviations
+    plus three images more, so that a single bad image at the start does not stop a run.
 
     Args:
-        path: the list; None = warnings alone.
+        path: the list; None = warnings only.
         max_corrupt_fraction: largest share of bad images.
     """
 
@@ -36,15 +36,15 @@ class CorruptImages(Callback):
         self.path, self.max_corrupt_fraction = path, max_corrupt_fraction
         self._new: list[dict[str, Any]] = []
         self._last: dict[str, Any] = {}
-        self._listed: set[tuple[str, str]] = set()  # of held-out images, which come again and again
-        self._images = self._bad = 0  # since the last metrics, of this process
-        self._seen = self._seen_bad = 0  # in this window, of all
+        self._listed: set[tuple[str, str]] = set()  # held-out images, which every validation reads again
+        self._images = self._bad = 0  # since the last metrics, in this process
+        self._seen = self._seen_bad = 0  # in this window, over all processes
 
     def on_train_batch_end(self, trainer: Trainer, pl_module, outputs, batch: dict, batch_idx: int) -> None:
         records, images = batch.get("bad", []), len(batch["position"])
-        replaced = len({record["position"] for record in records})  # a neighbour may be bad too
+        replaced = len({record["position"] for record in records})  # neighbours may be bad too
         self._images, self._bad = self._images + images, self._bad + replaced
-        step = batch_idx // trainer.accumulate_grad_batches + 1  # the one that this batch is a part of
+        step = batch_idx // trainer.accumulate_grad_batches + 1  # the optimiser step of this batch
         self._new += [{"step": step, "split": "train", **record} for record in records]
         pl_module.accumulate(images, replaced=replaced / images)
         last_micro_batch = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -63,7 +63,7 @@ class CorruptImages(Callback):
         self._write(gathered(self._new, trainer), trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:  # else a run that is killed later would not list them
+        if trainer.state.fn == TrainerFn.FITTING:  # so that a resumed run has listed them
             self._write(gathered(self._new, trainer), trainer)
 
     def on_exception(self, trainer: Trainer, pl_module, exception: BaseException) -> None:
@@ -81,8 +81,7 @@ class CorruptImages(Callback):
                 raise AllRanksError(
                     f"{self._seen_bad:,} of {self._seen:,} training images had to be replaced, more than "
                     f"data.max_corrupt_fraction={self.max_corrupt_fraction:g} allows; the last: {last['key']} of "
-                    f"{last['shard']} "
-                    f"({last['reason']}){self._where()}"
+                    f"{last['shard']} ({last['reason']}){self._where()}"
                 )
         if self._seen >= WINDOW:
             self._seen = self._seen_bad = 0
@@ -104,12 +103,12 @@ class CorruptImages(Callback):
 
 
 def allowed(share: float, images: int) -> float:
-    """How many of so many images may be bad before it is clear that more than `share` of all are."""
+    """Largest number of bad images among `images` that is still consistent with a true share of `share`."""
     return share * images + 4 * math.sqrt(share * images) + 3 if share else 0
 
 
 def gathered(records: list[dict[str, Any]], trainer: Trainer) -> list[dict[str, Any]]:
-    """The records of all processes, by position. All processes must call it."""
+    """The records of all processes, sorted by position. All processes must call it."""
     if trainer.world_size == 1:
         return records
     parts: list[list[dict[str, Any]]] = [[] for _ in range(trainer.world_size)]
@@ -118,11 +117,11 @@ def gathered(records: list[dict[str, Any]], trainer: Trainer) -> list[dict[str, 
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Forget what was listed after `step`: the run resumes there. A damaged line is no reason not to: it goes too."""
+    """Remove the list's entries after `step`, where the run resumes, and damaged lines."""
     if not path.is_file():
         return
     kept, damaged = [], 0
-    for line in path.read_bytes().split(b"\n")[:-1]:  # a last line without its end was torn by a crash
+    for line in path.read_bytes().split(b"\n")[:-1]:  # a crash can leave an incomplete last line
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")

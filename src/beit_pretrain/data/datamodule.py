@@ -1,4 +1,4 @@
-"""LightningDataModules: shards -> order -> reader -> views and masks -> batches (batches.py makes them)."""
+"""LightningDataModules: shards -> order -> reader -> views and masks -> batches (made in dataset.py)."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from beit_pretrain.transforms.views import ClassificationTransform
 
 
 class ShardData(LightningDataModule):
-    """Training and validation loaders over shard folders. The classes below say which views and masks.
+    """Training and validation loaders over shard folders. Subclasses define views and masks.
 
     Args:
         train: shard folder or location of the training images, or a list of them.
-        val: the same of held-out images; None = no validation.
+        val: the same for held-out images; None = no validation.
         global_batch_size: images of one optimiser step over all processes and micro-batches.
         seed: of order, views and masks.
-        settings: others of `DataSettings`.
+        settings: further settings of `DataSettings`.
     """
 
-    VAL_SEED = 1_000_003  # views and masks of held-out images never change, whatever the run's seed
+    VAL_SEED = 1_000_003  # views and masks of held-out images do not depend on the run's seed
 
     def __init__(self, train: Any, val: Any = None, *, global_batch_size: int, seed: int = 0, **settings: Any):
         super().__init__()
         self.settings = chosen = DataSettings(train=train, val=val, **settings)
-        self.tokens: dict[str, FixedTokens] = {}  # of the splits that have them: their views are fixed
+        self.tokens: dict[str, FixedTokens] = {}  # for splits with cached tokens, whose views are fixed
         self.readers = {"train": ShardReader(chosen.train, chosen)}
         if chosen.val is not None:
             self.readers["val"] = ShardReader(chosen.val, chosen)
@@ -71,19 +71,19 @@ class ShardData(LightningDataModule):
         return self.readers["train"].samples if self.subset is None else len(self.subset)
 
     def views(self, split: str) -> Transform | LabelMapTransform:
-        """How the images of "train" or "val" are seen."""
+        """The transform of the images of "train" or "val"."""
         raise NotImplementedError
 
     masking: BlockwiseMask | None = None
     label_maps = False
-    wrapped: Callable[[DataLoader], Any] | None = None  # around the training loader, such as `DevicePrefetcher`
-    patience: float = 0  # seconds to wait for a batch of the workers; 0 = for ever
+    wrapped: Callable[[DataLoader], Any] | None = None  # wraps the training loader, as `DevicePrefetcher` does
+    patience: float = 0  # seconds to wait for a batch of the workers; 0 = no limit
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         return with_first_position(batch)
 
     def train_dataset(self, plan: BatchSchedule) -> ShardDataset:
-        """The training batches that `plan` lays out."""
+        """The training data set with the batches of `plan`."""
         views = self.views("train")
         return ShardDataset(
             *(self.readers["train"], self.train_order(), plan, views, self.masking, self.subset, self.seed),
@@ -92,13 +92,13 @@ class ShardData(LightningDataModule):
         )
 
     def train_order(self) -> Order | Mixture:
-        """Which training image stands at which position."""
+        """The order of the training images: position -> sample."""
         reader = self.readers["train"]
         block_size, streams = self.settings.shuffle_block_size, self.settings.shuffle_streams
         if self.settings.weights is None:
             sizes = reader.sizes if self.subset is None else [len(self.subset)]
             return Order(sizes, self.seed, block_size, streams)
-        # Each set has an order of its own: with one seed for all, equal sets would be read in step.
+        # A seed for each set: with one seed for all, equal sets would be read in the same order.
         orders = [Order(s, self.seed + i, block_size, streams) for i, s in enumerate(reader.parts())]
         return Mixture(orders, self.settings.weights, self.seed)
 
@@ -143,8 +143,7 @@ class ShardData(LightningDataModule):
         if needed > limit:
             raise UserError(
                 f"data.cache_gb={self.settings.cache_gb:g} is too small: this node reads from {len(here):,} shards of "
-                f"{needed / 1e9:.3g} GB at once; set it higher, or data.shuffle_block_size or data.shuffle_streams "
-                f"lower"
+                f"{needed / 1e9:.3g} GB at once; raise it, or lower data.shuffle_block_size or data.shuffle_streams"
             )
 
     def val_dataloader(self) -> DataLoader | list:
@@ -158,9 +157,9 @@ class ShardData(LightningDataModule):
     test_dataloader = val_dataloader
 
     def loader(self, dataset: ShardDataset, sampler, kept: bool = False) -> DataLoader:
-        """The batches of a data set that a sampler names, made by the workers.
+        """A DataLoader over a data set.
 
-        `kept`: they stay on the host and are asked for once, so they are not pinned, and the workers end.
+        `kept`: the batches are read once and stay on the host, so they are not pinned, and the workers end.
         """
         return DataLoader(
             dataset,
@@ -175,7 +174,7 @@ class ShardData(LightningDataModule):
 
 
 class ClassificationData(ShardData):
-    """One view of every image with its label: augmented in training, resized and centre-cropped in validation."""
+    """One view per image with its label: augmented in training, resized and centre-cropped in validation."""
 
     def __init__(
         self, train, val=None, *, train_views: ClassificationTransform, val_views: ClassificationTransform, **settings
@@ -210,7 +209,7 @@ def labels(reader: ShardReader) -> np.ndarray:
 
 
 def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
-    """(samples, 2) shard and index of the first `count` samples of every class: the shards' order is already random."""
+    """(samples, 2) shard and row of the first `count` samples of every class; shards are already shuffled."""
     taken = np.zeros(len(reader.classes), np.int64)
     chosen = []
     for shard in range(len(reader.sizes)):

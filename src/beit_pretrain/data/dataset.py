@@ -1,11 +1,11 @@
-"""Batches: which positions stand in one, and how it is made of them.
+"""The data set of a run: its items are batches.
 
-One loader item is one micro-batch of one process, made whole in a worker: the sampler counts micro-batches, `Plan`
-says which positions of the run stand in each, and everything about a position is a function of (seed, position). So
-the order needs no distributed sampler, and resuming starts the sampler elsewhere.
+One item is one micro-batch of one process, built and collated in a worker. The sampler counts micro-batches,
+`BatchSchedule` gives the positions of each, and everything about a position is a function of (seed, position). So no
+distributed sampler is needed, and a resumed run only starts the sampler at another number.
 
-An image that cannot be decoded is replaced by the next one in its shard, seen with the same random numbers; that too is
-a function of the position alone. The batch then lists it under `bad`.
+An image that does not decode is replaced by the next one in its shard, with the same random numbers, so the replacement
+too depends only on the position. The batch then lists it under `bad`.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from beit_pretrain.transforms.image_io import open_image, reason
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.views import TwoViewTransform
 
-NEIGHBOURS = 16  # images in a row that may be bad
+NEIGHBOURS = 16  # images that are tried before the run stops
 
 
 class PendingSample(NamedTuple):
-    """A sample whose views are drawn but not yet made. Making them raises nearly everything on broken files."""
+    """A sample with drawn augmentation but no views yet. Making the views can raise any exception on broken files."""
 
     views: Callable[[], dict[str, np.ndarray]]
     label: int
 
 
 class Transform(Protocol):
-    """Arrays of one sample from its image (opened, not decoded) and the random numbers of its position."""
+    """Makes the arrays of a sample from its image (opened, not decoded) and its position's random generator."""
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]: ...
 
 
 class LabelMapTransform(Protocol):
-    """The same of an image and its label map."""
+    """A `Transform` that also takes a label map."""
 
     def __call__(
         self, image: Image.Image, rng: np.random.Generator, label_map: Image.Image
@@ -53,14 +53,14 @@ class LabelMapTransform(Protocol):
 
 
 class FixedTokens(Protocol):
-    """Tokens that are known already, of fixed views (`tokenizers.token_cache.CachedTokens`)."""
+    """Cached tokens of fixed views (`tokenizers.token_cache.CachedTokens`)."""
 
     def view(self, sample: Sample, epoch: int, data: bytes) -> Callable[[], dict[str, np.ndarray]]: ...
 
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """Which positions stand in micro-batch m of a process: global batches, dealt to ranks, cut into micro-batches."""
+    """The positions of every micro-batch of a process: global batches, dealt to ranks, cut into micro-batches."""
 
     global_batch_size: int
     rank: int = 0
@@ -68,7 +68,7 @@ class BatchSchedule:
     micro_batches: int = 1
 
     def positions(self, micro_batch: int) -> range:
-        """Positions of the process's micro-batch number `micro_batch`, counted from the beginning of the run."""
+        """Positions of this process's micro-batch number `micro_batch`, counted from the start of the run."""
         step, part = divmod(micro_batch, self.micro_batches)
         share = positions(step, self.rank, self.world, self.global_batch_size)
         size = len(share) // self.micro_batches
@@ -77,9 +77,9 @@ class BatchSchedule:
 
 @dataclass(frozen=True)
 class EvalSchedule:
-    """Every sample once: rank r takes every world-th, in batches; the last one may be smaller, or larger by one.
+    """Every sample once: rank r takes every world-th, in batches; the last batch may be smaller, or larger by one.
 
-    All ranks have as many batches (if there is a sample for each): a network that is cut over processes needs them all.
+    All ranks have the same number of batches (if each has a sample): a sharded network (FSDP) needs all ranks.
     """
 
     samples: int
@@ -99,12 +99,12 @@ class EvalSchedule:
 class ShardDataset(Dataset):
     """Item m is the collated micro-batch m of the plan.
 
-    Keys: those of the views, stacked (a list where shapes differ; with cached tokens, `tokens` (B, N) int64 in place of
-    the tokenizer's view), and `label` (B,), `position` (B,); with masking `mask` (B, N) bool and `mask_index` (B, K)
-    int64, the masked patches in ascending order padded with -1 (K = the cap: static shapes).
-    If images had to be replaced, and only then, `bad` is a list of dictionaries: position, shard, key, reason and
-    replaced_by (the key of the image that stands in).
-    With `label_maps` the views are `LabelMapTransform`; a sample without a usable label map is a bad one.
+    Keys: those of the views, stacked (a list if shapes differ; with cached tokens, `tokens` (B, N) int64 instead of the
+    tokenizer's view), `label` (B,) and `position` (B,). With masking also `mask` (B, N) bool and `mask_index` (B, K)
+    int64, the masked patches in ascending order, padded with -1 to the largest allowed number K (static shapes).
+    Only if images were replaced, `bad` is a list of dictionaries: position, shard, key, reason and replaced_by (the
+    key of the replacement).
+    With `label_maps` the views are `LabelMapTransform`; a sample without a usable label map counts as bad.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class ShardDataset(Dataset):
         self._ahead: ShardPrefetcher | None = None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_ahead": None}  # a thread does not travel to a worker
+        return {**self.__dict__, "_ahead": None}  # a thread cannot be sent to a worker
 
     def __getitem__(self, micro_batch: int) -> dict[str, Any]:
         positions = self.plan.positions(micro_batch)
@@ -136,7 +136,7 @@ class ShardDataset(Dataset):
             self._ahead.at(positions[0])
         bad: list[dict[str, Any]] = []
         addresses = [Sample(*address) for address in self.order.samples_at(positions).tolist()]
-        # Each kind of work for the whole batch: what is small costs half as much while the processor's caches hold it.
+        # One kind of work at a time for the whole batch: small steps take half as long while their code is in cache.
         masks = [self._mask(position) for position in positions]
         begun = [self._begun(*of) for of in zip(positions, addresses, strict=True)]
         made = [self._made(*of, bad) for of in zip(positions, addresses, begun, strict=True)]
@@ -157,14 +157,14 @@ class ShardDataset(Dataset):
     def _made(
         self, position: int, address: Sample, begun: PendingSample, bad: list[dict[str, Any]]
     ) -> dict[str, np.ndarray]:
-        """What a position shows, from its sample or the first one after it that is an image; adds to `bad`.
+        """The arrays of a position, from its sample or the next one that decodes; adds failures to `bad`.
 
-        Raises UserError if there is none among the next few, or if the shard cannot be read.
+        Raises UserError if none of the next `NEIGHBOURS` decodes, or if the shard cannot be read.
         """
         failures: list[tuple[Sample, str]] = []
         for neighbour in range(NEIGHBOURS):
             sample = self._neighbour(address, neighbour)
-            if failures and sample == failures[0][0]:  # once round the shard
+            if failures and sample == failures[0][0]:  # the whole shard has been tried
                 break
             views, label = self._begun(position, address, neighbour) if neighbour else begun
             try:
@@ -183,7 +183,7 @@ class ShardDataset(Dataset):
         raise UserError(f"sample {self.reader.key(first)} of {where}{others} cannot be decoded: {why}")
 
     def _begun(self, position: int, address: Sample, neighbour: int = 0) -> PendingSample:
-        """Read an image's file and draw its views, without decoding it. Raises UserError if the shard is broken."""
+        """Read an image file and draw its augmentation, without decoding. Raises UserError if the shard is broken."""
         sample = self._neighbour(address, neighbour)
         data, label = self.reader.read(sample)
         if self.tokens is not None:
@@ -201,7 +201,7 @@ class ShardDataset(Dataset):
                 return self.views(image, rng, label_map)
 
     def _neighbour(self, address: Sample, distance: int) -> Sample:
-        """The sample so many places after an address, in the same shard, round its end."""
+        """The sample `distance` places after an address, in the same shard (or in the subset), cyclically."""
         if self.subset is None:
             return Sample(address.shard, (address.row + distance) % self.reader.sizes[address.shard])
         return Sample(*self.subset[(address.row + distance) % len(self.subset)].tolist())
@@ -211,7 +211,7 @@ class ShardDataset(Dataset):
         return {"position": position, "shard": where, "key": keys[0], "reason": why, "replaced_by": keys[1]}
 
     def _mask(self, position: int) -> dict[str, np.ndarray]:
-        """The mask of a position, if there is masking."""
+        """The arrays `mask` and `mask_index` of a position; none without masking."""
         if self.masking is None:
             return {}
         mask = self.masking.draw(generator(self.seed, position, MASK)).reshape(-1)
@@ -225,20 +225,20 @@ FIRST = "first_position"  # key of a batch
 
 
 def with_first_position(batch: dict) -> dict:
-    """A batch that keeps its first position on the host too: to read it from the device would drain the queue."""
+    """Add the first position to the batch as a host integer: reading it from the device would synchronise."""
     position: torch.Tensor = batch["position"]
     return {**batch, FIRST: int(position[0])} if position.device.type == "cpu" else batch
 
 
 def first_position(batch: dict) -> int:
-    """The run's position of a batch's first image, from the host's copy where there is one."""
+    """Position of a batch's first image, from the host's copy if there is one."""
     return batch[FIRST] if FIRST in batch else int(batch["position"][0])
 
 
 def stacked(arrays: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
-    """Arrays of one shape as one tensor; of several shapes (whole images) as a list.
+    """Stack arrays of one shape into a tensor; return arrays of several shapes (whole images) as a list.
 
-    Images (C, H, W) whose channels are innermost in memory stay so (torch's `channels_last`).
+    Images (C, H, W) stored channels last keep that layout (torch's `channels_last`).
     """
     if all(array.shape == arrays[0].shape for array in arrays):
         if all(array.ndim == 3 and array.strides[0] == array.itemsize < array.strides[2] for array in arrays):
@@ -248,7 +248,7 @@ def stacked(arrays: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
 
 
 class StepSampler(Sampler[int]):
-    """Counts micro-batches from `start` to `total`; its length is always the whole run's, as Lightning's count is."""
+    """Counts micro-batches from `start` to `total`. Its length is the whole run's, as Lightning expects."""
 
     def __init__(self, total: int, start: int = 0):
         self.total, self.start = total, start

@@ -1,11 +1,11 @@
-"""Manifest and indices of a folder of shards: write, read, verify and summarise them.
+"""Writes, reads, verifies and summarises the manifest and indices of a shard folder.
 
 A split is one folder:
 
     manifest.json           counts, class names, settings, size and SHA-256 of every shard; written last
-    rejected.jsonl          {"key", "reason"} of every source file that is no usable image
+    rejected.jsonl          {"key", "reason"} of every source file that is not a usable image
     shard-000000.tar        a plain WebDataset tar
-    shard-000000.index.npy  one INDEX_DTYPE row per sample: where its members lie in the tar
+    shard-000000.index.npy  one INDEX_DTYPE row per sample: offsets and sizes of its members in the tar
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ FORMAT = "beit_pretrain-shards/1"
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = frozenset(("rejected", "classes", "class_counts", "segmentation", "seed", "source", "settings"))
 REJECTED = "rejected.jsonl"
-# A plain file name: a manifest may come from anywhere, and must not lead out of its folder or to another host.
+# A plain file name: a manifest is untrusted and must not lead out of its folder or to another host.
 SHARD_NAME = re.compile(r"\w[^/\\:\x00-\x1f\x7f]*\.tar")
-MOST_CLASSES = 1_000_000  # each has a name in the manifest
+MOST_CLASSES = 1_000_000  # largest number of classes; each has a name in the manifest
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # Offsets and sizes in bytes, from the start of the tar to the member's data. label -1: no class; size 0: no mask.
 INDEX_DTYPE = np.dtype(
@@ -44,22 +44,22 @@ INDEX_DTYPE = np.dtype(
 
 
 def index_shard(path: str | Path) -> np.ndarray:
-    """The index of a WebDataset tar: INDEX_DTYPE rows, in the tar's order, of the samples with an image.
+    """The index of a WebDataset tar: INDEX_DTYPE rows of the samples with an image, in the tar's order.
 
-    Raises UserError if the tar cannot be read or a `.cls` is not the number of a class.
+    Raises UserError if the tar cannot be read or a `.cls` does not hold a class number.
     """
     return scan_shard(Path(path))[0]
 
 
 def scan_shard(path: Path) -> tuple[np.ndarray, int]:
-    """`index_shard`, and how many images it leaves out: empty ones, and further ones of a sample.
+    """`index_shard`, and the number of images left out: empty ones, and further ones of a sample.
 
-    As in WebDataset, a sample's key is a name up to the first dot of its last part. The last part of its extension says
-    what a member is (`k.input.jpg` is an image, `k.target.cls` a class), but a plain one (`k.jpg`) comes first. A
-    member that a key has already begins another sample.
+    As in WebDataset, a sample's key is the path up to the first dot of the file name. The last part of the extension
+    gives the member's kind (`k.input.jpg` is an image, `k.target.cls` a class), but a plain extension (`k.jpg`) has
+    priority. A repeated member of a key starts a new sample.
     """
     rows: list[list[int]] = []
-    of_key: dict[str, tuple[list[int], set[str]]] = {}  # the last sample of a key, and the members it has
+    of_key: dict[str, tuple[list[int], set[str]]] = {}  # the last sample of a key, and its members so far
     images = 0
     for name, offset, size in scan_tar(path):
         folder, _, base = name.rpartition("/")
@@ -67,7 +67,7 @@ def scan_shard(path: Path) -> tuple[np.ndarray, int]:
         key, extension = f"{folder}/{stem}", extension.lower()
         last = "seg.png" if extension.endswith("seg.png") else extension.rpartition(".")[2]
         kind = "image" if last in IMAGE_EXTENSIONS else last if last in ("seg.png", "cls") else None
-        if kind is None or size < 0:  # below 0: a link or a device
+        if kind is None or size < 0:  # negative: a link or a device
             continue
         if key not in of_key or f".{extension}" in of_key[key][1]:
             rows.append([0, 0, -1, 0, 0])
@@ -114,7 +114,7 @@ def _sha256(path: Path) -> str:
 
 
 def shard_entry(path: Path, samples: int) -> dict[str, Any]:
-    """The manifest's entry for a shard, a finished tar of so many samples."""
+    """The manifest's entry for a finished shard."""
     return {"name": path.name, "samples": samples, "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -123,10 +123,13 @@ def write_manifest(
 ) -> None:
     """Write manifest.json of a folder that is otherwise complete.
 
-    `shards`: an entry each, in order; `labels`: the class index of every sample, -1 = none; `about`: `segmentation`:
-    whether there are masks; `segmentation_classes`: names of the masks' values 1, 2, ...; `deep_colours`: how many
-    images have 16 bits a colour, of which readers see the upper 8; `seed`, `source`, `settings`: how the shards were
-    made; `listing_sha256`: over keys, sizes and classes of all files read, rejected ones included.
+    Args:
+        shards: entries in order.
+        labels: class index of every sample, -1 = none.
+        about: `segmentation`: whether there are label maps; `segmentation_classes`: names of their values 1, 2, ...;
+            `deep_colours`: number of images with 16 bits a channel, of which readers use the upper 8; `seed`, `source`,
+            `settings`: how the shards were made; `listing_sha256`: over keys, sizes and classes of all files read,
+            including rejected ones.
     """
     defaults = {"segmentation": False, "segmentation_classes": [], "deep_colours": 0, "seed": 0, "source": ""}
     manifest = {
@@ -143,7 +146,7 @@ def write_manifest(
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a split. Raises UserError if there is none, or one that this version cannot read."""
+    """The manifest of a split. Raises UserError if it is missing or this version cannot read it."""
     folder = Path(folder).expanduser()
     path = folder / MANIFEST
     advice = "make shards with: python -m beit_pretrain shards make src=FOLDER out=FOLDER"
@@ -159,7 +162,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def parse_manifest(text: str, path: str | Path, advice: str) -> dict[str, Any]:
-    """The manifest that a file at `path` holds. Raises UserError, with the advice, if it is damaged or hostile."""
+    """Parse and check a manifest's text. Raises UserError with `advice` if it is damaged or hostile."""
     try:
         manifest: dict[str, Any] = json.loads(text)
         if manifest["format"] != FORMAT:
@@ -172,7 +175,7 @@ def parse_manifest(text: str, path: str | Path, advice: str) -> dict[str, Any]:
         if len({entry["name"] for entry in shards}) < len(shards):
             raise ValueError("two of its shards have the same name")
         if not isinstance(manifest["settings"], dict):
-            raise ValueError("its settings are none")
+            raise ValueError("its settings are invalid")
         if [type(count) for count in counts] != [int] * len(classes) or {type(name) for name in classes} - {str}:
             raise ValueError("its class_counts do not fit its classes")
         for key in ("samples", "bytes"):
@@ -184,7 +187,7 @@ def parse_manifest(text: str, path: str | Path, advice: str) -> dict[str, Any]:
 
 
 def _check_entry(entry: dict[str, Any]) -> None:
-    """Raise ValueError, LookupError or TypeError for an entry that is no shard in the manifest's own folder."""
+    """Raise ValueError, LookupError or TypeError for an invalid entry, or one outside the manifest's folder."""
     if not isinstance(entry["name"], str) or not SHARD_NAME.fullmatch(entry["name"]):
         raise ValueError(f"shard name {str(entry['name'])[:80]!r} is not a plain file name that ends with .tar")
     if not SHA256.fullmatch(entry["sha256"]):
@@ -195,9 +198,9 @@ def _check_entry(entry: dict[str, Any]) -> None:
 
 
 def verify_shards(folder: str | Path, progress: bool = True, num_workers: int | None = 1) -> list[str]:
-    """Read every shard of a split again and return its faults, a line each.
+    """Read every shard of a split again and return its faults, one line each.
 
-    `workers`: None = all cores. Raises UserError if there is no usable manifest.
+    `num_workers`: None = all cores. Raises UserError if there is no usable manifest.
     """
     manifest, folder = read_manifest(folder), Path(folder).expanduser()
     shards = manifest["shards"]
@@ -217,7 +220,7 @@ def verify_shards(folder: str | Path, progress: bool = True, num_workers: int | 
 
 
 def _class_counts(folder: Path, classes: int, entry: dict[str, Any]) -> np.ndarray | str:
-    """Samples of each class in a shard that is as the manifest's `entry` says, or how it differs."""
+    """Samples of each class in a shard, or a line that says how the shard differs from its entry."""
     path = folder / entry["name"]
     index_file = index_path(path)
     try:
@@ -243,7 +246,7 @@ def _class_counts(folder: Path, classes: int, entry: dict[str, Any]) -> np.ndarr
 
 
 def summary(folder: str | Path) -> str:
-    """A split in a few lines. Raises UserError as `read_manifest` does."""
+    """Describe a split in a few lines. Raises UserError as `read_manifest` does."""
     manifest = read_manifest(folder)
     shards, classes, counts = manifest["shards"], manifest["classes"], manifest["class_counts"]
     lines = [

@@ -1,11 +1,11 @@
-"""Several data sets in one run, mixed by weights: which data set, and which sample of its own order, is at position k.
+"""Mixes several data sets by weights: maps position k to a data set and a position in that data set's order.
 
-Positions come in blocks; of every block each data set has the same whole number of places, its weight's share, shuffled
-by a generator keyed by (seed, block). So the mixture is a pure function of the position, the counts are exact at every
-block's end, and inside its share each data set follows its own order: all its samples once before any comes again.
+Positions are cut into blocks. In every block each data set has the same number of places, proportional to its weight
+and shuffled by a generator keyed by (seed, block). So the mixture is a pure function of the position, counts are exact
+at every block's end, and each data set follows its own order: every sample once before any is repeated.
 
-An epoch of a mixture is as many positions as the data sets have samples together: a data set of N_d samples and weight
-w_d is seen w_d * sum(N) / N_d times in it.
+An epoch of a mixture has as many positions as all data sets have samples: a data set of N_d samples and weight w_d is
+seen w_d * sum(N) / N_d times in it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import numpy as np
 from beit_pretrain.data.order import SHUFFLE_MIXTURE, Order, Sample, as_array, permutation
 from beit_pretrain.errors import UserError
 
-PARTS = 10_000  # weights that are no simple fractions are rounded to so many parts
-BLOCK = 256  # positions of a block, at least
+PARTS = 10_000  # other weights than simple fractions are rounded to multiples of 1 / PARTS
+BLOCK = 256  # smallest number of positions of a block
 
 
 class Mixture:
-    """The order of a run over several data sets. Shards are numbered through: those of the first set come first.
+    """The order of a run over several data sets. Shards are numbered consecutively, in the order of the data sets.
 
     Args:
-        orders: of each data set.
-        weights: shares of the positions; they are divided by their sum.
+        orders: the order of each data set.
+        weights: shares of the positions; normalised to sum 1.
         seed: the run's seed.
 
-    Raises UserError for weights that do not fit.
+    Raises UserError if there is not one usable weight per data set.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int = 0):
@@ -65,12 +65,12 @@ class Mixture:
         return addresses
 
     def epoch_of(self, position: int) -> int:
-        """How often the sample at `position` has come before."""
+        """How often the sample at `position` has been used before."""
         dataset, own = self.places(range(position, position + 1))
         return int(own[0]) // self.orders[int(dataset[0])].samples
 
     def places(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the data set of each position, and the position in that data set's own order."""
+        """Index of the data set of each position, and the position in that data set's order."""
         block, offset = np.divmod(as_array(positions), self.block)
         dataset, own = np.empty_like(block), np.empty_like(block)
         for number in np.unique(block):
@@ -81,7 +81,7 @@ class Mixture:
         return dataset, own
 
     def upcoming_shards(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
-        """Shards that are read soon. A data set's places fall to any rank: all ranks read from all of them."""
+        """Shards that are read soon, the same for all ranks: any rank can get any place of a data set."""
         block, offset = divmod(position, self.block)
         passed = self._pattern(block)[0][:offset]
         ahead = []
@@ -91,7 +91,7 @@ class Mixture:
         return ahead
 
     def _shuffled(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Data set of each place of a block, and how many places of that data set come before it in the block."""
+        """Data set of each place of a block, and the number of earlier places of that data set in the block."""
         places = permutation(self.block, self.seed, block, SHUFFLE_MIXTURE)
         dataset = np.repeat(np.arange(len(self.counts)), self.counts)[places]
         before = np.empty_like(dataset)
@@ -101,7 +101,7 @@ class Mixture:
 
 
 def shares(weights: Sequence[float], datasets: int) -> np.ndarray:
-    """Places (datasets,) int64 of each data set in a block. Raises UserError for weights that do not fit."""
+    """Places (datasets,) int64 of each data set in a block. Raises UserError as `Mixture` does."""
     if len(weights) != datasets:
         raise UserError(f"data.weights has {len(weights)} numbers for {datasets} data sets in data.train")
     exact = np.asarray(weights, np.float64) / np.sum(weights)
@@ -109,7 +109,7 @@ def shares(weights: Sequence[float], datasets: int) -> np.ndarray:
         counts = np.rint(exact * parts).astype(np.int64)
         if np.abs(counts - exact * parts).max() < 1e-9 * parts:
             break
-    else:  # largest remainders
+    else:  # largest-remainder rounding
         counts = np.floor(exact * PARTS).astype(np.int64)
         counts[np.argsort(counts - exact * PARTS, kind="stable")[: PARTS - counts.sum()]] += 1
     if counts.min() < 1:

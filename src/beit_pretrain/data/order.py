@@ -1,17 +1,17 @@
-"""Which sample stands at position k of a run, and the randomness that belongs to it.
+"""The order of a run: which sample is at position k, and the random numbers of that position.
 
 A run consumes positions 0, 1, 2, ...; everything about position k is a pure function of `(seed, manifest, k)`:
 
-* the sample: every epoch permutes the shards, cuts their concatenation into `streams` equal runs of samples, deals
-  positions to the streams in turn, and shuffles each stream inside windows (so reads stay near one another and a
-  cache of remote shards stays small);
+* the sample: every epoch permutes the shards, cuts their concatenation into `streams` equal parts, deals positions to
+  the streams in turn, and shuffles each stream inside blocks (so reads stay close together, and a cache of remote
+  shards stays small);
 * crop, flip, jitter and mask: drawn from a counter-based generator keyed by `(seed, k)`.
 
-So batches are bit-identical whatever the number of workers, processes or restarts, an epoch has every sample exactly
-once, and resuming is arithmetic. A global batch of G holds positions [step * G, (step + 1) * G); of these rank r of W
-takes every W-th, beginning with the r-th, which are whole streams when W divides `streams`.
+So batches are bit-identical for any number of workers, processes and restarts, an epoch has every sample exactly once,
+and resuming only needs the position. A global batch of size G holds positions [step * G, (step + 1) * G); rank r of W
+takes every W-th of them, from the r-th on. These are whole streams if W divides `streams`.
 
-Positions are ranges and addresses are arrays: no position is a Python object of its own. `mixture.Mixture` mixes the
+Positions are ranges and addresses are arrays, to avoid one Python object per position. `mixture.Mixture` mixes the
 orders of several data sets by weights.
 """
 
@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What the counter-based generator is drawn for: a purpose of its own for each, so that one more draw for the crop
-# can never move the mask.
+# Purposes of the counter-based generator. Each has its own numbers, so that an extra draw for the crop cannot change
+# the mask.
 VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW, SHUFFLE_MIXTURE, CACHED_VIEW = range(6)
 
 
@@ -36,12 +36,12 @@ def generator(seed: int, position: int, purpose: int) -> np.random.Generator:
 
 def permutation(count: int, seed: int, position: int, purpose: int) -> np.ndarray:
     """An order of 0 ... count - 1, int64 (count,): the same under every version of NumPy."""
-    # By sorting raw draws: NumPy promises these for ever, but not what Generator.permutation makes of them.
+    # Sorts raw draws: NumPy guarantees these across versions, but not the result of Generator.permutation.
     return np.argsort(generator(seed, position, purpose).bit_generator.random_raw(count), kind="stable")
 
 
 class Sample(NamedTuple):
-    """A sample's address: number of its shard in the manifest, and its row in the index of the shard."""
+    """A sample's address: number of its shard in the manifest, and row in that shard's index."""
 
     shard: int
     row: int
@@ -53,10 +53,10 @@ class Order:
     Args:
         sizes: samples of each shard, in the manifest's order.
         seed: the run's seed.
-        block_size: samples that are shuffled among each other (a few shards' worth). Two shuffled blocks per
-            stream are kept in memory: 8 bytes a sample.
-        streams: canonical streams (up to 4096); at most one per shard are used.
-        shuffle: False gives the samples as they stand in the shards, every epoch alike (validation).
+        block_size: samples that are shuffled together (a few shards). Two shuffled blocks per stream stay in
+            memory, with 8 bytes a sample.
+        streams: number of streams (up to 4096); at most one per shard is used.
+        shuffle: False keeps the order of the shards in every epoch (validation).
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Order:
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_shards_of_epoch", "_window")}
 
-    def __setstate__(self, state: dict) -> None:  # caches cannot travel to a spawned worker: it starts with empty ones
+    def __setstate__(self, state: dict) -> None:  # caches cannot be pickled: a spawned worker starts with empty ones
         self.__dict__.update(state)
         self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)
         self._window = lru_cache(maxsize=2 * self.streams)(self._permute_window)
 
     def sample_at(self, position: int) -> Sample:
-        """The sample at `position` (>= 0, endless: epoch e holds positions [e * samples, (e + 1) * samples))."""
+        """The sample at `position` (>= 0; epoch e holds positions [e * samples, (e + 1) * samples))."""
         return Sample(*self.samples_at(range(position, position + 1))[0].tolist())
 
     def samples_at(self, positions: range | np.ndarray) -> np.ndarray:
@@ -105,14 +105,17 @@ class Order:
         return addresses
 
     def epoch_of(self, position: int) -> int:
-        """How often the sample at `position` has come before."""
+        """How often the sample at `position` has been used before."""
         return position // self.samples if self.shuffle else 0
 
     def upcoming_shards(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]:
-        """Shards that `rank` of `world` reads in the windows it is in at `position`, then in the following ones."""
+        """Shards that `rank` of `world` reads in its current blocks at `position`, then in the following ones.
+
+        `windows`: number of blocks per stream.
+        """
         first = position + (rank - position) % world
         one_of_each_stream = range(first, first + math.lcm(self.streams, world), world)
-        found: dict[int, None] = {}  # a set that keeps its order
+        found: dict[int, None] = {}  # an ordered set
         for number in range(windows):
             for k in one_of_each_stream:
                 epoch, k = divmod(k + number * self.block_size * self.streams, self.samples)
@@ -125,18 +128,18 @@ class Order:
         return [shard for shard in found if self.sizes[shard]]
 
     def _stream(self, stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where streams begin in the epoch's concatenation, and their lengths."""
+        """Start of streams in the epoch's concatenation, and their lengths."""
         # The first `samples % streams` streams are one sample longer than the others.
         base, longer = divmod(self.samples, self.streams)
         return stream * base + np.minimum(stream, longer), base + (stream < longer)
 
     def _unshuffled(self, epoch: np.ndarray, k: np.ndarray) -> np.ndarray:
-        """Places in the epochs' concatenations of shards of the k-th samples of epochs."""
+        """Index, in each epoch's concatenation of shards, of the k-th samples of the epochs."""
         stream, k = k % self.streams, k // self.streams
         start, length = self._stream(stream)
         number, offset = np.divmod(k, self.block_size)
         begin = number * self.block_size
-        # Epoch, stream and window share the 64-bit half of the key: 24, 12 and 28 bits of it.
+        # Epoch, stream and block share one 64-bit half of the key: 24, 12 and 28 bits.
         key = (epoch << 40) | (stream << 28) | number
         windows, first, inverse, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
         by_window = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))
@@ -147,7 +150,7 @@ class Order:
         return start + begin + moved
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in the epoch's order, and where each ends in the concatenation."""
+        """Shards in the epoch's order, and the end of each in the concatenation."""
         count = len(self.sizes)
         shards = permutation(count, self.seed, epoch, SHUFFLE_SHARDS) if self.shuffle else np.arange(count)
         return shards, np.cumsum(self.sizes[shards])
@@ -157,7 +160,7 @@ class Order:
 
 
 def as_array(positions: range | Sequence[int] | np.ndarray) -> np.ndarray:
-    """Positions as int64, without a Python object for each of a range."""
+    """Positions as an int64 array, without one Python object per position of a range."""
     if isinstance(positions, range):
         return np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
     return np.asarray(positions, np.int64)

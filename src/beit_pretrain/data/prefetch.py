@@ -1,7 +1,7 @@
-"""Fetching remote shards before they are needed: a thread in each loader worker.
+"""Prefetches remote shards, in a thread of each loader worker.
 
-The order says which shards the next windows read. Each worker's thread takes its share of them, so that a process has
-as many transfers at once as workers, and renews what is here already, so that what is needed again stays in the cache.
+The order gives the shards of the next blocks. Each worker's thread takes a share of them, so that a process has one
+transfer per worker. It also marks cached shards that will be needed as used, so that they are not evicted.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from torch.utils.data import get_worker_info
 
 from beit_pretrain.data.reader import ShardReader
 
-ROUND = 5.0  # seconds between two looks at what is needed
-AFTER_FAILURE = 60.0  # seconds in which a shard that failed is left to whoever needs it
+ROUND = 5.0  # seconds between two checks of which shards are needed
+AFTER_FAILURE = 60.0  # seconds before a failed shard is tried again
 
 
 class Wanted(Protocol):
-    """Which shards are needed soon (`order.Order`, `mixture.Mixture`)."""
+    """Gives the shards that are needed soon (`order.Order`, `mixture.Mixture`)."""
 
     def upcoming_shards(self, position: int, rank: int = 0, world: int = 1, windows: int = 2) -> list[int]: ...
 
 
 class ShardPrefetcher:
-    """The thread of one worker; it ends when this object does.
+    """The prefetching thread of one worker; it ends when this object is deleted.
 
     Args:
         reader, order: of the training images.
         rank, world: of the training process.
-        position: where the run begins.
+        position: start of the run.
     """
 
     def __init__(self, reader: ShardReader, order: Wanted, rank: int, world: int, position: int):
         worker = get_worker_info()
         share = (worker.id, worker.num_workers) if worker else (0, 1)
         self._state = _State(position)
-        # The thread knows the state and not this object, which could not end otherwise.
+        # The thread holds the state and not this object, which could otherwise never be deleted.
         arguments = (self._state, reader, order, rank, world, *share)
         threading.Thread(target=_run, args=arguments, name="fetch ahead", daemon=True).start()
 
     def at(self, position: int) -> None:
-        """Say where the run is."""
+        """Set the run's current position."""
         self._state.position = position
 
     def __del__(self) -> None:
@@ -65,6 +65,6 @@ def _run(
             if shard % num_workers == worker and time.monotonic() - failed.get(shard, -AFTER_FAILURE) >= AFTER_FAILURE:
                 try:
                     reader.fetch_ahead(shard)
-                except Exception:  # whoever needs the shard will meet the error, and say it
+                except Exception:  # a worker that needs the shard will report the error
                     failed[shard] = time.monotonic()
         state.ended.wait(ROUND)

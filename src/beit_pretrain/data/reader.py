@@ -1,8 +1,8 @@
-"""Sample address -> bytes of its image file, from shards on this machine or elsewhere, by their index.
+"""Reads samples from local or remote shards by their index: sample address -> bytes of the image file.
 
-Several shard folders read as one: their shards are numbered through. A local shard is opened once per process and read
-with `pread`, so that the workers of a node share the page cache and no file position. A remote one is opened for every
-read: an open file is a few microseconds, and no reader then keeps from the disk what the cache has given up.
+Several shard folders are read as one, with shards numbered consecutively. A local shard is opened once per process and
+read with `pread`, so that workers share the page cache but no file position. A remote shard is opened for every read,
+which takes a few microseconds, so that the disk space of evicted files is freed at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT_CACHE = "~/.cache/beit_pretrain/shards"
 
 
 class Record(NamedTuple):
-    """One sample as it stands in its shard. `label` is -1 without a class."""
+    """One sample as stored in its shard. `label` is -1 without a class."""
 
     data: bytes
     label: int
@@ -41,9 +41,9 @@ class ShardReader:
 
     Args:
         source: a folder or location, or a list of these.
-        access: how remote ones are had.
+        access: options for remote locations.
 
-    Raises UserError if a folder, its manifest, a shard or an index is missing or does not belong together.
+    Raises UserError if a folder, manifest, shard or index is missing, or they do not belong together.
     """
 
     def __init__(self, source: str | Path | Sequence[str | Path], access: RemoteOptions | None = None):
@@ -52,7 +52,7 @@ class ShardReader:
         self.manifest: dict[str, Any] = self.folders[0].about
         named = [folder.about["classes"] for folder in self.folders]
         self.classes_differ = any(classes != named[0] for classes in named)
-        # Labels that count other classes mean nothing together; a backbone needs none.
+        # Labels of different class lists cannot be combined; pre-training needs none.
         self.classes: list[str] = [] if self.classes_differ else named[0]
         self.shards = [shard for folder in self.folders for shard in folder.shards]
         self.sizes = [shard.samples for shard in self.shards]
@@ -80,11 +80,11 @@ class ShardReader:
 
     @property
     def remote(self) -> bool:
-        """Whether any of the folders is not on this machine."""
+        """Whether any of the folders is remote."""
         return any(isinstance(folder, RemoteFolder) for folder in self.folders)
 
     def is_remote(self, shard: int) -> bool:
-        """Whether a shard comes from another machine."""
+        """Whether a shard is in a remote folder."""
         return isinstance(self._place(shard)[0], RemoteFolder)
 
     def _place(self, shard: int) -> tuple[LocalFolder | RemoteFolder, int]:
@@ -101,7 +101,7 @@ class ShardReader:
         return self._index(shard)["label"].astype(np.int64)
 
     def read(self, sample: Sample) -> Record:
-        """The image file's bytes and the label of a sample. Raises UserError if its shard is not as it should be."""
+        """The image file's bytes and the label of a sample. Raises UserError if its shard is missing or damaged."""
         row = self._index(sample.shard)[sample.row]
         offset, size = int(row["image_offset"]), int(row["image_size"])
         return Record(self._bytes(sample.shard, offset, size), int(row["label"]))
@@ -120,7 +120,7 @@ class ShardReader:
         return header[:100].rstrip(b"\0").decode(errors="replace").partition(".")[0]
 
     def check_content(self, shard: int) -> None:
-        """Raise UserError for a shard of this machine whose content is not what its manifest says; fetched ones are."""
+        """Raise UserError if a local shard does not have its manifest's SHA-256. Downloads check remote ones."""
         folder, number = self._place(shard)
         if isinstance(folder, LocalFolder):
             try:
@@ -131,7 +131,7 @@ class ShardReader:
                 raise UserError(f"{self.where(shard)} cannot be used: {why}") from None
 
     def fetch_ahead(self, shard: int) -> None:
-        """Fetch a remote shard that will be needed, or note that it still is. Raises UserError if it cannot be had."""
+        """Download a remote shard, or mark it as used if cached. Raises UserError if the download fails."""
         folder, number = self._place(shard)
         if isinstance(folder, RemoteFolder):
             folder.fetch_ahead(number)
@@ -167,7 +167,7 @@ class ShardReader:
 
 
 class LocalFolder:
-    """A shard folder on this machine. Raises UserError if one of its shards is missing or of another size."""
+    """A local shard folder. Raises UserError if one of its shards is missing or has another size."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
@@ -189,7 +189,7 @@ class LocalFolder:
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "_file"}
 
-    def __setstate__(self, state: dict) -> None:  # open files do not travel to a worker
+    def __setstate__(self, state: dict) -> None:  # open files cannot be sent to a worker
         self.__dict__.update(state)
         self._open()
 
@@ -211,7 +211,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    """A shard folder elsewhere, through the cache. Raises UserError if its manifest cannot be had."""
+    """A remote shard folder, read through the cache. Raises UserError if its manifest cannot be downloaded."""
 
     def __init__(self, location: str, access: RemoteOptions):
         self.remote = Remote(location, access.retries, access.timeout)
@@ -226,7 +226,7 @@ class RemoteFolder:
 
     @contextmanager
     def opened(self, number: int) -> Iterator[int]:
-        """A file descriptor of a shard, fetched first if need be, valid inside the block."""
+        """A file descriptor of a shard, valid inside the block; a missing shard is downloaded first."""
         shard = self.shards[number]
         descriptor = self.cache.open(shard, lambda file: self._fetch(shard, file))
         try:
@@ -251,23 +251,23 @@ def _folder(source: str | Path, access: RemoteOptions) -> LocalFolder | RemoteFo
 
 
 def _check_end(manifest: bytes) -> None:
-    """Raise OSError for the beginning of a manifest: a server that names no length may break off unnoticed."""
+    """Raise OSError for a truncated manifest, since a server may end early without having sent a length."""
     if manifest.lstrip().startswith(b"{"):
         try:
             json.loads(manifest)
         except ValueError:
             raise OSError(f"broke off after {len(manifest):,} bytes, or is damaged") from None
-        except RecursionError:  # no manifest at all, as is said where it is read
+        except RecursionError:  # not a manifest; `parse_manifest` reports it
             pass
 
 
 def _shards(manifest: dict[str, Any]) -> list[Shard]:
-    """The manifest's shards, compact: 20,000 dictionaries are megabytes in every worker."""
+    """The manifest's shards as compact tuples: 20,000 dictionaries would take megabytes in every worker."""
     return [Shard(e["name"], e["samples"], e["bytes"], e["sha256"]) for e in manifest.pop("shards")]
 
 
 class _Handle:
-    """A file descriptor that closes when the last user drops it."""
+    """A file descriptor that closes when the last reference is dropped."""
 
     def __init__(self, path: str):
         self.fd = os.open(path, os.O_RDONLY)

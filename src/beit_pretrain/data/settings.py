@@ -1,4 +1,4 @@
-"""Settings of the group `data`: where images come from and in which order; a task adds how they are seen."""
+"""Settings of the group `data`: source and order of the images; each task adds its transforms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Streams = Annotated[int, Strict(), Field(ge=1, le=4096)]
 
 
 class RemoteOptions(Settings):
-    """How shards of another machine are read."""
+    """How remote shards are read."""
 
     defaults = "data/shards.yaml"
     positional = ("cache_dir",)
@@ -37,9 +37,9 @@ class RemoteOptions(Settings):
 
 
 class DataSettings(RemoteOptions):
-    """Where the images of a run come from: shard folders as `shards make` writes them, here or elsewhere."""
+    """The images of a run: local or remote shard folders, as `shards make` writes them."""
 
-    # What lies at train and val is compared when a run is resumed, wherever it lies.
+    # A resumed run compares the images of train and val, not their paths, so the shards may move.
     train: Paths = about("shard folder or location (https://, s3://, gs://, hf://, pipe:), or a list of them", True)
     val: Paths | None = about("the same of held-out images; null = no validation", True)
     weights: Annotated[list[Positive], Field(min_length=1)] | None = about(

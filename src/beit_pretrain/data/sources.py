@@ -1,7 +1,7 @@
 """Lists files of folders and tars that may be images: source -> units (a folder's files, a tar) -> rows -> candidates.
 
-Nothing is decoded here: a candidate is a place to read from; whether it holds an image shows when it is opened.
-A unit is what one process lists at a time, so that all cores share the work on twenty thousand tars.
+Nothing is decoded here: a candidate is a file, or part of one, that may hold an image. One process lists one unit at a
+time, so that all cores share the work on twenty thousand tars.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOT_IMAGES = tuple(
 )
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 COMPRESSED = "is compressed, which allows no random access; decompress it first"
-# Names that data sets give to their held-out part. `split=` picks the part of a source that has some.
+# Usual folder names of held-out parts. `split=` picks a part of a source that has parts.
 HELD_OUT = ("val", "validation", "valid", "test")
 PARTS = {"train": ("train", "training"), **{name: (name, *HELD_OUT) for name in HELD_OUT}}
 ADVICE = "give a folder of class folders, a tar, or synthetic"
@@ -41,37 +41,37 @@ class Candidate(NamedTuple):
     class_name: str | None
     path: str  # file that holds the bytes
     offset: int = 0
-    size: int = -1  # bytes; -1 = the whole file; below: a key of tars.REFUSED
+    size: int = -1  # bytes; -1 = the whole file; below -1: a key of tars.REFUSED
     kind: str = "file"  # or "synthetic" (image `offset` of the set), or "cifar" (raw pixels)
     mask: str = ""  # file of the label map
 
 
 class SourceGroup(NamedTuple):
-    """A part of a source that is listed as one."""
+    """A unit: a part of a source that one process lists."""
 
     kind: str  # "files" of one folder, "tar", "cifar" or "synthetic"
     path: str  # folder, or file
-    top: str  # first part of its keys: the source's name if there are several, the part that `split` picked
-    prefix: str  # next part of its keys; tells the class
-    stamp: str  # changes when the files do
+    top: str  # start of its keys: the source's name if there are several, and the part that `split` picked
+    prefix: str  # next part of its keys; contains the class name
+    stamp: str  # changes when the files change
     files: tuple[tuple[str, int], ...] = ()  # names and sizes of "files"; the split of "cifar"
     span: tuple[int, float] = (0, math.inf)  # the bytes of a tar in `path`
     masks: str = ""  # folder of the label maps; images then have no class
 
 
 def units(source: Path, top: str = "", split: str = "train", as_class: bool = False) -> Iterator[SourceGroup]:
-    """The units of a folder or file, in an order that depends on names alone.
+    """The units of a folder or file, in an order that depends only on names.
 
-    `split` picks the part of a source that has parts of its own (folders train/ and val/, ADE20K, CIFAR-100).
-    `as_class`: the source is a tar as if it lay in a folder of tars, so that its name is a class.
-    Raises UserError for a source that does not exist or cannot be read.
+    `split` picks a part of a source with parts (folders train/ and val/, ADE20K, CIFAR-100).
+    `as_class`: treat a tar as one in a folder of tars: its name is a class.
+    Raises UserError if the source does not exist or cannot be read.
     """
     _check_kind(source, ADVICE)
     if cifar.recognised(source):
         file = cifar.part_of(source, split)
         yield SourceGroup("cifar", str(file), top, "", _stat(file)[1], ((split, 0),))
     elif not source.is_dir():
-        top = top.removesuffix(f"{source.name}/") if as_class else top  # the prefix says it then
+        top = top.removesuffix(f"{source.name}/") if as_class else top  # then the prefix contains the name
         yield from _file_units(source, source.name, top, alone=not as_class)
     elif (source / "manifest.json").is_file() and any(source.glob("*.index.npy")):
         raise UserError(f"src={source} is a shard folder already; shards index lists foreign shards, fit reads ours")
@@ -91,7 +91,7 @@ def units(source: Path, top: str = "", split: str = "train", as_class: bool = Fa
 
 def rows(unit: SourceGroup) -> list[Row]:
     """The rows of a unit of kind "files" or "tar", sorted by name. Raises UserError for a damaged tar."""
-    found: dict[str, tuple[int, int]] = {}  # the last of several members of one name counts, as when unpacking
+    found: dict[str, tuple[int, int]] = {}  # of several members of one name the last counts, as in unpacking
     if unit.kind == "files":
         found = {name: (0, size) for name, size in unit.files}
     else:
@@ -112,7 +112,7 @@ def candidate_of(unit: SourceGroup, row: Row) -> Candidate:
 
 
 def check_sources(sources: Sequence[str | Path]) -> None:
-    """Raise UserError for a source that does not exist or seems to hold no image."""
+    """Raise UserError for a source that does not exist or has no possible image."""
     for source in (Path(source).expanduser() for source in sources if source != "synthetic"):
         if next(units(source), None) is None:
             raise UserError(f"src={source} holds no image; {ADVICE}")
@@ -132,13 +132,13 @@ def list_images(src: str | Path) -> list[Candidate]:
 def read_candidate(candidate: Candidate, max_pixels: int = MAX_PIXELS) -> bytes:
     """The bytes of a candidate in a file or tar.
 
-    Raises OSError if they cannot be read or are fewer than was listed, ValueError if these are more than an image of
-    `max_pixels` could have, or no plain file's.
+    Raises OSError if they cannot be read or the file has become shorter, ValueError if the candidate is not a plain
+    file or is larger than an image of `max_pixels` can be.
     """
     if candidate.size in REFUSED:
         raise ValueError(REFUSED[candidate.size])
     size = candidate.size if candidate.size >= 0 else os.path.getsize(candidate.path)
-    if size > 16 * max_pixels + 2**20:  # a film or a disk image, say: not to be read into memory
+    if size > 16 * max_pixels + 2**20:  # such as a film or a disk image, too large for memory
         raise ValueError(f"{size} bytes are too many for an image of max_pixels={max_pixels}")
     data = read_bytes(candidate.path, candidate.offset, size)
     if len(data) < size:
@@ -154,14 +154,14 @@ def read_bytes(path: str | Path, offset: int, size: int) -> bytes:
 
 
 def _check_kind(source: Path, advice: str) -> None:
-    """Raise UserError for a source that is neither a folder nor a file: reading from a pipe would never end."""
+    """Raise UserError for a source that is neither a folder nor a file: reading a pipe could block for ever."""
     if not (source.is_dir() or source.is_file()):
         fault = "is a pipe or a device" if os.path.exists(source) else "does not exist"
         raise UserError(f"src={source} {fault}; {advice}")
 
 
 def _refuse_label_maps(source: Path, root: Path, unit: SourceGroup) -> None:
-    """Raise UserError for a unit of ADE20K's layout somewhere below the source: label maps would count as photos."""
+    """Raise UserError for label maps in ADE20K's layout somewhere below the source: they would count as photos."""
     above, found, _ = f"/{unit.prefix}".partition("/annotations/")
     folder = Path(root, above[1:])
     if found and (folder / "images").is_dir() and any(name.lower().endswith(".png") for name, _ in unit.files):
@@ -170,10 +170,10 @@ def _refuse_label_maps(source: Path, root: Path, unit: SourceGroup) -> None:
 
 
 def _part(root: Path, split: str, nested: bool = False) -> tuple[Path, str] | None:
-    """The part of a folder that `split` means, and its key prefix; None if the folder has no parts.
+    """The part of a folder that `split` picks, and its key prefix; None if the folder has no parts.
 
-    It has parts if it holds `train` (or `training`) and a name of `HELD_OUT`; with `nested`, `train` must hold folders
-    or tars, as train and test may be classes. Raises UserError if none of the parts is `split`.
+    A folder has parts if it holds `train` (or `training`) and a name of `HELD_OUT`. With `nested`, `train` must also
+    hold folders or tars, since train and test may be class names. Raises UserError if there is no part `split`.
     """
     train = next((name for name in PARTS["train"] if (root / name).is_dir()), None)
     held_out = [name for name in HELD_OUT if (root / name).is_dir()]
@@ -188,9 +188,9 @@ def _part(root: Path, split: str, nested: bool = False) -> tuple[Path, str] | No
 
 
 def _folder_units(root: Path, top: str) -> Iterator[SourceGroup]:
-    """The units of a folder tree. Compressed tars beside them (ImageNet's devkit, say) are left out with a warning.
+    """The units of a folder tree. Compressed tars (such as ImageNet's devkit) are left out with a warning.
 
-    Raises UserError if there is nothing but compressed tars.
+    Raises UserError if there are only compressed tars.
     """
     compressed: list[Path] = []
     some = False
@@ -225,9 +225,9 @@ def _folder_units(root: Path, top: str) -> Iterator[SourceGroup]:
 
 
 def _folders(root: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield path, key prefix and sorted file names of every visible folder in a tree.
+    """Yield path, key prefix and sorted file names of every folder in a tree that is not hidden.
 
-    Linked folders come after real ones and none is read twice, so loops end.
+    Linked folders come after real ones, and no folder is read twice, so that loops of links end.
     """
     seen: set[tuple[int, int]] = set()
     folders, links = [(str(root), "")], list[tuple[str, str]]()
@@ -238,7 +238,7 @@ def _folders(root: Path) -> Iterator[tuple[str, str, list[str]]]:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            # scandir knows files from folders without a call per file, which counts on network file systems.
+            # scandir needs no call per file to tell files from folders, which is faster on network file systems.
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
@@ -254,9 +254,9 @@ def _folders(root: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _stat(path: Path, may_lack: bool = False) -> tuple[int, str]:
-    """Bytes of a file, and a stamp that changes with it, "" for a pipe or a device; (-1, "-") for a dangling link.
+    """Size of a file in bytes, and a stamp that changes with it ("" for a pipe or a device); (-1, "-") for a dead link.
 
-    Raises UserError if it cannot be looked at, or is missing (unless it `may_lack`).
+    Raises UserError if the file cannot be read, or is missing (unless `may_lack`, then (-1, "-")).
     """
     try:
         status = os.stat(path)
@@ -268,7 +268,7 @@ def _stat(path: Path, may_lack: bool = False) -> tuple[int, str]:
 
 
 def _file_units(path: Path, key: str, top: str, alone: bool = False) -> Iterator[SourceGroup]:
-    """The units of one file; `key` is its path within the source folder, or its name if it is the source (`alone`)."""
+    """The units of one file. `key` is its path in the source folder, or its name if it is the source (`alone`)."""
     if path.name.lower().endswith(COMPRESSED_TARS):
         raise UserError(f"{path} {COMPRESSED}, or move it away")
     size, stamp = _stat(path)
@@ -280,9 +280,9 @@ def _file_units(path: Path, key: str, top: str, alone: bool = False) -> Iterator
 
 
 def _inner_tars(unit: SourceGroup) -> list[SourceGroup]:
-    """The tars in a tar of nothing but tars (ImageNet's training tar), each a unit; none if it is another tar.
+    """A unit for each tar in a tar that holds only tars (ImageNet's training tar); none for any other tar.
 
-    Tars between images are listed by `rows`, which one process does.
+    `rows` lists tars that lie between images, in one process.
     """
     inner: list[SourceGroup] = []
     for name, offset, size in scan_tar(Path(unit.path)):
@@ -305,7 +305,7 @@ def _tar_members(path: Path, start: float, stop: float) -> Iterator[tuple[str, i
 
 
 def _ignored(key: str) -> bool:
-    """Whether a file or one of its folders is hidden, or (`._x`, `__MACOSX`) a macOS archive's by-product."""
+    """Whether a file or one of its folders is hidden, or created by macOS (`._x`, `__MACOSX`)."""
     return any((part[:1] == "." and part != ".") or part == "__MACOSX" for part in key.split("/"))
 
 

@@ -1,13 +1,13 @@
-"""Files that are no local paths, through fsspec: http(s)://, s3://, gs://, hf:// and file://; and pipe:COMMAND.
+"""Downloads remote files: http(s)://, s3://, gs://, hf:// and file:// through fsspec, and pipe:COMMAND.
 
-A location stands for a folder: the manifest and the shards lie below it. A `pipe:` location is a shell command that
-writes the file `{name}` to its standard output, such as `pipe:ssh host cat /data/train/{name}`. Locations come from the
-config alone, never from a manifest, whose names are plain file names. Credentials come from the environment (HF_TOKEN,
-AWS_*, ...), and messages show no address's query or password.
+A location is a folder with the manifest and the shards. A `pipe:` location is a shell command that writes the file
+`{name}` to its standard output, such as `pipe:ssh host cat /data/train/{name}`. Locations come only from the config,
+never from a manifest, whose names are plain file names. Credentials come from the environment (HF_TOKEN, AWS_*, ...);
+messages never show the query or password of an address.
 
-What may pass (a dropped or stalled connection, half a file, HTTP 408, 425, 429, 5xx) is tried again with growing
-pauses, resuming in the file where the server has the same version of it. A transfer has stalled if nothing comes for
-`timeout` seconds, or less than 1 kB/s, or if the header of an HTTP answer is not complete after so long.
+Transient failures (a dropped or stalled connection, a truncated file, HTTP 408, 425, 429, 5xx) are retried with growing
+pauses. A retry resumes in the middle of the file if the server still has the same version. A transfer has stalled if it
+gets no byte for `timeout` seconds, or less than 1 kB/s, or if an HTTP header is incomplete after that time.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from beit_pretrain.data.transports import LocalWriteError, PermanentError, Trans
 from beit_pretrain.errors import UserError, first_line
 
 SCHEMES = ("http", "https", "s3", "gs", "hf", "file", "pipe")
-PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try, doubled before each further one up to the longest
-JITTER = (0.5, 1.0)  # of a pause, so that many processes do not ask again at once
-_random = random.Random()  # of its own: the global one belongs to the views
+PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the first retry, doubled for each further one up to the longest
+JITTER = (0.5, 1.0)  # random factor of a pause, so that many processes do not retry at once
+_random = random.Random()  # not the global generator, so that views do not change
 
 
 class DownloadError(UserError):
-    """A file that cannot be had: no network, no such file, or a connection that breaks again and again."""
+    """A download failed: no network, no such file, or repeated broken connections."""
 
 
 LASTING = (PermanentError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def is_remote(source: object) -> bool:
-    """Whether a source is a location and not a path. Raises UserError for an unknown scheme."""
+    """Whether a source is a remote location and not a path. Raises UserError for an unknown scheme."""
     if not isinstance(source, str) or not (found := re.match(r"([A-Za-z][A-Za-z0-9+]+):", source)):
         return False
     scheme = found[1].lower()
@@ -67,12 +67,12 @@ def without_secrets(url: str) -> str:
 
 @dataclass(frozen=True)
 class Remote:
-    """A folder elsewhere.
+    """A remote folder.
 
     Args:
-        location: see above.
-        retries: further tries after the first.
-        timeout: seconds without a byte after which a transfer is given up.
+        location: see the module's docstring.
+        retries: number of tries after the first.
+        timeout: seconds without a byte after which a try fails.
     """
 
     location: str
@@ -95,7 +95,7 @@ class Remote:
     def read(self, name: str, limit: int, check: Callable[[bytes], object] = len) -> bytes:
         """The content of a small file of at most `limit` bytes. Raises DownloadError.
 
-        `check` raises OSError for content that is incomplete: not every server says how long a file is.
+        `check` raises OSError for incomplete content, since not every server sends the length of a file.
         """
         buffer = io.BytesIO()
         transfer = Transfer(buffer, self.timeout, limit, begin=lambda total, version: buffer.truncate())
@@ -103,10 +103,10 @@ class Remote:
         return buffer.getvalue()
 
     def fetch(self, name: str, out: BinaryIO, size: int, check: Callable[[], None]) -> None:
-        """Write the file `name`, of just `size` bytes, to the beginning of `out`.
+        """Download the file `name`, of exactly `size` bytes, to the start of `out`.
 
-        `check` looks at what was written, and raises OSError if it is to be fetched again.
-        Raises DownloadError if the file cannot be had, OSError if `out` cannot be written.
+        `check` checks the written file and raises OSError if it must be downloaded again.
+        Raises DownloadError if the download fails, OSError if `out` cannot be written.
         """
 
         def whole() -> None:
@@ -136,20 +136,20 @@ def download(
     timeout: float = 30.0,
     attempts: int = 5,
 ) -> None:
-    """Put the file at `url` (any scheme but pipe) under the name `path`, unless there is one already.
+    """Download the file at `url` (any scheme but pipe) to `path`, unless `path` exists.
 
-    It arrives under its name whole and checked, or not at all. What has come so far lies beside it as `.NAME.partial`,
-    with a note of its version in `.NAME.partial.json`: a later attempt, also of another process, resumes there if the
-    server still has that version. Safe to call from several processes at once: one downloads, the others wait for it.
+    The file gets its name only when it is complete and checked. Until then it is `.NAME.partial`, with its version in
+    `.NAME.partial.json`; a later call, also from another process, resumes it if the server still has that version.
+    Several processes may call this at once: one downloads, the others wait.
 
     Args:
-        check: called with the whole file before it gets its name; raises UserError for a file that must not be kept.
+        check: called with the complete file before it gets its name; raises UserError to reject and delete it.
         timeout: seconds to wait for a connection, or for the next bytes.
-        attempts: how often in a row may fail without a byte of progress; pauses of 1, 2, 4, ... seconds lie between.
+        attempts: failures in a row without a byte of progress before giving up, with pauses of 1, 2, 4, ... seconds.
 
     Raises:
-        DownloadError: the address gave no whole file. What came is kept for the next call.
-        UserError: no address that can be read, or what `check` raises; nothing is kept then.
+        DownloadError: the file could not be downloaded completely. The partial file is kept for the next call.
+        UserError: `url` is not a valid address, or `check` raised; nothing is kept.
     """
     if not _is_address(url):
         raise UserError(f"{url!r} is no address to download from; it starts with https://, hf://, s3:// or file:///")
@@ -181,12 +181,12 @@ def _is_address(url: str) -> bool:
 
 
 def _resume(url: str, partial: Path, note: Path, name: str, timeout: float, attempts: int) -> None:
-    """Complete the file `partial`. The note says of which version of which address its bytes are."""
-    address = hashlib.sha256(url.encode()).hexdigest()  # which may hold a secret
+    """Complete the file `partial`. The file `note` holds the address and version that its bytes come from."""
+    address = hashlib.sha256(url.encode()).hexdigest()  # hashed, since it may contain a secret
     with partial.open("ab") as out, tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
 
         def begin(total: int | None, version: str | None) -> None:
-            out.truncate(0)  # first: a new note must never stand beside old bytes
+            out.truncate(0)  # before the note: a new note must never describe old bytes
             note.write_text(json.dumps([address, total, version]))
 
         try:
@@ -197,7 +197,7 @@ def _resume(url: str, partial: Path, note: Path, name: str, timeout: float, atte
             out.truncate(0)
             out.seek(0)
             total = version = None
-        if total is None or out.tell() < total:  # else an earlier process ended before the file got its name
+        if total is None or out.tell() < total:  # else complete: an earlier process ended before renaming it
             transfer = Transfer(out, timeout, None, total, version, begin, bar)
             failure = f"{without_secrets(url)} cannot be downloaded"
             _receive(url, transfer, attempts, lambda: None, failure, progress_counts=True)
@@ -208,7 +208,7 @@ def _receive(
 ) -> None:
     """Try until the file is whole and `check` raises no OSError.
 
-    `progress_counts`: tries that bring the file further than any before are not counted.
+    `progress_counts`: a try that gets further than any before resets the count of failures.
     """
     failed, furthest = 0, transfer.position
     while True:
@@ -226,7 +226,7 @@ def _receive(
                 raise DownloadError(f"{failure}: {why}") from None
             if failed >= tries:
                 raise DownloadError(f"{failure} ({tries} {'tries' if tries > 1 else 'try'}): {why}") from None
-            if transfer.limit is not None and transfer.position >= transfer.limit:  # whole, but not as it should be
+            if transfer.limit is not None and transfer.position >= transfer.limit:  # complete, but wrong
                 transfer.restart()
         transfer.bar.set_postfix_str(why)
         pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** min(max(failed - 1, 0), 10))
@@ -234,7 +234,7 @@ def _receive(
 
 
 def _reason(error: Exception) -> str:
-    """A failure in a few words, without the queries of addresses."""
+    """A failure in a few words, without the query strings of addresses."""
     said = first_line(error)
     if isinstance(error, TimeoutError):
         said = f"it stalled ({said})"

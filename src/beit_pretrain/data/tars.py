@@ -1,8 +1,8 @@
-"""Lists the members of an uncompressed tar in place: name, offset and size. Nothing is unpacked.
+"""Lists the members of an uncompressed tar without unpacking it: name, offset and size.
 
-An archive may come from anyone. A member that must not be read (its name leads outside, or it is a link, a device or a
-sparse file) has a negative size that says why (`REFUSED`). A tar with sizes that run backwards or headers of hundreds
-of megabytes is refused as a whole.
+Archives are untrusted. A member that must not be read (its name leads outside, or it is a link, a device or a sparse
+file) gets a negative size that gives the reason (`REFUSED`). A tar whose offsets run backwards, or with huge headers,
+is refused as a whole.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from beit_pretrain.errors import UserError
 
-# Sizes of members that are no plain files: why they are not read.
+# Negative sizes, and the reason why such members are not read.
 OUTSIDE, LINK, DEVICE, SPARSE = -2, -3, -4, -5
 REFUSED = {
     OUTSIDE: "its name leads outside the archive",
@@ -27,10 +27,10 @@ LARGEST_HEADER = 2**20  # bytes of a long name or of pax fields
 
 
 def scan_tar(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of the files in the uncompressed tar in the bytes `start` to `stop` of `path`.
+    """Yield (name, offset, size) of the files of the uncompressed tar in the bytes `start` to `stop` of `path`.
 
-    Hard links come last, with the place of their target. A negative size is a key of `REFUSED`.
-    Raises UserError if it is no such tar, or a damaged one.
+    Hard links come last, with the offset and size of their target. A negative size is a key of `REFUSED`.
+    Raises UserError if these bytes are not an uncompressed tar, or it is damaged.
     """
     links: list[tuple[str, str]] = []
     for member in _members(path, start, stop):
@@ -38,7 +38,7 @@ def scan_tar(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[tup
             links.append((member.name, member.linkname))
         elif not member.isdir():
             yield member.name, *_place(member)
-    if links:  # rare: a second pass costs less than remembering every name of every tar
+    if links:  # rare, so a second pass is cheaper than remembering all names
         wanted = {target for _, target in links}
         places = {m.name: _place(m) for m in _members(path, start, stop) if m.name in wanted and not m.islnk()}
         for name, target in links:
@@ -61,7 +61,7 @@ def _place(member: tarfile.TarInfo) -> tuple[int, int]:
 
 
 class _Headers(io.BufferedReader):
-    """A file of which tarfile reads headers only: one that asks for more than `LARGEST_HEADER` bytes is refused."""
+    """A file for tarfile, which reads only headers; raises ReadError for one larger than `LARGEST_HEADER` bytes."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= LARGEST_HEADER:
@@ -76,14 +76,14 @@ def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 before = -1
                 for member in tar:
-                    if member.offset >= stop:  # an inner tar without an end mark
+                    if member.offset >= stop:  # an inner tar without an end marker
                         return
                     if member.size < 0 or member.offset <= before or tar.offset <= member.offset:
                         raise tarfile.ReadError(f"runs backwards at byte {member.offset}")
                     before = member.offset
                     tar.members = []  # type: ignore[attr-defined]  # else each member keeps about 1 kB
                     yield member
-                # tarfile takes a damaged header for the end of the archive and would drop the rest in silence.
+                # tarfile takes a damaged header for the end of the archive and silently drops the rest.
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                     raise tarfile.ReadError(f"damaged at byte {tar.offset}")
@@ -94,9 +94,9 @@ def _members(path: Path, start: int, stop: float) -> Iterator[tarfile.TarInfo]:
 
 
 def read_named(source: Path, names: set[str], largest: int, total: float = math.inf) -> dict[str, bytes]:
-    """The files of these names, in a folder (or its folder `data`) or anywhere in a tar, compressed or not.
+    """Content of the files `names`, from a folder (or its folder `data`) or anywhere in a tar, compressed or not.
 
-    Raises ValueError if one is missing or, in a tar, has more than `largest` bytes or all members more than `total`.
+    Raises ValueError if one is missing or, in a tar, larger than `largest` bytes, or if all members exceed `total`.
     """
     found: dict[str, bytes] = {}
     if source.is_dir():

@@ -1,8 +1,8 @@
-"""One try to get a file that is no local path: HTTP and the other file systems of fsspec, the Hugging Face Hub, pipes.
+"""One try to download a remote file: HTTP and the other file systems of fsspec, the Hugging Face Hub, pipes.
 
-Each transport writes into a `Transfer`, from where that stands if the server can, else from the beginning. HTTP goes
-through the connections of fsspec's file system, but with requests of our own: its files ask twice for each file, do
-not tell a part from the whole, and lose what came before a connection broke.
+Each transport writes into a `Transfer`, from its current position if the server supports that, else from the start.
+HTTP uses the session of fsspec's file system but makes its own requests: fsspec's files send two requests per file,
+do not tell a part from the whole file, and lose the bytes received before a connection broke.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from beit_pretrain.errors import first_line
 
 CHUNK = 1 << 20  # bytes
 SLOWEST = 1000  # bytes per second below which a transfer counts as stalled
-PASSING = (408, 425, 429)  # HTTP statuses that another try may change, as all from 500 on
+PASSING = (408, 425, 429)  # HTTP statuses that are retried, as are all from 500 on
 
 
 class PermanentError(Exception):
-    """A failure that another try would not mend."""
+    """A failure that a retry cannot fix."""
 
 
 class TransientError(OSError):
-    """A failure that another try may mend. `pause`: seconds that the server asks to wait."""
+    """A failure that a retry may fix. `pause`: seconds that the server asks to wait."""
 
     def __init__(self, reason: str, pause: float = 0.0):
         super().__init__(reason)
@@ -47,18 +47,18 @@ class TransientError(OSError):
 
 
 class LocalWriteError(Exception):
-    """Its argument is the OSError of the file that a transfer is written to: it is not the server's."""
+    """Writing the local file failed. Its argument is the OSError."""
 
 
 @dataclass
 class Transfer:
-    """A file on its way."""
+    """A file being downloaded."""
 
-    out: BinaryIO  # where it is written, from its position on
-    timeout: float  # seconds without a byte after which it has stalled
-    limit: int | None = None  # bytes that it may have; None = as many as the server says, which then must say it
-    total: int | None = None  # bytes of the whole file, and its ETag or date, if they are known
-    version: str | None = None
+    out: BinaryIO  # the local file, written from its current position on
+    timeout: float  # seconds without a byte after which the transfer has stalled
+    limit: int | None = None  # largest size in bytes; None = the size that the server sends, which is then required
+    total: int | None = None  # size of the whole file in bytes, if known
+    version: str | None = None  # ETag or date of the file, if known
     begin: Callable[[int | None, str | None], object] = lambda total, version: None  # called before the first byte
     bar: tqdm = field(default_factory=lambda: tqdm(disable=True))
 
@@ -67,14 +67,14 @@ class Transfer:
         self._mark = (time.monotonic(), self.position)
 
     def restart(self) -> None:
-        """Take the next bytes as the first ones."""
+        """Start over: the next bytes are the first of the file."""
         self.out.seek(0)
         self.position, self.total, self.version = 0, None, None
 
     def resume(self, start: int, total: int | None = None, version: str | None = None) -> None:
-        """Take the bytes that follow as those from `start` on, of a file of `total` bytes.
+        """Declare that the next bytes begin at `start` in a file of `total` bytes.
 
-        Raises TransientError, and starts over, if they do not continue what is here.
+        Starts over and raises TransientError if they do not continue the bytes received so far.
         """
         known = [(self.total, total), (self.version, version)]
         if start == 0:
@@ -90,7 +90,7 @@ class Transfer:
         self.bar.update(self.position)
 
     def write(self, chunk: bytes) -> None:
-        """Take the next bytes."""
+        """Write the next bytes."""
         if self.limit is not None and self.position + len(chunk) > self.limit:
             raise PermanentError(f"it has more than {self.limit:,} bytes")
         try:
@@ -106,7 +106,7 @@ class Transfer:
             self._mark = (time.monotonic(), self.position)
 
     def finish(self) -> None:
-        """Check, when the transport says that nothing more comes. Raises TransientError if bytes are missing."""
+        """End the transfer. Raises TransientError if bytes are missing."""
         try:
             self.out.flush()
         except OSError as error:
@@ -116,7 +116,7 @@ class Transfer:
 
 
 def receive_once(url: str, transfer: Transfer) -> None:
-    """One try. Raises PermanentError, TransientError, LocalWriteError, or OSError for other troubles."""
+    """Try once. Raises PermanentError, TransientError, LocalWriteError, or OSError for other failures."""
     scheme = url.partition(":")[0].lower()
     try:
         if scheme == "pipe":
@@ -128,7 +128,7 @@ def receive_once(url: str, transfer: Transfer) -> None:
         transfer.finish()
     except (OSError, PermanentError, LocalWriteError, MemoryError):
         raise
-    except Exception as error:  # the clouds' own libraries have exceptions of their own
+    except Exception as error:  # cloud libraries define their own exceptions
         raise TransientError(f"{type(error).__name__}: {first_line(error)}") from None
 
 
@@ -140,7 +140,7 @@ def _from_pipe(command: str, transfer: Transfer) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=said,
-            start_new_session=True,  # so that all it started can be ended with it
+            start_new_session=True,  # so that its child processes can be killed too
         )
         assert process.stdout is not None
         try:
@@ -162,29 +162,29 @@ def _from_pipe(command: str, transfer: Transfer) -> None:
                 raise OSError(f"its command ended with exit code {code}" + (f": {' '.join(words)}" if words else ""))
         finally:
             process.stdout.close()
-            if process.returncode is None:  # not waited for, so the number of its group is still its own
+            if process.returncode is None:  # not waited for yet, so its process group still exists
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
 @cache
 def _file_system(scheme: str, process: int) -> Any:
-    """fsspec's file system of this process (by its number).
+    """fsspec's file system of one process (`process` is its id).
 
-    Its thread and its connections do not survive a fork. A parent's stay here unused: to close them in a child would
-    disturb the parent's.
+    Its thread and connections do not survive a fork. A child leaves its parent's connections unused: closing them
+    would disturb the parent.
     """
     import fsspec.asyn
 
     settings: dict[str, Any] = {}
     if scheme == "http":
-        os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # which fsspec leaves as it was at the fork
+        os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # fsspec does not reset it
         settings = {"get_client": _client, "encoded": True}
     return fsspec.filesystem(scheme, skip_instance_cache=True, **settings)
 
 
 def _from_file_system(scheme: str, url: str, transfer: Transfer) -> None:
-    """s3://, gs://, file://: time-outs, credentials and endpoints are those of the file system."""
+    """Download s3://, gs:// or file://; timeouts, credentials and endpoints are those of the file system."""
     try:
         system = _file_system(scheme, os.getpid())
         path = unquote(urlsplit(url).path) if scheme == "file" else system._strip_protocol(url)
@@ -201,9 +201,9 @@ def _from_file_system(scheme: str, url: str, transfer: Transfer) -> None:
 
 
 def _hub_address(url: str) -> tuple[str, dict[str, str]]:
-    """The address of `hf://[datasets/]OWNER/NAME[@REVISION]/PATH` on the Hugging Face Hub, and the headers for it.
+    """HTTP address and headers of `hf://[datasets/]OWNER/NAME[@REVISION]/PATH` on the Hugging Face Hub.
 
-    The token is that of the environment (HF_TOKEN) or of `hf auth login`.
+    The token comes from the environment (HF_TOKEN) or from `hf auth login`.
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
@@ -214,7 +214,7 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
         found = system.resolve_path(url)
     except HfHubHTTPError as error:
         _refuse(error.response.status_code, error.response.reason_phrase, error.response.headers)
-    except (OSError, NotImplementedError, ValueError) as error:  # no such repository, offline mode, no address
+    except (OSError, NotImplementedError, ValueError) as error:  # no such repository, offline mode, invalid address
         raise PermanentError(first_line(error)) from None
     if not hasattr(found, "repo_id"):
         raise PermanentError("hf:// reads data sets and models, not buckets")
@@ -232,14 +232,14 @@ def _from_http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
 
 
 async def _client(**settings: Any) -> Any:
-    """The session of aiohttp for fsspec: each request has a connection of its own, so that a fork finds none idle."""
+    """aiohttp session for fsspec: one connection per request, so that there are no idle ones at a fork."""
     import aiohttp
 
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(force_close=True),
         headers={"User-Agent": f"beit_pretrain/{__version__}", "Accept-Encoding": "identity"},
         auto_decompress=False,
-        requote_redirect_url=False,  # signed addresses are good as they are alone
+        requote_redirect_url=False,  # signed addresses must not be changed
         **settings,
     )
 
@@ -251,11 +251,11 @@ async def _http(system: Any, url: str, headers: dict[str, str], transfer: Transf
         try:
             return await handler(request)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            raise _broken(error) from None  # aiohttp itself would ask again at once
+            raise _broken(error) from None  # otherwise aiohttp retries at once
 
     if transfer.position:
         headers = {**headers, "Range": f"bytes={transfer.position}-"}
-        # A weak ETag may not stand in If-Range (RFC 9110, 13.1.5): then the answer's own headers are compared.
+        # If-Range must not hold a weak ETag (RFC 9110, 13.1.5): then `resume` compares the answer's headers.
         if transfer.version and not transfer.version.startswith("W/"):
             headers["If-Range"] = transfer.version
     parts = urlsplit(url)
@@ -263,7 +263,7 @@ async def _http(system: Any, url: str, headers: dict[str, str], transfer: Transf
         "headers": headers,
         "timeout": aiohttp.ClientTimeout(total=None, sock_read=transfer.timeout),
         "middlewares": (once,),
-        # Not aiohttp's `trust_env`, which also takes passwords from ~/.netrc, where they may be another service's.
+        # Not aiohttp's `trust_env`: it also sends passwords from ~/.netrc, which may be another service's.
         "proxy": None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme),
     }
     try:
@@ -280,7 +280,7 @@ async def _http(system: Any, url: str, headers: dict[str, str], transfer: Transf
     except aiohttp.ServerTimeoutError:
         raise TimeoutError(f"no bytes for {transfer.timeout:g} s") from None
     except aiohttp.ClientPayloadError:
-        transfer.finish()  # says how much is missing, if that is known
+        transfer.finish()  # raises with the number of missing bytes, if known
         raise TransientError(f"broke off after {transfer.position:,} bytes") from None
     except aiohttp.TooManyRedirects as error:
         raise PermanentError(f"HTTP {error.history[-1].status}, again and again") from None
@@ -293,18 +293,18 @@ async def _http(system: Any, url: str, headers: dict[str, str], transfer: Transf
 
 
 def _broken(error: Any) -> Exception:
-    """What to raise for an error of aiohttp's: a connection that could not be made, or that broke."""
+    """The exception to raise for an aiohttp connection that failed or broke."""
     cause = getattr(error, "os_error", error)
     if isinstance(cause, ssl.SSLCertVerificationError):
         return PermanentError(first_line(cause))
-    number = getattr(cause, "errno", None) or 0  # names that cannot be resolved have one below 0
+    number = getattr(cause, "errno", None) or 0  # negative for names that cannot be resolved
     return TransientError(os.strerror(number) if number > 0 else getattr(cause, "strerror", None) or first_line(cause))
 
 
 def _accept(response: Any, transfer: Transfer) -> None:
-    """Take the header of an answer."""
+    """Process the status and headers of an HTTP answer."""
     headers, start, total = response.headers, 0, None
-    if response.status == 206 or (response.status == 416 and transfer.position):  # 416: it has become shorter
+    if response.status == 206 or (response.status == 416 and transfer.position):  # 416: the file has become shorter
         if found := re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", headers.get("Content-Range", "").strip()):
             start, total = int(found[1]), None if found[2] == "*" else int(found[2])
         else:
@@ -319,7 +319,7 @@ def _accept(response: Any, transfer: Transfer) -> None:
 
 
 def _refuse(status: int, reason: str | None, headers: Any) -> NoReturn:
-    """Raise the error for the status of an answer without a file. X-Error-* are headers of the Hugging Face Hub."""
+    """Raise the error for the status of an HTTP answer without a file (X-Error-*: headers of the Hugging Face Hub)."""
     said = f"HTTP {status} {headers.get('X-Error-Message') or reason or ''}".strip()
     if status in (401, 403) and "X-Error-Code" in headers:
         said += "; what is private or gated needs HF_TOKEN"

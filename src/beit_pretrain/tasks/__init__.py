@@ -1,1 +1,1 @@
-"""One file per training task: settings, LightningModule, how it is built, its metrics and pictures."""
+"""One file per training task: its settings, LightningModule, construction, metrics and pictures."""

@@ -1,4 +1,4 @@
-"""What several tasks share: settings of a backbone, and how data and optimiser follow from the settings."""
+"""Shared by several tasks: backbone settings, and data modules built from the settings."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ Deviations = Annotated[list[Positive], Field(min_length=1)]
 
 
 class NetworkSettings(Settings):
-    """A new network; of one that init_from brings, what it must have, where it is set."""
+    """Architecture of a new network. With init_from, the values set here must agree with the checkpoint."""
 
     size: Text | None = about("tiny, small, base or large; names embed_dim, depth, num_heads, init_values")
     drop_path_rate: BelowOne = about("stochastic depth of the last block; linear from 0 over the depth")
     rel_pos_bias: Literal["shared", "per_layer", "none"] | None = about(
-        "shared: one table for all blocks | per_layer: one for each | none; null = that of init_from, else "
-        "the task's own"
+        "shared: one table for all blocks | per_layer: one for each | none; null = that of init_from, else the task's"
     )
     abs_pos_emb: Switch | None = about("learned absolute positions; null = that of init_from, else false")
     embed_dim: Width | None = Field(None, description="set by size, or as +model.embed_dim=N")
@@ -48,7 +47,7 @@ class NetworkSettings(Settings):
 
 
 class BackboneSettings(FitSettings):
-    """Settings of every task that trains, or looks at, a backbone."""
+    """Settings shared by every task that trains or probes a backbone."""
 
     image_size: Side = about("side of the images, pixels")
     patch_size: Side | None = about("side of a patch, pixels; null = that of init_from, else 16")
@@ -58,7 +57,7 @@ class BackboneSettings(FitSettings):
 
 
 class ClassificationDataSettings(DataSettings, CropSettings):
-    """Images and how they are seen."""
+    """Images and their transforms."""
 
     defaults = "data/shards.yaml tasks/finetune.yaml:data"
 
@@ -69,13 +68,13 @@ class ClassificationDataSettings(DataSettings, CropSettings):
 
 
 def data_settings(cfg: Any) -> dict[str, Any]:
-    """What every data module takes, from the group `data`."""
+    """Arguments common to all data modules, from the group `data`."""
     common = {name: getattr(cfg.data, name) for name in DataSettings.model_fields}
     return {"global_batch_size": cfg.global_batch_size, "seed": cfg.seed, **common}
 
 
 def classification_data(cfg: Any, fill: tuple[float, ...] = HALF) -> ClassificationData:
-    """One view an image (a tokenizer trains on such views too, without the labels)."""
+    """Data with one view per image. Tokenizer training uses it too and ignores the labels."""
     data, size, channels = cfg.data, cfg.image_size, cfg.data.channels
     augment = getattr(data, "auto_augment", None)
     if channels == 4 and augment:
@@ -92,7 +91,7 @@ def classification_data(cfg: Any, fill: tuple[float, ...] = HALF) -> Classificat
 
 
 def labelled_data(cfg: Any, fill: tuple[float, ...]) -> ClassificationData:
-    """Images that all have a class, of at least two. Raises UserError if not."""
+    """Labelled data. Raises UserError if an image has no class, or there are fewer than two classes."""
     data = classification_data(cfg, fill)
     if data.readers["train"].classes_differ:
         raise UserError(f"data.train={cfg.data.train}: data sets of different classes cannot be used together")

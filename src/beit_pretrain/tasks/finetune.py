@@ -1,4 +1,4 @@
-"""Fine-tuning of the backbone as a classifier (BEiT, section 2.6 and appendix G; RECIPE section 5).
+"""Fine-tuning of the backbone as a classifier (BEiT, section 2.6, appendix G; release: `run_class_finetuning.py`).
 
 Shapes: B batch, C channels, H W pixels.
 """
@@ -34,7 +34,7 @@ Decay = Annotated[float, Strict(), Field(gt=0, lt=1), Rule("a number above 0 and
 
 
 class MixConfig(Settings):
-    """What makes the labels softer and the images harder."""
+    """Label smoothing, mixup, cutmix and random erasing."""
 
     defaults = "tasks/finetune.yaml:regularisation"
 
@@ -45,7 +45,7 @@ class MixConfig(Settings):
 
 
 class ClassifierSettings(NetworkSettings):
-    """A new network; of one that init_from brings, what it must have, where it is set."""
+    """Architecture of a new classifier. With init_from, the values set here must agree with the checkpoint."""
 
     pool: Literal["avg", "token"] | None = about(
         "avg: mean of the patches, new norm | token: [CLS] after the final norm; null = that of init_from, else avg"
@@ -53,7 +53,7 @@ class ClassifierSettings(NetworkSettings):
 
 
 class FinetuneSettings(BackboneSettings):
-    """Settings of fine-tuning as a classifier."""
+    """Settings of fine-tuning a classifier."""
 
     defaults = "fit.yaml tasks/finetune.yaml"
 
@@ -105,12 +105,12 @@ class Finetuning(TrainedModule):
         return loss
 
     def regularise(self, image_BCHW: Tensor, label_B: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Erased and mixed images, and targets (B, classes) as probabilities."""
+        """Return erased and mixed images, and targets (B, classes) as probabilities."""
         smoothing, classes = self.regularisation.label_smoothing, self.model.num_classes
         target = F.one_hot(label_B, classes).float() * (1 - smoothing) + smoothing / classes
         if not (self._mix or self.regularisation.erasing):
             return image_BCHW, target
-        # timm draws from the global generators: keyed by the position, so that a resumed run repeats them.
+        # timm uses the global generators. Seeded by position, a resumed run draws the same numbers.
         with torch.random.fork_rng(devices=[image_BCHW.device] if image_BCHW.is_cuda else []):
             random.seed(position + self.seed)
             np.random.seed((position + self.seed) % 2**32)
@@ -142,7 +142,7 @@ class Finetuning(TrainedModule):
 
 
 class Finetune(Task):
-    """Classification."""
+    """The task `finetune`: image classification."""
 
     settings = FinetuneSettings
     best = ("val/accuracy", "max")
@@ -158,7 +158,7 @@ class Finetune(Task):
         if source is None:
             model = Classifier(len(data.classes), cfg.model.pool or "avg", **network(cfg))
         else:
-            same = source.about.get("classes") in (None, list(data.classes))  # a head of other classes is of no use
+            same = source.about.get("classes") in (None, list(data.classes))  # else the head cannot be reused
             drop = cfg.model.drop_path_rate
             model = classifier(source, cfg.image_size, len(data.classes), drop, cfg.model.pool, new_head=not same)
             model.train()

@@ -81,7 +81,7 @@ class Autoencoding(TrainedModule):
         self._totals = torch.zeros(0)
 
     def masking(self, position_B: Tensor, seed: int) -> Masking:
-        """The masks of a batch, a function of seed and position."""
+        """Masks of a batch; they depend only on seed and position."""
         return random_masking(seed, position_B, self.model.grid[0] * self.model.grid[1], self.mask_ratio)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -95,7 +95,7 @@ class Autoencoding(TrainedModule):
         self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """The same on held-out images, whose masks never change."""
+        """Computes the same loss on held-out images, with fixed masks."""
         image = normalise(batch["image"].float() / 255, self.mean, self.std)
         loss, images = self.model(image, self.masking(batch["position"], VAL_SEED)), len(image)
         self._totals += torch.stack([loss.double() * images, loss.new_tensor(images, dtype=torch.float64)])
@@ -106,7 +106,7 @@ class Autoencoding(TrainedModule):
 
 
 class MAE(Task):
-    """Masked autoencoding."""
+    """The task `mae`: masked autoencoding."""
 
     settings = MAESettings
     best = ("val/loss", "min")
@@ -126,7 +126,7 @@ class MAE(Task):
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
         self.module = Autoencoding(model, optim, mean, std, cfg.mask.ratio, cfg.seed)
-        self.module.masking(torch.zeros(1, dtype=torch.int64), 0)  # a ratio that leaves nothing is refused here
+        self.module.masking(torch.zeros(1, dtype=torch.int64), 0)  # raises UserError early for an unusable mask ratio
         self.module.about = {"mean": list(mean), "std": list(std)}
         if "val" in self.data.readers:
             if cfg.num_visualizations:
@@ -154,7 +154,7 @@ class MAEPictures(Callback):
 
 @torch.no_grad()
 def autoencoder_picture(module: Autoencoding, batch: dict[str, Tensor]) -> Image.Image:
-    """Grid of masked | predicted | original, one row an image."""
+    """Grid of masked | predicted | original, one row per image."""
     image = batch["image"].float() / 255
     masking = module.masking(batch["position"], VAL_SEED)
     training = module.model.training

@@ -1,4 +1,4 @@
-"""Masked image modelling: the LightningModule of the paper's objective (BEiT, section 2.4, equation 1).
+"""Masked image modelling (BEiT, section 2.4, equation 1): settings, LightningModule, data and pictures.
 
 Shapes: B batch, C channels, H W pixels, N patches, V vocabulary, K masked positions of one image (padded with -1),
 M masked patches of the batch. Masks are True where a patch is masked, to be predicted.
@@ -76,7 +76,7 @@ class PretrainSettings(BackboneSettings):
 
 
 class MIMOutput(NamedTuple):
-    """What became of a batch's masked patches: the sum of their cross-entropies, their number, the hits."""
+    """Over a batch's masked patches: sum of cross-entropies (nats), number of patches, correct predictions."""
 
     loss_sum: Tensor
     masked: Tensor
@@ -88,7 +88,7 @@ class Pretraining(TrainedModule):
 
     Args:
         model: backbone with token head.
-        tokenizer: frozen; gives one id per patch. None where the batches bring the ids (`tokens`).
+        tokenizer: frozen; gives one id per patch. None if the batches contain the ids (`tokens`).
         optim: optimiser settings.
         mean, std: normalisation of the backbone's view.
     """
@@ -128,12 +128,12 @@ class Pretraining(TrainedModule):
         return found.loss_sum / position_BK.numel()
 
     def prepare(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """`image_and_tokens`, compiled where the run is."""
+        """`image_and_tokens`, compiled if the run is compiled."""
         return self.image_and_tokens(batch) if "view" in batch else self.maybe_compile(self.image_and_tokens)(batch)
 
     def image_and_tokens(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """The backbone's view in [0, 1], and the tokens (B, N): cached ones, or those of the tokenizer's view."""
-        if "view" in batch:  # `DevicePrefetcher` has made them
+        """Return the backbone's view in [0, 1], and the tokens (B, N), cached or computed from the tokenizer's view."""
+        if "view" in batch:  # computed by `DevicePrefetcher`
             return batch["view"], batch["tokens"]
         if "tokens" in batch:
             return jittered_view(batch, "image"), batch["tokens"]
@@ -149,7 +149,7 @@ class Pretraining(TrainedModule):
         tokens_BN: Tensor,
         drop_BR: Tensor | None = None,
     ) -> MIMOutput:
-        """What the network makes of images in [0, 1] of which it does not see the masked patches."""
+        """Predict the tokens of the masked patches of images in [0, 1]; sum losses and correct predictions."""
         image_BCHW = normalise(image_BCHW, self.mean, self.std)
         logits_BKV = self.model.forward_at(image_BCHW, mask_BN, position_BK.clamp(min=0), drop_BR)
         target_BK = masked_targets(tokens_BN, position_BK)
@@ -157,8 +157,8 @@ class Pretraining(TrainedModule):
         return MIMOutput(loss_sum, (target_BK != IGNORE).sum(), (logits_BKV.argmax(-1) == target_BK).sum())
 
     def count(self, found: MIMOutput, tokens_BN: Tensor) -> None:
-        """Keep the step's numbers for the metrics and for `gradient_scale`."""
-        loss_sum, masked, correct = (value.detach().clone() for value in found)  # a CUDA graph will overwrite its own
+        """Accumulate the step's sums for the metrics and for `gradient_scale`."""
+        loss_sum, masked, correct = (value.detach().clone() for value in found)  # a CUDA graph reuses its outputs
         self._masked = self._masked.to(self.device) + masked
         self._tokens_V.scatter_add_(0, tokens_BN.flatten(), torch.ones_like(tokens_BN, dtype=torch.float).flatten())
         self.accumulate(masked, loss=loss_sum / masked, masked_token_accuracy=correct / masked)
@@ -168,10 +168,10 @@ class Pretraining(TrainedModule):
         return self._masked
 
     def gradient_scale(self) -> Tensor:
-        """Makes the loss a mean over the masked patches of the *global* batch.
+        """Factor that makes the loss a mean over the masked patches of the *global* batch.
 
-        A micro-batch divides its sum by a constant, B * K; Lightning divides by the number of micro-batches, DDP by
-        that of processes. How many patches were masked is known only at the last micro-batch (`exchange`).
+        Each micro-batch divides its sum by the constant B * K. Lightning divides by the number of micro-batches, DDP
+        by the number of processes. The number of masked patches is known only at the last micro-batch (`exchange`).
         """
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
         masked = self._masked if self.trainer.world_size == 1 else self.exchange.masked
@@ -203,11 +203,11 @@ class Pretraining(TrainedModule):
         self._tokens_V = self._tokens_V.to(self.device)
 
     def on_validation_epoch_start(self) -> None:
-        # Loss, hits, hits of copying, masked patches; then histograms of masked and of all tokens.
+        # Loss, hits, hits of the copy baseline, masked patches; then histograms of masked and of all tokens.
         self._totals = torch.zeros(4 + 2 * self.model.vocab_size, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """The same on held-out images with fixed views and masks, and two guesses that any model must beat."""
+        """Evaluates held-out images with fixed views and masks; also the baseline of copying the nearest token."""
         image, tokens_BN = self.image_and_tokens(batch)
         position_BK = batch["mask_index"]
         loss_sum, masked, correct = self.objective(image, batch["mask"], position_BK, tokens_BN)
@@ -239,12 +239,12 @@ def masked_targets(tokens_BN: Tensor, index_BK: Tensor) -> Tensor:
 
 
 def at_least_float(x: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Cast half precision to float32; leave float32 and float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def nearest_visible(mask_BN: Tensor) -> Tensor:
-    """For every patch (B, N) the number of the nearest patch that is not masked (the first of equally near ones)."""
+    """Index (B, N) of the visible patch nearest to every patch; of equally near ones, the first."""
     distance_NN = _patch_distances(int(mask_BN.shape[1]), mask_BN.device)
     return (distance_NN + mask_BN.unsqueeze(1) * 1e6).argmin(-1)
 
@@ -258,9 +258,9 @@ def _patch_distances(patches: int, device: torch.device) -> Tensor:
 
 
 class PretrainData(ShardData):
-    """Two views and a mask of every image, or one view and its cached tokens.
+    """Data with a mask and two views per image, or one view and its cached tokens.
 
-    `tokens`: of "train", "val" or both, a token folder for each shard folder.
+    `tokens`: for "train", "val" or both, one token folder per shard folder.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ class PretrainData(ShardData):
 
 
 class Pretrain(Task):
-    """Masked image modelling."""
+    """The task `pretrain`: masked image modelling."""
 
     settings = PretrainSettings
     best = ("val/loss", "min")
@@ -318,7 +318,7 @@ class Pretrain(Task):
                 self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
 
     def preflight(self) -> list[str]:
-        """Encode a few images; how many different tokens came out."""
+        """Encode a few images and report how many different tokens they have."""
         dataset = self.data.train_dataset(BatchSchedule(self.data.global_batch_size))
         samples = [dataset.sample(position) for position in range(min(4, self.data.samples))]
         batch = {key: torch.as_tensor(np.stack([s[key] for s in samples])) for key in samples[0] if key != "bad"}
@@ -331,7 +331,7 @@ class Pretrain(Task):
 
     def prepare(self) -> None:
         if not self.cfg.deterministic:
-            torch.backends.cudnn.benchmark = True  # the encoder's images have one size: its algorithms are timed once
+            torch.backends.cudnn.benchmark = True  # all images have one size: cuDNN times its algorithms once
         if self.cfg.device_prefetch:
             module = self.module
             self.data.wrapped = lambda loader: DevicePrefetcher(loader, module.prepare, module.device)
@@ -350,14 +350,14 @@ class Pretrain(Task):
 
 
 def two_views(cfg: PretrainSettings, token_image_size: int) -> TwoViewTransform:
-    """How training images are seen, from the group `data`."""
+    """The two-view transform of the group `data`."""
     views = {name: getattr(cfg.data, name) for name in ViewSettings.model_fields}
     return TwoViewTransform(image_size=cfg.image_size, **{**views, "token_image_size": token_image_size})
 
 
 @dataclass
 class TokenSource:
-    """Where the tokens to be predicted come from: a tokenizer, or token folders by split, or both."""
+    """Source of the target tokens: a tokenizer, token folders by split, or both."""
 
     name: str
     sha256: str
@@ -366,14 +366,14 @@ class TokenSource:
     cached: dict[str, list[TokenFolder]]
 
     def view_size(self, grid: tuple[int, int], asked: int | None) -> int:
-        """Side in pixels of the tokenizer's view; cached tokens were made with one."""
+        """Side in pixels of the tokenizer's view; for cached tokens, the side they were made with."""
         if self.tokenizer is not None:
             return view_size(grid, self.tokenizer, asked)
         return asked or self.cached["train"][0].view["token_image_size"]
 
 
 def read_targets(cfg: PretrainSettings) -> TokenSource:
-    """The tokenizer and the token folders of the config, which belong together. Raises UserError if not."""
+    """Read the tokenizer and the token folders of the config. Raises UserError if they do not belong together."""
     cached = {}
     for split, option in OPTIONS.items():
         paths, images = getattr(cfg.data, option.removeprefix("data.")), getattr(cfg.data, split)
@@ -401,7 +401,10 @@ def read_targets(cfg: PretrainSettings) -> TokenSource:
 
 
 def continued(cfg: PretrainSettings, source: Checkpoint, targets: TokenSource) -> MaskedImageModel:
-    """A pre-trained backbone to go on with; its token head only if that is for this tokenizer."""
+    """Load the network of `init_from` to continue pre-training.
+
+    Raises UserError if its token head is for another tokenizer, unless `new_head` is set.
+    """
     own, vocab_size = source.architecture.get("vocab_size"), targets.vocab_size
     if own not in (None, vocab_size) and not cfg.new_head:
         raise UserError(
@@ -423,9 +426,9 @@ class MaskedPictures(Callback):
     validation; token maps, which do not change, after the first one.
 
     Args:
-        folder: where `step-000100.png` go.
-        data: its validation images are shown.
-        images: how many.
+        folder: for the files `step-000100.png`, ....
+        data: source of the held-out images.
+        images: number of images.
     """
 
     needs_whole_network = True
@@ -448,9 +451,9 @@ class MaskedPictures(Callback):
 
 @torch.no_grad()
 def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
-    """Grid of masked | predicted tokens decoded | original tokens decoded | original, one row an image.
+    """Grid of masked | predicted tokens decoded | original tokens decoded | original, one row per image.
 
-    Raises UserError without a tokenizer, which is what turns tokens into pictures.
+    Raises UserError without a tokenizer, which decodes the tokens.
     """
     if module.tokenizer is None:
         raise UserError("the run trains from cached tokens alone; only a tokenizer can draw them")

@@ -1,4 +1,4 @@
-"""The task `probe`: trains linear classifiers on the frozen features of every layer (`networks/linear_probe.py`).
+"""The task `probe`: trains linear classifiers on the frozen features of every layer (`models/linear_probe.py`).
 
 Shapes: B batch, C channels, H W pixels, K classes.
 """
@@ -36,7 +36,7 @@ class LayerSettings(Settings):
 
 
 class NoNetwork(Settings):
-    """The network is that of init_from."""
+    """No settings: the network comes from init_from."""
 
     size: None = None
 
@@ -66,7 +66,7 @@ class Probing(TrainedModule):
         std: tuple[float, ...],
     ):
         super().__init__(model, optim)
-        # In a list, and so no submodule: frozen, it belongs neither into the checkpoint nor into DDP.
+        # In a list, so that the frozen backbone is no submodule: it stays out of the checkpoint and of DDP.
         self._backbone = [backbone.eval().requires_grad_(False)]
         self.mean, self.std = tuple(mean), tuple(std)
         self._totals = torch.zeros(0)
@@ -86,7 +86,7 @@ class Probing(TrainedModule):
         return self.model(features)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """The sum of the layers' cross-entropies: no layer's probe sees another's gradient."""
+        """Sum of the layers' cross-entropies; each probe gets only the gradient of its own loss."""
         losses, hits = losses_and_hits(self(batch["image"].float() / 255), batch["label"])
         losses, accuracies = losses / len(batch["label"]), hits / len(batch["label"])
         self.accumulate(loss=losses.mean(), accuracy=accuracies.max())
@@ -111,7 +111,7 @@ class Probing(TrainedModule):
 
 
 class Probe(Task):
-    """Linear classifiers on frozen features."""
+    """The task `probe`: linear classifiers on frozen features."""
 
     settings = ProbeSettings
     best = ("val/accuracy", "max")
@@ -120,7 +120,7 @@ class Probe(Task):
     def __init__(self, cfg: ProbeSettings):
         super().__init__(cfg)
         source = read_source(cfg)
-        assert source is not None  # a config without init_from does not get here
+        assert source is not None  # a config without init_from is rejected earlier
         assert cfg.init_from is not None
         mean, std = normalisation(cfg, source.about)
         self.data = data = labelled_data(cfg, mean)
@@ -142,11 +142,11 @@ class Probe(Task):
 
     @classmethod
     def resumed(cls, cfg: ProbeSettings, last: Path) -> ProbeSettings:
-        """A checkpoint holds the probes alone; their backbone stays where it was."""
+        """Keep init_from: a checkpoint holds only the probes, not their backbone."""
         return cfg
 
     def layers(self, options: Any, run: Path) -> Callable[[Path], Path] | None:
-        """Accuracy of the layers, as last measured."""
+        """Plot the last measured accuracy of every layer."""
         file, layers = run / "metrics.csv", self.module.model.layers
         last = {n: curve(file, f"val/accuracy_layer_{n:02d}")[1] for n in layers}
         if not all(last.values()):

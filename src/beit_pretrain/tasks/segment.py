@@ -1,4 +1,6 @@
-"""Semantic segmentation: training on crops, testing by sliding windows at several scales (RECIPE section 7).
+"""Semantic segmentation (BEiT, section 3.2; release: `semantic_segmentation/`).
+
+Trains on crops; tests whole images with sliding windows at several scales.
 
 Shapes: B batch, C channels, H W pixels, K classes, S the side of the network's images.
 """
@@ -41,11 +43,11 @@ from beit_pretrain.visualization.overlays import comparison
 AUX_WEIGHT = 0.4
 PoolScale = Annotated[int, Strict(), Field(ge=1, le=2**10 - 1)]
 ClassCount = Annotated[int, Strict(), Field(ge=2, le=255)]
-KEEP_SEED = 0x5E6  # dropout's numbers are others than drop path's
+KEEP_SEED = 0x5E6  # gives dropout other random numbers than drop path
 
 
 class DecoderSettings(Settings):
-    """The UPerNet heads of a new segmenter; one in init_from brings its own (but for the layers, if they are given)."""
+    """UPerNet heads of a new segmenter. A segmenter in init_from keeps its own heads, except for `layers` if set."""
 
     defaults = "tasks/segment.yaml:decoder"
 
@@ -58,7 +60,7 @@ class DecoderSettings(Settings):
 
 
 class SegmentDataSettings(DataSettings):
-    """Images with label maps, and how they are seen."""
+    """Images with label maps, and their transforms."""
 
     defaults = "data/shards.yaml tasks/segment.yaml:data"
 
@@ -104,7 +106,7 @@ class Segmentation(TrainedModule):
         self._confusion = torch.zeros(0)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """Cross-entropy per pixel, and that of the auxiliary head at .4."""
+        """Cross-entropy per pixel, plus .4 times that of the auxiliary head."""
         image, target_BHW = normalise(batch["image"].float() / 255, self.mean, self.std), batch["target"].long()
         maps = self.model(image, self.drop_path_noise(batch), self.dropout_mask(batch["position"]))
         loss = main = pixel_loss(maps.main, target_BHW)
@@ -119,7 +121,7 @@ class Segmentation(TrainedModule):
         return loss
 
     def dropout_mask(self, position_B: Tensor) -> Tensor:
-        """Dropout's factors (B, F + aux) of whole channels: a function of seed and position, like drop path."""
+        """Dropout factors (B, F + aux), one per channel; like drop path's, they depend only on seed and position."""
         channels = self.model.channels + self.model.aux_channels
         return (uniforms(self.seed + KEEP_SEED, position_B, channels) >= DROPOUT).float() / (1 - DROPOUT)
 
@@ -135,7 +137,7 @@ class Segmentation(TrainedModule):
             self._confusion += confusion(found_HW, target_HW.long(), self.model.num_classes)
 
     def segment(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Classes (H, W) at `size` of one image at some scales, (C, h, w) uint8 each."""
+        """Classes (H, W) at `size` of one image, given at several scales, each (C, h, w) uint8."""
         normalised = [normalise(image[None].float() / 255, self.mean, self.std) for image in images]
         return segmented(self.model, normalised, size, self.windows)
 
@@ -148,26 +150,26 @@ class Segmentation(TrainedModule):
 
 
 def pixel_loss(logits_BKhw: Tensor, target_BHW: Tensor) -> Tensor:
-    """Cross-entropy, a mean over all pixels, those that do not count among them with a loss of 0.
+    """Mean cross-entropy over all pixels; ignored pixels count, with loss 0.
 
-    So each pixel weighs the same in every batch, on any number of processes; it is how the release's trainer averaged.
+    So every pixel has the same weight in every batch and on any number of processes, as in the release's trainer.
     """
     logits = upsampled(logits_BKhw, target_BHW.shape[-2:])
     return F.cross_entropy(logits, target_BHW, ignore_index=IGNORE, reduction="sum") / target_BHW.numel()
 
 
 def confusion(found: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Pixels (K, K) int64 by class (rows) and class found (columns), where the target counts."""
+    """Pixel counts (K, K) int64: rows are true classes, columns predicted ones; ignored pixels are left out."""
     counted = target != IGNORE
     pairs = target[counted] * classes + found[counted]
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
 
 def scores(confusion_KK: Tensor) -> dict[str, float]:
-    """mIoU, mean accuracy of the classes, accuracy of the pixels; classes that occur nowhere are left out of means."""
+    """mIoU, mean class accuracy and pixel accuracy; classes that do not occur are left out of the means."""
     counts = confusion_KK.double()
     hits, true, found = counts.diagonal(), counts.sum(1), counts.sum(0)
-    iou, accuracy = hits / (true + found - hits), hits / true  # NaN where there is nothing to find
+    iou, accuracy = hits / (true + found - hits), hits / true  # NaN for absent classes
     total = float(true.sum())
     return {
         "miou": float(iou.nanmean()),
@@ -177,11 +179,11 @@ def scores(confusion_KK: Tensor) -> dict[str, float]:
 
 
 class Segment(Task):
-    """Semantic segmentation."""
+    """The task `segment`: semantic segmentation."""
 
     settings = SegmentSettings
     best = ("val/miou", "max")
-    sync_batchnorm = True  # a decoder's batch norms see few images a GPU: statistics over all of them, as the release
+    sync_batchnorm = True  # few images per GPU: batch-norm statistics over all GPUs, as in the release
     nondeterministic_on_gpu = "segmentation's resizing"
     module: Segmentation
 
@@ -209,7 +211,7 @@ class Segment(Task):
             self.callbacks.append(SegmentationPictures(cfg.folder / "pictures", self.data, cfg.num_visualizations))
 
     def check_micro_batch(self, images: int, world: int, on_gpus: bool, given: str) -> None:
-        """Over several GPUs the norms see all their images (`sync_batchnorm`)."""
+        """Counts the images of all GPUs, since `sync_batchnorm` shares their statistics."""
         if images * (world if on_gpus else 1) < 2:
             raise UserError(f"the decoder's batch norms need at least 2 images at once, not {images} ({given})")
 
@@ -221,7 +223,7 @@ class Segment(Task):
 def segmentation_data(
     cfg: SegmentSettings, fill: tuple[float, ...], windows: SlidingWindow
 ) -> tuple[SegmentationData, list[str]]:
-    """Images with label maps, and the names of their classes. Raises UserError if nothing says how many there are."""
+    """The data module and the class names. Raises UserError if the number of classes is unknown."""
     data, size = cfg.data, cfg.image_size
     reader = ShardReader(data.train)
     named = [list(folder.about.get("segmentation_classes") or []) for folder in reader.folders]
@@ -249,9 +251,9 @@ def segmentation_data(
 
 
 class SegmentationPictures(Callback):
-    """Writes image | annotated | found, in colour, of held-out images after every validation.
+    """Writes image | annotated | found rows of held-out images, in colour, after every validation.
 
-    Arguments as of `MaskedPictures`.
+    Arguments: as for `MaskedPictures`.
     """
 
     def __init__(self, folder: Path, data: ShardData, images: int = 6):
@@ -263,7 +265,7 @@ class SegmentationPictures(Callback):
 
 
 def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str = "val") -> Image.Image:
-    """A row for each of the first images of a split: image, overlay of its label map, overlay of what is found."""
+    """One row for each of the first images of a split: image, overlay of its label map, overlay of the prediction."""
     training, dataset, rows = module.model.training, data.eval_dataset(split), []
     module.model.eval()
     for position in range(min(images, dataset.order.samples)):

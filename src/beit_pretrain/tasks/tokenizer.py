@@ -1,8 +1,8 @@
-"""A discrete VAE that users train on their own images, and its LightningModule.
+"""Training of a discrete VAE on one's own images, as a tokenizer.
 
-The tokenizer of BEiT (section 2.2) is DALL-E's dVAE; whoever has no use for OpenAI's weights (X-rays, satellite tiles)
-trains one here: Gumbel-softmax relaxation with an annealed temperature (Ramesh et al. 2021, section 2.1),
-reconstruction loss, and two weights against a dead codebook.
+BEiT's tokenizer (section 2.2) is DALL-E's dVAE. For other kinds of images (X-rays, satellite tiles), train one here:
+Gumbel-softmax relaxation with an annealed temperature (Ramesh et al. 2021, section 2.1), a reconstruction loss, and two
+KL terms against codebook collapse.
 
 Shapes: B batch, C channels, H W pixels, h w tokens (8 pixels each way), V vocabulary.
 """
@@ -37,7 +37,7 @@ BlockCount = Annotated[int, Strict(), Field(ge=0, le=2**10 - 1)]
 
 
 class GumbelConfig(Settings):
-    """How the relaxed codes are pulled towards discrete, evenly used ones."""
+    """Temperature of the Gumbel-softmax relaxation, and weights of the KL terms."""
 
     defaults = "tasks/tokenizer.yaml:relaxation"
 
@@ -46,7 +46,7 @@ class GumbelConfig(Settings):
     )
     anneal: ShareAboveZero = about("share of the run over which the temperature falls")
     kl_weight: NonNegative = about("weight of KL(q(token | patch) || uniform), the dVAE's own prior term")
-    # It keeps every token in use without making single patches undecided, which the prior term does.
+    # Unlike the prior term, it does not flatten the distribution of a single patch.
     usage_weight: NonNegative = about("weight of KL(batch mean of q || uniform), which keeps every token in use")
 
     def temperature(self, progress: float) -> float:
@@ -55,7 +55,7 @@ class GumbelConfig(Settings):
 
 
 class DVAESettings(Settings):
-    """The network."""
+    """Architecture of the dVAE."""
 
     defaults = "tasks/tokenizer.yaml:model"
 
@@ -98,7 +98,7 @@ class TokenizerTraining(TrainedModule):
         image = batch["image"].float() / 255
         temperature = self.relaxation.temperature(self.trainer.global_step / max(1, self.trainer.max_steps))
         logits = self.model.logits(image).float()
-        # The noise belongs to the batch: a run that goes on draws what it would have drawn.
+        # Seeded by position, so that a resumed run draws the same noise.
         torch.manual_seed(self.seed * 1_000_003 + first_position(batch))
         weights = F.gumbel_softmax(logits, temperature, dim=1)
         reconstruction = F.mse_loss(self.model.reconstruct(weights), image)
@@ -118,7 +118,7 @@ class TokenizerTraining(TrainedModule):
         self._totals = torch.zeros(2 + self.model.vocab_size, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Error of the images decoded from the argmax tokens: what the pictures will look like."""
+        """Computes the reconstruction error of images decoded from their argmax tokens."""
         image = batch["image"].float() / 255
         ids = self.model.logits(image).argmax(1)
         assert self._totals is not None
@@ -139,13 +139,13 @@ class TokenizerTraining(TrainedModule):
 
 @torch.no_grad()
 def reconstruction_picture(model: DiscreteVAE, image_BCHW: Tensor):
-    """Grid of original | decoded from its tokens, one row an image (a PIL image)."""
+    """Grid (PIL image) of original | decoded from its tokens, one row per image."""
     decoded = model.decode(model.logits(image_BCHW).argmax(1)).clamp(0, 1)
     return grids.grid([image_BCHW, decoded], ["original", "from its tokens"])
 
 
 class TrainTokenizer(Task):
-    """Training a dVAE."""
+    """The task `tokenizer`: training a dVAE."""
 
     settings = TokenizerSettings
     best = ("val/reconstruction", "min")

@@ -1,1 +1,1 @@
-"""Images to visual tokens: the protocol, DALL-E's dVAE, our own, the token cache."""
+"""Visual tokenizers: the interface, DALL-E's dVAE, a dVAE to train, and the token cache."""

@@ -1,12 +1,12 @@
-"""OpenAI's encoder with its weights prepared for one device: the same function as the `dall_e` package's, faster.
+"""A faster version of the `dall_e` package's encoder, with weights prepared once for one device.
 
-The package converts every weight at every call and scales each residual path in a pass of its own. Here that happens
-once, when the weights are moved to a device:
+The package converts every weight and scales every residual path at each call. Here this happens once, when the weights
+are moved to a device:
 * CPU: weights in oneDNN's blocked layout, everything in float32 (`models/cpu_kernels.py` has the switch).
-* CUDA: convolutions in fp16 with channels innermost, as in the release, each with its bias and ReLU in one kernel. The
-  output convolution, float32 in the release, is one fp16 product with float32 sums: each weight is split into two fp16
-  numbers whose sum is exact to 2^-22. Its input is fp16 anyway, so but for the sums nothing else is rounded. cuDNN's
-  float32 convolution would take TF32 (2^-11) by default and choose other tokens at near-ties.
+* CUDA: convolutions in fp16, channels last, as in the release, each fused with its bias and ReLU. The output
+  convolution, float32 in the release, is one fp16 matrix product with float32 sums: each weight is split into two fp16
+  numbers whose sum is exact to 2^-22. Its input is fp16 already, so only the sums are rounded. cuDNN's float32
+  convolution would use TF32 (2^-11) by default and choose other tokens at near-ties.
 
 Shapes: B batch, C channels, H W pixels, V vocabulary, h w = H/8, W/8, N = h w.
 """
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from beit_pretrain.errors import first_line
 from beit_pretrain.models import cpu_kernels
 
-FUSED_OFF = 0.01  # of the largest number: from which on a fused kernel's are wrong
-FP16_TOP = 2.0**15  # weights are scaled by a power of two to just below it, so that their small halves do not underflow
+FUSED_OFF = 0.01  # largest accepted error of a fused kernel, relative to the largest output
+FP16_TOP = 2.0**15  # weights are scaled by a power of two to just below this, so that their low halves do not underflow
 
 
 @torch.library.custom_op("beit_pretrain::conv_relu", mutates_args=(), device_types="cuda")
 def conv_relu(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
-    """ReLU of a convolution of stride 1 with a bias: in one kernel of cuDNN, where that works for the shapes."""
+    """Convolution of stride 1 with bias, then ReLU; in one cuDNN kernel if that works for the shapes."""
     shapes = (x_BCHW.device, x_BCHW.dtype, x_BCHW.shape, weight.shape)
     if shapes not in _FUSED:
         _FUSED[shapes] = one_kernel_works(x_BCHW, weight, bias, padding)
@@ -37,7 +37,7 @@ def conv_relu(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Ten
     return way(x_BCHW, weight, bias, padding)
 
 
-_FUSED: dict[tuple, bool] = {}  # shapes -> whether cuDNN's kernel works for them
+_FUSED: dict[tuple, bool] = {}  # shapes -> whether cuDNN's fused kernel works for them
 
 
 def in_one_kernel(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
@@ -51,16 +51,16 @@ def in_two_kernels(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -
 
 
 def one_kernel_works(x_BCHW: Tensor, weight: Tensor, bias: Tensor, padding: int) -> bool:
-    """Whether cuDNN has that kernel for these shapes, and it gives the right numbers; a warning where not.
+    """Whether cuDNN has a fused kernel for these shapes that gives correct results. Prints a warning if not.
 
-    torch hands it the memory of the output, times zero, as one more summand: here that memory is full of NaN before.
+    torch adds the old content of the output's memory, times zero. To test this, that memory holds NaN first.
     """
     expected = in_two_kernels(x_BCHW, weight, bias, padding)
     try:
         poison = torch.full_like(expected, torch.nan)
         del poison
         found = in_one_kernel(x_BCHW, weight, bias, padding)
-        if bool((found - expected).abs().max() <= FUSED_OFF * expected.abs().max()):  # not-a-number is not
+        if bool((found - expected).abs().max() <= FUSED_OFF * expected.abs().max()):  # False for NaN
             return True
         reason = "other numbers"
     except (RuntimeError, NotImplementedError) as error:
@@ -82,7 +82,7 @@ class Convolution(NamedTuple):
     weight: Tensor
     bias: Tensor
     padding: int
-    fused: bool  # with its ReLU, where one follows
+    fused: bool  # with the ReLU that follows, if any
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, padding=self.padding)
@@ -109,7 +109,7 @@ class SplitProduct:
     """A 1x1 convolution of fp16 images with float32 weights (V, C, 1, 1): one product in fp16, summed in float32.
 
     W * scale = high + low, both fp16, and [x, x] [low, high]^T / scale + b is the result, exact to 2^-22 of W. The low
-    halves come first: tensor cores round their sums towards zero, which costs the less the smaller these are.
+    halves are summed first: tensor cores round sums towards zero, and the error is smaller while the sums are small.
     """
 
     def __init__(self, weight_VC11: Tensor, bias_V: Tensor):
@@ -127,7 +127,7 @@ class SplitProduct:
         twice_M2C = torch.cat([x_MC, x_MC], 1)
         if x_MC.is_cuda:
             out_MV = torch.mm(twice_M2C, self.weight_2CV, out_dtype=torch.float32)
-        else:  # the same numbers: products of fp16 numbers are exact in float32
+        else:  # the same result: products of fp16 numbers are exact in float32
             out_MV = twice_M2C.float() @ self.weight_2CV.float()
         out_MV = out_MV / self.scale + self.bias_V
         batch, _, height, width = x_BChw.shape
@@ -139,7 +139,7 @@ class FusedEncoder:
 
     Args:
         encoder: the package's module; it is not changed, and not needed afterwards.
-        device: where it will run.
+        device: the device it runs on.
         half: convolutions in fp16, with a `SplitProduct` at the end; None = on CUDA.
     """
 
@@ -147,7 +147,7 @@ class FusedEncoder:
         self.device = device
         self.half = device.type == "cuda" if half is None else half
         self.blocked = cpu_kernels.active(device) and not self.half and torch.backends.mkldnn.is_available()
-        # cuDNN's kernel may take any algorithm, whatever torch is told of determinism.
+        # cuDNN's fused kernel may use any algorithm: it ignores torch's determinism setting.
         self.fused = self.half and not torch.are_deterministic_algorithms_enabled()
         blocks: Any = encoder.blocks
         self.input = self._prepared(blocks.input)
@@ -183,7 +183,7 @@ class FusedEncoder:
         return self._uncompiled(image_BCHW) if self.blocked else self._logits(image_BCHW)
 
     @torch.compiler.disable
-    def _uncompiled(self, image_BCHW: Tensor) -> Tensor:  # it knows no layout of oneDNN
+    def _uncompiled(self, image_BCHW: Tensor) -> Tensor:  # it does not support oneDNN layouts
         return self._logits(image_BCHW)
 
     def _logits(self, image_BCHW: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The verb `download`: OpenAI's dVAE into a folder, checked, recorded and converted once to safetensors.
+"""The verb `download`: downloads OpenAI's dVAE into a folder, checks it and converts it to safetensors.
 
-The files are pickles. Each is read once, without executing anything in it, and from then on only the safetensors made
-of it are used. Size and SHA-256 of both are recorded at first use (`weights.json`) and checked ever after.
+The files are pickles. Each is read once, without executing its content; afterwards only the safetensors are used. Size
+and SHA-256 of both are recorded at first use (`weights.json`) and checked from then on.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ KINDS = ("encoder", "decoder")
 
 
 def download(cfg: DownloadSettings) -> None:
-    """Download what is missing of the encoder and the decoder, and convert what is not converted."""
+    """Download the encoder and the decoder if missing, and convert them if not yet converted."""
     out = Path(cfg.out).expanduser()
     addresses = _addresses(cfg, out)
-    ready = [_is_ready(out, kind) for kind in KINDS]  # both are checked, whatever the first is
+    ready = [_is_ready(out, kind) for kind in KINDS]  # check both, even if the first is not ready
     if not all(ready):
         out.mkdir(parents=True, exist_ok=True)
         message = f"{out}: waiting for another process that writes there"
@@ -44,7 +44,7 @@ def download(cfg: DownloadSettings) -> None:
 
 
 def _addresses(cfg: DownloadSettings, out: Path) -> dict[str, str]:
-    """Kind -> where its pickle comes from, by `src`, or else by the two addresses."""
+    """The address of each kind's pickle, from `src` or from the settings `encoder` and `decoder`."""
     if cfg.src == "openai":
         return {kind: getattr(cfg, kind) for kind in KINDS}
     if re.match(r"[a-z0-9]+://", cfg.src):
@@ -67,7 +67,7 @@ def _is_ready(folder: Path, kind: str) -> bool:
 
 
 def _obtain(out: Path, kind: str, addresses: dict[str, str], cfg: DownloadSettings) -> None:
-    """Download the pickle unless it is there, and record it."""
+    """Download the pickle if it is missing, and record it."""
     file, url = out / f"{kind}.pkl", addresses[kind]
     shown = without_secrets(url)
     known = recorded(out).get(file.name)
@@ -76,7 +76,7 @@ def _obtain(out: Path, kind: str, addresses: dict[str, str], cfg: DownloadSettin
         data = partial.read_bytes()
         build(pickled_tensors(data, kind, shown), kind, shown)
         if known and hashlib.sha256(data).hexdigest() != known["sha256"]:
-            raise UserError(f"{shown} is not the {file.name} that {out / RECORD} tells of; delete that file to take it")
+            raise UserError(f"{shown} is not the {file.name} recorded in {out / RECORD}; delete that file to accept it")
 
     there = file.exists()
     try:
@@ -92,7 +92,7 @@ def _obtain(out: Path, kind: str, addresses: dict[str, str], cfg: DownloadSettin
 
 
 def _convert(folder: Path, kind: str) -> None:
-    """Write the pickle's tensors as safetensors, read them back, compare, and only then give the file its name."""
+    """Write the pickle's tensors as safetensors; read them back and compare before the file gets its name."""
     source, file = folder / f"{kind}.pkl", folder / f"{kind}.safetensors"
     data = read_verified(source)
     tensors = {name: tensor.contiguous() for name, tensor in pickled_tensors(data, kind, source).items()}
@@ -120,7 +120,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def _agree(a: nn.Module, b: nn.Module, kind: str) -> bool:
-    """Whether two encoders give equal logits and tokens, two decoders equal pictures, on random input."""
+    """Whether two encoders, or two decoders, give equal outputs on random input."""
     generator = torch.Generator().manual_seed(0)
     if kind == "encoder":
         channels = a.get_parameter("blocks.input.w").shape[1]

@@ -1,7 +1,7 @@
 """A discrete VAE that users train on their own images (`fit +experiment=tokenizer`), as a tokenizer.
 
-The tokenizer of BEiT (section 2.2) is DALL-E's dVAE; this one is for who has no use for OpenAI's weights (X-rays,
-satellite tiles). Shapes: B batch, C channels, H W pixels, h w tokens (8 pixels each way), V vocabulary.
+BEiT's tokenizer (section 2.2) is DALL-E's dVAE; this one is for other kinds of images (X-rays, satellite tiles).
+Shapes: B batch, C channels, H W pixels, h w tokens (8 pixels each way), V vocabulary.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class DiscreteVAE(nn.Module):
 
 
 class DVAETokenizer:
-    """A trained `DiscreteVAE` as a frozen tokenizer (see `tokenizer.Tokenizer`), read from a checkpoint of ours.
+    """A trained `DiscreteVAE` as a frozen tokenizer (see `tokenizer.Tokenizer`), read from our checkpoint.
 
     Args:
         path: `.ckpt` of a run of `fit +experiment=tokenizer`.

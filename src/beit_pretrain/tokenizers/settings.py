@@ -30,7 +30,7 @@ class TokenizerSettings(Settings):
 
 
 class TokenizeSettings(ViewSettings, RemoteOptions):
-    """Settings of `tokenize`. A run that takes the tokens must have the same image_size, patch_size and views."""
+    """Settings of `tokenize`. A run that uses the tokens must have the same image_size, patch_size and views."""
 
     defaults = "tokenize.yaml"
 

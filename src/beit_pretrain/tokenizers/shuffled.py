@@ -1,7 +1,7 @@
-"""A control: a tokenizer that answers with the tokens of another image, so that nothing can be learned of an image.
+"""Control experiment: a tokenizer that returns the tokens of another image, so targets say nothing about the image.
 
-What is left to learn are the frequencies of tokens at each place. Pre-training that helps with these targets too helps
-for another reason than the method's.
+Only the token frequencies at each position can be learned. If pre-training on such targets helps too, the gain does not
+come from the method.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ShuffledTokenizer(DVAETokenizer):
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        """Raises UserError for a batch of one image: there is no other."""
+        """Raises UserError for a batch of one image."""
         if len(image_BCHW) < 2:
             raise UserError("tokenizer=shuffled needs batches of at least 2 images")
         return super().encode(image_BCHW).roll(1, 0)

@@ -1,11 +1,11 @@
-"""Cached tokens: the ids of a few fixed views of every image, from which a run trains without a tokenizer.
+"""Cached tokens: token ids of a few fixed views of every image, so that a run trains without a tokenizer.
 
-`tokenize` (tokenize.py) writes a folder of them for a shard folder:
+`tokenize` (tokenize.py) writes one token folder for each shard folder:
 
-    tokens.json               what they are of: images, tokenizer, settings of the views; size and SHA-256 of every file
+    tokens.json               images, tokenizer and settings of the views; size and SHA-256 of every file
     shard-000000.tokens.npy   (samples, views) records of `record_dtype`, for shard-000000.tar
 
-A record holds the tokens of a view, and the crop, flip and jitter that show the same view to the backbone.
+A record holds the tokens of a view, and the crop, flip and jitter that reproduce this view for the backbone.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from beit_pretrain.transforms.views import AugmentParams, TwoViewTransform
 
 FORMAT = "beit_pretrain-tokens/1"
 TOKENS = "tokens.json"
-HEADER = 1024  # bytes in which the header of a file ends
+HEADER = 1024  # largest header of a token file, bytes
 OPTIONS = {"train": "data.tokens", "val": "data.val_tokens"}
 
 
 def record_dtype(patches: int) -> np.dtype:
-    """One view: its tokens, and how it was made. A crop of height 0: the image could not be decoded."""
+    """Dtype of one view: its tokens and its augmentation. A crop height of 0 marks an image that does not decode."""
     return np.dtype(
         [
             ("tokens", "<u2", (patches,)),
@@ -62,13 +62,13 @@ def images_digest(shards: Sequence[Shard]) -> str:
 
 
 def view_settings(views: TwoViewTransform) -> dict[str, Any]:
-    """Settings of the views as they stand in JSON."""
+    """Settings of the views, as stored in JSON."""
     settings: dict[str, Any] = to_dict(views.model_copy(update=views.model_dump()))
     return settings
 
 
 class TokenFolder:
-    """What a folder of tokens says of itself. Raises UserError if there is none, or it is damaged or not finished."""
+    """Metadata of a token folder. Raises UserError if the folder is missing, damaged or not finished."""
 
     def __init__(self, path: str | Path):
         if is_remote(path):
@@ -105,16 +105,16 @@ class TokenFolder:
 
 
 class CachedTokens:
-    """Tokens and views of the images of a reader: the views of an image come in turn, one an epoch.
+    """Cached tokens and views of a reader's images. The views of an image are used in turn, one per epoch.
 
     Args:
-        folders: of tokens, one for each of the reader's folders.
-        reader: of the images.
-        views: as the run sees images; the tokens must be of such views.
-        grid: the run's patches.
+        folders: token folders, one for each of the reader's folders.
+        reader: reader of the images.
+        views: transform of the run; the tokens must come from the same views.
+        grid: the run's patch grid (height, width).
         split: "train" or "val".
 
-    Raises UserError, by name, for tokens of other images, views or patches.
+    Raises UserError for tokens of other images, views or patches.
     """
 
     def __init__(
@@ -143,14 +143,14 @@ class CachedTokens:
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "_file"}
 
-    def __setstate__(self, state: dict) -> None:  # open files do not travel to a worker
+    def __setstate__(self, state: dict) -> None:  # open files cannot be sent to a worker
         self.__dict__.update(state)
         self._file = lru_cache(maxsize=256)(self._open)
 
     def view(self, sample: Sample, epoch: int, data: bytes) -> Callable[[], dict[str, np.ndarray]]:
-        """What makes `image`, its jitter and `tokens` (N,) of a sample from its image file's bytes.
+        """Return a function that makes `image`, its jitter and `tokens` (N,) of a sample; `data` is its image file.
 
-        Raises UserError if the file with its tokens is missing or damaged.
+        Raises UserError if the token file is missing or damaged.
         """
         folder = self.folders[int(np.searchsorted(self._first, sample.shard, side="right")) - 1]
         file = self._file(sample.shard)
@@ -172,14 +172,14 @@ class CachedTokens:
         folder = self.folders[number]
         entry = folder.shards[shard - int(self._first[number])]
         path = folder.path / entry.name
-        if shard not in self._checked:  # once in a process: half a millisecond
+        if shard not in self._checked:  # once per process: it takes half a millisecond
             _check_content(path, entry)
             self._checked.add(shard)
         return _TokenFile(path, (int(self._sizes[shard]), folder.count), record_dtype(self.patches))
 
 
 def same_tokenizer(folders: Sequence[TokenFolder], name: str = "", sha256: str | None = None) -> None:
-    """Raise UserError if tokens are not all of one tokenizer, or not of that with the digest."""
+    """Raise UserError if the folders' tokens are of different tokenizers, or not of the one with this SHA-256."""
     first = folders[0].tokenizer
     for folder in folders:
         if folder.tokenizer["sha256"] != first["sha256"]:
@@ -192,7 +192,7 @@ def same_tokenizer(folders: Sequence[TokenFolder], name: str = "", sha256: str |
 
 
 def _check_settings(folder: TokenFolder, views: TwoViewTransform, grid: tuple[int, int], option: str) -> None:
-    """Raise UserError for the first setting of the views that is not the run's."""
+    """Raise UserError for the first view setting that differs from the run's."""
     asked = view_settings(views)
     for name in asked.keys() | folder.view.keys():
         if (made := folder.view.get(name)) != (now := asked.get(name)):
@@ -204,7 +204,7 @@ def _check_settings(folder: TokenFolder, views: TwoViewTransform, grid: tuple[in
 
 
 def _check_file(path: Path, entry: Shard) -> None:
-    """Raise UserError if a file of tokens is missing or of another size, or belongs to another shard."""
+    """Raise UserError if a token file is missing, has another size or belongs to another shard."""
     try:
         fits = path.name == entry.name and os.stat(path).st_size == entry.bytes
     except OSError:
@@ -224,7 +224,7 @@ def _check_content(path: Path, entry: Shard) -> None:
 
 
 class _TokenFile:
-    """An open file of records (samples, views). Raises UserError if it is not one of this shape."""
+    """An open file of records (samples, views). Raises UserError if it does not have this shape and dtype."""
 
     def __init__(self, path: Path, shape: tuple[int, int], dtype: np.dtype):
         self.path, self.dtype = path, dtype
@@ -245,7 +245,7 @@ class _TokenFile:
             os.close(self.fd)
 
     def read(self, number: int) -> np.void:
-        """The record so many places after the first."""
+        """The record at index `number`."""
         size = self.dtype.itemsize
         data = os.pread(self.fd, size, self._start + number * size)
         if len(data) < size:

@@ -1,6 +1,6 @@
-"""The hidden folder in which tokens are made, by any number of processes: what is there is gone on with.
+"""The hidden staging folder where any number of processes make tokens; an unfinished set is resumed.
 
-.tokens.making/plan.json   images, tokenizer and settings; whoever comes first writes it, all others must agree
+.tokens.making/plan.json   images, tokenizer and settings; the first process writes it, all others must agree
 .tokens.making/tokens/     the files of finished shards; renamed to `tokens` when all are there, with tokens.json
 .tokens.making/lock-*      held while a process works on a part
 """
@@ -29,7 +29,7 @@ from beit_pretrain.tokenizers.token_cache import HEADER, TOKENS, TokenFolder, re
 
 @contextmanager
 def work_folder(out: Path, part: tuple[int, int]) -> Iterator[Path]:
-    """Lend the hidden folder beside `out`, locked for this part; what is in it stays if the block fails.
+    """Open the staging folder beside `out`, locked for this part; its content is kept if the block fails.
 
     Raises UserError if another process works on the same part, or the folder cannot be written.
     """
@@ -41,11 +41,11 @@ def work_folder(out: Path, part: tuple[int, int]) -> Iterator[Path]:
             yield work
     except OSError as error:
         raise UserError(
-            f"cannot write tokens to {out}: {error.strerror or error}; what is finished is kept: give the same "
-            "command again"
+            f"cannot write tokens to {out}: {error.strerror or error}; finished shards are kept; rerun the same "
+            "command to resume"
         ) from None
     finally:
-        if not (work / "plan.json").exists():  # nothing was begun, or all is done
+        if not (work / "plan.json").exists():  # nothing was started, or everything is finished
             for left in work.glob("lock-*"):
                 left.unlink(missing_ok=True)
             for folder in (work / out.name, work):
@@ -54,7 +54,7 @@ def work_folder(out: Path, part: tuple[int, int]) -> Iterator[Path]:
 
 
 def begin(work: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, if nobody has yet. Raises UserError if the half-done set has another one."""
+    """Write the plan if there is none yet. Raises UserError if the unfinished set has another plan."""
     file = work / "plan.json"
     with fileio.exclusive_lock(work / "lock-plan", wait=True):
         if not file.exists():
@@ -67,7 +67,7 @@ def begin(work: Path, plan: dict[str, Any]) -> None:
 
 
 def _flat(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their names on the command line, as far as they have one there."""
+    """Flatten a plan to the names of the settings on the command line, where they have one."""
     flat: dict[str, Any] = {}
     for key, value in plan.items():
         if isinstance(value, dict):
@@ -78,7 +78,7 @@ def _flat(plan: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_finished(out: Path, plan: dict[str, Any]) -> bool:
-    """Whether the tokens are there. Raises UserError if `out` holds anything else."""
+    """Whether `out` holds the finished tokens. Raises UserError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     advice = "choose another out=, or delete it first"
@@ -99,7 +99,7 @@ def save(path: Path, records: np.ndarray) -> None:
 
 
 def is_whole(path: Path, shape: tuple[int, int], dtype: np.dtype) -> bool:
-    """Whether a file of a half-done set is finished, and of this shape."""
+    """Whether a file of an unfinished set is complete and has this shape and dtype."""
     try:
         with open(path, "rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
@@ -112,7 +112,7 @@ def is_whole(path: Path, shape: tuple[int, int], dtype: np.dtype) -> bool:
 
 
 def finish(work: Path, out: Path, plan: dict[str, Any], reader: ShardReader) -> bool:
-    """Give a set its manifest and its name, if it is complete; whether it was."""
+    """Write the manifest of a complete set and publish it. Returns False if shards are missing."""
     folder, dtype = work / out.name, record_dtype(plan["grid"][0] * plan["grid"][1])
     files = [folder / tokens_name(shard.name) for shard in reader.shards]
     missing = [file for file, size in zip(files, reader.sizes) if not is_whole(file, (size, plan["views"]), dtype)]
@@ -141,7 +141,7 @@ def finish(work: Path, out: Path, plan: dict[str, Any], reader: ShardReader) -> 
 
 
 def summary(out: Path) -> str:
-    """A line on finished tokens for people."""
+    """One line that describes a finished token folder."""
     about = json.loads((out / TOKENS).read_bytes())
     size = sum(entry["bytes"] for entry in about["shards"])
     bad = f", {about['undecodable']:,} images without" if about["undecodable"] else ""

@@ -1,7 +1,7 @@
-"""The verb `tokenize`: token ids of fixed views of every image of a shard folder (cached.py says what comes out).
+"""The verb `tokenize`: writes the token ids of fixed views of every image (file format: token_cache.py).
 
-View v of sample n is a function of (seed, v, n) alone, and a file of the views of its shard, so any number of machines
-can work on parts of a set, in any order, killed and started again (folder.py), and the result is the same.
+View v of sample n depends only on (seed, v, n), and a token file only on the views of its shard. So any number of
+machines can work on parts of a set, in any order and with restarts (token_writer.py), and the result is the same.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from beit_pretrain.transforms.mean_color_grid import SIDE
 from beit_pretrain.transforms.settings import ViewSettings
 from beit_pretrain.transforms.views import TwoViewTransform
 
-SHOWN = 20  # images that could not be decoded which are named
+SHOWN = 20  # undecodable images that warnings name, at most
 
 
 class Chunk(NamedTuple):
-    """Samples [start, stop) of a shard: what goes through the tokenizer at once, all views of each."""
+    """Samples [start, stop) of a shard; all their views go through the tokenizer in one batch."""
 
     shard: int
     start: int
@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
 
 
 class TokenizeOptions(NamedTuple):
-    """How tokens are computed: what may differ between parts of a set without making other tokens."""
+    """How tokens are computed. Parts of a set may differ in these, but not in the type of the device."""
 
     part: tuple[int, int] = (0, 1)  # k of n: shards k, k + n, k + 2n, ...
     batch_size: int = 64  # views at once
@@ -61,7 +61,7 @@ ALL_AT_ONCE = TokenizeOptions()
 
 
 def tokenize(cfg: TokenizeSettings) -> None:
-    """Tokens of one or more shard folders, beside the shards of each or in `out`."""
+    """Write the tokens of one or more shard folders, into `out` or the folder `tokens` of each."""
     sources = [cfg.src] if isinstance(cfg.src, str) else cfg.src
     if len(sources) > 1 and cfg.out:
         raise UserError("out= takes the tokens of one data set; those of a list lie in each one's own folder tokens")
@@ -98,12 +98,12 @@ def make_views(cfg: TokenizeSettings, tokenizer: Tokenizer) -> tuple[TwoViewTran
 def device_of(accelerator: str) -> torch.device:
     """The device for "auto", "cpu" or "cuda". Raises UserError if there is none."""
     if accelerator == "cuda" and not torch.cuda.is_available():
-        raise UserError("accelerator=cuda, but no CUDA device is to be seen")
+        raise UserError("accelerator=cuda, but there is no CUDA device")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def read_part(text: str | None) -> tuple[int, int]:
-    """(k, n) of "k/n", the part of shards k, k + n, ...; all of them without. Raises UserError."""
+    """Parse "k/n" (shards k, k + n, ...) into (k, n); None is (0, 1), all shards. Raises UserError."""
     if text is None:
         return 0, 1
     number, parts = (int(word) for word in text.split("/"))
@@ -122,10 +122,10 @@ def make_tokens(
     seed: int = 0,
     how: TokenizeOptions = ALL_AT_ONCE,
 ) -> bool:
-    """Compute what is missing of a part, and finish the set if nothing is missing any more: whether it is finished.
+    """Compute the missing tokens of a part; publish the set once it is complete. Returns whether it is complete.
 
-    `tokenizer`: on the device; `count`: views of each image. A half-done set of the same settings is gone on with, a
-    finished one left as it is. Raises UserError for other settings, or if `out` cannot be written.
+    `tokenizer`: already on the device; `count`: views per image. An unfinished set of the same settings is resumed, a
+    finished one is left unchanged. Raises UserError for other settings, or if `out` cannot be written.
     """
     if tokenizer.vocab_size > 2**16:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size:,} tokens; at most 65,536 can be stored")
@@ -147,7 +147,7 @@ def make_tokens(
         begin(work, plan)
         try:
             _write_part(work / out.name, reader, tokenizer, TokenViews(reader, views, count, seed), grid, how)
-        except FileNotFoundError:  # another process, with other parts, was faster and has finished the set
+        except FileNotFoundError:  # meanwhile another process has finished the set
             if not is_finished(out, plan):
                 raise
             return True
@@ -168,7 +168,7 @@ class TokenViews(Dataset):
     def __getitem__(self, chunk: Chunk) -> dict[str, Any]:
         """`token_image` (n, C, h, w) uint8, `jitter_factors` and `jitter_order` (n, 3), `records` (n,) without tokens,
         `bad`: (key, reason) of the images that cannot be decoded. n is samples times views."""
-        if chunk.start == 0:  # the set is signed with the manifest's digests: once for each shard, that they hold
+        if chunk.start == 0:  # the set records the manifest's digests: check each shard once
             self.reader.check_content(chunk.shard)
         records = np.zeros((chunk.stop - chunk.start) * self.count, record_dtype(0))
         arrays, bad = [], []
@@ -184,7 +184,7 @@ class TokenViews(Dataset):
                 records[here : here + self.count] = np.zeros((), records.dtype)
                 made = [self._nothing()] * self.count
             arrays += made
-        # Arrays, not tensors: they come through a pipe, where tensors would need shared memory, which may be short.
+        # Arrays, not tensors: arrays go through a pipe, tensors would need shared memory, which may be short.
         batch = {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
         return {**batch, "records": records, "bad": bad}
 
@@ -221,7 +221,7 @@ def _write_part(
     grid: tuple[int, int],
     how: TokenizeOptions,
 ) -> None:
-    """Write the files of a part that are missing. Raises UserError or OSError."""
+    """Write the missing files of a part. Raises UserError or OSError."""
     dtype = record_dtype(grid[0] * grid[1])
     shards = range(how.part[0], len(reader.sizes), how.part[1])
     files = {shard: folder / tokens_name(reader.shards[shard].name) for shard in shards}
@@ -258,18 +258,18 @@ def _write_part(
 
 @contextmanager
 def _failing(device: torch.device) -> Iterator[None]:
-    """What torch raises when memory is short, on the device or in a worker, as a UserError."""
+    """Turn torch's errors (memory is short on the device or in a worker) into a UserError."""
     try:
         yield
     except RuntimeError as error:
         raise UserError(
-            f"tokenizing on {device} failed: {first_line(error)}; what is finished is kept: give the same command "
-            "again, with a smaller batch_size= or fewer num_workers= if memory is short"
+            f"tokenizing on {device} failed: {first_line(error)}; finished shards are kept; rerun the same command to "
+            "resume, with a smaller batch_size= or fewer num_workers= if memory is short"
         ) from error
 
 
 def encoded(tokenizer: Tokenizer, batch: dict[str, Any], dtype: np.dtype, device: torch.device) -> np.ndarray:
-    """The records (n,) of a batch of `TokenViews`, with their tokens."""
+    """The records (n,) of a batch of `TokenViews`, filled with their tokens."""
     records = np.zeros(len(batch["records"]), dtype)
     for name in batch["records"].dtype.names:
         if name != "tokens":

@@ -1,7 +1,7 @@
 """Visual tokenizers: images -> token ids of a codebook -> images (BEiT, section 2.2).
 
-A tokenizer is frozen, in eval mode and no part of the model that trains: it is a plain object and not an `nn.Module`,
-so Lightning puts it neither into the checkpoint, nor into the optimiser, nor into DDP.
+A tokenizer is frozen and in eval mode. It is a plain object, not an `nn.Module`, so Lightning leaves it out of the
+checkpoint, the optimiser and DDP.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.tokenizers.dalle_encoder import FusedEncoder
 
-RECORD = "weights.json"  # size and SHA-256 of the files beside it, as `fetch` first saw them
+RECORD = "weights.json"  # size and SHA-256 of the files in its folder, recorded by `download`
 
 
 class Tokenizer(Protocol):
-    """What the pre-training asks of a tokenizer. B batch, N = (side / downsample)^2 tokens, row-major."""
+    """Interface of a tokenizer. Shapes: B batch, N = (side / downsample)^2 tokens, row-major."""
 
     vocab_size: int
     downsample: int  # pixels of its view per token, each way
@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
         ...
 
     def digest(self) -> str:
-        """SHA-256 of what its ids depend on: equal for equal weights, whatever file they came from."""
+        """SHA-256 of what the ids depend on: equal for equal weights, from any file."""
         ...
 
 
@@ -75,14 +75,14 @@ def view_size(grid: tuple[int, int], tokenizer: Tokenizer, asked: int | None = N
 
 
 def with_channels(image_BCHW: Tensor, channels: int) -> Tensor:
-    """Images for a tokenizer of so many channels: grey is repeated, of more channels the first ones are taken."""
+    """Images with as many channels as the tokenizer takes: grey is repeated, surplus channels are dropped."""
     if image_BCHW.shape[1] == 1:
         return image_BCHW.expand(-1, channels, -1, -1)
     return image_BCHW[:, :channels]
 
 
 def check_channels(tokenizer: Tokenizer, channels: int) -> None:
-    """Raise UserError if the tokenizer cannot see images of so many channels."""
+    """Raise UserError if the tokenizer cannot encode images with this number of channels."""
     if (channels != 1 and channels < tokenizer.in_chans) or tokenizer.in_chans == 1 < channels:
         raise UserError(f"the tokenizer takes images of {tokenizer.in_chans} channels, but data.channels={channels}")
 
@@ -96,7 +96,7 @@ def square_grid(ids_BN: Tensor) -> Tensor:
 
 
 def codebook_use(counts_V: Tensor) -> dict[str, float]:
-    """Perplexity and number of distinct tokens of a histogram (V,): a collapsed codebook shows at once.
+    """Perplexity and number of distinct tokens of a histogram (V,); both are small if the codebook has collapsed.
 
     Perplexity is exp of the entropy in nats: V for a codebook used evenly, 1 for a single token.
     """
@@ -108,13 +108,13 @@ def codebook_use(counts_V: Tensor) -> dict[str, float]:
 class OpenAITokenizer:
     """OpenAI's dVAE of DALL-E (8192 tokens, 8 pixels a token each way).
 
-    `encoder.safetensors` and `decoder.safetensors` are what `fetch` makes of OpenAI's `encoder.pkl` and `decoder.pkl`;
-    where they are, nothing else is read. Without them the pickled modules are read, each through `pickled_tensors`.
-    Files that `fetch` recorded must still have the size and SHA-256 that they had then.
-    Convolutions run in fp16 on CUDA, as in the release, in fp32 on a CPU; the output is fp32 on both (`encoder.py`).
+    Reads `encoder.safetensors` and `decoder.safetensors`, which `download` makes from OpenAI's `encoder.pkl` and
+    `decoder.pkl`. If they are missing, the pickles are read with `pickled_tensors`. Files that `download` recorded must
+    still have the recorded size and SHA-256. Convolutions run in fp16 on CUDA, as in the release, and in fp32 on a CPU;
+    the output is fp32 on both (`dalle_encoder.py`).
 
     Args:
-        path: folder with the encoder and, for decoding to pictures, the decoder.
+        path: folder with the encoder and, for decoding to images, the decoder.
     """
 
     downsample = 8
@@ -125,7 +125,7 @@ class OpenAITokenizer:
 
     @classmethod
     def of(cls, encoder: nn.Module) -> OpenAITokenizer:
-        """A tokenizer of an encoder of the `dall_e` package that is in memory; it cannot decode."""
+        """A tokenizer from an encoder of the `dall_e` package in memory; it cannot decode."""
         tokenizer = cls.__new__(cls)
         tokenizer.path = Path("(in memory)")
         tokenizer._take(encoder)
@@ -140,7 +140,7 @@ class OpenAITokenizer:
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> OpenAITokenizer:
-        """Prepare the encoder's weights for a device, now: in a compiled or recorded step it would be too late."""
+        """Prepare the encoder's weights for a device. This must not happen inside a compiled step or a CUDA graph."""
         self.device = torch.device(device)
         if self._fused is None or self._fused.device != self.device:
             self._fused = FusedEncoder(self.encoder, self.device)
@@ -161,7 +161,7 @@ class OpenAITokenizer:
 
     @property
     def fused(self) -> FusedEncoder:
-        """The encoder prepared for the device, a copy beside the weights that were read; made by `to`, or here."""
+        """The encoder prepared for the device (a copy of the weights); made by `to`, or at first use."""
         if self._fused is None:
             self.to(self.device)
         assert self._fused is not None
@@ -173,19 +173,19 @@ class OpenAITokenizer:
 
         one_hot = nn.functional.one_hot(square_grid(ids_BN), self.vocab_size).permute(0, 3, 1, 2).float()
         with torch.autocast(ids_BN.device.type, enabled=False):
-            # Of its six channels the first three are the means of the logit-Laplace distribution.
+            # The first three of the six output channels are the means of the logit-Laplace distribution.
             return unmap_pixels(torch.sigmoid(self.decoder(one_hot).float()[:, :3]))
 
     @property
     def decoder(self) -> nn.Module:
-        """The decoder, read at first use: training needs the encoder alone."""
+        """The decoder, read at first use: training needs only the encoder."""
         if self._decoder is None:
             self._decoder = read_module(self.path, "decoder").to(self.device)
         return self._decoder
 
 
 def read_module(folder: Path, kind: str) -> nn.Module:
-    """The frozen "encoder" or "decoder" of a folder. Raises UserError if it is missing, changed or not what it says."""
+    """The frozen "encoder" or "decoder" of a folder. Raises UserError if it is missing, changed or not this network."""
     file = folder / f"{kind}.safetensors"
     if file.exists():
         return build(safe_tensors(read_verified(file), kind, file), kind, file)
@@ -196,7 +196,7 @@ def read_module(folder: Path, kind: str) -> nn.Module:
             f"out={folder} (data/README.md says more), or train a tokenizer of your own with: fit +experiment=tokenizer"
         )
     module = build(pickled_tensors(read_verified(file), kind, file), kind, file)
-    if kind == "encoder":  # said once for the folder
+    if kind == "encoder":  # one hint per folder is enough
         hint = f"convert it once to safetensors with: python -m beit_pretrain download out={folder}"
         print(f"{file} was read as a pickle, nothing in it was executed; {hint}", file=sys.stderr, flush=True)
     return module
@@ -211,19 +211,21 @@ def recorded(folder: Path) -> dict[str, dict[str, Any]]:
         record = json.loads(file.read_text())
         if all(type(entry["bytes"]) is int and isinstance(entry["sha256"], str) for entry in record.values()):
             return record
-        reason = "a size or checksum is none"
+        reason = "a size or checksum is invalid"
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         reason = first_line(error)
-    raise UserError(f"{file} is no record of weights ({reason}); delete it and run: fetch out={folder}")
+    raise UserError(
+        f"{file} is no record of weights ({reason}); delete it and run: python -m beit_pretrain download out={folder}"
+    )
 
 
 def read_verified(file: Path) -> bytes:
-    """The bytes of a file, which are those that the folder's record tells of, if it does. Raises UserError."""
+    """The bytes of a file. Raises UserError if they do not match the folder's record; without an entry, no check."""
     entry = recorded(file.parent).get(file.name)
     size = file.stat().st_size
     if entry and size != entry["bytes"]:
         raise UserError(f"{_changed(file)}: {size} bytes, not {entry['bytes']}; {_mend(file)}")
-    data = file.read_bytes()  # what is checked is what is used, whatever happens to the file
+    data = file.read_bytes()  # check and use the same bytes, even if the file changes
     if entry and hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise UserError(f"{_changed(file)}: another SHA-256; {_mend(file)}")
     return data
@@ -292,11 +294,11 @@ def _walk(module: nn.Module, prefix: str = ""):
 
 
 def build(tensors: dict[str, Tensor], kind: str, source: Path | str) -> nn.Module:
-    """A fresh frozen module of the `dall_e` package with the given tensors; sizes are read off their shapes."""
+    """A frozen module of the `dall_e` package with the given tensors; their shapes determine its sizes."""
     from dall_e.decoder import Decoder
     from dall_e.encoder import Encoder
 
-    # Without memory: shapes that only claim to be large cost nothing, and no weights are drawn to be thrown away.
+    # On the meta device: hostile shapes allocate no memory, and no weights are initialised only to be replaced.
     meta = {"device": torch.device("meta")}
     try:
         blocks = len({m[1] for name in tensors if (m := re.search(r"group_1\.block_(\d+)\.", name))})
