@@ -180,6 +180,21 @@ def run_cli(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]
     return run
 
 
+@pytest.fixture
+def refused(run_cli) -> Callable[..., str]:
+    """`refused(*words)`: the error of a command that ends with exit code 2: one line, after warnings and progress."""
+
+    def run(*words: str) -> str:
+        code, _, stderr = run_cli(*words)
+        *before, error = stderr.splitlines()
+        assert code == 2, stderr
+        assert error.startswith("error: "), stderr
+        assert all(line.startswith("warning: ") or line.strip()[-3:] in ("", "/s]") for line in before), stderr
+        return error
+
+    return run
+
+
 class ShardServer:
     """Files of a folder over http on the loopback, with the troubles of real servers.
 

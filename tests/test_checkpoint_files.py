@@ -6,18 +6,10 @@ import resource
 
 import pytest
 import torch
-from tiny import MIM, write_checkpoint
+from tiny import MIM, refusal, write_checkpoint
 
-from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO, load_exactly, read, read_own
-
-
-def refusal(function, *args) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 class TestRead:

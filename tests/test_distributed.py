@@ -156,17 +156,13 @@ class TestDDP:
             resolve_trainer_args({**TRAINER, **asked}, 3, "bf16")
         assert isinstance(resolve_trainer_args({**TRAINER, "devices": 2}, 3, "bf16")["strategy"], DDP)
 
-    def test_rounding_in_a_run_of_one_process_is_refused(self, words, run_cli):
-        code, _, stderr = run_cli(*words, "steps=1", "gradient_compression=bf16")
-        assert (code, stderr.count("\n")) == (2, 1)
-        assert "not for one process" in stderr
+    def test_rounding_in_a_run_of_one_process_is_refused(self, words, refused):
+        assert "not for one process" in refused(*words, "steps=1", "gradient_compression=bf16")
 
 
 @pytest.mark.parametrize("value", ["0", "two", "[]", "true", "-2"])
-def test_devices_are_numbers(value, words, run_cli):
-    code, _, stderr = run_cli(*words, "steps=1", f"trainer.devices={value}")
-    assert code == 2
-    assert "trainer.devices must be auto" in stderr
+def test_devices_are_numbers(value, words, refused):
+    assert "trainer.devices must be auto" in refused(*words, "steps=1", f"trainer.devices={value}")
 
 
 def test_the_first_process_that_differs_is_named():

@@ -5,6 +5,7 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from dall_e import map_pixels, unmap_pixels
 from dall_e.encoder import Encoder
@@ -31,10 +32,7 @@ def images(side: int = 32, batch: int = 2) -> torch.Tensor:
 
 
 def refusal(folder) -> str:
-    with pytest.raises(UserError) as caught:
-        OpenAITokenizer(folder)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return tiny.refusal(OpenAITokenizer, folder)
 
 
 class TestOpenAI:

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from beit_pretrain.errors import UserError
 from beit_pretrain.tables import read_rows
 
 DVAE = {"vocab_size": 32, "width": 8, "blocks": 1, "code_dim": 8, "in_chans": 3}
@@ -75,6 +77,14 @@ def spoil(folder: Path, shard: int, rows: list[int]) -> None:
     path.write_bytes(data)
     entry["sha256"] = sha256(data).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def refusal(function: Callable, *args, **settings) -> str:
+    """The one line of the UserError that a call raises."""
+    with pytest.raises(UserError) as caught:
+        function(*args, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def data_words(shards: Path) -> list[str]:
