@@ -215,10 +215,10 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
             held = {name: content.get(name) for name in OF_A_RUN}
             missing = [n for n, kind in OF_A_RUN.items() if not isinstance(held[n], kind) or held[n] in ([], {})]
             if missing:
-                raise UserError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing)")
+                raise UserError(f"{path} is not the checkpoint of a run ({', '.join(missing)} missing)")
             with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
                 if broken := archive.testzip():
-                    raise UserError(f"{path} is damaged: the checksum of {broken} is another")
+                    raise UserError(f"{path} is damaged: the checksum of {broken} does not match")
             return path, problems
         except UserError as error:
             problems.append(str(error))
@@ -244,7 +244,7 @@ def check_space(
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{existing} is no folder that can be written to; choose another run_dir=")
+        raise UserError(f"{existing} is not a writable folder; choose another run_dir=")
     one, count = parameters * states * 4, 3 + best
     if not cleared:
         kept = max(0, kept - len(list(folder.glob("step-*.ckpt"))))
@@ -256,7 +256,7 @@ def check_space(
     line = f"{size(free)} free in {os.path.relpath(existing)}, {count} checkpoints need {size(count * one)}"
     if kept:
         line += f", {kept} more to keep {size(kept * one)}"
-        line += " (warning: more than there is)" * (free < (count + kept) * one)
+        line += " (warning: more than is free)" * (free < (count + kept) * one)
     return line
 
 

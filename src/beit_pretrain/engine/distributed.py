@@ -93,7 +93,7 @@ def check_counts(devices: int, nodes: int, gpus: int, launch: DistEnv | None) ->
         raise AllRanksError(
             f"trainer.devices={devices} x trainer.num_nodes={nodes} = {devices * nodes} processes, but {launch.by} "
             f"started {launch.processes}: {launch.per_node} on each of {launch.nodes} node{'s' * (launch.nodes > 1)}; "
-            "leave both settings out, or start as many"
+            "leave both settings out, or start that many"
         )
     if launch is None and nodes > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
@@ -122,7 +122,7 @@ def strategy(name: str, world: int, minutes: float, compression: str | None = No
         raise AllRanksError(f"gradient_compression={compression} is for DDP on several processes, not for {found}")
     if name == "fsdp":
         if world == 1:
-            raise UserError("trainer.strategy=fsdp shares a network among processes: it needs more than one")
+            raise UserError("trainer.strategy=fsdp shards a network over processes: it needs more than one")
         return FSDP(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=wait)
     return DDP(compression, timeout=wait) if is_ddp else name
 
