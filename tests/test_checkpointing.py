@@ -413,10 +413,10 @@ def test_space(tmp_path, monkeypatch):
         check_space(tmp_path, 10**15, states=4, best=True)
     assert "1000000 more to keep 12000.00 GB (warning" in check_space(tmp_path, 10**6, kept=10**6)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="no folder that can be written"):
+    with pytest.raises(UserError, match="not a writable folder"):
         check_space(tmp_path / "file", 1)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="no folder that can be written"):
+    with pytest.raises(UserError, match="not a writable folder"):
         check_space(tmp_path / "not" / "yet", 1)
 
 

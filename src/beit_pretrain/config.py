@@ -182,9 +182,9 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
         key = line.split("'")[1].split("=")[0].lstrip("+~") if "'" in line else line
         if key == "experiment":
             return "experiments are added with a plus: +experiment=NAME"
-        said = typed(verb, overrides)
+        command = typed(verb, overrides)
         return unknown(
-            key, known_keys(verb, overrides), said, f"python -m beit_pretrain {said} --help lists the settings"
+            key, known_keys(verb, overrides), command, f"python -m beit_pretrain {command} --help lists the settings"
         )
     return line
 

@@ -156,9 +156,9 @@ class CheckpointManager:
         """The signal that any process received, equal on all processes; 0 = none. A collective: all must call it."""
         if trainer.world_size == 1:
             return self.signals.told
-        told = torch.tensor(self.signals.told, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        return int(told)
+        signum = torch.tensor(self.signals.told, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
+        return int(signum)
 
     def save(self, module: Any) -> None:
         """Take a snapshot for `last.ckpt`, unless this step is already saved.
@@ -205,11 +205,11 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     Returns the newest readable checkpoint (None without checkpoints) and one line per newer, unreadable one.
     Raises UserError if there are checkpoints but none is readable.
     """
-    found = (path for path in (*folder.glob("step-*.ckpt"), folder / BEST) if path.is_file())
-    others = sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-    there = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()] + others
+    kept = (path for path in (*folder.glob("step-*.ckpt"), folder / BEST) if path.is_file())
+    others = sorted(kept, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    candidates = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()] + others
     problems: list[str] = []
-    for path in there:
+    for path in candidates:
         try:
             content = checkpoint.read(path)
             held = {name: content.get(name) for name in OF_A_RUN}
@@ -222,8 +222,8 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
             return path, problems
         except UserError as error:
             problems.append(str(error))
-    if there:
-        raise UserError(f"none of the {len(there)} checkpoints in {folder} can be read ({problems[0]})")
+    if candidates:
+        raise UserError(f"none of the {len(candidates)} checkpoints in {folder} can be read ({problems[0]})")
     return None, []
 
 

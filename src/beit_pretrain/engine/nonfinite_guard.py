@@ -74,7 +74,7 @@ class NonFiniteGuard:
         if longest >= self.max_nonfinite_steps:
             raise AllRanksError(
                 f"{longest} steps in a row had no finite gradient and were skipped, up to step {step}"
-                f"{f'; their positions are in {self.path}' if self.path else ''}; the weights, and the last checkpoint, "
+                f"{f'; their positions are in {self.path}' if self.path else ''}; the weights and the last checkpoint "
                 "are those from before. A lower optim.lr, or trainer.precision=32-true, may help"
             )
         if first:

@@ -63,9 +63,9 @@ def find_resume(cfg: FitSettings, folder: Path) -> ResumeState:
         return ResumeState()
     content = checkpoint.read(newest)
     if old is None:
-        said = content.get("settings")
-        warn([f"{lost}; {newest} has {'them' if said else 'none either, so they are not compared'}"])
-        same_settings(renamed(said or to_dict(cfg)), cfg)
+        saved = content.get("settings")
+        warn([f"{lost}; {newest} has {'them' if saved else 'none either, so they are not compared'}"])
+        same_settings(renamed(saved or to_dict(cfg)), cfg)
     return ResumeState(
         newest,
         step=int(content.get("global_step", 0)),
