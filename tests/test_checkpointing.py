@@ -334,7 +334,7 @@ def test_saving_by_the_clock_changes_no_number(words, run_cli, tmp_path):
     # Going on from the one in between gives the same row.
     (tmp_path / "often" / "checkpoints" / "last.ckpt").unlink()
     code, stdout, stderr = run_cli(*often)
-    assert "continuing demo/pretrain after step 9" in stdout, stderr
+    assert "resuming demo/pretrain after step 9" in stdout, stderr
     same_run(tmp_path / "whole", tmp_path / "often", every=5)
 
 
@@ -357,7 +357,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(damage, wor
     code, stdout, stderr = run_cli(*words)
     assert code == 0, stderr
     assert "last.ckpt is damaged" in stderr or "last.ckpt cannot be read" in stderr
-    assert "going on from" in stderr
+    assert "resuming from" in stderr
     assert "after step 4" in stdout
 
 
@@ -410,10 +410,10 @@ def test_space(tmp_path, monkeypatch):
         check_space(tmp_path, 10**15, states=4, best=True)
     assert "1000000 more to keep 12000.00 GB (warning" in check_space(tmp_path, 10**6, kept=10**6)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="no folder that can be written"):
+    with pytest.raises(UserError, match="not a writable folder"):
         check_space(tmp_path / "file", 1)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="no folder that can be written"):
+    with pytest.raises(UserError, match="not a writable folder"):
         check_space(tmp_path / "not" / "yet", 1)
 
 
@@ -431,7 +431,7 @@ def test_what_is_kept_for_good_gives_no_room_back(tmp_path, monkeypatch):
     line = check_space(tmp_path, 50_000, kept=12)
     assert line.startswith("4 MB free")
     assert line.endswith("3 checkpoints need 1.8 MB, 2 more to keep 1.2 MB")  # ten of the twelve are there
-    assert check_space(tmp_path, 50_000, kept=20).endswith("10 more to keep 6 MB (warning: more than there is)")
+    assert check_space(tmp_path, 50_000, kept=20).endswith("10 more to keep 6 MB (warning: more than is free)")
     assert "14 MB free" in check_space(tmp_path, 50_000, cleared=True)  # resume=never removes those, too
 
 
@@ -501,7 +501,7 @@ class TestWarnings:
         for i in range(10):
             assert guard.warnings({"train/loss": 6.0 - 0.01 * i}, None) == []
         (line,) = guard.warnings({"train/loss": 8.0}, None)
-        assert "leaps to 8, from about 5.9" in line
+        assert "jumps to 8, from about 5.9" in line
 
     def test_a_noisy_loss_is_no_leap(self):
         guard, rng = NonFiniteGuard(None, 5, 8), random.Random(0)

@@ -54,7 +54,7 @@ def test_who_started_this_process(given, expected, variables):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({**SRUN, "SLURM_NTASKS": "7"}, "every node needs as many"),
+        ({**SRUN, "SLURM_NTASKS": "7"}, "every node needs the same number"),
         ({**TORCHRUN, "WORLD_SIZE": "many"}, "WORLD_SIZE='many'"),
         ({**TORCHRUN, "GROUP_WORLD_SIZE": "0"}, "GROUP_WORLD_SIZE='0'"),
     ],

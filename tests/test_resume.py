@@ -98,7 +98,7 @@ class TestOtherSettings:
         (run / "config.yaml").unlink()
         code, stdout, stderr = run_cli(*words)  # the same ones start over
         assert code == 0, stderr
-        assert "continuing" not in stdout
+        assert "resuming" not in stdout
         assert set(rows_of(run)) == {1, 2, 3, 4}
         assert (run / ".wandb_id").read_text() == "abc"
 
@@ -111,7 +111,7 @@ class TestOtherSettings:
             self.refused(run_cli, words, run)
         code, stdout, stderr = run_cli(*words)
         assert (code, "already finished" in stdout) == (0, True)
-        assert "last.ckpt says them" in stderr
+        assert "last.ckpt has them" in stderr
         assert (run / "config.yaml").read_text() == config
 
     def test_a_checkpoint_of_an_older_version_says_none(self, words, run_cli, tmp_path):

@@ -43,7 +43,7 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(words, run_cli, tmp_path, monk
     monkeypatch.setattr(runs, "make_trainer", make)
     code, stdout, _ = run_cli(*words)
     assert code == 0
-    assert "continuing demo/pretrain after step 4" in stdout
+    assert "resuming demo/pretrain after step 4" in stdout
     whole, resumed = (curve(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "run"))
     assert resumed == whole  # every step once, the same numbers to the last bit
     states = [state_of(tmp_path / name) for name in ("whole", "run")]

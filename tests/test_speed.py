@@ -130,7 +130,7 @@ def test_a_run_too_short_for_a_profile_says_so(steps, taken, shards, tmp_path, c
     short.callbacks += [Stops(), Profile(tmp_path / "profile")]
     short.fit(module(), pretrain_data(shards))
     assert short.global_step == taken
-    assert f"profile=true needs 15 steps; of {taken} there is no profile" in capsys.readouterr().err
+    assert f"profile=true needs 15 steps, got {taken}: no profile is written" in capsys.readouterr().err
     assert not (tmp_path / "profile").exists()
 
 

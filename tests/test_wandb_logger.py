@@ -50,7 +50,7 @@ def test_a_run_outlives_it(tmp_path, capsys):
         made.log_metrics({"train/loss": 1.0}, step)
     made.finalize("finished")
     said = capsys.readouterr().err
-    assert said.count("W&B has broken down (Connection lost); metrics.csv has all metrics") == 1
+    assert said.count("W&B has failed (Connection lost); metrics.csv has all metrics") == 1
     assert len(made._experiment.rows) == 2
 
 
@@ -62,7 +62,7 @@ def test_one_that_does_not_start(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("wandb.init", refuse)
-    with pytest.raises(UserError, match=r"W&B does not start \(no network\); logger\.mode=offline needs none"):
+    with pytest.raises(UserError, match=r"W&B does not start \(no network\); logger\.mode=offline needs no network"):
         made.begin({})
 
 

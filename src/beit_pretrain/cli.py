@@ -32,10 +32,11 @@ VERBS = {
     "shards": Verb(
         "make, index, verify or show shards (make|index|verify|show)", "beit_pretrain.data.write.shards:shards"
     ),
-    "tokenize": Verb("tokens of shards, computed once for data.tokens", "beit_pretrain.tokenizers.tokenize:tokenize"),
+    "tokenize": Verb(
+        "compute the tokens of shards once, for data.tokens", "beit_pretrain.tokenizers.tokenize:tokenize"
+    ),
     "fit": Verb(
-        "train what +experiment= names: a tokenizer, a backbone (BEiT, MAE), a classifier, probes, a segmenter",
-        "beit_pretrain.engine.fit:fit",
+        "train a tokenizer, backbone, classifier or segmenter (+experiment=NAME)", "beit_pretrain.engine.fit:fit"
     ),
     "probe": Verb(
         "linear probes and kNN on the frozen features of every layer", "beit_pretrain.evaluation.probe_layers:probe"
@@ -47,17 +48,17 @@ VERBS = {
         "beit_pretrain.models.checkpoints.export:export",
     ),
     "visualize": Verb(
-        "pictures of what runs learned (masked|attention|tokens|curves|layers)",
+        "draw pictures of runs (masked|attention|tokens|curves|layers)",
         "beit_pretrain.engine.visualize:visualize",
     ),
     "bench": Verb(
         "measure (views|loader|step|loop|attention|memory|all|gpu|page)", "beit_pretrain.benchmarks.verb:bench"
     ),
     "compare": Verb(
-        "what pre-training is worth: with it, from scratch, and a control, over seeds",
+        "the effect of pre-training: pre-trained, from scratch and a control, over seeds",
         "beit_pretrain.examples.compare:compare",
     ),
-    "demo": Verb("the whole way on synthetic or your own images, with a report", "beit_pretrain.examples.demo:demo"),
+    "demo": Verb("all stages on synthetic or your images, with a report", "beit_pretrain.examples.demo:demo"),
 }
 
 RENAMED_VERBS = {"fetch": "download", "show": "visualize"}

@@ -22,16 +22,16 @@ HINTS = {
     "data.train": "shards of training images; make them with: python -m beit_pretrain shards make src=FOLDER out=DATA, "
     "then data.train=DATA/train",
     "tokenizer.path": "the folder of OpenAI's dVAE (encoder.pkl, decoder.pkl); get it with: "
-    "python -m beit_pretrain download out=FOLDER; or a tokenizer of your own: fit +experiment=tokenizer, "
+    "python -m beit_pretrain download out=FOLDER; or train a tokenizer: fit +experiment=tokenizer, "
     "then tokenizer=dvae tokenizer.path=runs/tokenizer/checkpoints/last.ckpt",
     "init_from": "the checkpoint of a pre-training run, such as runs/base_22k/checkpoints/last.ckpt "
     "(or from_scratch=true)",
-    "src": "where the images are: a folder, a tar file, or synthetic",
+    "src": "the images: a folder, a tar file, or synthetic",
     "out": "where to write",
     "run": "the folder of a run, such as runs/base_22k",
     "to": "one of unilm, timm, hf, onnx",
     "action": "what to measure: bench views, loader, step, loop, attention, memory, all, gpu or page",
-    "task": "an experiment says it: +experiment=NAME",
+    "task": "set by the experiment: +experiment=NAME",
 }
 
 
@@ -80,7 +80,7 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
 
     cfg = compose_raw(verb, overrides)
     if OmegaConf.is_missing(cfg, "task"):
-        raise UserError(f"say what to train: +experiment=NAME, one of {', '.join(experiments())}")
+        raise UserError(f"choose what to train: +experiment=NAME, one of {', '.join(experiments())}")
     missing = sorted(OmegaConf.missing_keys(cfg))
     if "init_from" in missing and cfg.get("from_scratch"):
         cfg.init_from = None
@@ -182,9 +182,9 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
         key = line.split("'")[1].split("=")[0].lstrip("+~") if "'" in line else line
         if key == "experiment":
             return "experiments are added with a plus: +experiment=NAME"
-        said = typed(verb, overrides)
+        command = typed(verb, overrides)
         return unknown(
-            key, known_keys(verb, overrides), said, f"python -m beit_pretrain {said} --help lists the settings"
+            key, known_keys(verb, overrides), command, f"python -m beit_pretrain {command} --help lists the settings"
         )
     return line
 

@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_written(words, small_disk, tmp_path, measured):
     disk, log = small_disk(16), tmp_path / "log"
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     said = ended(start([*words, "name=ro", f"run_dir={disk / 'run'}"], tmp_path, log), log, 2)
-    assert f"{disk} is no folder that can be written to" in said
+    assert f"{disk} is not a writable folder" in said
     measured(f"exit code 2; {said.removeprefix('error: ').replace(str(disk), 'DISK')}")
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_cut_at_fifty_lengths(words, undisturbed, tmp_path, measure
     ended(start(resumed, tmp_path, log), log, 0)
     said = log.read_text()
     assert f"warning: {last}" in said
-    assert f"continuing undisturbed after step {before}" in said
+    assert f"resuming undisturbed after step {before}" in said
     assert same_run(undisturbed, folder.parent) == STEPS
     measured(
         f"50 lengths of {len(whole):,} bytes: all refused by name; from step {before} the command ends bit-identical"

@@ -79,7 +79,7 @@ def test_two_nodes_of_two_processes(words, tmp_path, measured):
             assert took[-1] < (TIMEOUT if signum == signal.SIGKILL else TIMEOUT + PATIENCE)
     both = nodes(words, tmp_path)
     assert [node.wait(600) for node in both] == [0, 0], log_of(tmp_path)
-    assert "continuing two after step" in (tmp_path / "node0").read_text()
+    assert "resuming two after step" in (tmp_path / "node0").read_text()
     assert "pretrain two" not in (tmp_path / "node1").read_text()  # only rank 0 speaks
     # DDP lays its buckets out anew after its first step, and gloo sums four numbers in an order that depends on it.
     found = largest_difference(tmp_path / "runs/whole", run)

@@ -156,9 +156,9 @@ class CheckpointManager:
         """The signal that any process received, equal on all processes; 0 = none. A collective: all must call it."""
         if trainer.world_size == 1:
             return self.signals.told
-        told = torch.tensor(self.signals.told, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        return int(told)
+        signum = torch.tensor(self.signals.told, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX)
+        return int(signum)
 
     def save(self, module: Any) -> None:
         """Take a snapshot for `last.ckpt`, unless this step is already saved.
@@ -205,25 +205,25 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
     Returns the newest readable checkpoint (None without checkpoints) and one line per newer, unreadable one.
     Raises UserError if there are checkpoints but none is readable.
     """
-    found = (path for path in (*folder.glob("step-*.ckpt"), folder / BEST) if path.is_file())
-    others = sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-    there = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()] + others
+    kept = (path for path in (*folder.glob("step-*.ckpt"), folder / BEST) if path.is_file())
+    others = sorted(kept, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    candidates = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()] + others
     problems: list[str] = []
-    for path in there:
+    for path in candidates:
         try:
             content = checkpoint.read(path)
             held = {name: content.get(name) for name in OF_A_RUN}
             missing = [n for n, kind in OF_A_RUN.items() if not isinstance(held[n], kind) or held[n] in ([], {})]
             if missing:
-                raise UserError(f"{path} is no checkpoint of a run ({', '.join(missing)} missing)")
+                raise UserError(f"{path} is not the checkpoint of a run ({', '.join(missing)} missing)")
             with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
                 if broken := archive.testzip():
-                    raise UserError(f"{path} is damaged: the checksum of {broken} is another")
+                    raise UserError(f"{path} is damaged: the checksum of {broken} does not match")
             return path, problems
         except UserError as error:
             problems.append(str(error))
-    if there:
-        raise UserError(f"none of the {len(there)} checkpoints in {folder} can be read ({problems[0]})")
+    if candidates:
+        raise UserError(f"none of the {len(candidates)} checkpoints in {folder} can be read ({problems[0]})")
     return None, []
 
 
@@ -244,7 +244,7 @@ def check_space(
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{existing} is no folder that can be written to; choose another run_dir=")
+        raise UserError(f"{existing} is not a writable folder; choose another run_dir=")
     one, count = parameters * states * 4, 3 + best
     if not cleared:
         kept = max(0, kept - len(list(folder.glob("step-*.ckpt"))))
@@ -256,7 +256,7 @@ def check_space(
     line = f"{size(free)} free in {os.path.relpath(existing)}, {count} checkpoints need {size(count * one)}"
     if kept:
         line += f", {kept} more to keep {size(kept * one)}"
-        line += " (warning: more than there is)" * (free < (count + kept) * one)
+        line += " (warning: more than is free)" * (free < (count + kept) * one)
     return line
 
 

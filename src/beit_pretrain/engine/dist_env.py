@@ -45,7 +45,8 @@ def launched() -> DistEnv | None:
     launch = DistEnv(*found)
     if launch.nodes * launch.per_node != launch.processes:
         raise AllRanksError(
-            f"{launch.by} started {launch.processes} processes on {launch.nodes} nodes: every node needs as many"
+            f"{launch.by} started {launch.processes} processes on {launch.nodes} nodes: every node needs the same "
+            "number"
         )
     return launch
 

@@ -93,7 +93,7 @@ def check_counts(devices: int, nodes: int, gpus: int, launch: DistEnv | None) ->
         raise AllRanksError(
             f"trainer.devices={devices} x trainer.num_nodes={nodes} = {devices * nodes} processes, but {launch.by} "
             f"started {launch.processes}: {launch.per_node} on each of {launch.nodes} node{'s' * (launch.nodes > 1)}; "
-            "leave both settings out, or start as many"
+            "leave both settings out, or start that many"
         )
     if launch is None and nodes > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
@@ -118,11 +118,11 @@ def strategy(name: str, world: int, minutes: float, compression: str | None = No
     """DDP for several processes, FSDP on request; other names are passed to Lightning."""
     wait, is_ddp = timedelta(minutes=minutes), name in ("auto", "ddp") and world > 1
     if compression is not None and not is_ddp:
-        found = f"trainer.strategy={name}" if world > 1 else "one process"
-        raise AllRanksError(f"gradient_compression={compression} is for DDP on several processes, not for {found}")
+        setup = f"trainer.strategy={name}" if world > 1 else "one process"
+        raise AllRanksError(f"gradient_compression={compression} is for DDP on several processes, not for {setup}")
     if name == "fsdp":
         if world == 1:
-            raise UserError("trainer.strategy=fsdp shares a network among processes: it needs more than one")
+            raise UserError("trainer.strategy=fsdp shards a network over processes: it needs more than one")
         return FSDP(data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=wait)
     return DDP(compression, timeout=wait) if is_ddp else name
 
@@ -155,11 +155,11 @@ class RankConsistencyCheck(Callback):
             return
         everyone: list[Any] = [None] * trainer.world_size
         distributed.all_gather_object(everyone, (socket.gethostname(), self.facts))
-        said = disagreement(everyone)
-        if said:
+        message = disagreement(everyone)
+        if message:
             if not trainer.is_global_zero:
                 time.sleep(2)  # launchers end all processes when one exits: let rank 0 print the error first
-            raise AllRanksError(said)
+            raise AllRanksError(message)
 
 
 def disagreement(everyone: list[tuple[str, dict[str, str]]]) -> str | None:
@@ -221,10 +221,10 @@ def distributed_errors(trainer: Trainer, minutes: float) -> Iterator[None]:
     except BaseException as error:
         if isinstance(launcher, SubprocessLauncher):
             launcher.end()
-        told = in_one_line(error, trainer, minutes) if isinstance(error, RuntimeError) else None
-        if told is None:
+        user_error = in_one_line(error, trainer, minutes) if isinstance(error, RuntimeError) else None
+        if user_error is None:
             raise
-        raise told from error
+        raise user_error from error
     finally:
         if isinstance(launcher, SubprocessLauncher):
             launcher.leaving.set()
@@ -232,8 +232,8 @@ def distributed_errors(trainer: Trainer, minutes: float) -> Iterator[None]:
 
 def in_one_line(error: RuntimeError, trainer: Trainer, minutes: float) -> UserError | None:
     """The user error for a torch error; None = a bug in the program, which needs its traceback."""
-    if told := worker_died(error):
-        return told
+    if user_error := worker_died(error):
+        return user_error
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
             f"out of memory on {socket.gethostname()} ({first_line(error)[:80]}); a smaller batch_size gives the same "

@@ -111,11 +111,11 @@ def run_locked(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]
             print("\n".join([introduction, *checks, "ready: the same command without preflight=only starts the run"]))
         return {}
     if is_first_process():
-        print(introduction + (f"\n  continuing {cfg.name} after step {start.step}" if start.path else ""), flush=True)
+        print(introduction + (f"\n  resuming {cfg.name} after step {start.step}" if start.path else ""), flush=True)
     if start.path and finished_step(run_dir) == start.step:
         if is_first_process():
             restore_config(cfg)
-            print("  already finished; more steps would be another run: choose another name=, or resume=never")
+            print("  already finished; for more steps choose another name=, or start over with resume=never")
         return {}
     with exclusive_lock(run_dir, is_first_process()):
         with as_user_errors():

@@ -74,8 +74,8 @@ class NonFiniteGuard:
         if longest >= self.max_nonfinite_steps:
             raise AllRanksError(
                 f"{longest} steps in a row had no finite gradient and were skipped, up to step {step}"
-                f"{f'; their positions are in {self.path}' if self.path else ''}; the weights are those from before, "
-                "and so is the last checkpoint. A lower optim.lr, or trainer.precision=32-true, may help"
+                f"{f'; their positions are in {self.path}' if self.path else ''}; the weights and the last checkpoint "
+                "are those from before. A lower optim.lr, or trainer.precision=32-true, may help"
             )
         if first:
             for line in self.warnings(metrics, vocab_size):
@@ -88,7 +88,7 @@ class NonFiniteGuard:
         if len(self._losses) >= 5:
             usual, spread = statistics.fmean(self._losses), statistics.pstdev(self._losses)
             if loss > max(self._losses) + max(4 * spread, 0.1 * abs(usual)):
-                lines.append(f"the loss leaps to {loss:.4g}, from about {usual:.4g}")
+                lines.append(f"the loss jumps to {loss:.4g}, from about {usual:.4g}")
         if math.isfinite(loss):
             self._losses.append(loss)
         collapsed = bool(vocab_size) and use < max(2.0, COLLAPSED * (vocab_size or 0))

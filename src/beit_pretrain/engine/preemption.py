@@ -99,7 +99,7 @@ def early_signals(program: str) -> Iterator[None]:
     """Handle SIGTERM and SIGUSR1 during the imports, before the run handles them: exit with code 75."""
 
     def leave(signum: int, _: FrameType | None) -> None:
-        os.write(1, f"{program}: {Preempted(signum)}; the same command starts again\n".encode())
+        os.write(1, f"{program}: {Preempted(signum)}; rerun the same command\n".encode())
         os._exit(PREEMPTED)
 
     before: dict[int, Any] = {}

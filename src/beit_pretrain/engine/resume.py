@@ -58,14 +58,14 @@ def find_resume(cfg: FitSettings, folder: Path) -> ResumeState:
     if old is not None:
         same_settings(old, cfg)
     newest, problems = newest_good(folder)
-    warn(f"{problem}; going on from {newest}" for problem in problems)
+    warn(f"{problem}; resuming from {newest}" for problem in problems)
     if newest is None:
         return ResumeState()
     content = checkpoint.read(newest)
     if old is None:
-        said = content.get("settings")
-        warn([f"{lost}; {newest} says {'them' if said else 'none either, and nothing is compared'}"])
-        same_settings(renamed(said or to_dict(cfg)), cfg)
+        saved = content.get("settings")
+        warn([f"{lost}; {newest} has {'them' if saved else 'none either, so they are not compared'}"])
+        same_settings(renamed(saved or to_dict(cfg)), cfg)
     return ResumeState(
         newest,
         step=int(content.get("global_step", 0)),

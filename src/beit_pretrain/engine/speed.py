@@ -41,7 +41,7 @@ def check_cuda_graphs(asked: bool | str, micro_batches: int, device_prefetch: bo
             "breaks: make batch_size larger, or take compile=default"
         )
     if device_prefetch:
-        raise UserError(f"compile={asked} records CUDA graphs, which device_prefetch=true breaks: set one of them back")
+        raise UserError(f"compile={asked} records CUDA graphs, which device_prefetch=true breaks: change one of them")
     if sharded:
         raise UserError(f"compile={asked} records CUDA graphs, which trainer.strategy=fsdp breaks: take compile=false")
 
@@ -175,8 +175,8 @@ class Profile(Callback):
 
 def too_short(steps: int) -> None:
     """Warn that the run is too short for a profile."""
-    said = f"warning: profile=true needs {WARM_UP + PROFILED} steps; of {steps} there is no profile"
-    print(said, file=sys.stderr, flush=True)
+    message = f"warning: profile=true needs {WARM_UP + PROFILED} steps, got {steps}: no profile is written"
+    print(message, file=sys.stderr, flush=True)
 
 
 def kernels(events: Iterable[Any], count: int) -> str:

@@ -64,8 +64,8 @@ class StepExchange:
         self._now, self._steps = 1 - self._now, self._steps + 1
         buffers = self._buffers[self._now]
         buffers.step = given.step
-        said = [0, int(given.save), int(given.validate), *(int(given.signum == signum) for signum in SIGNALS)]
-        buffers.given.copy_(torch.tensor(said))  # pinned memory: other copies to a GPU block the host
+        values = [0, int(given.save), int(given.validate), *(int(given.signum == signum) for signum in SIGNALS)]
+        buffers.given.copy_(torch.tensor(values))  # pinned memory: other copies to a GPU block the host
         buffers.sums.copy_(buffers.given, non_blocking=True)
         buffers.sums[MASKED] += masked
         self._work = distributed.all_reduce(buffers.sums, async_op=True)

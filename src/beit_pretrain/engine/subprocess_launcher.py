@@ -90,8 +90,10 @@ class _StartsChildren:
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()  # type: ignore[misc]
-        if type(its := self._launcher) is _SubprocessScriptLauncher:
-            self._launcher = SubprocessLauncher(its.cluster_environment, its.num_processes, its.num_nodes)
+        if type(launcher := self._launcher) is _SubprocessScriptLauncher:
+            self._launcher = SubprocessLauncher(
+                launcher.cluster_environment, launcher.num_processes, launcher.num_nodes
+            )
 
 
 class DDP(_StartsChildren, DDPStrategy):

@@ -202,11 +202,11 @@ def is_finished(member: SweepRun) -> bool:
 
 def progress(number: int, total: int, name: str, outcome: RunResult | None) -> None:
     """Print a line when a run starts (`outcome` is None) or ends."""
-    said = "started"
+    state = "started"
     if outcome is not None:
         how = f"failed with exit code {outcome.code}" if outcome.code else "finished"
-        said = f"{how} after {outcome.seconds:.0f} s"
-    print(f"[{number}/{total}] {name}: {said}", flush=True)
+        state = f"{how} after {outcome.seconds:.0f} s"
+    print(f"[{number}/{total}] {name}: {state}", flush=True)
 
 
 def last_words(log: Path) -> str:
@@ -216,8 +216,8 @@ def last_words(log: Path) -> str:
     except OSError as error:
         return first_line(error)
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    said = [line for line in lines if line.startswith("error:")]
-    return (said or lines or ["it printed nothing"])[-1]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["it printed nothing"])[-1]
 
 
 def summary(members: list[SweepRun], codes: dict[str, int]) -> tuple[tuple[str, ...], list[tuple]]:

@@ -63,7 +63,7 @@ class WeightsAndBiases(WandbLogger):
                 self.experiment  # noqa: B018 (it starts W&B)
         except Exception as error:  # from W&B or the network
             raise UserError(
-                f"W&B does not start ({first_line(error)[:160]}); logger.mode=offline needs none"
+                f"W&B does not start ({first_line(error)[:160]}); logger.mode=offline needs no network"
             ) from error
         if self._wandb_init["mode"] == "offline":
             for step, row in sorted(rows.items()):
@@ -94,8 +94,8 @@ class WeightsAndBiases(WandbLogger):
             import wandb
 
             self.lost = True
-            said = f"warning: W&B has broken down ({first_line(error)[:160]}); metrics.csv has all metrics"
-            tqdm.write(said, file=sys.stderr)
+            message = f"warning: W&B has failed ({first_line(error)[:160]}); metrics.csv has all metrics"
+            tqdm.write(message, file=sys.stderr)
             with suppress(Exception):
                 wandb.teardown()
 
