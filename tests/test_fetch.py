@@ -164,7 +164,7 @@ class TestFetch:
     @pytest.mark.long
     def test_two_processes_at_once(self, server, out):
         server.next = [Answer(slow=0.0002)]
-        command = [sys.executable, "-m", "beit_pretrain", "fetch", f"out={out}", *addresses(server)]
+        command = [sys.executable, "-m", "beit_pretrain", "download", f"out={out}", *addresses(server)]
         running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
         for process in running:
             _, stderr = process.communicate(timeout=120)

@@ -52,7 +52,7 @@ def test_their_results(place):
     for run in ("tokenizer", "small_own", "finetune_own"):
         assert (place / "runs" / run / "checkpoints/last.ckpt").is_file()
         assert (place / "runs" / run / "metrics.csv").read_text().count("\n") >= 2
-    for name in ("show", "attention", "tokens", "curves", "curves-small_own-finetune_own"):
+    for name in ("masked", "attention", "tokens", "curves", "curves-small_own-finetune_own"):
         assert (place / "runs/small_own/pictures" / f"{name}.png").is_file()
     assert (place / "runs/small_own/checkpoints/probe/layers.csv").read_text().count("\n") == 3
 

@@ -216,7 +216,7 @@ class TestRuns:
             printed = next(line.split()[1] for line in stdout.splitlines() if line.startswith(f"val/{name} "))
             assert float(printed) == pytest.approx(curve(run / "metrics.csv", f"val/{name}")[1][-1], abs=1e-4)
         assert run_cli("visualize", f"run={run}", "images=2")[0] == 0
-        assert Image.open(run / "pictures/show.png").width > 900
+        assert Image.open(run / "pictures/masked.png").width > 900
         code, stdout, stderr = run_cli("validate", f"run={run}", "test.scales=[0.5,1,1.5]", "test.flip=true")
         assert code == 0, stderr
         assert "val/miou" in stdout

@@ -42,7 +42,7 @@ def test_a_run_draws_its_pictures_while_it_trains(run):
 def test_draws_all_pictures_of_a_run(run, run_cli):
     code, stdout, stderr = run_cli("visualize", f"run={run}", "images=3")
     assert code == 0, stderr
-    for name in ("show", "attention", "tokens", "curves"):
+    for name in ("masked", "attention", "tokens", "curves"):
         assert f"{name}.png" in stdout
         with Image.open(run / "pictures" / f"{name}.png") as picture:
             assert min(picture.size) > 100
@@ -50,7 +50,14 @@ def test_draws_all_pictures_of_a_run(run, run_cli):
 
 
 def test_chosen_patches_layers_heads_and_photos(run, photos, run_cli, tmp_path):
-    words = ["show", "attention", f"run={run}", f"photos={photos / 'cats'}", "images=1", f"out={tmp_path / 'a.png'}"]
+    words = [
+        "visualize",
+        "attention",
+        f"run={run}",
+        f"photos={photos / 'cats'}",
+        "images=1",
+        f"out={tmp_path / 'a.png'}",
+    ]
     code, _, stderr = run_cli(*words, "layers=[2]", "heads=[1]", "patches=[[0,0],[3,1]]")
     assert code == 0, stderr
     with Image.open(tmp_path / "a.png") as picture:  # two patches x one layer; image, mean, one head
@@ -97,7 +104,7 @@ def test_curves_of_several_runs_in_one_picture(run, shards, run_cli, tmp_path):
     code, _, stderr = run_cli("visualize", f"run={tmp_path / 'tuned'}")
     assert code == 0, stderr
     assert (tmp_path / "tuned/pictures/attention.png").is_file()
-    assert not (tmp_path / "tuned/pictures/show.png").exists()
+    assert not (tmp_path / "tuned/pictures/masked.png").exists()
 
 
 def test_each_run_has_a_colour_and_a_name(tmp_path, monkeypatch):
@@ -150,7 +157,7 @@ def test_shows_the_pictures_that_a_run_has(shards, dvae_checkpoint, run_cli, tmp
     """Without held-out images those of training; before the first checkpoint curves alone; before both a word."""
     given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}"]
     assert run_cli("fit", "+experiment=demo_pretrain", *TINY, *given, "data.val=null")[0] == 0
-    pictures = [f"wrote {tmp_path}/run/pictures/{name}.png" for name in ("curves", "show", "attention", "tokens")]
+    pictures = [f"wrote {tmp_path}/run/pictures/{name}.png" for name in ("curves", "masked", "attention", "tokens")]
     code, stdout, stderr = run_cli("visualize", f"run={tmp_path / 'run'}", "images=2")
     assert code == 0, stderr
     assert stdout.splitlines() == pictures
@@ -204,5 +211,5 @@ def test_pictures_go_into_an_offline_run_of_wandb(shards, dvae_checkpoint, run_c
     code, _, stderr = run_cli("visualize", "attention", f"run={tmp_path / 'run'}")
     assert code == 0, stderr
     kept = [path.name for path in (tmp_path / "run/wandb").rglob("*.png")]
-    for picture in ("pictures/main", "pictures/attention", "pictures/tokens", "show/attention"):
+    for picture in ("pictures/main", "pictures/attention", "pictures/tokens", "visualize/attention"):
         assert any(name.startswith(picture.split("/")[1]) for name in kept), (picture, kept)

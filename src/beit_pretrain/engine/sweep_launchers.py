@@ -97,7 +97,7 @@ def run_all(
     return [outcomes[number] for number in range(len(names))]
 
 
-class PreemptionSignal(BaseException):
+class SweepPreempted(BaseException):
     """SIGTERM or SIGUSR1 from a scheduler."""
 
 
@@ -106,7 +106,7 @@ def stopping(running: dict[int, tuple[Handle, int, float]]) -> Iterator[None]:
     """End the runs when the sweep ends: forward Ctrl-C as SIGINT, other signals as SIGTERM, and let the runs save."""
 
     def tell(*_: object) -> None:
-        raise PreemptionSignal
+        raise SweepPreempted
 
     before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -116,9 +116,9 @@ def stopping(running: dict[int, tuple[Handle, int, float]]) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         end(
             [handle for handle, _, _ in running.values()],
-            signal.SIGTERM if isinstance(error, PreemptionSignal) else signal.SIGINT,
+            signal.SIGTERM if isinstance(error, SweepPreempted) else signal.SIGINT,
         )
-        if isinstance(error, PreemptionSignal):
+        if isinstance(error, SweepPreempted):
             print("stopped; rerun the same command to resume", file=sys.stderr)
             raise SystemExit(REQUEUE) from None
         raise

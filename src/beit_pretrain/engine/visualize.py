@@ -84,7 +84,7 @@ def draw(run: Path, cfg: VisualizeSettings, out: Path | None) -> Iterator[Path]:
             if what is not None:
                 raise UserError(f"{run} is a {task.module.kind}; it has no picture of {name}")
             continue
-        path = out or folder / ("show.png" if name == "masked" else f"{name}.png")
+        path = out or folder / f"{name}.png"
         if isinstance(picture, Image.Image):
             grids.save(picture, path)
         else:
@@ -124,5 +124,5 @@ def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
         return
     logger = wandb_logger(find_task(cfg["task"]).settings.validated(cfg), about["wandb_id"])
     for path in drawn:
-        logger.log_image(f"show/{path.stem}", [str(path)])
+        logger.log_image(f"visualize/{path.stem}", [str(path)])
     logger.experiment.finish()

@@ -103,10 +103,10 @@ def render(numbers: dict, run_dir: Path) -> str:
         ("The images", picture(run_dir / "data/contact-sheet.png", "training images from the shards")),
         (
             "The tokenizer",
-            picture(run_dir / "tokenizer/pictures/show.png", "held-out images and what their tokens keep"),
+            picture(run_dir / "tokenizer/pictures/masked.png", "held-out images and what their tokens keep"),
         ),
         ("Pre-training", curves(run_dir / "pretrain/metrics.csv")),
-        ("", picture(run_dir / "pretrain/pictures/show.png", "held-out images after the last step")),
+        ("", picture(run_dir / "pretrain/pictures/masked.png", "held-out images after the last step")),
         ("Fine-tuning", bars(numbers) + finetune_curves(run_dir)),
     ]
     body = "\n".join((f"<h2>{title}</h2>" if title else "") + content for title, content in sections)
