@@ -251,10 +251,10 @@ class TestSignals:
     def test_a_main_thread_that_waits_in_other_code_is_ended(self, signum, code):
         """As in torch's store, where processes wait for each other. Here for a lock that is its own."""
         program = (
-            "import ctypes\nfrom beit_pretrain.engine.preemption import Signals\n"
+            "import ctypes\nfrom beit_pretrain.engine.preemption import PreemptionSignals\n"
             "def farewell(stopped):\n    print(stopped, flush=True)\n    return 130 if stopped.signum == 2 else 75\n"
             "lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
-            "with Signals(farewell):\n    print('waiting', flush=True)\n"
+            "with PreemptionSignals(farewell):\n    print('waiting', flush=True)\n"
             "    libc.pthread_mutex_lock(lock)\n    libc.pthread_mutex_lock(lock)"
         )
         with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
