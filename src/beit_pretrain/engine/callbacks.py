@@ -75,7 +75,7 @@ class Throughput(Callback):
         pl_module.batch_ended = None
 
 
-def publish(trainer: Trainer, picture: Image.Image, folder: Path, name: str = "") -> None:
+def log_picture(trainer: Trainer, picture: Image.Image, folder: Path, name: str = "") -> None:
     """Save a picture of the current step as a PNG and send it to the loggers that accept images."""
     path = folder / f"step-{trainer.global_step:06d}{f'-{name}' if name else ''}.png"
     grids.save(picture, path)

@@ -50,7 +50,7 @@ def visualize(cfg: VisualizeSettings) -> None:
         together = "-".join(run.name for run in runs)[:80]
         pictures = iter([curves(runs, cfg, out or runs[0] / "pictures" / f"curves-{together}.png")])
     else:
-        pictures = draw(runs[0], cfg, out)
+        pictures = pictures_of(runs[0], cfg, out)
     drawn = []
     for path in pictures:
         print(f"wrote {path}", flush=True)
@@ -60,7 +60,7 @@ def visualize(cfg: VisualizeSettings) -> None:
     log_pictures(runs[0], drawn)
 
 
-def draw(run: Path, cfg: VisualizeSettings, out: Path | None) -> Iterator[Path]:
+def pictures_of(run: Path, cfg: VisualizeSettings, out: Path | None) -> Iterator[Path]:
     """Draw the pictures of one run; yields each path after writing it.
 
     Without `cfg.what`, pictures that the run does not have are skipped, and training images are used if there are no

@@ -61,8 +61,8 @@ def demo(cfg: DemoSettings) -> dict:
     steps = {"steps": cfg.steps.pretrain, "tokenizer.path": path}
     pretrained = fit(stage_config(cfg, "demo_pretrain", "pretrain", **steps, **data))
     stage("4/4 fine-tuning on few labels, and the same from scratch", "finetune")
-    classes = compare(cfg, run_dir, data)
-    draw(run_dir)
+    classes = finetune_both_ways(cfg, run_dir, data)
+    draw_pictures(run_dir)
     timings["end"] = time.perf_counter() - started
     shards = ShardReader(data["data.train"])
     numbers = {
@@ -125,7 +125,7 @@ def stage_config(cfg: DemoSettings, experiment: str, stage: str, **settings) -> 
     return compose("fit", [f"+experiment={experiment}", *words])
 
 
-def compare(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
+def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
     """Fine-tune with and without pre-training, over the seeds. None for accuracies where the labels do not allow it."""
     train, val = (ShardReader(data[f"data.{split}"]) for split in ("train", "val"))
     classes = len(train.classes)
@@ -160,7 +160,7 @@ def compare(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
     }
 
 
-def draw(run_dir: Path) -> None:
+def draw_pictures(run_dir: Path) -> None:
     """The pictures of the report that no run has drawn by itself."""
     for name in ("tokenizer", "pretrain"):
         visualize(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))

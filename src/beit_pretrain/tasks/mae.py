@@ -16,7 +16,7 @@ from torch import Tensor
 
 from beit_pretrain.data.datamodule import first_images
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.callbacks import publish
+from beit_pretrain.engine.callbacks import log_picture
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
@@ -149,7 +149,7 @@ class MAEPictures(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking and trainer.is_global_zero:
             batch = first_images(self.task.data.eval_dataset("val"), self.images, pl_module.device)
-            publish(trainer, autoencoder_picture(pl_module, batch), self.folder)
+            log_picture(trainer, autoencoder_picture(pl_module, batch), self.folder)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor
 from beit_pretrain.data.datamodule import ShardData, first_images
 from beit_pretrain.data.dataset import BatchSchedule, Transform
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.callbacks import publish
+from beit_pretrain.engine.callbacks import log_picture
 from beit_pretrain.engine.device_prefetch import DevicePrefetcher
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
@@ -440,13 +440,13 @@ class MaskedPictures(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         batch = first_images(self.data.eval_dataset("val"), self.images, pl_module.device)
-        publish(trainer, masked_picture(pl_module, batch), self.folder)
+        log_picture(trainer, masked_picture(pl_module, batch), self.folder)
         image, ids_BN = pl_module.image_and_tokens(batch)
         normalised, model = normalise(image[:2], pl_module.mean, pl_module.std), pl_module.model
-        publish(trainer, attention_picture(model, normalised, image[:2]), self.folder, "attention")
+        log_picture(trainer, attention_picture(model, normalised, image[:2]), self.folder, "attention")
         if not any(self.folder.glob("step-*-tokens.png")):
             decoded = pl_module.tokenizer.decode(ids_BN)
-            publish(trainer, token_sheet(image, decoded, ids_BN, model.vocab_size), self.folder, "tokens")
+            log_picture(trainer, token_sheet(image, decoded, ids_BN, model.vocab_size), self.folder, "tokens")
 
 
 @torch.no_grad()

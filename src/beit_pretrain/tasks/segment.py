@@ -21,7 +21,7 @@ from torch import Tensor
 from beit_pretrain.data.datamodule import SegmentationData, ShardData
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.callbacks import publish
+from beit_pretrain.engine.callbacks import log_picture
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task, check_split
@@ -261,7 +261,7 @@ class SegmentationPictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module) -> None:
         if not trainer.sanity_checking and trainer.is_global_zero:
-            publish(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder)
+            log_picture(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder)
 
 
 def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str = "val") -> Image.Image:

@@ -50,7 +50,7 @@ def curves_plot(runs: Mapping[str, Path], path: Path, metrics: Sequence[str] | N
             drawn = {metric: f"{name}: {metric.split('/')[-1]}" for metric in alike(known[name], groups)}
             for place, (metric, label) in enumerate(drawn.items()):
                 named = label in list(drawn.values())[:place]  # then the title tells the two apart
-                draw(axes, file, metric, None if named else label, f"C{number % 10}")
+                draw_lines(axes, file, metric, None if named else label, f"C{number % 10}")
         axes.set(title=title if metrics else f"{title} (solid: training, dashed: held out)", xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -68,7 +68,7 @@ def first(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def draw(axes: Any, file: Path, metric: str, label: str | None, colour: str) -> None:
+def draw_lines(axes: Any, file: Path, metric: str, label: str | None, colour: str) -> None:
     """One line: solid for training, dashed with dots for held-out images."""
     steps, values = curve(file, metric)
     held_out = metric.startswith("val/")

@@ -129,12 +129,12 @@ def to_timm(model: Model, path: Path) -> str:
         theirs: Any = timm.create_model(name, checkpoint_path=str(path), **settings).eval()
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"timm does not open the export: {first_line(error)}") from error
-    image, _ = probe(model)
+    image, _ = sample_inputs(model)
     with torch.no_grad():
         if isinstance(model, MaskedImageModel):
-            compare(model.encode(image), theirs.forward_features(image), "timm")
+            check_same_output(model.encode(image), theirs.forward_features(image), "timm")
         else:
-            compare(model(image), theirs(image), "timm")
+            check_same_output(model(image), theirs(image), "timm")
     words = "".join(f", {key}={value!r}" for key, value in settings.items())
     return f"timm.create_model('{name}', checkpoint_path='{{out}}'{words})"
 
@@ -182,15 +182,15 @@ def to_hf(model: Model, path: Path) -> str:
     theirs = getattr(transformers, architecture).from_pretrained(path).eval()
     transformers.BeitModel.from_pretrained(path)
     transformers.logging.set_verbosity(verbosity)
-    image, mask = probe(model)
+    image, mask = sample_inputs(model)
     with torch.no_grad():
         if isinstance(model, MaskedImageModel):
-            compare(model(image, mask), theirs(image, bool_masked_pos=mask).logits[mask], "transformers")
+            check_same_output(model(image, mask), theirs(image, bool_masked_pos=mask).logits[mask], "transformers")
         elif model.kind == "backbone":
-            compare(model.forward_features(image), theirs(image).last_hidden_state, "transformers")
+            check_same_output(model.forward_features(image), theirs(image).last_hidden_state, "transformers")
         else:
             ours = model(image).main if isinstance(model, Segmenter) else model(image)
-            compare(ours, theirs(image).logits, "transformers")
+            check_same_output(ours, theirs(image).logits, "transformers")
     return f"transformers.{architecture}.from_pretrained('{{out}}')"
 
 
@@ -262,7 +262,7 @@ def to_onnx(model: Model, path: Path) -> str:
     """A graph with a free batch size: image -> logits (B, classes), or image, mask -> logits (B, N, V)."""
     onnxruntime = needed("onnxruntime")
     needed("onnxscript")
-    image, mask = probe(model)
+    image, mask = sample_inputs(model)
     network: nn.Module = AllTokens(model).eval() if isinstance(model, MaskedImageModel) else model
     inputs = {"image": image, "mask": mask} if isinstance(model, MaskedImageModel) else {"image": image}
     torch.onnx.export(
@@ -282,7 +282,7 @@ def to_onnx(model: Model, path: Path) -> str:
         with torch.no_grad():
             expected = network(*few.values())
         found = session.run(None, {name: tensor.numpy() for name, tensor in few.items()})[0]
-        compare(expected, torch.from_numpy(found), "onnxruntime")
+        check_same_output(expected, torch.from_numpy(found), "onnxruntime")
     return f"onnxruntime.InferenceSession('{{out}}').run(None, {{{{{', '.join(repr(n) + ': ...' for n in inputs)}}}}})"
 
 
@@ -294,7 +294,7 @@ def needed(name: str) -> Any:
         raise UserError(f"this export needs {name}: pip install 'beit_pretrain[export]'") from error
 
 
-def probe(model: Model) -> tuple[Tensor, Tensor]:
+def sample_inputs(model: Model) -> tuple[Tensor, Tensor]:
     """Three random images and masks, the same every time."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = model.grid
@@ -311,7 +311,7 @@ def same_network(model: Model, path: Path) -> None:
             raise UserError(f"the export does not read back: {name} differs")
 
 
-def compare(ours: Tensor, theirs: Tensor, who: str) -> None:
+def check_same_output(ours: Tensor, theirs: Tensor, who: str) -> None:
     """Raise UserError unless two outputs agree."""
     error = (ours - theirs).abs().max().item() / max(1.0, ours.abs().max().item())
     if not error <= TOLERANCE:
