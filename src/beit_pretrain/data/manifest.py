@@ -191,7 +191,7 @@ def _check_entry(entry: dict[str, Any]) -> None:
     if not isinstance(entry["name"], str) or not SHARD_NAME.fullmatch(entry["name"]):
         raise ValueError(f"shard name {str(entry['name'])[:80]!r} is not a plain file name that ends with .tar")
     if not SHA256.fullmatch(entry["sha256"]):
-        raise ValueError(f"the SHA-256 of {entry['name']} is not one")
+        raise ValueError(f"the SHA-256 of {entry['name']} is invalid")
     for key in ("samples", "bytes"):
         if type(entry[key]) is not int or not 0 <= entry[key] < 2**53:
             raise ValueError(f"{key} of {entry['name']} is {entry[key]!r}")

@@ -1,1 +1,1 @@
-"""Features of every layer, kNN, linear probes."""
+"""Evaluation of frozen features: linear probes and kNN of every layer."""

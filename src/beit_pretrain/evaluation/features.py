@@ -1,4 +1,4 @@
-"""One pass over the images: [CLS] and the mean of the patches after every block, on disk.
+"""Extracts features in one pass over the images and stores them: [CLS] and mean patch token after every block.
 
 Shapes: n images, L layers, D width.
 """
@@ -22,27 +22,27 @@ from beit_pretrain.models.backbone import FeatureExtractor, Features
 from beit_pretrain.processes import end_with_parent
 from beit_pretrain.transforms.jitter import normalise
 
-CLS, AVG = 0, 1  # where the two vectors stand
+CLS, AVG = 0, 1  # indices of the two vectors
 
 
 class FeatureStore(NamedTuple):
-    """Features (n, L, 2, D) float16, [CLS] and mean of the patches, mapped from disk; labels (n,) int64."""
+    """Features (n, L, 2, D) float16 ([CLS] and mean of the patches), memory-mapped; labels (n,) int64, -1 = none."""
 
     features: np.ndarray
     labels: np.ndarray
 
     def layer(self, number: int, which: int) -> torch.Tensor:
-        """(n, D) float32 of the layer `number` from 0; `which` is CLS or AVG."""
+        """Features (n, D) float32 of layer `number`, from 0; `which` is CLS or AVG."""
         return torch.from_numpy(np.array(self.features[:, number, which])).float()
 
     def batch(self, first: int, last: int, device: torch.device) -> Features:
-        """Images `first` to `last` as a network gives them, with the mean of the patches as the only patch."""
+        """Features of images `first` to `last` (exclusive) as a network returns them; the only patch is the mean."""
         x_BL2D = torch.from_numpy(np.array(self.features[first:last])).to(device).float()
         return Features(list(x_BL2D[:, :, CLS].unbind(1)), list(x_BL2D[:, :, AVG:].unbind(1)))
 
 
 def key_of(**facts) -> str:
-    """A short name for what features depend on."""
+    """A short hash of the facts that features depend on."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -56,9 +56,9 @@ def extract(
     name: str,
     num_workers: int = 0,
 ) -> FeatureStore:
-    """The features of every image of an evaluation data set, from `folder` if they are there already.
+    """Extract the features of every image of an evaluation data set, or load them if `folder` has them.
 
-    float16 keeps 11 bits of each number; values beyond its range (6.5e4) raise UserError.
+    Stored as float16 (11 significant bits). Raises UserError for values beyond its range (6.5e4).
     """
     file, labels_file = folder / f"{name}.npy", folder / f"{name}-labels.npy"
     if file.is_file() and labels_file.is_file():

@@ -1,4 +1,4 @@
-"""k nearest neighbours on frozen features, weighted as in Wu et al. 2018 (section 3.4): many k, many temperatures.
+"""Weighted kNN on frozen features (Wu et al. 2018, section 3.4) for several k and temperatures.
 
 Shapes: Q queries, M images of the bank, D width, K classes.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERIES = 256  # that are compared with the bank at once
+QUERIES = 256  # compared with the bank at once
 TEMPERATURE = 0.07
 
 
@@ -23,10 +23,10 @@ def sweep(
     ks: Sequence[int],
     temperatures: Sequence[float],
 ) -> dict[tuple[int, float], float]:
-    """Share of queries whose neighbours vote for their label, for every (k, temperature).
+    """Top-1 accuracy of the kNN vote for every (k, temperature).
 
-    A neighbour's vote weighs exp(cosine / temperature). Features are centred by the bank's mean first: they share a
-    large common part, which would drown the cosine. A `k` beyond the bank takes all of it.
+    A neighbour's vote has weight exp(cosine / temperature). The bank's mean is subtracted from all features first: this
+    common part would dominate the cosine. A `k` larger than the bank uses the whole bank.
     """
     centre = bank_MD.mean(0)
     bank = F.normalize(bank_MD - centre, dim=1)
@@ -36,7 +36,7 @@ def sweep(
         similarity, index = (some @ bank.T).topk(min(max(ks), len(bank)), dim=1)
         label = labels_Q[first : first + QUERIES]
         for k, temperature in hits:
-            # Relative to the nearest: exp of 1 / .01 would be beyond float32.
+            # Relative to the nearest neighbour: exp(1 / .01) overflows float32.
             weight = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
             votes = weight.new_zeros(len(some), classes).scatter_add_(1, bank_labels_M[index[:, :k]], weight)
             hits[k, temperature] += int((votes.argmax(1) == label).sum())

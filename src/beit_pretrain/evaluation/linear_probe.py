@@ -16,7 +16,7 @@ from tqdm import tqdm
 from beit_pretrain.evaluation.features import FeatureStore
 from beit_pretrain.models.linear_probe import LayerProbes, losses_and_hits
 
-IMAGES = 1024  # that are read at once where nothing is trained
+IMAGES = 1024  # read at once in evaluation
 
 
 def moments(stored: FeatureStore, pool: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -32,9 +32,9 @@ def moments(stored: FeatureStore, pool: str, device: torch.device) -> tuple[Tens
 
 
 def slices(images: int, batch: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """An epoch's batches as runs of neighbours, from another offset each time, in random order.
+    """An epoch's batches as contiguous slices (first, last), with a random offset and in random order.
 
-    Shards are in random order over the whole set, so neighbours are a fair sample, and a run is one read.
+    Shards are already shuffled, so a slice is a random sample, and it needs only one read.
     """
     edges = [0, *range(int(rng.integers(1, batch + 1)), images, batch), images]
     for i in rng.permutation(len(edges) - 1):
@@ -52,7 +52,7 @@ def train_probes(
     seed: int,
     device: torch.device,
 ) -> LayerProbes:
-    """AdamW with a cosine to 0 on the images that have a class; no layer's probe sees another's gradient."""
+    """Train with AdamW and cosine decay to 0 on the images with a class; each probe gets only its own gradient."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     images, layers, _, width = stored.features.shape
@@ -82,5 +82,5 @@ def accuracy(probes: LayerProbes, stored: FeatureStore, device: torch.device) ->
 def forward(
     probes: LayerProbes, stored: FeatureStore, first: int, last: int, device: torch.device
 ) -> tuple[list[Tensor], Tensor]:
-    """(logits of every layer, labels) of a run of images."""
+    """Logits of every layer, and labels, of images `first` to `last` (exclusive)."""
     return probes(stored.batch(first, last, device)), torch.from_numpy(stored.labels[first:last]).to(device)

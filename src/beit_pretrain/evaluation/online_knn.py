@@ -1,4 +1,4 @@
-"""The accuracy of a kNN on the features of a network in training, after every validation."""
+"""Callback: kNN accuracy on the features of the network in training, after every validation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from beit_pretrain.transforms.views import ClassificationTransform
 
 
 class KNNSettings(Settings):
-    """Online accuracy of a kNN, where there are labels."""
+    """Online kNN accuracy, for labelled data."""
 
     defaults = "tasks/pretrain.yaml:knn"
 
@@ -26,7 +26,7 @@ class KNNSettings(Settings):
 
 
 class Labelled(NamedTuple):
-    """A process's share of some images: every so-many-th of `total`, as (n, C, H, W) uint8 in host memory."""
+    """One process's share of `total` images, every world-th one, as (n, C, H, W) uint8 in host memory."""
 
     images: Tensor
     labels: Tensor
@@ -34,17 +34,17 @@ class Labelled(NamedTuple):
 
 
 class OnlineKNN(Callback):
-    """Accuracy of a k-nearest-neighbour vote on the backbone's features, where there are labels.
+    """Logs the accuracy of a kNN vote on the backbone's features, if the data has labels.
 
-    The feature is the mean patch token of one block, three quarters up: the last block of a masked image model is
-    busy with tokens and looks broken to a kNN (RECIPE section 6).
+    The feature is the mean patch token at three quarters of the depth: in a masked image model the last block is
+    specialised on token prediction, and its kNN accuracy is much lower.
 
-    Images are decoded once, by loader workers, and kept: 2,500 of 224 pixels are 376 MB over all processes, each of
-    which has its share. They are in one order when they vote, however many processes there are.
+    Images are decoded once, by loader workers, and kept in memory: 2,500 of 224 pixels take 376 MB, split over the
+    processes. The result does not depend on the number of processes.
 
     Args:
         data: training images are the bank, held-out ones the queries, in the evaluation view.
-        bank, queries: how many of each.
+        bank, queries: number of each.
         k: neighbours, weighted by exp(cosine / 0.07) as in Wu et al. 2018.
     """
 
@@ -61,7 +61,7 @@ class OnlineKNN(Callback):
             self._kept = {split: self._decoded(trainer, pl_module, split) for split in ("train", "val")}
         bank, bank_labels = self._features(trainer, pl_module, self._kept["train"])
         queries, labels = self._features(trainer, pl_module, self._kept["val"])
-        known = (labels >= 0) & torch.isin(labels, bank_labels)  # a class that the bank lacks cannot be voted for
+        known = (labels >= 0) & torch.isin(labels, bank_labels)  # classes missing in the bank cannot be predicted
         if not trainer.is_global_zero or not known.any():
             return
         bank, bank_labels, queries, labels = (
@@ -105,7 +105,7 @@ class OnlineKNN(Callback):
 
 
 def dealt_together(share: Tensor, total: int, world: int) -> Tensor:
-    """The rows of all processes, of which each has every `world`-th of `total`. All processes must call it."""
+    """Gather the `total` rows of all processes, each of which has every `world`-th. All processes must call it."""
     if world == 1:
         return share
     most = -(-total // world)

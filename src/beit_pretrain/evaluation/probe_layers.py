@@ -75,7 +75,7 @@ def evaluation_data(cfg: ProbeSettings, size: int) -> ClassificationData:
 def stored_features(
     cfg: ProbeSettings, source: Checkpoint, size: int, data: ClassificationData, folder: Path, device: torch.device
 ) -> dict[str, FeatureStore]:
-    """The one pass over both splits. File names hash everything that the features depend on."""
+    """Extract the features of both splits. File names hash everything that the features depend on."""
     backbone = feature_extractor(source, size).to(device).requires_grad_(False)
     mean, std = normalisation(cfg, source.about)
     print(f"probe of {origin(source)}: {len(backbone.blocks)} layers, {len(data.classes)} classes", flush=True)
@@ -91,7 +91,7 @@ def stored_features(
 def measured(
     cfg: ProbeSettings, stored: dict[str, FeatureStore], classes: int, device: torch.device
 ) -> tuple[list[LayerResult], list[tuple]]:
-    """(a row for each layer, a row for each layer, pool, k and temperature of kNN)."""
+    """Evaluate every layer. Returns one result per layer, and one kNN row per layer, pool, k and temperature."""
     train, val = stored["train"], stored["val"]
     probes = train_probes(train, classes, seed=cfg.seed, device=device, **to_dict(cfg.linear))
     linear = accuracy(probes, val, device)
@@ -113,7 +113,7 @@ def measured(
 
 
 def write(out: Path, layers: list[LayerResult], sweeps: list[tuple], cfg: ProbeSettings) -> None:
-    """The files of a probe, and its table on the terminal."""
+    """Write the files of a probe and print its table."""
     write_csv(out / "layers.csv", LayerResult._fields, [tuple(layer) for layer in layers])
     write_csv(out / "knn.csv", ("layer", "pool", "k", "temperature", "accuracy"), sweeps)
     said = {"init_from": str(cfg.init_from), "layers": [layer._asdict() for layer in layers]}

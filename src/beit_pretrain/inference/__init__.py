@@ -1,1 +1,1 @@
-"""Predictions for images: classes and label maps."""
+"""Predicts classes or label maps for images."""

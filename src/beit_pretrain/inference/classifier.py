@@ -17,7 +17,7 @@ from beit_pretrain.transforms.views import centre_view, to_array
 
 
 class Prediction(NamedTuple):
-    """One class that an image may be of."""
+    """A predicted class."""
 
     name: str
     probability: float
@@ -28,7 +28,7 @@ class ImageClassifier:
     """A fine-tuned classifier, ready for PIL images.
 
     Args:
-        source: a classifier in any format that `load_pretrained` reads, or a checkpoint that is read already.
+        source: a classifier in any format that `load_pretrained` reads, or a checkpoint that has been read.
     """
 
     def __init__(self, source: str | Path | Checkpoint):
@@ -51,13 +51,13 @@ class ImageClassifier:
         return torch.from_numpy(to_array(centre_view(image, self.image_size, self.crop_ratio, self.channels)))
 
     def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[Prediction]]:
-        """The `top` classes of every view (uint8), the likeliest first."""
+        """The `top` classes of every view (uint8), most likely first."""
         best = self.probabilities(image_BCHW).topk(min(top, len(self.classes)), dim=1)
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [[Prediction(self.classes[i], p, i) for i, p in zip(ids, ps, strict=True)] for ids, ps in pairs]
 
     @torch.no_grad()
     def probabilities(self, image_BCHW: Tensor) -> Tensor:
-        """(B, K) of the views (uint8)."""
+        """Class probabilities (B, K) of the views (uint8)."""
         image = normalise(image_BCHW.to(self.device).float() / 255, self.mean, self.std)
         return self.model(image).float().softmax(1)

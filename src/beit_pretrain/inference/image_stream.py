@@ -1,6 +1,6 @@
-"""The input of predictions: files, folders, tars and shards as one stream of named images, read ahead.
+"""The input of `predict`: files, folders, tars and shards as one stream of named images, read ahead.
 
-An unreadable image is listed with its reason; it does not end a prediction.
+Unreadable images are listed with the reason and do not stop the prediction.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from beit_pretrain.processes import cores, end_with_parent
 from beit_pretrain.transforms.image_io import open_image, reason
 
 MOST_WORKERS = 8
-IMAGES_PER_WORKER = 64  # fewer are not worth starting a process
+IMAGES_PER_WORKER = 64  # with fewer images, starting a process does not pay off
 BAD_SHOWN = 20  # unreadable files that the summary names
 
 
 class Item(NamedTuple):
-    """One image of the stream: its view (or views), or why it has none."""
+    """One image of the stream: its views, or the reason why it cannot be read."""
 
     name: str
     views: list[Tensor]
@@ -46,9 +46,8 @@ class FileSource:
     def __init__(self, src: Sequence[str | Path]):
         self.candidates: list[Candidate] = []
         for source in src:
-            prefix = (
-                f"{source}/" if len(src) > 1 and Path(source).is_dir() else ""
-            )  # files of two folders may share names
+            # Files of two folders may have the same name.
+            prefix = f"{source}/" if len(src) > 1 and Path(source).is_dir() else ""
             self.candidates += [c._replace(key=f"{prefix}{c.key}") for c in list_images(source)]
 
     def __len__(self) -> int:
@@ -62,7 +61,7 @@ class FileSource:
 
 
 class ShardSource:
-    """The samples of shard folders, here or elsewhere, by shard and key."""
+    """The samples of local or remote shard folders, named by shard and key."""
 
     def __init__(self, src: Sequence[str | Path]):
         self.reader = ShardReader(list(src))
@@ -82,7 +81,7 @@ class ShardSource:
 def source_of(src: str | Sequence[str]) -> FileSource | ShardSource:
     """The images of `src`: shards if a folder has a manifest or is remote, else files, folders and tars.
 
-    Raises UserError for what does not exist or holds no image, and for shards mixed with files.
+    Raises UserError for a source that does not exist or has no image, and for shards mixed with files.
     """
     sources = [src] if isinstance(src, str) else list(src)
     shards = [is_remote(s) or (Path(s).expanduser() / MANIFEST).is_file() for s in sources]
@@ -92,7 +91,7 @@ def source_of(src: str | Sequence[str]) -> FileSource | ShardSource:
 
 
 class ImageDataset(Dataset):
-    """Image n of a source as an `Item`. `seen` makes the views (uint8) of an opened image."""
+    """Image n of a source as an `Item`. `apply` makes the views (uint8) of an opened image."""
 
     def __init__(self, source: FileSource | ShardSource, apply: Callable[[Image.Image], list[np.ndarray]]):
         self.source, self.apply = source, apply
@@ -116,9 +115,9 @@ class ImageDataset(Dataset):
 def stream(
     dataset: ImageDataset, batch_size: int, num_workers: int | None, verb: str, bad: list[tuple[str, str]]
 ) -> Iterator[list[Item]]:
-    """The readable images in batches, in order, with a progress bar; name and reason of the others go into `bad`.
+    """Yield the readable images in batches, in order, with a progress bar; append (name, reason) of others to `bad`.
 
-    `workers`: processes that read ahead; None = one per `IMAGES_PER_WORKER`, at most `MOST_WORKERS`.
+    `num_workers`: processes that read ahead; None = one per `IMAGES_PER_WORKER` images, at most `MOST_WORKERS`.
     """
     if num_workers is None:
         num_workers = min(cores(), MOST_WORKERS, len(dataset) // IMAGES_PER_WORKER)
@@ -132,7 +131,7 @@ def stream(
 
 
 def report(out: Path, done: str, bad: Sequence[tuple[str, str]], list_of_bad: Path) -> None:
-    """Print what was written and the first unreadable files, which `list_of_bad` lists, as JSON lines, with reasons.
+    """Print what was written and the first unreadable files; list all of these with reasons in `list_of_bad` (JSONL).
 
     Removes the list of an earlier prediction if all files could be read.
     """

@@ -1,7 +1,7 @@
-"""`predict` with a segmenter: for every image a label map (PNG with a palette) and a coloured overlay with a legend.
+"""`predict` with a segmenter: writes a label map (PNG with a palette) and an overlay with a legend for every image.
 
-Ids in the label maps are those of the annotations that the model was trained on: with `reduce_labels` 1, 2, ... as in
-ADE20K, else 0, 1, .... `classes.csv` lists id, name and colour of the classes.
+Label maps use the ids of the training annotations: 1, 2, ... with `reduce_labels`, as in ADE20K, else 0, 1, ....
+`classes.csv` lists id, name and colour of the classes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from beit_pretrain.transforms.segmentation import SegmentationEvalTransform
 from beit_pretrain.transforms.views import to_array
 from beit_pretrain.visualization.overlays import comparison, palette
 
-LONGEST = 200  # bytes of a part of a path; file systems take 255, and temporary names are longer
-# Errors of one file's name or place; any other, such as a full disk, concerns all files and ends the prediction.
+LONGEST = 200  # bytes of a part of a path; file systems allow 255, and temporary names are longer
+# Errors that concern only one file's path. Any other, such as a full disk, ends the prediction.
 OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 
 
 def predict_maps(cfg: PredictSettings, source: Checkpoint) -> None:
-    """Write `labels/NAME.png` and `overlays/NAME.png` for every image under `cfg.out`. Bad files are listed."""
+    """Write `labels/NAME.png` and `overlays/NAME.png` under `cfg.out` for every image; list unreadable files."""
     out = Path(cfg.out or "predictions")
     if out.is_file() or out.suffix in (".csv", ".json", ".jsonl"):
         raise UserError(f"out={out}: a segmentation model writes a folder of label maps, such as out=predictions")
@@ -59,12 +59,12 @@ def predict_maps(cfg: PredictSettings, source: Checkpoint) -> None:
 
 
 def apply(image: Image.Image, views: SegmentationEvalTransform, channels: int) -> list[np.ndarray]:
-    """The image at all scales, and last the image under the overlay, (C, h, w) uint8 each."""
+    """The image at all scales, then the RGB image for the overlay, each (C, h, w) uint8."""
     return [*views.scaled(to_channels(image, channels)).values(), to_array(to_rgb(image))]
 
 
 def write_maps(out: Path, name: Path, labels_HW: np.ndarray, item: Item, segmenter: ImageSegmenter) -> None:
-    """The label map of one image, and its overlay."""
+    """Write the label map and the overlay of one image."""
     write(out / "labels" / name, label_image(labels_HW, segmenter))
     picture = Image.fromarray(item.views[-1].numpy().transpose(1, 2, 0))
     cell = max(320, min(1024, max(picture.size)))
@@ -72,9 +72,9 @@ def write_maps(out: Path, name: Path, labels_HW: np.ndarray, item: Item, segment
 
 
 def free_name(key: str, taken: set[Path]) -> Path:
-    """A relative path for an image's key, inside the folder whatever the key is, and another for every key."""
+    """A relative PNG path for an image's key, unique per key, and inside the folder for any key."""
     *folders, last = [part for part in PurePosixPath(key).parts if part not in ("/", ".", "..")] or ["image"]
-    # No folder ends as the label maps do: dir.jpg beside dir.png/in.jpg becomes dir.png.
+    # No folder may end with .png: the label map of dir.jpg, beside the folder dir.png, is dir.png.
     folder = Path(*(f"{part}_" if part.lower().endswith(".png") else part for part in map(shortened, folders)))
     whole = shortened(last)
     # The second name is for a.jpg and a.png of one folder.
@@ -85,13 +85,13 @@ def free_name(key: str, taken: set[Path]) -> Path:
 
 
 def shortened(part: str) -> str:
-    """A part of a path, cut to the length that file systems take."""
+    """A part of a path, cut to the length that file systems allow."""
     data = part.encode("utf-8", "surrogateescape")
     return part if len(data) <= LONGEST else data[:LONGEST].decode("utf-8", "ignore")
 
 
 def label_image(found_HW: np.ndarray, segmenter: ImageSegmenter) -> Image.Image:
-    """The label map as an image of ids with a palette: every id in its class's colour."""
+    """The label map as a palette image of ids, each in the colour of its class."""
     shift = int(segmenter.reduce_labels)
     table = np.zeros((256, 3), np.uint8)
     colours = palette(len(segmenter.classes))[: 256 - shift]
@@ -102,14 +102,14 @@ def label_image(found_HW: np.ndarray, segmenter: ImageSegmenter) -> Image.Image:
 
 
 def write(path: Path, image: Image.Image) -> None:
-    """Write a PNG atomically, and its folder if need be."""
+    """Write a PNG atomically; create its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         image.save(temporary, "PNG")
 
 
 def write_classes(path: Path, segmenter: ImageSegmenter) -> None:
-    """Id in the label maps, name and colour of every class."""
+    """Write id, name and colour of every class."""
     colours, shift = palette(len(segmenter.classes)), int(segmenter.reduce_labels)
     with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")

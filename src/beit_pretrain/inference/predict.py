@@ -1,4 +1,4 @@
-"""The verb `predict`: the top classes of every image, or label maps from a segmentation model."""
+"""The verb `predict`: writes the top classes of every image, or label maps with a segmentation model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def predict(cfg: PredictSettings) -> None:
     if out.is_dir() or out.suffix.lower() not in (".csv", *JSON_LINES):
         raise UserError(f"out={out}: a file is needed, predictions.csv or predictions.jsonl")
     classifier = ImageClassifier(source)
-    # A function of plain settings: the loader processes need no network.
+    # A function of plain settings, so that the network is not sent to the loader processes.
     see = partial(apply, size=classifier.image_size, crop_ratio=classifier.crop_ratio, channels=classifier.channels)
     dataset = ImageDataset(source_of(cfg.src), see)
     done, bad = 0, list[tuple[str, str]]()
@@ -63,7 +63,7 @@ def apply(image: Image.Image, size: int, crop_ratio: float | None, channels: int
 
 @contextmanager
 def writing(out: Path) -> Iterator[Callable[[str, list[Prediction]], Any]]:
-    """Lend a function that writes an image's predictions. The file gets its name when the block succeeds."""
+    """Give a function that writes an image's predictions. The file gets its name only if the block succeeds."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         atomic_path(out) as temporary,

@@ -24,10 +24,10 @@ class Predictor:
 
     Args:
         checkpoint: file or folder.
-        windows: how a segmenter tests whole images; None = at one scale, not mirrored.
+        windows: sliding-window options of a segmenter; None = one scale, not mirrored.
 
-    Attributes: `classes`, their names; `kind`, "classifier" or "segmenter".
-    Raises UserError for anything else.
+    Attributes: `classes`, the class names; `kind`, "classifier" or "segmenter".
+    Raises UserError for any other kind of checkpoint.
     """
 
     def __init__(self, checkpoint: str | Path, windows: SlidingWindow | None = None):
@@ -49,10 +49,10 @@ class Predictor:
         sizes: Sequence[tuple[int, int]] | None = None,
         batch_size: int = 8,
     ) -> Answer | list[Answer]:
-        """The answer to one image, or a list of answers to a list of images, of any sizes and modes.
+        """Predict for one image, or for a list of images (returns a list). Images may have any size and mode.
 
-        A classifier answers with `top` Predictions (name, probability, number), the likeliest first; a segmenter with
-        classes (H, W) int64, as large as the image itself or as `sizes` say, (height, width) for each image.
+        A classifier returns the `top` Predictions (name, probability, number), most likely first. A segmenter returns
+        classes (H, W) int64 at the image's size, or at the given `sizes`, (height, width) for each image.
         """
         if isinstance(images, Image.Image):
             return self._answers([images], top, sizes)[0]

@@ -23,8 +23,8 @@ class ImageSegmenter:
     """A segmenter, ready for PIL images.
 
     Args:
-        source: a segmenter in any format that `load_pretrained` reads, or a checkpoint that is read already.
-        windows: how it is tested; None = at one scale, not mirrored.
+        source: a segmenter in any format that `load_pretrained` reads, or a checkpoint that has been read.
+        windows: sliding-window options; None = one scale, not mirrored.
     """
 
     def __init__(self, source: str | Path | Checkpoint, windows: SlidingWindow | None = None):
@@ -49,11 +49,11 @@ class ImageSegmenter:
         return self.segment_views([views], [(image.height, image.width)])[0]
 
     def apply(self, image: Image.Image) -> list[np.ndarray]:
-        """(C, h, w) uint8 of an image at every scale."""
+        """Views (C, h, w) uint8 of an image, one per scale."""
         return list(self.views.scaled(to_channels(image, self.channels)).values())
 
     def segment_views(self, views: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Classes (H, W) int64, on the CPU, of the views that `seen` made, at the given sizes (height, width)."""
+        """Classes (H, W) int64, on the CPU, of views made by `apply`, at the given sizes (height, width)."""
         normalised = [
             [normalise(view[None].to(self.device).float() / 255, self.mean, self.std) for view in some]
             for some in views

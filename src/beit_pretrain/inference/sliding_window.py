@@ -1,4 +1,6 @@
-"""Segmentation of whole images: sliding windows at several scales, mirrored ones averaged in (as the release tests).
+"""Segments whole images with sliding windows at several scales, optionally averaged with mirrored images.
+
+Follows the test procedure of the release.
 
 Shapes: B batch, C channels, H W pixels, K classes.
 """
@@ -17,7 +19,7 @@ from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.settings import Settings, ShareAboveZero, Switch, about
 
 WINDOWS = 8  # windows that go through the network at once
-AT_ONCE = 2**28  # numbers of an enlarged map: 1 GB
+AT_ONCE = 2**28  # elements of an upsampled map: 1 GB in float32
 ImageScale = Annotated[float, Strict(), Field(gt=0, le=16)]
 
 
@@ -39,9 +41,9 @@ def upsampled(logits_BKhw: Tensor, size: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def segmented(model: Segmenter, images: Sequence[Tensor], size: Sequence[int], windows: SlidingWindow) -> Tensor:
-    """Classes (H, W) of one image at some scales, (1, C, h, w) normalised each, resized to `size`.
+    """Classes (H, W) at `size` of one image, given at several scales, each (1, C, h, w) normalised.
 
-    Probabilities of all scales, and of the mirrored ones, are averaged at the final size.
+    Probabilities of all scales and of the mirrored images are averaged at the final size.
     """
     return segmented_all(model, [images], [size], windows)[0]
 
@@ -50,7 +52,7 @@ def segmented(model: Segmenter, images: Sequence[Tensor], size: Sequence[int], w
 def segmented_all(
     model: Segmenter, images: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], windows: SlidingWindow
 ) -> list[Tensor]:
-    """`segmented` of several images, whose windows go through the network together."""
+    """`segmented` for several images; their windows share batches."""
     scales = len(images[0])
     views = [(scale, False) for scale in range(scales)] + [(scale, True) for scale in range(scales) if windows.flip]
     found: list[list[Tensor]] = [[] for _ in images]  # logits of each image in each view
@@ -62,10 +64,9 @@ def segmented_all(
 
 
 def best_classes(views: Sequence[Tensor], size: Sequence[int], limit: int = AT_ONCE) -> Tensor:
-    """Classes (H, W) at `size` of logits (1, K, h, w) of some views of one image, whose probabilities are averaged.
+    """Classes (H, W) at `size` from logits (1, K, h, w) of several views of one image; averages probabilities.
 
-    Some classes are enlarged at a time, as many as are `limit` numbers: those of a photo of 50 megapixels and 150
-    classes would take 30 GB together.
+    At most `limit` elements are upsampled at a time: all 150 classes of a photo of 50 megapixels would take 30 GB.
     """
     classes, pixels = views[0].shape[1], size[0] * size[1]
     some = max(1, min(classes, limit // pixels))
@@ -90,10 +91,10 @@ def best_classes(views: Sequence[Tensor], size: Sequence[int], limit: int = AT_O
 
 
 def label_maps(logits_BKhw: Tensor, sizes: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
-    """Classes (H, W) int64 of a segmenter's logits, resized to the original images' sizes, (height, width) each.
+    """Classes (H, W) int64 from a segmenter's logits, at the original images' sizes, (height, width) each.
 
-    As transformers' `post_process_semantic_segmentation`: logits are resized, then compared. None = as they are.
-    Raises ValueError if there are not as many sizes as images.
+    Like transformers' `post_process_semantic_segmentation`, resizes the logits before the argmax. `sizes` None = no
+    resizing. Raises ValueError if the number of sizes differs from the number of images.
     """
     if sizes is None:
         return list(logits_BKhw.argmax(1))
@@ -103,16 +104,16 @@ def label_maps(logits_BKhw: Tensor, sizes: Sequence[Sequence[int]] | None = None
 
 
 def slide(model: Segmenter, image_1CHW: Tensor, stride: float = 2 / 3) -> Tensor:
-    """Logits (1, K, H, W) of an image of any size: the mean over the windows that see a pixel.
+    """Logits (1, K, H, W) of an image of any size: at each pixel the mean over the windows that contain it.
 
-    Windows have the network's own size, a step of `stride` of it, and the last ones end at the edges. An image smaller
-    than that is filled up with the mean colour, which is 0.
+    Windows have the network's input size, and the step is `stride` times that. The last windows end at the edges. A
+    smaller image is padded with the mean colour, which is 0 after normalisation.
     """
     return slide_all(model, [image_1CHW], stride)[0]
 
 
 def slide_all(model: Segmenter, images: Sequence[Tensor], stride: float = 2 / 3) -> list[Tensor]:
-    """`slide` of several images (1, C, H, W), whose windows go through the network together."""
+    """`slide` for several images (1, C, H, W); their windows share batches."""
     sides = [side * model.config["patch_size"] for side in model.grid]
     padded = [F.pad(x, (0, max(0, sides[1] - x.shape[-1]), 0, max(0, sides[0] - x.shape[-2]))) for x in images]
     places = [
@@ -137,7 +138,7 @@ def slide_all(model: Segmenter, images: Sequence[Tensor], stride: float = 2 / 3)
 
 
 def starts(length: int, side: int, stride: float) -> list[int]:
-    """Where windows of `side` begin along a length of at least that: steps of `stride` x side, the last at the end."""
+    """Starts of windows of size `side` along `length` >= side, in steps of `stride` x side; the last ends at the edge."""
     step = max(1, int(side * stride))
     count = -(-(length - side) // step) + 1
     return [min(i * step, length - side) for i in range(count)]

@@ -1,1 +1,1 @@
-"""The networks: BEiT on timm, attention, UPerNet."""
+"""Networks: BEiT on timm, masked autoencoder, UPerNet, linear probes."""

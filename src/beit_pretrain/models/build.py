@@ -1,4 +1,4 @@
-"""From a run's settings to the arguments of a new network."""
+"""Turns a run's settings into the arguments of a new network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear classifiers on the frozen features of several layers at once, and what they are judged by.
+"""Linear classifiers on the frozen features of several layers at once, with their losses and accuracies.
 
 As in the release's run_linear_eval.py, all layers are probed together: the last layer of a masked image model is
 specialised on tokens and seldom the best one.

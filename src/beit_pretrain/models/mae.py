@@ -26,7 +26,7 @@ from beit_pretrain.models.blocks import Attention, Mlp, block_outputs, gather_to
 from beit_pretrain.models.cpu_kernels import Linear, use_linear
 from beit_pretrain.models.drop_path import uniforms
 
-# What of `Architecture` cannot be chosen: a plain ViT with sine-cosine positions (section 3; appendix A.1).
+# Fixed values of `backbone.DEFAULTS`: a plain ViT with sine-cosine positions (section 3; appendix A.1).
 FIXED: Architecture = {"rel_pos_bias": "none", "abs_pos_emb": True, "init_values": None, "drop_path_rate": 0.0}
 NORM_EPS = 1e-6  # added to the variance of a patch's pixels (the release's `forward_loss`)
 
@@ -91,7 +91,7 @@ class MaskedAutoencoder(Backbone):
     Args:
         decoder_embed_dim, decoder_depth, decoder_num_heads: E and the blocks of the decoder (section 4.1: 8 of 512).
         norm_pix_loss: predict pixels normalised by their patch's mean and standard deviation (table 1d).
-        architecture: see `backbone.Architecture`; what `FIXED` holds cannot be another.
+        architecture: see `backbone.DEFAULTS`; the values of `FIXED` cannot be changed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Training of a discrete VAE on one's own images, as a tokenizer.
+"""Training of a discrete VAE on the user's own images, as a tokenizer.
 
 BEiT's tokenizer (section 2.2) is DALL-E's dVAE. For other kinds of images (X-rays, satellite tiles), train one here:
 Gumbel-softmax relaxation with an annealed temperature (Ramesh et al. 2021, section 2.1), a reconstruction loss, and two

@@ -1,1 +1,1 @@
-"""Checkpoints of this project and of others, in and out."""
+"""Reads and exports checkpoints of this project, the authors, timm and Hugging Face."""
