@@ -25,7 +25,7 @@ NEEDED = {
 
 
 @pytest.mark.parametrize("name", experiments())
-def test_the_experiments_keep_the_rules(name):
+def test_experiments_satisfy_rules(name):
     words = [f"+experiment={name}", *PLACES]
     cfg = compose_raw("fit", words)
     for key in sorted(OmegaConf.missing_keys(cfg)):
@@ -36,14 +36,14 @@ def test_the_experiments_keep_the_rules(name):
 @pytest.mark.parametrize(
     "verb", ["fetch", "shards", "bench", "demo", "predict", "show", "tokenize", "probe", "compare"]
 )
-def test_the_verbs_keep_the_rules(verb):
+def test_verbs_satisfy_rules(verb):
     cfg = compose_raw(verb, [])
     for key in sorted(OmegaConf.missing_keys(cfg)):
         OmegaConf.update(cfg, key, "x")
     check(OmegaConf.to_container(cfg, resolve=True))
 
 
-def test_every_rule_is_of_a_setting_that_exists():
+def test_every_rule_has_a_setting():
     """A rule whose setting was renamed would check nothing."""
     found: set[str] = set()
 
@@ -73,7 +73,7 @@ def test_every_rule_is_of_a_setting_that_exists():
     "model.embed_dim=-4 mask.min_aspect=0 "
     "logger.kind=paper resume=sometimes optim.warmup_steps=1.5 val_minutes=0 gradient_compression=fp16".split(),
 )
-def test_wrong_values_of_a_pre_training_run(word, refused, tmp_path):
+def test_invalid_values_of_fit(word, refused, tmp_path):
     words = ["fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", f"run_dir={tmp_path / 'run'}"]
     assert refused(*words, word).startswith(f"error: {word.split('=')[0]} must be ")
     assert not (tmp_path / "run").exists()
@@ -100,7 +100,7 @@ def test_wrong_values_of_a_pre_training_run(word, refused, tmp_path):
         ("visualize", "images=0"),
     ],
 )
-def test_wrong_values_of_the_other_verbs(verb, word, refused, tmp_path):
+def test_invalid_values_of_other_verbs(verb, word, refused, tmp_path):
     assert f"{word.split('=')[0]} must be " in refused(verb, *NEEDED[verb], word)
 
 
@@ -116,18 +116,18 @@ def test_wrong_values_of_the_other_verbs(verb, word, refused, tmp_path):
         ("fit", "data.timeout=1e30", "data.timeout must be a number above 0 and at most 86400, got 1e+30"),
     ],
 )
-def test_what_is_too_large_is_told_the_limit(verb, word, said, refused):
+def test_error_names_upper_limit(verb, word, said, refused):
     words = ["+experiment=demo_pretrain", *PLACES, "tokenizer.path=x"] if verb == "fit" else NEEDED[verb]
     assert said in refused(verb, *words, word)
 
 
-def test_names_may_be_numbers():
+def test_numeric_names_become_text():
     settings = {"src": 2024, "data": {"train": [1.5, "a"], "val": 3}}
     check(settings)
     assert settings == {"src": "2024", "data": {"train": ["1.5", "a"], "val": "3"}}
     assert set(NAMES) <= RULES.keys()
 
 
-def test_texts_are_said_as_they_were_given():
+def test_error_quotes_text():
     with pytest.raises(UserError, match="steps must be null or a whole number of at least 1, got 'many'"):
         check({"steps": "many"})
