@@ -195,7 +195,7 @@ def compare(
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("packed", torch.bfloat16), ("tokens", torch.float32)])
-def test_errors_of_few_tokens_are_not_above_torchs(kind, dtype):
+def test_error_of_few_tokens_is_at_most_that_of_torch(kind, dtype):
     compare(kind, 17, 12, dtype, width=16)
     compare(kind, 50, 40, dtype, width=32)
 
@@ -204,7 +204,7 @@ def test_errors_of_few_tokens_are_not_above_torchs(kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys", [17, 50, 197, 577])
-def test_errors_are_not_above_torchs(keys, kind, dtype):
+def test_error_is_at_most_that_of_torch(keys, kind, dtype):
     compare(kind, keys, 75, dtype, heads=1 if keys == 577 else 2)
 
 
@@ -212,14 +212,14 @@ def test_errors_are_not_above_torchs(keys, kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("width", [16, 32, 128])
 @pytest.mark.parametrize("kind", ["packed", "tokens"])
-def test_errors_of_every_width_of_a_head(kind, width, dtype):
+def test_error_for_every_head_dim(kind, width, dtype):
     compare(kind, 150, 75, dtype, width=width, heads=1)
 
 
 @pytest.mark.parametrize(
     ("kind", "images"), [("tokens", 5), ("packed", 5), pytest.param("packed", 4, marks=pytest.mark.long)]
 )
-def test_the_gradient_of_the_bias_is_summed_over_parts_of_the_batch(kind, images, monkeypatch):
+def test_bias_gradient_is_summed_over_batch_parts(kind, images, monkeypatch):
     """Of 5 images in 3 parts the last has one alone."""
     monkeypatch.setattr(triton_attention, "PROGRAMS", 6)
     tiles = triton_attention.TILES["bias", 4, 16]
@@ -233,7 +233,7 @@ def test_the_gradient_of_the_bias_is_summed_over_parts_of_the_batch(kind, images
     assert max(errors(found, exact).values()) < 1e-6
 
 
-def test_parts_fill_a_gpu_and_depend_on_shapes_alone():
+def test_number_of_parts_depends_only_on_shapes():
     base, tiles = Shape(256, 197, 197, 12, 64, 197), Tiles(128, 64, 8, 2)
     assert parts(base, tiles, per_image=False) == (8, 32)
     assert parts(base, tiles, per_image=True) == (256, 1)
@@ -261,7 +261,7 @@ def test_minus_infinity_masks(kind):
 
 
 @pytest.mark.long
-def test_tensors_that_lie_otherwise_in_memory():
+def test_strided_tensors():
     """q, k, v and the bias transposed, a gradient that is one number."""
     given = inputs("packed", 2, 2, 17, 0, 16, torch.float32)
     other = [
@@ -277,7 +277,7 @@ def test_tensors_that_lie_otherwise_in_memory():
 @pytest.mark.parametrize(
     "learns", [(True, True, False), (False, False, True), (True, False, False), (False, True, True)]
 )
-def test_gradients_of_some_inputs_alone(learns):
+def test_gradients_of_some_inputs(learns):
     given = inputs("tokens", 2, 2, 17, 12, 16, torch.float32)
     grad = torch.randn(2, 12, 2, 16)
     exact = [t.requires_grad_() for t in given[:3]]
@@ -290,14 +290,14 @@ def test_gradients_of_some_inputs_alone(learns):
 
 
 @pytest.mark.long
-def test_two_runs_are_equal_bit_by_bit():
+def test_runs_are_bit_identical():
     given = inputs("tokens", 3, 2, 50, 40, 16, torch.bfloat16)
     grad = torch.randn(3, 40, 2, 16).bfloat16()
     first, second = (results(ours, given, grad) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_second_backward_pass_is_an_error():
+def test_double_backward_raises():
     qkv, bias = (t.requires_grad_() for t in inputs("packed", 1, 1, 17, 0, 16, torch.float32))
     out = packed_attention(qkv, bias).sum()
     out.backward()
@@ -309,7 +309,7 @@ def test_a_second_backward_pass_is_an_error():
 
 
 @pytest.mark.parametrize(("images", "queries"), [(0, 12), (2, 0)])
-def test_no_images_or_no_queries(images, queries):
+def test_empty_batch_and_no_queries(images, queries):
     given = inputs("tokens", images, 2, 17, queries, 16, torch.float32)
     learned = [t.requires_grad_() for t in given[:3]]
     out = attention_at(*learned, given[3])
@@ -318,7 +318,7 @@ def test_no_images_or_no_queries(images, queries):
     assert all(t.grad.shape == t.shape and not t.grad.any() for t in learned)
 
 
-def test_shapes_and_types_that_do_not_fit():
+def test_invalid_shapes_and_dtypes():
     q, kv, bias, token_BK = inputs("tokens", 2, 2, 17, 12, 16, torch.float32)
     for wrong in (
         (q.double(), kv.double(), bias, token_BK),
@@ -337,7 +337,7 @@ def test_shapes_and_types_that_do_not_fit():
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["packed", "tokens"])
-def test_torch_finds_nothing_wrong_with_the_operators(kind):
+def test_opcheck(kind):
     """Schemas, shapes without contents, gradients, tracing by the compiler."""
     given = [t.requires_grad_(t.is_floating_point()) for t in inputs(kind, 2, 2, 17, 12, 16, torch.float32)]
     whole = (given[0], None, given[1], None) if kind == "packed" else tuple(given)
@@ -349,7 +349,7 @@ def test_torch_finds_nothing_wrong_with_the_operators(kind):
     torch.library.opcheck(torch.ops.beit_pretrain.attention_backward, arguments)
 
 
-def test_operations_are_counted_as_those_of_torch():
+def test_flop_count_equals_torch():
     given = [t.requires_grad_() for t in inputs("packed", 2, 2, 17, 0, 16, torch.float32)]
     with FlopCounterMode(display=False) as counter:
         packed_attention(*given).sum().backward()
@@ -396,7 +396,7 @@ def loss_and_gradients(network: MaskedImageModel) -> dict[str, Tensor]:
         ),
     ],
 )
-def test_a_network_has_the_same_loss_and_gradients(bias, checkpointing):
+def test_network_loss_and_gradients(bias, checkpointing):
     network = model(bias, checkpointing)
     wanted = loss_and_gradients(network)
     use_triton(network)
@@ -408,7 +408,7 @@ def test_a_network_has_the_same_loss_and_gradients(bias, checkpointing):
 
 @pytest.mark.long
 @pytest.mark.parametrize("bias", ["shared", "per_layer"])
-def test_a_compiled_network_has_the_same_loss_and_gradients(bias, monkeypatch):
+def test_compiled_network_loss_and_gradients(bias, monkeypatch):
     """In one graph; the compiler hands the operators what they need."""
     torch.use_deterministic_algorithms(False)
     network = model(bias)
@@ -421,7 +421,7 @@ def test_a_compiled_network_has_the_same_loss_and_gradients(bias, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_network_under_autocast():
+def test_network_under_autocast():
     network = model("shared")
     wanted = loss_and_gradients(network)
     use_triton(network)
@@ -431,7 +431,7 @@ def test_a_network_under_autocast():
         assert (tensor - wanted[name]).norm() <= 0.05 * wanted[name].norm() + 1e-4, name
 
 
-def test_the_kernels_are_used_where_there_is_a_bias(monkeypatch):
+def test_kernels_are_used_with_bias(monkeypatch):
     calls: list[str] = []
     for name in ("packed_attention", "attention_at"):
         plain = getattr(triton_attention, name)

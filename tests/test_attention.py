@@ -15,7 +15,7 @@ SIZE = {"image_size": 32, "patch_size": 8, "vocab_size": 16, "embed_dim": 32, "d
 
 
 @pytest.mark.parametrize("bias", ["shared", "per_layer", "none"])
-def test_they_explain_the_output_of_a_block(bias):
+def test_attention_maps_reproduce_block_output(bias):
     model = scrambled(MaskedImageModel(rel_pos_bias=bias, **SIZE)).eval()
     attention, x = model.blocks[1].attn, torch.randn(2, 17, 32)
     shared = model.rel_pos_bias() if bias == "shared" else None
@@ -28,7 +28,7 @@ def test_they_explain_the_output_of_a_block(bias):
 
 
 @pytest.mark.parametrize("bias", ["shared", "per_layer"])
-def test_equal_transformers(bias, tmp_path):
+def test_attention_maps_match_transformers(bias, tmp_path):
     from transformers import BeitModel
 
     config = hf_config(bias=bias, num_hidden_layers=3)

@@ -49,7 +49,7 @@ def run_state() -> dict:
     return {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()], **more}
 
 
-def test_what_the_loop_changes_afterwards_is_not_written(gate, tmp_path):
+def test_snapshot_is_isolated_from_later_changes(gate, tmp_path):
     content, io = run_state(), BackgroundCheckpointIO()
     expected = {"weight": content["state_dict"]["weight"].clone()}
     moments = content["optimizer_states"][0]["state"][0]["exp_avg"].clone()
@@ -76,7 +76,7 @@ def test_what_the_loop_changes_afterwards_is_not_written(gate, tmp_path):
 
 
 class TestSnapshot:
-    def test_uses_its_memory_again(self):
+    def test_reuses_buffers(self):
         snapshot, state = Snapshot(), torch.nn.Linear(3, 2).state_dict()
         first, _ = snapshot.take({"state_dict": state})
         place = first["state_dict"]["weight"].data_ptr()
@@ -88,7 +88,7 @@ class TestSnapshot:
         third, _ = snapshot.take({"state_dict": {"weight": torch.zeros(5)}})
         assert third["state_dict"]["weight"].tolist() == [0] * 5
 
-    def test_keeps_what_a_state_dict_says_of_itself(self):
+    def test_keeps_state_dict_metadata(self):
         state = torch.nn.BatchNorm1d(2).state_dict()
         copied = Snapshot().take({"state_dict": state})[0]["state_dict"]
         assert type(copied) is OrderedDict
@@ -101,8 +101,8 @@ class TestSnapshot:
         assert torch.equal(copied, image)
 
 
-class TestOrder:
-    def test_the_next_save_waits_for_the_one_before(self, gate, tmp_path):
+class TestOrdering:
+    def test_save_waits_for_previous_save(self, gate, tmp_path):
         io, written = BackgroundCheckpointIO(), []
         io.on_written = lambda path, content: written.append(content["step"])
         io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
@@ -113,7 +113,7 @@ class TestOrder:
         assert written == [1, 2]
         assert read(tmp_path / "previous.ckpt") == {"step": 1}
 
-    def test_a_file_is_removed_or_read_after_what_is_being_written(self, gate, tmp_path):
+    def test_remove_and_load_wait_for_pending_write(self, gate, tmp_path):
         io, best = BackgroundCheckpointIO(), tmp_path / "best.ckpt"
         for call in (io.load_checkpoint, io.remove_checkpoint):
             gate.opened.clear()
@@ -122,7 +122,7 @@ class TestOrder:
             call(best)
         assert not best.exists()
 
-    def test_after_its_teardown_it_writes_at_once(self, tmp_path):
+    def test_writes_synchronously_after_teardown(self, tmp_path):
         io = BackgroundCheckpointIO()
         io.teardown()
         io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
@@ -140,7 +140,7 @@ class TestErrors:
         return io
 
     @pytest.mark.parametrize("call", ["check", "wait", "save_checkpoint"])
-    def test_are_raised_in_the_main_thread_once(self, call, failed, tmp_path):
+    def test_write_error_is_raised_once_in_main_thread(self, call, failed, tmp_path):
         words = ({"step": 2}, tmp_path / "last.ckpt") if call == "save_checkpoint" else ()
         with pytest.raises(UserError, match="cannot be written: File exists"):
             getattr(failed, call)(*words)
@@ -149,7 +149,7 @@ class TestErrors:
         failed.wait()
         assert read(tmp_path / "last.ckpt") == {"step": 3}
 
-    def test_of_what_follows_a_write_count_too(self, tmp_path):
+    def test_on_written_error_is_raised(self, tmp_path):
         def full(path, content):
             raise OSError(28, "No space left on device")
 
@@ -159,7 +159,7 @@ class TestErrors:
         with pytest.raises(OSError, match="No space left"):
             io.wait()
 
-    def test_a_write_that_is_under_way_is_not_waited_for(self, gate, tmp_path):
+    def test_check_does_not_wait_for_pending_write(self, gate, tmp_path):
         io = BackgroundCheckpointIO()
         io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
         io.check()
@@ -173,8 +173,8 @@ def endless(content, file) -> None:
         time.sleep(0.1)
 
 
-class TestTheEndOfAProcess:
-    def test_a_write_is_broken_off(self, tmp_path, monkeypatch):
+class TestProcessExit:
+    def test_cancel_aborts_pending_write(self, tmp_path, monkeypatch):
         io = BackgroundCheckpointIO()
         io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
         io.wait()
@@ -187,7 +187,7 @@ class TestTheEndOfAProcess:
         assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
         assert read(tmp_path / "last.ckpt") == {"step": 1}
 
-    def test_a_loader_worker_does_not_hold_a_half_written_file(self, gate, tmp_path):
+    def test_forked_worker_does_not_keep_partial_file_open(self, gate, tmp_path):
         io = BackgroundCheckpointIO()
         io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
         assert gate.reached.wait(20)

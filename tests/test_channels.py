@@ -26,7 +26,7 @@ def deep_grey(tmp_path_factory):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_tokenizer_backbone_classifier(channels, deep_grey, run_cli, tmp_path):
+def test_one_and_four_channels_through_all_tasks(channels, deep_grey, run_cli, tmp_path):
     def run(*words: str) -> None:
         code, _, stderr = run_cli(*words)
         assert code == 0, stderr
@@ -41,7 +41,7 @@ def test_tokenizer_backbone_classifier(channels, deep_grey, run_cli, tmp_path):
     run("visualize", "run=p")
 
 
-def test_channels_that_do_not_fit(deep_grey, dvae_checkpoint, run_cli, refused):
+def test_invalid_channels(deep_grey, dvae_checkpoint, run_cli, refused):
     assert run_cli("shards", "make", f"src={deep_grey}", "out=data", "num_workers=1")[0] == 0
     words = fit_words("pretrain", DATA, "data.val=null", f"tokenizer.path={dvae_checkpoint}")
     for word, said in (

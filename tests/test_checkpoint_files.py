@@ -13,33 +13,33 @@ from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO, load_exac
 
 
 class TestRead:
-    def test_a_folder(self, tmp_path, mim_checkpoint):
+    def test_folder_instead_of_file(self, tmp_path, mim_checkpoint):
         assert "is a folder, a checkpoint file is needed" in refusal(read, tmp_path)
         assert f"did you mean {mim_checkpoint}?" in refusal(read, mim_checkpoint.parent)
 
-    def test_missing(self, tmp_path):
+    def test_missing_file(self, tmp_path):
         assert "does not exist" in refusal(read, tmp_path / "nowhere.ckpt")
 
     @pytest.mark.parametrize(
         "content", [b"", b"a text, no checkpoint\n" * 100, b"\0" * 1000, b"PK\x03\x04" + b"\0" * 100]
     )
-    def test_something_else(self, tmp_path, content):
+    def test_not_a_checkpoint(self, tmp_path, content):
         path = tmp_path / "last.ckpt"
         path.write_bytes(content)
         assert "cannot be read as a checkpoint" in refusal(read, path)
 
     @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-    def test_truncated(self, tmp_path, mim_checkpoint, share):
+    def test_truncated_file(self, tmp_path, mim_checkpoint, share):
         whole = mim_checkpoint.read_bytes()
         path = tmp_path / "last.ckpt"
         path.write_bytes(whole[: int(share * len(whole))])
         assert "cannot be read as a checkpoint" in refusal(read, path)
 
-    def test_no_dictionary(self, tmp_path):
+    def test_not_a_dictionary(self, tmp_path):
         torch.save(torch.zeros(3), tmp_path / "tensor.pt")
         assert "holds a Tensor, not a checkpoint" in refusal(read, tmp_path / "tensor.pt")
 
-    def test_nothing_is_executed(self, tmp_path):
+    def test_pickled_code_is_not_executed(self, tmp_path):
         class Hostile:
             def __reduce__(self):
                 return os.system, (f"touch '{tmp_path / 'executed'}'",)
@@ -52,7 +52,7 @@ class TestRead:
 
 
 class TestReadOwn:
-    def test_what_fit_wrote(self, mim_checkpoint):
+    def test_checkpoint_of_fit(self, mim_checkpoint):
         config, state, about = read_own(mim_checkpoint, "mim")
         model = MaskedImageModel(**config)
         load_exactly(model, state, mim_checkpoint)
@@ -69,19 +69,19 @@ class TestReadOwn:
             ({}, "it is empty"),
         ],
     )
-    def test_foreign(self, tmp_path, content, said):
+    def test_foreign_checkpoint(self, tmp_path, content, said):
         torch.save(content, tmp_path / "foreign.pt")
         line = refusal(read_own, tmp_path / "foreign.pt", "mim")
         assert "was not written by beit_pretrain fit" in line
         assert said in line
 
-    def test_another_kind(self, mim_checkpoint, dvae_checkpoint):
+    def test_wrong_kind(self, mim_checkpoint, dvae_checkpoint):
         said = refusal(read_own, mim_checkpoint, "classifier")
         assert said.endswith("holds a pre-trained backbone with its token head; a fine-tuned classifier is needed here")
         assert "holds a tokenizer (dVAE)" in refusal(read_own, dvae_checkpoint, "mim")
 
 
-def test_load_exactly_names_what_differs(mim_checkpoint):
+def test_load_exactly_names_mismatches(mim_checkpoint):
     _, state, _ = read_own(mim_checkpoint, "mim")
     model = MaskedImageModel(**MIM | {"vocab_size": 16})
     said = refusal(load_exactly, model, state, "last.ckpt")
@@ -92,7 +92,7 @@ def test_load_exactly_names_what_differs(mim_checkpoint):
 
 
 class TestAtomicWriting:
-    def test_writes_what_can_be_read(self, tmp_path):
+    def test_round_trip(self, tmp_path):
         path = tmp_path / "new" / "folders" / "last.ckpt"
         AtomicCheckpointIO().save_checkpoint({"step": 3, "weight": torch.ones(2)}, path)
         assert read(path)["step"] == 3
@@ -111,7 +111,7 @@ class TestAtomicWriting:
         assert read(path) == {"step": 1}
         assert list(tmp_path.iterdir()) == [path]
 
-    def test_what_cannot_be_pickled(self, path):
+    def test_unpicklable_content(self, path):
         with pytest.raises(Exception, match="pickle"):
             AtomicCheckpointIO().save_checkpoint({"step": 2, "function": lambda: None}, path)
 
@@ -124,7 +124,7 @@ class TestAtomicWriting:
         with pytest.raises(KeyboardInterrupt):
             AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
 
-    def test_no_space_left(self, path):
+    def test_disk_full(self, path):
         """A limit on the size of files stands for a full disk: both make a write fail half way."""
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -134,12 +134,12 @@ class TestAtomicWriting:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert said == f"checkpoint {path} cannot be written: File too large; the one before is intact"
 
-    def test_a_file_in_the_folders_place(self, path):
+    def test_file_in_place_of_folder(self, path):
         said = refusal(AtomicCheckpointIO().save_checkpoint, {"step": 2}, path / "last.ckpt")
         assert "cannot be written" in said
 
 
-def test_fixtures_are_written_as_fit_writes(tmp_path):
+def test_fixtures_use_names_of_fit(tmp_path):
     model = MaskedImageModel(**MIM)
     path = write_checkpoint(tmp_path / "last.ckpt", "mim", model)
     assert all(name.startswith("model.") for name in read(path)["state_dict"])

@@ -35,7 +35,7 @@ def words(shards, dvae_checkpoint, tmp_path):
 
 
 @pytest.mark.long
-def test_killed_at_random_moments(words, tmp_path):
+def test_resume_after_random_kills(words, tmp_path):
     """SIGKILL, whole process group, wherever it happens to be; six times here, thirty in `make soak`."""
     log, folder, rng = tmp_path / "log", tmp_path / "killed", random.Random(0)
     assert start([*words, f"run_dir={tmp_path / 'whole'}"], tmp_path, log).wait(240) == 0, log.read_text()
@@ -55,7 +55,7 @@ def test_killed_at_random_moments(words, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("signum", "expected"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_told_to_stop(signum, expected, words, tmp_path):
+def test_resume_after_signal(signum, expected, words, tmp_path):
     """Its workers are told too, as by a terminal or SLURM: the step in hand is finished and saved, nothing is lost."""
     log, folder = tmp_path / "log", tmp_path / "stopped"
     assert start([*words, f"run_dir={tmp_path / 'whole'}"], tmp_path, log).wait(240) == 0, log.read_text()
@@ -114,7 +114,7 @@ PLACES = [  # hook, step, step that is saved
 ]
 
 
-def test_a_signal_at_every_place(words, run_cli, tmp_path, sends, signals_restored):
+def test_resume_after_signal_in_any_hook(words, run_cli, tmp_path, sends, signals_restored):
     """Whatever was due is done by the next start: the same rows, weights, moments and best checkpoint."""
     words = [*in_process(words), "steps=10"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
@@ -147,7 +147,7 @@ def signals_restored():
     restore()
 
 
-def test_with_averaged_weights_a_validation_is_finished(shards, run_cli, tmp_path, sends, signals_restored):
+def test_signal_waits_for_validation_with_ema(shards, run_cli, tmp_path, sends, signals_restored):
     """They stand in the network's place meanwhile. Early stopping counts what has been."""
     words = ["from_scratch=true", "ema=.9", "early_stopping=3", "batch_size=4", "steps=10", "val_every=2"]
     words = fit_words("finetune", shards, *words, "save_every=4")
@@ -165,7 +165,7 @@ def test_with_averaged_weights_a_validation_is_finished(shards, run_cli, tmp_pat
     assert run_cli(*words, f"run_dir={tmp_path / 'run'}")[1].count("already finished") == 1  # however early it stopped
 
 
-def test_a_signal_during_the_last_validation(words, run_cli, tmp_path, monkeypatch, signals_restored):
+def test_signal_during_final_validation(words, run_cli, tmp_path, monkeypatch, signals_restored):
     """It comes after the last checkpoint, whose step is no multiple of val_every."""
     words = [*in_process(words), "steps=7"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
@@ -193,12 +193,12 @@ def send(signum: int) -> None:
 
 
 class TestSignals:
-    def test_outside_of_the_loop_they_end_the_run_at_once(self, signals_restored):
+    def test_exits_at_once_outside_loop(self, signals_restored):
         with pytest.raises(Preempted) as stopped, PreemptionSignals():
             send(signal.SIGUSR1)
         assert (stopped.value.signum, stopped.value.step) == (signal.SIGUSR1, None)
 
-    def test_inside_the_first_one_is_noted(self):
+    def test_first_signal_in_loop_is_deferred(self):
         before = signal.getsignal(signal.SIGTERM)
         with PreemptionSignals() as signals:
             signals.looping = True
@@ -207,7 +207,7 @@ class TestSignals:
             assert signals.told == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == before
 
-    def test_a_second_ctrl_c_does_not_wait(self):
+    def test_second_ctrl_c_exits_at_once(self):
         with PreemptionSignals() as signals:
             signals.looping = True
             send(signal.SIGINT)
@@ -215,7 +215,7 @@ class TestSignals:
             with pytest.raises(KeyboardInterrupt):
                 send(signal.SIGINT)
 
-    def test_a_second_one_changes_nothing(self, signals_restored):
+    def test_second_sigterm_is_ignored(self, signals_restored):
         """Neither the message nor the end of whatever is being closed."""
         closed = []
 
@@ -238,7 +238,7 @@ class TestSignals:
             send(signal.SIGTERM)
             assert signals.told == signal.SIGTERM
 
-    def test_outside_of_the_loop_the_step_that_is_saved_is_said(self, signals_restored):
+    def test_message_outside_loop_names_saved_step(self, signals_restored):
         def validate() -> None:
             with PreemptionSignals() as signals:
                 signals.saved_at = 11
@@ -248,7 +248,7 @@ class TestSignals:
             validate()
 
     @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-    def test_a_main_thread_that_waits_in_other_code_is_ended(self, signum, code):
+    def test_blocked_main_thread_is_ended(self, signum, code):
         """As in torch's store, where processes wait for each other. Here for a lock that is its own."""
         program = (
             "import ctypes\nfrom beit_pretrain.engine.preemption import PreemptionSignals\n"
@@ -265,7 +265,7 @@ class TestSignals:
         assert process.returncode == code
         assert said == f"stopped by {signal.Signals(signum).name} with no step in hand\n"
 
-    def test_lightning_does_not_take_them(self, words, run_cli, tmp_path, monkeypatch):
+    def test_lightning_does_not_install_handlers(self, words, run_cli, tmp_path, monkeypatch):
         taken = []
         monkeypatch.setattr(
             CheckpointManager, "begin", lambda self, trainer: taken.append(signal.getsignal(signal.SIGTERM))
@@ -275,7 +275,7 @@ class TestSignals:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_during_the_imports(signum, words, tmp_path):
+def test_signal_during_imports(signum, words, tmp_path):
     """A scheduler may change its mind before torch is loaded: exit code 75 all the same."""
     process = start([*words, f"run_dir={tmp_path / 'run'}"], tmp_path, tmp_path / "log")
     assert wait_until(process, lambda: bool(caught(process.pid) & 1 << signum - 1))
@@ -290,7 +290,7 @@ def caught(pid: int) -> int:
     return int(status.partition("SigCgt:")[2].split()[0], 16)
 
 
-def test_a_job_that_is_started_again_goes_on(words, run_cli, tmp_path, sends, signals_restored, monkeypatch):
+def test_requeued_job_resumes(words, run_cli, tmp_path, sends, signals_restored, monkeypatch):
     """resume=never is for its first start: a scheduler repeats the whole command."""
     words = [*in_process(words), "steps=4", "resume=never", f"run_dir={tmp_path / 'run'}"]
     sends("on_train_batch_end", 2)
@@ -307,7 +307,7 @@ def in_process(words: list[str]) -> list[str]:
     return [word for word in words if not word.startswith(("logger", "data.num_workers"))] + ["data.num_workers=0"]
 
 
-def test_checkpoints_of_a_run(words, run_cli, tmp_path):
+def test_checkpoint_files_of_a_run(words, run_cli, tmp_path):
     assert run_cli(*in_process(words), f"run_dir={tmp_path / 'run'}", "keep_every=6")[0] == 0
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     kept = {f"step-{step:08d}.ckpt" for step in (6, 12, 18)}
@@ -321,7 +321,7 @@ def test_checkpoints_of_a_run(words, run_cli, tmp_path):
     assert step["step-00000006.ckpt"] == 6
 
 
-def test_saving_by_the_clock_changes_no_number(words, run_cli, tmp_path):
+def test_save_minutes_does_not_change_metrics(words, run_cli, tmp_path):
     """A checkpoint between two rows of metrics holds the sums that are not written yet."""
     words = [*in_process(words), "log_every=5", "steps=10"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
@@ -339,7 +339,7 @@ def test_saving_by_the_clock_changes_no_number(words, run_cli, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "flipped"])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(damage, words, run_cli, tmp_path):
+def test_damaged_checkpoint_falls_back_to_previous(damage, words, run_cli, tmp_path):
     words = [*in_process(words), f"run_dir={tmp_path / 'run'}", "steps=8"]
     assert run_cli(*words)[0] == 0
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -361,7 +361,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(damage, wor
     assert "after step 4" in stdout
 
 
-def test_every_length_of_a_cut_checkpoint(words, run_cli, tmp_path):
+def test_checkpoint_truncated_at_any_length(words, run_cli, tmp_path):
     """Named, and not taken; the one before is, then the best one, then those that are kept."""
     words = [*in_process(words), f"run_dir={tmp_path / 'run'}", "steps=8", "keep_every=4", "val_every=2"]
     assert run_cli(*words)[0] == 0
@@ -384,7 +384,7 @@ def test_every_length_of_a_cut_checkpoint(words, run_cli, tmp_path):
                     newest_good(folder)
 
 
-def test_no_good_checkpoint_at_all(words, run_cli, refused, tmp_path):
+def test_no_readable_checkpoint(words, run_cli, refused, tmp_path):
     words = [*in_process(words), f"run_dir={tmp_path / 'run'}", "steps=4"]
     assert run_cli(*words)[0] == 0
     for path in (tmp_path / "run" / "checkpoints").iterdir():
@@ -392,7 +392,7 @@ def test_no_good_checkpoint_at_all(words, run_cli, refused, tmp_path):
     assert "none of the" in refused(*words)
 
 
-def test_preflight(words, run_cli, tmp_path):
+def test_preflight_only(words, run_cli, tmp_path):
     words = [*in_process(words), f"run_dir={tmp_path / 'run'}"]
     code, stdout, stderr = run_cli(*words, "preflight=only")
     assert code == 0, stderr
@@ -402,7 +402,7 @@ def test_preflight(words, run_cli, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_space(tmp_path, monkeypatch):
+def test_disk_space_check(tmp_path, monkeypatch):
     assert "GB free" in check_space(tmp_path / "not" / "yet", 1000)
     with pytest.raises(UserError, match=r"3 checkpoints need 36000000\.00 GB"):
         check_space(tmp_path, 10**15)
@@ -417,7 +417,7 @@ def test_space(tmp_path, monkeypatch):
         check_space(tmp_path / "not" / "yet", 1)
 
 
-def test_what_is_kept_for_good_gives_no_room_back(tmp_path, monkeypatch):
+def test_kept_checkpoints_are_not_counted_as_freed(tmp_path, monkeypatch):
     """The last, the one before and the best are overwritten, unless they are one file with a kept one."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     for step in range(10):
@@ -454,7 +454,7 @@ class Poison:
         monkeypatch.setattr(optim, "clip_gradients", poisoned)
 
 
-def test_a_step_without_a_finite_gradient_is_skipped(words, run_cli, tmp_path, monkeypatch):
+def test_nonfinite_gradient_skips_step(words, run_cli, tmp_path, monkeypatch):
     """Weights, moments and their count end as if the step's update had never been; the schedule goes on."""
     words = [*in_process(words), "steps=10"]
     with monkeypatch.context() as patch:
@@ -480,7 +480,7 @@ def test_a_step_without_a_finite_gradient_is_skipped(words, run_cli, tmp_path, m
     assert {float(entry["step"]) for entry in one["optimizer_states"][0]["state"].values()} == {9.0}
 
 
-def test_nan_for_good_stops_in_time(words, run_cli, tmp_path, monkeypatch):
+def test_persistent_nan_stops_run(words, run_cli, tmp_path, monkeypatch):
     words = [*in_process(words), f"run_dir={tmp_path / 'run'}", "steps=20", "max_nonfinite_steps=3"]
     with monkeypatch.context() as patch:
         Poison(patch, set(range(6, 100)))
@@ -496,18 +496,18 @@ def test_nan_for_good_stops_in_time(words, run_cli, tmp_path, monkeypatch):
 
 
 class TestWarnings:
-    def test_a_leap_of_the_loss(self):
+    def test_loss_spike(self):
         guard = NonFiniteGuard(None, 5, 8)
         for i in range(10):
             assert guard.warnings({"train/loss": 6.0 - 0.01 * i}, None) == []
         (line,) = guard.warnings({"train/loss": 8.0}, None)
         assert "jumps to 8, from about 5.9" in line
 
-    def test_a_noisy_loss_is_no_leap(self):
+    def test_noisy_loss_is_no_spike(self):
         guard, rng = NonFiniteGuard(None, 5, 8), random.Random(0)
         assert not [w for _ in range(500) for w in guard.warnings({"train/loss": 6 + rng.gauss(0, 0.1)}, None)]
 
-    def test_a_collapsing_codebook(self):
+    def test_codebook_collapse(self):
         guard = NonFiniteGuard(None, 5, 8)
         assert guard.warnings({"train/codebook_perplexity": 900.0}, 8192) == []
         for _ in range(2):

@@ -18,7 +18,7 @@ from beit_pretrain.config import HINTS, experiments
 ROOT = Path(__file__).parents[1]
 
 
-def test_help_answers_in_under_a_second_and_lists_verbs_and_experiments():
+def test_help_is_fast_and_lists_verbs_and_experiments():
     command = [sys.executable, "-m", "beit_pretrain", "--help"]
     seconds = []
     for _ in range(3):
@@ -46,7 +46,7 @@ def test_cfg_prints_the_composed_config(run_cli):
     assert "train: ???" in stdout
 
 
-def test_no_verb_is_help(run_cli):
+def test_no_verb_prints_help(run_cli):
     assert run_cli()[1].startswith("usage:")
 
 
@@ -73,7 +73,7 @@ def test_no_verb_is_help(run_cli):
         (["visualize", "run=nowhere"], "not the folder of a run"),
     ],
 )
-def test_wrong_words(words, said, refused, tmp_path, monkeypatch):
+def test_wrong_arguments(words, said, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert said in refused(*words)
     assert not list(tmp_path.iterdir())  # nothing half-written
@@ -127,7 +127,7 @@ def test_bad_settings(word, said, pretrain_words, refused, tmp_path, mim_checkpo
     assert not (tmp_path / "run").exists()  # nothing half-written
 
 
-def test_a_classifier_needs_a_backbone_of_its_size(shards, mim_checkpoint, refused, tmp_path):
+def test_init_from_of_wrong_size(shards, mim_checkpoint, refused, tmp_path):
     words = ["fit", "+experiment=demo_finetune", f"data.train={shards / 'train'}", f"run_dir={tmp_path / 'run'}"]
     said = refused(*words, f"init_from={mim_checkpoint}", "data.num_workers=0")
     assert "2 blocks of width 32" in said
@@ -135,7 +135,7 @@ def test_a_classifier_needs_a_backbone_of_its_size(shards, mim_checkpoint, refus
     assert not (tmp_path / "run").exists()
 
 
-def test_images_that_are_none(refused, tmp_path):
+def test_folder_without_images(refused, tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     assert "holds no image" in refused("shards", "make", f"src={tmp_path / 'photos'}", f"out={tmp_path / 'out'}")
     (tmp_path / "photos" / "cat" / "a.jpg").write_text("no image")
@@ -144,7 +144,7 @@ def test_images_that_are_none(refused, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_predict_refuses_what_is_no_classifier(refused, tmp_path, mim_checkpoint, photos):
+def test_predict_refuses_other_checkpoints(refused, tmp_path, mim_checkpoint, photos):
     said = refused("predict", f"init_from={mim_checkpoint}", f"src={photos}", f"out={tmp_path / 'p.csv'}")
     assert "holds a mim; a classifier or a segmentation model is needed" in said
     torch.save({"foo": torch.zeros(2)}, tmp_path / "foreign.pt")
@@ -153,7 +153,7 @@ def test_predict_refuses_what_is_no_classifier(refused, tmp_path, mim_checkpoint
     assert not (tmp_path / "p.csv").exists()
 
 
-def test_an_error_in_a_loader_worker_is_one_line_too(shards, refused, tmp_path):
+def test_error_in_loader_worker_is_one_line(shards, refused, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in (shards / "train").iterdir():
@@ -174,7 +174,7 @@ def test_an_error_in_a_loader_worker_is_one_line_too(shards, refused, tmp_path):
     assert ".tar" in said
 
 
-def test_images_without_a_class_cannot_be_classified(photos, run_cli, refused, tmp_path):
+def test_finetune_refuses_images_without_labels(photos, run_cli, refused, tmp_path):
     mixed = tmp_path / "mixed"
     shutil.copytree(photos, mixed)
     shutil.copy(next(photos.rglob("*.jpg")), mixed / "loose.jpg")
@@ -184,7 +184,7 @@ def test_images_without_a_class_cannot_be_classified(photos, run_cli, refused, t
 
 
 @pytest.mark.parametrize("name", ["plain", "two words", "a=b", "a,b", "it's", "für $5", "(x)", "[1]", "100%", "a:b"])
-def test_paths_with_odd_names(name, photos, run_cli, tmp_path):
+def test_paths_with_special_characters(name, photos, run_cli, tmp_path):
     shutil.copytree(photos, tmp_path / name)
     code, _, stderr = run_cli(
         "shards", "make", f"src={tmp_path / name}", f"out={tmp_path / 'out' / name}", "num_workers=1"

@@ -49,7 +49,7 @@ def figures(printed: str) -> dict:
     return found
 
 
-def test_planted_faults_are_seen(kit):
+def test_planted_faults_are_detected(kit):
     assert "MISSED" not in kit("faults.py")
 
 
@@ -73,7 +73,7 @@ def test_a_step_is_one_graph_with_fused_attention(kit, bias, checkpointing):
     ("bias", "launches", "forward", "backward", "saved"),
     [("shared", 30, 1.83, 3.64, 1.42), ("per_layer", 32, 1.83, 3.64, 1.42)],
 )
-def test_what_a_layer_moves(kit, bias, launches, forward, backward, saved):
+def test_memory_traffic_of_a_block(kit, bias, launches, forward, backward, saved):
     """GB of a layer of base at 256 images, in kernels of the compiler (products and attention not counted)."""
     layer = figures(kit("step.py", "4", bias, "--per-layer"))["layer"]
     assert layer["extern"].get("addmm", 0) + layer["extern"].get("mm", 0) == 12
@@ -82,7 +82,7 @@ def test_what_a_layer_moves(kit, bias, launches, forward, backward, saved):
 
 
 @pytest.mark.parametrize("bias", ["shared", "per_layer"])
-def test_with_our_own_attention_gradients_are_packed(kit, bias):
+def test_triton_attention_packs_gradients(kit, bias):
     """One graph; gradients of q, k and v are not copied into one tensor, the bias is read where it lies."""
     printed = kit("step.py", "4", bias, "--attention", "triton", "--per-layer")
     found = figures(printed)
@@ -96,12 +96,12 @@ def test_with_our_own_attention_gradients_are_packed(kit, bias):
     assert layer["backward_GB"] <= 2.94
 
 
-def test_deterministic_no_sum_depends_on_the_order_of_arrival(kit):
+def test_deterministic_mode_has_no_atomics(kit):
     found = figures(kit("step.py", "2", "shared", "--deterministic"))
     assert (found["graphs"], found["graph_breaks"], found["atomics"]) == (1, 0, 0)
 
 
-def test_views_and_tokens_are_one_graph_with_fused_relus(kit):
+def test_jitter_and_tokenizer_are_one_graph_with_fused_relus(kit):
     """24 of the encoder's 36 convolutions have their ReLU in the same kernel; the output is one product of fp16."""
     printed = kit("tokenizer.py")
     found = figures(printed)

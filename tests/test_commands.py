@@ -39,7 +39,7 @@ def test_predict_lists_every_image_and_its_top_classes(classifier, photos, run_c
         assert chances == sorted(chances, reverse=True)
 
 
-def test_predict_goes_on_after_bad_files(classifier, run_cli, tmp_path):
+def test_predict_skips_unreadable_files(classifier, run_cli, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
     Image.new("RGB", (40, 40), "red").save(folder / "good, with a comma.png")
@@ -61,7 +61,7 @@ def test_predict_goes_on_after_bad_files(classifier, run_cli, tmp_path):
         ("src={text}", "could be read"),
     ],
 )
-def test_predict_refuses(word, said, classifier, photos, refused, tmp_path):
+def test_predict_errors(word, said, classifier, photos, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.jpg").write_text("no image")
     given = word.format(empty=tmp_path / "empty", text=tmp_path / "text.jpg")
@@ -69,13 +69,13 @@ def test_predict_refuses(word, said, classifier, photos, refused, tmp_path):
     assert not (tmp_path / "p.csv").exists()
 
 
-def test_predict_takes_a_single_file(classifier, photos, run_cli, tmp_path):
+def test_predict_single_file(classifier, photos, run_cli, tmp_path):
     file = next(photos.rglob("*.jpg"))
     assert run_cli("predict", f"init_from={classifier}", f"src={file}", "out=p.csv", "top=1")[0] == 0
     assert len(rows(tmp_path / "p.csv")) == 1
 
 
-def test_validate_and_show_a_run_whose_sources_are_gone(shards, dvae_checkpoint, mim_checkpoint, run_cli, tmp_path):
+def test_validate_and_show_without_init_from_file(shards, dvae_checkpoint, mim_checkpoint, run_cli, tmp_path):
     backbone = tmp_path / "moved.ckpt"
     backbone.write_bytes(mim_checkpoint.read_bytes())
     words = [f"init_from={backbone}", "steps=1", "val_every=1", f"run_dir={tmp_path / 'run'}"]
@@ -115,11 +115,11 @@ def test_shards_verify_and_show(shards, run_cli, tmp_path):
         ("bench loader src=a image_size=null", "image_size must be a whole number of at least 1"),
     ],
 )
-def test_one_line_where_there_was_a_traceback(words, said, refused):
+def test_errors_are_one_line(words, said, refused):
     assert refused(*words.split()).startswith(f"error: {said}")
 
 
-def test_predict_does_not_take_a_shortage_of_memory_for_bad_files(classifier, photos, run_cli, monkeypatch):
+def test_predict_raises_out_of_memory(classifier, photos, run_cli, monkeypatch):
     def short(*args, **settings):
         raise MemoryError
 

@@ -20,7 +20,7 @@ from beit_pretrain.tokenizers.dvae import DVAETokenizer
 from beit_pretrain.tokenizers.shuffled import ShuffledTokenizer
 
 
-def test_shuffled_tokens_are_those_of_another_image(dvae_checkpoint):
+def test_shuffled_tokenizer_gives_tokens_of_another_image(dvae_checkpoint):
     image = seeded(torch.rand, 5, 3, 32, 32)
     plain, shuffled = DVAETokenizer(dvae_checkpoint), ShuffledTokenizer(dvae_checkpoint)
     tokens, others = plain.encode(image), shuffled.encode(image)
@@ -45,7 +45,7 @@ def numbers(pretrained, control, scratch) -> dict:
         (([0.05, 0.05, 0.05], [0.01, 0.01, 0.01], [0.10, 0.11, 0.12]), [False, True]),
     ],
 )
-def test_promises_are_held_against_the_spread_of_the_seeds(found, kept):
+def test_acceptance_checks_use_seed_spread(found, kept):
     assert [holds for _, holds in promises(numbers(*found))] == kept
 
 
@@ -58,7 +58,7 @@ def settings(tmp_path, photos):
 
 
 @pytest.mark.long
-def test_a_comparison_is_stopped_and_goes_on(settings, run_cli, refused, tmp_path, monkeypatch):
+def test_interrupted_comparison_resumes(settings, run_cli, refused, tmp_path, monkeypatch):
     fit, done = stages.fit, []
 
     def stopping(cfg):
@@ -88,7 +88,7 @@ def test_a_comparison_is_stopped_and_goes_on(settings, run_cli, refused, tmp_pat
     assert stdout.count("finished before") == 9
 
 
-def test_folders_and_sources(settings, refused, tmp_path):
+def test_occupied_folder_and_wrong_steps(settings, refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/precious.txt").write_text("mine")
     assert "not from an earlier comparison" in refused("compare", *settings)
@@ -97,7 +97,7 @@ def test_folders_and_sources(settings, refused, tmp_path):
     )
 
 
-def test_a_source_that_is_not_there_leaves_the_name_free(settings, run_cli, refused, tmp_path, monkeypatch):
+def test_missing_source_creates_no_folder(settings, run_cli, refused, tmp_path, monkeypatch):
     def made(cfg, out):
         raise UserError("the shards are made")
 
@@ -108,7 +108,7 @@ def test_a_source_that_is_not_there_leaves_the_name_free(settings, run_cli, refu
     assert "holds a comparison with labels_per_class=2" in refused("compare", *settings, "labels_per_class=3")
 
 
-def test_classes_are_looked_at_before_anything_is_trained(settings, photos, refused, tmp_path, monkeypatch):
+def test_classes_are_checked_before_training(settings, photos, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "train", lambda *args, **settings: pytest.fail("a stage has begun"))
     for name, words, said in (
         ("one", [f"src={photos / 'cats'}", "held_out=null"], "classes; a comparison needs at least 2"),
@@ -117,7 +117,7 @@ def test_classes_are_looked_at_before_anything_is_trained(settings, photos, refu
         assert said in refused("compare", *settings, *words, f"run_dir={tmp_path / name}")
 
 
-def test_every_kind_of_start_has_the_same_fine_tuning(tmp_path, monkeypatch, photos):
+def test_all_initializations_share_finetuning_settings(tmp_path, monkeypatch, photos):
     """Labels, steps, batches and seeds are equal; only where the network comes from differs, and the layer decay."""
     make_shards(photos, tmp_path / "data", num_workers=1)
     asked: dict[str, dict] = {}
@@ -137,7 +137,7 @@ def test_every_kind_of_start_has_the_same_fine_tuning(tmp_path, monkeypatch, pho
     assert {key for key in first if first[key] != second[key]} == {"name", "run_dir", "tokenizer"}
 
 
-def test_the_official_archive_brings_its_own_held_out_images(tmp_path):
+def test_cifar_archive_has_its_own_validation_split(tmp_path):
     parts = {"train": as_python2(batch(20, 0)), "test": as_python2(batch(7, 1))}
     meta = as_python2({b"fine_label_names": NAMES, b"coarse_label_names": []})
     path = archive(tmp_path / "cifar-100-python.tar.gz", **parts, meta=meta)

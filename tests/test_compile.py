@@ -24,7 +24,7 @@ def counts_of(function, *inputs) -> CompileCounts:
     return compile_counts().since(before)
 
 
-def test_one_graph_is_clean():
+def test_single_graph_is_reported_clean():
     found = counts_of(lambda x: x.sin() + 1, torch.ones(3), torch.zeros(3))
     assert found.clean
     assert found[:4] == (1, 0, 0, 0)
@@ -50,7 +50,7 @@ def test_recompilations_are_counted():
     assert any(reason.startswith("recompiled <lambda>: ") for reason in compile_reasons(found))
 
 
-def test_functions_that_stay_uncompiled_are_counted():
+def test_uncompiled_functions_are_counted():
     def fails(graph, inputs):
         raise RuntimeError("no such instruction")
 
@@ -63,7 +63,7 @@ def test_functions_that_stay_uncompiled_are_counted():
     assert any("not compiled, <lambda>: BackendCompilerFailed" in reason for reason in compile_reasons(found))
 
 
-def test_a_function_compiled_too_often_counts_as_uncompiled():
+def test_recompile_limit_counts_as_uncompiled():
     found = counts_of(lambda x: x.sin() + 4, *(torch.ones(n) for n in range(2, 13)))
     assert found.recompilations > 5
     assert found.fallbacks > 0
@@ -86,7 +86,7 @@ def with_backend(monkeypatch, backend) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, mode=None, **how: compiled(f, backend=backend, **how))
 
 
-def test_a_run_says_once_what_was_compiled(run_cli, shards, dvae_checkpoint, monkeypatch):
+def test_run_reports_compilation_once(run_cli, shards, dvae_checkpoint, monkeypatch):
     with_backend(monkeypatch, "eager")
     lines = fitted(run_cli, shards, dvae_checkpoint, "compile=true")
     assert len(lines) == 1, lines
@@ -95,7 +95,7 @@ def test_a_run_says_once_what_was_compiled(run_cli, shards, dvae_checkpoint, mon
     assert not lines[0].startswith("compiled: 0 graphs")
 
 
-def test_a_run_that_falls_back_to_eager_says_so_in_one_line(run_cli, shards, dvae_checkpoint, monkeypatch):
+def test_run_warns_about_fallback_to_eager(run_cli, shards, dvae_checkpoint, monkeypatch):
     def fails(graph, inputs):
         raise RuntimeError("no such instruction")
 
@@ -109,7 +109,7 @@ def test_a_run_that_falls_back_to_eager_says_so_in_one_line(run_cli, shards, dva
     assert "BackendCompilerFailed: backend='fails' raised: RuntimeError: no such instruction" in warnings[0]
 
 
-def test_a_task_that_compiles_nothing_says_so_if_it_was_asked_to(run_cli, shards, tmp_path):
+def test_task_without_compiled_parts_warns_if_compile_is_set(run_cli, shards, tmp_path):
     words = [f"data.train={shards / 'train'}", "data.val=null", "data.num_workers=0", "steps=2", "logger=csv"]
     note = "note: compile=true has no effect: runs of this task are not compiled"
     for asked, said in (("true", [note]), ("auto", [])):
@@ -119,9 +119,9 @@ def test_a_task_that_compiles_nothing_says_so_if_it_was_asked_to(run_cli, shards
         assert [line for line in stderr.splitlines() if "compile" in line] == said
 
 
-def test_pieces_for_ddp_are_said():
+def test_ddp_graph_pieces_are_reported():
     assert str(CompileCounts(2, seconds=1.0, pieces=3)).startswith("2 graphs (for DDP in 5 pieces), 0 graph breaks")
 
 
-def test_an_uncompiled_run_says_nothing(run_cli, shards, dvae_checkpoint):
+def test_uncompiled_run_reports_nothing(run_cli, shards, dvae_checkpoint):
     assert fitted(run_cli, shards, dvae_checkpoint) == []

@@ -48,7 +48,7 @@ def test_composes_and_builds(name, shards, dvae_checkpoint, mim_checkpoint):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_has_a_header_and_is_a_small_diff(name):
+def test_experiment_has_header_and_is_small(name):
     lines = (config_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
     assert len(lines) <= 40
     for word in ("# command", "# hardware", "# time", "# expected"):
@@ -95,7 +95,7 @@ SAME_BUT_SIZE = {
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_pretraining_has_the_recipes_numbers(name):
+def test_pretraining_matches_paper(name):
     width, clip, epochs, images, warmup = PRETRAINING[name]
     cfg = composed(name)
     settings = cfg.optim.with_warmup_in_steps(images, cfg.global_batch_size)
@@ -117,7 +117,7 @@ def test_pretraining_has_the_recipes_numbers(name):
 
 
 @pytest.mark.parametrize("name", FINETUNING)
-def test_finetuning_has_the_recipes_numbers(name):
+def test_finetuning_matches_paper(name):
     cfg = composed(name)
     o, r = cfg.optim, cfg.regularisation
     found = (o.lr, cfg.global_batch_size, cfg.epochs, o.warmup_epochs, o.layer_decay, cfg.model.drop_path_rate)
@@ -128,7 +128,7 @@ def test_finetuning_has_the_recipes_numbers(name):
 
 
 @pytest.mark.parametrize("name", SAME_BUT_SIZE)
-def test_higher_resolutions_differ_in_nothing_else(name):
+def test_higher_resolutions_change_only_size(name):
     base, size = SAME_BUT_SIZE[name]
     high, low = composed(name), composed(base)
     assert high.image_size == size
@@ -138,7 +138,7 @@ def test_higher_resolutions_differ_in_nothing_else(name):
     assert high == low
 
 
-def test_the_probes_are_the_recipes():
+def test_probes_match_paper():
     release, base, large = (composed(f"probe_{name}") for name in ("1k", "base_1k_paper", "large_1k_paper"))
     assert (release.probe.layer, release.probe.pool, release.epochs) == (None, "cls_avg", 100)
     assert (base.probe.layer, base.probe.pool, base.epochs) == (9, "avg", 50)
@@ -149,7 +149,7 @@ def test_the_probes_are_the_recipes():
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)
-def test_segmentation_has_the_recipes_numbers(name):
+def test_segmentation_matches_paper(name):
     cfg = composed(name)
     settings = cfg.optim.with_warmup_in_steps(20_210, cfg.global_batch_size)
     found = (settings.lr, settings.layer_decay, cfg.model.drop_path_rate, cfg.image_size, network(cfg)["embed_dim"])
@@ -164,7 +164,7 @@ def test_segmentation_has_the_recipes_numbers(name):
     assert (cfg.test.stride, cfg.test.scales, cfg.test.flip) == (pytest.approx(2 / 3), [1.0], False)
 
 
-def test_every_experiment_of_the_recipe_is_checked_above():
+def test_every_paper_experiment_is_checked():
     own = {"probe_1k", "probe_base_1k_paper", "probe_large_1k_paper"}  # test_the_probes_are_the_recipes
     own |= {"tokenizer", "small_own", "finetune_own", "continue_own", "mae_base_1k"}
     rest = {name for name in NAMES if not name.startswith(("demo_", "compare_"))} - own
@@ -181,7 +181,7 @@ def test_every_experiment_of_the_recipe_is_checked_above():
         (["global_batch_size=512", "recipe=null"], None),
     ],
 )
-def test_a_global_batch_off_the_recipe_is_pointed_out(words, said):
+def test_hint_for_other_global_batch_size(words, said):
     lines = lr_hint(composed("base_22k", *words))
     assert len(lines) == (said is not None)
     assert said is None or said in lines[0]

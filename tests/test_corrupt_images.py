@@ -57,7 +57,7 @@ def errors(stderr: str) -> list[str]:
 
 class TestBadImages:
     @pytest.mark.parametrize(("num_workers", "batch_size"), [(0, 8), (2, 2)])
-    def test_a_run_goes_on_and_lists_them(self, folder, fit, tmp_path, num_workers, batch_size):
+    def test_run_lists_replaced_images(self, folder, fit, tmp_path, num_workers, batch_size):
         spoil(folder, 1, [4])
         code, stderr = fit(
             folder, "data.max_corrupt_fraction=.05", f"data.num_workers={num_workers}", f"batch_size={batch_size}"
@@ -77,7 +77,7 @@ class TestBadImages:
         _, shares = curve(tmp_path / "run/metrics.csv", "train/replaced")
         assert sum(shares) * 16 == pytest.approx(len(records))
 
-    def test_too_many_stop_it(self, folder, fit, tmp_path):
+    def test_too_many_bad_images_stop_run(self, folder, fit, tmp_path):
         for shard in range(4):
             spoil(folder, shard, [1, 6])
         code, stderr = fit(folder)
@@ -89,20 +89,20 @@ class TestBadImages:
         assert fit(folder, "data.max_corrupt_fraction=.5", "resume=never")[0] == 0
         assert {r["step"] for r in listed(tmp_path)} <= set(range(1, 13))
 
-    def test_none_are_allowed(self, folder, fit):
+    def test_max_bad_0_stops_at_first_bad_image(self, folder, fit):
         spoil(folder, 1, [4])
         code, stderr = fit(folder, "data.max_corrupt_fraction=0")
         assert code == 2
         assert "1 of" in errors(stderr)[0]
 
-    def test_held_out_ones_are_listed_once(self, folder, shards, fit, tmp_path):
+    def test_bad_validation_images_are_listed_once(self, folder, shards, fit, tmp_path):
         spoil(folder, 0, [2])
         words = [f"data.val={folder}", "data.val_images=12", "val_every=2", "knn.bank=4", "knn.queries=2"]
         code, stderr = fit(shards / "train", *words)
         assert code == 0, stderr
         assert [(r["split"], r["position"], r["step"]) for r in listed(tmp_path)] == [("val", 2, 2)]
 
-    def test_a_run_that_goes_on_lists_nothing_twice(self, tmp_path):
+    def test_resume_truncates_list(self, tmp_path):
         path = tmp_path / "replaced.jsonl"
         path.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3)) + '{"step": 2')
         truncate_after(path, 2)
@@ -110,7 +110,7 @@ class TestBadImages:
         truncate_after(tmp_path / "none", 2)
         assert not (tmp_path / "none").exists()
 
-    def test_damaged_lines_are_left_out(self, tmp_path, capsys):
+    def test_damaged_lines_are_dropped(self, tmp_path, capsys):
         path, good = tmp_path / "replaced.jsonl", b'{"step": 1}\n'
         for line in (b"\0\0", b"\xff", b'{"step": ', b"[1]", b'{"step": "x"}', b"7", b'{"stop": 1}', b""):
             path.write_bytes(good + line + b"\n" + good + b'{"step": 3}\n')
@@ -121,10 +121,10 @@ class TestBadImages:
     @pytest.mark.parametrize(
         ("share", "images", "bad"), [(0.001, 8, 3), (0.001, 1000, 8), (0.001, 10**6, 1129), (0, 10**6, 0)]
     )
-    def test_how_many_are_allowed(self, share, images, bad):
+    def test_allowed_count(self, share, images, bad):
         assert int(allowed(share, images)) == bad
 
-    def test_the_rate_is_counted_anew_in_every_million(self, tmp_path):
+    def test_rate_is_counted_per_million_images(self, tmp_path):
         """A good beginning does not excuse a bad end."""
         calls = CorruptImages(tmp_path / "list", 0.001)
         module = SimpleNamespace(device="cpu", log_every=1, track=lambda *a, **k: None, sum_over_processes=lambda x: x)
@@ -144,7 +144,7 @@ class TestBadImages:
             step(400)
         assert len((tmp_path / "list").read_text().splitlines()) == 40 * 240 + 400
 
-    def test_neighbours_that_are_bad_too_count_once(self, folder, fit, tmp_path):
+    def test_consecutive_bad_images_count_once(self, folder, fit, tmp_path):
         spoil(folder, 1, [4, 5, 6])
         code, stderr = fit(folder, "data.max_corrupt_fraction=.2")
         assert code == 0, stderr
@@ -153,7 +153,7 @@ class TestBadImages:
         assert len(listed(tmp_path)) == 2 * (3 + 2 + 1)
 
     @pytest.mark.long
-    def test_two_processes_list_what_one_does(self, folder, serve, dvae_checkpoint, tmp_path):
+    def test_two_processes_list_the_same(self, folder, serve, dvae_checkpoint, tmp_path):
         """Both through one cache, from a server; each process lists its own, the first one writes."""
         spoil(folder, 1, [4])
         spoil(folder, 3, [0, 7])
@@ -186,7 +186,7 @@ class TestServers:
         monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
 
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_a_run_survives_all_that_passes(self, shards, serve, fit, tmp_path, num_workers):
+    def test_run_survives_transient_errors(self, shards, serve, fit, tmp_path, num_workers):
         server, troubles = serve(shards / "train"), ["half", 503, "stall", "drop", "flip"]
         server.trouble = lambda name, number: troubles[sum(map(ord, name)) % 5] if number == 0 else None
         code, stderr = fit(server.url, f"data.num_workers={num_workers}", "data.timeout=.5")
@@ -197,9 +197,7 @@ class TestServers:
 
     @pytest.mark.parametrize(("trouble", "said"), [("stall", "stalled"), (503, "HTTP 503"), ("half", "broke off")])
     @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_what_does_not_pass_stops_it_with_the_shards_name(
-        self, shards, serve, fit, tmp_path, trouble, said, num_workers
-    ):
+    def test_permanent_error_stops_run_and_names_shard(self, shards, serve, fit, tmp_path, trouble, said, num_workers):
         server = serve(shards / "train")
         server.trouble = lambda name, number: trouble if name == "shard-000002.tar" else None
         server.ranges = False
@@ -210,7 +208,7 @@ class TestServers:
         assert said in line
         assert not list((tmp_path / "cache").glob("*.partial"))
 
-    def test_the_cache_stays_under_its_limit(self, shards, serve, fit, tmp_path):
+    def test_cache_respects_limit(self, shards, serve, fit, tmp_path):
         """Room for two shards of four: every epoch fetches what the other two took the place of."""
         server = serve(shards / "train")
         largest = max(path.stat().st_size for path in (shards / "train").glob("*.tar"))
@@ -243,7 +241,7 @@ class TestServers:
             ("http://[x", "Invalid IPv6"),
         ],
     )
-    def test_locations_that_lead_nowhere(self, fit, tmp_path, location, said):
+    def test_unreachable_locations(self, fit, tmp_path, location, said):
         code, stderr = fit(location, "data.retries=1")
         assert code == 2
         (line,) = errors(stderr)
@@ -251,7 +249,7 @@ class TestServers:
         assert not (tmp_path / "run").exists()
 
 
-def test_mixtures_train_and_resume(shards, fit, tmp_path):
+def test_mixture_trains_and_resumes(shards, fit, tmp_path):
     both = f"[{shards / 'train'},{shards / 'val'}]"
     code, stderr = fit(both, "data.weights=[.7,.3]", steps=4)
     assert code == 0, stderr

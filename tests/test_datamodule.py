@@ -70,7 +70,7 @@ def expected(shards):
     return batches(pretrain_data(shards))
 
 
-def test_what_a_batch_holds(expected):
+def test_batch_contents(expected):
     assert len(expected) == 3
     for step, batch in enumerate(expected):
         assert batch.keys() == KEYS
@@ -91,7 +91,7 @@ def test_mask_index_lists_the_masked_patches(expected):
     assert len(counts) > 1  # the cap is a cap: padding is really met
 
 
-def test_a_position_is_made_of_its_parts(shards, expected):
+def test_position_combines_sample_view_and_mask(shards, expected):
     """Sample, view and mask of a position, each from its own module with its own random numbers."""
     reader = ShardReader(shards / "train")
     order = Order(reader.sizes, seed=3, block_size=16, streams=4)
@@ -104,11 +104,11 @@ def test_a_position_is_made_of_its_parts(shards, expected):
             assert torch.equal(expected[1][key][i], torch.as_tensor(array))
 
 
-def test_workers_do_not_matter(shards, expected):
+def test_batches_are_independent_of_workers(shards, expected):
     assert_equal(batches(pretrain_data(shards, num_workers=2)), expected)
 
 
-def test_a_spawned_worker_makes_the_same_batches(shards, expected):
+def test_pickled_dataset_gives_same_batches(shards, expected):
     dataset = pretrain_data(shards).train_dataset(BatchSchedule(8))
     dataset[0]  # fills the caches, which must not travel
     assert_equal([pickle.loads(pickle.dumps(dataset))[1]], expected[1:2])
@@ -116,7 +116,7 @@ def test_a_spawned_worker_makes_the_same_batches(shards, expected):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_processes_and_micro_batches_do_not_matter(shards, expected, world, micro_batches):
+def test_batches_are_independent_of_ranks_and_micro_batches(shards, expected, world, micro_batches):
     ranks = [batches(pretrain_data(shards), rank=r, world=world, micro_batches=micro_batches) for r in range(world)]
     for step, batch in enumerate(expected):
         part = slice(step * micro_batches, (step + 1) * micro_batches)
@@ -127,7 +127,7 @@ def test_processes_and_micro_batches_do_not_matter(shards, expected, world, micr
     assert {len(b["position"]) for rank in ranks for b in rank} == {8 // world // micro_batches}
 
 
-def test_a_resumed_run_goes_on_where_it_was(shards, expected):
+def test_resume_continues_at_saved_step(shards, expected):
     data = pretrain_data(shards)
     assert_equal(batches(data, done=1, micro_batches=2), batches(data, micro_batches=2)[2:])
     assert_equal(batches(data, done=1), expected[1:])
@@ -135,13 +135,13 @@ def test_a_resumed_run_goes_on_where_it_was(shards, expected):
     assert (len(sampler), list(sampler)) == (3, [1, 2])  # Lightning counts batches against the whole run's length
 
 
-def test_the_seed_matters(shards, expected):
+def test_seed_changes_batches(shards, expected):
     (other,) = batches(pretrain_data(shards, seed=4), steps=1)
     for key in ("image", "mask", "jitter_factors"):
         assert not torch.equal(other[key], expected[0][key])
 
 
-def test_an_epoch_has_every_image_once(shards):
+def test_epoch_has_every_image_once(shards):
     data = pretrain_data(shards, global_batch_size=10)
     reader = data.readers["train"]
     assert data.samples % 10 == 0
@@ -154,7 +154,7 @@ def test_an_epoch_has_every_image_once(shards):
 
 @pytest.mark.parametrize(("world", "batch_size"), list(itertools.product((1, 2, 3, 5), (1, 4, 100))))
 @pytest.mark.parametrize("samples", [1, 11, 12])
-def test_every_held_out_image_is_seen_once(world, batch_size, samples):
+def test_validation_covers_every_image_once(world, batch_size, samples):
     plans = [EvalSchedule(samples, batch_size, rank, world) for rank in range(world)]
     seen = [list(plan.positions(batch)) for plan in plans for batch in range(len(plan))]
     assert sorted(itertools.chain(*seen)) == list(range(samples))
@@ -162,7 +162,7 @@ def test_every_held_out_image_is_seen_once(world, batch_size, samples):
     assert samples < world or len({len(plan) for plan in plans}) == 1
 
 
-def test_held_out_views_and_masks_never_change(shards):
+def test_validation_views_and_masks_are_fixed(shards):
     first = [pretrain_data(shards, seed=seed, val_batch=5).eval_dataset() for seed in (0, 1)]
     assert_equal(*([dataset[i] for i in range(len(dataset.plan))] for dataset in first))
     shares = [pretrain_data(shards, val_batch=2).eval_dataset(rank=rank, world=2) for rank in range(2)]
@@ -172,14 +172,14 @@ def test_held_out_views_and_masks_never_change(shards):
     assert all(torch.equal(rows[position][key], whole[position][key]) for position in whole for key in KEYS)
 
 
-def test_val_images_is_a_cap(shards):
+def test_val_images_caps_validation(shards):
     data = pretrain_data(shards, val_images=3, val_batch=2)
     data.trainer = None
     assert [len(batch["position"]) for batch in data.val_dataloader()] == [2, 1]
     assert pretrain_data(shards, val_images=10**6).eval_dataset().plan.samples == data.readers["val"].samples
 
 
-def test_no_held_out_images_no_validation(shards):
+def test_no_validation_without_val_data(shards):
     data = PretrainData(shards / "train", views=VIEWS, masking=MASKING, global_batch_size=8)
     assert data.val_dataloader() == []
 
@@ -192,7 +192,7 @@ def test_classification_batches(shards):
     assert held_out["label"].tolist() == labels(data.readers["val"]).tolist()
 
 
-def test_labels_are_those_of_the_images(shards):
+def test_labels_match_images(shards):
     """The label in the index is the texture in the picture: the segmentation's only value but 0."""
     reader = ShardReader(shards / "train")
     manifest = json.loads((shards / "train/manifest.json").read_text())
@@ -201,7 +201,7 @@ def test_labels_are_those_of_the_images(shards):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_per_class_takes_the_first_of_every_class(shards, count):
+def test_per_class_selects_first_of_each_class(shards, count):
     data = classification_data(shards, labels_per_class=count, global_batch_size=10)
     reader = data.readers["train"]
     assert data.samples == 10 * count
@@ -213,16 +213,16 @@ def test_per_class_takes_the_first_of_every_class(shards, count):
         assert drawn.bincount().tolist() == [count] * 10
 
 
-def test_per_class_with_fewer_images_takes_all(shards):
+def test_per_class_above_class_size_selects_all(shards):
     assert classification_data(shards, labels_per_class=10**6).samples == ShardReader(shards / "train").samples
 
 
-def test_the_sampler_counts_from_its_start():
+def test_sampler_starts_at_step():
     assert (list(StepSampler(5, start=3)), len(StepSampler(5, start=3))) == ([3, 4], 5)
 
 
 class TestErrors:
-    def test_settings(self, shards, tmp_path):
+    def test_invalid_settings(self, shards, tmp_path):
         with pytest.raises(UserError, match=r"data\.workers must be 0 or more, got -1"):
             pretrain_data(shards, num_workers=-1)
         with pytest.raises(UserError, match=r"data\.labels_per_class must be at least 1, got 0"):
@@ -238,7 +238,7 @@ class TestErrors:
         with pytest.raises(UserError, match="has no labels"):
             first_of_each_class(reader, 1)
 
-    def test_other_classes(self, shards, tmp_path):
+    def test_val_with_other_classes(self, shards, tmp_path):
         folder = shutil.copytree(shards / "val", tmp_path / "val")
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["classes"][0] = "another"
@@ -246,7 +246,7 @@ class TestErrors:
         with pytest.raises(UserError, match="has other classes"):
             PretrainData(shards / "train", folder, views=VIEWS, masking=MASKING, global_batch_size=8)
 
-    def test_shards_and_manifest_must_belong_together(self, shards, tmp_path):
+    def test_shards_must_match_manifest(self, shards, tmp_path):
         folder = shutil.copytree(shards / "val", tmp_path / "val")
         shard = next(folder.glob("*.tar"))
         shard.write_bytes(shard.read_bytes()[:-512])
@@ -256,14 +256,14 @@ class TestErrors:
         with pytest.raises(UserError, match="missing"):
             ShardReader(folder)
 
-    def test_a_missing_index(self, shards, tmp_path):
+    def test_missing_index(self, shards, tmp_path):
         folder = shutil.copytree(shards / "val", tmp_path / "val")
         next(folder.glob("*.npy")).unlink()
         with pytest.raises(UserError, match="is missing or damaged"):
             labels(ShardReader(folder))
 
 
-def test_a_batch_keeps_its_first_position_on_the_host(shards):
+def test_first_position_stays_on_host(shards):
     data = pretrain_data(shards)
     batch = data.on_before_batch_transfer(data.train_dataset(BatchSchedule(8))[3], 0)
     assert first_position(batch) == batch["first_position"] == 24

@@ -88,7 +88,7 @@ def expected(spoiled):
 
 
 @pytest.mark.parametrize(("num_workers", "world"), list(itertools.product((0, 1, 3), (1, 2, 4))))
-def test_workers_and_ranks_do_not_matter(spoiled, expected, num_workers, world):
+def test_samples_are_independent_of_workers_and_ranks(spoiled, expected, num_workers, world):
     ranks = [batches(data(spoiled, num_workers=num_workers), rank, world) for rank in range(world)]
     assert sequence(list(itertools.chain(*ranks))) == expected
     for number in range(2):
@@ -98,14 +98,14 @@ def test_workers_and_ranks_do_not_matter(spoiled, expected, num_workers, world):
 
 
 @pytest.mark.parametrize(("world", "micro_batches"), [(1, 1), (2, 3)])
-def test_a_stop_at_any_step_does_not_matter(spoiled, expected, world, micro_batches):
+def test_resume_at_any_step_gives_same_samples(spoiled, expected, world, micro_batches):
     for done in range(STEPS):
         ranks = [batches(data(spoiled), rank, world, micro_batches, done) for rank in range(world)]
         whole = {k: v for k, v in expected.items() if k >= done * BATCH}
         assert sequence(list(itertools.chain(*ranks))) == whole
 
 
-def test_shards_from_a_server_make_the_same(spoiled, expected, serve, tmp_path):
+def test_remote_shards_give_same_samples(spoiled, expected, serve, tmp_path):
     server = serve(spoiled)
     loaded = data(server.url, cache_dir=tmp_path / "cache")
     assert {k: v[0] for k, v in sequence(batches(loaded)).items()} == {k: v[0] for k, v in expected.items()}
@@ -113,7 +113,7 @@ def test_shards_from_a_server_make_the_same(spoiled, expected, serve, tmp_path):
     assert not files  # the thread that fetches ahead and whoever reads share what was fetched
 
 
-def test_every_epoch_has_every_position_once_and_lists_what_it_replaced(spoiled, expected):
+def test_epoch_covers_every_sample_and_lists_replacements(spoiled, expected):
     assert sorted(expected) == list(range(BATCH * STEPS))
     order, reader = data(spoiled).train_order(), ShardReader(spoiled)
     for number in range(2):
@@ -132,7 +132,7 @@ def test_every_epoch_has_every_position_once_and_lists_what_it_replaced(spoiled,
         assert {r["shard"] for r in listed} == {f"{spoiled}/shard-{s:06d}.tar" for s in BAD}
 
 
-def test_a_neighbour_brings_its_label_and_keeps_the_positions_random_numbers(spoiled):
+def test_replacement_uses_own_label_and_rng_of_position(spoiled):
     dataset = data(spoiled).train_dataset(None)
     order, reader = dataset.order, dataset.reader
     position = next(k for k in range(47) if order.sample_at(k) == Sample(2, 0))
@@ -142,7 +142,7 @@ def test_a_neighbour_brings_its_label_and_keeps_the_positions_random_numbers(spo
     assert (made["jitter_factors"] != dataset.sample(healthy)["jitter_factors"]).any()
 
 
-def test_too_many_in_a_row(spoiled, tmp_path):
+def test_too_many_consecutive_bad_images_raise(spoiled, tmp_path):
     folder = shutil.copytree(spoiled, tmp_path / "train")
     spoil(folder, 1, list(range(12)))
     dataset = data(folder).train_dataset(None)
@@ -153,7 +153,7 @@ def test_too_many_in_a_row(spoiled, tmp_path):
         dataset.sample(position)
 
 
-def test_a_subsets_neighbour_is_of_the_subset(spoiled):
+def test_replacement_stays_within_subset(spoiled):
     dataset = data(spoiled, labels_per_class=2).train_dataset(None)
     chosen = {tuple(row) for row in dataset.subset.tolist()}
     for number, address in enumerate(dataset.subset.tolist()):
@@ -162,7 +162,7 @@ def test_a_subsets_neighbour_is_of_the_subset(spoiled):
         assert dataset._neighbour(Sample(0, number), 0) == tuple(address)
 
 
-def test_mixtures_do_not_depend_on_workers_or_ranks(spoiled, shards):
+def test_mixture_is_independent_of_workers_and_ranks(spoiled, shards):
     both, weights = [str(spoiled), str(shards / "val")], [0.6, 0.4]
     whole = sequence(batches(data(both, weights=weights)))
     ranks = [batches(data(both, weights=weights, num_workers=1), rank, 2) for rank in range(2)]
@@ -176,7 +176,7 @@ def test_mixtures_do_not_depend_on_workers_or_ranks(spoiled, shards):
         data(str(spoiled), weights=weights).train_order()
 
 
-def test_a_cache_too_small_for_what_is_read_at_once(spoiled, serve, tmp_path):
+def test_cache_smaller_than_working_set(spoiled, serve, tmp_path):
     server = serve(spoiled)
     size = sum(path.stat().st_size for path in spoiled.glob("*.tar"))
     small = {"cache_dir": tmp_path / "cache", "cache_gb": size / 2 / 1e9}
@@ -185,7 +185,7 @@ def test_a_cache_too_small_for_what_is_read_at_once(spoiled, serve, tmp_path):
     assert len(batches(data(server.url, **small, shuffle_streams=1, shuffle_block_size=1))) == STEPS
 
 
-def test_shards_are_fetched_before_they_are_needed(spoiled, serve, tmp_path, monkeypatch):
+def test_shards_are_prefetched(spoiled, serve, tmp_path, monkeypatch):
     """The first batch needs one shard; the others come while nobody asks."""
     monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
     server = serve(spoiled)
@@ -245,7 +245,7 @@ def full_size(tmp_path_factory) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 @pytest.mark.parametrize("position", [0, 100_000_000])
-def test_a_full_size_set_starts_at_once_in_little_memory(full_size, position):
+def test_imagenet22k_size_starts_fast_in_little_memory(full_size, position):
     """Order, manifest and index of a whole process, and the bytes of its first 2048 images."""
     command = [sys.executable, "-c", FULL_SIZE, str(position), str(full_size)]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -255,7 +255,7 @@ def test_a_full_size_set_starts_at_once_in_little_memory(full_size, position):
     assert result["mib"] < 300
 
 
-def test_the_first_batch_of_a_full_size_set(full_size):
+def test_first_batch_of_imagenet22k_size(full_size):
     start = time.perf_counter()
     loaded = data(full_size, global_batch_size=2048, shuffle_block_size=4096, shuffle_streams=64)
     loaded.trainer = SimpleNamespace(
@@ -272,7 +272,7 @@ def test_the_first_batch_of_a_full_size_set(full_size):
     [MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
     ids=["python", "system", "torch"],
 )
-def test_a_shortage_of_memory_is_not_replaced(spoiled, error, monkeypatch):
+def test_out_of_memory_raises_instead_of_replacing_image(spoiled, error, monkeypatch):
     """The image is fine: a neighbour in its place would make the batch depend on the machine."""
 
     def short(*args, **settings):

@@ -53,7 +53,7 @@ def test_report_is_complete_and_self_contained(finished):
     assert "href=" not in page.replace("xlink:href", "")
 
 
-def test_a_demo_can_be_repeated(finished):
+def test_demo_is_reproducible(finished):
     folder, numbers = finished
     again = run_demo(folder)
     for key in ("masked_token_accuracy", "codebook_perplexity", "finetune_accuracies", "scratch_accuracies"):
@@ -99,12 +99,12 @@ GOOD = {
         {"scratch_accuracy": 0.15},
     ],
 )
-def test_check_catches_every_broken_promise(bad, tmp_path):
+def test_check_fails_below_any_bound(bad, tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(GOOD | bad))
     assert report.check(str(tmp_path / "report.json")) == bool(bad)
 
 
-def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path):
+def test_refuses_folder_of_something_else(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="not from an earlier demo"):
@@ -112,13 +112,13 @@ def test_a_folder_that_is_not_a_demos_is_left_alone(tmp_path):
     assert (tmp_path / "data" / "precious.txt").read_text() == "mine"
 
 
-def test_a_bad_source_leaves_nothing_behind(tmp_path):
+def test_missing_source_creates_no_folder(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         run_demo(tmp_path / "run", "src=nowhere")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_typo_does_not_cost_the_last_demo(finished):
+def test_missing_source_keeps_previous_demo(finished):
     folder, _ = finished
     with pytest.raises(UserError, match="nowhere"):
         run_demo(folder, "src=nowhere")
@@ -126,7 +126,7 @@ def test_a_typo_does_not_cost_the_last_demo(finished):
     assert (folder / "pretrain/checkpoints/last.ckpt").is_file()
 
 
-def test_a_source_that_does_not_decode_leaves_nothing_behind(tmp_path):
+def test_undecodable_source_creates_no_folder(tmp_path):
     (tmp_path / "cats").mkdir()
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / "cats" / name).write_text("no image")

@@ -10,7 +10,7 @@ import torch
 from beit_pretrain.engine.device_prefetch import DevicePrefetcher
 
 
-def test_prepares_the_next_batch_before_the_current_one_is_used():
+def test_next_batch_is_prepared_before_current_is_used():
     order = []
 
     def prepare(batch):
@@ -27,7 +27,7 @@ def test_prepares_the_next_batch_before_the_current_one_is_used():
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_a_loader_of_few_batches(count):
+def test_short_loader(count):
     batches = [{"position": n} for n in range(count)]
     prefetcher = DevicePrefetcher(batches, lambda batch: (batch["position"],) * 2, torch.device("cpu"))
     assert [batch["view"] for batch in prefetcher] == list(range(count))
@@ -85,7 +85,7 @@ def streams(monkeypatch):
     return Streams.log
 
 
-def test_the_step_waits_for_its_own_batch_and_not_for_the_next_one(streams):
+def test_step_waits_only_for_its_own_batch(streams):
     """Batch 2 is queued on the side stream before the step on batch 1 waits, and that wait is for batch 1's event."""
 
     def prepare(batch):

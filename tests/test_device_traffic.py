@@ -112,7 +112,7 @@ def steps_taken(module, batch, count: int = 2) -> list[str]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_pretraining_step_never_waits(checkpointing):
+def test_pretraining_step_has_no_device_sync(checkpointing):
     network = MaskedImageModel(**MIM | {"vocab_size": 512}, drop_path_rate=0.1)
     network.set_grad_checkpointing(checkpointing)
     tokenizer = OpenAITokenizer.of(Encoder(n_hid=64, n_blk_per_group=1, vocab_size=512))
@@ -123,7 +123,7 @@ def test_a_pretraining_step_never_waits(checkpointing):
     assert steps_taken(module, pretraining_batch()) == []
 
 
-def test_a_finetuning_step_never_waits(monkeypatch):
+def test_finetuning_step_has_no_device_sync(monkeypatch):
     # It asks the driver, and reads nothing.
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     network = Classifier(10, **SIZE)
@@ -139,7 +139,7 @@ def test_a_finetuning_step_never_waits(monkeypatch):
     assert steps_taken(module, batch) == []
 
 
-def test_waiting_is_seen():
+def test_device_sync_is_detected():
     with FAKE, Transfers() as transfers:
         image = torch.zeros(2, 3, device=GPU)
         image.new_tensor([1.0, 2.0, 3.0])

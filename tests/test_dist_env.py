@@ -46,7 +46,7 @@ def variables(monkeypatch):
         ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, None),  # Lightning's own child
     ],
 )
-def test_who_started_this_process(given, expected, variables):
+def test_launcher_is_detected(given, expected, variables):
     variables(given)
     assert launched() == expected
 
@@ -59,14 +59,14 @@ def test_who_started_this_process(given, expected, variables):
         ({**TORCHRUN, "GROUP_WORLD_SIZE": "0"}, "GROUP_WORLD_SIZE='0'"),
     ],
 )
-def test_environments_that_cannot_be_true(given, said, variables):
+def test_inconsistent_environment(given, said, variables):
     variables(given)
     with pytest.raises(AllRanksError, match=said):
         launched()
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 0), (TORCHRUN, 3), (SRUN, 5), ({"LOCAL_RANK": "1"}, 1)])
-def test_only_other_processes_say_who_they_are(given, expected, variables):
+def test_messages_name_rank_except_0(given, expected, variables):
     variables(given)
     assert rank() == expected
     assert (f"rank {expected} on " in speaker()) == (expected > 0)

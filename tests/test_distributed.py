@@ -37,7 +37,7 @@ def words(shards, dvae_checkpoint):
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, LightningEnvironment, "auto", 1),
     ],
 )
-def test_counts_come_from_the_launcher(given, kind, devices, nodes, variables):  # noqa: F811
+def test_device_counts_come_from_launcher(given, kind, devices, nodes, variables):  # noqa: F811
     variables(given)
     settings = resolve_trainer_args(TRAINER, 3)
     assert (settings["devices"], settings["num_nodes"]) == (devices, nodes)
@@ -67,7 +67,7 @@ def test_counts_come_from_the_launcher(given, kind, devices, nodes, variables): 
         ({}, {"strategy": "fsdp"}, 0, "more than one"),
     ],
 )
-def test_wrong_counts_are_refused(given, asked, gpus, said, variables, monkeypatch):  # noqa: F811
+def test_wrong_device_counts(given, asked, gpus, said, variables, monkeypatch):  # noqa: F811
     variables(given)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UserError, match=said):
@@ -75,7 +75,7 @@ def test_wrong_counts_are_refused(given, asked, gpus, said, variables, monkeypat
 
 
 @pytest.mark.parametrize("wrong", ["trainer.devices=3", "global_batch_size=7", "optim.lr=-1", "epochs=2"])
-def test_what_is_wrong_for_all_processes_is_said_once_with_exit_code_2(wrong, words, run_cli, variables):  # noqa: F811
+def test_only_rank_0_prints_shared_errors(wrong, words, run_cli, variables):  # noqa: F811
     for rank, lines in (("0", 1), ("5", 0)):
         variables({**SRUN, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"})
         code, _, stderr = run_cli(*words, "steps=1", wrong)
@@ -83,7 +83,7 @@ def test_what_is_wrong_for_all_processes_is_said_once_with_exit_code_2(wrong, wo
         assert len([line for line in stderr.splitlines() if line.startswith("error:")]) == lines, stderr
 
 
-def test_fsdp_is_a_strategy(variables):  # noqa: F811
+def test_fsdp_strategy(variables):  # noqa: F811
     variables({})
     assert isinstance(
         resolve_trainer_args({**TRAINER, "strategy": "fsdp", "devices": 2}, 3)["strategy"], ModelParallelStrategy
@@ -123,14 +123,14 @@ class TestDDP:
         assert weight.untyped_storage().data_ptr() == bias.untyped_storage().data_ptr()
         assert torch.cat([weight.flatten(), bias]).norm().item() == pytest.approx(0.5, rel=1e-4)
 
-    def test_buffers_are_sent_where_they_differ(self, group):
+    def test_buffers_are_broadcast_only_with_batch_norm(self, group):
         """Statistics of batch norms that count on each process alone, and no tables."""
         segmenter = Segmenter(3, {"channels": 16, "aux_channels": 8}, **SIZE)
         assert self.wrapped(segmenter).broadcast_buffers
         assert not has_local_statistics(torch.nn.SyncBatchNorm.convert_sync_batchnorm(segmenter))
         assert not self.wrapped(MaskedImageModel(32, **SIZE)).broadcast_buffers
 
-    def test_buffers_that_are_not_sent_are_the_same_everywhere(self):
+    def test_buffers_that_are_not_broadcast_are_constant(self):
         """Whatever the weights are, and whatever is computed with them."""
         masked, image = torch.ones(2, 16).bool(), torch.rand(2, 3, 32, 32)
         one, other = (MaskedImageModel(32, **SIZE) for _ in range(2))
@@ -142,7 +142,7 @@ class TestDDP:
         assert not buffers
         assert not list(DiscreteVAE(32, 8, 1, 8).buffers())
 
-    def test_rounded_gradients(self, group):
+    def test_bf16_gradient_compression(self, group):
         ddp = self.wrapped(torch.nn.Linear(3, 1), "bf16")
         ddp(torch.full((1, 3), 1 + 2**-10)).sum().backward()
         assert ddp.module.model.weight.grad.tolist() == [[1, 1, 1]]  # bf16 has 8 bits
@@ -150,22 +150,22 @@ class TestDDP:
     @pytest.mark.parametrize(
         ("asked", "said"), [({"devices": 1}, "one process"), ({"devices": 2, "strategy": "fsdp"}, "strategy=fsdp")]
     )
-    def test_rounding_is_for_ddp(self, asked, said, variables):  # noqa: F811
+    def test_gradient_compression_needs_ddp(self, asked, said, variables):  # noqa: F811
         variables({})
         with pytest.raises(UserError, match=f"gradient_compression=bf16 is for DDP .* not for .*{said}"):
             resolve_trainer_args({**TRAINER, **asked}, 3, "bf16")
         assert isinstance(resolve_trainer_args({**TRAINER, "devices": 2}, 3, "bf16")["strategy"], DDP)
 
-    def test_rounding_in_a_run_of_one_process_is_refused(self, words, refused):
+    def test_gradient_compression_needs_several_processes(self, words, refused):
         assert "not for one process" in refused(*words, "steps=1", "gradient_compression=bf16")
 
 
 @pytest.mark.parametrize("value", ["0", "two", "[]", "true", "-2"])
-def test_devices_are_numbers(value, words, refused):
+def test_invalid_devices(value, words, refused):
     assert "trainer.devices must be auto" in refused(*words, "steps=1", f"trainer.devices={value}")
 
 
-def test_the_first_process_that_differs_is_named():
+def test_first_differing_rank_is_named():
     same = {"optim.lr": "0.1", "images of data.train": "abc"}
     assert disagreement([("a", same), ("b", dict(same))]) is None
     said = disagreement([("a", same), ("b", same), ("c", {**same, "images of data.train": "abd"})])
@@ -175,14 +175,14 @@ def test_the_first_process_that_differs_is_named():
     assert disagreement([("a", same), ("b", {**same, "more": "1"})]) is not None
 
 
-def test_places_on_a_machine_may_differ():
+def test_paths_may_differ_between_ranks():
     assert flat({"data": {"train": "/here", "cache_dir": "/there", "scale": [1, 2]}, "seed": 0}) == {
         "data.scale": "[1, 2]",
         "seed": "0",
     }
 
 
-def test_the_network_error_behind_another_one():
+def test_lost_connection_is_found_in_exception_chain():
     def fail():
         try:
             raise RuntimeError("[/x/pair.cc:538] Read error [127.0.0.1]:1: Connection reset by peer")
@@ -203,5 +203,5 @@ def test_the_network_error_behind_another_one():
         "Timed out after 46 seconds waiting for clients. 1/2 clients joined.",
     ],
 )
-def test_what_torch_says_of_a_lost_process(said):
+def test_lost_connection_messages_of_torch(said):
     assert str(lost_connection(RuntimeError(said))) == said

@@ -27,13 +27,13 @@ class TestTemperature:
     def test_halves_in_equal_times(self, progress, expected):
         assert GumbelConfig().temperature(progress) == pytest.approx(expected)
 
-    def test_over_the_whole_run(self):
+    def test_anneals_over_whole_run(self):
         relaxation = GumbelConfig(temperature_end=0.5, anneal=1.0)
         assert relaxation.temperature(0.5) == pytest.approx(math.sqrt(0.5))
 
 
 class TestDivergences:
-    def test_equal_torchs(self):
+    def test_match_torch_distributions(self):
         torch.manual_seed(0)
         logits = torch.randn(3, 16, 2, 4) * 3
         kl, usage_kl = training().divergences(logits)
@@ -43,7 +43,7 @@ class TestDivergences:
         mean = Categorical(probs=q.probs.mean((0, 1, 2)))
         assert usage_kl.item() == pytest.approx(kl_divergence(mean, uniform).item(), abs=1e-5)
 
-    def test_at_the_ends(self):
+    def test_uniform_and_collapsed_codes(self):
         undecided = torch.zeros(2, 16, 4, 4)
         assert [value.item() for value in training().divergences(undecided)] == pytest.approx([0, 0], abs=1e-5)
         collapsed = undecided.clone()
@@ -70,11 +70,11 @@ class TestNetwork:
         one_hot = torch.nn.functional.one_hot(ids, 16).permute(0, 3, 1, 2).float()
         assert torch.allclose(model.decode(ids), model.reconstruct(one_hot), atol=1e-5)
 
-    def test_config_builds_the_same_network(self):
+    def test_config_rebuilds_network(self):
         model = DiscreteVAE(**TINY)
         DiscreteVAE(**model.config).load_state_dict(model.state_dict())
 
-    def test_a_picture_of_reconstructions(self):
+    def test_reconstruction_picture(self):
         picture = reconstruction_picture(DiscreteVAE(**TINY), torch.rand(2, 3, 16, 16))
         assert picture.width > 32
         assert picture.height > 32
@@ -107,12 +107,12 @@ def test_overfits_a_few_colours():
 
 
 @pytest.mark.parametrize("bad", [{"anneal": 0}, {"temperature_end": 0}, {"temperature_end": 2}])
-def test_impossible_relaxations_are_refused(bad):
+def test_invalid_relaxation_settings(bad):
     with pytest.raises(ValueError, match="GumbelConfig"):
         GumbelConfig(**bad)
 
 
-def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+def test_checkpoint_with_unknown_arguments_is_refused(tmp_path):
     content = {"beit_pretrain": {"kind": "tokenizer", "model": {"colour": 3}}, "state_dict": {}}
     torch.save(content, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="cannot build"):

@@ -71,7 +71,7 @@ def test_every_format(kind, to, trained, run_cli, tmp_path):
     assert [path.name for path in out.parent.iterdir()] == [out.name]  # nothing half-written is left
 
 
-def test_timm_takes_the_printed_words(trained, run_cli, tmp_path):
+def test_printed_timm_command_loads_export(trained, run_cli, tmp_path):
     for kind in ("mim", "classifier"):
         out = tmp_path / f"{kind}.safetensors"
         line = exported(run_cli, checkpoint(trained, kind), "timm", out).splitlines()[-1]
@@ -102,7 +102,7 @@ def test_round_trip_from_hugging_face(kind, run_cli, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mim", "classifier"])
-def test_round_trip_from_the_authors_format(kind, run_cli, tmp_path):
+def test_round_trip_from_unilm(kind, run_cli, tmp_path):
     model = scrambled(MaskedImageModel(**MIM) if kind == "mim" else Classifier(3, **SIZE))
     unilm_file(tmp_path / "authors.pth", model.state_dict())
     exported(run_cli, tmp_path / "authors.pth", "hf", tmp_path / "hf")
@@ -136,7 +136,7 @@ def test_other_classifiers(changes, to, run_cli, tmp_path):
     exported(run_cli, tmp_path / "a.ckpt", to, tmp_path / OUT[to])
 
 
-def test_what_stands_in_a_folder_of_hugging_face(trained, run_cli, tmp_path):
+def test_files_of_hugging_face_export(trained, run_cli, tmp_path):
     from transformers import BeitForImageClassification, BeitImageProcessor, BeitModel
 
     exported(run_cli, checkpoint(trained, "classifier"), "hf", tmp_path / "hf")
@@ -167,7 +167,7 @@ def test_another_image_size(trained, run_cli, tmp_path):
     assert same(state(tmp_path / "hf", "classifier"), resized.state_dict())
 
 
-def test_grids_that_are_not_square(run_cli, refused, tmp_path):
+def test_non_square_grids(run_cli, refused, tmp_path):
     model = scrambled(Classifier(3, **{**SIZE, "image_size": (32, 64)}))
     write_checkpoint(tmp_path / "a.ckpt", "classifier", model, **ABOUT)
     exported(run_cli, tmp_path / "a.ckpt", "unilm", tmp_path / "a.pth")
@@ -179,7 +179,7 @@ def test_grids_that_are_not_square(run_cli, refused, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-def test_an_export_that_differs_is_not_published(trained, run_cli, tmp_path, monkeypatch):
+def test_export_with_different_outputs_is_discarded(trained, run_cli, tmp_path, monkeypatch):
     """The comparison is real: with other numbers on their side, nothing gets a final name."""
     import timm
 
@@ -198,7 +198,7 @@ def test_an_export_that_differs_is_not_published(trained, run_cli, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_never_replaces_what_it_reads(trained, refused, tmp_path):
+def test_refuses_to_overwrite_its_input(trained, refused, tmp_path):
     shutil.copy(checkpoint(trained, "mim"), tmp_path / "a.pth")
     before = (tmp_path / "a.pth").read_bytes()
     for to, out in (("unilm", tmp_path / "a.pth"), ("hf", tmp_path), ("hf", ".")):
@@ -209,7 +209,7 @@ def test_an_export_never_replaces_what_it_reads(trained, refused, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json"])
-def test_a_folder_of_someone_else(name, trained, refused, tmp_path):
+def test_refuses_to_overwrite_foreign_files(name, trained, refused, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("# my notes")
     assert f"has a {name} that no export wrote" in refused(
@@ -219,7 +219,7 @@ def test_a_folder_of_someone_else(name, trained, refused, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{broken", "task: [", "name: x"])
-def test_a_config_beside_that_is_none(text, trained, run_cli, tmp_path):
+def test_unreadable_run_config_is_ignored(text, trained, run_cli, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     shutil.copy(checkpoint(trained, "mim"), tmp_path / "run" / "checkpoints" / "last.ckpt")
     (tmp_path / "run" / "config.yaml").write_text(text)
@@ -228,7 +228,7 @@ def test_a_config_beside_that_is_none(text, trained, run_cli, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["unilm", *(pytest.param(to, marks=pytest.mark.long) for to in ("timm", "hf", "onnx"))])
-def test_no_space_left(to, trained, tmp_path):
+def test_disk_full(to, trained, tmp_path):
     """The shell's limit on file sizes, in a process of its own: one line, nothing half-written."""
     command = f"ulimit -f 20; exec '{sys.executable}' -m beit_pretrain export to={to} out={OUT[to]}"
     result = subprocess.run(
@@ -240,7 +240,7 @@ def test_no_space_left(to, trained, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_metrics_are_those_of_the_checkpoints_own_step(trained, run_cli, tmp_path):
+def test_model_card_has_metrics_of_checkpoint_step(trained, run_cli, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained / "classifier", run)
     (run / "metrics.csv").write_text("step,val/accuracy\n10,0.5\n20,0.9\n")
@@ -250,7 +250,7 @@ def test_metrics_are_those_of_the_checkpoints_own_step(trained, run_cli, tmp_pat
     assert "Images of 32 pixels." in card
 
 
-def test_nothing_else_in_a_folder_is_touched(trained, run_cli, tmp_path):
+def test_leaves_other_files_of_folder(trained, run_cli, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "notes.txt").write_text("mine")
     exported(run_cli, checkpoint(trained, "mim"), "hf", tmp_path / "hf")
@@ -271,20 +271,20 @@ def test_nothing_else_in_a_folder_is_touched(trained, run_cli, tmp_path):
         (["to=hf", "out=x", "image_size=33"], "not divisible"),
     ],
 )
-def test_bad_words(words, said, trained, refused, tmp_path):
+def test_invalid_arguments(words, said, trained, refused, tmp_path):
     (tmp_path / "a-file").touch()
     (tmp_path / "folder.onnx").mkdir()
     assert said in refused("export", f"init_from={checkpoint(trained, 'mim')}", *words)
     assert {path.name for path in tmp_path.iterdir()} == {"a-file", "folder.onnx"}
 
 
-def test_software_that_is_not_installed(monkeypatch):
+def test_missing_software(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(exporting.UserError, match=r"pip install 'beit_pretrain\[export\]'"):
         exporting.needed("onnxruntime")
 
 
-def test_a_card_without_a_run(trained, run_cli, tmp_path):
+def test_model_card_without_run_folder(trained, run_cli, tmp_path):
     shutil.copy(checkpoint(trained, "mim"), tmp_path / "alone.ckpt")
     exported(run_cli, tmp_path / "alone.ckpt", "hf", tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()

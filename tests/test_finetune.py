@@ -37,7 +37,7 @@ def test_smoothed_targets():
     assert target.sum(1).tolist() == pytest.approx([1, 1])
 
 
-def test_mixing_and_erasing_depend_on_the_position_alone():
+def test_mixing_and_erasing_depend_only_on_position():
     image, label = torch.rand(4, 3, 32, 32), torch.arange(4)
     mixing = module(mixup=0.8, cutmix=1.0, erasing=0.9)
     state = torch.random.get_rng_state()
@@ -89,7 +89,7 @@ def finetune_words(shards, run_dir, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mixed_targets_by_hand(smoothing):
+def test_mixup_targets(smoothing):
     """Image and label are mixed by the same share, with the reversed batch; timm's rectangles, our arithmetic."""
     image, label = torch.rand(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
     mixed, target = module(mixup=0.8, label_smoothing=smoothing).regularise(image.clone(), label, 8)
@@ -117,7 +117,7 @@ def test_mixed_targets_by_hand(smoothing):
         (["global_batch_size=2", "batch_size=5"], None),  # of the 5 never more than 2 come
     ],
 )
-def test_images_that_are_paired_are_even_in_number(more, images, shards, run_cli, tmp_path):
+def test_mixing_needs_even_micro_batch(more, images, shards, run_cli, tmp_path):
     words = finetune_words(shards, tmp_path / "run", "steps=1", "regularisation.mixup=0.8", "preflight=only", *more)
     code, _, stderr = run_cli(*words)
     assert code == (0 if images is None else 2)
@@ -125,7 +125,7 @@ def test_images_that_are_paired_are_even_in_number(more, images, shards, run_cli
     assert stderr.count("\n") == (images is not None)
 
 
-def test_averaged_weights_by_hand(shards, run_cli, tmp_path):
+def test_ema_weights(shards, run_cli, tmp_path):
     """decay x average + (1 - decay) x weights after every step; torch starts the average at the first step's."""
     constant = ["optim.min_lr=2e-3", "model.drop_path_rate=0"]
     states = []
@@ -143,7 +143,7 @@ def test_averaged_weights_by_hand(shards, run_cli, tmp_path):
     assert any(not torch.equal(averaged[n], states[-1][n]) for n in averaged)
 
 
-def test_a_run_with_averaged_weights_goes_on(shards, run_cli, tmp_path, monkeypatch):
+def test_resume_with_ema(shards, run_cli, tmp_path, monkeypatch):
     more = ["steps=4", "ema=0.9", "model.drop_path_rate=0"]
     assert run_cli(*finetune_words(shards, tmp_path / "whole", *more))[0] == 0
     words = finetune_words(shards, tmp_path / "died", *more)
@@ -160,7 +160,7 @@ def test_a_run_with_averaged_weights_goes_on(shards, run_cli, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])
-def test_accumulation_takes_the_steps_of_one_batch(batch_size, shards, run_cli, tmp_path):
+def test_gradient_accumulation_equals_full_batch(batch_size, shards, run_cli, tmp_path):
     """4 x 8 and 16 x 2 images as 1 x 32."""
     more = ["steps=3", "global_batch_size=32", "model.drop_path_rate=0"]
     assert run_cli(*finetune_words(shards, tmp_path / "one", *more))[0] == 0
@@ -219,7 +219,7 @@ fit.is_first_process() and open(sys.argv[1], "w").write(json.dumps(found))
 
 @pytest.mark.long
 @pytest.mark.timeout(900)  # six processes start
-def test_101_images_on_1_2_and_3_processes(run_cli, tmp_path):
+def test_validation_is_exact_on_1_2_and_3_processes(run_cli, tmp_path):
     """The same counts exactly, the same losses within 1e-6; batches of 7 end differently on each."""
     make_shards("synthetic", tmp_path / "data", images=121, val=101 / 121, size=32, num_workers=1)
     val = ShardReader(tmp_path / "data/val").samples

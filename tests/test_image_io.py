@@ -32,7 +32,7 @@ def bomb(side: int) -> bytes:
     )
 
 
-def test_opened_refuses_bombs_before_decoding():
+def test_decompression_bombs_are_refused():
     limit = Image.MAX_IMAGE_PIXELS
     with open_image(encoded(0, (10, 10), "PNG"), max_pixels=100) as image:
         assert to_rgb(image).size == (10, 10)
@@ -45,14 +45,14 @@ def test_opened_refuses_bombs_before_decoding():
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF"])
-def test_opened_refuses_what_is_no_image(data):
+def test_non_images_are_refused(data):
     with pytest.raises(OSError, match="cannot identify") as caught, open_image(data):
         pytest.fail("opened what is no image")
     assert reason(caught.value) == "not an image in a known format"  # Pillow tells a memory address
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
-def test_deep_grey_keeps_its_contrast(mode):
+def test_16_bit_grey_keeps_contrast(mode):
     ramp = np.linspace(1000, 5000, 64 * 64).reshape(64, 64)
     kinds = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4", "F": "<f4"}
     image = Image.frombytes(mode, (64, 64), ramp.astype(kinds[mode]).tobytes())
@@ -67,7 +67,7 @@ def test_deep_grey_keeps_its_contrast(mode):
     np.testing.assert_allclose(rgb[..., 0], np.clip((ramp - 1020) / 3960, 0, 1) * 255, atol=1)
 
 
-def test_levels():
+def test_intensity_window():
     ramp = Image.fromarray(np.linspace(0, 4095, 100 * 100).astype(np.uint16).reshape(100, 100))  # 12 bits in 16
     grey, (low, high) = to_grey8(ramp, IntensityWindow(window=(1000, 2000)))
     assert (grey.mode, low, high) == ("L", 1000, 2000)
@@ -92,13 +92,13 @@ def test_channels():
         assert np.asarray(to_channels(deep, 1)).std() > 50
 
 
-def test_deep_grey_without_range():
+def test_constant_and_nan_grey():
     assert np.asarray(to_rgb(Image.new("I;16", (4, 4), 40000))).max() == 0
     holes = Image.fromarray(np.array([[np.nan, 0], [np.inf, 8]], np.float32))
     assert np.asarray(to_rgb(holes))[..., 0].tolist() == [[0, 0], [255, 255]]
 
 
-def test_to_rgb_follows_pillow_elsewhere():
+def test_to_rgb_matches_pillow():
     colours = Image.open(io.BytesIO(encoded(0, kind="PNG")))
     palette = colours.convert("P")
     palette.info["transparency"] = bytes(range(256))

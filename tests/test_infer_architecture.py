@@ -49,12 +49,12 @@ TABLE = "blocks.0.attn.relative_position_bias_table"
         (TABLE, torch.zeros(52, 5), "does not divide into 5 heads"),
     ],
 )
-def test_tensors(name, tensor, said, state, tmp_path):
+def test_invalid_tensors(name, tensor, said, state, tmp_path):
     torch.save({"model": {**state, name: tensor}}, tmp_path / "a.pth")
     assert said in refusal(tmp_path / "a.pth")
 
 
-def test_a_k_bias_of_zeros_is_fine(state, tmp_path):
+def test_zero_k_bias_is_accepted(state, tmp_path):
     torch.save({"model": {**state, "blocks.0.attn.k_bias": torch.zeros(32)}}, tmp_path / "a.pth")
     assert load_pretrained(tmp_path / "a.pth", "classify")
 
@@ -87,7 +87,7 @@ def hf_folder(tmp_path_factory):
         ("preprocessor_config.json", "image_std", [0.5, 0.0, 0.5], "std"),
     ],
 )
-def test_configs(file, key, value, said, hf_folder, tmp_path):
+def test_invalid_configs(file, key, value, said, hf_folder, tmp_path):
     for source in hf_folder.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
     path = tmp_path / file
@@ -106,7 +106,7 @@ def test_configs(file, key, value, said, hf_folder, tmp_path):
         ("image_mean", [0.1] * 3),
     ],
 )
-def test_odd_processors_that_do_no_harm(key, value, hf_folder, tmp_path):
+def test_odd_processors_are_accepted(key, value, hf_folder, tmp_path):
     for source in hf_folder.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
     config = {"do_center_crop": True, "size": {"shortest_edge": 36}, "crop_size": {"height": 32}, key: value}
@@ -114,7 +114,7 @@ def test_odd_processors_that_do_no_harm(key, value, hf_folder, tmp_path):
     assert load_pretrained(tmp_path, "classify")
 
 
-def test_json_without_end(hf_folder, tmp_path):
+def test_deeply_nested_json(hf_folder, tmp_path):
     for source in hf_folder.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
     (tmp_path / "preprocessor_config.json").write_text("[" * 200_000)
@@ -122,7 +122,7 @@ def test_json_without_end(hf_folder, tmp_path):
 
 
 @pytest.mark.parametrize("said", [None, {"mean": "abc"}, {"crop_pct": "x"}, {"crop_pct": 2.0}])
-def test_folders_of_timm(said, state, tmp_path):
+def test_timm_folders(said, state, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "beit", "pretrained_cfg": said}))
     if said is None:
@@ -131,7 +131,7 @@ def test_folders_of_timm(said, state, tmp_path):
         assert "of its config must be" in refusal(tmp_path)
 
 
-def test_weights_in_several_files(hf_folder, tmp_path):
+def test_sharded_weights(hf_folder, tmp_path):
     model = hf_classifier()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -142,7 +142,7 @@ def test_weights_in_several_files(hf_folder, tmp_path):
     assert "is no file beside it" in refusal(tmp_path)
 
 
-def test_names_for_another_number_of_classes_are_none(hf_folder, tmp_path):
+def test_mismatched_class_names_are_dropped(hf_folder, tmp_path):
     for source in hf_folder.iterdir():
         (tmp_path / source.name).write_bytes(source.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -150,7 +150,7 @@ def test_names_for_another_number_of_classes_are_none(hf_folder, tmp_path):
     assert "classes" not in load_pretrained(tmp_path, "classify").about
 
 
-def test_a_new_head_forgets_the_old_names(hf_folder, tmp_path):
+def test_new_head_drops_class_names(hf_folder, tmp_path):
     model = hf_classifier()
     model.config.id2label = {i: f"class {i}" for i in range(7)}
     model.save_pretrained(tmp_path)
@@ -158,7 +158,7 @@ def test_a_new_head_forgets_the_old_names(hf_folder, tmp_path):
     assert "classes" not in load_pretrained(tmp_path, "classify", num_classes=3).about
 
 
-def test_a_grid_that_is_not_square_can_be_said(tmp_path):
+def test_non_square_grid_needs_image_size(tmp_path):
     model = timm_beit((32, 64))
     torch.save(model.state_dict(), tmp_path / "a.pth")
     assert "image_size=(height, width)" in refusal(tmp_path / "a.pth")
@@ -177,7 +177,7 @@ def test_a_grid_that_is_not_square_can_be_said(tmp_path):
         {"image_size": 8 * 1000},
     ],
 )
-def test_arguments(settings, state, tmp_path):
+def test_invalid_arguments(settings, state, tmp_path):
     torch.save({"model": state}, tmp_path / "a.pth")
     assert next(iter(settings)) in refusal(tmp_path / "a.pth", **settings)
 
@@ -188,7 +188,7 @@ def test_prefixes_in_any_order(state, tmp_path):
         assert load_pretrained(tmp_path / "a.pth", "classify")
 
 
-def test_an_onnx_graph_is_told(tmp_path):
+def test_onnx_file_is_refused(tmp_path):
     (tmp_path / "a.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch" + bytes(100))
     assert "an ONNX graph is for running elsewhere" in refusal(tmp_path / "a.onnx")
 

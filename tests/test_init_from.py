@@ -48,7 +48,7 @@ def started(words: list[str]) -> Task:
 
 
 class TestContinuedPreTraining:
-    def test_from_the_authors_file(self, pretrain_words, authors_file, run_cli, tmp_path):
+    def test_from_unilm_file(self, pretrain_words, authors_file, run_cli, tmp_path):
         words = [*pretrain_words, f"init_from={authors_file}"]
         model = started(words).module.model
         state = torch.load(authors_file, weights_only=True)["model"]
@@ -65,7 +65,7 @@ class TestContinuedPreTraining:
         code, _, stderr = run_cli("visualize", f"run={tmp_path / 'run'}", "images=2")
         assert code == 0, stderr
 
-    def test_another_tokenizer_needs_a_new_head(self, pretrain_words, run_cli, refused, tmp_path):
+    def test_other_tokenizer_needs_new_head(self, pretrain_words, run_cli, refused, tmp_path):
         hf_mim().save_pretrained(tmp_path / "hf")  # 64 tokens
         words = [*pretrain_words, f"init_from={tmp_path / 'hf'}"]
         assert "predicts 64 tokens, the tokenizer has 32; new_head=true" in refused(*words)
@@ -99,13 +99,13 @@ class TestFineTuning:
         code, stdout, stderr = run_cli(*finetune_words, f"init_from={source}", f"image_size={size}")
         assert "already finished" in stdout, stderr
 
-    def test_absolute_positions_stay(self, finetune_words, tmp_path):
+    def test_absolute_positions_are_kept(self, finetune_words, tmp_path):
         """The released 800-epoch model: no relative bias in fine-tuning either."""
         hf_mim(bias="none", absolute=True, scale=None).save_pretrained(tmp_path / "hf")
         config = started([*finetune_words, f"init_from={tmp_path / 'hf'}"]).module.model.config
         assert (config["rel_pos_bias"], config["abs_pos_emb"], config["init_values"]) == ("none", True, None)
 
-    def test_a_head_is_kept_for_the_same_classes_alone(self, finetune_words, tmp_path):
+    def test_head_is_kept_only_for_same_classes(self, finetune_words, tmp_path):
         classes = started([*finetune_words, "from_scratch=true", "model.size=tiny"]).data.classes
         for names, kept in ((list(classes), True), (None, True), ([f"other {i}" for i in range(10)], False)):
             model = hf_classifier(classes=10)
@@ -115,7 +115,7 @@ class TestFineTuning:
             head = started([*finetune_words, f"init_from={tmp_path / 'hf'}"]).module.model.head
             assert torch.equal(head.weight, model.classifier.weight) == kept
 
-    def test_an_experiment_of_another_size_is_refused(self, words, authors_file, refused):
+    def test_experiment_of_other_size_is_refused(self, words, authors_file, refused):
         error = refused("fit", "+experiment=finetune_base_1k", *words, f"init_from={authors_file}")
         assert "has 2 blocks of width 32" in error
         assert f"model.size=base asks for embed_dim={SIZES['base']['embed_dim']}" in error
@@ -133,14 +133,14 @@ class TestFineTuning:
             ("data.channels=1", False),
         ],
     )
-    def test_a_setting_that_the_checkpoint_does_not_have(self, setting, fits, finetune_words, authors_file, run_cli):
+    def test_settings_that_contradict_checkpoint(self, setting, fits, finetune_words, authors_file, run_cli):
         code, _, stderr = run_cli(*finetune_words, f"init_from={authors_file}", setting)
         assert (code == 0) == fits, stderr
         if not fits:
             assert setting.split("=")[0].lstrip("+").split(".")[-1] in stderr
             assert stderr.count("\n") == 1
 
-    def test_drop_path_and_pooling_are_the_configs(self, finetune_words, authors_file):
+    def test_drop_path_and_pooling_come_from_config(self, finetune_words, authors_file):
         settings = [f"init_from={authors_file}", "model.drop_path_rate=0.3", "model.pool=token"]
         model = started([*finetune_words, *settings]).module.model
         assert model.training

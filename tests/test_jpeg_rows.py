@@ -24,7 +24,7 @@ def decoded(data: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("size", [(130, 301), (16, 160), (301, 33), (17, 47)])
-def test_the_rows_are_those_of_the_whole(size, subsampling):
+def test_cut_rows_equal_rows_of_whole_image(size, subsampling):
     data = encoded(size, subsampling=subsampling, **MARKED)
     whole = decoded(data)
     cut = 0
@@ -42,7 +42,7 @@ def test_the_rows_are_those_of_the_whole(size, subsampling):
 
 
 @pytest.mark.parametrize("rows", [(0, 301), (1, 300)])
-def test_nothing_is_cut_where_all_is_needed(rows):
+def test_nothing_is_cut_if_all_rows_are_needed(rows):
     assert cut_rows(encoded(**MARKED), *rows) is None
 
 
@@ -60,11 +60,11 @@ def test_nothing_is_cut_where_all_is_needed(rows):
         encoded(**MARKED)[:180],  # inside the header
     ],
 )
-def test_other_files_are_left_alone(data):
+def test_other_files_are_unchanged(data):
     assert cut_rows(data, 20, 40) is None
 
 
-def test_any_truncated_or_damaged_file_is_cut_or_left_alone():
+def test_damaged_files_do_not_raise():
     data = encoded((60, 90), **MARKED)
     rng = np.random.default_rng(0)
     for _ in range(300):

@@ -31,7 +31,7 @@ sys.exit(3)  # with a worker that is still at work
 """
 
 
-def test_a_signal_to_the_whole_group():
+def test_workers_ignore_group_signals():
     done = subprocess.run(
         [sys.executable, "-c", LOADER], start_new_session=True, capture_output=True, text=True, timeout=100,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -48,9 +48,9 @@ def test_a_signal_to_the_whole_group():
         ("DataLoader worker (pid 12) exited unexpectedly with exit code 1.", "loader worker 12 ended"),
     ],
 )
-def test_one_that_died(text, said):
+def test_killed_worker_is_reported(text, said):
     assert said in str(worker_died(RuntimeError(text)))
 
 
-def test_other_errors():
+def test_other_errors_are_not_explained():
     assert worker_died(RuntimeError("shapes differ")) is None

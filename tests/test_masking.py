@@ -26,7 +26,7 @@ def test_number_of_masked_patches(draws):
     assert (counts == 75).mean() == pytest.approx(0.666, abs=0.02)
 
 
-def test_where_the_masked_patches_lie(draws):
+def test_spatial_distribution(draws):
     share = draws.mean(0)
     assert share[6:8, 6:8] == pytest.approx(0.72, abs=0.02)
     assert share[[0, 0, -1, -1], [0, -1, 0, -1]] == pytest.approx(0.04, abs=0.01)
@@ -60,7 +60,7 @@ def released_generator(rng: np.random.Generator) -> np.ndarray:
     return mask.astype(bool)
 
 
-def test_equals_the_release_draw_by_draw():
+def test_equals_release_given_same_random_numbers():
     for position in range(200):
         expected = released_generator(generator(7, position, MASK))
         assert np.array_equal(PAPER.draw(generator(7, position, MASK)), expected)
@@ -73,7 +73,7 @@ def independent() -> np.ndarray:
     return np.stack([released_generator(rng) for _ in range(20_000)])
 
 
-def test_every_cell_is_masked_as_often_as_in_an_independent_count(draws, independent):
+def test_distribution_equals_release_with_other_generator(draws, independent):
     counts = independent.sum((1, 2))
     assert counts.mean() == pytest.approx(74.47, abs=0.1)
     assert (counts == 75).mean() == pytest.approx(0.666, abs=0.02)
@@ -81,7 +81,7 @@ def test_every_cell_is_masked_as_often_as_in_an_independent_count(draws, indepen
     assert abs((draws.sum((1, 2)) == 75).mean() - (counts == 75).mean()) < 0.02
 
 
-def test_a_mask_is_a_function_of_its_random_numbers():
+def test_mask_is_deterministic():
     masks = [PAPER.draw(generator(0, position, MASK)) for position in (5, 5, 6)]
     assert np.array_equal(masks[0], masks[1])
     assert not np.array_equal(masks[0], masks[2])
@@ -122,6 +122,6 @@ def test_other_grids(grid, cap, smallest):
         ({"max_patches": 75, "min_aspect": 1.1}, "min_aspect"),
     ],
 )
-def test_bad_arguments(settings, named):
+def test_invalid_arguments(settings, named):
     with pytest.raises((ValueError, UserError), match=named):
         BlockwiseMask((14, 14), **settings)

@@ -17,7 +17,7 @@ def with_comment(text: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def test_what_is_written_is_found():
+def test_round_trip():
     image = picture(160, 120)
     expected = np.asarray(image).reshape(8, 15, 8, 20, 3).mean((1, 3)).reshape(64, 3)
     data = with_comment(tiles.comment(image))
@@ -32,7 +32,7 @@ def test_what_is_written_is_found():
 @pytest.mark.parametrize(
     "text", [b"a cat", tiles.PREFIX, tiles.PREFIX + b"z" * 384, tiles.PREFIX + b"\xff" * 384, tiles.PREFIX + b"0" * 500]
 )
-def test_other_comments_are_none(text):
+def test_other_comments_are_ignored(text):
     data = with_comment(text)
     assert tiles.in_jpeg(data) is None
     assert tiles.in_comment(text) is None
@@ -47,14 +47,14 @@ def test_other_comments_are_none(text):
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (31, 64), (500, 375), (127, 1001), (4000, 60)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_tiles_of_an_image_and_its_array_are_the_same(size, mode):
+def test_image_and_array_give_same_colors(size, mode):
     image = Image.effect_noise(size, 60).convert(mode)
     array = np.asarray(image).reshape(*size[::-1], -1)
     assert np.array_equal(tiles.of_image(image), tiles.of_image(array))
     assert tiles.of_image(array).shape == (64, array.shape[2])
 
 
-def test_tiles_are_the_mean_colours():
+def test_mean_colors():
     image = picture(320, 240)
     expected = np.asarray(image).reshape(8, 30, 8, 40, 3).mean((1, 3)).reshape(64, 3)
     assert np.abs(tiles.of_image(image) - expected).mean() < 4  # of 16 pixels, in parts of noise

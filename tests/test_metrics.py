@@ -29,7 +29,7 @@ def test_rows_are_appended(path):
     assert path.stat().st_ino == inode  # appended, not written anew
 
 
-def test_a_step_is_one_row(path):
+def test_one_row_per_step(path):
     logger = CsvMetrics(path)
     logger.log_metrics({"train/loss": 2.5}, step=1)
     logger.log_metrics({"val/loss": 3.5}, step=1)
@@ -46,7 +46,7 @@ def test_new_columns_leave_earlier_rows_empty(path):
     assert read_rows(path) == (["step", "a", "b"], {1: {"a": 1.0}, 2: {"b": 2.0}, 3: {"a": 3.0}})
 
 
-def test_a_new_logger_goes_on(path):
+def test_new_logger_appends(path):
     CsvMetrics(path).log_metrics({"a": 1}, step=1)
     again = CsvMetrics(path)
     again.log_metrics({"a": 2}, step=2)
@@ -55,7 +55,7 @@ def test_a_new_logger_goes_on(path):
     assert curve(path, "b") == ([3], [3.0])
 
 
-def test_cut_back(path):
+def test_truncate_after_step(path):
     """A run that died after its last checkpoint repeats steps: none may stand twice."""
     logger = CsvMetrics(path)
     for step in range(1, 6):
@@ -69,7 +69,7 @@ def test_cut_back(path):
     assert list(path.parent.iterdir()) == [path]  # nothing temporary is left
 
 
-def test_cut_back_to_the_beginning(path):
+def test_truncate_to_beginning(path):
     logger = CsvMetrics(path)
     logger.log_metrics({"a": 1}, step=1)
     logger.truncate_after(0)
@@ -77,7 +77,7 @@ def test_cut_back_to_the_beginning(path):
     assert curve(path, "a") == ([], [])
 
 
-def test_numbers_survive_to_the_last_bit(path):
+def test_numbers_are_exact(path):
     numbers = [1 / 3, 1e-30, 1e30, math.pi, -0.1]
     logger = CsvMetrics(path)
     for step, number in enumerate(numbers):
@@ -86,7 +86,7 @@ def test_numbers_survive_to_the_last_bit(path):
     assert all(math.isnan(value) for value in curve(path, "b")[1])
 
 
-def test_what_lightning_asks_of_a_logger(path):
+def test_lightning_logger_interface(path):
     logger = CsvMetrics(path)
     assert (logger.name, logger.version) == ("csv", "")
     assert logger.experiment is logger
@@ -94,12 +94,12 @@ def test_what_lightning_asks_of_a_logger(path):
     assert not path.exists()
 
 
-def test_a_metric_nobody_wrote(path):
+def test_unknown_metric(path):
     CsvMetrics(path).log_metrics({"a": 1}, step=1)
     assert curve(path, "other") == ([], [])
 
 
-def test_a_line_torn_by_a_crash_is_forgotten(tmp_path):
+def test_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.csv"
     for torn in ("1", "12,3.0e", "12,3.0"):
         path.write_text("step,train/loss\n10,4.0\n11,3.5\n" + torn)

@@ -39,12 +39,12 @@ def test_shares(weights, expected):
 @pytest.mark.parametrize(
     ("weights", "said"), [((1,), "1 numbers for 2"), ((1, 2, 3), "3 numbers for 2"), ((1, 1e-6), "less than 1 of")]
 )
-def test_weights_that_do_not_fit(weights, said):
+def test_invalid_weights(weights, said):
     with pytest.raises(UserError, match=said):
         shares(weights, 2)
 
 
-def test_counts_are_exact_at_every_blocks_end():
+def test_block_counts_are_exact():
     mixed = mixture((0.5, 0.2, 0.3), (A, B, C))
     dataset, _ = mixed.places(range(20 * mixed.block))
     counts = np.bincount(dataset.reshape(20, -1)[0], minlength=3)
@@ -53,7 +53,7 @@ def test_counts_are_exact_at_every_blocks_end():
     assert len({tuple(row) for row in dataset.reshape(20, -1)}) == 20  # but not always at the same places
 
 
-def test_every_data_set_follows_its_own_order():
+def test_each_dataset_keeps_its_own_order():
     """All of its samples once before any comes again, whatever stands between."""
     mixed = mixture()
     positions = range(3 * mixed.block)
@@ -69,7 +69,7 @@ def test_every_data_set_follows_its_own_order():
         assert epochs[0] != epochs[1]
 
 
-def test_a_position_depends_on_nothing_but_itself():
+def test_position_is_a_pure_function():
     mixed = mixture()
     everything = mixed.samples_at(range(1000))
     assert (mixture().samples_at(range(999, -1, -7)) == everything[999::-7]).all()
@@ -81,7 +81,7 @@ def test_a_position_depends_on_nothing_but_itself():
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_what_is_read_was_announced(world):
+def test_upcoming_shards_cover_next_positions(world):
     mixed = mixture(sizes=([4] * 30, [4] * 20))
     for position in (0, 50, 3 * mixed.block - 1):
         for rank in range(world):
@@ -89,7 +89,7 @@ def test_what_is_read_was_announced(world):
             assert set(soon[:, 0]) <= set(mixed.upcoming_shards(position, rank, world))
 
 
-def test_no_place_rests_on_what_numpy_does_not_promise(monkeypatch):
+def test_mixture_is_stable_across_numpy_versions(monkeypatch):
     expected = mixture().samples_at(range(600))
 
     class Other(np.random.Generator):

@@ -50,7 +50,7 @@ def by_hand(network, shards, bank: int, queries: int, k: int) -> float:
     return sweep(*found, 10, [k], [TEMPERATURE])[k, TEMPERATURE]
 
 
-def test_equals_a_vote_image_by_image(network, shards):
+def test_equals_reference_vote(network, shards):
     one = trainer()
     OnlineKNN(data(shards, val_batch=7), bank=50, queries=9, k=3).on_validation_epoch_end(one, network)
     assert one.loggers[0].seen == [by_hand(network, shards, 50, 9, 3)]
@@ -68,7 +68,7 @@ def test_images_are_decoded_once(network, shards, monkeypatch):
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_any_number_of_processes_has_the_images_of_one(world, network, shards, monkeypatch):
+def test_images_are_independent_of_world_size(world, network, shards, monkeypatch):
     """The same bytes in the same order, also where they do not divide."""
     shares: list[dict[str, Labelled]] = []
     for rank in range(world):

@@ -45,19 +45,19 @@ class TestPoly:
             (99, 0.0),
         ],
     )
-    def test_by_hand(self, step, expected):
+    def test_values(self, step, expected):
         assert poly_rate(step, 10, 4, 1.0, 0.0, 1e-6) == pytest.approx(expected, abs=1e-12)
 
-    def test_an_end_and_no_warm_up(self):
+    def test_without_warmup(self):
         assert [poly_rate(s, 4, 0, 1.0, 0.2, 0.0) for s in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
-    def test_the_recipe_s_run(self):
+    def test_release_schedule(self):
         settings = OptimSettings(lr=7e-4, min_lr=0.0, warmup_steps=1500, schedule="poly", warmup_start=1e-6)
         rates = [rate(settings, step, 160_000) for step in (0, 750, 1500, 80_000, 159_999)]
         half = 7e-4 * (1 - 750 / 160_000) * 0.5000005
         assert rates == pytest.approx([7e-10, half, 7e-4 * (1 - 1500 / 160_000), 3.5e-4, 7e-4 / 160_000])
 
-    def test_every_group_follows_it(self):
+    def test_every_group_follows_schedule(self):
         settings = OptimSettings(lr=1.0, min_lr=0.0, warmup_steps=2, schedule="poly", layer_decay=0.5)
         found = configure(classifier(), settings, total_steps=4, depth=12)
         optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
@@ -67,7 +67,7 @@ class TestPoly:
             optimizer.step()
             schedule.step()
 
-    def test_an_unknown_schedule(self):
+    def test_unknown_schedule(self):
         with pytest.raises(ValueError, match="schedule"):
             OptimSettings(lr=1.0, schedule="step")
 
@@ -89,7 +89,7 @@ class TestLearningRate:
             (1000, 0.1),
         ],
     )
-    def test_by_hand(self, step, expected):
+    def test_values(self, step, expected):
         assert learning_rate(step, total=25, warmup=5, peak=1.0, end=0.1) == pytest.approx(expected, abs=1e-12)
 
     @pytest.mark.parametrize(("warmup", "expected"), [(0, [1, 1]), (1, [0, 1]), (2, [0, 1])])
@@ -97,11 +97,11 @@ class TestLearningRate:
         rates = [learning_rate(step, total=1000, warmup=warmup, peak=1.0, end=0.0) for step in (0, 1)]
         assert rates == pytest.approx(expected, abs=1e-5)
 
-    def test_a_run_of_warm_up_alone(self):
+    def test_warmup_only(self):
         rates = [learning_rate(step, total=3, warmup=3, peak=1.0, end=0.0) for step in range(4)]
         assert rates == [0.0, 0.5, 1.0, 1.0]
 
-    def test_the_paper_s_run(self):
+    def test_paper_schedule(self):
         rates = [learning_rate(step, 1_040_000, 10_000, 1.5e-3, 1e-5) for step in (0, 1, 9_999, 10_000, 525_000)]
         assert rates == pytest.approx([0, 1.5e-3 / 9_999, 1.5e-3, 1.5e-3, (1.5e-3 + 1e-5) / 2])
 
@@ -125,14 +125,14 @@ class TestLearningRate:
             ("finetune_large_1k_22kft", 1_281_167, {12_510: 2e-5, 12_511 + 31_278.5: 1.05e-5, 75_068: 1e-6}),
         ],
     )
-    def test_the_recipes_runs_at_points_by_hand(self, name, images, points):
+    def test_shipped_experiments_at_some_steps(self, name, images, points):
         given = ["data.train=x", "init_from=x" if "finetune" in name else "tokenizer.path=x"]
         cfg = compose("fit", [f"+experiment={name}", *given])
         settings, total = cfg.optim.with_warmup_in_steps(images, cfg.global_batch_size), total_steps(cfg, images)
         rates = {s: learning_rate(s, total, settings.warmup_steps, settings.lr, settings.min_lr) for s in points}
         assert rates == pytest.approx(points, rel=2e-6)
 
-    def test_the_optimiser_follows_it_in_every_group(self):
+    def test_optimizer_groups_follow_schedule(self):
         settings = OptimSettings(lr=2e-3, min_lr=1e-4, warmup_steps=3, layer_decay=0.65)
         configured = configure(classifier(), settings, total_steps=8, depth=12)
         optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
@@ -147,7 +147,7 @@ class TestLearningRate:
 
 class TestGroups:
     @pytest.mark.parametrize("shared", [True, False])
-    def test_what_decays(self, shared):
+    def test_weight_decay_groups(self, shared):
         model = mim(abs_pos_emb=True, rel_pos_bias="shared" if shared else "none")
         groups = parameter_groups(model.named_parameters(), lr=1.0, weight_decay=0.05)
         decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
@@ -161,14 +161,14 @@ class TestGroups:
         assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
         assert {group["lr"] for group in groups} == {1.0}
 
-    def test_the_tables_of_fine_tuning_decay(self):
+    def test_finetuning_bias_tables_decay(self):
         groups = parameter_groups(classifier().named_parameters(), 1.0, 0.05)
         decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
         assert {f"blocks.{i}.attn.relative_position_bias_table" for i in range(12)} <= decayed
         assert "head.weight" in decayed
         assert not decayed & {"fc_norm.weight", "head.bias", "pos_embed", "cls_token"}
 
-    def test_every_parameter_stands_in_one_group(self):
+    def test_every_parameter_is_in_one_group(self):
         model = classifier()
         groups = parameter_groups(model.named_parameters(), 1.0, 0.05, layer_decay=0.65, depth=12)
         names = [name for group in groups for name in group["names"]]
@@ -199,7 +199,7 @@ class TestGroups:
             (24, 0.9, {"cls_token": 7.17898e-2, "blocks.23.attn.proj.weight": 0.9, "head.bias": 1}),
         ],
     )  # fmt: skip
-    def test_layer_decay_of_base_and_large_by_hand(self, depth, decay, by_hand):
+    def test_layer_decay_of_base_and_large(self, depth, decay, by_hand):
         model = Classifier(3, **TINY, depth=depth)
         groups = parameter_groups(model.named_parameters(), 1.0, 0.05, layer_decay=decay, depth=depth)
         scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
@@ -210,12 +210,12 @@ class TestGroups:
         expected = {f"blocks.{i}.{name}" for i in range(depth) for name in (*matrices, *tables)}
         assert decayed == expected | {"patch_embed.proj.weight", "head.weight"}
 
-    def test_what_only_pre_training_has(self):
+    def test_pretraining_only_parameters(self):
         assert layer_of("mask_token", 12) == 0
         assert layer_of("rel_pos_bias.relative_position_bias_table", 12) == 13
         assert layer_of("norm.weight", 12) == layer_of("lm_head.weight", 12) == 13
 
-    def test_frozen_parameters_are_left_out(self):
+    def test_frozen_parameters_are_excluded(self):
         model = mim()
         model.patch_embed.requires_grad_(False)
         names = [n for group in parameter_groups(model.named_parameters(), 1.0, 0.05) for n in group["names"]]
@@ -238,7 +238,7 @@ def parameters(seed: int = 0) -> list[nn.Parameter]:
 
 @pytest.mark.parametrize("clip", [None, 0.1, 3.0, 1e6])
 @pytest.mark.parametrize("scale", [1.0, 0.5, torch.tensor(20.0, dtype=torch.float64)])
-def test_clip_equals_torchs(clip, scale):
+def test_clip_equals_torch(clip, scale):
     ours, theirs = parameters(), parameters()
     norm = clip_gradients(ours, clip, scale)
     for parameter in theirs[:-1]:
@@ -251,11 +251,11 @@ def test_clip_equals_torchs(clip, scale):
     assert ours[-1].grad is None
 
 
-def test_no_gradients_no_norm():
+def test_norm_without_gradients():
     assert clip_gradients([nn.Parameter(torch.zeros(3))], 1.0) == 0
 
 
-def test_layers_of_a_segmenter():
+def test_layer_decay_of_segmenter():
     """The decoder learns at the top rate, everything of the backbone by its depth (RECIPE section 7)."""
     model = Segmenter(3, {"aux_channels": 8, "channels": 8}, **TINY, depth=12)
     groups = parameter_groups(model.named_parameters(), 1.0, 0.05, 0.65, 12)
@@ -275,7 +275,7 @@ def test_layers_of_a_segmenter():
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(20.0, dtype=torch.float64)])
 @pytest.mark.parametrize("clip", [None, 0.1, torch.tensor(0.1)])
-def test_the_clip_factor_has_the_gradients_type(clip, scale, monkeypatch):
+def test_clip_factor_has_gradient_dtype(clip, scale, monkeypatch):
     """A float64 factor would take torch's slow way: a kernel for each gradient."""
     factors, multiply = [], torch._foreach_mul_
     monkeypatch.setattr(torch, "_foreach_mul_", lambda given, by: factors.append(by) or multiply(given, by))
@@ -283,7 +283,7 @@ def test_the_clip_factor_has_the_gradients_type(clip, scale, monkeypatch):
     assert [getattr(factor, "dtype", torch.float32) for factor in factors] == [torch.float32]
 
 
-def test_the_factor_of_half_gradients_is_not_rounded():
+def test_clip_factor_of_half_gradients_is_not_rounded():
     """In bf16 .7011 is .6992, and 1.5 times that the number below."""
     parameter = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     parameter.grad = torch.full_like(parameter, 1.5)
@@ -291,6 +291,6 @@ def test_the_factor_of_half_gradients_is_not_rounded():
     assert parameter.grad.item() == 1.0546875
 
 
-def test_gradients_that_stay_the_same_are_not_written(monkeypatch):
+def test_unclipped_gradients_are_not_rewritten(monkeypatch):
     monkeypatch.setattr(torch, "_foreach_mul_", lambda *given: pytest.fail("a pass over all gradients"))
     assert clip_gradients(parameters(), None, 1.0) > 0

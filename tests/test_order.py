@@ -23,7 +23,7 @@ def everything(sizes: list[int]) -> list[Sample]:
 @pytest.mark.parametrize("sizes", [UNEVEN, [10] * 6, [1], [0, 3], [1000]])
 @pytest.mark.parametrize("window", [1, 4, 4096])
 @pytest.mark.parametrize("streams", [1, 3, 64])
-def test_every_sample_once_an_epoch(sizes, window, streams):
+def test_epoch_has_every_sample_once(sizes, window, streams):
     order = Order(sizes, seed=1, block_size=window, streams=streams)
     assert order.samples == sum(sizes)
     for number in (0, 1, 7):
@@ -37,7 +37,7 @@ def test_epochs_and_seeds_differ():
     assert len({tuple(first), tuple(second), tuple(other), tuple(everything(UNEVEN))}) == 4
 
 
-def test_an_order_is_a_function_of_its_arguments():
+def test_order_is_a_pure_function():
     order = Order(UNEVEN, seed=3, block_size=4, streams=3)
     expected = epoch(order, 2)
     again = Order(UNEVEN, seed=3, block_size=4, streams=3)
@@ -45,32 +45,32 @@ def test_an_order_is_a_function_of_its_arguments():
     assert epoch(pickle.loads(pickle.dumps(order)), 2) == expected
 
 
-def test_without_shuffling_the_samples_come_as_they_stand():
+def test_without_shuffling_samples_are_sequential():
     order = Order(UNEVEN, seed=3, shuffle=False)
     assert epoch(order, 0) == epoch(order, 5) == everything(UNEVEN)
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 0], [3, -1]])
-def test_nothing_to_order(sizes):
+def test_empty_order(sizes):
     with pytest.raises(ValueError, match="at least one sample"):
         Order(sizes)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_positions_are_dealt_to_every_rank(world):
+def test_positions_are_dealt_to_ranks(world):
     for step in (0, 3):
         shares = [list(positions(step, rank, world, global_batch_size=8)) for rank in range(world)]
         assert sorted(itertools.chain(*shares)) == list(range(8 * step, 8 * (step + 1)))
         assert {len(share) for share in shares} == {8 // world}
 
 
-def test_an_uneven_deal_is_refused():
+def test_uneven_global_batch_is_refused():
     with pytest.raises(ValueError, match="cannot be dealt evenly"):
         positions(0, 0, 3, 8)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_a_rank_reads_its_own_share_of_the_shards(world):
+def test_ranks_read_disjoint_shards(world):
     order = Order([10] * 16, seed=0, block_size=20, streams=4)
     shards = [
         {order.sample_at(k).shard for step in range(20) for k in positions(step, rank, world, global_batch_size=8)}
@@ -80,7 +80,7 @@ def test_a_rank_reads_its_own_share_of_the_shards(world):
     assert len(set().union(*shards)) == 16
 
 
-def test_a_window_keeps_reads_near():
+def test_shuffle_block_limits_open_shards():
     order = Order([10] * 100, seed=0, block_size=40, streams=4)
     first_epoch = epoch(order, 0)
     for stream in range(4):
@@ -91,7 +91,7 @@ def test_a_window_keeps_reads_near():
         assert np.mean([a.shard != b.shard for a, b in itertools.pairwise(samples)]) > 0.5
 
 
-def test_a_far_position_of_a_large_set_is_found_at_once():
+def test_random_access_is_fast():
     order = Order([1000] * 14_200, seed=0, block_size=4096, streams=64)
     start = time.perf_counter()
     sample = order.sample_at(100_000_000)
@@ -102,7 +102,7 @@ def test_a_far_position_of_a_large_set_is_found_at_once():
 
 @pytest.mark.parametrize("streams", [1, 3, 64])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_many_positions_at_once_are_those_one_by_one(streams, shuffle):
+def test_vectorized_lookup_equals_single_lookup(streams, shuffle):
     order = Order(UNEVEN, seed=1, block_size=4, streams=streams, shuffle=shuffle)
     for some in (range(0, 130), range(100, 3, -7), np.array([5, 5, 400, 0]), range(0)):
         assert order.samples_at(some).tolist() == [list(order.sample_at(int(k))) for k in some]
@@ -110,7 +110,7 @@ def test_many_positions_at_once_are_those_one_by_one(streams, shuffle):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("position", [0, 77, 155, 163, 10**6])
-def test_what_is_read_was_announced(world, position):
+def test_upcoming_shards_cover_next_block(world, position):
     """The shards of the next window of every stream, and nothing that is far away."""
     order = Order([5] * 32, seed=2, block_size=10, streams=4)
     for rank in range(world):
@@ -142,14 +142,14 @@ def test_shuffling_quality():
     assert again / (batch * (batch - 1)) < 2 * batch / n
 
 
-def test_randomness_is_keyed_by_seed_position_and_purpose():
+def test_generator_is_keyed_by_seed_position_and_purpose():
     keys = list(itertools.product((0, 1, 2**40), (0, 1, 2**40, 2**60), (VIEW, MASK)))
     numbers = [tuple(generator(*key).random(4)) for key in keys]
     assert len(set(itertools.chain(*numbers))) == 4 * len(keys)
     assert numbers == [tuple(generator(*key).random(4)) for key in keys]
 
 
-def test_purposes_do_not_share_random_numbers():
+def test_purposes_are_independent():
     """However much a view draws, its numbers never become those of the mask of its position."""
     view = generator(0, 5, VIEW).random(10_000)
     mask = generator(0, 5, MASK).random(10_000)
@@ -157,11 +157,11 @@ def test_purposes_do_not_share_random_numbers():
     assert abs(np.corrcoef(view, mask)[0, 1]) < 0.05  # five standard errors
 
 
-def test_random_numbers_are_the_same_on_every_machine():
+def test_random_numbers_are_portable():
     assert generator(7, 123_456_789, MASK).integers(0, 1000, 6).tolist() == [351, 934, 584, 962, 178, 141]
 
 
-def test_orders_are_the_same_under_every_numpy(monkeypatch):
+def test_order_is_stable_across_numpy_versions(monkeypatch):
     """NumPy promises the raw draws of a bit generator, and not what Generator.permutation or shuffle make of them."""
     assert permutation(8, 7, 123_456_789, MASK).tolist() == [4, 5, 2, 3, 6, 7, 0, 1]
     assert sorted(permutation(1000, 0, 5, MASK)) == list(range(1000))

@@ -81,13 +81,13 @@ class TestNearestVisible:
                 expected = min(visible, key=lambda v: (math.dist(places[n], places[v]), v))
                 assert nearest == expected
 
-    def test_a_visible_patch_is_its_own(self):
+    def test_visible_patch_is_its_own_neighbour(self):
         mask = masks(6)
         found, own = nearest_visible(mask), torch.arange(16).expand(6, -1)
         assert torch.equal(found[~mask], own[~mask])
         assert not mask.gather(1, found).any()
 
-    def test_one_visible_patch(self):
+    def test_single_visible_patch(self):
         mask = torch.ones(1, 16, dtype=torch.bool)
         mask[0, 11] = False
         assert nearest_visible(mask).tolist() == [[11] * 16]
@@ -129,7 +129,7 @@ class TestOneStep:
         return fresh, {name: p.grad for name, p in fresh.model.named_parameters() if p.grad is not None}
 
     @pytest.mark.parametrize("micro_batches", [1, 2, 4])
-    def test_the_gradient_is_that_of_the_whole_batch(self, shards, micro_batches):
+    def test_gradient_equals_full_batch(self, shards, micro_batches):
         _, expected = self.expected(shards)
         got = self.run(shards, micro_batches)
         assert got.kept.keys() == expected.keys()
@@ -137,7 +137,7 @@ class TestOneStep:
         for name, gradient in expected.items():
             assert torch.allclose(got.kept[name], gradient, atol=1e-7, rtol=1e-4), name
 
-    def test_the_clip_sees_the_whole_gradient(self, shards):
+    def test_clip_uses_accumulated_gradient(self, shards):
         """Clipping after the rescaling: the norm that counts is that of the mean over masked patches."""
         fresh, _ = self.expected(shards)
         norm = torch.nn.utils.clip_grad_norm_(fresh.model.parameters(), 0.01)
@@ -146,7 +146,7 @@ class TestOneStep:
         for name, parameter in fresh.model.named_parameters():
             assert torch.allclose(got.kept[name], parameter.grad, atol=1e-8, rtol=1e-4), name
 
-    def test_what_is_counted_starts_again_after_a_step(self, shards):
+    def test_metrics_reset_after_step(self, shards):
         got = self.run(shards, 2)
         assert got._masked == 0
 
@@ -170,8 +170,8 @@ def test_overfits_one_batch():
     assert correct == masked
 
 
-class TestTokenizerStaysOutside:
-    def test_of_the_module(self, dvae_checkpoint):
+class TestTokenizerIsNotTrained:
+    def test_not_in_state_dict(self, dvae_checkpoint):
         pretraining = module(DVAETokenizer(dvae_checkpoint))
         assert all(name.startswith("model.") for name in pretraining.state_dict())
         assert not [name for name in pretraining.state_dict() if "tokenizer" in name]
@@ -179,7 +179,7 @@ class TestTokenizerStaysOutside:
         assert {id(p) for p in pretraining.parameters()} == own
         assert not own & {id(p) for p in pretraining.tokenizer.model.parameters()}
 
-    def test_of_the_optimiser(self, dvae_checkpoint, shards):
+    def test_not_in_optimizer(self, dvae_checkpoint, shards):
         pretraining = module(DVAETokenizer(dvae_checkpoint))
         before = {name: p.clone() for name, p in pretraining.tokenizer.model.named_parameters()}
         run = trainer()
@@ -189,7 +189,7 @@ class TestTokenizerStaysOutside:
         assert all(torch.equal(before[name], p) for name, p in pretraining.tokenizer.model.named_parameters())
         assert not pretraining.tokenizer.model.training
 
-    def test_another_vocabulary(self):
+    def test_vocab_size_mismatch(self):
         with pytest.raises(UserError, match=r"model\.vocab_size=16, but the tokenizer has 32 tokens"):
             module(vocab_size=16)
 
@@ -206,7 +206,7 @@ class TestValidation:
             results.append({name: float(value) for name, value in run.callback_metrics.items()})
         return results
 
-    def test_batches_do_not_matter(self, logged):
+    def test_metrics_are_independent_of_batch_size(self, logged):
         assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
     def test_equals_brute_force(self, logged, shards):

@@ -37,7 +37,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forked workers")
-def test_workers_end_with_a_killed_parent():
+def test_workers_exit_if_parent_is_killed():
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     num_workers = [int(word) for word in parent.stdout.readline().split()]

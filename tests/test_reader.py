@@ -43,7 +43,7 @@ def expected(shards):
     return everything(ShardReader(shards / "train"))
 
 
-def test_a_server_gives_what_the_folder_holds(shards, serve, access, expected):
+def test_http_equals_local_folder(shards, serve, access, expected):
     server = serve(shards)
     reader = ShardReader(f"{server.url}/train", access)
     assert reader.remote
@@ -58,11 +58,11 @@ def test_a_server_gives_what_the_folder_holds(shards, serve, access, expected):
     assert everything(pickle.loads(pickle.dumps(again))) == expected
 
 
-def test_a_pipe_gives_what_the_folder_holds(shards, access, expected):
+def test_pipe_equals_local_folder(shards, access, expected):
     assert everything(ShardReader(f"pipe:cat {shards}/train/{{name}}", access)) == expected
 
 
-def test_several_folders_read_as_one(shards, serve, access, expected):
+def test_several_folders(shards, serve, access, expected):
     server = serve(shards)
     reader = ShardReader([str(shards / "val"), f"{server.url}/train"], access)
     val = ShardReader(shards / "val")
@@ -73,7 +73,7 @@ def test_several_folders_read_as_one(shards, serve, access, expected):
     assert [reader.is_remote(shard) for shard in (0, len(val.sizes))] == [False, True]
 
 
-def test_labels_of_different_classes_are_dropped(shards, folder):
+def test_labels_are_dropped_if_classes_differ(shards, folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["classes"][0] = "another"
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -98,7 +98,7 @@ class TestHostile:
         ],
     )
     @pytest.mark.parametrize("local", [True, False])
-    def test_manifest(self, folder, serve, access, tmp_path, key, value, local):
+    def test_hostile_manifest(self, folder, serve, access, tmp_path, key, value, local):
         manifest = json.loads((folder / "manifest.json").read_text())
         entry = manifest["shards"][1]
         if key in manifest and type(value) is int:
@@ -111,12 +111,12 @@ class TestHostile:
         assert sorted(tmp_path.rglob("*")) == before
 
     @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b"[" * 100_000, b"<html>login</html>"])
-    def test_what_is_no_manifest(self, folder, serve, access, content):
+    def test_invalid_manifest(self, folder, serve, access, content):
         (folder / "manifest.json").write_bytes(content)
         with pytest.raises(UserError, match=r"manifest\.json of http.* is damaged"):
             ShardReader(serve(folder).url, access)
 
-    def test_twice_the_same_shard(self, folder):
+    def test_duplicate_shard(self, folder):
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["shards"][1]["name"] = manifest["shards"][0]["name"]
         (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -125,7 +125,7 @@ class TestHostile:
 
     @pytest.mark.parametrize("field", ["image_offset", "image_size", "label"])
     @pytest.mark.parametrize("value", [2**40, 2**62])
-    def test_index(self, folder, field, value):
+    def test_hostile_index(self, folder, field, value):
         path = folder / "shard-000000.index.npy"
         index = np.load(path)
         index[3][field] = value
@@ -133,7 +133,7 @@ class TestHostile:
         with pytest.raises(UserError, match=r"shard-000000\.tar (points outside|has labels beyond)"):
             ShardReader(folder).read(Sample(0, 0))
 
-    def test_an_index_of_another_kind(self, folder):
+    def test_index_of_wrong_dtype(self, folder):
         for wrong in (np.zeros(12), np.zeros((0,), "<u8"), np.load(folder / "shard-000000.index.npy")[:-1]):
             np.save(folder / "shard-000000.index.npy", wrong)
             with pytest.raises(UserError, match="does not fit its manifest"):
@@ -145,7 +145,7 @@ class TestHostile:
 
 class TestServers:
     @pytest.mark.parametrize("trouble", ["drop", "half", "stall", "flip", 503])
-    def test_what_passes(self, shards, serve, access, expected, trouble):
+    def test_retries_transient_errors(self, shards, serve, access, expected, trouble):
         server = serve(shards / "train")
         server.trouble = lambda name, number: trouble if number == 0 and "shard" in name else None
         assert everything(ShardReader(server.url, access)) == expected
@@ -154,7 +154,7 @@ class TestServers:
         ("trouble", "said"),
         [("drop", "3 tries"), ("stall", "stalled"), ("flip", "SHA-256"), (503, "HTTP 503"), (404, "HTTP 404")],
     )
-    def test_what_does_not_pass_names_the_shard(self, shards, serve, access, tmp_path, trouble, said):
+    def test_permanent_error_names_shard(self, shards, serve, access, tmp_path, trouble, said):
         server = serve(shards / "train")
         server.ranges = False
         server.trouble = lambda name, number: trouble if name == "shard-000002.tar" else None
@@ -165,11 +165,11 @@ class TestServers:
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
         assert not list((tmp_path / "cache").glob("*.partial"))
 
-    def test_a_manifest_that_cannot_be_had(self, shards, serve, access):
+    def test_unreachable_manifest(self, shards, serve, access):
         with pytest.raises(UserError, match=r"^manifest\.json of .*/nowhere cannot be fetched: HTTP 404"):
             ShardReader(f"{serve(shards).url}/nowhere", access)
 
-    def test_a_manifest_that_breaks_off(self, shards, serve, access, expected):
+    def test_truncated_manifest_is_retried(self, shards, serve, access, expected):
         """From a server that does not say how long it is."""
         server = serve(shards / "train")
         server.trouble = lambda name, number: "unsaid" if name == "manifest.json" and number < 2 else None
@@ -179,7 +179,7 @@ class TestServers:
         with pytest.raises(UserError, match=r"manifest\.json of .* cannot be fetched \(3 tries\): broke off after"):
             ShardReader(server.url, access)
 
-    def test_shards_that_are_not_the_manifests(self, shards, serve, access, folder):
+    def test_shard_with_other_checksum(self, shards, serve, access, folder):
         server = serve(folder)
         reader = ShardReader(server.url, access)
         spoil(folder, 0, [0])  # changed on the server since the run began
@@ -187,7 +187,7 @@ class TestServers:
             reader.read(Sample(0, 0))
 
 
-def test_a_local_shard_that_vanishes(folder):
+def test_deleted_local_shard(folder):
     reader = ShardReader(folder)
     reader.read(Sample(0, 0))
     os.truncate(folder / "shard-000000.tar", 600)
@@ -198,7 +198,7 @@ def test_a_local_shard_that_vanishes(folder):
         reader.read(Sample(1, 0))
 
 
-def test_the_content_of_a_local_shard(folder):
+def test_damaged_local_shard(folder):
     reader = ShardReader(folder)
     for shard in range(len(reader.sizes)):
         reader.check_content(shard)
@@ -213,7 +213,7 @@ def test_the_content_of_a_local_shard(folder):
         reader.check_content(2)
 
 
-def test_images_without_a_class_are_counted_by_the_manifest(shards):
+def test_unlabelled_images_are_counted(shards):
     reader = ShardReader(shards / "train")
     assert reader.without_class == 0
     assert reader.samples == len(labels(reader))

@@ -34,7 +34,7 @@ def place(tmp_path_factory, photos) -> Path:
 
 
 @pytest.mark.parametrize("number", range(len(commands())))
-def test_command(number, place, run_cli, monkeypatch):
+def test_readme_command(number, place, run_cli, monkeypatch):
     monkeypatch.chdir(place)  # one after the other: each stands on the files of those before
     words = shlex.split(commands()[number])
     assert words[:3] == ["python", "-m", "beit_pretrain"]
@@ -45,7 +45,7 @@ def test_command(number, place, run_cli, monkeypatch):
     assert code == 0, stderr
 
 
-def test_their_results(place):
+def test_files_written_by_readme_commands(place):
     rows = (place / "predictions.csv").read_text().splitlines()
     assert rows[0] == "file,rank,class,probability,index"
     assert len(rows) > 10
@@ -57,7 +57,7 @@ def test_their_results(place):
     assert (place / "runs/small_own/checkpoints/probe/layers.csv").read_text().count("\n") == 3
 
 
-def test_the_tree_names_every_module_in_its_folder():
+def test_module_tree_is_complete():
     """And nothing that does not exist."""
     root, named, folder = Path(__file__).parents[1] / "src/beit_pretrain", set(), Path()
     tree = (root.parents[1] / "docs/architecture.md").read_text().partition("    src/beit_pretrain/\n")[2]

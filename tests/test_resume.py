@@ -26,7 +26,7 @@ def words(shards, dvae_checkpoint, tmp_path):
     return ["fit", *tiny_words(shards, dvae_checkpoint), *more]
 
 
-def test_a_finished_run_is_made_longer_by_hand(words, run_cli, tmp_path):
+def test_finished_run_can_be_extended(words, run_cli, tmp_path):
     """Whoever changes config.yaml means it. The loop of the last checkpoint had come to its end."""
     run = tmp_path / "run"
     assert run_cli(*words)[0] == 0
@@ -45,19 +45,19 @@ DAMAGED = {"unfinished": b"a: [1, ", "binary": bytes(range(256)), "list": b"[1, 
 
 class TestDamagedConfig:
     @pytest.mark.parametrize("kind", DAMAGED)
-    def test_it_is_named(self, kind, tmp_path):
+    def test_error_names_file(self, kind, tmp_path):
         (tmp_path / "config.yaml").write_bytes(DAMAGED[kind])
         with pytest.raises(UserError, match=r"config\.yaml cannot be read as the settings of a run: "):
             read_config(tmp_path / "config.yaml")
 
-    def test_in_one_line(self, run_cli, tmp_path):
+    def test_error_is_one_line(self, run_cli, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run/config.yaml").write_bytes(DAMAGED["unfinished"])
         code, _, stderr = run_cli("validate", f"run={tmp_path / 'run'}")
         assert (code, stderr.count("\n")) == (2, 1), stderr
         assert "run/config.yaml cannot be read" in stderr
 
-    def test_a_sweep_takes_its_member_for_unfinished(self, words, tmp_path):
+    def test_sweep_treats_run_as_unfinished(self, words, tmp_path):
         member = SweepRun("run", tmp_path / "run", {}, words[1:])
         member.folder.mkdir()
         mark_finished(member.folder, 4)
@@ -102,7 +102,7 @@ class TestOtherSettings:
         assert set(rows_of(run)) == {1, 2, 3, 4}
         assert (run / ".wandb_id").read_text() == "abc"
 
-    def test_with_a_checkpoint_and_no_config(self, words, run_cli, tmp_path):
+    def test_checkpoint_without_config(self, words, run_cli, tmp_path):
         run = tmp_path / "run"
         assert run_cli(*words)[0] == 0
         config = (run / "config.yaml").read_text()
@@ -114,7 +114,7 @@ class TestOtherSettings:
         assert "last.ckpt has them" in stderr
         assert (run / "config.yaml").read_text() == config
 
-    def test_a_checkpoint_of_an_older_version_says_none(self, words, run_cli, tmp_path):
+    def test_checkpoint_without_settings(self, words, run_cli, tmp_path):
         last = tmp_path / "run/checkpoints/last.ckpt"
         assert run_cli(*words)[0] == 0
         content = last_checkpoint(tmp_path / "run")
@@ -126,7 +126,7 @@ class TestOtherSettings:
         assert "nothing is compared" in stderr
 
 
-def test_lost_metrics_are_pointed_out(words, run_cli, tmp_path):
+def test_warns_about_lost_metrics(words, run_cli, tmp_path):
     """Once: from then on the checkpoints count what is left."""
     words, run = [*words, "steps=6", "log_every=2", "val_every=3"], tmp_path / "run"
     assert run_cli(*words)[0] == 0

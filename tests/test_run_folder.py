@@ -28,7 +28,7 @@ def in_another_process(folder: Path) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_one_process_holds_it(tmp_path):
+def test_only_one_process_holds_lock(tmp_path):
     folder = tmp_path / "run"
     with exclusive_lock(folder, first=True):
         assert in_another_process(folder) == 1
@@ -38,7 +38,7 @@ def test_one_process_holds_it(tmp_path):
     assert in_another_process(folder) == 0
 
 
-def test_a_child_does_not_hold_it(tmp_path):
+def test_child_process_does_not_hold_lock(tmp_path):
     """A loader worker that outlives a killed run must not keep the next one out."""
     ready, done = os.pipe(), os.pipe()
     run = os.fork()
@@ -62,7 +62,7 @@ def words(shards, dvae_checkpoint, tmp_path):
     return ["fit", *tiny_words(shards, dvae_checkpoint), "data.num_workers=0", "num_visualizations=0", "steps=1"]
 
 
-def test_it_is_held_before_it_is_read(words, run_cli, tmp_path, monkeypatch):
+def test_lock_is_taken_before_folder_is_read(words, run_cli, tmp_path, monkeypatch):
     """A run that is just ending would move the starting point of the next one."""
     words, run = [*words, f"run_dir={tmp_path / 'run'}"], tmp_path / "run"
     assert run_cli(*words)[0] == 0
@@ -79,7 +79,7 @@ def test_it_is_held_before_it_is_read(words, run_cli, tmp_path, monkeypatch):
     assert in_another_process(run) == 0
 
 
-def test_a_folder_that_another_run_has_made_meanwhile(words, run_cli, tmp_path, monkeypatch):
+def test_folder_created_by_another_run_meanwhile(words, run_cli, tmp_path, monkeypatch):
     """It trains between the look at a folder that is not there yet and the lock: what it saved stays."""
     words, other, run = [*words, f"run_dir={tmp_path / 'run'}"], tmp_path / "other", tmp_path / "run"
     assert run_cli(*words, f"run_dir={other}")[0] == 0
@@ -99,7 +99,7 @@ def test_a_folder_that_another_run_has_made_meanwhile(words, run_cli, tmp_path, 
     assert (code, "already finished" in stdout) == (0, True)
 
 
-def test_nothing_but_the_runs_own_files_goes(tmp_path):
+def test_clear_removes_only_files_of_the_run(tmp_path):
     ours = ["checkpoints/last.ckpt", "checkpoints/previous.ckpt", "checkpoints/best.ckpt", "checkpoints/.last.partial"]
     ours += ["checkpoints/step-00000010.ckpt", "checkpoints/last.ckpt.damaged", "metrics.csv", "skipped.jsonl"]
     ours += ["replaced.jsonl", "finished.json", "pictures/step-000010.png"]
@@ -124,7 +124,7 @@ def test_damaged_checkpoints_are_set_aside(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"step": "many"}', "\0"])
-def test_finished(content, tmp_path):
+def test_finished_marker(content, tmp_path):
     assert finished_step(tmp_path) is None
     mark_finished(tmp_path, 12)
     assert finished_step(tmp_path) == 12

@@ -29,7 +29,7 @@ def words(shards, dvae_checkpoint, tmp_path):
     return fit_words("pretrain", shards, *more)
 
 
-def test_a_run_that_died_goes_on_as_if_it_had_not(words, run_cli, tmp_path, monkeypatch):
+def test_resume_after_crash_is_bit_identical(words, run_cli, tmp_path, monkeypatch):
     words = [*words, "steps=6", "val_every=3", "save_every=2"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
     make = runs.make_trainer
@@ -51,7 +51,7 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(words, run_cli, tmp_path, monk
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (8, 1)])
-def test_a_run_goes_on_with_other_micro_batches(before, after, words, run_cli, tmp_path, monkeypatch):
+def test_resume_with_other_batch_size(before, after, words, run_cli, tmp_path, monkeypatch):
     """The same global batches, whatever their parts: no position twice, none missing."""
     words = [*words, "steps=6", "val_every=6", "save_every=1"]
     seen: list[int] = []
@@ -74,7 +74,7 @@ def test_a_run_goes_on_with_other_micro_batches(before, after, words, run_cli, t
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
 @pytest.mark.parametrize("task", ["pretrain", "tokenizer", "finetune"])
-def test_every_kind_of_run_in_every_precision(task, precision, shards, dvae_checkpoint, run_cli, tmp_path):
+def test_every_task_in_every_precision(task, precision, shards, dvae_checkpoint, run_cli, tmp_path):
     more = {
         "pretrain": [f"tokenizer.path={dvae_checkpoint}"],
         "tokenizer": [],
@@ -86,7 +86,7 @@ def test_every_kind_of_run_in_every_precision(task, precision, shards, dvae_chec
     assert all(0 < loss < 10 for loss in curve(tmp_path / "run/metrics.csv", "train/loss")[1])
 
 
-def test_a_loss_scale_is_not_taken_for_a_gradient(words, run_cli, tmp_path, monkeypatch):
+def test_gradient_norm_excludes_loss_scale(words, run_cli, tmp_path, monkeypatch):
     """trainer.precision=16-mixed, which Lightning allows on a GPU alone: norm and clip are those of the gradient."""
     words = [*words, "steps=4", "val_every=4", "optim.warmup_steps=1"]
     assert run_cli(*words, f"run_dir={tmp_path / 'full'}")[0] == 0
@@ -116,7 +116,7 @@ def long_run(words: list[str], folder: Path, *more: str) -> subprocess.Popen:
 
 
 @pytest.mark.long
-def test_ctrl_c_ends_with_one_line_and_130(words, tmp_path):
+def test_ctrl_c_exits_with_130(words, tmp_path):
     process = long_run(words, tmp_path / "run", "steps=100000", "save_every=5")
     last = tmp_path / "run/checkpoints/last.ckpt"
     deadline = time.monotonic() + 90
@@ -131,7 +131,7 @@ def test_ctrl_c_ends_with_one_line_and_130(words, tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_take_the_steps_of_one(words, tmp_path):
+def test_two_processes_equal_one(words, tmp_path):
     words = [*words, "steps=4", "val_every=4", "trainer.accelerator=cpu"]
     assert long_run(words, tmp_path / "one").wait(120) == 0
     assert long_run(words, tmp_path / "two", "trainer.devices=2", "trainer.strategy=ddp").wait(200) == 0
@@ -140,14 +140,14 @@ def test_two_processes_take_the_steps_of_one(words, tmp_path):
         assert two == pytest.approx(one, rel=1e-4), metric
 
 
-def test_another_config_in_the_same_folder_is_refused(words, run_cli, refused):
+def test_changed_settings_are_refused(words, run_cli, refused):
     assert run_cli(*words, "steps=2")[0] == 0
     assert "optim.lr: 0.003 -> 0.001" in refused(*words, "steps=2", "optim.lr=1e-3")
     assert run_cli(*words, "steps=2", "log_every=2")[0] == 0  # how a run is watched may change
     assert run_cli(*words, "steps=2", "optim.lr=1e-3", "resume=never")[0] == 0
 
 
-def test_a_run_goes_on_with_the_images_it_began_with(words, shards, run_cli, refused, tmp_path):
+def test_resume_needs_same_images(words, shards, run_cli, refused, tmp_path):
     """Wherever they lie; another content of the same folder is refused."""
     data = tmp_path / "data"
     shutil.copytree(shards, data)
@@ -162,7 +162,7 @@ def test_a_run_goes_on_with_the_images_it_began_with(words, shards, run_cli, ref
     assert "data.val" in refused(*words, "data.val=null", "steps=2", "val_every=2")
 
 
-def test_starting_over_touches_nothing_but_the_runs_own_files(words, run_cli, tmp_path):
+def test_resume_never_keeps_foreign_files(words, run_cli, tmp_path):
     precious = tmp_path / "run/pictures/holiday.png"
     precious.parent.mkdir(parents=True)
     precious.write_text("mine")
@@ -170,7 +170,7 @@ def test_starting_over_touches_nothing_but_the_runs_own_files(words, run_cli, tm
     assert precious.read_text() == "mine"
 
 
-def test_the_tokenizer_is_not_in_the_checkpoint_or_the_optimiser(words, run_cli, tmp_path):
+def test_tokenizer_is_not_saved(words, run_cli, tmp_path):
     assert run_cli(*words, "steps=1")[0] == 0
     content = checkpoint.read(tmp_path / "run/checkpoints/last.ckpt")
     assert all(name.startswith("model.") for name in content["state_dict"])
@@ -178,7 +178,7 @@ def test_the_tokenizer_is_not_in_the_checkpoint_or_the_optimiser(words, run_cli,
     assert sum(len(group["params"]) for group in groups) == len(content["state_dict"])
 
 
-def test_what_a_run_logs(words, run_cli, tmp_path):
+def test_logged_metrics_and_files(words, run_cli, tmp_path):
     assert run_cli(*words, "steps=2", "val_every=2")[0] == 0
     columns = (tmp_path / "run/metrics.csv").read_text().splitlines()[0].split(",")
     train = "loss masked_token_accuracy codebook_perplexity masked_ratio lr gradient_norm images_per_s data_wait"
@@ -188,7 +188,7 @@ def test_what_a_run_logs(words, run_cli, tmp_path):
     assert (tmp_path / "run/config.yaml").is_file()
 
 
-def test_wandb_is_offline_without_an_account(words, run_cli, tmp_path, monkeypatch):
+def test_wandb_is_offline_without_api_key(words, run_cli, tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -202,7 +202,7 @@ def test_wandb_is_offline_without_an_account(words, run_cli, tmp_path, monkeypat
 
 
 @pytest.mark.long
-def test_one_step_of_base_22k_on_a_cpu(shards, openai_files_full, run_cli, tmp_path):
+def test_base_22k_step_on_cpu(shards, openai_files_full, run_cli, tmp_path):
     """The paper's experiment as it is shipped, but for the batch: 224 px, 8192 tokens, the dall_e package's encoder."""
     words = ["fit", "+experiment=base_22k", f"data.train={shards / 'train'}", f"tokenizer.path={openai_files_full}"]
     words += [

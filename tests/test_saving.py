@@ -83,7 +83,7 @@ def same_content(one, other, place: str = "") -> None:
         assert one == other, place
 
 
-def test_a_checkpoint_is_the_run_as_it_was(short, run_cli, tmp_path, monkeypatch, with_callback):
+def test_checkpoint_is_snapshot_of_its_step(short, run_cli, tmp_path, monkeypatch, with_callback):
     """Written three steps later, it holds what one has that is waited for: weights, moments, sums, loops."""
     short = [*short, "log_every=3", "keep_every=4"]  # the sums of step 4 are not written yet
     save = BackgroundCheckpointIO.save_checkpoint
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_the_run_as_it_was(short, run_cli, tmp_path, monkeypatch
         same_content(*both)
 
 
-def test_a_write_that_fails_ends_the_run_at_the_next_step(short, run_cli, tmp_path, monkeypatch, with_callback):
+def test_failed_write_ends_run_at_next_step(short, run_cli, tmp_path, monkeypatch, with_callback):
     """One line, exit code 2, and the checkpoint before it is intact."""
     steps = with_callback(Steps())
     fail_from(monkeypatch, 8)
@@ -137,7 +137,7 @@ def fail_from(monkeypatch, step: int) -> None:
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", write)
 
 
-def test_a_best_checkpoint_that_fails_before_any_other(words, run_cli, monkeypatch, with_callback):  # noqa: F811
+def test_failed_best_checkpoint_before_first_last(words, run_cli, monkeypatch, with_callback):  # noqa: F811
     """It is written by the same thread, and ends the run as soon."""
     steps = with_callback(Steps())
     fail_from(monkeypatch, 1)
@@ -147,14 +147,14 @@ def test_a_best_checkpoint_that_fails_before_any_other(words, run_cli, monkeypat
     assert 2 <= steps.prepare_view <= 4
 
 
-def test_a_best_checkpoint_is_waited_for_too(words, run_cli, tmp_path, slow, with_callback):  # noqa: F811
+def test_exit_waits_for_best_checkpoint(words, run_cli, tmp_path, slow, with_callback):  # noqa: F811
     with_callback(Crash(3))
     with pytest.raises(RuntimeError, match="power cut"):
         run_cli(*in_process(words), "save_every=1000", "val_every=2", f"run_dir={tmp_path / 'run'}")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["best.ckpt"]
 
 
-def test_a_run_that_has_no_step_to_take_hears_of_its_checkpoint_too(short, run_cli, tmp_path, monkeypatch):
+def test_failed_write_without_steps_left(short, run_cli, tmp_path, monkeypatch):
     """Its last checkpoint was lost, and one that is kept for good has all steps."""
     given = [*short, "steps=8", "keep_every=8"]
     assert run_cli(*given)[0] == 0
@@ -170,7 +170,7 @@ def test_a_run_that_has_no_step_to_take_hears_of_its_checkpoint_too(short, run_c
     assert last_checkpoint(tmp_path / "run")["global_step"] == 8
 
 
-def test_a_signal_while_a_checkpoint_is_taken_costs_no_other(short, run_cli, tmp_path, monkeypatch, signals_restored):  # noqa: F811
+def test_signal_during_snapshot_does_not_save_twice(short, run_cli, tmp_path, monkeypatch, signals_restored):  # noqa: F811
     """That may take long: the write before it is waited for."""
     save = CheckpointManager.save
 
@@ -185,7 +185,7 @@ def test_a_signal_while_a_checkpoint_is_taken_costs_no_other(short, run_cli, tmp
     assert last_checkpoint(tmp_path / "run")["global_step"] == 8
 
 
-def test_the_last_write_that_fails(short, run_cli, tmp_path, monkeypatch):
+def test_failed_final_write(short, run_cli, tmp_path, monkeypatch):
     """No step comes after it; the run is not called finished."""
     fail_from(monkeypatch, 10)
     code, stdout, stderr = run_cli(*short)
@@ -195,7 +195,7 @@ def test_the_last_write_that_fails(short, run_cli, tmp_path, monkeypatch):
     assert not (tmp_path / "run/finished.json").exists()
 
 
-def test_a_write_that_fails_under_a_signal(short, run_cli, tmp_path, monkeypatch, sends):  # noqa: F811
+def test_failed_write_during_preemption(short, run_cli, tmp_path, monkeypatch, sends):  # noqa: F811
     """Exit code 2 and not 75: nothing is saved from which the same command could go on."""
     fail_from(monkeypatch, 6)
     sends("on_train_batch_start", 5)
@@ -206,7 +206,7 @@ def test_a_write_that_fails_under_a_signal(short, run_cli, tmp_path, monkeypatch
     assert last_checkpoint(tmp_path / "run")["global_step"] == 4
 
 
-def test_a_write_that_fails_beside_another_error(short, run_cli, monkeypatch, with_callback, capsys):
+def test_failed_write_does_not_hide_other_error(short, run_cli, monkeypatch, with_callback, capsys):
     """The run ends by what ended it; the other one is said too."""
     with_callback(Crash(4))
     fail_from(monkeypatch, 4)
@@ -215,29 +215,29 @@ def test_a_write_that_fails_beside_another_error(short, run_cli, monkeypatch, wi
     assert "warning: disk full of step 4" in capsys.readouterr().err
 
 
-class TestWhatIsBeingWrittenIsWaitedFor:
+class TestPendingWriteIsAwaited:
     """When a process ends, its last checkpoint is on the disk as a whole."""
 
-    def test_at_the_end(self, short, run_cli, tmp_path, slow):
+    def test_at_normal_end(self, short, run_cli, tmp_path, slow):
         code, stdout, _ = run_cli(*short)
         assert (code, "saved" in stdout) == (0, True)
         assert last_checkpoint(tmp_path / "run")["global_step"] == 10
         assert torch.load(tmp_path / "run/checkpoints/previous.ckpt", weights_only=True)["global_step"] == 8
 
-    def test_when_told_to_stop(self, short, run_cli, tmp_path, slow, sends, signals_restored):  # noqa: F811
+    def test_on_signal(self, short, run_cli, tmp_path, slow, sends, signals_restored):  # noqa: F811
         sends("on_train_batch_start", 5)
         with pytest.raises(SystemExit) as stopped:
             run_cli(*short)
         assert stopped.value.code == 75
         assert last_checkpoint(tmp_path / "run")["global_step"] == 6
 
-    def test_after_an_error(self, short, run_cli, tmp_path, slow, with_callback):
+    def test_on_error(self, short, run_cli, tmp_path, slow, with_callback):
         with_callback(Crash(5))
         with pytest.raises(RuntimeError, match="power cut"):
             run_cli(*short)
         assert last_checkpoint(tmp_path / "run")["global_step"] == 4
 
-    def test_when_it_stops_early(self, words, run_cli, tmp_path, slow, with_callback):  # noqa: F811
+    def test_on_early_stopping(self, words, run_cli, tmp_path, slow, with_callback):  # noqa: F811
         """The step of the last validation, whatever `save_every` is."""
 
         class Early(Callback):
@@ -251,7 +251,7 @@ class TestWhatIsBeingWrittenIsWaitedFor:
         saved = last_checkpoint(tmp_path / "run")
         assert (saved["global_step"], saved["validation_due"]) == (5, False)
 
-    def test_but_not_by_a_second_ctrl_c(self, short, run_cli, tmp_path, monkeypatch, with_callback):
+    def test_not_on_second_ctrl_c(self, short, run_cli, tmp_path, monkeypatch, with_callback):
         """The checkpoint before stays, and nothing half-written."""
 
         class Twice(Callback):
@@ -271,8 +271,8 @@ class TestWhatIsBeingWrittenIsWaitedFor:
         assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
-class TestValidationByTheClock:
-    def test_changes_no_number(self, words, run_cli, tmp_path):  # noqa: F811
+class TestValMinutes:
+    def test_does_not_change_metrics(self, words, run_cli, tmp_path):  # noqa: F811
         words = [*in_process(words), "steps=6", "save_every=1000"]
         assert run_cli(*words, f"run_dir={tmp_path / 'steps'}", "val_every=3")[0] == 0
         often = [*words, f"run_dir={tmp_path / 'clock'}", "val_every=1000", "val_minutes=1e-9"]
@@ -282,7 +282,7 @@ class TestValidationByTheClock:
             assert "val/loss" in row, step
             assert all(row[name] == value for name, value in rows[0][step].items()), step
 
-    def test_a_restart_in_between_validates_first(self, words, run_cli, tmp_path, sends, signals_restored):  # noqa: F811
+    def test_resume_validates_first(self, words, run_cli, tmp_path, sends, signals_restored):  # noqa: F811
         """As with a validation by steps: the checkpoint before it says that it is due."""
         words = [*in_process(words), "steps=6", "save_every=1000", "val_every=1000", f"run_dir={tmp_path / 'run'}"]
         sends("on_validation_batch_start", 2)
@@ -295,7 +295,7 @@ class TestValidationByTheClock:
         assert run_cli(*words)[0] == 0
         assert [step for step, row in rows_of(tmp_path / "run").items() if "val/loss" in row] == [1, 2, 6]
 
-    def test_never_without_held_out_images(self, short, run_cli, tmp_path):
+    def test_needs_val_data(self, short, run_cli, tmp_path):
         assert run_cli(*short, "val_minutes=1e-9", "save_every=1000")[0] == 0
         rows = read_rows(tmp_path / "run/metrics.csv")[1]
         assert not any(name.startswith("val/") for row in rows.values() for name in row)

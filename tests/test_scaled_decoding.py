@@ -34,7 +34,7 @@ class TestScaledDecoding:
         assert 0 <= scaled.left <= image.width - scaled.width
 
     @pytest.mark.parametrize("position", range(6))
-    def test_stays_close_to_full_decoding(self, position):
+    def test_scaled_decoding_is_close_to_full_decoding(self, position):
         views = TwoViewTransform(image_size=64, token_image_size=32, scale=(0.3, 1.0))
         scaled = views(as_jpeg(picture(640, 512)), rng(position))
         full = views(as_jpeg(picture(640, 512)).convert("RGB"), rng(position))
@@ -69,7 +69,7 @@ class TestCroppedArray:
     SIZES = [(640, 512), (641, 513), (639, 511), (127, 1001), (64, 64), (20, 30)]
 
     @pytest.mark.parametrize("size", SIZES)
-    def test_is_the_crop_of_the_scaled_image(self, size):
+    def test_equals_crop_of_scaled_image(self, size):
         for position in range(8):
             crop = draw_crop(rng(position), *size, *PAPER_CROP)
             image, box = scaled_decode(as_jpeg(picture(*size)), crop, 64)
@@ -99,7 +99,7 @@ class TestCroppedArray:
             assert np.array_equal(fast, expected.array)
             assert np.array_equal(tiles_of_fast, expected.tiles)
 
-    def test_what_simplejpeg_refuses_is_pillows(self, monkeypatch):
+    def test_falls_back_to_pillow_if_simplejpeg_fails(self, monkeypatch):
         def refuse(*args, **settings):
             raise ValueError("corrupt")
 
@@ -108,7 +108,7 @@ class TestCroppedArray:
         image = TurboJpeg(as_bytes(picture(), quality=95), (90, 70))
         assert np.array_equal(cropped_array(image, crop, 32).array, np.asarray(as_jpeg(picture()))[3:43, 5:55])
 
-    def test_damaged_jpegs_are_refused_or_pillows(self):
+    def test_damaged_jpegs_raise_as_in_pillow(self):
         pytest.importorskip("simplejpeg", reason="there is no simplejpeg for this machine")
         data = as_bytes(picture(300, 200))
         with pytest.raises(OSError, match="truncated"):
@@ -120,7 +120,7 @@ class TestCroppedArray:
 
     @pytest.mark.parametrize("channels", [1, 3, 4])
     @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
-    def test_views_of_bytes_are_those_of_the_opened_image(self, mode, channels):
+    def test_views_of_bytes_equal_views_of_image(self, mode, channels):
         views = TwoViewTransform(32, 16, channels=channels)
         for extension in ("JPEG", "TIFF"):
             data = as_bytes(picture(300, 200).convert(mode), extension)
@@ -133,13 +133,13 @@ class TestCroppedArray:
                 assert all(np.array_equal(one[name], other[name]) for name in one)
 
     @pytest.mark.parametrize("mode", ["L", "CMYK"])
-    def test_other_jpegs_are_pillows(self, mode):
+    def test_grey_and_cmyk_jpegs_use_pillow(self, mode):
         buffer = io.BytesIO()
         picture().convert(mode).save(buffer, "JPEG")
         expected = np.asarray(Image.open(buffer).convert("RGB"))
         assert np.array_equal(cropped_array(Image.open(buffer), Crop(0, 0, 70, 90), 64).array, expected)
 
-    def test_truncated_jpegs_are_refused(self):
+    def test_truncated_jpegs_raise(self):
         buffer = io.BytesIO()
         picture(300, 200).save(buffer, "JPEG")
         with pytest.raises(OSError, match="truncated"):
@@ -147,7 +147,7 @@ class TestCroppedArray:
 
 
 @pytest.mark.parametrize(("side", "furthest"), [(16, 9), (32, 9), (100, 9)])
-def test_resizing_is_pillows_within_rounding(side, furthest):
+def test_resize_matches_pillow_within_rounding(side, furthest):
     array = np.array(picture())[3:60, 7:80]
     expected = np.asarray(Image.fromarray(array).resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     difference = np.abs(resized(array, side).numpy() - expected.astype(float))

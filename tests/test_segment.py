@@ -49,7 +49,7 @@ def words(shards, run_dir, *more: str) -> list[str]:
 
 class TestMetrics:
     @pytest.mark.parametrize("seed", range(5))
-    def test_equals_a_count_class_by_class(self, seed):
+    def test_equal_reference_count(self, seed):
         """Another way to the same numbers: sets of pixels, no matrix; the last class occurs nowhere."""
         rng = np.random.default_rng(seed)
         target = rng.choice([0, 1, 2, 3, IGNORE], (7, 30, 40), p=[0.5, 0.2, 0.1, 0.05, 0.15])
@@ -68,7 +68,7 @@ class TestMetrics:
         assert measured["macc"] == pytest.approx(sum(accuracies) / len(accuracies), abs=1e-12)
         assert measured["aacc"] == pytest.approx(sum(t == f for t, f in flat) / len(flat), abs=1e-12)
 
-    def test_equals_torchmetrics(self):
+    def test_equal_torchmetrics(self):
         from torchmetrics.functional.classification import multiclass_jaccard_index
 
         generator = torch.Generator().manual_seed(0)
@@ -78,21 +78,21 @@ class TestMetrics:
         expected = multiclass_jaccard_index(found, target, 6, average=None, ignore_index=IGNORE)
         assert scores(confusion(found, target, 6))["miou"] == pytest.approx(expected.double().mean().item(), abs=1e-6)
 
-    def test_by_hand(self):
+    def test_example(self):
         target, found = torch.tensor([0, 0, 1, 1, IGNORE]), torch.tensor([0, 1, 1, 1, 0])
         assert confusion(found, target, 3).tolist() == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
         measured = scores(confusion(found, target, 3))
         assert measured == pytest.approx({"miou": (1 / 2 + 2 / 3) / 2, "macc": 0.75, "aacc": 0.75})
 
-    def test_nothing_counts(self):
+    def test_no_labelled_pixels(self):
         assert all(math.isnan(value) for value in scores(torch.zeros(3, 3, dtype=torch.int64)).values())
 
-    def test_more_pixels_than_a_float32_can_count(self):
+    def test_counts_above_float32_precision(self):
         huge = torch.tensor([[2**40 + 1, 0], [1, 2**40]])
         assert scores(huge)["aacc"] == (2**41 + 1) / (2**41 + 2)
 
 
-def test_the_loss_counts_ignored_pixels_as_zero():
+def test_ignored_pixels_count_as_zero_loss():
     logits = torch.randn(2, 3, 4, 4)
     target = torch.randint(0, 3, (2, 4, 4))
     whole = torch.nn.functional.cross_entropy(logits, target)
@@ -124,7 +124,7 @@ class TestWindows:
         assert places[-1] == length - 32
         assert all(0 < b - a <= max(1, int(32 * stride)) for a, b in itertools.pairwise(places))
 
-    def test_the_recipe_s(self):
+    def test_release_stride(self):
         assert starts(683, 512, 2 / 3) == [0, 171]
         assert starts(1024, 512, 2 / 3) == [0, 341, 512]
 
@@ -142,14 +142,14 @@ class TestWindows:
     def test_images_smaller_than_a_window(self, shape):
         assert slide(Painter(), torch.rand(1, 3, *shape)).shape == (1, 3, *shape)
 
-    def test_one_window_is_the_network_itself(self):
+    def test_single_window_equals_network(self):
         model = seeded(Segmenter, 3, dict(SMALL), **SIZE).eval()
         image = torch.randn(1, 3, 32, 32)
         with torch.no_grad():
             whole = torch.nn.functional.interpolate(model(image).main, (32, 32), mode="bilinear")
             assert torch.allclose(slide(model, image), whole, atol=1e-6)
 
-    def test_overlaps_are_means(self):
+    def test_overlapping_windows_are_averaged(self):
         """By hand: every window on its own, summed and divided pixel by pixel."""
         model = seeded(Segmenter, 3, dict(SMALL), **SIZE).eval()
         image, total, seen = torch.randn(1, 3, 50, 40), torch.zeros(3, 50, 40), torch.zeros(50, 40)
@@ -180,7 +180,7 @@ class TestWindows:
 
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("limit", [10**9, 2 * 50 * 37, 1])
-def test_classes_may_be_enlarged_one_after_the_other(views, limit):
+def test_chunked_upsampling_gives_same_classes(views, limit):
     """Whatever fits into memory at once: the same classes."""
     logits = [torch.randn(1, 7, 12, 9) * 3 for _ in range(views)]
     whole = [torch.nn.functional.interpolate(x, (50, 37), mode="bilinear") for x in logits]
@@ -188,7 +188,7 @@ def test_classes_may_be_enlarged_one_after_the_other(views, limit):
     assert (best_classes(logits, (50, 37), limit) == expected).float().mean() > 0.999
 
 
-def test_dropout_and_drop_path_belong_to_positions():
+def test_dropout_and_drop_path_depend_only_on_position():
     model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
     module = Segmentation(model, OptimSettings(lr=1e-3), (0.5,) * 3, (0.5,) * 3, seed=1)
     keep = module.dropout_mask(torch.arange(2000))
@@ -221,7 +221,7 @@ class TestRuns:
         assert code == 0, stderr
         assert "val/miou" in stdout
 
-    def test_a_resumed_run_takes_the_same_steps(self, shards, run_cli, tmp_path, monkeypatch):
+    def test_resume_is_bit_identical(self, shards, run_cli, tmp_path, monkeypatch):
         settings = ["steps=4", "optim.warmup_steps=2", "save_every=1"]
         assert run_cli(*words(shards, tmp_path / "whole", *settings))[0] == 0
         make = runs.make_trainer
@@ -235,14 +235,14 @@ class TestRuns:
         whole = state_of(tmp_path / "whole")
         assert all(torch.equal(tensor, whole[name]) for name, tensor in state_of(tmp_path / "died").items())
 
-    def test_batches_of_whole_images_do_not_matter(self, shards, run_cli, tmp_path):
+    def test_metrics_are_independent_of_val_batch(self, shards, run_cli, tmp_path):
         for batch in (1, 5):
             run = tmp_path / str(batch)
             assert run_cli(*words(shards, run, "data.val_images=null", f"data.val_batch={batch}"))[0] == 0
         one, other = (curve(tmp_path / b / "metrics.csv", "val/aacc")[1] for b in ("1", "5"))
         assert one == other
 
-    def test_from_a_backbone_and_from_a_segmenter(self, shards, mim_checkpoint, run_cli, tmp_path):
+    def test_init_from_backbone_and_segmenter(self, shards, mim_checkpoint, run_cli, tmp_path):
         more = [f"init_from={mim_checkpoint}", "from_scratch=false", "image_size=48"]
         code, stdout, stderr = run_cli(*words(shards, tmp_path / "a", *more))
         assert code == 0, stderr
@@ -255,7 +255,7 @@ class TestRuns:
         name = "model.decode_head.classifier.weight"
         assert torch.allclose(first[name], second[name], atol=1e-6)
 
-    def test_bad_label_maps_are_replaced_and_listed(self, shards, run_cli, tmp_path):
+    def test_unreadable_label_maps_are_replaced(self, shards, run_cli, tmp_path):
         import shutil
 
         shutil.copytree(shards / "train", tmp_path / "train")
@@ -267,7 +267,7 @@ class TestRuns:
 
     @pytest.mark.soak
     @pytest.mark.long
-    def test_any_number_of_processes(self, shards, run_cli, tmp_path):
+    def test_metrics_are_independent_of_world_size(self, shards, run_cli, tmp_path):
         """The same counts of pixels on 1, 2 and 3 processes, to the last digit; 12 images, and 5 of them."""
         assert run_cli(*words(shards, tmp_path / "run", "trainer.accelerator=cpu", "data.val_images=5"))[0] == 0
         printed = []
@@ -284,7 +284,7 @@ class TestRuns:
     @pytest.mark.soak
     @pytest.mark.long
     @pytest.mark.timeout(3600)  # 4 minutes of CPU time
-    def test_the_shipped_config_at_512(self, run_cli, tmp_path):
+    def test_ade20k_experiment_at_512(self, run_cli, tmp_path):
         """Two steps of the real thing: base, two crops of 512, 150 classes, and a whole image. 10 GB of memory."""
         make_shards("synthetic", tmp_path / "data", images=4, size=560, val=0.25, num_workers=1)
         settings = ["fit", "+experiment=segment_ade20k_base", "from_scratch=true", "steps=2", "global_batch_size=2"]
@@ -327,7 +327,7 @@ class TestRuns:
         make_shards(photos, tmp_path / "data", val=0.2, num_workers=1)
         assert "has no label maps" in refused(*words(tmp_path / "data", tmp_path / "run", "num_classes=3"))
 
-    def test_test_settings_are_of_segmentation(self, shards, run_cli, refused, tmp_path):
+    def test_test_settings_need_segmentation(self, shards, run_cli, refused, tmp_path):
         tuned = [
             "fit",
             "+experiment=demo_finetune",
@@ -350,7 +350,7 @@ class TestPredict:
         about = {"classes": ["a", "b, c", "d"], "mean": [0.5] * 3, "std": [0.5] * 3}
         return write_checkpoint(path, "segmenter", seeded(Segmenter, 3, dict(SMALL), **SIZE), **about)
 
-    def test_a_folder(self, checkpoint, photos, run_cli, tmp_path):
+    def test_predicts_folder(self, checkpoint, photos, run_cli, tmp_path):
         (tmp_path / "src").mkdir()
         for file in [*(photos / "cats").iterdir()][:2]:
             (tmp_path / "src" / file.name).write_bytes(file.read_bytes())
@@ -376,21 +376,21 @@ class TestPredict:
         assert rows[0] == "id,class,red,green,blue"
         assert rows[2].startswith('2,"b, c",')
 
-    def test_wrong_outputs(self, checkpoint, photos, refused, tmp_path):
+    def test_invalid_out(self, checkpoint, photos, refused, tmp_path):
         (tmp_path / "file").touch()
         for out in ("file", "predictions.csv"):
             assert "a folder of label maps" in refused(
                 "predict", f"init_from={checkpoint}", f"src={photos}", f"out={out}"
             )
 
-    def test_names_stay_inside_the_folder(self):
+    def test_output_names_stay_inside_folder(self):
         taken: set[Path] = set()
         keys = ("../../etc/passwd", "/a/b.jpg", "a/b.png", "a/b.png", "a/b.png", "..")
         names = [free_name(key, taken) for key in keys]
         assert len(set(names)) == len(names)
         assert not any(name.is_absolute() or ".." in name.parts for name in names)
 
-    def test_no_file_s_name_ends_a_prediction(self, checkpoint, run_cli, tmp_path):
+    def test_any_file_name(self, checkpoint, run_cli, tmp_path):
         """A label map where a folder must be, long names (one of them of two bytes a letter), a place that is taken."""
         files = ["dir.jpg", "dir.png/in.jpg", f"{'x' * 245}.png", f"{'x' * 245}.jpg", f"{'é' * 120}.jpg", "last.jpg"]
         for file in files:
@@ -404,7 +404,7 @@ class TestPredict:
         made = [path for path in (tmp_path / "maps/labels").rglob("*.png") if path.is_file()]
         assert len(made) == 5
 
-    def test_a_full_disk_ends_a_prediction(self, checkpoint, photos, refused, monkeypatch):
+    def test_disk_full(self, checkpoint, photos, refused, monkeypatch):
         def full(*args):
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -447,7 +447,7 @@ def test_image_segmenter(tmp_path):
 
 
 @pytest.mark.skipif(not ADE.is_dir(), reason="ADE20K_MINI names no folder with the three ADE20K pairs")
-def test_the_real_pairs_of_ade20k(tmp_path):
+def test_ade20k_pairs(tmp_path):
     """Names and numbers against the files themselves, read here without any code of the project."""
     from beit_pretrain.data.datamodule import SegmentationData
     from beit_pretrain.transforms.segmentation import SegmentationEvalTransform, SegmentationTrainTransform
@@ -475,7 +475,7 @@ def test_the_real_pairs_of_ade20k(tmp_path):
 
 
 @pytest.mark.skipif(not ADE.is_dir(), reason="ADE20K_MINI names no folder with the three ADE20K pairs")
-def test_the_benchmark_s_own_example():
+def test_ade20k_palette_example():
     """The predictions that come with the pairs: the benchmark's demo says a mean IoU over 150 of .1000 and 100 %."""
     total = torch.zeros(150, 150, dtype=torch.int64)
     for annotated in (ADE / "sampleData/annotations").glob("*.png"):

@@ -33,27 +33,27 @@ class TestLabels:
         array = np.array([ids], np.uint8)
         return read_labels(Image.fromarray(array, mode), classes, reduce_labels, (len(ids), 1)).tolist()[0]
 
-    def test_zero_is_ignored_and_ids_shift(self):
+    def test_reduce_labels(self):
         assert self.labels([0, 1, 2, 150, 255]) == [IGNORE, 0, 1, 149, IGNORE]
 
-    def test_without_the_shift(self):
+    def test_without_reduce_labels(self):
         assert self.labels([0, 1, 149, 255], reduce_labels=False) == [0, 1, 149, IGNORE]
 
-    def test_a_palette_counts_by_index(self):
+    def test_palette_images_use_index(self):
         mask = Image.fromarray(np.array([[0, 1, 7]], np.uint8), "P")
         mask.putpalette([9] * 768)
         assert read_labels(mask, 10, True, (3, 1)).tolist() == [[IGNORE, 0, 6]]
 
     @pytest.mark.parametrize("array", [np.array([[0, 3]], np.uint16), np.array([[0, 3]], np.int32)])
-    def test_deep_label_maps(self, array):
+    def test_16_bit_label_maps(self, array):
         assert read_labels(Image.fromarray(array), 10, True, (2, 1)).tolist() == [[IGNORE, 2]]
 
     @pytest.mark.parametrize(("ids", "found"), [([0, 11], 11), ([200, 1], 200)])
-    def test_ids_beyond_the_classes(self, ids, found):
+    def test_ids_above_num_classes(self, ids, found):
         with pytest.raises(ValueError, match=f"has the id {found}, beyond the 10"):
             self.labels(ids, classes=10)
 
-    def test_ids_beyond_eight_bits(self):
+    def test_ids_above_255(self):
         with pytest.raises(ValueError, match="has the id 300"):
             read_labels(Image.fromarray(np.array([[300]], np.uint16)), 150, True, (1, 1))
 
@@ -61,7 +61,7 @@ class TestLabels:
         ("mask", "said"),
         [(Image.new("L", (3, 4)), "has 3 x 4 pixels, not 4 x 4"), (Image.new("RGB", (4, 4)), "of mode RGB")],
     )
-    def test_no_label_maps(self, mask, said):
+    def test_invalid_label_maps(self, mask, said):
         with pytest.raises(ValueError, match=said):
             read_labels(mask, 10, True, (4, 4))
 
@@ -70,13 +70,13 @@ class TestLabels:
     ("size", "shorter", "expected"),
     [((683, 512), 512, (683, 512)), ((100, 200), 50, (50, 100)), ((1000, 100), 100, (400, 40)), ((5, 5), 64, (64, 64))],
 )
-def test_fitted(size, shorter, expected):
+def test_resize_shorter_side(size, shorter, expected):
     assert fitted(size, shorter) == expected
 
 
 class TestCrops:
     @pytest.mark.parametrize("size", [(96, 64), (64, 96), (20, 30), (300, 40), (1, 1)])
-    def test_image_and_labels_stay_together(self, size):
+    def test_image_and_labels_share_geometry(self, size):
         """Wherever the crop is and however it is scaled and flipped, colour and label say the same."""
         image, mask = coded(*size)
         views = SegmentationTrainTransform(48, 9, distort=False, ratio=(0.5, 2.0), fill=(0.0, 0.0, 0.0))
@@ -92,14 +92,14 @@ class TestCrops:
             counted += inside.sum()
         assert agree / counted > 0.8  # the rest are edges of blocks, which the filter blends
 
-    def test_the_ratio_scales_the_shorter_side(self):
+    def test_ratio_scales_shorter_side(self):
         image, mask = coded(100, 50)
         view = SegmentationTrainTransform(64, 9, ratio=(0.5, 0.5), distort=False)(image, generator(0, 0, VIEW), mask)
         inside = view["target"] != IGNORE
         assert inside.any(1).sum() == 32  # half of the crop's side
         assert inside.any(0).sum() == 64
 
-    def test_a_crop_is_not_mostly_of_one_class(self):
+    def test_max_share_of_one_class(self):
         """Class 2 fills the first 20 of 256 columns: of the 193 places of a crop of 64, 5 show enough of it."""
         ids = np.ones((64, 256), np.uint8)
         ids[:, :20] = 2
@@ -114,11 +114,11 @@ class TestCrops:
         assert (free <= 0.75).mean() == pytest.approx(5 / 193, abs=0.03)
         assert (chosen <= 0.75).mean() == pytest.approx(1 - (188 / 193) ** 10, abs=0.08)  # the best of ten tries
 
-    def test_a_map_of_nothing(self):
+    def test_map_without_labels(self):
         image, mask = Image.new("RGB", (40, 40)), Image.new("L", (40, 40))
         assert (SegmentationTrainTransform(16, 3)(image, generator(0, 0, VIEW), mask)["target"] == IGNORE).all()
 
-    def test_a_function_of_the_position_alone(self):
+    def test_depends_only_on_position(self):
         image, mask = coded(96, 64)
         views = SegmentationTrainTransform(32, 9)
         one, again, other = (views(image, generator(3, k, VIEW), mask)["image"] for k in (5, 5, 6))
@@ -171,7 +171,7 @@ class TestDistortion:
         assert colorsys.rgb_to_hsv(*turned)[0] == pytest.approx((hue - 0.1) % 1, abs=0.01)
         assert colorsys.rgb_to_hsv(*turned)[2] == pytest.approx(value, abs=0.01)
 
-    def test_nothing_applies_to_nothing(self):
+    def test_disabled_distortion(self):
         assert np.array_equal(distorted(self.BLOCK, Fixed([0] * 5, 30, 1.5, 1.5, 0.1)), self.BLOCK)
 
     def test_grey_and_alpha(self):

@@ -87,7 +87,7 @@ def test_every_setting_has_a_default_in_yaml_and_a_description(verb):
     "model.embed_dim=-4 mask.min_aspect=0 "
     "logger.kind=paper resume=sometimes optim.warmup_steps=1.5 val_minutes=0 gradient_compression=fp16".split(),
 )
-def test_wrong_values_of_a_pre_training_run(word, refused, tmp_path):
+def test_invalid_values_of_fit(word, refused, tmp_path):
     words = ["fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", f"run_dir={tmp_path / 'run'}"]
     assert refused(*words, word).startswith(f"error: {word.split('=')[0]} must be ")
     assert not (tmp_path / "run").exists()
@@ -114,7 +114,7 @@ def test_wrong_values_of_a_pre_training_run(word, refused, tmp_path):
         ("visualize", "images=0"),
     ],
 )
-def test_wrong_values_of_the_other_verbs(verb, word, refused, tmp_path):
+def test_invalid_values_of_other_verbs(verb, word, refused, tmp_path):
     assert f"{word.split('=')[0]} must be " in refused(verb, *NEEDED[verb], word)
 
 
@@ -130,7 +130,7 @@ def test_wrong_values_of_the_other_verbs(verb, word, refused, tmp_path):
         ("fit", "data.timeout=1e30", "data.timeout must be a number above 0 and at most 86400, got 1e+30"),
     ],
 )
-def test_what_is_too_large_is_told_the_limit(verb, word, said, refused):
+def test_error_names_upper_limit(verb, word, said, refused):
     words = ["+experiment=demo_pretrain", *PLACES, "tokenizer.path=x"] if verb == "fit" else NEEDED[verb]
     assert said in refused(verb, *words, word)
 

@@ -41,17 +41,17 @@ def losses(data, steps: int = 4, ahead: bool = False, mode: str | None = None) -
     return training.losses
 
 
-def test_batches_made_ahead_are_the_same(shards):
+def test_device_prefetch_gives_same_batches(shards):
     assert losses(pretrain_data(shards), ahead=True) == losses(pretrain_data(shards))
 
 
-def test_cached_tokens_ahead(shards, dvae_checkpoint, tmp_path):
+def test_device_prefetch_with_cached_tokens(shards, dvae_checkpoint, tmp_path):
     folder = tokens_of(shards / "train", tmp_path / "tokens", dvae_checkpoint)
     assert losses(data_of(shards, folder), ahead=True) == losses(data_of(shards, folder))
 
 
 @pytest.mark.long
-def test_compiled_the_losses_are_the_same(shards, dvae_checkpoint, tmp_path):
+def test_compiled_losses_equal_eager(shards, dvae_checkpoint, tmp_path):
     """Of known tokens, since a tokenizer may take the other one of two that are as good, as the next test shows."""
     folder = tokens_of(shards / "train", tmp_path / "tokens", dvae_checkpoint)
     plain, compiled = (losses(data_of(shards, folder), mode=mode) for mode in (None, "default"))
@@ -59,7 +59,7 @@ def test_compiled_the_losses_are_the_same(shards, dvae_checkpoint, tmp_path):
 
 
 @pytest.mark.long
-def test_compiled_the_views_are_the_same_and_nearly_all_tokens(shards):
+def test_compiled_views_and_tokens_match_eager(shards):
     """A grey value on the border between two tokens may fall to the other side when it is rounded otherwise."""
     differ, seen = 0, 0
 
@@ -78,19 +78,19 @@ def test_compiled_the_views_are_the_same_and_nearly_all_tokens(shards):
     assert differ <= 0.02 * seen, (differ, seen)
 
 
-def test_what_is_compiled():
+def test_compile_modes():
     assert [compile_mode(asked, False, False) for asked in ("auto", True, False)] == [None, "default", None]
     assert compile_mode("auto", True, True) is None
     assert compile_mode("reduce-overhead", True, False) == "reduce-overhead"
 
 
-def test_numbers_are_read_in_their_order():
+def test_read_numbers_keeps_order():
     values = [torch.tensor(3), 0.5, torch.tensor(1.25), torch.tensor(7, dtype=torch.float64), 2, torch.tensor(4)]
     assert read_numbers(values) == [3, 0.5, 1.25, 7, 2, 4]
     assert read_numbers([]) == []
 
 
-def test_a_profile(shards, dvae_checkpoint, run_cli, tmp_path):
+def test_profile(shards, dvae_checkpoint, run_cli, tmp_path):
     given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}"]
     # Images enough that some operations are dear: of 8, a fast processor's ten dearest are 40 % of a step.
     words = [
@@ -125,7 +125,7 @@ class Stops(Callback):
 
 
 @pytest.mark.parametrize(("steps", "taken"), [(6, 6), (20, 12)])
-def test_a_run_too_short_for_a_profile_says_so(steps, taken, shards, tmp_path, capsys):
+def test_profile_of_short_run_warns(steps, taken, shards, tmp_path, capsys):
     short = trainer(steps)
     short.callbacks += [Stops(), Profile(tmp_path / "profile")]
     short.fit(module(), pretrain_data(shards))
@@ -134,7 +134,7 @@ def test_a_run_too_short_for_a_profile_says_so(steps, taken, shards, tmp_path, c
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_gpus_table_has_its_kernels_alone():
+def test_gpu_profile_lists_only_kernels():
     """Torch gives an operator of the CPU the device time of the kernels it starts, which are events too."""
 
     def event(key, device, microseconds, annotation=False):
@@ -166,7 +166,7 @@ def test_a_gpus_table_has_its_kernels_alone():
         (["batch_size=16", "device_prefetch=true"], "device_prefetch=true"),
     ],
 )
-def test_cuda_graphs_are_refused_where_they_break(mode, given, said, shards, dvae_checkpoint, run_cli):
+def test_invalid_cuda_graph_settings(mode, given, said, shards, dvae_checkpoint, run_cli):
     data = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
     code, _, stderr = run_cli("fit", *TINY, *data, *given, f"compile={mode}", "steps=1", "run_dir=run")
     assert (code, stderr.count("\n")) == (2, 1)
@@ -175,7 +175,7 @@ def test_cuda_graphs_are_refused_where_they_break(mode, given, said, shards, dva
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_how_ddp_gets_a_compiled_step(whole, shards, dvae_checkpoint, run_cli, tmp_path):
+def test_optimize_ddp(whole, shards, dvae_checkpoint, run_cli, tmp_path):
     given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", "data.val=null", "steps=1"]
     with torch._dynamo.config.patch(optimize_ddp=whole):  # set back afterwards
         code, _, stderr = run_cli("fit", *TINY, *given, f"optimize_ddp={not whole}", f"run_dir={tmp_path / 'run'}")
@@ -189,7 +189,7 @@ def test_cuda_graphs_are_refused_for_fsdp():
     check_cuda_graphs("default", 1, ahead=False, sharded=True)
 
 
-def test_every_micro_batch_begins_a_step_of_the_cuda_graphs(shards, monkeypatch):
+def test_cuda_graph_step_begins_with_each_micro_batch(shards, monkeypatch):
     begun = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
     training = module()
@@ -234,13 +234,13 @@ def test_deterministic(shards, dvae_checkpoint, run_cli, torchs_flags, tmp_path)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_segmentation_on_a_gpu_has_no_deterministic_form(torchs_flags):
+def test_deterministic_segmentation_on_gpu_is_refused(torchs_flags):
     with pytest.raises(UserError, match="segmentation"):
         make_deterministic("segment", on_gpu=True)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_the_progress_bar_shows_numbers_of_the_host(shards):
+def test_progress_bar_shows_host_numbers(shards):
     """Lightning's own would be tensors of the device, which every refresh of the bar reads."""
     training = module()
     training.log_every = 1

@@ -29,13 +29,13 @@ def step(exchange: StepExchange, given: Agreed, masked: torch.Tensor | int = 0) 
     return exchange.read()
 
 
-def test_the_host_reads_one_step_later():
+def test_host_reads_flags_one_step_later():
     exchange = StepExchange()
     said = [Agreed(1, signal.SIGTERM), Agreed(2, save=True), Agreed(3, validate=True), Agreed(4)]
     assert [step(exchange, given) for given in said] == [Agreed(), *said[:-1]]
 
 
-def test_the_device_has_the_masked_patches_of_the_step_itself():
+def test_masked_patches_are_of_same_step():
     exchange = StepExchange()
     for masked in (5, 2**40 + 1, 0):  # far beyond what float32 counts
         step(exchange, Agreed(1), torch.tensor(masked))
@@ -43,7 +43,7 @@ def test_the_device_has_the_masked_patches_of_the_step_itself():
         assert exchange.masked.dtype == torch.int64
 
 
-def test_all_reduces_do_not_wait(monkeypatch):
+def test_all_reduce_is_asynchronous(monkeypatch):
     waits = []
     reduce = distributed.all_reduce
 
@@ -58,7 +58,7 @@ def test_all_reduces_do_not_wait(monkeypatch):
     assert waits == [False] * 3
 
 
-def test_the_wait_for_a_copy_ends(monkeypatch):
+def test_wait_for_copy_times_out(monkeypatch):
     """By an error that is told in one line, before NCCL ends the process without a word."""
 
     class Tee:

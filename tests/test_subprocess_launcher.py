@@ -26,7 +26,7 @@ LONG, KILLED, FAILED, GOOD = (
         (False, [GOOD, GOOD], 0, ""),
     ],
 )
-def test_what_is_watched(speaks, others, code, said, tmp_path, monkeypatch):
+def test_failed_child_ends_run(speaks, others, code, said, tmp_path, monkeypatch):
     monkeypatch.setattr(children, "PATIENCE", 1.0)
     launcher = children.SubprocessLauncher(None, 2, 1)
     run = os.fork()  # the first process, which may hang

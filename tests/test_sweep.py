@@ -37,11 +37,11 @@ def words(shards, dvae_checkpoint):
         ]),
     ],
 )  # fmt: skip
-def test_what_is_swept(words, expected):
+def test_parses_swept_settings(words, expected):
     assert [describe(swept) for swept, _ in combine(words)] == expected
 
 
-def test_odd_values_reach_their_member_unchanged():
+def test_special_characters_reach_runs_unchanged():
     from omegaconf import OmegaConf
 
     from beit_pretrain.config import compose_raw
@@ -57,7 +57,7 @@ def test_odd_values_reach_their_member_unchanged():
     assert compose_raw("fit", ["+experiment=demo_pretrain", *settings]).data.val == "/x=y/$z"
 
 
-def test_names_are_short_stable_and_apart():
+def test_names_are_short_stable_and_unique():
     assert describe({"optim.lr": "0.1", "seed": "1"}) == "lr_0.1_seed_1"
     assert describe({"a.scale": "1", "b.scale": "2"}) == "a.scale_1_b.scale_2"
     assert describe({"data.train": "/a/b"}) != describe({"data.train": "/a-b"})
@@ -66,7 +66,7 @@ def test_names_are_short_stable_and_apart():
     assert len(describe({f"key{i}": "x" * 40 for i in range(20)})) <= 120
 
 
-def test_members_have_folders_of_their_own(words):
+def test_runs_have_separate_folders(words):
     folder, members = members_of([*words, "steps=1", "name=mine", "seed=1,2"])
     assert folder == Path("runs/mine")
     assert [member.folder for member in members] == [Path("runs/mine/seed_1"), Path("runs/mine/seed_2")]
@@ -85,16 +85,16 @@ def test_members_have_folders_of_their_own(words):
         (["optim.lr=-1,-2"], "optim.lr must be"),
     ],
 )
-def test_sweeps_that_cannot_be(more, said, words):
+def test_invalid_sweeps(more, said, words):
     with pytest.raises(UserError, match=said):
         members_of([*words, "steps=1", *more])
 
 
-def test_one_bad_member_is_no_reason_to_refuse_the_sweep(words):
+def test_one_invalid_run_does_not_stop_sweep(words):
     assert len(members_of([*words, "steps=1", "optim.lr=-1,1e-3"])[1]) == 2
 
 
-def test_whose_setting_it_is():
+def test_settings_of_sweep_launcher_and_runs():
     own, launcher, settings = sort_words(
         ["sweep.jobs=2", "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "+seed=1,2"]
     )
@@ -105,7 +105,7 @@ def test_whose_setting_it_is():
         sort_words(["hydra.sweep.dir=x"])
 
 
-def test_the_summary_has_the_best_first_and_the_failed_last(tmp_path):
+def test_summary_sorts_best_first_failed_last(tmp_path):
     members = [SweepRun(n, tmp_path / n, {"seed": n}, []) for n in ("a", "b", "c")]
     for name, loss in (("a", 2.0), ("b", 1.0), ("c", 0.5)):
         (tmp_path / name).mkdir()
@@ -117,7 +117,7 @@ def test_the_summary_has_the_best_first_and_the_failed_last(tmp_path):
     assert rows[2][1] == "failed (1)"
 
 
-def test_the_last_words_of_a_member(tmp_path):
+def test_last_line_of_log(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"bar 1%\rbar 2%\rerror: no such thing\nTorch says goodbye\n")
     assert last_words(log) == "error: no such thing"
@@ -128,7 +128,7 @@ def test_the_last_words_of_a_member(tmp_path):
 @pytest.mark.soak
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_a_sweep_of_six_with_one_that_fails(words, tmp_path):
+def test_sweep_with_failed_run(words, tmp_path):
     """The sixth lacks a tokenizer at first. A second call runs that one alone."""
     source = next(word.partition("=")[2] for word in words if word.startswith("tokenizer.path="))
     words = [word for word in words if not word.startswith("tokenizer.path=")]
@@ -154,7 +154,7 @@ def test_a_sweep_of_six_with_one_that_fails(words, tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.long
-def test_members_of_two_processes_from_the_console_script_and_by_submitit(words, tmp_path):
+def test_two_process_runs_from_console_script_and_submitit(words, tmp_path):
     script = Path(sys.executable).with_name("beit_pretrain")
     command = ["fit", "-m", *words, "steps=1", "name=odd name", "seed=1,2", "trainer.devices=2", "sweep.jobs=2"]
     command += ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
@@ -169,7 +169,7 @@ def test_members_of_two_processes_from_the_console_script_and_by_submitit(words,
 
 @pytest.mark.soak
 @pytest.mark.long
-def test_ctrl_c_ends_the_members(words, tmp_path):
+def test_ctrl_c_ends_runs(words, tmp_path):
     sweep = start(["fit", "-m", *words, "steps=100000", "name=s", "seed=1,2"], tmp_path, tmp_path / "log")
     metrics, deadline = tmp_path / "runs/s/seed_1/metrics.csv", time.monotonic() + 60
     while not metrics.is_file() and time.monotonic() < deadline:

@@ -39,7 +39,7 @@ class Timed:
         raise AssertionError
 
 
-def test_so_many_at_once_and_a_failure_stops_nobody():
+def test_parallel_limit_and_failures_do_not_stop_others():
     slots = []
 
     def start(number: int, slot: int) -> Timed:
@@ -67,7 +67,7 @@ def sleeper(monkeypatch, tmp_path, said: str):
 @pytest.mark.parametrize(
     ("sent", "received", "ends"), [("SIGINT", "SIGINT", KeyboardInterrupt), ("SIGTERM", "SIGTERM", SystemExit)]
 )
-def test_signals_end_members_and_their_children(sent, received, ends, monkeypatch, tmp_path, request):
+def test_signals_reach_runs_and_their_children(sent, received, ends, monkeypatch, tmp_path, request):
     process = sleeper(monkeypatch, tmp_path, received)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
@@ -89,14 +89,14 @@ def test_signals_end_members_and_their_children(sent, received, ends, monkeypatc
     assert process.poll() == 0
 
 
-def test_a_killed_member_has_the_exit_code_of_a_shell(monkeypatch, tmp_path):
+def test_killed_run_has_shell_exit_code(monkeypatch, tmp_path):
     process = sleeper(monkeypatch, tmp_path, "SIGINT")
     process.stop(signal.SIGKILL)
     process.process.wait()
     assert process.poll() == 137
 
 
-def test_gpus_are_shared_out(monkeypatch):
+def test_gpus_are_split_among_runs(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     assert shared_gpus(1) is None
     assert shared_gpus(2) == ["0,1", "2,3"]
@@ -105,7 +105,7 @@ def test_gpus_are_shared_out(monkeypatch):
     assert shared_gpus(2) is None
 
 
-def test_a_member_does_not_take_the_sweeps_processes_for_its_own(monkeypatch):
+def test_run_does_not_inherit_launcher_variables(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert not {"LOCAL_RANK", "TORCHELASTIC_RUN_ID"} & set(member_environment())
@@ -123,7 +123,7 @@ def test_a_member_does_not_take_the_sweeps_processes_for_its_own(monkeypatch):
         (["hydra/launcher=submitit_slurm"], "slurm"),  # there is none here
     ],
 )
-def test_launchers_that_are_not(words, said, tmp_path, monkeypatch):
+def test_invalid_launchers(words, said, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=said):
         launcher(words, tmp_path, 1, [])

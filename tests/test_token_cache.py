@@ -89,7 +89,7 @@ def trained(data: PretrainData, tokenizer, steps: int) -> KeepsLosses:
     ],
     ids=["fast", "exact", "no jitter", "always flipped"],
 )
-def test_the_loss_is_that_of_computed_tokens(views, shards, dvae_checkpoint, tmp_path):
+def test_loss_equals_that_of_computed_tokens(views, shards, dvae_checkpoint, tmp_path):
     folder = tokens_of(shards / "train", tmp_path / "tokens", dvae_checkpoint, views)
     steps = 2 * ShardReader(shards / "train").samples // 8 + 1  # both views of an image come
     from_cache = trained(data_of(shards, folder, views), None, steps)
@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_computed_tokens(views, shards, dvae_checkpoint, tmp
     assert len(set(from_cache.losses)) > steps // 2
 
 
-def test_the_views_of_an_image_come_in_turn(shards, cached, dvae_checkpoint):
+def test_views_of_an_image_rotate_by_epoch(shards, cached, dvae_checkpoint):
     data = data_of(shards, cached / "train", global_batch_size=10)
     epoch = data.samples // 10
     rows = [by_position(batches(data, 3 * epoch, done=k * epoch)[:epoch]) for k in range(3)]
@@ -130,7 +130,7 @@ def test_the_views_of_an_image_come_in_turn(shards, cached, dvae_checkpoint):
     assert not torch.equal(masks[0], masks[2])  # the mask is the position's, not the view's
 
 
-def test_workers_processes_and_restarts_do_not_matter(shards, cached):
+def test_batches_are_independent_of_workers_ranks_and_restarts(shards, cached):
     data = data_of(shards, cached / "train")
     expected = batches(data, 12)
     assert_equal(batches(data_of(shards, cached / "train", num_workers=2), 12), expected)
@@ -143,13 +143,13 @@ def test_workers_processes_and_restarts_do_not_matter(shards, cached):
         assert all(torch.equal(rows[p][key], whole[p][key]) for p in whole for key in whole[p])
 
 
-def test_a_spawned_worker_makes_the_same_batches(shards, cached):
+def test_pickled_dataset_gives_same_batches(shards, cached):
     dataset = data_of(shards, cached / "train").train_dataset(BatchSchedule(8))
     first = dataset[1]
     assert_equal([pickle.loads(pickle.dumps(dataset))[1]], [first])
 
 
-def test_two_data_sets_with_weights(shards, cached):
+def test_weighted_mixture_of_two_datasets(shards, cached):
     folders = {"train": [TokenFolder(cached / "train"), TokenFolder(cached / "val")]}
     sources = [shards / "train", shards / "val"]
     settings = {"global_batch_size": 8, "num_workers": 0, "weights": [0.5, 0.5]}
@@ -167,7 +167,7 @@ def test_two_data_sets_with_weights(shards, cached):
     assert any(times[0] != times[1] for times in train)
 
 
-def test_held_out_images_have_tokens_of_their_own(shards, cached):
+def test_validation_tokens(shards, cached):
     folders = {"val": [TokenFolder(cached / "val")]}
     data = PretrainData(
         shards / "train", shards / "val", views=VIEWS, masking=MASKING, tokens=folders, global_batch_size=8
@@ -178,7 +178,7 @@ def test_held_out_images_have_tokens_of_their_own(shards, cached):
     assert "tokens" not in data.eval_dataset(views=VIEWS)[0]
 
 
-def test_an_image_without_tokens_is_replaced(shards, dvae_checkpoint, tmp_path):
+def test_image_without_tokens_is_replaced(shards, dvae_checkpoint, tmp_path):
     folder = Path(shutil.copytree(shards / "train", tmp_path / "train"))
     spoil(folder, 0, [3])
     tokens = tokens_of(folder, tmp_path / "tokens", dvae_checkpoint)
@@ -201,7 +201,7 @@ def test_an_image_without_tokens_is_replaced(shards, dvae_checkpoint, tmp_path):
     assert reader.key(order.sample_at(record["position"])) == record["key"]
 
 
-class TestRefusals:
+class TestErrors:
     def refused(self, shards, tokens, said: str, views=VIEWS, grid=GRID, source="train"):
         with pytest.raises(UserError, match=said) as caught:
             CachedTokens([TokenFolder(tokens)], ShardReader(shards / source), views, grid)
@@ -220,23 +220,23 @@ class TestRefusals:
             ({"channels": 1}, "data.channels=3, not 1"),
         ],
     )
-    def test_other_views(self, settings, said, shards, cached):
+    def test_mismatched_view_settings(self, settings, said, shards, cached):
         views = TwoViewTransform(**{"image_size": 32, "token_image_size": 32} | settings)
         self.refused(shards, cached / "train", said, views)
 
-    def test_other_images_or_patches(self, shards, cached):
+    def test_mismatched_images_or_patch_grid(self, shards, cached):
         self.refused(shards, cached / "val", "holds tokens of other images than data.train=")
         self.refused(shards, cached / "train", "holds 4 x 4 tokens an image, the run has 2 x 2 patches", grid=(2, 2))
         both = ShardReader([shards / "train", shards / "val"])
         with pytest.raises(UserError, match=r"data\.tokens names 1 folders for the 2 of data\.train"):
             CachedTokens([TokenFolder(cached / "train")], both, VIEWS, GRID)
 
-    def test_changed_images(self, shards, cached, tmp_path):
+    def test_changed_shards(self, shards, cached, tmp_path):
         folder = Path(shutil.copytree(shards / "train", tmp_path / "train"))
         spoil(folder, 0, [3])
         self.refused(tmp_path, cached / "train", "holds tokens of other images")
 
-    def test_other_tokenizer(self, cached):
+    def test_mismatched_tokenizer(self, cached):
         folders = [TokenFolder(cached / name) for name in ("train", "val")]
         same_tokenizer(folders, "it", folders[0].tokenizer["sha256"])
         with pytest.raises(UserError, match=r"another tokenizer .DVAETokenizer, SHA-256"):
@@ -245,7 +245,7 @@ class TestRefusals:
         with pytest.raises(UserError, match="hold tokens of different tokenizers"):
             same_tokenizer(folders)
 
-    def test_no_tokens(self, shards, tmp_path):
+    def test_missing_tokens(self, shards, tmp_path):
         with pytest.raises(UserError, match=r"has no tokens\.json; make tokens with"):
             TokenFolder(shards / "train")
         with pytest.raises(UserError, match="local folder"):
@@ -263,7 +263,7 @@ class TestRefusals:
             lambda about: about.update(shards=7),
         ],
     )
-    def test_a_damaged_manifest(self, change, cached, tmp_path):
+    def test_damaged_manifest(self, change, cached, tmp_path):
         folder = Path(shutil.copytree(cached / "train", tmp_path / "tokens"))
         about = json.loads((folder / "tokens.json").read_text())
         change(about)

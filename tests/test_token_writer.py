@@ -60,7 +60,7 @@ def stopped(shards, out: Path, dvae: Path, after: int) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])
-def test_goes_on(after, shards, dvae_checkpoint, whole, tmp_path, monkeypatch):
+def test_resume_after_kill(after, shards, dvae_checkpoint, whole, tmp_path, monkeypatch):
     stopped(shards, tmp_path / "out", dvae_checkpoint, after)
     save, saved = tokenizing.save, []
     monkeypatch.setattr(tokenizing, "save", lambda path, records: (saved.append(path), save(path, records))[1])
@@ -70,7 +70,7 @@ def test_goes_on(after, shards, dvae_checkpoint, whole, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_files_that_are_not_whole_are_made_again(shards, dvae_checkpoint, whole, tmp_path):
+def test_incomplete_files_are_rewritten(shards, dvae_checkpoint, whole, tmp_path):
     stopped(shards, tmp_path / "out", dvae_checkpoint, 4)
     folder = tmp_path / ".out.making/out"
     os.truncate(folder / "shard-000000.tokens.npy", 700)
@@ -91,7 +91,7 @@ def test_parts_in_any_order(order, shards, dvae_checkpoint, whole, tmp_path, cap
     assert contents(out) == whole
 
 
-def test_a_call_without_part_finishes(shards, dvae_checkpoint, whole, tmp_path):
+def test_call_without_part_completes_missing_shards(shards, dvae_checkpoint, whole, tmp_path):
     out = tmp_path / "out"
     assert not run(shards, out, dvae_checkpoint, part=(1, 2))
     assert not run(shards, out, dvae_checkpoint, part=(3, 16))
@@ -100,7 +100,7 @@ def test_a_call_without_part_finishes(shards, dvae_checkpoint, whole, tmp_path):
     assert contents(out) == whole
 
 
-def test_parts_at_once(shards, dvae_checkpoint, whole, tmp_path):
+def test_concurrent_parts(shards, dvae_checkpoint, whole, tmp_path):
     """Another process, with the same shards in its part, finishes the set while this one computes."""
     out, save, others = tmp_path / "out", tokenizing.save, []
 
@@ -117,12 +117,12 @@ def test_parts_at_once(shards, dvae_checkpoint, whole, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_same_part_twice_at_once(shards, dvae_checkpoint, tmp_path):
+def test_same_part_twice_is_refused(shards, dvae_checkpoint, tmp_path):
     with work_folder(tmp_path / "out", (0, 1)), pytest.raises(UserError, match="another process is making this part"):
         run(shards, tmp_path / "out", dvae_checkpoint)
 
 
-def test_a_worker_that_outlives_its_parent_holds_no_lock(shards, dvae_checkpoint, tmp_path):
+def test_orphaned_worker_holds_no_lock(shards, dvae_checkpoint, tmp_path):
     out = tmp_path / "out"
     with work_folder(out, (0, 1)):
         child = os.fork()
@@ -147,14 +147,14 @@ def test_other_settings_are_refused(shards, dvae_checkpoint, tmp_path):
     assert {name for name in after if "lock" not in name} == {name for name in before if "lock" not in name}
 
 
-def test_a_damaged_plan(shards, dvae_checkpoint, tmp_path):
+def test_damaged_plan(shards, dvae_checkpoint, tmp_path):
     stopped(shards, tmp_path / "out", dvae_checkpoint, 1)
     (tmp_path / ".out.making/plan.json").write_text("{")
     with pytest.raises(UserError, match=r"plan\.json is damaged"):
         run(shards, tmp_path / "out", dvae_checkpoint)
 
 
-def test_killed_between_the_name_and_the_end(shards, dvae_checkpoint, whole, tmp_path, monkeypatch):
+def test_kill_after_rename_before_cleanup(shards, dvae_checkpoint, whole, tmp_path, monkeypatch):
     remove = shutil.rmtree
 
     def killed(*args, **settings):
@@ -177,7 +177,7 @@ def command(src: Path, dvae: Path, *words: str) -> list[str]:
 
 
 @pytest.mark.long
-def test_a_full_disk_is_one_line(shards, dvae_checkpoint, whole, tmp_path):
+def test_disk_full(shards, dvae_checkpoint, whole, tmp_path):
     source = Path(shutil.copytree(shards / "train", tmp_path / "src"))
 
     def small_files() -> None:
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line(shards, dvae_checkpoint, whole, tmp_path):
     assert contents(source / "tokens") == whole
 
 
-def test_a_disk_that_is_really_full(full_disk, shards, dvae_checkpoint, whole):
+def test_disk_full_on_tmpfs(full_disk, shards, dvae_checkpoint, whole):
     """No limit of the process, but ENOSPC; with room, the same command goes on."""
     disk = full_disk(16_384)
     with pytest.raises(UserError, match=rf"^cannot write tokens to {disk}/tokens: No space left on device; what is"):
@@ -211,7 +211,7 @@ def test_a_disk_that_is_really_full(full_disk, shards, dvae_checkpoint, whole):
 @pytest.mark.soak
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_twenty_kills_at_random_moments(dvae_checkpoint, tmp_path):
+def test_resume_after_twenty_random_kills(dvae_checkpoint, tmp_path):
     make_shards("synthetic", tmp_path / "data", images=2000, size=48, samples_per_shard=25, num_workers=1)
     source = tmp_path / "data/train"
     again = command(source, dvae_checkpoint)

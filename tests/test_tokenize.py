@@ -39,7 +39,7 @@ def copied(shards, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("more", [[], ["jitter=null"], ["pil_reference=true"], ["num_workers=1", "batch_size=3"]])
-def test_tokens_are_those_of_the_views_that_are_recorded(more, words, copied, dvae_checkpoint, run_cli):
+def test_tokens_match_recorded_views(more, words, copied, dvae_checkpoint, run_cli):
     code, stdout, stderr = run_cli(*words, f"data={copied / 'train'}", "views=2", "seed=5", *more)
     assert code == 0, stderr
     assert "50 images x 2 views x 4 x 4 tokens of 32" in stdout
@@ -67,7 +67,7 @@ def test_tokens_are_those_of_the_views_that_are_recorded(more, words, copied, dv
     assert TokenFolder(folder).tokenizer["sha256"] == tokenizer.digest()
 
 
-def test_from_tokens_to_a_backbone_without_a_tokenizer(words, copied, run_cli, refused, tmp_path):
+def test_pretrain_from_cached_tokens(words, copied, run_cli, refused, tmp_path):
     assert run_cli(*words, f"data=[{copied / 'train'},{copied / 'val'}]")[0] == 0
     fit = ["fit", "+experiment=demo_pretrain", f"data.train={copied / 'train'}", *MODEL, f"run_dir={tmp_path / 'run'}"]
     train = f"data.tokens={copied / 'train/tokens'}"
@@ -89,7 +89,7 @@ def test_from_tokens_to_a_backbone_without_a_tokenizer(words, copied, run_cli, r
         assert code == 0, stderr
 
 
-def test_a_tokenizer_beside_the_tokens_must_be_theirs(words, copied, dvae_checkpoint, run_cli, refused, tmp_path):
+def test_tokenizer_must_match_cached_tokens(words, copied, dvae_checkpoint, run_cli, refused, tmp_path):
     assert run_cli(*words, f"data={copied / 'train'}")[0] == 0
     other = write_checkpoint(
         tmp_path / "other.ckpt", "tokenizer", DiscreteVAE(vocab_size=32, width=8, blocks=1, code_dim=8)
@@ -118,7 +118,7 @@ def test_a_tokenizer_beside_the_tokens_must_be_theirs(words, copied, dvae_checkp
         (["image_size=64"], "grid=[4,4], not [8,8]"),
     ],
 )
-def test_finished_tokens_of_other_settings_are_left_alone(change, said, words, copied, run_cli, refused):
+def test_existing_tokens_of_other_settings_are_kept(change, said, words, copied, run_cli, refused):
     words = [*words, f"data={copied / 'train'}"]
     assert run_cli(*words)[0] == 0
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
@@ -146,16 +146,16 @@ def test_finished_tokens_of_other_settings_are_left_alone(change, said, words, c
         (["out=/proc/nowhere"], "cannot write tokens to /proc/nowhere"),
     ],
 )
-def test_refusals_are_one_line(change, said, words, shards, refused):
+def test_invalid_arguments(change, said, words, shards, refused):
     assert said in refused(*words, f"data={shards / 'train'}", *change)
     assert not list(shards.rglob("*.making"))
 
 
-def test_out_that_is_in_use(words, copied, refused):
+def test_out_must_be_empty(words, copied, refused):
     assert "exists and is not empty" in refused(*words, f"data={copied / 'train'}", f"out={copied / 'val'}")
 
 
-def test_images_that_cannot_be_decoded_are_named(words, copied, run_cli):
+def test_undecodable_images_are_named(words, copied, run_cli):
     spoil(copied / "train", 1, [0, 5])
     code, stdout, _ = run_cli(*words, f"data={copied / 'train'}")
     assert code == 0
@@ -166,7 +166,7 @@ def test_images_that_cannot_be_decoded_are_named(words, copied, run_cli):
     assert np.flatnonzero(records["crop"][:, 0, 2] == 0).tolist() == [0, 5]
 
 
-def test_a_shard_that_is_not_its_manifests_gets_no_tokens(words, copied, run_cli):
+def test_shard_with_other_checksum_is_refused(words, copied, run_cli):
     """The tokens are signed with the manifest's digests; that of each shard must hold."""
     tar = copied / "train/shard-000001.tar"
     data = bytearray(tar.read_bytes())
@@ -178,7 +178,7 @@ def test_a_shard_that_is_not_its_manifests_gets_no_tokens(words, copied, run_cli
     assert not (copied / "train/tokens").exists()
 
 
-def test_a_shortage_of_memory_leaves_no_gap(words, copied, refused, monkeypatch):
+def test_out_of_memory_writes_nothing(words, copied, refused, monkeypatch):
     def short(*args, **settings):
         raise MemoryError
 
@@ -187,7 +187,7 @@ def test_a_shortage_of_memory_leaves_no_gap(words, copied, refused, monkeypatch)
     assert not (copied / "train/tokens").exists()
 
 
-def test_shards_of_another_machine(words, shards, serve, run_cli, tmp_path):
+def test_remote_shards(words, shards, serve, run_cli, tmp_path):
     here = tmp_path / "tokens"
     remote = [f"data={serve(shards / 'train').url}", f"cache_dir={tmp_path / 'cache'}", "retries=0"]
     code, _, stderr = run_cli(*words, *remote, f"out={here}")
@@ -197,7 +197,7 @@ def test_shards_of_another_machine(words, shards, serve, run_cli, tmp_path):
         assert file.read_bytes() == (tmp_path / "local" / file.name).read_bytes()
 
 
-def test_a_vocabulary_beyond_16_bits(shards, tmp_path, words, refused):
+def test_vocab_above_65536_is_refused(shards, tmp_path, words, refused):
     big = DiscreteVAE(vocab_size=2**16 + 1, width=8, blocks=1, code_dim=8)
     path = write_checkpoint(tmp_path / "big.ckpt", "tokenizer", big)
     assert "at most 65,536 can be stored" in refused(
@@ -205,7 +205,7 @@ def test_a_vocabulary_beyond_16_bits(shards, tmp_path, words, refused):
     )
 
 
-def test_the_digest_is_of_the_weights(openai_files, dvae_checkpoint, tmp_path):
+def test_digest_depends_only_on_weights(openai_files, dvae_checkpoint, tmp_path):
     from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer, weights_digest
 
     tokenizer = OpenAITokenizer(openai_files)

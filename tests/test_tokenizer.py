@@ -36,7 +36,7 @@ def refusal(folder) -> str:
 
 
 class TestOpenAI:
-    def test_encode_is_the_argmax_of_the_packages_encoder(self, openai_files):
+    def test_encode_equals_argmax_of_dall_e(self, openai_files):
         tokenizer = OpenAITokenizer(openai_files)
         encoder = torch.load(openai_files / "encoder.pkl", weights_only=False)
         with torch.no_grad():
@@ -56,7 +56,7 @@ class TestOpenAI:
         assert changed[-1].any()
         assert not changed[:4].any()
 
-    def test_decode_is_the_packages_decoder(self, openai_files):
+    def test_decode_equals_dall_e(self, openai_files):
         tokenizer = OpenAITokenizer(openai_files)
         ids = tokenizer.encode(images())
         decoder = torch.load(openai_files / "decoder.pkl", weights_only=False)
@@ -78,37 +78,37 @@ class TestOpenAI:
         assert tokenizer.to(torch.device("cpu")) is tokenizer
         assert not tokenizer.encode(images().requires_grad_()).requires_grad
 
-    def test_autocast_does_not_reach_it(self, openai_files):
+    def test_ignores_autocast(self, openai_files):
         tokenizer = OpenAITokenizer(openai_files)
         with torch.autocast("cpu", torch.bfloat16):
             under = tokenizer.encode(images())
         assert torch.equal(under, tokenizer.encode(images()))
 
-    def test_training_needs_no_decoder(self, openai_files, tmp_path):
+    def test_decoder_is_optional(self, openai_files, tmp_path):
         (tmp_path / "encoder.pkl").write_bytes((openai_files / "encoder.pkl").read_bytes())
         tokenizer = OpenAITokenizer(tmp_path)
         ids = tokenizer.encode(images())
         with pytest.raises(UserError, match=r"decoder\.pkl does not exist"):
             tokenizer.decode(ids)
 
-    def test_missing(self, tmp_path):
+    def test_missing_file(self, tmp_path):
         said = refusal(tmp_path)
         assert "encoder.pkl does not exist" in said
         assert "data/README.md" in said
         assert "fit +experiment=tokenizer" in said
         assert "does not exist" in refusal(tmp_path / "nowhere")
 
-    def test_the_decoder_in_the_encoders_place(self, openai_files, tmp_path):
+    def test_decoder_in_place_of_encoder(self, openai_files, tmp_path):
         (tmp_path / "encoder.pkl").write_bytes((openai_files / "decoder.pkl").read_bytes())
         assert "holds a Decoder, not the Encoder of the dall_e package" in refusal(tmp_path)
 
     @pytest.mark.parametrize("content", [b"", b"no pickle, but a text\n", b"\x80\x02"])
-    def test_no_pickle(self, content, tmp_path):
+    def test_not_a_pickle(self, content, tmp_path):
         (tmp_path / "encoder.pkl").write_bytes(content)
         assert "is not OpenAI's encoder.pkl" in refusal(tmp_path)
 
     @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-    def test_truncated(self, share, openai_files, tmp_path):
+    def test_truncated_file(self, share, openai_files, tmp_path):
         whole = (openai_files / "encoder.pkl").read_bytes()
         (tmp_path / "encoder.pkl").write_bytes(whole[: int(share * len(whole))])
         assert "is not OpenAI's encoder.pkl" in refusal(tmp_path)
@@ -116,23 +116,23 @@ class TestOpenAI:
     @pytest.mark.parametrize(
         "content", [{"weight": torch.zeros(3)}, torch.zeros(3), torch.nn.Sequential(torch.nn.ReLU())]
     )
-    def test_another_object(self, content, tmp_path):
+    def test_pickle_of_other_object(self, content, tmp_path):
         torch.save(content, tmp_path / "encoder.pkl")
         assert "not the Encoder of the dall_e package" in refusal(tmp_path)
 
-    def test_an_encoder_with_other_tensors(self, openai_files, tmp_path):
+    def test_encoder_with_other_tensors(self, openai_files, tmp_path):
         encoder = torch.load(openai_files / "encoder.pkl", weights_only=False)
         del encoder.blocks.group_3
         torch.save(encoder, tmp_path / "encoder.pkl")
         assert "does not have the tensors of OpenAI's encoder" in refusal(tmp_path)
 
     @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, 2))])
-    def test_a_hostile_file_is_not_executed(self, save, tmp_path):
+    def test_hostile_pickle_is_not_executed(self, save, tmp_path):
         save(Hostile(tmp_path / "executed"), tmp_path / "encoder.pkl")
         assert "is not OpenAI's encoder.pkl" in refusal(tmp_path)
         assert not (tmp_path / "executed").exists()
 
-    def test_a_hostile_file_would_have_been_executed(self, tmp_path):
+    def test_hostile_pickle_runs_if_unpickled(self, tmp_path):
         """The test above means something: a free unpickling runs the command."""
         pickle.loads(pickle.dumps(Hostile(tmp_path / "executed")))
         assert (tmp_path / "executed").exists()
@@ -170,13 +170,13 @@ class TestDVAE:
         assert not isinstance(tokenizer, torch.nn.Module)
         assert tokenizer.to(torch.device("cpu")) is tokenizer
 
-    def test_a_classifier_is_no_tokenizer(self, tmp_path):
+    def test_classifier_is_refused(self, tmp_path):
         model = Classifier(2, image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
         path = write_checkpoint(tmp_path / "last.ckpt", "classifier", model, classes=["cat", "dog"])
         with pytest.raises(UserError, match=r"holds a fine-tuned classifier; a tokenizer \(dVAE\) is needed here"):
             DVAETokenizer(path)
 
-    def test_openais_file_is_none_of_ours(self, openai_files):
+    def test_openai_file_is_refused(self, openai_files):
         with pytest.raises(UserError, match=r"encoder\.pkl cannot be read as a checkpoint"):
             DVAETokenizer(openai_files / "encoder.pkl")
 
@@ -192,7 +192,7 @@ class TestViewSize:
     def test_one_token_per_patch(self, grid, size):
         assert view_size(grid, Eight()) == view_size(grid, Eight(), size) == size
 
-    def test_the_trap_of_the_full_view(self):
+    def test_wrong_token_image_size_is_explained(self):
         """The encoder fed 224 x 224 would give 28 x 28 tokens."""
         with pytest.raises(UserError) as caught:
             view_size((14, 14), Eight(), 224)
@@ -215,7 +215,7 @@ class TestChannels:
         )
 
     @pytest.mark.parametrize(("takes", "channels", "fits"), [(3, 1, True), (3, 4, True), (1, 1, True), (1, 3, False)])
-    def test_check(self, takes, channels, fits):
+    def test_check_channels(self, takes, channels, fits):
         tokenizer = SimpleNamespace(in_chans=takes)
         if fits:
             check_channels(tokenizer, channels)
@@ -231,16 +231,16 @@ class TestCodebookUse:
             "codebook_distinct": 64,
         }
 
-    def test_one_token(self):
+    def test_single_token(self):
         counts = torch.zeros(64)
         counts[5] = 1e6
         assert codebook_use(counts) == {"codebook_perplexity": pytest.approx(1), "codebook_distinct": 1}
 
-    def test_by_hand(self):
+    def test_example(self):
         use = codebook_use(torch.tensor([2, 1, 1, 0]))
         assert use == {"codebook_perplexity": pytest.approx(2**1.5), "codebook_distinct": 3}  # 1.5 bits
 
-    def test_nothing_counted_yet(self):
+    def test_empty_counts(self):
         assert codebook_use(torch.zeros(8)) == {"codebook_perplexity": 1, "codebook_distinct": 0}
 
 
@@ -251,7 +251,7 @@ def test_square_grid():
         square_grid(ids[:, :8])
 
 
-def test_the_fixture_is_small(dvae_checkpoint):
+def test_fixture_is_small(dvae_checkpoint):
     assert DVAETokenizer(dvae_checkpoint).model.config == DVAE
 
 
@@ -265,7 +265,7 @@ class TestFusedEncoder:
 
     @pytest.mark.parametrize("blocked", [True, False])
     @pytest.mark.parametrize("side", [32, 56])
-    def test_logits_are_the_packages(self, encoder, blocked, side, monkeypatch):
+    def test_logits_equal_dall_e(self, encoder, blocked, side, monkeypatch):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: blocked)
         fused = FusedEncoder(encoder, torch.device("cpu"))
         assert fused.blocked == blocked
@@ -276,12 +276,12 @@ class TestFusedEncoder:
 
     @pytest.mark.long
     @pytest.mark.parametrize("blocked", [True, False])
-    def test_compiled_it_is_the_same(self, encoder, blocked, monkeypatch):
+    def test_compiled_logits_are_equal(self, encoder, blocked, monkeypatch):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: blocked)
         tokenizer = OpenAITokenizer.of(encoder)
         assert torch.equal(torch.compile(tokenizer.encode, dynamic=False)(images()), tokenizer.encode(images()))
 
-    def test_in_half_precision_it_is_as_good_as_the_release(self, encoder):
+    def test_half_precision_is_as_accurate_as_release(self, encoder):
         """Tokens that differ from single precision's: no more than of the release's way, within their scatter."""
 
         def release(x: torch.Tensor) -> torch.Tensor:
@@ -314,21 +314,21 @@ class TestFusedEncoder:
         assert ours <= theirs + 0.01
         assert ours < 0.02, (ours, theirs)
 
-    def test_is_prepared_when_it_is_moved_and_not_in_the_first_step(self, encoder, monkeypatch):
+    def test_is_prepared_by_to_device(self, encoder, monkeypatch):
         tokenizer = OpenAITokenizer.of(encoder)
         tokenizer.to(torch.device("cpu"))
         monkeypatch.setattr(FusedEncoder, "__init__", lambda *given: pytest.fail("prepared in a step"))
         tokenizer.encode(images())
         tokenizer.to(torch.device("cpu"))  # it is there already
 
-    def test_the_fused_kernels_shapes_and_strides_are_known_to_the_compiler(self):
+    def test_fused_op_passes_opcheck(self):
         torch.manual_seed(0)
         x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(16, 8, 3, 3).contiguous(memory_format=torch.channels_last)
         torch.library.opcheck(conv_relu, (x, weight, torch.randn(16), 1))
 
     @pytest.mark.parametrize("wrong", ["no such kernel", "not-a-number", "other numbers", ""])
-    def test_cudnns_kernel_is_tried_before_it_is_used(self, wrong, monkeypatch, capsys):
+    def test_fused_kernel_is_verified_before_use(self, wrong, monkeypatch, capsys):
         """For every shape: in its place another one, since a CPU has none."""
 
         def kernel(*given):
@@ -342,7 +342,7 @@ class TestFusedEncoder:
         said = capsys.readouterr().err
         assert ("16x8x3x3 convolutions are not fused" in said) == (wrong != "")
 
-    def test_deterministic_it_is_not_used(self, encoder):
+    def test_deterministic_mode_disables_fused_kernel(self, encoder):
         """cuDNN's fused kernel may take any algorithm."""
         assert FusedEncoder(encoder, torch.device("cpu"), half=True).fused
         torch.use_deterministic_algorithms(True)
@@ -361,7 +361,7 @@ def without_last_bits(x: torch.Tensor, bits: int = 13) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_a_split_product_is_as_exact_as_float32(scale):
+def test_split_product_is_as_accurate_as_float32(scale):
     """Errors next to float64: hundreds of times smaller than TF32's, near those of float32."""
     torch.manual_seed(0)
     weight, bias = scale * 0.05 * torch.randn(512, 1024, 1, 1), scale * torch.randn(512)

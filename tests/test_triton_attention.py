@@ -43,13 +43,13 @@ def interpreted(marker: str) -> str:
     return done.stdout
 
 
-def test_numbers_gradients_and_a_network_by_the_interpreter():
+def test_interpreter_short():
     interpreted("not long")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_errors_of_every_shape_and_precision_by_the_interpreter():
+def test_interpreter_all_shapes_and_precisions():
     found = interpreted("long")
     table = [line for line in found.splitlines() if re.search(r"N \d+, .*dbias", line)]
     print("relative error of ours (of torch's) against float64", *table, sep="\n")
@@ -134,7 +134,7 @@ def resources(ptx: str) -> tuple[int, int]:
         ("base", 197, None, torch.float16),
     ],
 )
-def test_compiled_for_an_h100(size, tokens, queries, dtype, kernels):
+def test_compiles_for_h100(size, tokens, queries, dtype, kernels):
     """No spills in half precision, hardly any in fp32; Hopper's matrix instructions; no atomics."""
     call_operators(SIZES[size], tokens, queries, dtype)
     assert kernels.keys() == {"forward_kernel", "delta_kernel", "backward_kernel", "bias_kernel"}
@@ -155,7 +155,7 @@ def test_compiled_for_an_h100(size, tokens, queries, dtype, kernels):
         assert not re.search(r"\b(atom|red)\.", ptx)
 
 
-def test_triton_needs_a_gpu(shards, dvae_checkpoint, run_cli, tmp_path, monkeypatch):
+def test_needs_gpu(shards, dvae_checkpoint, run_cli, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     words = ["fit", *tiny_words(shards, dvae_checkpoint), "steps=1", "attention=triton", f"run_dir={tmp_path / 'run'}"]
     code, _, stderr = run_cli(*words)
@@ -166,7 +166,7 @@ def test_triton_needs_a_gpu(shards, dvae_checkpoint, run_cli, tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-def test_which_attention(monkeypatch):
+def test_attention_setting(monkeypatch):
     pytest.importorskip("triton")
 
     def kernel(asked: str, on_gpu: bool = True, precision: str = "auto", width: int = 64) -> str:
@@ -193,7 +193,7 @@ def test_which_attention(monkeypatch):
 
 
 @pytest.mark.long
-def test_everything_is_imported_without_triton():
+def test_imports_without_triton():
     """As on a Mac: the package is not there, and every module of ours but the kernels' own is imported."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -206,7 +206,7 @@ def test_everything_is_imported_without_triton():
 
 
 @pytest.mark.long
-def test_a_run_goes_on_with_the_other_attention(shards, dvae_checkpoint, run_cli, tmp_path, monkeypatch):
+def test_resume_with_other_attention(shards, dvae_checkpoint, run_cli, tmp_path, monkeypatch):
     """Begun with torch's, continued with ours: the same losses within rounding."""
     pytest.importorskip("triton")
     words = [
@@ -248,7 +248,7 @@ def on_a_gpu() -> Any:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("kind", ["packed", "packed, a bias an image", "queries", "tokens"])
 @pytest.mark.parametrize("keys", [50, 197, 577])
-def test_errors_on_a_gpu_are_not_above_torchs(keys, kind, dtype):
+def test_gpu_error_is_at_most_that_of_torch(keys, kind, dtype):
     tools = on_a_gpu()
     torch.backends.cuda.matmul.allow_tf32 = False
     tools.compare(kind, keys, 75, dtype, heads=12, images=16, device="cuda")
@@ -256,7 +256,7 @@ def test_errors_on_a_gpu_are_not_above_torchs(keys, kind, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["packed", "tokens"])
-def test_runs_on_a_gpu_are_equal_bit_by_bit(kind):
+def test_gpu_runs_are_bit_identical(kind):
     tools = on_a_gpu()
     given = tools.inputs(kind, 64, 12, 197, 75, 64, torch.bfloat16, "cuda")
     grad = torch.randn(64, 197 if kind == "packed" else 75, 12, 64, device="cuda").bfloat16()
@@ -267,7 +267,7 @@ def test_runs_on_a_gpu_are_equal_bit_by_bit(kind):
 
 
 @pytest.mark.gpu
-def test_a_batch_of_more_than_2_to_the_31_numbers():
+def test_tensor_above_2_to_the_31_elements():
     """The last images give the same bits as alone."""
     tools = on_a_gpu()
     if torch.cuda.mem_get_info()[0] < 30 << 30:
@@ -283,7 +283,7 @@ def test_a_batch_of_more_than_2_to_the_31_numbers():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bias", ["shared", "per_layer"])
-def test_a_compiled_network_on_a_gpu_has_the_same_gradients(bias):
+def test_compiled_gradients_on_gpu(bias):
     tools = on_a_gpu()
     network = tools.model(bias).cuda()
     wanted = tools.loss_and_gradients(network)

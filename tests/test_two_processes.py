@@ -75,7 +75,7 @@ def runs(words, installed, tmp_path_factory) -> Path:
     return folder
 
 
-def test_take_the_steps_of_one(runs):
+def test_steps_equal_one_process(runs):
     """The loss is a mean over the masked patches of the global batch: exactly, but for the order of float64 sums."""
     assert largest_difference(runs / "1", runs / "2") < 2e-15
     one, two = (last_checkpoint(runs / name)["state_dict"] for name in ("1", "2"))
@@ -83,7 +83,7 @@ def test_take_the_steps_of_one(runs):
         torch.testing.assert_close(two[name], tensor, rtol=1e-9, atol=1e-12)
 
 
-def test_vote_with_the_neighbours_of_one(runs):
+def test_knn_equals_one_process(runs):
     """The bank and the queries are dealt to the processes, and come together in one order."""
     rows = [rows_of(runs / name)[STEPS] for name in ("1", "2")]
     assert rows[0]["val/knn_accuracy"] == rows[1]["val/knn_accuracy"] > 0
@@ -101,7 +101,7 @@ def counted(record: Path) -> dict[int, list[dict]]:
 @pytest.mark.parametrize(
     ("strategy", "own"), [("ddp", set()), ("fsdp", {"_allgather_base", "_reduce_scatter_base"})], ids=["ddp", "fsdp"]
 )
-def test_no_step_waits(strategy, own, words, installed, tmp_path):
+def test_steps_have_no_blocking_collectives(strategy, own, words, installed, tmp_path):
     """In the steady state nothing blocks, and one all-reduce is beside the backward pass; FSDP has its own on top."""
     record, log = tmp_path / "counts", tmp_path / "log"
     run = ["batch_size=4", "trainer.devices=2", f"trainer.strategy={strategy}", f"run_dir={tmp_path / 'run'}"]
@@ -116,7 +116,7 @@ def test_no_step_waits(strategy, own, words, installed, tmp_path):
     assert all(entry["blocking"].get("allreduce", 0) > 0 for entry in steps[STEPS])  # whatever blocks is seen
 
 
-def test_a_signal_to_one_of_them_stops_both(words, tmp_path):
+def test_signal_to_one_process_stops_both(words, tmp_path):
     """It travels with a step's all-reduce: both leave after the same step, at most two after the one in hand."""
     log, run = tmp_path / "log", tmp_path / "run"
     words = [*words, "steps=400", "log_every=1", "batch_size=4", "trainer.devices=2", f"run_dir={run}", "data.val=null"]
@@ -132,7 +132,7 @@ def test_a_signal_to_one_of_them_stops_both(words, tmp_path):
     assert "Traceback" not in log.read_text()
 
 
-def test_a_write_that_fails_ends_both(words, tmp_path):
+def test_failed_write_ends_both_processes(words, tmp_path):
     """The first process writes, and finds a quota on its files; the other one waits for it meanwhile."""
     log, run = tmp_path / "log", tmp_path / "run"
     words = [*words, "steps=4000", "save_every=3", "log_every=1", "batch_size=4", "trainer.devices=2", "data.val=null"]
@@ -148,7 +148,7 @@ def test_a_write_that_fails_ends_both(words, tmp_path):
     assert last_checkpoint(run)["global_step"] % 3 == 0
 
 
-def test_their_clocks_agree(words, tmp_path):
+def test_time_based_saves_agree(words, tmp_path):
     """Saving and validating by the clock on both, at the same steps: every second one, since it is heard one later."""
     log, run = tmp_path / "log", tmp_path / "run"
     more = ["batch_size=4", "trainer.devices=2", f"run_dir={run}", "log_every=1", "val_minutes=1e-9"]
@@ -158,7 +158,7 @@ def test_their_clocks_agree(words, tmp_path):
     assert torch.load(run / "checkpoints/previous.ckpt", weights_only=True)["global_step"] == 6
 
 
-def test_gradients_that_are_rounded_to_bf16(words, runs, tmp_path):
+def test_bf16_gradient_compression(words, runs, tmp_path):
     """Close to those that are not, and not the same: the option does something."""
     log, run = tmp_path / "log", tmp_path / "run"
     more = ["batch_size=4", "trainer.devices=2", f"run_dir={run}", "log_every=1", "gradient_compression=bf16"]
@@ -166,7 +166,7 @@ def test_gradients_that_are_rounded_to_bf16(words, runs, tmp_path):
     assert 1e-7 < largest_difference(runs / "2", run) < 1e-2
 
 
-def test_a_compiled_step_is_cut_into_pieces_and_says_so(words, tmp_path):
+def test_compiled_ddp_step_is_split_and_reported(words, tmp_path):
     """So that gradients are sent while the next ones are computed; `optimize_ddp=false` keeps it whole."""
     log, run = tmp_path / "log", tmp_path / "run"
     larger = ["model.embed_dim=192", "model.depth=4", "model.num_heads=3"]  # beyond the first bucket's 1 MB

@@ -64,7 +64,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
         {"use_mean_pooling": False},
     ],
 )
-def test_equals_transformers(settings, tmp_path):
+def test_matches_transformers(settings, tmp_path):
     theirs = hf_segmenter(**settings)
     theirs.save_pretrained(tmp_path)
     mine = load_pretrained(tmp_path, "segment")
@@ -82,7 +82,7 @@ def test_equals_transformers(settings, tmp_path):
 
 @pytest.mark.soak
 @pytest.mark.long
-def test_equals_transformers_base_640(tmp_path):
+def test_matches_transformers_base_640(tmp_path):
     from transformers import BeitConfig, BeitForSemanticSegmentation
 
     settings = {"use_relative_position_bias": True, "layer_scale_init_value": 0.1}
@@ -96,7 +96,7 @@ def test_equals_transformers_base_640(tmp_path):
         assert close(mine, theirs(image).logits)
 
 
-def test_gradients_equal_transformers(tmp_path):
+def test_gradients_match_transformers(tmp_path):
     theirs = hf_segmenter()
     theirs.save_pretrained(tmp_path)
     mine = load_pretrained(tmp_path, "segment")
@@ -110,7 +110,7 @@ def test_gradients_equal_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("decoder", [{}, {"layers": [0, 1, 2, 3]}, {"aux_channels": None}, {"pool_scales": [1, 3]}])
-def test_to_hugging_face_and_back(decoder, run_cli, tmp_path):
+def test_round_trip_to_hugging_face(decoder, run_cli, tmp_path):
     """Also with the last block among the four: transformers cannot look at it, but for one more that idles."""
     from transformers import BeitForSemanticSegmentation, BeitImageProcessor
 
@@ -133,7 +133,7 @@ def test_to_hugging_face_and_back(decoder, run_cli, tmp_path):
     assert "BeitForSemanticSegmentation" in (tmp_path / "hf" / "README.md").read_text()
 
 
-def test_from_hugging_face_and_back(run_cli, tmp_path):
+def test_round_trip_from_hugging_face(run_cli, tmp_path):
     hf_segmenter().save_pretrained(tmp_path / "theirs")
     assert run_cli("export", f"init_from={tmp_path / 'theirs'}", "to=hf", f"out={tmp_path / 'back'}")[0] == 0
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "back"))
@@ -141,7 +141,7 @@ def test_from_hugging_face_and_back(run_cli, tmp_path):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_the_authors_names(tmp_path):
+def test_unilm_names(tmp_path):
     """`backbone.` before the transformer and its up-sampling, `conv_seg` for the classifiers; layers are not said."""
     model = ours(image_size=32)
     renamed = {}
@@ -164,7 +164,7 @@ class TestFromOtherCheckpoints:
         return write_checkpoint(tmp_path / "mim.ckpt", "mim", scrambled(MaskedImageModel(**network)))
 
     @pytest.mark.parametrize("size", [32, 64, (64, 32)])
-    def test_a_new_decoder_on_a_backbone(self, size, pretrained):
+    def test_new_decoder_on_backbone(self, size, pretrained):
         model = load_pretrained(pretrained, "segment", image_size=size, num_classes=7)
         features = load_pretrained(pretrained, "features", image_size=size)
         sides = (size, size) if isinstance(size, int) else size
@@ -178,7 +178,7 @@ class TestFromOtherCheckpoints:
         assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
         assert model.config["rel_pos_bias"] == "per_layer"
 
-    def test_a_decoder_of_other_classes_keeps_all_but_the_classifiers(self, tmp_path):
+    def test_other_classes_replace_only_classifiers(self, tmp_path):
         model = ours()
         path = write_checkpoint(tmp_path / "a.ckpt", "segmenter", model, **ABOUT)
         other = load_pretrained(path, "segment", num_classes=9)
@@ -186,7 +186,7 @@ class TestFromOtherCheckpoints:
         changed = {name for name in old if old[name].shape != new[name].shape or not torch.equal(old[name], new[name])}
         assert {name.rpartition(".")[0] for name in changed} == {"decode_head.classifier", "auxiliary_head.classifier"}
 
-    def test_other_heads_on_a_segmenter(self, tmp_path):
+    def test_other_heads_on_segmenter(self, tmp_path):
         path = write_checkpoint(tmp_path / "a.ckpt", "segmenter", ours(), **ABOUT)
         assert isinstance(load_pretrained(path), FeatureExtractor)
         assert isinstance(load_pretrained(path, "classify", num_classes=4), Classifier)
@@ -195,7 +195,7 @@ class TestFromOtherCheckpoints:
         with pytest.raises(UserError, match="without a token head"):
             load_pretrained(path, "mim")
 
-    def test_other_layers_of_a_file_s_decoder(self, tmp_path):
+    def test_other_layers_for_loaded_decoder(self, tmp_path):
         path = write_checkpoint(tmp_path / "a.ckpt", "segmenter", ours(), **ABOUT)
         assert segmenter(read_checkpoint(path), decoder={"layers": [1, 1, 2, 4], "channels": 8}).layers == [1, 1, 2, 4]
 
@@ -208,7 +208,7 @@ class TestFromOtherCheckpoints:
         (lambda folder, config: config.update(out_indices=[1, 2, 3, 9]), "must be four numbers up to 4"),
     ],
 )
-def test_files_that_do_not_fit(change, said, tmp_path):
+def test_mismatched_files(change, said, tmp_path):
     hf_segmenter().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     change(tmp_path, config)
@@ -217,14 +217,14 @@ def test_files_that_do_not_fit(change, said, tmp_path):
         load_pretrained(tmp_path, "segment")
 
 
-def test_a_backbone_alone_needs_classes(mim_checkpoint):
+def test_backbone_needs_num_classes(mim_checkpoint):
     with pytest.raises(UserError, match="num_classes is needed"):
         load_pretrained(mim_checkpoint, "segment")
     assert MIM["depth"] == 2
     assert load_pretrained(mim_checkpoint, "segment", num_classes=3).layers == [1, 1, 1, 2]
 
 
-def test_what_transformers_does_not_have_is_not_exported(refused, tmp_path):
+def test_unsupported_decoder_is_not_exported(refused, tmp_path):
     write_checkpoint(tmp_path / "a.ckpt", "segmenter", ours(decoder={"channels": 8}), **ABOUT)
     write_checkpoint(tmp_path / "b.ckpt", "segmenter", ours(decoder={"layers": [1, 2, 2, 4]}), **ABOUT)
     assert "a block twice" in refused("export", f"init_from={tmp_path / 'b.ckpt'}", "to=hf", "out=x")
@@ -233,12 +233,12 @@ def test_what_transformers_does_not_have_is_not_exported(refused, tmp_path):
         assert said in refused("export", f"init_from={tmp_path / 'a.ckpt'}", f"to={to}", f"out={out}")
 
 
-def test_layers_by_depth():
+def test_default_layers():
     assert default_layers(12) == [4, 6, 8, 12]
     assert default_layers(24) == [8, 12, 16, 24]
 
 
-def test_drop_path_and_dropout_come_from_outside():
+def test_drop_path_and_dropout_are_arguments():
     model = ours(drop_path_rate=0.5).train()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -253,7 +253,7 @@ def test_drop_path_and_dropout_come_from_outside():
         assert torch.allclose(none.main, bias[:, None, None].expand_as(none.main))
 
 
-def test_blocks_beyond_the_last_layer_are_frozen():
+def test_blocks_after_last_layer_are_frozen():
     model = Segmenter(3, {"layers": [1, 1, 2, 3]}, **NETWORK)
     assert [block.norm1.weight.requires_grad for block in model.blocks] == [True, True, True, False]
     torch.stack([x.sum() for x in model(torch.randn(2, 3, 32, 32))]).sum().backward()

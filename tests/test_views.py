@@ -106,18 +106,18 @@ class TestCrop:
         assert area.mean() == pytest.approx(expected, abs=0.03)  # four standard errors of the difference
 
     @pytest.mark.parametrize("size", [(1000, 20), (20, 1000)])
-    def test_falls_back_to_the_central_crop(self, size):
+    def test_falls_back_to_central_crop(self, size):
         """No box of 90 % of the area has an aspect below 4/3: torchvision takes the largest central one."""
         top, left, height, width = RandomResizedCrop.get_params(Image.new("RGB", size), [0.9, 1.0], [3 / 4, 4 / 3])
         assert draw_crop(rng(0), *size, (0.9, 1.0), (3 / 4, 4 / 3)) == (top, left, height, width)
 
-    def test_falls_back_to_the_whole_image(self):
+    def test_falls_back_to_whole_image(self):
         assert draw_crop(rng(0), 50, 45, (2.0, 2.0), (3 / 4, 4 / 3)) == (0, 0, 45, 50)
 
 
 class TestPretrainViews:
     @pytest.mark.parametrize("position", range(8))
-    def test_the_backbones_view_is_torchvisions_within_rounding(self, position):
+    def test_backbone_view_matches_torchvision_within_rounding(self, position):
         """Without scaled decoding. The tokenizer's view is bicubic, too, where the authors' is Lanczos."""
         image = picture()
         _, flip, crop = drawn(SMALL, image.size, position)
@@ -131,19 +131,19 @@ class TestPretrainViews:
         lanczos = torchvision_crop(image, crop, 16, InterpolationMode.LANCZOS)
         assert np.abs(view["token_image"] - (lanczos[:, :, ::-1] if flip else lanczos).astype(float)).mean() < 3
 
-    def test_without_a_side_there_is_no_tokenizers_view(self):
+    def test_no_tokenizer_view_without_size(self):
         """As with cached tokens: the backbone's view is the same."""
         one, both = TwoViewTransform(32, None)(picture(), rng(1)), TwoViewTransform(32, 16)(picture(), rng(1))
         assert one.keys() == both.keys() - {"token_image"}
         assert all(np.array_equal(one[name], both[name]) for name in one)
         assert "token_image" not in TwoViewTransform(32, None, pil_reference=True)(picture(), rng(1))
 
-    def test_some_are_flipped_and_some_are_not(self):
+    def test_flips_half(self):
         flips = [drawn(SMALL, (90, 70), position)[1] for position in range(8)]
         assert 0 < sum(flips) < 8
 
     @pytest.mark.parametrize("position", range(8))
-    def test_exact_equals_the_authors_pipeline(self, position):
+    def test_pil_reference_equals_release_pipeline(self, position):
         """Jitter and flip of the whole decoded JPEG, then the two crops, with PIL and torchvision."""
         views = TwoViewTransform(image_size=32, token_image_size=16, pil_reference=True)
         jpeg = as_jpeg(picture(300, 260))
@@ -156,7 +156,7 @@ class TestPretrainViews:
         assert np.array_equal(view["image"], torchvision_crop(image, crop, 32, InterpolationMode.BICUBIC))
         assert np.array_equal(view["token_image"], torchvision_crop(image, crop, 16, InterpolationMode.LANCZOS))
 
-    def test_exact_views_are_not_jittered_again(self):
+    def test_pil_reference_views_are_not_jittered_again(self):
         views = TwoViewTransform(image_size=32, token_image_size=16, pil_reference=True)
         view = views(picture(), rng(3))
         batch = {name: torch.from_numpy(array)[None] for name, array in view.items()}
@@ -164,7 +164,7 @@ class TestPretrainViews:
         assert torch.equal(image, batch["image"].float() / 255)
         assert torch.equal(token_image, batch["token_image"].float() / 255)
 
-    def test_fast_and_exact_are_close(self):
+    def test_fast_views_are_close_to_pil_reference(self):
         """Jitter before or after the crop differs only in rounding and in what resizing mixes after clipping."""
         settings = {"image_size": 32, "token_image_size": 16, "jitter": (0.2, 0.4, 0.2), "flip": 0.0}
         for position in range(4):
@@ -184,14 +184,14 @@ class TestPretrainViews:
         assert view["image"].shape == (3, 32, 32)
         assert view["token_image"].shape == (3, 16, 16)
 
-    def test_a_view_is_a_function_of_its_random_numbers(self):
+    def test_view_is_deterministic(self):
         first, again, other = (SMALL(picture(), rng(position)) for position in (1, 1, 2))
         assert all(np.array_equal(first[name], again[name]) for name in first)
         assert not np.array_equal(first["image"], other["image"])
 
 
 class TestJitter:
-    def test_equals_torchvision_in_every_order(self):
+    def test_matches_torchvision_in_every_order(self):
         torch.manual_seed(0)
         image = torch.rand(6, 3, 9, 7)
         factors = torch.empty(6, 3).uniform_(0.3, 1.9)  # wide enough that every operation clips somewhere
@@ -204,7 +204,7 @@ class TestJitter:
 
     @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("factors", [(1.4, 0.6, 1.4), (0.6, 1.4, 0.6), (1.4, 0.7, 0.6), (1.0, 0.6, 1.0)])
-    def test_with_tiles_it_is_pillows(self, order, factors):
+    def test_matches_pillow_with_mean_color_grid(self, order, factors):
         """Every pixel of the whole image as PIL has it, contrast's grey after the operations before it included."""
         image = expected = picture(300, 200)
         for operation in order:
@@ -216,7 +216,7 @@ class TestJitter:
         assert difference.mean() < 0.75
         assert difference.max() <= 3
 
-    def test_contrast_is_relative_to_the_whole_image(self):
+    def test_contrast_uses_mean_of_whole_image(self):
         """A crop of black from an image that is half white: contrast moves it, though it is of one grey itself."""
         image = Image.new("RGB", (80, 40), "white")
         image.paste("black", (0, 0, 40, 40))
@@ -232,7 +232,7 @@ class TestJitter:
             seen.append(views[0].mean().item())
         assert seen == pytest.approx([0.2, 0.8], abs=0.01)
 
-    def test_factors_and_orders_are_drawn_as_torchvision_draws_them(self):
+    def test_factors_and_orders_match_torchvision(self):
         jitters = [draw_jitter(rng(k), (0.4, 0.2, 0.0)) for k in range(3000)]
         factors = np.stack([jitter.factors for jitter in jitters])
         assert factors.min(0) == pytest.approx([0.6, 0.8, 1.0], abs=0.01)
@@ -243,7 +243,7 @@ class TestJitter:
         assert counts == pytest.approx(500, abs=100)  # five standard deviations
         assert draw_jitter(rng(0), (2.0, 2.0, 2.0)).factors.min() >= 0
 
-    def test_both_views_are_jittered_alike(self):
+    def test_both_views_get_same_jitter(self):
         """A picture of one colour has that colour in both views, before and after."""
         torch.manual_seed(0)
         colour = torch.randint(40, 200, (6, 3, 1, 1), dtype=torch.uint8)
@@ -258,13 +258,13 @@ class TestJitter:
         assert torch.allclose(image[..., :16, :16], token_image, atol=1e-6)
         assert (image[..., :1, :1] - colour / 255).abs().max() > 0.05
 
-    def test_one_channel_is_jittered_as_grey_rgb(self):
+    def test_one_channel_equals_grey_rgb(self):
         grey = torch.rand(6, 1, 8, 8)
         factors, order = torch.empty(6, 3).uniform_(0.6, 1.4), torch.tensor(ORDERS)
         rgb = color_jitter(grey.expand(-1, 3, -1, -1), factors, order)
         torch.testing.assert_close(color_jitter(grey, factors, order).expand(-1, 3, -1, -1), rgb, atol=1e-3, rtol=0)
 
-    def test_saturation_means_nothing_to_one_channel_and_a_fourth_is_left_alone(self):
+    def test_saturation_skips_grey_and_alpha(self):
         grey, order = torch.rand(1, 1, 8, 8), torch.tensor(ORDERS[:1])
         torch.testing.assert_close(color_jitter(grey, torch.tensor([[1.0, 1.0, 0.2]]), order), grey)
         four = torch.rand(1, 4, 8, 8)
@@ -274,7 +274,7 @@ class TestJitter:
 
     @pytest.mark.parametrize("channels", [1, 3, 4])
     @pytest.mark.parametrize("exact", [False, True])
-    def test_views_have_the_channels_asked_for(self, channels, exact):
+    def test_channels(self, channels, exact):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 4), np.uint8), "RGBA")
         views = TwoViewTransform(16, 8, pil_reference=exact, channels=channels)(image, np.random.default_rng(0))
         assert views["image"].shape == (channels, 16, 16)
@@ -312,7 +312,7 @@ class TestClassificationViews:
 
     @pytest.mark.parametrize("size", [32, 384])
     @pytest.mark.parametrize("source", [(900, 30), (30, 900), (97, 5), (1, 40), (600, 1), (1, 600)])
-    def test_of_a_thin_image_the_centre_alone_is_enlarged(self, size, source, monkeypatch):
+    def test_only_centre_of_thin_image_is_resized(self, size, source, monkeypatch):
         image, made = picture(*source), []
         shorter = shorter_side(size)
         expected = F.center_crop(F.resize(image, [shorter], InterpolationMode.BICUBIC), [size, size])
@@ -324,12 +324,12 @@ class TestClassificationViews:
         assert off.max() <= 4
         assert off.mean() < 0.25
 
-    def test_evaluation_of_a_large_jpeg_is_close_to_full_decoding(self):
+    def test_evaluation_of_large_jpeg_is_close_to_full_decoding(self):
         view = np.asarray(centre_view(as_jpeg(picture(1000, 800)), 64), float)
         full = np.asarray(centre_view(as_jpeg(picture(1000, 800)).convert("RGB"), 64), float)
         assert np.abs(view - full).mean() < 1.5
 
-    def test_training_is_a_flipped_crop(self):
+    def test_training_view_is_flipped_crop(self):
         views = ClassificationTransform(32)
         for position in range(6):
             numbers = rng(position)
@@ -338,7 +338,7 @@ class TestClassificationViews:
             expected = expected[:, :, ::-1] if numbers.random() < views.flip else expected
             assert np.array_equal(views(picture(), rng(position))["image"], expected)
 
-    def test_randaugment_depends_on_the_position_alone(self):
+    def test_randaugment_depends_only_on_position(self):
         policy = "rand-m9-mstd0.5-inc1"
         views = ClassificationTransform(32, auto_augment=policy)
         random.seed(1)

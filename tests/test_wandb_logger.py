@@ -35,7 +35,7 @@ def logger(tmp_path, how: str, run: FakeRun):
     return made
 
 
-def test_an_offline_run_is_given_what_it_had_before(tmp_path):
+def test_offline_run_gets_previous_rows(tmp_path):
     run, rows = FakeRun(), {2: {"train/loss": 1.0}, 1: {"train/loss": 2.0, "val/loss": 3.0}}
     logger(tmp_path, "offline", run).begin(rows)
     assert run.rows == [{**rows[1], "trainer/global_step": 1}, {**rows[2], "trainer/global_step": 2}]
@@ -44,7 +44,7 @@ def test_an_offline_run_is_given_what_it_had_before(tmp_path):
     assert online.rows == []
 
 
-def test_a_run_outlives_it(tmp_path, capsys):
+def test_run_survives_wandb_failure(tmp_path, capsys):
     made = logger(tmp_path, "offline", FakeRun(breaks_at=2))
     for step in range(5):
         made.log_metrics({"train/loss": 1.0}, step)
@@ -54,7 +54,7 @@ def test_a_run_outlives_it(tmp_path, capsys):
     assert len(made._experiment.rows) == 2
 
 
-def test_one_that_does_not_start(tmp_path, monkeypatch):
+def test_failed_start_is_reported(tmp_path, monkeypatch):
     made = logger(tmp_path, "offline", FakeRun())
     made._experiment = None
 
@@ -66,14 +66,14 @@ def test_one_that_does_not_start(tmp_path, monkeypatch):
         made.begin({})
 
 
-def test_the_id_stays(tmp_path):
+def test_run_id_is_stable(tmp_path):
     first = same_id(tmp_path / "id", first=True)
     assert same_id(tmp_path / "id", first=True) == same_id(tmp_path / "id", first=False) == first
     assert same_id(tmp_path / "other", first=False) != first
     assert not (tmp_path / "other").exists()
 
 
-def test_its_process_does_not_get_the_runs_signals():
+def test_wandb_process_does_not_get_signals():
     show = ["sed", "-n", "s/^SigBlk:\t//p", "/proc/self/status"]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with blocked_for_children():

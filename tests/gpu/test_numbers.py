@@ -120,12 +120,12 @@ def test_normalisation(device):
         torch.testing.assert_close(normalise(image.to(device), mean, std).cpu(), normalise(image, mean, std))
 
 
-def test_drop_path_draws_the_same_bits(device):
+def test_drop_path_noise_is_bit_identical(device):
     position = torch.tensor([0, 1, 5, 2**40, 2**62])
     assert torch.equal(uniforms(7, position.to(device), 24).cpu(), uniforms(7, position, 24))
 
 
-def test_tokens_are_those_of_the_package_on_this_device(device):
+def test_tokens_equal_dall_e_on_same_device(device):
     """fp16 convolutions like the package's, a more exact output: near-ties alone may differ."""
     package = encoder().to(device)
     image = batch_of(32)["token_image"].to(device).float() / 255
@@ -136,7 +136,7 @@ def test_tokens_are_those_of_the_package_on_this_device(device):
     assert (tokens != expected).float().mean() < 0.02
 
 
-def test_tokens_are_those_of_single_precision(device):
+def test_tokens_match_single_precision(device):
     image = batch_of(32)["token_image"].float() / 255
     with torch.no_grad():
         exact = encoder()(map_pixels(image)).argmax(1).flatten(1)
@@ -144,7 +144,7 @@ def test_tokens_are_those_of_single_precision(device):
     assert (tokens != exact).float().mean() < 0.02
 
 
-def test_the_fused_relu_is_a_convolution_and_a_relu(cuda):
+def test_fused_relu_equals_convolution_and_relu(cuda):
     x = torch.randn(4, 64, 14, 14, device=cuda).half().contiguous(memory_format=torch.channels_last)
     weight = (0.05 * torch.randn(128, 64, 3, 3, device=cuda)).half().contiguous(memory_format=torch.channels_last)
     bias = torch.randn(128, device=cuda).half()
@@ -158,7 +158,7 @@ def test_the_fused_relu_is_a_convolution_and_a_relu(cuda):
         assert error(found, exact) < 1e-3
 
 
-def test_the_split_product_is_as_exact_as_float32(device):
+def test_split_product_is_as_accurate_as_float32(device):
     weight, bias = 0.05 * torch.randn(512, 2048, 1, 1), torch.randn(512)
     x = torch.randn(2, 2048, 7, 7).relu().half()
     exact = F.conv2d(x.double(), weight.double(), bias.double())
@@ -218,7 +218,7 @@ def test_attention_of_some_queries(device):
         assert error(one.grad, other.grad) < exact_bound(device)
 
 
-def test_attention_without_gradients_is_the_same(device):
+def test_attention_without_gradients(device):
     q, k, v = (torch.randn(4, 3, 197, 64) for _ in range(3))
     bias = torch.randn(1, 3, 197, 197)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_attention_without_gradients_is_the_same(device):
 
 @pytest.mark.parametrize("bias", ["shared", "per_layer", "none"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_loss_and_gradients_are_a_cpus(device, bias, checkpointing):
+def test_loss_and_gradients_match_cpu(device, bias, checkpointing):
     batch = batch_of()
     exact = loss_and_gradients(pretraining(torch.device("cpu"), rel_pos_bias=bias), batch)
     module = pretraining(device, rel_pos_bias=bias)
@@ -236,7 +236,7 @@ def test_loss_and_gradients_are_a_cpus(device, bias, checkpointing):
     assert_near(loss_and_gradients(module, moved(batch, device)), exact, 1e-5, 1e-4)
 
 
-def test_in_bf16_gradients_are_near(device):
+def test_bf16_gradients_are_close(device):
     """Every tensor within 3 % of float32's, the loss within .2 %."""
     batch = moved(batch_of(), device)
     module = pretraining(device)
@@ -258,7 +258,7 @@ def test_clipping(device):
         torch.testing.assert_close(one.grad.cpu(), other.grad)
 
 
-def test_a_copied_module_is_the_same(device):
+def test_deepcopied_module(device):
     """As averaged weights and predictors copy it."""
     module = pretraining(device)
     other = copy.deepcopy(module.model)

@@ -29,7 +29,7 @@ def group(tmp_path):
 
 
 class TestSnapshot:
-    def test_is_of_the_moment_and_nobody_waits(self):
+    def test_is_isolated_and_asynchronous(self):
         """The device is busy before and changes its tensors after: the copy stands in between."""
         weight, snapshot = torch.zeros(2**20, device="cuda"), Snapshot()
         snapshot.take({"weight": weight})  # allocates
@@ -46,7 +46,7 @@ class TestSnapshot:
         assert copied["weight"].is_pinned()
         assert copied["weight"].device.type == "cpu"
 
-    def test_uses_its_pinned_memory_again(self):
+    def test_reuses_pinned_memory(self):
         state, snapshot = {"a": torch.rand(1000, device="cuda"), "b": torch.rand(10)}, Snapshot()
         first, _ = snapshot.take(state)
         places = {name: tensor.data_ptr() for name, tensor in first.items()}
@@ -55,7 +55,7 @@ class TestSnapshot:
         assert not second["b"].is_pinned()
 
 
-def test_a_checkpoint_holds_tensors_of_the_host(tmp_path):
+def test_checkpoint_holds_cpu_tensors(tmp_path):
     """Whoever reads it needs no GPU, and the thread has none to wait for but the copy."""
     io, model = BackgroundCheckpointIO(), torch.nn.Linear(8, 8, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -73,7 +73,7 @@ def test_a_checkpoint_holds_tensors_of_the_host(tmp_path):
     assert read(tmp_path / "last.ckpt")["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0
 
 
-def test_the_host_waits_for_no_exchange(group):
+def test_exchange_does_not_block_host(group):
     """A whole step of exchanges is queued while the device is busy; the sums are right when it gets there."""
     exchange, masked = StepExchange(), torch.tensor(75, device=group)
     for number in (1, 2):  # allocates

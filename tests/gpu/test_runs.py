@@ -60,7 +60,7 @@ def test_golden_losses(device, golden_words, run_cli, tmp_path):
     assert losses == pytest.approx(json.loads(file.read_text())["losses"], abs=2e-4)
 
 
-def test_golden_losses_are_a_cpus(golden_words, run_cli, tmp_path):
+def test_golden_losses_match_cpu(golden_words, run_cli, tmp_path):
     code, _, stderr = run_cli(*golden_words)
     assert code == 0, stderr
     _, losses = curve(tmp_path / "run/metrics.csv", "train/loss")
@@ -69,7 +69,7 @@ def test_golden_losses_are_a_cpus(golden_words, run_cli, tmp_path):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_a_resumed_run_is_the_uninterrupted_one(deterministic, words, run_cli, tmp_path, monkeypatch):
+def test_resume_equals_uninterrupted_run(deterministic, words, run_cli, tmp_path, monkeypatch):
     """With deterministic=true to the last bit, else by rounding."""
     words = [*words, f"deterministic={str(deterministic).lower()}", "steps=6", "save_every=2", "val_every=3"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
@@ -90,7 +90,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(deterministic, words, run_cli, t
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def test_a_gpus_checkpoint_is_read_on_a_cpu(words, run_cli, tmp_path):
+def test_gpu_checkpoint_loads_on_cpu(words, run_cli, tmp_path):
     assert run_cli(*words, "steps=1", f"run_dir={tmp_path / 'run'}")[0] == 0
     model = load_pretrained(tmp_path / "run/checkpoints/last.ckpt", head="features")
     assert {p.device.type for p in model.parameters()} == {"cpu"}
@@ -100,7 +100,7 @@ def test_a_gpus_checkpoint_is_read_on_a_cpu(words, run_cli, tmp_path):
 @pytest.mark.parametrize(
     "settings", [["compile=true"], ["compile=true", "device_prefetch=true"], ["activation_checkpointing=true"]]
 )
-def test_ways_to_execute_have_the_same_losses(settings, words, run_cli, tmp_path):
+def test_execution_settings_do_not_change_losses(settings, words, run_cli, tmp_path):
     found = {}
     for name, more in (("plain", []), ("other", settings)):
         code, _, stderr = run_cli(*words, *more, "steps=3", f"run_dir={tmp_path / name}", "trainer.precision=32-true")
@@ -120,7 +120,7 @@ def test_cuda_graphs_in_a_run(cuda, words, run_cli, tmp_path):
     assert found["reduce-overhead"] == pytest.approx(found["false"], rel=2e-2)
 
 
-def test_bf16_is_what_a_gpu_takes_by_itself(cuda, words, run_cli, tmp_path):
+def test_default_precision_is_bf16(cuda, words, run_cli, tmp_path):
     code, stdout, stderr = run_cli(*words, "steps=2", f"run_dir={tmp_path / 'run'}")
     assert code == 0, stderr
     assert "precision bf16-mixed" in stdout
@@ -146,7 +146,7 @@ def test_finetuning_validation_and_prediction(words, photos, mim_checkpoint, sha
     assert code == 0, stderr
 
 
-def test_two_gpus_are_one(cuda, words, run_cli, tmp_path):
+def test_two_gpus_equal_one(cuda, words, run_cli, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     words = [word for word in words if not word.startswith("trainer.devices")]

@@ -55,7 +55,7 @@ def weights(module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bias", ["shared", "per_layer"])
-def test_compiled_loss_and_gradients_are_the_eager_ones(device, bias):
+def test_compiled_loss_and_gradients_equal_eager(device, bias):
     batch = moved(batch_of(), device)
     module = pretraining(device, rel_pos_bias=bias)
     exact = loss_and_gradients(module, batch)
@@ -63,7 +63,7 @@ def test_compiled_loss_and_gradients_are_the_eager_ones(device, bias):
     assert_near(loss_and_gradients(module, batch), exact, 1e-5, 1e-4)
 
 
-def test_compiled_in_bf16_gradients_are_near(device):
+def test_compiled_bf16_gradients_are_close(device):
     batch = moved(batch_of(), device)
     module = pretraining(device)
     exact = loss_and_gradients(module, batch)
@@ -79,7 +79,7 @@ def test_three_steps_are_compiled_once(device):
     assert sum(counters["graph_break"].values()) == 0, counters["graph_break"]
 
 
-def test_compiled_tokens_are_the_eager_ones(device):
+def test_compiled_tokens_equal_eager(device):
     module = pretraining(device)
     batch = batches_of(device, 1, tokens=False)[0]
     view, tokens = module.image_and_tokens(batch)
@@ -89,7 +89,7 @@ def test_compiled_tokens_are_the_eager_ones(device):
     assert (tokens != other).float().mean() < 0.02
 
 
-def test_a_step_never_waits_for_the_device(cuda):
+def test_step_has_no_device_sync(cuda):
     module = pretraining(cuda, drop_path_rate=0.1)
     optimizer, batches = optimiser(module), batches_of(cuda, 3, tokens=False)
     module.guard = guard = NonFiniteGuard(None, 20, 8)
@@ -106,7 +106,7 @@ def test_a_step_never_waits_for_the_device(cuda):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_without_a_finite_gradient_changes_nothing(device):
+def test_nonfinite_gradient_changes_nothing(device):
     module = pretraining(device)
     optimizer = optimiser(module)
     steps(module, batches_of(device, 2), optimizer)
@@ -128,7 +128,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(device):
     assert not torch.equal(weights(module), before)
 
 
-def test_prefetched_batches_are_the_same(device):
+def test_device_prefetch_gives_same_batches(device):
     on_host = [{k: v for k, v in batch_of(seed=n).items() if k != "tokens"} for n in range(4)]
     if device.type == "cuda":
         on_host = [{k: v.pin_memory() for k, v in batch.items()} for batch in on_host]
@@ -142,7 +142,7 @@ def test_prefetched_batches_are_the_same(device):
             torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
 
 
-def test_prefetched_steps_have_the_same_losses(device):
+def test_device_prefetch_gives_same_losses(device):
     on_host = [{k: v for k, v in batch_of(seed=n).items() if k != "tokens"} for n in range(4)]
     plain = pretraining(device)
     expected = steps(plain, [moved(batch, device) for batch in on_host])
@@ -151,7 +151,7 @@ def test_prefetched_steps_have_the_same_losses(device):
     assert torch.stack(losses).tolist() == pytest.approx(torch.stack(expected).tolist(), rel=1e-4)
 
 
-def test_prefetching_runs_beside_the_step(cuda):
+def test_device_prefetch_overlaps_with_step(cuda):
     """A step may begin while the batch after it is still being made, which takes long here."""
     on_host = [{"image": torch.zeros(1, dtype=torch.uint8).pin_memory()} for _ in range(3)]
     made = []
@@ -168,7 +168,7 @@ def test_prefetching_runs_beside_the_step(cuda):
         assert number == len(on_host) or not made[number].query()
 
 
-def test_cuda_graphs_have_the_same_losses(cuda):
+def test_cuda_graphs_give_same_losses(cuda):
     """The views' graph gives to the objective's graph; every step overwrites both."""
     expected = steps(pretraining(cuda), batches_of(cuda, 6, tokens=False))
     module = pretraining(cuda)
@@ -177,7 +177,7 @@ def test_cuda_graphs_have_the_same_losses(cuda):
     assert torch.stack(losses).tolist() == pytest.approx(torch.stack(expected).tolist(), rel=5e-3)
 
 
-def test_deterministic_steps_have_the_same_bits(device):
+def test_deterministic_steps_are_bit_identical(device):
     make_deterministic("pretrain", device.type == "cuda")
     found = []
     for _ in range(2):
@@ -188,7 +188,7 @@ def test_deterministic_steps_have_the_same_bits(device):
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_deterministic_compiled_steps_have_the_same_bits(device):
+def test_deterministic_compiled_steps_are_bit_identical(device):
     make_deterministic("pretrain", device.type == "cuda")
     found = []
     for _ in range(2):
@@ -199,7 +199,7 @@ def test_deterministic_compiled_steps_have_the_same_bits(device):
     assert torch.equal(*found)
 
 
-def test_a_compiled_modules_checkpoint_has_the_networks_names(device):
+def test_checkpoint_of_compiled_module_has_plain_names(device):
     module = pretraining(device)
     module.compile_mode = "default"
     steps(module, batches_of(device, 1))
@@ -210,7 +210,7 @@ def test_a_compiled_modules_checkpoint_has_the_networks_names(device):
     assert error(module.model.encode(image.to(device)), other.encode(image)) < 1e-4
 
 
-def test_checkpointing_saves_memory_and_no_gradient_changes(cuda):
+def test_activation_checkpointing_saves_memory(cuda):
     batch, peaks, found = moved(batch_of(64), cuda), [], []
     for checkpointing in (False, True):
         module = pretraining(cuda, depth=8)

@@ -67,7 +67,7 @@ def ended(process: subprocess.Popen, log: Path, code: int) -> str:
     return said
 
 
-def test_a_disk_that_fills_during_a_checkpoint(words, undisturbed, small_disk, tmp_path, measured):
+def test_disk_fills_during_checkpoint(words, undisturbed, small_disk, tmp_path, measured):
     """A disk that fills during a checkpoint: the earlier one is intact, the message says so, the exit code is not 0."""
     disk, log = small_disk(48), tmp_path / "log"
     run, filler = disk / "run", disk / "filler"
@@ -91,7 +91,7 @@ def test_a_disk_that_fills_during_a_checkpoint(words, undisturbed, small_disk, t
     measured(f"last.ckpt is that of step {at}; with room again the run ends bit-identical")
 
 
-def test_a_disk_without_any_room(words, undisturbed, small_disk, tmp_path, measured):
+def test_disk_full_from_start(words, undisturbed, small_disk, tmp_path, measured):
     """A disk without room for a line of metrics: the run ends by name, and goes on when there is room."""
     disk, log = small_disk(48), tmp_path / "log"
     run, filler = disk / "run", disk / "filler"
@@ -108,7 +108,7 @@ def test_a_disk_without_any_room(words, undisturbed, small_disk, tmp_path, measu
     measured(f"exit code 2; {said.removeprefix('error: ').replace(str(disk), 'DISK')}; afterwards bit-identical")
 
 
-def test_a_file_that_may_not_grow(words, undisturbed, tmp_path, measured):
+def test_file_size_limit(words, undisturbed, tmp_path, measured):
     """A quota on files during a checkpoint: the earlier one is intact, the message says so, the exit code is not 0."""
     log, run = tmp_path / "log", tmp_path / "runs/quota"
     process = start([*words, "name=quota"], tmp_path, log)
@@ -124,7 +124,7 @@ def test_a_file_that_may_not_grow(words, undisturbed, tmp_path, measured):
     measured(f"exit code 2; ...{said[-62:]}; afterwards bit-identical")
 
 
-def test_a_folder_that_cannot_be_written(words, small_disk, tmp_path, measured):
+def test_read_only_folder(words, small_disk, tmp_path, measured):
     """A read-only folder: named before the first step."""
     disk, log = small_disk(16), tmp_path / "log"
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written(words, small_disk, tmp_path, measured):
     measured(f"exit code 2; {said.removeprefix('error: ').replace(str(disk), 'DISK')}")
 
 
-def test_a_shard_that_is_deleted_during_training(made, words, undisturbed, tmp_path, measured):
+def test_shard_deleted_during_training(made, words, undisturbed, tmp_path, measured):
     """A deleted shard during training: named; with the shard back the run ends as if it had always been there."""
     data, log = tmp_path / "data", tmp_path / "log"
     shutil.copytree(made.folder / "data/train", data)
@@ -155,7 +155,7 @@ def test_a_shard_that_is_deleted_during_training(made, words, undisturbed, tmp_p
     measured(f"exit code 2; {said.removeprefix('error: ').replace(str(data), 'DATA')}; afterwards bit-identical")
 
 
-def test_a_checkpoint_cut_at_fifty_lengths(words, undisturbed, tmp_path, measured):
+def test_checkpoint_truncated_at_fifty_lengths(words, undisturbed, tmp_path, measured):
     """A checkpoint cut at any of 50 random lengths: named, and the one before is used."""
     rng, log = random.Random(3), tmp_path / "log"
     shutil.copytree(undisturbed / "checkpoints", tmp_path / "runs/cut/checkpoints")
@@ -210,7 +210,7 @@ def test_nan_at_step_seven(words, watch, tmp_path, measured):
     measured("30 steps: weights, moments (29 updates) and all losses equal; skipped.jsonl: step 8, positions 56 to 63")
 
 
-def test_nan_for_good(words, undisturbed, watch, tmp_path, measured):
+def test_persistent_nan(words, undisturbed, watch, tmp_path, measured):
     """NaN for good from step 12 on: the run stops in time with the last good weights."""
     log, run = tmp_path / "log", tmp_path / "runs/nan"
     orders = watch(POISON="12-")

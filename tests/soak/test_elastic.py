@@ -62,7 +62,7 @@ def in_parts(words: list[str], stops: list[tuple[int, int, int]], steps: int, fo
         ("32-true", 10, [(1, 2, 2), (2, 1, 4), (4, 0, 6)], 1e-4),
     ],
 )
-def test_one_two_four_and_one_process(precision, steps, stops, bound, made, tmp_path, watch, measured):
+def test_resume_with_1_2_4_and_1_processes(precision, steps, stops, bound, made, tmp_path, watch, measured):
     """1 -> 2 -> 4 -> 1 processes by restart, other workers too: the same samples exactly once, the same losses."""
     words = [*(made.cached if precision == "64-true" else made.words), *BATCH, f"trainer.precision={precision}"]
     watched = watch(tmp_path / "whole")

@@ -108,7 +108,7 @@ def test_hostile_checkpoints_and_tokenizers(made, command, tmp_path, measured):
     measured(f"{refused + 1} commands with hostile or odd files: exit code 2, one line, nothing executed or written")
 
 
-def test_path_tricks_in_tars(command, tmp_path, measured):
+def test_path_traversal_in_tars(command, tmp_path, measured):
     """Tar members named ../, absolute, links, devices, oversized: refused; nothing is written outside the target."""
     given = tmp_path / "given"
     given.mkdir()
@@ -135,7 +135,7 @@ def test_path_tricks_in_tars(command, tmp_path, measured):
     measured(f"oversized: {said.removeprefix('error: ').replace(str(given), 'GIVEN')[:110]}")
 
 
-def test_a_manifest_that_points_elsewhere(made, command, tmp_path, measured):
+def test_path_traversal_in_manifest(made, command, tmp_path, measured):
     """A manifest or an index that points elsewhere: refused in one line, nothing written."""
     given = tmp_path / "given"
     fit = [word for word in made.words if not word.startswith(("data.train=", "data.tokens="))]

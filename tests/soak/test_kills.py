@@ -29,7 +29,7 @@ def whole(made) -> Path:
     return made.folder / "runs/whole"
 
 
-def test_thirty_kills_at_random_moments(made, whole, tmp_path, measured):
+def test_resume_after_thirty_random_kills(made, whole, tmp_path, measured):
     """30 SIGKILLs at random moments, also during a checkpoint write: losses, weights, W&B as if there had been none."""
     rng, run, moments = random.Random(0), tmp_path / "runs/killed", Counter()
     partial = run / "checkpoints/.last.ckpt.partial"
@@ -67,7 +67,7 @@ def test_thirty_kills_at_random_moments(made, whole, tmp_path, measured):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_told_to_stop(devices, made, whole, tmp_path, measured):
+def test_resume_after_signals(devices, made, whole, tmp_path, measured):
     """SIGTERM, SIGUSR1, Ctrl-C in the middle: the step in hand is waited for, no more; the run goes on bit by bit."""
     words = [*made.words, f"steps={STEPS if devices == 1 else 90}", f"batch_size={4 // devices}"]
     words += [] if devices == 1 else ["trainer.devices=2"]
@@ -108,7 +108,7 @@ def test_told_to_stop(devices, made, whole, tmp_path, measured):
     measured(f"steps after the signal: {further}; exit codes 75 and 130; {steps} steps bit-identical, W&B too")
 
 
-def test_told_to_stop_while_it_validates(made, tmp_path, measured):
+def test_resume_after_signal_during_validation(made, tmp_path, measured):
     """SIGTERM during a validation: it is not waited for, and made up for by the next start."""
     words = [*made.words, "steps=75", "data.val_batch=1", "data.val_images=48"]
     assert start([*words, "name=whole"], tmp_path, tmp_path / "log").wait(600) == 0

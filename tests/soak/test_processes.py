@@ -98,7 +98,7 @@ def log_of(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("signum", "within"), [(signal.SIGKILL, 20), (signal.SIGSTOP, TIMEOUT + 20)])
-def test_a_process_that_the_run_started_itself(signum, within, words, tmp_path, measured):
+def test_child_process_dies(signum, within, words, tmp_path, measured):
     """trainer.devices=2, the second process killed, or hanging: the first one ends with a line; the run goes on."""
     log, run = tmp_path / "log", tmp_path / "runs/run"
     words = [*words, "steps=40", "name=run", "trainer.devices=2"]
@@ -138,7 +138,7 @@ def as_slurm_starts(words: list[list[str]], ports: list[str], folder: Path) -> l
 
 
 @pytest.mark.parametrize("what", ["settings", "data"])
-def test_a_process_that_differs(what, words, made, tmp_path, measured):
+def test_inconsistent_process_is_named(what, words, made, tmp_path, measured):
     """A process with another config, or other images, than rank 0: one line on rank 0, all end."""
     words = [*words, "steps=2", "name=x"]
     other = [*words, "optim.lr=1e-3"]
@@ -155,7 +155,7 @@ def test_a_process_that_differs(what, words, made, tmp_path, measured):
     measured(said.removeprefix("error: ").replace(socket.gethostname(), "HOST"))
 
 
-def test_a_meeting_place_that_nobody_is_at(words, tmp_path, measured):
+def test_rendezvous_timeout(words, tmp_path, measured):
     """An unreachable rendezvous: each process says where it waited, after the configured time-out."""
     words = [word for word in words if "timeout_minutes" not in word] + ["steps=2", "timeout_minutes=.05"]
     began = time.monotonic()

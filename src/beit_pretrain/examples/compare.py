@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from beit_pretrain.config import compose, quoted
 from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine.fit import fit
-from beit_pretrain.engine.run_folder import FINISHED
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.probe_layers import probe
 from beit_pretrain.examples.compare_results import KINDS, report

@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from beit_pretrain.tables import curve, read_rows
 from beit_pretrain.visualization.plots import figure
