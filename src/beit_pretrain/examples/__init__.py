@@ -1,1 +1,1 @@
-"""The verbs `demo` and `compare`: complete experiments from images to a report."""
+"""The demo and the comparison: whole runs from images to a report."""

@@ -1,17 +1,18 @@
-"""The verb `compare`: compares pre-training with training from scratch and with a control, over several seeds.
+"""The verb `compare`: pre-train, fine-tune, probe, and train from scratch, over several seeds, with a control.
 
-Every stage is an ordinary command with a small experiment. Finished stages are skipped: rerun the same command to
-resume. All runs share one tokenizer; everything else is trained for each seed.
+Every stage is a verb that a user would type, with a small experiment, and is not repeated once it has finished: the
+same command resumes it. The tokenizer is shared, everything else is trained anew for each seed.
 
 * pretrained: masked image modelling, then fine-tuning on few labels.
-* control: the same with shuffled targets (`tokenizers/shuffled.py`): equal compute, but targets unrelated to the image.
-* scratch: only fine-tuning, with the same labels, steps and batches.
+* control: the same with shuffled targets (`tokenizers.shuffled`): as much computing, nothing to learn of an image.
+* scratch: fine-tuning alone, with the same labels, steps and batches.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from beit_pretrain.config import compose, quoted
 from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine.fit import fit
+from beit_pretrain.engine.run_folder import FINISHED
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.probe_layers import probe
 from beit_pretrain.examples.compare_results import KINDS, report
@@ -30,16 +32,15 @@ from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO, read_own
 from beit_pretrain.settings import renamed, to_dict
 
-MARK = "compare.yaml"  # the config; marks the folder of a comparison
-STAGES = "stages.jsonl"  # duration of each finished stage
-KINDS = ("pretrained", "control", "scratch")
-FREE = ("precision", "threads", "num_workers", "seeds", "probe_images")  # may differ in a resumed comparison
+MARK = "compare.yaml"  # its config; says that the folder is a comparison's
+STAGES = "stages.jsonl"  # time that each finished stage took
+FREE = ("precision", "threads", "num_workers", "seeds", "probe_images")  # may differ when a comparison goes on
 
 
 def compare(cfg: CompareSettings) -> dict:
-    """Run all unfinished stages; write `results.json`, `RESULTS.md`, `accuracy.png`, `layers.png` and `curves.png`.
+    """Run what is not finished yet, and write `results.json`, `RESULTS.md`, `accuracy.png` and `layers.png`.
 
-    Returns the content of `results.json`. Raises UserError if the settings differ from the folder's.
+    Returns what `results.json` holds. Raises UserError for settings other than the folder's.
     """
     run_dir = claim(cfg)
     data = write_shards(cfg, run_dir / "data")
@@ -57,9 +58,9 @@ def compare(cfg: CompareSettings) -> dict:
 
 
 def claim(cfg: CompareSettings) -> Path:
-    """Create or reuse the comparison's folder. Raises UserError if it holds anything but this comparison.
+    """The comparison's folder. Raises UserError if it holds a comparison of other settings, or anything else.
 
-    A folder with only the config, for instance after a mistyped source, counts as empty.
+    A comparison that has not made a file yet, for instance of a source that is not there, is none.
     """
     run_dir, mark = Path(cfg.run_dir), Path(cfg.run_dir) / MARK
     if mark.is_file() and any(path != mark and not path.is_dir() for path in run_dir.rglob("*")):
@@ -75,14 +76,14 @@ def claim(cfg: CompareSettings) -> Path:
 
 
 def write_shards(cfg: CompareSettings, out: Path) -> dict[str, Path]:
-    """Make the shards if missing; returns the settings that point to them."""
+    """Make the shards, if they are not there; returns the settings that point to them."""
     make_shards(cfg.src, out)
     make_shards(cfg.held_out or cfg.src, out, split="val")
     return {"data.train": out / "train", "data.val": out / "val"}
 
 
 def check_classes(cfg: CompareSettings, data: dict[str, Path]) -> None:
-    """Raise UserError for fewer than two classes, or if the held-out images have other classes."""
+    """Raise UserError for classes that cannot be told apart, or that are other ones in the held-out images."""
     train, val = (json.loads((folder / MANIFEST).read_text())["classes"] for folder in data.values())
     if len(train) < 2:
         raise UserError(f"src={cfg.src} has {len(train)} classes; a comparison needs at least 2")
@@ -91,8 +92,8 @@ def check_classes(cfg: CompareSettings, data: dict[str, Path]) -> None:
 
 
 def run_seed(cfg: CompareSettings, folder: Path, kind: str, seed: int, data: dict[str, Path]) -> None:
-    """Pre-train (unless the kind is scratch) and fine-tune."""
-    start: dict = {"from_scratch": True, "optim.layer_decay": None}  # layer decay only helps pre-trained weights
+    """Pre-training, where this kind has one, and fine-tuning."""
+    start: dict = {"from_scratch": True, "optim.layer_decay": None}  # there is nothing for a layer decay to protect
     if kind != "scratch":
         targets = {"tokenizer": "dvae" if kind == "pretrained" else "shuffled"}
         targets["tokenizer.path"] = str(folder.parent / "tokenizer/checkpoints/last.ckpt")
@@ -107,25 +108,23 @@ def run_seed(cfg: CompareSettings, folder: Path, kind: str, seed: int, data: dic
 
 
 def probe_features(cfg: CompareSettings, folder: Path, kind: str, seed: int, data: dict[str, Path]) -> None:
-    """Evaluate linear probes and kNN of every layer; for scratch, of the untrained network."""
-    out, stage = folder / f"probe-{kind}", f"{folder.name}/probe-{kind}"
-    if (out / "layers.csv").is_file():
-        print(f"== {stage}: finished before", flush=True)
-        return
-    print(f"\n== {stage} ==", flush=True)
-    checkpoint = folder / kind / "checkpoints/last.ckpt"
-    if kind == "scratch":
-        checkpoint = untrained(folder / "pretrained/checkpoints/last.ckpt", folder / "untrained.ckpt", seed)
-    settings: dict[str, Any] = {"init_from": checkpoint, "out": out, "seed": seed, "threads": cfg.threads, **data}
-    settings |= {"train_images": cfg.probe_images, "data.val_images": cfg.probe_images, "data.crop_ratio": 1.0}
-    words = [f"{key}={quoted(value)}" for key, value in {**settings, "data.num_workers": cfg.num_workers}.items()]
-    clocks = time.perf_counter(), time.process_time()
-    probe(compose("probe", words))
-    record(cfg, stage, clocks)
+    """Linear probes and kNN of every layer; from scratch, of the network before any training."""
+
+    def work() -> None:
+        checkpoint = folder / kind / "checkpoints/last.ckpt"
+        if kind == "scratch":
+            checkpoint = untrained(folder / "pretrained/checkpoints/last.ckpt", folder / "untrained.ckpt", seed)
+        settings: dict[str, Any] = {"init_from": checkpoint, "out": out, "seed": seed, "threads": cfg.threads, **data}
+        settings |= {"train_images": cfg.probe_images, "data.val_images": cfg.probe_images, "data.crop_ratio": 1.0}
+        settings |= {"data.num_workers": cfg.num_workers}
+        probe(compose("probe", [f"{key}={quoted(value)}" for key, value in settings.items()]))
+
+    out = folder / f"probe-{kind}"
+    run_stage(cfg, out, out / "layers.csv", work)
 
 
 def untrained(like: Path, path: Path, seed: int) -> Path:
-    """Write a checkpoint of an untrained network of the same architecture."""
+    """Write a network of the same architecture that has learned nothing."""
     architecture, _, about = read_own(like, "mim")
     torch.manual_seed(seed)
     model = MaskedImageModel(**architecture)
@@ -136,22 +135,26 @@ def untrained(like: Path, path: Path, seed: int) -> Path:
 
 
 def train(cfg: CompareSettings, experiment: str, folder: Path, **settings) -> None:
-    """Run one stage unless it has finished. Appends its duration to `stages.jsonl`."""
+    """One run of `fit`, unless it has finished."""
+
+    def work() -> None:
+        common = {"name": f"{cfg.name}/{folder.relative_to(cfg.run_dir).as_posix()}", "run_dir": folder}
+        common |= {"seed": cfg.seed, "threads": cfg.threads, "data.num_workers": cfg.num_workers}
+        given = {**common, "trainer.precision": cfg.precision, **settings}
+        fit(compose("fit", [f"+experiment={experiment}", *(f"{k}={quoted(v)}" for k, v in given.items())]))
+
+    run_stage(cfg, folder, folder / FINISHED, work)
+
+
+def run_stage(cfg: CompareSettings, folder: Path, finished: Path, work: Callable[[], None]) -> None:
+    """Do the work of a stage unless its last file exists; add its seconds, wall and CPU, to `stages.jsonl`."""
     stage = folder.relative_to(cfg.run_dir).as_posix()
     if finished.is_file():
         print(f"== {stage}: finished before", flush=True)
         return
     print(f"\n== {stage} ==", flush=True)
-    common = {"name": f"{cfg.name}/{stage}", "run_dir": folder, "seed": cfg.seed, "threads": cfg.threads}
-    common |= {"data.num_workers": cfg.num_workers, "trainer.precision": cfg.precision}
-    words = [f"{key}={quoted(value)}" for key, value in {**common, **settings}.items()]
-    clocks = time.perf_counter(), time.process_time()
-    fit(compose("fit", [f"+experiment={experiment}", *words]))
-    record(cfg, stage, clocks)
-
-
-def record(cfg: CompareSettings, stage: str, clocks: tuple[float, float]) -> None:
-    """Append the wall-clock and CPU time of a stage since its last start to `stages.jsonl`."""
-    took = {"seconds": time.perf_counter() - clocks[0], "cpu_seconds": time.process_time() - clocks[1]}
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    took = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - processor}
     with (Path(cfg.run_dir) / STAGES).open("a") as file:
         file.write(json.dumps({"stage": stage, **took}) + "\n")

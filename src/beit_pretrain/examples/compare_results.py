@@ -1,4 +1,4 @@
-"""Results of a comparison: numbers, tables, pictures and acceptance checks."""
+"""What a comparison found: numbers, tables, pictures, and whether they are what pre-training promises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from beit_pretrain.settings import to_dict
 from beit_pretrain.tables import table
 from beit_pretrain.visualization.plots import bars_plot, curves_plot, layers_plot
 
-UNTRAINED = "not trained"  # name of "from scratch" in the results of probes
+UNTRAINED = "not trained"  # what "from scratch" means to a probe
 KINDS = {"pretrained": "pre-trained", "control": "control: shuffled targets", "scratch": "from scratch"}
 MEASURES = {"accuracy": "top-1", "top5_accuracy": "top-5"}
 
@@ -39,7 +39,7 @@ def report(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[st
 
 
 def collected(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """All numbers of the comparison, most as lists over the seeds."""
+    """Every number of the comparison, a list over the seeds each."""
     folders = [run_dir / f"seed-{seed}" for seed in seeds]
     train = json.loads((run_dir / "data/train/manifest.json").read_text())
     val = json.loads((run_dir / "data/val/manifest.json").read_text())
@@ -70,7 +70,7 @@ def collected(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict
 
 
 def by_layer(files: Sequence[Path]) -> dict[str, list[list[float]]]:
-    """Accuracies by layer for each seed: {"linear probe": [seeds][layers], "kNN": [seeds][layers]}."""
+    """{"linear probe": a list for each seed of accuracies by layer, "kNN": the same}."""
     found: dict[str, list[list[float]]] = {"linear probe": [], "kNN": []}
     for file in files:
         with file.open(newline="") as opened:
@@ -81,7 +81,7 @@ def by_layer(files: Sequence[Path]) -> dict[str, list[list[float]]]:
 
 
 def stages(run_dir: Path) -> dict[str, dict[str, float]]:
-    """Wall-clock and CPU seconds of each kind of stage, mean over the seeds."""
+    """Seconds, and seconds of CPU time, of each kind of stage: the mean over the seeds."""
     taken: dict[str, list[dict[str, float]]] = {}
     file = run_dir / "stages.jsonl"
     for line in file.read_text().splitlines() if file.is_file() else ():
@@ -94,17 +94,12 @@ def stages(run_dir: Path) -> dict[str, dict[str, float]]:
 
 
 def mean_of(rows: Sequence[Sequence[float]]) -> list[float]:
-    """Mean over the seeds for each layer."""
+    """Means over the seeds of what each has by layer."""
     return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
-def spread(values: Sequence[float]) -> float:
-    """Largest minus smallest value."""
-    return max(values) - min(values)
-
-
 def promises(numbers: dict[str, Any]) -> list[tuple[str, bool]]:
-    """The acceptance checks (text, passed): the gain and the control's gain against the spread of the seeds."""
+    """What pre-training is to show, and whether it did: the gain and the control, against the spread of the seeds."""
     found = {kind: numbers["fine_tuned"][kind]["accuracy"] for kind in KINDS}
     mean = {kind: statistics.fmean(values) for kind, values in found.items()}
     spread = {kind: max(values) - min(values) for kind, values in found.items()}
@@ -166,59 +161,7 @@ def tables(numbers: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def conditions(numbers: dict[str, Any]) -> str:
-    """Data, hardware, settings and duration of the measurement."""
-    settings, times = numbers["settings"], numbers["stages"].items()
-    return "\n".join(
-        (
-            f"{numbers['training_images']:,} training images of {numbers['classes']} classes, "
-            f"{numbers['labelled_images']:,} of them with labels for fine-tuning "
-            f"({settings['labels_per_class']} a class); {numbers['held_out_images']:,} held-out images; "
-            f"seeds {', '.join(map(str, numbers['seeds']))}.",
-            f"{numbers['device']}, {numbers['threads']} thread(s), torch {numbers['torch']}, precision "
-            f"{settings['precision']}; steps: {', '.join(f'{k} {v:,}' for k, v in settings['steps'].items())}.",
-            "A stage took, mean over the seeds: "
-            + "; ".join(f"{name} {t['seconds']:.0f} s ({t['cpu_seconds']:.0f} s of CPU)" for name, t in times)
-            + ".",
-        )
-    )
-
-
-def masked_tokens(numbers: dict[str, Any]) -> str:
-    """Masked-token accuracy of pre-training and of the control."""
-    kinds = {**numbers["masked_token_accuracy"], "the most frequent token": numbers["majority_token_accuracy"]}
-    said = (f"{kind} {', '.join(f'{v:.1%}' for v in values)}" for kind, values in kinds.items())
-    return f"Masked tokens of held-out images that were found, by seed: {'; '.join(said)}."
-
-
-def layer_count(numbers: dict[str, Any]) -> int:
-    """Layers of the backbone."""
-    return len(numbers["layers"]["pretrained"]["linear probe"][0])
-
-
 def shown(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation, in per cent."""
+    """Mean and sample standard deviation in per cent."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.fmean(values):.2f} +- {100 * deviation:.2f}"
-
-
-def accuracy_rows(numbers: dict[str, Any]) -> list[list[str]]:
-    """One row for each initialisation."""
-    return [
-        [
-            name,
-            *(shown(numbers["fine_tuned"][kind][m]) for m in MEASURES),
-            ", ".join(f"{100 * v:.2f}" for v in numbers["fine_tuned"][kind]["accuracy"]),
-        ]
-        for kind, name in KINDS.items()
-    ]
-
-
-def layer_rows(numbers: dict[str, Any]) -> list[list[str]]:
-    """Two rows, linear probe and kNN, for each initialisation; from scratch means the untrained network."""
-    names = {**KINDS, "scratch": UNTRAINED}
-    return [
-        [names[kind], measure, *(shown(column) for column in zip(*rows, strict=True))]
-        for kind, found in numbers["layers"].items()
-        for measure, rows in found.items()
-    ]

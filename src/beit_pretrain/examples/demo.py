@@ -1,7 +1,7 @@
-"""The verb `demo`: from images to a classifier and a report, in about a quarter of an hour on two cores.
+"""The demo: the main job from images to a classifier, on two cores in a quarter of an hour, ending with a report.
 
-Shards -> dVAE -> masked image modelling -> fine-tuning on few labels, compared with the same network from scratch with
-the same labels and steps. Every stage is an ordinary command with a small experiment.
+Shards -> dVAE -> masked image modelling -> fine-tuning on few labels, beside the same network from scratch with the
+same labels and steps. Every stage is the verb that a user would type, with a small experiment.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from beit_pretrain.examples import report
 from beit_pretrain.examples.settings import DemoSettings
 from beit_pretrain.settings import to_dict
 
-MARK = "demo.yaml"  # the config; marks the folder of a demo
+MARK = "demo.yaml"  # its config; says that the folder is a demo's
 STAGES = ("data", "tokenizer", "pretrain")
 ACCURACIES = tuple(f"{name}_token_accuracy" for name in ("masked", "majority", "copy"))
 
@@ -37,7 +37,7 @@ def demo(cfg: DemoSettings) -> dict:
     """Run all stages and write `report.html` and `report.json` into the run folder. Returns the report's numbers."""
     started = time.perf_counter()
     src = cfg.src
-    check_sources([src] if isinstance(src, str) else src)  # before the last demo's results are deleted
+    check_sources([src] if isinstance(src, str) else src)  # a typo must not cost the last demo's results
     run_dir = clean_folder(cfg)
     timings: dict[str, float] = {}
 
@@ -48,7 +48,7 @@ def demo(cfg: DemoSettings) -> dict:
     stage("1/4 shards", "shards")
     try:
         data = write_shards(cfg, src, run_dir / "data")
-    except UserError:  # no image decodes: leave nothing behind
+    except UserError:  # sources that list but do not decode: leave nothing behind
         (run_dir / MARK).unlink()
         with suppress(OSError):
             run_dir.rmdir()
@@ -86,12 +86,12 @@ def demo(cfg: DemoSettings) -> dict:
 
 
 def clean_folder(cfg: DemoSettings) -> Path:
-    """The run folder, without the results of an earlier demo. Raises UserError if it holds anything else."""
+    """The run folder, without what an earlier demo left there. Raises UserError if it holds anything else."""
     run_dir = Path(cfg.run_dir)
     if (run_dir / MARK).is_file():
         for old in [run_dir / stage for stage in STAGES] + sorted(run_dir.glob("finetune-*")):
             shutil.rmtree(old, ignore_errors=True)
-        for old in (run_dir / "report.json", run_dir / "report.html"):  # a failed demo must not look finished
+        for old in (run_dir / "report.json", run_dir / "report.html"):  # a demo that fails must not seem to have ended
             old.unlink(missing_ok=True)
     elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"run_dir={run_dir} exists and is not from an earlier demo; choose another name=")
@@ -112,7 +112,7 @@ def write_shards(cfg: DemoSettings, src: str | list[str], out: Path) -> dict[str
 
 
 def stage_config(cfg: DemoSettings, experiment: str, stage: str, **settings) -> Any:
-    """The composed config of one stage, with its own folder inside the demo's."""
+    """The composed config of one stage, with a folder of its own inside the demo's."""
     common = {
         "name": f"{cfg.name}/{stage}",
         "run_dir": Path(cfg.run_dir) / stage,
@@ -125,8 +125,8 @@ def stage_config(cfg: DemoSettings, experiment: str, stage: str, **settings) -> 
     return compose("fit", [f"+experiment={experiment}", *words])
 
 
-def compare(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
-    """Fine-tune with and without pre-training, over the seeds. Without usable labels, accuracies are None."""
+def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
+    """Fine-tune with and without pre-training, over the seeds. None for accuracies where the labels do not allow it."""
     train, val = (ShardReader(data[f"data.{split}"]) for split in ("train", "val"))
     classes = len(train.classes)
     nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0, "classes": classes}
@@ -143,7 +143,7 @@ def compare(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for kind, extra in (
             ("finetune", {"init_from": run_dir / "pretrain/checkpoints/last.ckpt"}),
-            # Layer decay only helps pre-trained weights: without it, the baseline is stronger.
+            # From scratch there is nothing for a layer decay to protect: without it the baseline is stronger.
             ("scratch", {"from_scratch": True, "optim.layer_decay": None}),
         ):
             settings = {**data, **extra, "data.labels_per_class": labels_per_class, "data.val_images": cfg.val_images}
@@ -160,7 +160,7 @@ def compare(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
     }
 
 
-def draw(run_dir: Path) -> None:
-    """Draw the report's pictures that the runs have not drawn."""
+def draw_pictures(run_dir: Path) -> None:
+    """The pictures of the report that no run has drawn by itself."""
     for name in ("tokenizer", "pretrain"):
         visualize(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))

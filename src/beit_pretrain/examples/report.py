@@ -1,7 +1,7 @@
-"""The demo's report: a self-contained HTML page and a JSON file, with the measured numbers and acceptance checks.
+"""The demo's report: one self-contained HTML page and one JSON file, with what was measured and what it promises.
 
-`python -m beit_pretrain.examples.report runs/demo/report.json` repeats the checks of a written report and returns exit
-code 1 if one fails. Continuous integration uses it.
+`python -m beit_pretrain.examples.report runs/demo/report.json` checks the promises of a written report (exit code 1
+if one is broken): continuous integration catches a broken demo by it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from beit_pretrain.tables import curve, read_rows
 from beit_pretrain.visualization.plots import figure
 
 
 class AcceptanceCheck(NamedTuple):
-    """One result that the demo must show. `kept`: whether it did; None if it does not apply."""
+    """One thing the demo is to show, and whether it did. `kept` is None where it does not apply."""
 
     text: str
     kept: bool | None
 
 
 def promises(numbers: dict) -> list[AcceptanceCheck]:
-    """The acceptance checks of the demo's numbers."""
+    """What the demo's numbers are held against."""
     masked = numbers["masked_token_accuracy"]
     majority, copy = numbers["majority_token_accuracy"], numbers["copy_token_accuracy"]
     kept: list[bool | None] = [None, None]
@@ -53,7 +53,7 @@ def promises(numbers: dict) -> list[AcceptanceCheck]:
 
 
 def summary(numbers: dict) -> str:
-    """The numbers and checks as text for the terminal."""
+    """The numbers as a person reads them on the terminal."""
     lines = [
         f"masked-token accuracy {numbers['masked_token_accuracy']:.1%} on held-out images "
         f"(most frequent token {numbers['majority_token_accuracy']:.1%}, nearest visible token "
@@ -80,7 +80,7 @@ def last_value(path: Path, metric: str) -> float | None:
 
 
 def machine(threads: int | None) -> dict:
-    """The hardware and software of the measurement."""
+    """Where the numbers were measured."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
@@ -96,14 +96,14 @@ def write(numbers: dict, run_dir: Path) -> Path:
 
 
 def render(numbers: dict, run_dir: Path) -> str:
-    """The HTML page, with embedded pictures."""
+    """The HTML page; pictures are inside it as data."""
     sections = [
-        ("Acceptance checks", checklist(numbers)),
-        ("Measurements", table(numbers)),
+        ("Held against its promises", checklist(numbers)),
+        ("What was measured", table(numbers)),
         ("The images", picture(run_dir / "data/contact-sheet.png", "training images from the shards")),
         (
             "The tokenizer",
-            picture(run_dir / "tokenizer/pictures/show.png", "held-out images and their reconstructions from tokens"),
+            picture(run_dir / "tokenizer/pictures/masked.png", "held-out images and what their tokens keep"),
         ),
         ("Pre-training", curves(run_dir / "pretrain/metrics.csv")),
         ("", picture(run_dir / "pretrain/pictures/masked.png", "held-out images after the last step")),
@@ -129,14 +129,14 @@ img, svg {{ max-width: 100%; height: auto; }} figure {{ margin: 1rem 0; }} figca
 
 
 def checklist(numbers: dict) -> str:
-    """The acceptance checks as an HTML list."""
+    """The promises as a list."""
     words = {True: ("yes", "kept"), False: ("no", "broken"), None: ("", "does not apply")}
     rows = [f'<li class="{words[p.kept][0]}">{words[p.kept][1]}: {html.escape(p.text)}</li>' for p in promises(numbers)]
     return f"<ul>{''.join(rows)}</ul>"
 
 
 def table(numbers: dict) -> str:
-    """All numbers of report.json as an HTML table."""
+    """Every number of report.json, as it stands there."""
 
     def shown(value) -> str:
         if isinstance(value, list):
@@ -150,7 +150,7 @@ def table(numbers: dict) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
-    """An image file, embedded in the page."""
+    """An image file, inside the page."""
     if not path.is_file():
         return f"<p>({html.escape(path.name)} was not drawn)</p>"
     data = base64.b64encode(path.read_bytes()).decode()
@@ -158,21 +158,14 @@ def picture(path: Path, caption: str) -> str:
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _axes(columns: int):
-    from matplotlib.figure import Figure  # not pyplot, which may need a display and has global state
-
-    figure = Figure(figsize=(4.2 * columns, 3.0), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def _svg(figure) -> str:
+def _svg(drawn: Any) -> str:
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg")
     return "<figure>" + buffer.getvalue().split("?>", 1)[-1].split(">", 1)[-1] + "</figure>"
 
 
 def curves(metrics: Path) -> str:
-    """Plots of loss, token accuracy with both baselines, and kNN accuracy over the steps of pre-training."""
+    """Loss, token accuracy against the two guesses, and kNN accuracy over the steps of pre-training."""
     names, _ = read_rows(metrics)
     drawn, (loss, accuracy, knn) = figure(3, 4.2, 3.0)
     for metric, label in (("train/loss", "training"), ("val/loss", "held out")):
@@ -196,7 +189,7 @@ def curves(metrics: Path) -> str:
 
 
 def bars(numbers: dict) -> str:
-    """Bar plot of the accuracy of the fine-tuning runs."""
+    """Accuracy of every fine-tuning run."""
     if numbers.get("finetune_accuracy") is None:
         return f"<p>Skipped: {html.escape(numbers.get('finetune_note', 'no labels'))}.</p>"
     drawn, (axes,) = figure(1, 4.2, 3.0)
@@ -217,7 +210,7 @@ def bars(numbers: dict) -> str:
 
 
 def finetune_curves(run_dir: Path) -> str:
-    """Plot of the training loss of the fine-tuning runs."""
+    """Training loss of the fine-tuning runs."""
     files = sorted(run_dir.glob("finetune-*/metrics.csv"))
     if not files:
         return ""
@@ -231,7 +224,7 @@ def finetune_curves(run_dir: Path) -> str:
 
 
 def check(path: str) -> int:
-    """Print the report at `path`; 0 if every acceptance check passes, else 1."""
+    """0 if the report at `path` keeps every promise, 1 if not."""
     numbers = json.loads(Path(path).read_text())
     print(summary(numbers))
     return int(any(p.kept is False for p in promises(numbers)))

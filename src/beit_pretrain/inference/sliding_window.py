@@ -138,7 +138,7 @@ def slide_all(model: Segmenter, images: Sequence[Tensor], stride: float = 2 / 3)
 
 
 def starts(length: int, side: int, stride: float) -> list[int]:
-    """Starts of windows of size `side` along `length` >= side, in steps of `stride` x side; the last ends at the edge."""
+    """Starts of windows of size `side` along `length` >= side, `stride` x side apart; the last ends at the edge."""
     step = max(1, int(side * stride))
     count = -(-(length - side) // step) + 1
     return [min(i * step, length - side) for i in range(count)]

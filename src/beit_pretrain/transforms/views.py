@@ -1,7 +1,8 @@
 """From an opened image to uint8 views: random resized crops, flips, RandAugment, centre crops.
 
-Runs in loader workers. Jitter and normalisation follow on the training device (`jitter.py`). `pil_reference=True` keeps
-the authors' order instead: jitter and flip of the whole image with PIL, then the crops. Shapes: C channels, H W pixels.
+Runs in loader workers. Jitter and normalisation follow on the training device (`jitter.py`); `pil_reference=True`
+keeps the
+authors' order instead: jitter and flip of the whole image with PIL, then the crops. Shapes: C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class TwoViewTransform(ViewSettings):
         if top + height > image.size[1] or left + width > image.size[0] or min(width, height) < 1:
             raise ValueError("the crop of its view lies outside the image")
         if not self.pil_reference:
-            # Always decoded for the larger view: the pixels of one view must not depend on `names`.
+            # Decoded for the larger view whatever is asked for: the pixels of one must not depend on the other.
             largest = max(size for size in sizes.values() if size is not None)
             cropped = cropped_array(image, draw.mirrored(image.width).crop, largest, self.channels)
             made = {name: resized(cropped.array, size) for name, size in wanted.items()}
@@ -137,11 +138,11 @@ class TwoViewTransform(ViewSettings):
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.flip else image
         filters = {"image": Image.Resampling.BICUBIC, "token_image": Image.Resampling.LANCZOS}
         arrays = {name: to_array(resized_crop(image, draw.crop, size, filters[name])) for name, size in wanted.items()}
-        tiles = np.zeros((SIDE * SIDE, self.channels), np.uint8)  # not used when factors are 1
+        tiles = np.zeros((SIDE * SIDE, self.channels), np.uint8)  # not used where factors are 1
         return arrays | jitter_arrays(draw.jitter._replace(factors=np.ones(3, np.float32)), tiles)
 
     def seen_bytes(self, data: bytes, draw: AugmentParams, names: Sequence[str] = ("image", "token_image")) -> dict:
-        """`apply` on an image file's bytes. Raises Pillow's errors for broken files, ValueError for a box outside."""
+        """`seen` of an image file's bytes. Raises what Pillow raises for broken files, ValueError for a box outside."""
         if (jpeg := self._turbo_jpeg(data)) is not None:
             return self.apply(jpeg, draw, names)
         with open_image(data) as image:

@@ -1,4 +1,4 @@
-"""Reads `init_from`, the checkpoint that a run or a verb starts from, and checks it against the other settings."""
+"""The checkpoint that a run or a verb starts from, `init_from`, held against the other settings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from beit_pretrain.transforms.jitter import HALF, per_channel
 
 
 def read_source(cfg: Any, expands_bias: bool = False) -> Checkpoint | None:
-    """Read the checkpoint of `init_from`, if any; the run uses its architecture.
+    """The checkpoint of `init_from`, if any; its architecture is the run's.
 
-    `expands_bias`: whether a shared bias table becomes one per block. Raises UserError if the config asks for another
-    architecture, since its learning rates would be for another network.
+    `expands_bias`: a bias table that all blocks share becomes one for each. Raises UserError where the config asks
+    for another size: its learning rates would be for another network.
     """
     if not cfg.init_from:
         return None
@@ -44,13 +44,13 @@ def read_source(cfg: Any, expands_bias: bool = False) -> Checkpoint | None:
 
 
 def check_channels(cfg: Any, source: Checkpoint) -> None:
-    """Raise UserError if the images do not have the network's number of channels."""
+    """Raise UserError if the images have another number of channels than the network takes."""
     if cfg.data.channels != (channels := source.architecture["in_chans"]):
         raise UserError(f"init_from={cfg.init_from} sees {channels} channels: set data.channels={channels}")
 
 
 def origin(source: Checkpoint | None) -> str:
-    """Describe a checkpoint in words, for a run's first lines; empty for None."""
+    """What a run starts from, in words, for its first lines."""
     return f"{source.path} ({source.format} {source.kind}: {sizes(source.architecture)})" if source else ""
 
 
