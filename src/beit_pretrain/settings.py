@@ -234,7 +234,8 @@ def matching(pattern: str) -> Callable[[str], str]:
 
 def explain(error: ValidationError, model: type[Settings], given: Mapping[str, Any]) -> str:
     """The first error of a validation, as one line."""
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])  # may be a renamed one
     path: list[str] = []
     place: Any = given
     for part in first["loc"]:
