@@ -29,9 +29,9 @@ class SlidingWindow(Settings):
     defaults = "tasks/segment.yaml:test"
     positional = ("stride", "flip", "scales")
 
-    stride: ShareAboveZero = about("of the sliding window, as a share of its side")
-    scales: Annotated[list[ImageScale], Field(min_length=1)] = about("of the image, averaged")
-    flip: Switch = about("average the mirrored image in")
+    stride: ShareAboveZero = about("step of the sliding window, as a share of its side")
+    scales: Annotated[list[ImageScale], Field(min_length=1)] = about("scales of the image, whose results are averaged")
+    flip: Switch = about("also average the mirrored image")
 
 
 def upsampled(logits_BKhw: Tensor, size: Sequence[int]) -> Tensor:
@@ -138,7 +138,7 @@ def slide_all(model: Segmenter, images: Sequence[Tensor], stride: float = 2 / 3)
 
 
 def starts(length: int, side: int, stride: float) -> list[int]:
-    """Starts of windows of size `side` along `length` >= side, in steps of `stride` x side; the last ends at the edge."""
+    """Starts of windows of `side` along `length` >= side, in steps of `stride` x side; the last ends at its end."""
     step = max(1, int(side * stride))
     count = -(-(length - side) // step) + 1
     return [min(i * step, length - side) for i in range(count)]
