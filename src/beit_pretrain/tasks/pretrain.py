@@ -411,7 +411,7 @@ def continued(cfg: PretrainSettings, source: Checkpoint, targets: TokenSource) -
             f"init_from={cfg.init_from} predicts {own} tokens, the tokenizer has {vocab_size}; "
             "new_head=true starts a new token head"
         )
-    known = source.about.get("tokenizer_sha256")  # of our own checkpoints
+    known = source.about.get("tokenizer_sha256")  # only our own checkpoints have it
     if own is not None and known not in (None, targets.sha256) and not cfg.new_head:
         raise UserError(
             f"init_from={cfg.init_from} predicts the tokens of another tokenizer ({source.about.get('tokenizer')}, "
