@@ -83,7 +83,7 @@ def test_pretrain_from_cached_tokens(words, copied, run_cli, refused, tmp_path):
     code, stdout, _ = run_cli("visualize", f"run={tmp_path / 'run'}")
     assert (code, "attention.png" in stdout, "masked.png" in stdout) == (0, True, False)
     code, _, stderr = run_cli("visualize", "masked", f"run={tmp_path / 'run'}")
-    assert (code, stderr) == (2, "error: the run trains from cached tokens alone; only a tokenizer can draw them\n")
+    assert (code, stderr) == (2, "error: the run has only cached tokens; drawing them needs a tokenizer\n")
     for none in ("tokenizer=none", "tokenizer=null"):
         code, stdout, stderr = run_cli(*fit, *held_out, train, none, "resume=never")
         assert code == 0, stderr

@@ -30,10 +30,10 @@ class RemoteOptions(Settings):
     defaults = "data/shards.yaml"
     positional = ("cache_dir",)
 
-    cache_dir: Name | None = about("on a disk of each machine; null = ~/.cache/beit_pretrain/shards", True)
-    cache_gb: Gigabytes = about("its largest size", True)
-    retries: Retries = about("of a transfer, with growing pauses", True)
-    timeout: Seconds = about("seconds without a byte after which a transfer is given up", True)
+    cache_dir: Name | None = about("cache of remote shards on a local disk; null = ~/.cache/beit_pretrain/shards", True)
+    cache_gb: Gigabytes = about("largest size of the cache, GB", True)
+    retries: Retries = about("retries of a transfer, with growing pauses", True)
+    timeout: Seconds = about("seconds without a byte after which a transfer has failed", True)
 
 
 class DataSettings(RemoteOptions):
@@ -41,15 +41,15 @@ class DataSettings(RemoteOptions):
 
     # A resumed run compares the images of train and val, not their paths, so the shards may move.
     train: Paths = about("shard folder or location (https://, s3://, gs://, hf://, pipe:), or a list of them", True)
-    val: Paths | None = about("the same of held-out images; null = no validation", True)
+    val: Paths | None = about("the same for held-out images; null = no validation", True)
     weights: Annotated[list[Positive], Field(min_length=1)] | None = about(
-        "of a list: how often each is drawn from, such as [0.7,0.3]; null = every image of all once an epoch"
+        "shares of the data sets of a list, such as [0.7,0.3]; null = every image of all sets once an epoch"
     )
-    channels: Channels = about("of the images: 1 (grey), 3 (RGB) or 4; a tokenizer of 3 gets grey repeated")
-    labels_per_class: Count | None = about("train on so many images of each class only")
-    val_batch: Count = about("images of a validation batch", True)
-    val_images: Count | None = about("at most so many held-out images")
+    channels: Channels = about("channels of the images: 1 (grey), 3 (RGB) or 4; grey is repeated for a tokenizer of 3")
+    labels_per_class: Count | None = about("train on only this many images of each class")
+    val_batch: Count = about("images in a validation batch", True)
+    val_images: Count | None = about("largest number of held-out images")
     num_workers: Whole = about("loader processes of each training process; 0 = none", True)
-    shuffle_block_size: Count = about("images that are shuffled among each other in a stream")
-    shuffle_streams: Streams = about("streams; each reads from about shuffle_block_size / (images of a shard) shards")
-    max_corrupt_fraction: Share = about("share of training images that may be corrupt; more stop the run", True)
+    shuffle_block_size: Count = about("images of a stream that are shuffled together")
+    shuffle_streams: Streams = about("streams; each reads from about shuffle_block_size / (images per shard) shards")
+    max_corrupt_fraction: Share = about("share of training images that may be corrupt; above it the run stops", True)

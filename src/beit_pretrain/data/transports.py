@@ -285,7 +285,7 @@ async def _http(system: Any, url: str, headers: dict[str, str], transfer: Transf
     except aiohttp.TooManyRedirects as error:
         raise PermanentError(f"HTTP {error.history[-1].status}, again and again") from None
     except (aiohttp.NonHttpUrlClientError, ValueError):
-        raise PermanentError("its address, or where that leads to, is none of HTTP") from None
+        raise PermanentError("its address, or a redirect, is not an HTTP address") from None
     except aiohttp.ClientResponseError as error:  # not HTTP
         raise TransientError(" ".join(error.message.split())) from None
     except aiohttp.ClientError as error:

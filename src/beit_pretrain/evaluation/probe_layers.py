@@ -97,7 +97,7 @@ def measured(
     linear = accuracy(probes, val, device)
     labelled = [(s, torch.from_numpy(s.labels >= 0)) for s in (train, val)]
     if not all(known.any() for _, known in labelled):
-        raise UserError("probe needs labels: of the training or of the held-out images none has a class")
+        raise UserError("probe needs labels: no training image, or no held-out image, has a class")
     bank_labels, labels = (torch.from_numpy(s.labels)[known].to(device) for s, known in labelled)
     layers, sweeps = [], []
     for number, share in enumerate(linear):

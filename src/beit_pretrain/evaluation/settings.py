@@ -28,11 +28,11 @@ class LinearSettings(Settings):
 
     defaults = "probe.yaml:linear"
 
-    pool: Pool = about("cls_avg: [CLS] beside the mean of the patches | avg | cls")
-    epochs: Count = about("over the stored features")
-    batch: Count = about("features of a step")
+    pool: Pool = about("cls_avg: [CLS] and the mean of the patches, concatenated | avg | cls")
+    epochs: Count = about("epochs over the stored features")
+    batch: Count = about("images in a step")
     lr: Positive = about("peak learning rate")
-    weight_decay: NonNegative = about("of AdamW")
+    weight_decay: NonNegative = about("weight decay of AdamW")
 
 
 class KNNSettings(Settings):
@@ -40,8 +40,10 @@ class KNNSettings(Settings):
 
     defaults = "probe.yaml:knn"
 
-    ks: Annotated[list[Count], Field(min_length=1)] = about("neighbours")
-    temperatures: Annotated[list[Positive], Field(min_length=1)] = about("of the vote exp(cosine / temperature)")
+    ks: Annotated[list[Count], Field(min_length=1)] = about("numbers of neighbours")
+    temperatures: Annotated[list[Positive], Field(min_length=1)] = about(
+        "temperatures of the vote exp(cosine / temperature)"
+    )
 
 
 class ProbeDataSettings(DataSettings):
@@ -61,13 +63,13 @@ class ProbeSettings(Settings):
 
     init_from: Name = about("a checkpoint of fit, the authors' .pth, a timm file or a Hugging Face folder")
     out: Name | None = about("folder for layers.csv, knn.csv, layers.png; null = probe beside the checkpoint")
-    keep_features: Switch = about("a repeated call starts from them (float16: images x layers x 2 x width x 2 bytes)")
+    keep_features: Switch = about("keep the stored features for the next call (images x layers x 2 x width x 2 bytes)")
     image_size: Side | None = about("null = that of init_from")
     mean: Annotated[list[Number], Field(min_length=1)] | None = about("null = that of init_from, else .5")
     std: Annotated[list[Positive], Field(min_length=1)] | None = about("null = that of init_from, else .5")
-    train_images: Count | None = about("at most so many training images")
-    seed: Seed = about("of the probes")
-    threads: Count | None = about("of torch on a CPU; null = torch's choice")
+    train_images: Count | None = about("largest number of training images")
+    seed: Seed = about("seed of the probes")
+    threads: Count | None = about("torch threads on a CPU; null = torch's default")
     linear: LinearSettings
     knn: KNNSettings
     data: ProbeDataSettings

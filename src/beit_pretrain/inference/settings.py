@@ -14,11 +14,11 @@ class PredictSettings(Settings):
     init_from: Name = about("checkpoint of a fine-tuned classifier or of a segmentation model")
     src: Paths = about("an image, a folder of images (any depth), a tar, a shard folder, or a list of these")
     out: Name | None = about(
-        "predictions.csv (null) or predictions.jsonl; of segmentation a folder (null = predictions)"
+        "predictions.csv (null) or predictions.jsonl; for segmentation a folder (null = predictions)"
     )
-    top: Count = about("classes an image")
+    top: Count = about("classes per image")
     batch_size: Count = about("images at once")
-    map_batch_size: Count = about("the same of segmentation: 150 classes at 512 x 683 pixels take 210 MB an image")
-    num_workers: Whole | None = about("processes that read and decode; null = as many as are worth it, at most 8")
-    threads: Count | None = about("of torch on a CPU; null = torch's choice")
-    test: SlidingWindow = about("of a segmentation model")
+    map_batch_size: Count = about("the same for segmentation: 150 classes at 512 x 683 pixels take 210 MB an image")
+    num_workers: Whole | None = about("processes that read and decode; null = one per 64 images, at most 8")
+    threads: Count | None = about("torch threads on a CPU; null = torch's default")
+    test: SlidingWindow = about("sliding windows of a segmentation model")

@@ -29,9 +29,9 @@ class SlidingWindow(Settings):
     defaults = "tasks/segment.yaml:test"
     positional = ("stride", "flip", "scales")
 
-    stride: ShareAboveZero = about("of the sliding window, as a share of its side")
-    scales: Annotated[list[ImageScale], Field(min_length=1)] = about("of the image, averaged")
-    flip: Switch = about("average the mirrored image in")
+    stride: ShareAboveZero = about("step of the sliding window, as a share of its side")
+    scales: Annotated[list[ImageScale], Field(min_length=1)] = about("scales of the image, whose results are averaged")
+    flip: Switch = about("also average the mirrored image")
 
 
 def upsampled(logits_BKhw: Tensor, size: Sequence[int]) -> Tensor:

@@ -21,7 +21,7 @@ def attention_maps(
 ) -> dict[int, Tensor]:
     """{layer: probabilities (B, A, 1 + N, 1 + N)} of blocks counted from 1, for normalised images.
 
-    Row i says where token i looks; token 0 is [CLS], the patches follow row by row.
+    Row i holds the attention weights of token i; token 0 is [CLS], then the patches row by row.
     """
     inputs = [embed(model, image_BCHW, mask_BN), *model.hidden_states(image_BCHW, mask_BN)]
     shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None

@@ -99,7 +99,7 @@ class Backbone(Beit):
         self.patch_embed.__class__ = PatchEmbed
         use_linear(self)
         self.config = config
-        # Facts that a checkpoint states beside its tensors: mean, std, classes, ...
+        # Metadata of a checkpoint: mean, std, classes, ...
         self.about: dict[str, Any] = {}
 
     def hidden_states(

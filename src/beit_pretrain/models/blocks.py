@@ -1,13 +1,13 @@
-"""The transformer's blocks: timm's modules with a faster forward pass that gives the same numbers but for rounding.
+"""Transformer blocks: timm's modules with a faster forward pass; results are equal up to rounding.
 
-* Of the last block in front of a token head only the masked positions have queries, a projection and an MLP.
-* The bias of the attention is gathered once a step, in the layout and precision that fused kernels want.
-* Attention runs by torch's kernels or by our Triton kernels (`Attention.kernel`).
-* Layer scale is multiplied into the weights in front of it, not into every token's output.
+* The last block before a token head computes queries, projection and MLP only at the masked positions.
+* The attention bias is gathered once per step, in the layout and precision that fused kernels need.
+* Attention uses torch's kernels or our Triton kernels (`Attention.kernel`).
+* Layer scale is multiplied into the weights before it, not into every token's output.
 * Patches are embedded by a matrix product, not by a convolution of three channels.
-* What is for CPUs alone is in `cpu_kernels.py`, which has a switch.
+* Code only for CPUs is in `cpu_kernels.py`, which has a switch.
 
-Shapes: B batch, N tokens ([CLS] first), K tokens that are asked for, D width, H heads, d width of a head, R residual
+Shapes: B batch, N tokens ([CLS] first), K requested tokens, D width, H heads, d width of a head, R residual
 branches (two a block).
 """
 
@@ -66,7 +66,7 @@ class Mlp(layers.Mlp):
 
 
 class Attention(beit.Attention):
-    """timm's attention (its parameters and their names), also for some of the tokens only."""
+    """timm's attention (its parameters and their names), optionally for only some of the tokens."""
 
     kernel = "sdpa"  # or "triton", which is for attention with a bias: `attention=` of `fit`
 
@@ -143,7 +143,7 @@ def pad_bias_stride(bias_1HNN: Tensor, like: Tensor) -> Tensor:
 
 
 def bias_rows(bias_1HNN: Tensor, token_BK: Tensor) -> Tensor:
-    """Of a bias the rows of the asked tokens, (B, H, K, N), aligned as it is."""
+    """The rows of the requested tokens in a bias, (B, H, K, N), with the bias's alignment."""
     _, heads, tokens, _ = bias_1HNN.shape
     width = bias_1HNN.stride(2)
     rows = bias_1HNN[0].transpose(0, 1)  # (N, H, N): one look-up brings a token's rows of all heads
@@ -155,7 +155,7 @@ def bias_rows(bias_1HNN: Tensor, token_BK: Tensor) -> Tensor:
 
 
 def gather_tokens(x_BND: Tensor, token_BK: Tensor) -> Tensor:
-    """The asked tokens of each image, (B, K, D)."""
+    """The requested tokens of each image, (B, K, D)."""
     return x_BND.gather(1, token_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
 
 
@@ -179,9 +179,9 @@ def residual(
 def run_block(
     block: Any, x: Tensor, bias: Tensor | None, drop_B2: Tensor | None = None, token_BK: Tensor | None = None
 ) -> Tensor:
-    """timm's Block on (B, N, D), with drop path's random numbers (B, 2) from outside.
+    """timm's Block on (B, N, D); drop path's random numbers (B, 2) are an argument.
 
-    With `token_BK` its outputs at these tokens alone, (B, K, D).
+    With `token_BK`, only the outputs at these tokens, (B, K, D).
     """
     rate = getattr(block.drop_path1, "drop_prob", 0.0)
     first, second = drop_B2.unbind(1) if drop_B2 is not None else (None, None)
@@ -216,14 +216,14 @@ def run_blocks(
 ) -> list[Tensor]:
     """Outputs of every block of a ModuleList on `x` (B, N, D).
 
-    `drop_BR`: numbers in [0, 1) that decide about drop path. With `token_BK` the last one is at these tokens alone.
+    `drop_BR`: numbers in [0, 1) that decide about drop path. With `token_BK` the last output has only these tokens.
     """
     outputs: list[Tensor] = []
     for number, block in enumerate(blocks, start=1):
         drop_B2 = drop_BR[:, 2 * number - 2 : 2 * number] if drop_BR is not None else None
         asked = token_BK if number == len(blocks) else None
         if checkpointing and torch.is_grad_enabled():
-            # A block draws nothing at random (drop path's numbers come from outside): no state to save and set back.
+            # Blocks draw no random numbers (drop path's are arguments), so no generator state needs saving.
             x = checkpoint(run_block, block, x, bias, drop_B2, asked, use_reentrant=False, preserve_rng_state=False)
         else:
             x = run_block(block, x, bias, drop_B2, asked)

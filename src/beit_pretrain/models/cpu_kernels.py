@@ -1,6 +1,6 @@
-"""What a training step does differently on a CPU because it is faster there; `active` is the one switch for all of it.
+"""Faster implementations for training on a CPU; `active` switches all of them.
 
-With `ENABLED = False` plain torch computes the same numbers but for rounding. Measured in docs/performance.md.
+With `ENABLED = False` plain torch gives the same results up to rounding. Measured in docs/performance.md.
 
 * `linear`: oneDNN's matrix products where MKL's, which torch calls, are slower.
 * `attention`: the bias is added by the product of queries and keys; no fused CPU kernel takes a bias that learns.
@@ -140,7 +140,7 @@ def attention(q_BHKd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, bias: Tensor) -> T
 
 
 def residual_of_kept(x: Tensor, branch: Callable[[Tensor], Tensor], keep_B: Tensor, scale: float) -> Tensor:
-    """x + scale * branch(x) for the images with `keep_B`, for which alone the branch is computed."""
+    """x + scale * branch(x); the branch is computed only for the images with `keep_B`."""
     kept = keep_B.nonzero().flatten()
     if not len(kept):  # one image at least: under DDP every process needs a gradient of every parameter
         kept, scale = kept.new_zeros(1), 0.0

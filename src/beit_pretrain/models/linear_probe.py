@@ -21,13 +21,13 @@ POOLS = ("cls_avg", "avg", "cls")
 
 
 class LayerProbes(nn.Module):
-    """A linear classifier for each of some layers.
+    """One linear classifier for each of several layers.
 
     Args:
         layers: numbers of the blocks, from 1.
         width: D, of the backbone.
         num_classes: K.
-        pool: "cls_avg", [CLS] beside the mean of the patch tokens (release); "avg" (paper); "cls".
+        pool: "cls_avg", [CLS] and the mean of the patch tokens, concatenated (release); "avg" (paper); "cls".
         mean_LF, std_LF: of each layer's features, by which they are standardised; None = they are not (release). Fixed,
             they only speed up the training: the classifier stays linear in the raw features.
     """

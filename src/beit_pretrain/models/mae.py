@@ -1,9 +1,9 @@
 """The masked autoencoder: He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", section 3.
 
-The encoder is a `Backbone` that sees the visible patches alone; a light decoder predicts the pixels of the masked ones.
-The encoder's parameters have the backbone's names, so its checkpoints serve wherever a backbone is read; the decoder's
+The encoder is a `Backbone` that sees only the visible patches; a light decoder predicts the pixels of the masked ones.
+The encoder's parameters have the backbone's names, so its checkpoints can be used as a backbone; the decoder's names
 (`mask_token`, `decoder_*`) are those of the authors' release. One difference: the release's keys have a bias. It adds
-q . b to every score of query q, which leaves softmax's output as it is, so keys have none here, as in BEiT.
+q . b to every score of query q, which does not change the softmax, so keys have none here, as in BEiT.
 
 Shapes: B batch, C channels, H W pixels, N patches, of which K are visible and M masked, D width, E width of the
 decoder, P numbers of a patch (rows, columns, channels).
@@ -145,7 +145,7 @@ class MaskedAutoencoder(Backbone):
         return mean, (variance + NORM_EPS).sqrt()
 
     def predict(self, image_BCHW: Tensor, masking: Masking) -> Tensor:
-        """What the network makes of the masked patches, (B, M, P); with `norm_pix_loss`, their normalised pixels."""
+        """Predicted pixels of the masked patches, (B, M, P); normalised with `norm_pix_loss`."""
         return self.decode(self.encode(image_BCHW, masking.visible_BK), *masking)
 
     def encode(self, image_BCHW: Tensor, visible_BK: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class MaskedAutoencoder(Backbone):
         return self.norm(block_outputs(self, gather_tokens(embed(self, image_BCHW), token_BK))[-1])
 
     def decode(self, latent_BKD: Tensor, visible_BK: Tensor, asked_BM: Tensor) -> Tensor:
-        """Predictions (B, M, P) at the asked patches, from what `encode` makes of the visible ones."""
+        """Predictions (B, M, P) of the masked patches, from the features that `encode` returns."""
         latent_BKE = self.decoder_embed(latent_BKD).to(self.mask_token.dtype)
         token_BK = F.pad(visible_BK + 1, (1, 0)).unsqueeze(-1).expand_as(latent_BKE)
         mask_BNE = self.mask_token.expand(len(latent_BKE), self.decoder_pos_embed.shape[1], -1)
@@ -166,7 +166,7 @@ class MaskedAutoencoder(Backbone):
     def reconstruct(self, image_BCHW: Tensor, masking: Masking) -> Tensor:
         """The images (B, C, H, W) with their masked patches as predicted; colours as in the input, not clamped.
 
-        Normalised predictions get the mean and standard deviation of the patch that they stand for.
+        Normalised predictions are scaled back with the original patch's mean and standard deviation.
         """
         patch_BNP = patchify(image_BCHW, self.config["patch_size"])
         mean, std = self.patch_statistics(gather_tokens(patch_BNP, masking.masked_BM))

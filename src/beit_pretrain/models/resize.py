@@ -35,7 +35,7 @@ def resize_table(table_RH: Tensor, old: tuple[int, int], new: tuple[int, int]) -
 
 def _resize_axis(offsets: np.ndarray, axis: int, patches: int) -> np.ndarray:
     reach, new_reach = offsets.shape[axis] // 2, patches - 1
-    if reach == 0:  # a single known offset says nothing about the others
+    if reach == 0:  # a single known offset cannot be interpolated
         return np.repeat(offsets, 2 * new_reach + 1, axis=axis)
     from scipy.interpolate import make_interp_spline  # slow to import, and only used when images change their size
 
@@ -72,7 +72,7 @@ def resize_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
 
 
 def resize_state(state: dict[str, Tensor], old: tuple[int, int], new: tuple[int, int]) -> dict[str, Tensor]:
-    """A state dict whose tables and absolute positions fit grid `new`; everything else as it is."""
+    """A state dict with tables and absolute positions resized to grid `new`; other tensors are unchanged."""
     if old == new:
         return state
     resized = dict(state)

@@ -34,12 +34,12 @@ Deviations = Annotated[list[Positive], Field(min_length=1)]
 class NetworkSettings(Settings):
     """Architecture of a new network. With init_from, the values set here must agree with the checkpoint."""
 
-    size: Text | None = about("tiny, small, base or large; names embed_dim, depth, num_heads, init_values")
+    size: Text | None = about("tiny, small, base or large; sets embed_dim, depth, num_heads, init_values")
     drop_path_rate: BelowOne = about("stochastic depth of the last block; linear from 0 over the depth")
     rel_pos_bias: Literal["shared", "per_layer", "none"] | None = about(
         "shared: one table for all blocks | per_layer: one for each | none; null = that of init_from, else the task's"
     )
-    abs_pos_emb: Switch | None = about("learned absolute positions; null = that of init_from, else false")
+    abs_pos_emb: Switch | None = about("learned absolute position embeddings; null = that of init_from, else false")
     embed_dim: Width | None = Field(None, description="set by size, or as +model.embed_dim=N")
     depth: Width | None = Field(None, description="blocks; set by size, or as +model.depth=N")
     num_heads: Width | None = Field(None, description="set by size, or as +model.num_heads=N")
@@ -51,8 +51,8 @@ class BackboneSettings(FitSettings):
 
     image_size: Side = about("side of the images, pixels")
     patch_size: Side | None = about("side of a patch, pixels; null = that of init_from, else 16")
-    mean: Colours | None = about("of the normalisation; null = that of init_from, else .5")
-    std: Deviations | None = about("of the normalisation; null = that of init_from, else .5")
+    mean: Colours | None = about("mean of the normalisation; null = that of init_from, else .5")
+    std: Deviations | None = about("standard deviation of the normalisation; null = that of init_from, else .5")
     init_from: Name | None = about("a checkpoint of fit, the authors' .pth, a timm file or a Hugging Face folder")
 
 
@@ -99,5 +99,5 @@ def labelled_data(cfg: Any, fill: tuple[float, ...]) -> ClassificationData:
         raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; {cfg.task} needs at least 2")
     for split, reader in data.readers.items():
         if without := reader.without_class:
-            raise UserError(f"data.{split} has {without} images without a class; make shards of class folders alone")
+            raise UserError(f"data.{split} has {without} images without a class; make shards only from class folders")
     return data

@@ -39,8 +39,8 @@ class MixConfig(Settings):
     defaults = "tasks/finetune.yaml:regularisation"
 
     label_smoothing: Share = about("share of the target that is spread over all classes")
-    mixup: NonNegative = about("alpha; 0 = off. With mixup or cutmix the batch must be even")
-    cutmix: NonNegative = about("alpha; 0 = off")
+    mixup: NonNegative = about("alpha of mixup; 0 = off. With mixup or cutmix the batch must be even")
+    cutmix: NonNegative = about("alpha of cutmix; 0 = off")
     erasing: Share = about("probability of erasing a rectangle of an image with noise")
 
 
@@ -57,12 +57,12 @@ class FinetuneSettings(BackboneSettings):
 
     defaults = "fit.yaml tasks/finetune.yaml"
 
-    from_scratch: Switch = about("the same network without the checkpoint")
+    from_scratch: Switch = about("train the same network without a checkpoint")
     model: ClassifierSettings
     regularisation: MixConfig
     ema: Decay | None = about("decay of averaged weights, such as 0.9999: validated and saved in place of the weights")
-    early_stopping: Count | None = about("validations without a better accuracy after which the run stops")
-    activation_checkpointing: Switch = about("a third slower, a fraction of the memory", True)
+    early_stopping: Count | None = about("stop after this many validations without a better accuracy")
+    activation_checkpointing: Switch = about("saves most activation memory; a third slower", True)
     data: ClassificationDataSettings
 
 

@@ -60,11 +60,11 @@ class MAESettings(BackboneSettings):
     defaults = "fit.yaml tasks/mae.yaml"
 
     model: AutoencoderSettings
-    activation_checkpointing: Switch = about("a third slower, a fraction of the memory", True)
+    activation_checkpointing: Switch = about("saves most activation memory; a third slower", True)
     data: MAEDataSettings
     mask: MAEMaskSettings
     num_visualizations: Whole = about("masked | predicted | original rows after each validation; 0 = none", True)
-    knn: KNNSettings = about("online accuracy of a kNN, where there are labels", True)
+    knn: KNNSettings = about("online kNN accuracy, if there are labels", True)
 
 
 class Autoencoding(TrainedModule):

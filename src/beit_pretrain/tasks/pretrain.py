@@ -56,8 +56,8 @@ class PretrainDataSettings(DataSettings, ViewSettings):
 
     defaults = "data/shards.yaml tasks/pretrain.yaml:data"
 
-    tokens: Paths | None = about("cached tokens of data.train, as `tokenize` makes them; a list for a list")
-    val_tokens: Paths | None = about("cached tokens of data.val; null = the tokenizer makes them")
+    tokens: Paths | None = about("token folder of data.train, made by `tokenize`; a list if data.train is one")
+    val_tokens: Paths | None = about("token folder of data.val; null = the tokenizer computes the tokens")
 
 
 class PretrainSettings(BackboneSettings):
@@ -65,14 +65,14 @@ class PretrainSettings(BackboneSettings):
 
     defaults = "fit.yaml tasks/pretrain.yaml"
 
-    new_head: Switch = about("start a new token head on the network of init_from, for another tokenizer")
+    new_head: Switch = about("replace the token head of init_from, for another tokenizer")
     model: NetworkSettings
-    activation_checkpointing: Switch = about("a third slower, a fraction of the memory", True)
+    activation_checkpointing: Switch = about("saves most activation memory; a third slower", True)
     tokenizer: TokenizerSettings | None
     data: PretrainDataSettings
     mask: MaskSettings
     num_visualizations: Whole = about("masked | predicted | original rows after each validation; 0 = none", True)
-    knn: KNNSettings = about("online accuracy of a kNN, where there are labels", True)
+    knn: KNNSettings = about("online kNN accuracy, if there are labels", True)
 
 
 class MIMOutput(NamedTuple):
@@ -411,7 +411,7 @@ def continued(cfg: PretrainSettings, source: Checkpoint, targets: TokenSource) -
             f"init_from={cfg.init_from} predicts {own} tokens, the tokenizer has {vocab_size}; "
             "new_head=true starts a new token head"
         )
-    known = source.about.get("tokenizer_sha256")  # of our own checkpoints
+    known = source.about.get("tokenizer_sha256")  # only our own checkpoints have it
     if own is not None and known not in (None, targets.sha256) and not cfg.new_head:
         raise UserError(
             f"init_from={cfg.init_from} predicts the tokens of another tokenizer ({source.about.get('tokenizer')}, "
@@ -456,7 +456,7 @@ def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
     Raises UserError without a tokenizer, which decodes the tokens.
     """
     if module.tokenizer is None:
-        raise UserError("the run trains from cached tokens alone; only a tokenizer can draw them")
+        raise UserError("the run has only cached tokens; drawing them needs a tokenizer")
     training = module.model.training
     module.model.eval()
     image, tokens_BN = module.image_and_tokens(batch)

@@ -32,7 +32,7 @@ class LayerSettings(Settings):
     """Which layers are probed, and on which features."""
 
     layer: Count | None = about("number of one block, from 1; null = all")
-    pool: Pool = about("cls_avg: [CLS] beside the mean of the patches | avg | cls")
+    pool: Pool = about("cls_avg: [CLS] and the mean of the patches, concatenated | avg | cls")
 
 
 class NoNetwork(Settings):
@@ -46,7 +46,7 @@ class ProbeSettings(BackboneSettings):
 
     defaults = "fit.yaml tasks/probe.yaml"
 
-    model: NoNetwork = about("init_from says")
+    model: NoNetwork = about("taken from init_from")
     probe: LayerSettings
     data: ClassificationDataSettings
 

@@ -54,9 +54,9 @@ class DecoderSettings(Settings):
     layers: Annotated[list[Whole], Field(min_length=4, max_length=4)] | None = about(
         "four blocks, from 1; null = thirds and the end of the depth: 4, 6, 8, 12 of 12"
     )
-    channels: Side | None = about("null = the backbone's width")
+    channels: Side | None = about("channels of the decoder; null = the backbone's width")
     pool_scales: Annotated[list[PoolScale], Field(min_length=1)] = about("grids of the pyramid pooling")
-    aux_channels: Side | None = about("of the auxiliary head on the third map; null = none")
+    aux_channels: Side | None = about("channels of the auxiliary head on the third map; null = no such head")
 
 
 class SegmentDataSettings(DataSettings):
@@ -65,10 +65,10 @@ class SegmentDataSettings(DataSettings):
     defaults = "data/shards.yaml tasks/segment.yaml:data"
 
     reduce_labels: Switch = about("ADE20K: 0 in a label map is ignored, ids shift by one | false: 0 is a class")
-    resize: Range = about("range of the random ratio; 1 brings the shorter side to image_size")
+    resize: Range = about("range of the random resize ratio; 1 resizes the shorter side to image_size")
     max_share: ShareAboveZero = about("largest share of one class in a crop")
     flip: Share = about("probability of a horizontal flip")
-    distort: Switch = about("brightness, contrast, saturation and hue")
+    distort: Switch = about("distort brightness, contrast, saturation and hue")
 
 
 class SegmentSettings(BackboneSettings):
@@ -76,11 +76,11 @@ class SegmentSettings(BackboneSettings):
 
     defaults = "fit.yaml tasks/segment.yaml"
 
-    from_scratch: Switch = about("the same network without the checkpoint")
-    num_classes: ClassCount | None = about("null = as many as the shards' manifest names")
+    from_scratch: Switch = about("train the same network without a checkpoint")
+    num_classes: ClassCount | None = about("number of classes; null = as in the shards' manifest")
     model: NetworkSettings
     decoder: DecoderSettings
-    activation_checkpointing: Switch = about("a third slower, a fraction of the memory", True)
+    activation_checkpointing: Switch = about("saves most activation memory; a third slower", True)
     data: SegmentDataSettings
     test: SlidingWindow = about("how whole images are tested", True)
     num_visualizations: Whole = about("image | annotated | found rows after each validation; 0 = none", True)

@@ -76,7 +76,7 @@ class TokenizerSettings(FitSettings):
 
     defaults = "fit.yaml tasks/tokenizer.yaml"
 
-    image_size: Side = about("side of the images, pixels; 8 of them are a token")
+    image_size: Side = about("side of the images, pixels; a token covers 8 x 8 pixels")
     model: DVAESettings
     relaxation: GumbelConfig
     data: TokenizerDataSettings

@@ -34,18 +34,18 @@ class TokenizeSettings(ViewSettings, RemoteOptions):
 
     defaults = "tokenize.yaml"
 
-    src: Paths = about("shard folder or location, or a list of them; data=SHARDS says the same")
+    src: Paths = about("shard folder or location, or a list of them; data=SHARDS is the same")
     out: Name | None = about("folder for the tokens; null = the folder tokens in the shard folder")
-    tokenizer: TokenizerSettings | None = about("tokenizer=openai, or dvae: one of your own; with tokenizer.path=")
-    views: Views = about("of every image; a run sees them in turn, one an epoch")
-    part: Part | None = about("K/N: shards K, K + N, ... alone, K from 0, for N machines; null = all that are missing")
-    seed: Seed = about("of crops, flips and jitter")
+    tokenizer: TokenizerSettings | None = about("tokenizer=openai, or dvae for your own; with tokenizer.path=")
+    views: Views = about("views of every image; a run uses them in turn, one per epoch")
+    part: Part | None = about("K/N: only shards K, K + N, ..., with K from 0, for N machines; null = all missing ones")
+    seed: Seed = about("seed of crops, flips and jitter")
     image_size: Side = about("side of the backbone's view, pixels")
     patch_size: Side | None = about("side of a patch, pixels; null = 16")
     batch_size: Count = about("views that go through the tokenizer at once")
     num_workers: Whole | None = about("processes that decode; null = all cores")
     accelerator: Literal["auto", "cpu", "cuda"] = about("where the tokenizer runs")
-    threads: Count | None = about("of torch on a CPU; null = torch's choice")
+    threads: Count | None = about("torch threads on a CPU; null = torch's default")
 
 
 class DownloadSettings(Settings):
@@ -53,11 +53,11 @@ class DownloadSettings(Settings):
 
     defaults = "download.yaml"
 
-    out: Name = about("folder for the files; encoder.pkl and decoder.pkl that lie there are not downloaded again")
+    out: Name = about("folder for the files; an encoder.pkl or decoder.pkl in it is not downloaded again")
     src: Name = about(
         "openai; or a folder that has both files, or the start of an address (https://MIRROR/FOLDER, hf://OWNER/NAME)"
     )
     encoder: Address = about("address of the encoder")
     decoder: Address = about("address of the decoder")
     timeout: Seconds = about("seconds to wait for a connection, or for the next bytes")
-    attempts: Count = about("in a row without a byte of progress, with growing pauses")
+    attempts: Count = about("failed tries in a row without progress before giving up, with growing pauses")

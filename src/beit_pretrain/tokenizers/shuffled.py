@@ -1,4 +1,4 @@
-"""Control experiment: a tokenizer that returns the tokens of another image, so targets say nothing about the image.
+"""Control experiment: a tokenizer that returns the tokens of another image, unrelated to the image.
 
 Only the token frequencies at each position can be learned. If pre-training on such targets helps too, the gain does not
 come from the method.

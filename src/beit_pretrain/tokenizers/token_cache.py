@@ -94,10 +94,10 @@ class TokenFolder:
         self.grid: tuple[int, int] = (height, width)
         whole = (height, width, self.count, self.vocab_size, self.view["token_image_size"])
         if not all(type(n) is int and 0 < n <= 2**16 for n in whole):
-            raise ValueError("its grid, views, vocabulary or token_image_size is none")
+            raise ValueError("its grid, views, vocabulary or token_image_size is invalid")
         for digest in (self.images["sha256"], self.tokenizer["sha256"], *(s["sha256"] for s in about["shards"])):
             if not SHA256.fullmatch(digest):
-                raise ValueError("a SHA-256 is none")
+                raise ValueError("a SHA-256 is invalid")
         self.shards = [Shard(s["name"], s["samples"], s["bytes"], s["sha256"]) for s in about["shards"]]
 
     def __str__(self) -> str:

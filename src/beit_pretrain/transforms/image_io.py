@@ -1,4 +1,4 @@
-"""File bytes -> image: formats that are read, size limits before decoding, conversion to grey, RGB or RGBA."""
+"""Decodes image files: accepted formats, size limits before decoding, conversion to grey, RGB or RGBA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
 EXTENSIONS |= {"JPEG2000": "jp2", "AVIF": "avif", "PPM": "ppm", "ICO": "ico", "TGA": "tga", "PCX": "pcx", "SGI": "sgi"}
 IMAGE_EXTENSIONS = frozenset(EXTENSIONS.values()) | {"jpeg", "tif", "pgm", "pbm"}
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name for so many channels
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
 MAX_PIXELS = 179_000_000  # of an image; about where Pillow, too, refuses one as a decompression bomb
 
 

@@ -92,7 +92,7 @@ def _blended(image_BCHW: Tensor, operation_B111: Tensor, factor_B111: Tensor, me
 
 
 def per_channel(values: Sequence[float], channels: int, name: str) -> tuple[float, ...]:
-    """Mean or std for so many channels: as given, or one value for all. Raises UserError for any other number."""
+    """Mean or std for `channels` channels: as given, or one value for all. Raises UserError for another number."""
     if len(values) != channels and len(set(values)) == 1:
         return (values[0],) * channels
     if len(values) != channels:

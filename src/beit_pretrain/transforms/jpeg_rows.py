@@ -1,4 +1,4 @@
-"""Cuts the rows that a crop needs out of a JPEG, as a JPEG of its own, without decoding.
+"""Cuts the rows that a crop needs out of a JPEG, as a new JPEG, without decoding.
 
 `shards make resize=` ends every row of blocks with a restart marker (ITU T.81, section E.1.4), after which decoding
 can begin anew. So a band of rows is cut out by bytes: a header with another height, and the band's segments.

@@ -18,7 +18,7 @@ from beit_pretrain.transforms.jitter import HALF
 from beit_pretrain.transforms.views import to_array
 
 IGNORE = 255
-LONGEST = 4  # the longer side of a resized image is at most so many times the requested shorter side
+LONGEST = 4  # largest ratio of a resized image's longer side to the requested shorter side
 CROPS = 10  # tries for a crop that is not mostly of one class
 SHIFT, FACTORS, HUE = 32.0, (0.5, 1.5), 18 / 180  # photometric distortion; hue in turns
 

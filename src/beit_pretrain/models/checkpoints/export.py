@@ -86,7 +86,7 @@ def export(cfg: ExportSettings) -> Path:
 
 
 def set_permissions(written: Path) -> None:
-    """Give a file, or the files of a folder, the usual permissions: safetensors writes files for their owner alone."""
+    """Give a file, or the files of a folder, the usual permissions: only the owner can read safetensors' files."""
     umask = os.umask(0)
     os.umask(umask)
     for file in [written] if written.is_file() else written.iterdir():
@@ -102,12 +102,12 @@ def quiet():
 
 
 def label(model: Model) -> dict[str, Any]:
-    """Our own files' entry beside the tensors."""
+    """The metadata entry of our own files."""
     return {"kind": model.kind, "model": dict(model.config), **model.about}
 
 
 def to_unilm(model: Model, path: Path) -> str:
-    """The authors' file: tensors under "model", an index buffer beside every table; and our label."""
+    """The authors' format: tensors under "model", an index buffer for every table, and our metadata."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     index = gen_relative_position_index(model.grid)
     state |= {n.replace(TABLE, "relative_position_index"): index for n in list(state) if n.endswith(TABLE)}
@@ -117,7 +117,7 @@ def to_unilm(model: Model, path: Path) -> str:
 
 
 def to_timm(model: Model, path: Path) -> str:
-    """A safetensors file for `timm.create_model(..., checkpoint_path=)`; of a mim, the backbone alone."""
+    """A safetensors file for `timm.create_model(..., checkpoint_path=)`; of a mim, only the backbone."""
     import timm
 
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -208,7 +208,7 @@ def processor_settings(model: Model) -> dict[str, Any]:
 
 
 def hf_config(model: Model, classes: list[str] | None) -> dict[str, Any]:
-    """Our architecture in the words of `BeitConfig`."""
+    """Our architecture as arguments of `BeitConfig`."""
     ours = model.config
     said: dict[str, Any] = {hf.CONFIG[name]: ours[name] for name in hf.CONFIG}
     said |= {
@@ -226,7 +226,7 @@ def hf_config(model: Model, classes: list[str] | None) -> dict[str, Any]:
 
 
 def decoder_config(ours: dict[str, Any]) -> dict[str, Any]:
-    """A segmenter's heads in the words of `BeitConfig`. Raises UserError for what transformers does not have."""
+    """A segmenter's heads as arguments of `BeitConfig`. Raises UserError for options that transformers lacks."""
     decoder, depth = ours["decoder"], ours["depth"]
     if decoder["channels"] != ours["embed_dim"]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Reads checkpoints strictly, never unpickling freely, with errors that say what a file seems to be; atomic writes."""
+"""Reads checkpoints strictly and without unrestricted unpickling, with helpful errors; writes them atomically."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _looks_like(content: dict) -> str:
 
 
 def listed_keys(content: dict) -> str:
-    """The first keys of a dictionary, in words."""
+    """The first keys of a dictionary, for messages."""
     keys = sorted(map(str, content))
     return f"its keys are {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}" if keys else "it is empty"
 
@@ -175,7 +175,7 @@ def compact(names: Iterable[str]) -> str:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, flushes it to the disk and renames it: a name never holds half a file."""
+    """Writes a checkpoint to a temporary file, flushes it to disk and renames it, so that no file is incomplete."""
 
     @contextmanager
     def target(self, file: BinaryIO) -> Iterator[Any]:

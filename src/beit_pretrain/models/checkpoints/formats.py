@@ -1,7 +1,7 @@
 """Reads BEiT checkpoints of the authors, timm, Hugging Face and our own under our names.
 
 `read_checkpoint` recognises a file or folder, translates its names to those of `backbone.py`, and infers the
-architecture from the tensors, or from the config beside them. Nothing in a file is ever executed.
+architecture from the tensors, or from the config in the same folder. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")
 SEGMENTATION = ("decode_head.", "auxiliary_head.")  # without a prefix beside a backbone that has one
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-# Files that are no BEiT: (pattern of a tensor's name, what it seems to be).
+# Other kinds of files: (pattern of a tensor's name, what the file seems to be).
 FOREIGN = (
     (r"decoder_(embed|blocks)\.", "a masked autoencoder (MAE)"),
     (r"^beit3\.", "a BEiT-3"),
@@ -51,13 +51,13 @@ class Checkpoint:
     """A BEiT in our names.
 
     Attributes:
-        path: where it was read.
+        path: file or folder it was read from.
         format: "beit_pretrain", "unilm or timm", or "hf".
         kind: "mim" (mask token and token head), "classifier", "segmenter", or "backbone" (none of these).
         architecture: arguments of `backbone.Backbone`; of a mim also `vocab_size`, of a classifier also
             `num_classes` and `pool`, of a segmenter also `num_classes` and `decoder`.
         state: tensors by the names of `backbone.py`.
-        about: plain facts beside them, as far as the file has them: mean, std, classes, crop_ratio, ...
+        about: metadata, as far as the file has it: mean, std, classes, crop_ratio, ...
     """
 
     path: Path
@@ -122,7 +122,7 @@ def read_folder(folder: Path) -> tuple[dict, dict]:
 
 
 def unwrap(content: dict, known: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by name, what a file of ours says of itself) from the dictionary that a file holds."""
+    """(tensors by name, metadata of our own files) from the dictionary that a file holds."""
     entry = next((content[name] for name in ENTRIES if isinstance(content.get(name), dict)), content)
     if isinstance(content.get("beit_pretrain"), dict):
         known = content["beit_pretrain"]
@@ -142,7 +142,7 @@ def timm_facts(folder: Path) -> dict[str, Any]:
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names and numbers: whether two files hold the same network."""
+    """SHA-256 over names and values: equal if two files hold the same network."""
     found = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         found.update(name.encode())
@@ -160,7 +160,7 @@ def seems(names: Any) -> str:
 
 
 def sizes(architecture: dict[str, Any]) -> str:
-    """An architecture in words, for people."""
+    """An architecture in words, for messages."""
     scale = "layer scale" if architecture["init_values"] is not None else "no layer scale"
     bias = {"shared": "one shared bias table", "per_layer": "a bias table per block", "none": "no relative bias"}
     return (

@@ -83,7 +83,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def translate(
     state: dict[str, Tensor], folder: Path, path: Path
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """(tensors in our names, what config.json says of the architecture, facts) of a Hugging Face BEiT.
+    """(tensors in our names, architecture from config.json, metadata) of a Hugging Face BEiT.
 
     Raises UserError if config.json is missing or describes something else.
     """
@@ -119,7 +119,7 @@ def translate(
 
 
 def architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """What tensors cannot tell, from config.json."""
+    """The part of the architecture that tensors do not determine, from config.json."""
     return {
         "image_size": config.get("image_size", 224),
         "num_heads": config.get("num_attention_heads"),
@@ -131,7 +131,7 @@ def architecture(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoder(config: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of a segmentation head, as far as tensors cannot tell.
+    """The part of a segmentation head that tensors do not determine, from config.json.
 
     transformers counts the embeddings as 1: its layer i is the output of block i - 1.
     """

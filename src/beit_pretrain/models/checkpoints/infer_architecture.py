@@ -1,4 +1,4 @@
-"""Infers the architecture from a file's tensors, and checks tensors and facts of files that may come from anyone.
+"""Infers the architecture from a file's tensors, and checks tensors and metadata of untrusted files.
 
 Everything here raises UserError, in one line that names the file, before a network is built.
 """
@@ -32,7 +32,7 @@ Pixels = Annotated[int, Field(ge=1, lt=2**16)]
 
 
 class Facts(BaseModel, strict=True):
-    """What a file may say beside its tensors, in its config or in its entry of ours."""
+    """Metadata that a file may have, in its config or in our own entry."""
 
     image_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None = None
     num_heads: Annotated[int, Field(ge=1, lt=2**12)] | None = None
@@ -56,7 +56,7 @@ def check_facts(values: dict[str, Any], path: Path) -> None:
 
 
 def checked_facts(about: dict[str, Any], channels: int, classes: int | None, path: Path) -> dict[str, Any]:
-    """The facts beside the tensors, checked; without class names if they are for another number of classes."""
+    """The checked metadata; without class names if these are for another number of classes."""
     check_facts(about, path)
     for name in ("mean", "std"):
         if len(about.get(name, [0] * channels)) != channels:
@@ -91,7 +91,7 @@ def infer(
     """The architecture, from the tensors; what they do not determine comes from `said`, the file's own config.
 
     Without a bias table heads are taken to be 64 wide, as in every BEiT. `hint` is the (height, width) of the images
-    for tables of a grid that is not square. Raises UserError for what no BEiT has.
+    for tables of a grid that is not square. Raises UserError for an architecture that no BEiT has.
     """
     check_facts(said, path)
     depth = number_of_blocks(state, path)
