@@ -10,6 +10,7 @@ import yaml
 from beit_pretrain.models.backbone import Backbone
 from beit_pretrain.models.checkpoints.formats import Checkpoint, sizes
 from beit_pretrain.models.checkpoints.hf import ARCHITECTURES
+from beit_pretrain.settings import renamed
 from beit_pretrain.tables import read_rows
 
 MARK = "<!-- written by beit_pretrain export -->"  # an export overwrites no other README
@@ -87,6 +88,7 @@ def recipe(config: Path) -> str:
         said = None
     if not isinstance(said, dict) or "task" not in said:
         return ""
+    said = renamed(said)
     chosen = {name: said[name] for name in RECIPE if said.get(name) is not None}
     return f"```yaml\n{yaml.safe_dump(chosen, sort_keys=False, default_flow_style=None)}```"
 
