@@ -127,7 +127,9 @@ class TestBadImages:
     def test_rate_is_counted_per_million_images(self, tmp_path):
         """A good beginning does not excuse a bad end."""
         calls = CorruptImages(tmp_path / "list", 0.001)
-        module = SimpleNamespace(device="cpu", log_every=1, accumulate=lambda *a, **k: None, sum_over_processes=lambda x: x)
+        module = SimpleNamespace(
+            device="cpu", log_every=1, accumulate=lambda *a, **k: None, sum_over_processes=lambda x: x
+        )
         trainer = SimpleNamespace(
             global_step=0, max_steps=10**9, accumulate_grad_batches=1, world_size=1, is_global_zero=True
         )

@@ -1,9 +1,7 @@
 """`bench loader`: images per second that one core turns from files into what a training step needs, ours and theirs.
 
-All variants run in one process and one thread, in turn, round after round, so that whatever else the machine does
-slows all of them alike; what counts is CPU time, and of the rounds the median. All of them read the same images from
-temporary shards (by index and `pread`, from the page cache), draw masks with the same code and end with a collated
-batch:
+All variants run in one process and one thread, in turn; the median of CPU time counts. All of them read the same images
+from temporary shards (by index and `pread`, from the page cache), draw masks with the same code and end with a batch:
 
 * `reference`: the authors' loader. PIL decodes in full, torchvision's ColorJitter on the whole image, flip, one box
   cropped twice with PIL (bicubic for the backbone, Lanczos for the tokenizer), both as float tensors, normalised.
@@ -13,9 +11,9 @@ batch:
 * `cached`: as `resized`, from a folder of cached tokens: the backbone's view alone, as its record says, and the tokens
   (made for this by a stand-in for the tokenizer, through the code of the verb `tokenize`).
 
-All of ours leave to the training device what `reference` has done: conversion to float, normalisation and, but for
-`pil_reference`, the jitter. `device part` says how many images a second that takes on this core, both views of
-`fast`: a row of its own, in no ratio.
+Ours leave to the training device what `reference` does itself: conversion to float, normalisation and, but for
+`pil_reference`,
+the jitter. The row `device part` says how many images a second that takes on this core, for both views of `fast`.
 """
 
 from __future__ import annotations

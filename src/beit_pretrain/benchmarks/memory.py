@@ -8,7 +8,7 @@ moments, and what a forward pass keeps, which is linear in the batch size too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,12 +30,7 @@ PAIRS = ((8, 24), (1, 3))  # images of the two batches that are measured: the fi
 TRIES, SMALLER = 4, 0.93  # of the predicted batch; each next one is so much smaller
 
 
-class Fits(NamedTuple):
-    """The largest batch, what it takes in bytes, and whether that was measured."""
-
-    batch: int
-    used: int
-    measured: bool = True
+Fits = tuple[int, int]  # the largest batch, and what it takes in bytes
 
 
 def predicted(peak_of: Callable[[int], int | None], limit: int) -> Fits:
@@ -50,10 +45,10 @@ def predicted(peak_of: Callable[[int], int | None], limit: int) -> Fits:
             batch, tries = min(MOST, int((limit * (1 - WORKSPACE) - low) // each) + small), TRIES
             while batch > large and tries:
                 if (used := peak_of(batch)) is not None:
-                    return Fits(batch, used)
+                    return batch, used
                 batch, tries = int(batch * SMALLER), tries - 1
-            return Fits(large, high)
-    return Fits(0, 0) if (one := peak_of(1)) is None else Fits(1, one)
+            return large, high
+    return (0, 0) if (one := peak_of(1)) is None else (1, one)
 
 
 def tried(cfg: Any, limit: int) -> Fits:
@@ -91,7 +86,7 @@ def reckoned(cfg: Any, limit: int) -> Fits:
         each += (kept(bench) - one) // len(bench.model.blocks)
     each += 4 * bench.masking.max_patches * bench.model.vocab_size  # the largest gradient of all: of the logits
     batch = max(0, int((limit * (1 - WORKSPACE) - fixed) // each))
-    return Fits(batch, fixed + batch * each, measured=False)
+    return batch, fixed + batch * each
 
 
 def kept(bench: Bench) -> int:
@@ -114,10 +109,11 @@ def bench_memory(cfg: Any) -> RunResult:
             shape = {name: value for name, value in to_dict(cfg.model).items() if name not in NETWORKS[size]}
             model = type(cfg.model)(**{**shape, "size": size})
             own = cfg.model_copy(update={"model": model, "activation_checkpointing": checkpointing})
-            fits = (tried if on_gpu else reckoned)(own, limit)
-            found[f"{size}{'_checkpointing' if checkpointing else ''}"] = fits._asdict()
-            way = "measured, uncompiled" if fits.measured else "reckoned"
-            rows.append([size, "yes" if checkpointing else "no", str(fits.batch), f"{fits.used / GIB:.1f}", way])
+            batch, used = (tried if on_gpu else reckoned)(own, limit)
+            name = f"{size}{'_checkpointing' if checkpointing else ''}"
+            found[name] = {"batch": batch, "used": used, "measured": on_gpu}
+            way = "measured, uncompiled" if on_gpu else "reckoned"
+            rows.append([size, "yes" if checkpointing else "no", str(batch), f"{used / GIB:.1f}", way])
     head = ("network", "activation checkpointing", "largest batch", "GiB", "how")
     about = {"memory_bytes": limit, "precision": cfg.trainer.precision}
     return RunResult([Block(head, rows)], {"bench": "memory", **about, **found})

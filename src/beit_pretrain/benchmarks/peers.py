@@ -7,6 +7,7 @@ Shapes as in models/backbone.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -68,19 +69,14 @@ class PlainModel(nn.Module):
 
 
 class Transformers(nn.Module):
-    """`BeitForMaskedImageModeling` of Hugging Face, of our architecture; `attention` is "sdpa" or "eager".
-
-    Raises UserError where transformers is not installed.
-    """
+    """`BeitForMaskedImageModeling` of Hugging Face, of our architecture; `attention` is "sdpa" or "eager"."""
 
     def __init__(self, ours: MaskedImageModel, attention: str = "sdpa"):
         super().__init__()
-        try:
-            from transformers import BeitConfig, BeitForMaskedImageModeling
-        except ImportError:
-            raise UserError(
-                "transformers is not installed: pip install transformers, or other bench.variants="
-            ) from None
+        if find_spec("transformers") is None:
+            raise UserError("transformers is not installed: pip install transformers, or other bench.variants=")
+        from transformers import BeitConfig, BeitForMaskedImageModeling
+
         self.model: Any = BeitForMaskedImageModeling(BeitConfig(**hf_config(ours, None)))
         self.model.set_attn_implementation(attention)
 

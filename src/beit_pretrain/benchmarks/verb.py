@@ -41,10 +41,9 @@ def bench(cfg: Any) -> None:
         print(f"{as_markdown(outcome.blocks)}\n{json.dumps(outcome.found)}")
 
 
-def measured(action: str, cfg: Any) -> RunResult | None:
+def measured(action: str, cfg: Any) -> Any:
     module, function = ACTIONS[action].split(":")
-    outcome: RunResult | None = getattr(importlib.import_module(module), function)(cfg)
-    return outcome
+    return getattr(importlib.import_module(module), function)(cfg)
 
 
 def bench_all(cfg: Any) -> RunResult:
@@ -68,9 +67,7 @@ def bench_all(cfg: Any) -> RunResult:
         parts["loader"] = loader, shlex.join([f"src={cfg.bench.src}", given])
     page, results = "# Measured\n", dict[str, Any]()
     for action, (settings, given) in parts.items():
-        outcome = measured(action, settings)
-        assert outcome is not None
-        blocks, results[action] = outcome
+        blocks, results[action] = measured(action, settings)
         if action == "step":
             bars(results[action], out / BARS)
             blocks = [*blocks, Block(plot=BARS)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,9 +82,22 @@ def authors(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
     return unchanged(*pil_arrays(jittered_and_flipped(image, draw), draw.crop, sides))
 
 
-def unjittered(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
-    """The authors' views without their jitter."""
-    return unchanged(*pil_arrays(to_rgb(image), draw.mirrored(image.width).crop, sides, draw.flip))
+def unjittered(
+    image: Image.Image, draw: AugmentParams, sides: Sides, scaled: bool = False, by_torch: bool = False
+) -> Pair:
+    """The authors' views without their jitter.
+
+    `scaled`: decoded at the scale that the crop allows; `by_torch`: resized by torch, bicubic for both views.
+    """
+    crop = draw.mirrored(image.width).crop
+    if scaled:
+        image, crop = scaled_decode(image, crop, max(sides))
+    if not by_torch:
+        return unchanged(*pil_arrays(to_rgb(image), crop, sides, draw.flip))
+    top, left, height, width = crop
+    array = np.array(to_rgb(image))[top : top + height, left : left + width]
+    large, small = (resized(array, side) for side in sides)
+    return unchanged(*((view.flip(-1) if draw.flip else view).numpy() for view in (large, small)))
 
 
 def jitter_after(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
@@ -97,20 +111,6 @@ def crops_contrast(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pai
     """The same with contrast relative to the crop's mean grey, each view's own: what this project avoids."""
     jitter = torch.from_numpy(draw.jitter.factors)[None], torch.from_numpy(draw.jitter.order)[None]
     return Pair(*(color_jitter(view[None], *jitter)[0] for view in unjittered(image, draw, sides)))
-
-
-def scaled(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
-    """Without jitter, decoded at the scale that the crop allows."""
-    image, crop = scaled_decode(image, draw.mirrored(image.width).crop, max(sides))
-    return unchanged(*pil_arrays(image, crop, sides, draw.flip))
-
-
-def other_filter(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
-    """Without jitter, decoded in full, resized by torch: bicubic for both views."""
-    top, left, height, width = draw.mirrored(image.width).crop
-    array = np.array(to_rgb(image))[top : top + height, left : left + width]
-    large, small = (resized(array, side) for side in sides)
-    return unchanged(*((view.flip(-1) if draw.flip else view).numpy() for view in (large, small)))
 
 
 def ours(image: Image.Image, draw: AugmentParams, sides: Sides) -> Pair:
@@ -142,8 +142,8 @@ VARIANTS: dict[str, Variant] = {
     "fast: all departures": Variant(EXACT, ours),
     "only jitter after the crop": Variant(EXACT, jitter_after),
     "the same, crop's contrast": Variant(EXACT, crops_contrast),
-    "only scaled decoding": Variant(PLAIN, scaled),
-    "only the resizing filter": Variant(PLAIN, other_filter),
+    "only scaled decoding": Variant(PLAIN, partial(unjittered, scaled=True)),
+    "only the resizing filter": Variant(PLAIN, partial(unjittered, by_torch=True)),
     "control: half a pixel": Variant(EXACT, half_a_pixel),
     "control: JPEG at quality 92": Variant(EXACT, encoded_again),
     "control: another jitter": Variant(EXACT, authors, other=True),

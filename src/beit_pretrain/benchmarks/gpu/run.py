@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from beit_pretrain.benchmarks.blocks import shown
 from beit_pretrain.benchmarks.gpu.plan import Setup
 from beit_pretrain.benchmarks.report import Report
 from beit_pretrain.cli import run
@@ -83,8 +84,8 @@ def fit(setup: Setup, report: Report) -> None:
     with timed(report, "fit"):
         where = trained(setup, lambda found: report(**found), setup.sizes.run, f"data.tokens={tokens}", "profile=true")
     report(compiled=compile_counts().since(before)._asdict())
-    found = report.found
-    report.write(headline=f"{found['images_per_s']:.5g} images/s, waiting {found['data_wait']:.1%}")
+    rate, wait = (shown(report.found.get(name)) for name in ("images_per_s", "data_wait"))
+    report.write(headline=f"{rate} images/s, share of time waiting for data {wait}")
     table, trace = where / "profile/kernels.txt", where / "profile/trace.json.gz"
     if table.is_file():
         report(profile=table.read_text())
@@ -99,8 +100,8 @@ def prefetch(setup: Setup, report: Report) -> None:
         with report.part(name):
             where = trained(setup, lambda found: report(prefetch={name: found}), setup.sizes.switched, switch)  # noqa: B023
             shutil.rmtree(where, ignore_errors=True)
-    said = (f"{name} {found['images_per_s']:.5g}" for name, found in report.found["prefetch"].items())
-    report.write(headline="images/s: " + ", ".join(said))
+    rates = {name: found.get("images_per_s") for name, found in report.found.get("prefetch", {}).items()}
+    report.write(headline=f"images/s: {shown(rates)}")
 
 
 def trained(setup: Setup, say: Callable[[dict[str, Any]], None], steps: int, *words: str) -> Path:

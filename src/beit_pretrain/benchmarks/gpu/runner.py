@@ -12,8 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,21 +164,11 @@ def scratch_folder(path: str | None) -> Path:
     return folder
 
 
-@contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit here, with a shell's exit code; the next ones are ignored."""
-
-    def leave(signum: int, _: object) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        raise SystemExit(128 + signum)
-
-    before = {signum: signal.signal(signum, leave) for signum in SIGNALS}
-    try:
-        yield
-    finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
+def leave(signum: int, _: object) -> None:
+    """Handler of SIGTERM and SIGHUP: raise SystemExit with a shell's exit code, and ignore the next ones."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + signum)
 
 
 def bench_gpu(cfg: Any) -> None:
@@ -193,10 +182,12 @@ def bench_gpu(cfg: Any) -> None:
     words = words if any(word.startswith("+experiment=") for word in words) else [f"+experiment={EXPERIMENT}", *words]
     job = {"words": words, "device": cfg.device, "tiny": cfg.bench.tiny, "out": str(out), "scratch": str(scratch)}
     runner = Runner(plan, job, cfg.bench.seconds, chosen=cfg.bench.only is not None)
+    before = {signum: signal.signal(signum, leave) for signum in SIGNALS}
     try:
-        with exit_on_signals():
-            runner.run_all()
+        runner.run_all()
     finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
         if runner.lines:
             write_page(out)
             print(f"\n{summary(runner.lines).markdown()}")
