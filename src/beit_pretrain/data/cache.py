@@ -1,4 +1,4 @@
-"""Local LRU cache of remote shards: a folder of bounded size that all processes of a node share.
+"""Local LRU cache of remote shards: a folder of bounded size that all processes of a machine share.
 
 Shards are downloaded whole and named by their SHA-256. So no name can lead out of the folder, data sets share equal
 shards, and a changed shard is a new file:

@@ -1,4 +1,4 @@
-"""Counts images that do not decode, lists them in the run folder, and stops a run that has too many."""
+"""Counts the images that were replaced, lists them in the run folder, and stops a run that has too many."""
 
 from __future__ import annotations
 

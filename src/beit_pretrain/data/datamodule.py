@@ -1,4 +1,6 @@
-"""LightningDataModules: shards -> order -> reader -> views and masks -> batches (made in dataset.py)."""
+"""LightningDataModules: shards -> order -> reader -> batches; checks held-out data and the cache against the training
+data.
+"""
 
 from __future__ import annotations
 

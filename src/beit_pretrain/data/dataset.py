@@ -1,4 +1,4 @@
-"""The data set of a run: its items are batches.
+"""From positions to batches; an image that cannot be decoded is replaced by its neighbour in the shard.
 
 One item is one micro-batch of one process, built and collated in a worker. The sampler counts micro-batches,
 `BatchSchedule` gives the positions of each, and everything about a position is a function of (seed, position). So no

@@ -1,4 +1,4 @@
-"""When a run saves a checkpoint, and which checkpoint it resumes from.
+"""When a run saves a checkpoint, which is the newest one that can be read, and how much room they need.
 
 A checkpoint is taken when its step is complete and the metrics are written, before a validation that is due at that
 step. The checkpoint records that validation as due, and a resumed run validates first, so nothing is repeated or

@@ -1,4 +1,4 @@
-"""Parameter groups, layer-wise learning-rate decay and learning-rate schedules.
+"""Parameter groups, layer-wise learning-rate decay, learning-rate schedules, gradient clipping.
 
 They follow BEiT (arXiv:2106.08254), appendices on hyperparameters, and the release's `beit/optim_factory.py`
 (`get_parameter_groups`) and `beit/utils.py` (`cosine_scheduler`). timm's parameter groups are not used: they exempt the

@@ -1,4 +1,4 @@
-"""Resuming a run: finds the newest readable checkpoint, compares settings and data, restores folder and loggers."""
+"""Resuming a run: refuses a folder whose settings or data are others, restores the folder and the loggers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's folder: its files, comparison of settings, clean-up, and the lock against a second run."""
+"""A run's folder: its config.yaml, how two configs differ, clean-up, and the lock against a second run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of `fit` that all tasks share (each task adds more in `tasks/`), and of `validate`, `visualize`, sweeps."""
+"""Settings that every training has (tasks add theirs), and those of `validate`, `visualize` and sweeps."""
 
 from __future__ import annotations
 

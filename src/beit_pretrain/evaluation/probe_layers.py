@@ -1,4 +1,4 @@
-"""The verb `probe`: linear probes and kNN of every layer from one pass over the images, as a table and a plot."""
+"""The verb `probe`: linear probes and kNN of every layer from one pass over fixed views, as a table and a plot."""
 
 from __future__ import annotations
 

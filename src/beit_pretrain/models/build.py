@@ -1,4 +1,4 @@
-"""Turns a run's settings into the arguments of a new network."""
+"""The network's arguments from the groups `model` and `data` of a run's settings."""
 
 from __future__ import annotations
 

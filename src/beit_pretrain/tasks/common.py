@@ -1,4 +1,4 @@
-"""Shared by several tasks: backbone settings, and data modules built from the settings."""
+"""What tasks share: settings of a backbone, labelled data, and how data modules follow from the settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Fine-tuning of the backbone as a classifier (BEiT, section 2.6, appendix G; release: `run_class_finetuning.py`).
+"""Fine-tuning as a classifier (BEiT, section 2.6, appendix G; release: `run_class_finetuning.py`), with mixup, random
+erasing, averaged weights (EMA) and early stopping.
 
 Shapes: B batch, C channels, H W pixels.
 """

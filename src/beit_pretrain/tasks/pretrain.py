@@ -1,4 +1,5 @@
-"""Masked image modelling (BEiT, section 2.4, equation 1): settings, LightningModule, data and pictures.
+"""Masked image modelling (BEiT, section 2.4, equation 1), from scratch or from the checkpoint of `init_from`: settings,
+LightningModule, data, pictures.
 
 Shapes: B batch, C channels, H W pixels, N patches, V vocabulary, K masked positions of one image (padded with -1),
 M masked patches of the batch. Masks are True where a patch is masked, to be predicted.

@@ -1,4 +1,5 @@
-"""The task `probe`: trains linear classifiers on the frozen features of every layer (`models/linear_probe.py`).
+"""The task `probe`: linear classifiers on the frozen features of every layer, trained on augmented views over many
+epochs, as the release does.
 
 Shapes: B batch, C channels, H W pixels, K classes.
 """

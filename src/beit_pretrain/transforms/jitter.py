@@ -1,4 +1,4 @@
-"""Colour jitter and normalisation, batched on the training device, with the same jitter for both views.
+"""Colour jitter and normalisation on the training device; both views of an image get the same jitter.
 
 A worker draws the jitter of its images (`draw_jitter`) and sends uint8; `color_jitter` applies it. `pil_jitter` is the
 authors' way, on the whole image in the worker. Shapes: B batch, C channels, H W pixels, K colours of the whole image.

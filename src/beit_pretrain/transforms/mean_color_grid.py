@@ -1,4 +1,4 @@
-"""Mean colours of an image in 8 x 8 tiles, to which the contrast of the colour jitter is relative (`jitter.py`).
+"""An image's mean colours in 8 x 8 tiles: the colour jitter's contrast is relative to the whole image (`jitter.py`).
 
 `shards make resize=` writes them into the JPEG as a comment, `PREFIX` and 3 bytes a tile in hexadecimal, so that only a
 crop's rows have to be decoded. Without the comment all rows are.

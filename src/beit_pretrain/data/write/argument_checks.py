@@ -1,4 +1,6 @@
-"""Checks before and after `shards make`: invalid values, sources that count twice or have changed, targets in use."""
+"""What `shards make` refuses: settings that do not go together, a source named twice, sources that changed, targets in
+use.
+"""
 
 from __future__ import annotations
 

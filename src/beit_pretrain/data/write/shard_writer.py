@@ -1,4 +1,4 @@
-"""Writes one shard: the samples of its candidates (members.py) as a tar, the tar's index, and a report.
+"""Writes one shard: the samples of its candidates (sample_encoder.py) as a tar, the tar's index, and a report.
 
 A sample is the run of members that share a key, its position in the permuted split: `000000017.jpg` (or another image
 extension), `.cls` (class index as text, if labelled), `.json` ({"source": original path, ...}) and `.seg.png` (label

@@ -1,4 +1,4 @@
-"""The verb shards, which takes its composed config."""
+"""The verb `shards`: make, index, verify, show."""
 
 from __future__ import annotations
 

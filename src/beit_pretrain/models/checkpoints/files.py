@@ -1,4 +1,4 @@
-"""Reads checkpoints strictly and without unrestricted unpickling, with helpful errors; writes them atomically."""
+"""Reads files of tensors strictly, without unrestricted unpickling; writes checkpoints atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads BEiT checkpoints of the authors, timm, Hugging Face and our own under our names.
+"""Reads BEiT checkpoints of anyone under our names; of other files, says what they seem to be.
 
 `read_checkpoint` recognises a file or folder, translates its names to those of `backbone.py`, and infers the
 architecture from the tensors, or from the config in the same folder. Nothing in a file is executed.

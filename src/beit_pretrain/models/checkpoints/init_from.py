@@ -1,4 +1,4 @@
-"""The checkpoint that a run or a verb starts from, `init_from`, held against the other settings."""
+"""Reads the checkpoint of `init_from`, and refuses one of another size, channels or position tables."""
 
 from __future__ import annotations
 

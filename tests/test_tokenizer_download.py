@@ -47,7 +47,7 @@ def out(tmp_path) -> Path:
 def fetched(openai_files, tmp_path_factory) -> Path:
     """A folder as `fetch` leaves it."""
     out = tmp_path_factory.mktemp("fetched") / "out"
-    module.fetch(compose("download", [f"src={openai_files}", f"out={out}"]))
+    module.download(compose("download", [f"src={openai_files}", f"out={out}"]))
     return out
 
 
@@ -186,7 +186,7 @@ class TestFetch:
         shutil.copy(openai_files / "encoder.pkl", tmp_path / "half")
         assert "holds no decoder.pkl" in one_line(run_cli("download", f"out={out}", f"src={tmp_path / 'half'}"))
         assert "no encoder.pkl and no decoder.pkl" in one_line(run_cli("download", f"out={out}", "src=nowhere"))
-        assert "one folder" in one_line(run_cli("download", f"out={out}", "src=[a,b]"))
+        assert "src must be a text" in one_line(run_cli("download", f"out={out}", "src=[a,b]"))
         assert "is no address" in one_line(run_cli("download", f"out={out}", "src=ftp://host/x"))
         assert "out is missing" in one_line(run_cli("download"))
         assert not out.exists() or not list(out.iterdir())
