@@ -339,11 +339,11 @@ def help_text(model: type[Settings], composed: Mapping[str, Any]) -> str:
 
     def section(model: type[Settings], values: Mapping[str, Any], prefix: str) -> None:
         groups = []
-        for name, field in model.model_fields.items():
-            key, value = (
-                field.alias or name,
-                values.get(field.alias or name, field.default if not field.is_required() else "???"),
-            )
+        declared = [name for kind in model.__mro__ for name in getattr(kind, "__annotations__", ())]
+        for name in dict.fromkeys(name for name in declared if name in model.model_fields):  # its own come first
+            field = model.model_fields[name]
+            key = field.alias or name
+            value = values.get(key, "???" if field.is_required() else field.default)
             inner = group_of(field.annotation)
             if inner is not None and isinstance(value, Mapping):
                 groups.append((key, inner, value, field.description))
