@@ -170,3 +170,20 @@ def test_unknown_settings_are_told_the_nearest(word, guess, run_cli):
     code, _, stderr = run_cli("fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", word)
     assert code == 2
     assert stderr.endswith(f"did you mean {guess}?\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit"], "+experiment=NAME --help"),
+        (["fit", "+experiment=base_22k"], "optim.lr=0.0015                        peak learning rate"),
+        (["fit", "+experiment=mae_base_1k"], "mask.ratio=0.75"),
+        (["shards"], "samples_per_shard=1000"),
+        (["bench", "gpu"], "bench.seconds=540"),
+        (["bench", "views"], "src=???"),
+    ],
+)
+def test_help_shows_defaults_and_descriptions(words, said, run_cli):
+    code, stdout, _ = run_cli(*words, "--help")
+    assert code == 0
+    assert said in stdout
