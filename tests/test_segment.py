@@ -199,6 +199,14 @@ def test_dropout_and_drop_path_depend_only_on_position():
 
 
 class TestRuns:
+    def test_batch_norms_are_synchronised_over_gpus(self, shards, run_cli, tmp_path, monkeypatch):
+        """On a CPU torch has none: what Lightning would be told on a GPU is looked at."""
+        asked = []
+        made = runs.make_trainer
+        monkeypatch.setattr(runs, "make_trainer", lambda *given: asked.append(given[3]) or made(*given[:3]))
+        assert run_cli(*words(shards, tmp_path / "run"), "preflight=only")[0] == 0
+        assert asked == [True]
+
     def test_trains_validates_and_shows(self, shards, run_cli, tmp_path):
         code, stdout, stderr = run_cli(*words(shards, tmp_path / "run"))
         assert code == 0, stderr
