@@ -101,7 +101,7 @@ def run_locked(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]
         if sharded:  # under FSDP no process holds the whole network, which these callbacks need
             task.callbacks = [c for c in task.callbacks if not getattr(c, "needs_whole_network", False)]
         callbacks = [agreement, *common_callbacks(cfg, folder, task), *task.callbacks]
-        trainer = make_trainer(cfg, steps, callbacks, task.sync_batchnorm)
+        trainer = make_trainer(cfg, steps, callbacks)
         speed.check_cuda_graphs(cfg.compile, trainer.accumulate_grad_batches, cfg.device_prefetch, sharded)
         introduction = run_summary(cfg, task, steps, trainer)
         checks = preflight(cfg, task, trainer, steps)
@@ -230,7 +230,7 @@ def validate(cfg: ValidateSettings) -> dict[str, float]:
         raise UserError("the run has no held-out images; give data.val=FOLDER")
     run_cfg.trainer = cfg.trainer
     with as_user_errors():
-        trainer = make_trainer(run_cfg, 0, [ProgressBar(), CorruptImages(None, 1)], task.sync_batchnorm)
+        trainer = make_trainer(run_cfg, 0, [ProgressBar(), CorruptImages(None, 1)])
     trainer.validate(task.module, task.data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name, value in sorted(metrics.items()) if trainer.is_global_zero else ():

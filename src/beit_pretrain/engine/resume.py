@@ -162,6 +162,8 @@ def load_run(run: str | Path, overrides: dict[str, Any] | None = None) -> tuple[
         raise UserError(f"{run} is not the folder of a run (it has no {CONFIG})")
     content = read_config(run / CONFIG)
     kind = find_task(content["task"])
+    for group in (overrides or {}).keys() - kind.settings.model_fields.keys():
+        raise UserError(f"{run} is a run of task {content['task']}, which has no settings {group}.*")
     cfg = kind.settings.validated(merged(content, overrides or {}))
     last = run / "checkpoints" / LAST
     task = kind(kind.resumed(cfg, last))

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from beit_pretrain.engine import distributed as cluster
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
 from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.engine.task import find_task
 from beit_pretrain.errors import AllRanksError
 from beit_pretrain.settings import to_dict
 
@@ -39,7 +40,7 @@ def micro_batches(global_batch_size: int, batch_size: int, world: int) -> int:
     return share // min(batch_size, share)
 
 
-def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback], sync_batchnorm: bool = False) -> Trainer:
+def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer. It runs the loop; this package handles gradients, batches, metrics and signals itself.
 
     `steps`: optimiser steps; 0 = validation only.
@@ -51,7 +52,7 @@ def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback], sync_b
         gpu = wanted_gpu(settings["accelerator"]) and torch.cuda.is_bf16_supported()
         settings["precision"] = "bf16-mixed" if gpu else "32-true"
     # torch has no synchronised batch norm on CPUs.
-    settings["sync_batchnorm"] = sync_batchnorm and wanted_gpu(settings["accelerator"])
+    settings["sync_batchnorm"] = find_task(cfg.task).sync_batchnorm and wanted_gpu(settings["accelerator"])
     trainer = Trainer(
         **settings,
         max_steps=steps,
