@@ -206,8 +206,8 @@ class TestRuns:
         told = {}
         monkeypatch.setattr(trainer, "wanted_gpu", lambda accelerator: True)
         monkeypatch.setattr(trainer, "Trainer", lambda **settings: told.update(settings) or 1 / 0)
-        for experiment, synchronised in (("demo_segment", True), ("demo_tokenizer", False)):
-            cfg = compose("fit", [f"+experiment={experiment}", "data.train=x", "trainer.precision=32-true"])
+        for more, synchronised in ((["demo_segment", "from_scratch=true"], True), (["demo_tokenizer"], False)):
+            cfg = compose("fit", [f"+experiment={more[0]}", *more[1:], "data.train=x", "trainer.precision=32-true"])
             with pytest.raises(ZeroDivisionError):
                 trainer.make_trainer(cfg, 1, [])
             assert told["sync_batchnorm"] is synchronised

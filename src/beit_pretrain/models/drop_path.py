@@ -1,4 +1,4 @@
-"""Stochastic depth (Huang et al. 2016) with random numbers keyed by the position in the run.
+"""The random numbers of stochastic depth (Huang et al. 2016), keyed by the position in the run; blocks.py applies them.
 
 Whether a residual branch is dropped for the image at position k is a function of (seed, k, branch): the same on any
 number of processes, in any micro-batch, after any restart. Drawn on the training device without synchronisation.
