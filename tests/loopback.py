@@ -99,6 +99,10 @@ def serving(server: Server | None = None) -> Iterator[Server]:
             with suppress(ConnectionError):  # whoever asked has gone
                 server.answer(self)
 
+        def end_headers(self):
+            self.send_header("Connection", "close")  # or a client may ask again on the connection that is about to go
+            super().end_headers()
+
         def log_message(self, *words):
             pass
 

@@ -31,23 +31,23 @@ class KeepsLosses(Pretraining):
         return loss
 
 
-def losses(data, steps: int = 4, ahead: bool = False, mode: str | None = None) -> list[float]:
+def losses(data, steps: int = 4, device_prefetch: bool = False, mode: str | None = None) -> list[float]:
     plain = module()
     training = KeepsLosses(plain.model, plain.tokenizer, plain.optim, plain.mean, plain.std)
     training.compile_mode = mode
-    if ahead:
+    if device_prefetch:
         data.wrapped = lambda loader: DevicePrefetcher(loader, training.prepare, training.device)
     trainer(steps, micro_batches=2).fit(training, data)
     return training.losses
 
 
 def test_device_prefetch_gives_same_batches(shards):
-    assert losses(pretrain_data(shards), ahead=True) == losses(pretrain_data(shards))
+    assert losses(pretrain_data(shards), device_prefetch=True) == losses(pretrain_data(shards))
 
 
 def test_device_prefetch_with_cached_tokens(shards, dvae_checkpoint, tmp_path):
     folder = tokens_of(shards / "train", tmp_path / "tokens", dvae_checkpoint)
-    assert losses(data_of(shards, folder), ahead=True) == losses(data_of(shards, folder))
+    assert losses(data_of(shards, folder), device_prefetch=True) == losses(data_of(shards, folder))
 
 
 @pytest.mark.long
@@ -185,8 +185,8 @@ def test_optimize_ddp(whole, shards, dvae_checkpoint, run_cli, tmp_path):
 
 def test_cuda_graphs_are_refused_for_fsdp():
     with pytest.raises(UserError, match="fsdp"):
-        check_cuda_graphs("reduce-overhead", 1, ahead=False, sharded=True)
-    check_cuda_graphs("default", 1, ahead=False, sharded=True)
+        check_cuda_graphs("reduce-overhead", 1, device_prefetch=False, sharded=True)
+    check_cuda_graphs("default", 1, device_prefetch=False, sharded=True)
 
 
 def test_cuda_graph_step_begins_with_each_micro_batch(shards, monkeypatch):
@@ -236,7 +236,7 @@ def test_deterministic(shards, dvae_checkpoint, run_cli, torchs_flags, tmp_path)
 
 def test_deterministic_segmentation_on_gpu_is_refused(torchs_flags):
     with pytest.raises(UserError, match="segmentation"):
-        make_deterministic("segment", on_gpu=True)
+        make_deterministic(on_gpu=True, impossible="segmentation's resizing")
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -33,7 +33,8 @@ def words(shards, dvae_checkpoint):
         (["seed=1,2", "seed=3,4"], ["seed_3", "seed_4"]),  # said twice: the last one counts
         (["seed=1,1,2"], ["seed_1", "seed_2"]),
         (["optim.clip=null,3", "data.pil_reference=true,false"], [
-            "clip_null_exact_true", "clip_null_exact_false", "clip_3_exact_true", "clip_3_exact_false"
+            "clip_null_pil_reference_true", "clip_null_pil_reference_false",
+            "clip_3_pil_reference_true", "clip_3_pil_reference_false",
         ]),
     ],
 )  # fmt: skip

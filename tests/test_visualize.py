@@ -75,7 +75,7 @@ def test_chosen_patches_layers_heads_and_photos(run, photos, run_cli, tmp_path):
         (["attention", "patches=[[4,0]]"], "[4, 0] is outside the 4 x 4 patches"),
         (["attention", "patches=[4]"], "patches must be"),
         (["attention", "photos=nowhere"], "nowhere does not exist"),
-        (["faces"], "show faces: there are masked"),
+        (["faces"], "what must be null or one of masked"),
         (["layers"], "is a mim; it has no picture of layers"),
         (["curves", "metrics=[val/nothing]"], "none of val/nothing is in the metrics"),
         (["out=x.csv"], "must end with .png"),

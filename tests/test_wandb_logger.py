@@ -6,8 +6,8 @@ import signal
 import subprocess
 
 import pytest
-from omegaconf import OmegaConf
 
+from beit_pretrain.config import compose
 from beit_pretrain.engine.preemption import SIGNALS
 from beit_pretrain.engine.wandb_logger import blocked_for_children, mode, same_id, wandb_logger
 from beit_pretrain.errors import UserError
@@ -27,9 +27,8 @@ class FakeRun:
 
 
 def logger(tmp_path, how: str, run: FakeRun):
-    cfg = OmegaConf.create(
-        {"name": "x", "run_dir": str(tmp_path), "logger": {"kind": "wandb", "project": "p", "mode": how}}
-    )
+    words = ["+experiment=demo_tokenizer", "data.train=x", "logger=wandb", "logger.project=p", f"logger.mode={how}"]
+    cfg = compose("fit", [*words, "name=x", f"run_dir={tmp_path}"])
     made = wandb_logger(cfg, "abc")
     made._experiment = run
     return made

@@ -50,8 +50,9 @@ class OnlineKNN(Callback):
 
     needs_whole_network = True
 
-    def __init__(self, data: ShardData, bank: int, queries: int, k: int):
-        self.data, self.bank, self.queries, self.k = data, bank, queries, k
+    def __init__(self, data: ShardData, **settings: Any):
+        chosen = KNNSettings(**settings)
+        self.data, self.bank, self.queries, self.k = data, chosen.bank, chosen.queries, chosen.k
         self._kept: dict[str, Labelled] = {}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module) -> None:

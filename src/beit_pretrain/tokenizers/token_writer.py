@@ -85,7 +85,8 @@ def is_finished(out: Path, plan: dict[str, Any]) -> bool:
     if not (out / TOKENS).is_file():
         raise UserError(f"{out} exists and is not empty; {advice}")
     TokenFolder(out)
-    before, now = renamed(_flat(json.loads((out / TOKENS).read_bytes()))), _flat(plan)
+    recorded = json.loads((out / TOKENS).read_bytes())
+    before, now = _flat({**recorded, "view": renamed(recorded["view"])}), _flat(plan)
     for key in now:
         if before.get(key) != now[key]:
             raise UserError(f"{out} holds tokens with {key}={show(before.get(key))}, not {show(now[key])}; {advice}")
