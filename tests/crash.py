@@ -1,10 +1,10 @@
-"""A power cut for tests."""
+"""A simulated crash."""
 
 from lightning import Callback
 
 
 class Crash(Callback):
-    """Dies after a given optimiser step, before anything of the next one."""
+    """Raises after a given optimizer step, before the next one begins."""
 
     def __init__(self, step: int):
         self.step = step

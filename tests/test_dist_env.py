@@ -1,4 +1,4 @@
-"""Who started this process, from faked environments: no scheduler is needed to get its counts wrong."""
+"""Detection of the launcher (torchrun, srun, none) from faked environment variables."""
 
 from __future__ import annotations
 

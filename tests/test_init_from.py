@@ -1,4 +1,4 @@
-"""`init_from=` on the command line: continued pre-training and fine-tuning from everyone's checkpoints."""
+"""`init_from=` on the command line: continued pre-training and fine-tuning from checkpoints of every format."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def finetune_words(words):
 
 @pytest.fixture
 def authors_file(tmp_path):
-    """A self-supervised .pth of the dVAE fixture's 32 tokens."""
+    """A pre-trained .pth of unilm with the 32 tokens of the dVAE fixture."""
     model = scrambled(MaskedImageModel(**MIM))
     return unilm_file(tmp_path / "beit_pt22k.pth", model.state_dict())
 
@@ -100,7 +100,7 @@ class TestFineTuning:
         assert "already finished" in stdout, stderr
 
     def test_absolute_positions_are_kept(self, finetune_words, tmp_path):
-        """The released 800-epoch model: no relative bias in fine-tuning either."""
+        """As the released 800-epoch model: no relative bias in fine-tuning either."""
         hf_mim(bias="none", absolute=True, scale=None).save_pretrained(tmp_path / "hf")
         config = started([*finetune_words, f"init_from={tmp_path / 'hf'}"]).module.model.config
         assert (config["rel_pos_bias"], config["abs_pos_emb"], config["init_values"]) == ("none", True, None)

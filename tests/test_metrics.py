@@ -1,4 +1,4 @@
-"""metrics.csv: rows are appended, columns come as they come, and a resumed run cuts back to its checkpoint."""
+"""metrics.csv: appended rows, new columns, and truncation to the checkpoint when a run resumes."""
 
 import csv
 import math
@@ -55,7 +55,7 @@ def test_new_logger_appends(path):
 
 
 def test_truncate_after_step(path):
-    """A run that died after its last checkpoint repeats steps: none may stand twice."""
+    """A run that died after its last checkpoint repeats steps: none may appear twice."""
     logger = CsvMetrics(path)
     for step in range(1, 6):
         logger.log_metrics({"a": step}, step=step)

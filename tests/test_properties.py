@@ -33,7 +33,7 @@ from beit_pretrain.errors import UserError
 
 SEEDS = st.integers(0, 2**63 - 1)
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=10).filter(any)
-ORDERS = st.builds(Order, SIZES, SEEDS, st.integers(1, 20), st.integers(1, 6))
+ORDERS = st.builds(Order, SIZES, SEEDS, st.integers(1, 20) | st.just(4096), st.integers(1, 6) | st.just(64))
 
 
 class TestOrder:

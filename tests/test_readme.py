@@ -1,4 +1,4 @@
-"""Every command of the README runs: from a folder of images to a classifier, at a size for a test."""
+"""Every command of the README runs, from a folder of images to a classifier, at a small size."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_files_written_by_readme_commands(place):
 
 
 def test_module_tree_is_complete():
-    """And nothing that is not there: the tree is read as a reader would."""
+    """It lists exactly the modules that exist."""
     root, named, folder = Path(__file__).parents[1] / "src/beit_pretrain", set(), Path()
     for line in README.partition("    src/beit_pretrain/\n")[2].partition("    cluster/")[0].splitlines():
         if found := re.match(r"      ([a-z/]+)/ ", line):

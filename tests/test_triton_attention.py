@@ -1,4 +1,4 @@
-"""The Triton attention: tested on a CPU by Triton's interpreter, compiled for sm_90 without a GPU; `attention=`."""
+"""Triton attention: by Triton's interpreter on a CPU, compiled for sm_90 without a GPU; `attention=`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_interpreter_all_shapes_and_precisions():
 
 
 class Driver:
-    """Says for which GPU Triton compiles; there need not be one."""
+    """Tells Triton for which GPU to compile, without one."""
 
     def __init__(self, target: Any):
         self.target = target
@@ -74,7 +74,7 @@ class Driver:
 
 @pytest.fixture
 def kernels(tmp_path, monkeypatch) -> dict[str, Any]:
-    """What the operators would launch on an H100, compiled as a launch would have it, by name."""
+    """The kernels that the operators would launch on an H100, compiled, by name."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
@@ -94,7 +94,7 @@ def kernels(tmp_path, monkeypatch) -> dict[str, Any]:
 
 
 def call_operators(heads: int, tokens: int, queries: int | None, dtype: torch.dtype) -> None:
-    """Forward and backward of 256 images with heads of 64 numbers, on tensors without contents."""
+    """Forward and backward pass of 256 images with heads of dimension 64, on fake tensors."""
     from beit_pretrain.models.triton_attention import attention, attention_backward
 
     there = {"device": "meta", "dtype": dtype}
@@ -109,7 +109,7 @@ def call_operators(heads: int, tokens: int, queries: int | None, dtype: torch.dt
 
 
 def resources(ptx: str) -> tuple[int, int]:
-    """(registers of a thread, bytes spilled) of machine code, as ptxas says."""
+    """(registers per thread, spilled bytes) of machine code, as reported by ptxas."""
     import triton
 
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -192,7 +192,7 @@ def test_attention_setting(monkeypatch):
 
 @pytest.mark.long
 def test_imports_without_triton():
-    """As on a Mac: the package is not there, and every module of ours but the kernels' own is imported."""
+    """As on a Mac: every module except those of the kernels can be imported without the package."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import importlib, pkgutil, beit_pretrain\n"
@@ -205,7 +205,7 @@ def test_imports_without_triton():
 
 @pytest.mark.long
 def test_resume_with_other_attention(shards, dvae_checkpoint, run_cli, tmp_path, monkeypatch):
-    """Begun with torch's, continued with ours: the same losses within rounding."""
+    """From torch's attention to Triton: same losses within rounding."""
     pytest.importorskip("triton")
     words = [
         "fit",
@@ -233,7 +233,7 @@ def test_resume_with_other_attention(shards, dvae_checkpoint, run_cli, tmp_path,
 
 
 def on_a_gpu() -> Any:
-    """The module with the tests' tools, where there is a GPU."""
+    """The module with the test tools, on a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     pytest.importorskip("triton")
@@ -266,7 +266,7 @@ def test_gpu_runs_are_bit_identical(kind):
 
 @pytest.mark.gpu
 def test_tensor_above_2_to_the_31_elements():
-    """The last images give the same bits as alone."""
+    """The last images give the same bits as on their own."""
     tools = on_a_gpu()
     if torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GiB of free memory on the GPU")

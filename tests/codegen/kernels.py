@@ -31,7 +31,7 @@ def compiled(name: str, source: str) -> list[tuple[Any, Any]]:
 
 
 def resources(ptx: str) -> str:
-    """What ptxas says of registers and spills."""
+    """Registers and spills as reported by ptxas."""
     target = re.search(r"^\.target (\w+)", ptx, re.M)
     assert target is not None
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:

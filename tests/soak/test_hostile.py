@@ -1,4 +1,4 @@
-"""Files from strangers, given to the shipped commands: refused in one line, nothing executed or written elsewhere."""
+"""Hostile files given to the shipped commands: refused in one line; nothing is executed or written elsewhere."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def everything(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture
 def command(tmp_path) -> Callable[..., str]:
-    """`command(words)`: run it in `work`; its error. Nothing may change outside `work`, and nothing be executed."""
+    """`command(words)`: run in `work`; returns the error. Fails if anything outside changes or is executed."""
     work = tmp_path / "work"
     work.mkdir()
 
