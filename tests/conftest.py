@@ -19,10 +19,11 @@ import tiny
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
-from tiny import DVAE, MIM, SIZE, seeded, write_checkpoint
+from tiny import DVAE, MIM, SIZE, Crash, seeded, write_checkpoint
 
 from beit_pretrain import __main__ as command_line
 from beit_pretrain.data.write.make_shards import make_shards
+from beit_pretrain.engine import fit
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.tasks.tokenizer import DiscreteVAE
@@ -176,6 +177,20 @@ def run_cli(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]
         code = command_line.main()
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def crash(run_cli) -> Callable[..., None]:
+    """`crash(step, *words)`: run a `fit` that crashes after an optimizer step."""
+
+    def run(step: int, *words: str) -> None:
+        make = fit.make_trainer
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fit, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(step)]))
+            with pytest.raises(RuntimeError, match="power cut"):
+                run_cli(*words)
 
     return run
 

@@ -93,7 +93,7 @@ def serving() -> Iterator[Server]:
 
         def do_GET(self):
             self.close_connection = True
-            with suppress(ConnectionError):  # whoever asked has gone
+            with suppress(ConnectionError):  # the client hung up
                 server.answer(self)
 
         def log_message(self, *words):

@@ -234,7 +234,7 @@ class TestSignals:
         with PreemptionSignals() as signals:
             signals.looping = True
             send(signal.SIGTERM)
-            signals.looping = False  # the loop has ended and `told` is still to be obeyed
+            signals.looping = False  # the loop has ended and the signal is still pending
             send(signal.SIGTERM)
             assert signals.told == signal.SIGTERM
 
@@ -491,7 +491,7 @@ def test_persistent_nan_stops_run(words, run_cli, tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
     assert saved["global_step"] <= 8
     assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) >= 3
-    code, stdout, stderr = run_cli(*words)  # whoever mended it goes on
+    code, stdout, stderr = run_cli(*words)  # resumes once the cause is fixed
     assert code == 0, stderr
 
 
@@ -513,5 +513,5 @@ class TestWarnings:
         for _ in range(2):
             (line,) = guard.warnings({"train/codebook_perplexity": 20.0}, 8192)
             assert "20 of 8192 tokens" in line
-            assert guard.warnings({"train/codebook_perplexity": 21.0}, 8192) == []  # said once ...
+            assert guard.warnings({"train/codebook_perplexity": 21.0}, 8192) == []  # warns once ...
             assert guard.warnings({"train/codebook_perplexity": 900.0}, 8192) == []  # ... until it recovers

@@ -164,7 +164,7 @@ def test_segmentation_matches_paper(name):
 
 
 def test_every_paper_experiment_is_checked():
-    own = {"probe_1k", "probe_base_1k_paper", "probe_large_1k_paper"}  # test_the_probes_are_the_recipes
+    own = {"probe_1k", "probe_base_1k_paper", "probe_large_1k_paper"}  # test_probes_match_paper
     own |= {"tokenizer", "small_own", "finetune_own", "continue_own"}
     rest = {name for name in NAMES if not name.startswith(("demo_", "compare_"))} - own
     assert rest == PRETRAINING.keys() | FINETUNING.keys() | SAME_BUT_SIZE.keys() | SEGMENTATION.keys()

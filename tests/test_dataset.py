@@ -104,7 +104,7 @@ def test_remote_shards_give_same_samples(spoiled, expected, serve, tmp_path):
     loaded = data(server.url, access=RemoteOptions(str(tmp_path / "cache")))
     assert {k: v[0] for k, v in sequence(batches(loaded)).items()} == {k: v[0] for k, v in expected.items()}
     files = {name: count for name, count in server.requests.items() if count > 1}
-    assert not files  # the thread that fetches ahead and whoever reads share what was fetched
+    assert not files  # the prefetch thread and the readers share the cache
 
 
 def test_epoch_covers_every_sample_and_lists_replacements(spoiled, expected):

@@ -25,7 +25,7 @@ def test_rows_are_appended(path):
     inode = path.stat().st_ino
     logger.log_metrics({"train/loss": torch.tensor(1.5), "lr": 0.2}, step=2)
     assert table(path) == [["step", "train/loss", "lr"], ["1", "2.5", "0.1"], ["2", "1.5", "0.2"]]
-    assert path.stat().st_ino == inode  # appended, not written anew
+    assert path.stat().st_ino == inode  # appended, not rewritten
 
 
 def test_one_row_per_step(path):

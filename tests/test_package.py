@@ -18,7 +18,7 @@ def test_wheel_works_from_any_folder(tmp_path):
         file.extractall(tmp_path / "site")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    # -I keeps the checkout's editable install out of the way of what stands first on the path.
+    # -I hides the checkout's editable install behind the first entry of the path.
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from beit_pretrain.__main__ import main; main()"
     )

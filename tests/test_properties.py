@@ -168,7 +168,7 @@ class TestCache:
                 if call == "cut":
                     os.truncate(path, 100)
                     get(cache, number)  # fetched again, in the room that it had
-                elif call == "fail":  # after room was made for it
+                elif call == "fail":  # after eviction
                     with pytest.raises(UserError, match="gone"):
                         cache.open(entry, fail)
                 elif call == "get":

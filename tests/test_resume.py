@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from crash import Crash
 from omegaconf import OmegaConf
 from tiny import last_checkpoint, rows_of, tiny_words
 
 from beit_pretrain.compose import compose
-from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine import resume
 from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.engine.run_folder import mark_finished, read_config
@@ -79,13 +77,9 @@ class TestOtherSettings:
         assert "holds a run with other settings (optim.lr: 0.003 -> 0.1; seed: 0 -> 5)" in stderr
         assert before == {path: path.read_bytes() for path in before}
 
-    def test_before_the_first_checkpoint(self, words, run_cli, tmp_path, monkeypatch):
+    def test_before_the_first_checkpoint(self, words, run_cli, crash, tmp_path, monkeypatch):
         words, run = [*words, "save_every=100", "val_every=100"], tmp_path / "run"
-        with monkeypatch.context() as patch:
-            make = runs.make_trainer
-            patch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(3)]))
-            with pytest.raises(RuntimeError, match="power cut"):
-                run_cli(*words)
+        crash(3, *words)
         (run / ".wandb_id").write_text("abc")
         self.refused(run_cli, words, run)
         with monkeypatch.context() as patch:  # the first process names one that differs, once they have met

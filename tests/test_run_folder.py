@@ -74,7 +74,7 @@ def test_lock_is_taken_before_folder_is_read(words, run_cli, tmp_path, monkeypat
 
     monkeypatch.setattr(runs, "to_resume", watching)
     assert run_cli(*words)[0] == 0
-    assert run_cli(*words, "preflight=only")[0] == 0  # writes nothing, and keeps nobody out
+    assert run_cli(*words, "preflight=only")[0] == 0  # writes nothing and takes no lock
     assert refused == [1, 0]
     assert in_another_process(run) == 0
 

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from crash import Crash
 from lightning.pytorch.plugins import MixedPrecision
 from tiny import fit_words, state_of
 
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import distributed as cluster
-from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.metrics import curve
 from beit_pretrain.models.checkpoints import files as checkpoint
 from beit_pretrain.tasks.pretrain import Pretraining
@@ -29,18 +27,10 @@ def words(shards, dvae_checkpoint, tmp_path):
     return fit_words("pretrain", shards, *more)
 
 
-def test_resume_after_crash_is_bit_identical(words, run_cli, tmp_path, monkeypatch):
+def test_resume_after_crash_is_bit_identical(words, run_cli, crash, tmp_path):
     words = [*words, "steps=6", "val_every=3", "save_every=2"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
-    make = runs.make_trainer
-
-    def crashing(cfg, steps, callbacks):
-        return make(cfg, steps, [*callbacks, Crash(5)])
-
-    monkeypatch.setattr(runs, "make_trainer", crashing)
-    with pytest.raises(RuntimeError, match="power cut"):
-        run_cli(*words)
-    monkeypatch.setattr(runs, "make_trainer", make)
+    crash(5, *words)
     code, stdout, _ = run_cli(*words)
     assert code == 0
     assert "continuing demo/pretrain after step 4" in stdout
@@ -51,7 +41,7 @@ def test_resume_after_crash_is_bit_identical(words, run_cli, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (8, 1)])
-def test_resume_with_other_batch_size(before, after, words, run_cli, tmp_path, monkeypatch):
+def test_resume_with_other_batch_size(before, after, words, run_cli, crash, tmp_path, monkeypatch):
     """Same global batches: no position twice, none missing."""
     words = [*words, "steps=6", "val_every=6", "save_every=1"]
     seen: list[int] = []
@@ -62,11 +52,7 @@ def test_resume_with_other_batch_size(before, after, words, run_cli, tmp_path, m
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Pretraining, "training_step", watching)
-    make = runs.make_trainer
-    monkeypatch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(3)]))
-    with pytest.raises(RuntimeError, match="power cut"):
-        run_cli(*words, f"batch_size={before}")
-    monkeypatch.setattr(runs, "make_trainer", make)
+    crash(3, *words, f"batch_size={before}")
     assert run_cli(*words, f"batch_size={after}")[0] == 0
     assert seen == list(range(6 * 8))
     assert curve(tmp_path / "run/metrics.csv", "train/loss")[0] == [1, 2, 3, 4, 5, 6]

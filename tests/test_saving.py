@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from crash import Crash
 from lightning import Callback
 from test_background_checkpoint import endless
 from test_checkpointing import in_process, sends, signals_restored, words  # noqa: F401 (fixtures)
-from tiny import last_checkpoint, rows_of
+from tiny import Crash, last_checkpoint, rows_of
 
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -24,20 +26,15 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize("name", experiments())
-def test_experiments_satisfy_rules(name):
-    words = [f"+experiment={name}", *PLACES]
-    cfg = compose_raw("fit", words)
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        OmegaConf.update(cfg, key, "x")
-    check(OmegaConf.to_container(cfg, resolve=True))
+# Every shipped config: (verb, overrides).
+CONFIGS = [("fit", (f"+experiment={name}",)) for name in experiments()]
+CONFIGS += [(verb, ()) for verb in sorted((VERBS.keys() | {"sweep", "bench_step", "bench_gpu"}) - {"fit"})]
+composed = cache(compose_raw)
 
 
-@pytest.mark.parametrize(
-    "verb", ["fetch", "shards", "bench", "demo", "predict", "show", "tokenize", "probe", "compare"]
-)
-def test_verbs_satisfy_rules(verb):
-    cfg = compose_raw(verb, [])
+@pytest.mark.parametrize(("verb", "overrides"), [c for c in CONFIGS if c[0] == "fit" or c[0] in {*NEEDED}])
+def test_shipped_settings_satisfy_rules(verb, overrides):
+    cfg = composed(verb, overrides).copy()
     for key in sorted(OmegaConf.missing_keys(cfg)):
         OmegaConf.update(cfg, key, "x")
     check(OmegaConf.to_container(cfg, resolve=True))
@@ -53,11 +50,10 @@ def test_every_rule_has_a_setting():
             if isinstance(value, dict):
                 walk(value, f"{prefix}{key}.")
 
-    for name in experiments():
-        walk(OmegaConf.to_container(compose_raw("fit", [f"+experiment={name}"])))
-    for verb in (VERBS.keys() | {"sweep", "bench_step", "bench_gpu"}) - {"fit"}:
-        walk(OmegaConf.to_container(compose_raw(verb, [])))
+    for config in CONFIGS:
+        walk(OmegaConf.to_container(composed(*config)))
     assert not sorted(RULES.keys() - found)
+    assert NEEDED.keys() <= VERBS.keys()
 
 
 @pytest.mark.parametrize(

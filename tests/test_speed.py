@@ -92,7 +92,7 @@ def test_read_numbers_keeps_order():
 
 def test_profile(shards, dvae_checkpoint, run_cli, tmp_path):
     given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}"]
-    # Images enough that some operations are dear: of 8, a fast processor's ten dearest are 40 % of a step.
+    # Enough images that some operations dominate: with 8, the top ten of a fast processor are only 40 % of a step.
     words = [
         "fit",
         *TINY,

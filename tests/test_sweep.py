@@ -30,7 +30,7 @@ def words(shards, dvae_checkpoint):
         (["seed=range(1,4)", "steps=5"], ["seed_1", "seed_2", "seed_3"]),
         (["seed=choice(1,2)"], ["seed_1", "seed_2"]),
         (["tokenizer=glob(*n*,exclude=s*)"], ["tokenizer_none", "tokenizer_openai"]),
-        (["seed=1,2", "seed=3,4"], ["seed_3", "seed_4"]),  # said twice: the last one counts
+        (["seed=1,2", "seed=3,4"], ["seed_3", "seed_4"]),  # given twice: the last one counts
         (["seed=1,1,2"], ["seed_1", "seed_2"]),
         (["optim.clip=null,3", "data.pil_reference=true,false"], [
             "clip_null_exact_true", "clip_null_exact_false", "clip_3_exact_true", "clip_3_exact_false"

@@ -113,7 +113,7 @@ def test_steps_have_no_blocking_collectives(strategy, own, words, installed, tmp
             assert set(entry["blocking"]) == own, entry
             assert entry["asynchronous"] == {"allreduce": 1}, entry
     assert len(steps[STEPS]) == 2
-    assert all(entry["blocking"].get("allreduce", 0) > 0 for entry in steps[STEPS])  # whatever blocks is seen
+    assert all(entry["blocking"].get("allreduce", 0) > 0 for entry in steps[STEPS])  # blocking collectives are detected
 
 
 def test_signal_to_one_process_stops_both(words, tmp_path):
@@ -127,7 +127,7 @@ def test_signal_to_one_process_stops_both(words, tmp_path):
     assert process.wait(60) == 75, log.read_text()[-3000:]
     saved = last_checkpoint(run)["global_step"]
     assert f"stopped by SIGTERM after step {saved}, saved" in log.read_text()
-    assert before < saved == steps_written(run) <= before + 4  # one may have ended between the look and the signal
+    assert before < saved == steps_written(run) <= before + 4  # a step may have ended before the signal
     assert errors(log) == []
     assert "Traceback" not in log.read_text()
 

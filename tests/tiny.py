@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import Callback
 
 from beit_pretrain.engine.metrics import read_rows
 from beit_pretrain.errors import UserError
@@ -37,7 +38,7 @@ TASKS = {
     "finetune": NETWORK,
     "segment": f"{NETWORK} decoder.channels=16 decoder.aux_channels=8",
 }
-# A pre-training run that has everything (a loader worker, drop path, accumulation), for processes of its own.
+# A pre-training run with all features (a loader worker, drop path, accumulation), for subprocesses.
 TINY = (
     "+experiment=demo_pretrain image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=16 "
     "batch_size=2 data.num_workers=1 model.embed_dim=32 model.num_heads=2 model.depth=2 model.drop_path_rate=.1 "
@@ -85,6 +86,17 @@ def refusal(function: Callable, *args, **settings) -> str:
         function(*args, **settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+class Crash(Callback):
+    """Raises after a given optimizer step, before the next one begins."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("power cut")
 
 
 def data_words(shards: Path) -> list[str]:

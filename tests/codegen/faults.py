@@ -58,7 +58,7 @@ CASES: list[tuple[str, Callable, tuple, Callable[[dict], bool]]] = [
         lambda f: strides(f) == ["(0, 41024, 208, 1)"],
     ),
     (
-        "bias not aligned",  # torch fills it up to multiples of 8, in a kernel of its own at every call
+        "bias not aligned",  # torch pads it to multiples of 8 in a separate kernel at every call
         lambda q, bias: F.scaled_dot_product_attention(q, q, q, attn_mask=bias),
         (q, bias),
         lambda f: strides(f) == ["(0, 39424, 200, 1)"],

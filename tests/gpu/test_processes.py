@@ -67,7 +67,7 @@ def test_checkpoint_holds_cpu_tensors(tmp_path):
     with torch.no_grad():
         model.weight.zero_()
     io.wait()
-    found = torch.load(tmp_path / "last.ckpt", weights_only=True)  # as it lies there, not mapped to the CPU
+    found = torch.load(tmp_path / "last.ckpt", weights_only=True)  # as stored, not mapped to the CPU
     assert found["state_dict"]["weight"].device.type == "cpu"
     assert torch.equal(found["state_dict"]["weight"], expected)
     assert read(tmp_path / "last.ckpt")["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0

@@ -93,7 +93,7 @@ def test_step_has_no_device_sync(cuda):
     module = pretraining(cuda, drop_path_rate=0.1)
     optimizer, batches = optimiser(module), batches_of(cuda, 3, tokens=False)
     module.guard = guard = NonFiniteGuard(None, 20, 8)
-    steps(module, batches[:1], optimizer)  # what is made once
+    steps(module, batches[:1], optimizer)  # warm-up
     guard.check(torch.ones((), device=cuda), optimizer, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -138,7 +138,7 @@ def test_device_prefetch_gives_same_batches(device):
     for batch, (view, tokens) in zip(prefetcher, plain, strict=True):
         assert torch.equal(batch["view"], view)
         assert torch.equal(batch["tokens"], tokens)
-        if device.type == "cuda":  # something to do while the next batch is made beside it
+        if device.type == "cuda":  # work that overlaps with preparing the next batch
             torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
 
 

@@ -121,7 +121,7 @@ def test_path_traversal_in_tars(command, tmp_path, measured):
     (given / "oversized.tar").write_bytes(huge_file())
     said = command(["shards", "make", f"src={given / 'oversized.tar'}", "out=big", "num_workers=1"])
     assert not (tmp_path / "work/big").exists()
-    with tarfile.open(given / "foreign.tar", "w") as tar:  # to be indexed where it lies, in a folder of its own
+    with tarfile.open(given / "foreign.tar", "w") as tar:  # to be indexed in place, in a separate folder
         for name in ("../up.jpg", "/abs.jpg", "a/good.jpg"):
             info = tarfile.TarInfo(name)
             data = encoded(1)

@@ -52,7 +52,7 @@ def test_resume_after_thirty_random_kills(made, whole, tmp_path, measured):
         if rng.random() < 0.5:
             signal_group(process, signal.SIGKILL)
         else:
-            process.kill()  # its loader workers are left alone, and end by themselves
+            process.kill()  # its loader workers exit by themselves
         process.wait()
         moments["while a checkpoint was written" if partial.exists() else
                 "between steps 0 and 1" if not steps_written(run) else
@@ -101,8 +101,8 @@ def test_resume_after_signals(devices, made, whole, tmp_path, measured):
     assert start(words, tmp_path, tmp_path / "log").wait(600) == 0, (tmp_path / "log").read_text()[-2000:]
     steps = same_run(undisturbed, run)
     same_history(run)
-    # The step in hand, and one that may have ended between the look and the signal. With several processes a signal
-    # travels with a step's all-reduce, which may have begun, and is read one step later: so that no step waits.
+    # The current step, and one that may have ended before the signal. With several processes a signal
+    # travels with the all-reduce of a step, which may have begun, and is read one step later, so that no step waits.
     assert max(further) <= (2 if devices == 1 else 4)
     measured(f"{len(waited)} stops of {devices} process(es): {min(waited):.1f} to {max(waited):.1f} s until the exit, ")
     measured(f"steps after the signal: {further}; exit codes 75 and 130; {steps} steps bit-identical, W&B too")

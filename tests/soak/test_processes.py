@@ -81,7 +81,7 @@ def test_two_nodes_of_two_processes(words, tmp_path, measured):
     assert [node.wait(600) for node in both] == [0, 0], log_of(tmp_path)
     assert "continuing two after step" in (tmp_path / "node0").read_text()
     assert "pretrain two" not in (tmp_path / "node1").read_text()  # only rank 0 speaks
-    # DDP lays its buckets out anew after its first step, and gloo sums four numbers in an order that depends on it.
+    # DDP rebuilds its buckets after the first step, and gloo's order of summing four numbers depends on them.
     found = largest_difference(tmp_path / "runs/whole", run)
     assert found < 1e-5
     same_history(run)
