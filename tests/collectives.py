@@ -1,4 +1,4 @@
-"""Counts the collectives of every training step of `fit`, and those that block: a callback that tests have installed.
+"""A callback that counts all collectives and blocking collectives of every training step of `fit`.
 
 COLLECTIVES=FILE    each process appends a JSON line for every step: step, rank, blocking and asynchronous collectives
 
@@ -50,7 +50,7 @@ class Collectives(Callback):
         return call
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
-        """The first micro-batch of a step ends the one before, with all its hooks and its validation."""
+        """The first micro-batch of a step ends the previous step, including its hooks and validation."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.write(trainer.global_step, trainer.global_rank)
 

@@ -1,4 +1,4 @@
-"""What the tests share: tiny shards, photos and checkpoints, made once per session, and the command line in process."""
+"""Shared fixtures: tiny shards, photos and checkpoints, made once per session, and the command line in process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import tiny
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
-from tiny import DVAE, MIM, SIZE, seeded, write_checkpoint
+from tiny import DVAE, MIM, SIZE, Crash, seeded, write_checkpoint
 
 from beit_pretrain import cli as command_line
 from beit_pretrain.data.write.make_shards import make_shards
+from beit_pretrain.engine import fit
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.tokenizers.dvae import DiscreteVAE
@@ -36,25 +37,25 @@ settings.load_profile("ci")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tiny tensors gain nothing from a second thread, and a test may have asked for one through `threads=`."""
+    """Reset the number of threads, which a test may have changed by `threads=`; tiny tensors gain nothing from more."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def no_process_is_left() -> Iterator[None]:
-    """What `tiny.start` started ends with its test."""
+    """End all processes that `tiny.start` started."""
     yield
     tiny.end_all()
 
 
 @pytest.fixture
 def measured(request) -> Callable[[str], None]:
-    """`measured("...")`: what a test of `make soak` found, for the table at the end."""
+    """`measured("...")`: record a measurement of a soak test for the final table."""
     return lambda found: request.node.user_properties.append(("measured", found))
 
 
 def pytest_runtest_makereport(item, call) -> None:
-    """The promise that a test of `make soak` stands for is the first line of its docstring."""
+    """The first line of a soak test's docstring is what it guarantees."""
     if call.when == "setup" and item.get_closest_marker("soak"):
         promise = (item.function.__doc__ or item.name.replace("_", " ")).strip().splitlines()[0]
         item.user_properties.append(
@@ -63,7 +64,7 @@ def pytest_runtest_makereport(item, call) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """The table of `make soak`: every promise, what was measured, how long it took."""
+    """Print the table of `make soak`: guarantee, duration and measurements of each test."""
     rows = []
     for outcome in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
@@ -90,7 +91,7 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
-    """Three class folders of six JPEGs and PNGs each: several sizes and modes, a motif of its own for each class."""
+    """Three class folders of six JPEGs and PNGs each, in several sizes and modes; each class has its own motif."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for label, name in enumerate(("boats", "cats", "dogs")):
@@ -130,7 +131,7 @@ def mim_checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def segmenter_checkpoint(tmp_path_factory) -> Path:
-    """An untrained segmentation model of three classes, whose maps show more than one."""
+    """An untrained segmentation model of three classes that predicts more than one of them."""
     model = seeded(Segmenter, 3, {"channels": 16, "aux_channels": 8}, **SIZE)
     with torch.no_grad():
         model.decode_head.classifier.weight.mul_(100)
@@ -181,6 +182,20 @@ def run_cli(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]
 
 
 @pytest.fixture
+def crash(run_cli) -> Callable[..., None]:
+    """`crash(step, *words)`: run a `fit` that crashes after an optimizer step."""
+
+    def run(step: int, *words: str) -> None:
+        make = fit.make_trainer
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fit, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(step)]))
+            with pytest.raises(RuntimeError, match="power cut"):
+                run_cli(*words)
+
+    return run
+
+
+@pytest.fixture
 def refused(run_cli) -> Callable[..., str]:
     """`refused(*words)`: the error of a command that ends with exit code 2: one line, after warnings and progress."""
 
@@ -196,7 +211,7 @@ def refused(run_cli) -> Callable[..., str]:
 
 
 class ShardServer:
-    """Files of a folder over http on the loopback, with the troubles of real servers.
+    """Serves the files of a folder over http on the loopback, with the failures of real servers.
 
     `trouble(name, number)`: what goes wrong with the number-th request (from 0) for a file, or None: "drop" (nothing
     comes), "half" (half of what was asked for), "stall" (half, then silence), "drip" (a byte now and then), "flip" (a
@@ -288,7 +303,7 @@ class ShardServer:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Path], ShardServer]]:
-    """`serve(folder)`: a server of a folder that ends with the test."""
+    """`serve(folder)`: a server that ends with the test."""
     servers: list[ShardServer] = []
 
     def start(folder: Path) -> ShardServer:
@@ -302,7 +317,7 @@ def serve() -> Iterator[Callable[[Path], ShardServer]]:
 
 @pytest.fixture
 def full_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
-    """`full_disk(size)`: the folder of a disk of so many bytes. Only root may mount one."""
+    """`full_disk(size)`: a folder on a disk of `size` bytes. Skips the test unless root runs it."""
     folders: list[Path] = []
 
     def mount(size: int) -> Path:

@@ -1,4 +1,4 @@
-"""Checkpoints in other people's formats, made by their own libraries or from the description of their files."""
+"""Checkpoints in other formats, made by their own libraries or after the description of their files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 def scrambled(model: nn.Module, seed: int = 1, std: float = 0.1) -> nn.Module:
-    """Every parameter random: fresh tables, biases and norms are 0 or 1 and would hide a mistake."""
+    """Make every parameter random: initial tables, biases and norms are 0 or 1 and would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

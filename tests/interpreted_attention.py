@@ -38,7 +38,7 @@ CHANCE = 1.05  # next to the same roundings in another order
 
 @pytest.fixture(autouse=True, scope="module")
 def rounded_bf16() -> Iterator[None]:
-    """A GPU rounds fp32 to bf16; the interpreter cuts off."""
+    """Round fp32 to bf16 as a GPU does; the interpreter truncates."""
     plain = interpreter.InterpreterBuilder.cast_impl
 
     def cast_impl(self, source, target):
@@ -54,7 +54,7 @@ def rounded_bf16() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """New memory is full of NaN: what a kernel does not write is seen."""
+    """Fill new memory with NaN, so that elements a kernel does not write are noticed."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
@@ -64,7 +64,7 @@ def poisoned() -> Iterator[None]:
 
 
 def fenced(*shape: int, dtype: torch.dtype, row: int | None = None, device: str = "cpu") -> Tensor:
-    """Random numbers with NaN behind the last one, and behind each row, which is `row` numbers long in memory."""
+    """Random numbers with NaN after the last one and after each row, which is `row` numbers long in memory."""
     row = row or shape[-1]
     count = int(np.prod(shape[:-1]))
     memory = torch.full((count * row + 4096,), float("nan"), dtype=dtype, device=device)
@@ -105,7 +105,7 @@ def ours(*given: Tensor) -> Tensor:
 
 
 def torchs(*given: Tensor) -> Tensor:
-    """The same by torch's attention."""
+    """The same computation by torch's attention."""
     if len(given) == 2:
         q, k, v, bias = *given[0].unbind(2), given[1]
     else:
@@ -176,7 +176,7 @@ def compare(
     images: int = 2,
     device: str = "cpu",
 ) -> None:
-    """Our errors against float64 are not above those of a fused kernel's roundings, nor far above torch's own.
+    """Assert that our error against float64 is at most that of a fused kernel's roundings and near torch's own.
 
     In fp32 the former has none. On a GPU torch's is the fused kernel.
     """
@@ -220,7 +220,7 @@ def test_error_for_every_head_dim(kind, width, dtype):
     ("kind", "images"), [("tokens", 5), ("packed", 5), pytest.param("packed", 4, marks=pytest.mark.long)]
 )
 def test_bias_gradient_is_summed_over_batch_parts(kind, images, monkeypatch):
-    """Of 5 images in 3 parts the last has one alone."""
+    """With 5 images in 3 parts the last part has a single image."""
     monkeypatch.setattr(triton_attention, "PROGRAMS", 6)
     tiles = triton_attention.TILES["bias", 4, 16]
     assert parts(Shape(images, 17, 17, 2, 16, 17), tiles, per_image=False) == ((3, 2) if images == 5 else (2, 2))
@@ -262,7 +262,7 @@ def test_minus_infinity_masks(kind):
 
 @pytest.mark.long
 def test_strided_tensors():
-    """q, k, v and the bias transposed, a gradient that is one number."""
+    """Transposed q, k, v and bias, and an expanded gradient."""
     given = inputs("packed", 2, 2, 17, 0, 16, torch.float32)
     other = [
         given[0].transpose(1, 4).contiguous().transpose(1, 4),
@@ -409,7 +409,7 @@ def test_network_loss_and_gradients(bias, checkpointing):
 @pytest.mark.long
 @pytest.mark.parametrize("bias", ["shared", "per_layer"])
 def test_compiled_network_loss_and_gradients(bias, monkeypatch):
-    """In one graph; the compiler hands the operators what they need."""
+    """Compiles to a single graph."""
     torch.use_deterministic_algorithms(False)
     network = model(bias)
     use_triton(network)

@@ -1,4 +1,4 @@
-"""A Python that has only what a machine for `bench gpu` needs: torch, lightning, timm, transformers, hydra, dall_e."""
+"""A Python that can import only what `bench gpu` needs: torch, lightning, timm, transformers, hydra, dall_e."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def normal(name: str) -> str:
 
 
 def with_dependencies(names: tuple[str, ...]) -> set[str]:
-    """Names of installed distributions and of all that they require here."""
+    """Names of installed distributions and of all their requirements."""
     found: set[str] = set()
     waiting = [(name, frozenset[str]()) for name in names]
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -66,7 +66,7 @@ def with_dependencies(names: tuple[str, ...]) -> set[str]:
 
 
 def refused() -> tuple[list[str], list[str]]:
-    """Top-level modules and distributions that are installed here and would not be there."""
+    """Installed top-level modules and distributions that such a machine would lack."""
     kept = with_dependencies(WANTED) | set(ALONE)
     owners = {module: {normal(name) for name in names} for module, names in metadata.packages_distributions().items()}
     here = {name for names in owners.values() for name in names}
@@ -74,7 +74,7 @@ def refused() -> tuple[list[str], list[str]]:
 
 
 def lean_python(folder: Path) -> dict[str, str]:
-    """Environment variables with which Python cannot import anything else."""
+    """Environment variables that block all other imports."""
     folder.mkdir(exist_ok=True)
     modules, distributions = refused()
     (folder / "sitecustomize.py").write_text(HOOK.format(modules=modules, distributions=distributions))

@@ -1,4 +1,4 @@
-"""A web server on this machine for the tests of downloads, which does what a test tells it to."""
+"""A scriptable local web server for the tests of downloads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Answer:
-    """What to do for one request. By default the file is sent, from where it was asked for."""
+    """How to answer one request. By default the requested range of the file is sent."""
 
     status: int | None = None  # an error instead of the file
     headers: dict[str, str] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class Answer:
 
 @dataclass
 class Server:
-    """Files by path, and what to do for the next requests; `asked` has path, Range and If-Range of those that came."""
+    """Files by path, and the answers to the next requests; `asked` records path, Range and If-Range of past ones."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     etag: str | None = '"1"'
@@ -64,7 +64,7 @@ class Server:
             handler.wfile.write(b"0\r\n\r\n")
 
     def _head(self, handler: BaseHTTPRequestHandler, data: bytes, todo: Answer) -> bytes:
-        """Status and headers; returns the body that belongs to them."""
+        """Send status and headers; returns the body."""
         given = handler.headers
         same = given["If-Range"] in (None, self.etag, self.modified) or not self.heeds_if_range
         start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", given["Range"] or "")) else 0
@@ -96,7 +96,7 @@ def serving(server: Server | None = None) -> Iterator[Server]:
 
         def do_GET(self):
             self.close_connection = True
-            with suppress(ConnectionError):  # whoever asked has gone
+            with suppress(ConnectionError):  # the client hung up
                 server.answer(self)
 
         def end_headers(self):

@@ -1,4 +1,4 @@
-"""What W&B has written offline: the history in its `.wandb` file (LevelDB's log format, records of protobuf)."""
+"""Reads the history that W&B wrote offline: a `.wandb` file in LevelDB's log format with protobuf records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK, HEADER, FULL, FIRST, LAST = 32768, 7, 1, 2, 4
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    """The rows of an offline run's folder, in the order in which they were logged."""
+    """The rows of an offline run's folder in the order of logging."""
     (file,) = folder.glob("*.wandb")
     rows = []
     for data in records(file.read_bytes()):
@@ -26,7 +26,7 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """The records of a log file, up to its end or to where a kill has torn it."""
+    """The records of a log file up to its end, or to where a kill truncated it."""
     place, parts = HEADER, b""
     while place + HEADER <= len(data):
         if BLOCK - place % BLOCK < HEADER:  # the rest of a block
@@ -43,7 +43,7 @@ def records(data: bytes) -> Iterator[bytes]:
 
 
 def folders(run: Path) -> list[Path]:
-    """The offline folders of a run, one for each start, the oldest first."""
+    """The offline folders of a run, one for each start, oldest first."""
     return sorted((run / "wandb").glob("offline-run-*"))
 
 

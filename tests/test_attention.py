@@ -1,4 +1,4 @@
-"""Attention maps against what the blocks compute with them, and against transformers."""
+"""Attention maps against the output of the blocks and against transformers."""
 
 from __future__ import annotations
 

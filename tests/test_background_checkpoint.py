@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread: what is written is what was there, and whatever goes wrong is heard of."""
+"""Checkpoints written by a background thread: snapshots are consistent and errors are raised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from beit_pretrain.models.checkpoints.files import read
 
 
 class Gate:
-    """Lets `torch.save` begin when it is opened."""
+    """Blocks `torch.save` until it is opened."""
 
     def __init__(self, monkeypatch):
         self.reached, self.opened, save = threading.Event(), threading.Event(), torch.save
@@ -40,7 +40,7 @@ def gate(monkeypatch):
 
 
 def run_state() -> dict:
-    """A network with its optimiser after a step, and the kinds of containers that a checkpoint has."""
+    """The state of a network and its optimizer after a step, with every container type of a checkpoint."""
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.ones(1, 3)).sum().backward()
@@ -132,7 +132,7 @@ class TestOrdering:
 class TestErrors:
     @pytest.fixture
     def failed(self, tmp_path) -> BackgroundCheckpointIO:
-        """One whose last write has failed, as on a full disk; nobody has heard of it yet."""
+        """An instance whose last write failed, as on a full disk; the error has not been raised yet."""
         io = BackgroundCheckpointIO()
         (tmp_path / "file").write_text("")
         io.save_checkpoint({"step": 1}, tmp_path / "file" / "last.ckpt")
@@ -167,7 +167,7 @@ class TestErrors:
 
 
 def endless(content, file) -> None:
-    """In place of `torch.save`: ten minutes."""
+    """Replaces `torch.save`: takes ten minutes."""
     for _ in range(6000):
         file.write(b"x" * 1000)
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Images of one and of four channels through every kind of training, by the command line."""
+"""Images of one and of four channels through every task by the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATA = Path("data")
 
 @pytest.fixture(scope="module")
 def deep_grey(tmp_path_factory):
-    """X-rays as it were: 16-bit grey TIFFs with values of 1,000 to 5,000 in two classes."""
+    """16-bit grey TIFFs, as of X-rays, with values from 1,000 to 5,000 in two classes."""
     root = tmp_path_factory.mktemp("xrays")
     rng = np.random.default_rng(0)
     for number in range(12):

@@ -1,4 +1,4 @@
-"""Checkpoints: what is refused and in which words, from pre-training to fine-tuning, and writing whole files."""
+"""Reading checkpoints, with clear errors for what is refused; atomic writing."""
 
 import os
 import pickle
@@ -104,7 +104,7 @@ class TestAtomicWriting:
 
     @pytest.fixture
     def path(self, tmp_path):
-        """A checkpoint of an earlier step, which a failure must leave as it is."""
+        """A checkpoint of an earlier step, which a failure must not change."""
         path = tmp_path / "last.ckpt"
         AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
         yield path
@@ -125,7 +125,7 @@ class TestAtomicWriting:
             AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
 
     def test_disk_full(self, path):
-        """A limit on the size of files stands for a full disk: both make a write fail half way."""
+        """A file size limit stands for a full disk: both make a write fail half way."""
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         try:

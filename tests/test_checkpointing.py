@@ -1,4 +1,4 @@
-"""Killed, told to stop, damaged: runs of the shipped command go on as if nothing had been (and say so)."""
+"""Resume after kills, signals and damaged checkpoints is bit-identical; non-finite gradients; checkpoint files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from beit_pretrain.tables import read_rows
 
 @pytest.fixture
 def words(shards, dvae_checkpoint, tmp_path):
-    """A small run with everything that real ones have: workers, a tokenizer, drop path, accumulation, offline W&B."""
+    """A small run with all features of real ones: workers, a tokenizer, drop path, accumulation, offline W&B."""
     words = [f"tokenizer.path={dvae_checkpoint}", "batch_size=4", "val_every=5", "save_every=4", "steps=20", *OFFLINE]
     words += ["model.drop_path_rate=0.1", "data.num_workers=1", "num_visualizations=0", "optim.warmup_steps=2"]
     return fit_words("pretrain", shards, *words)
@@ -36,7 +36,7 @@ def words(shards, dvae_checkpoint, tmp_path):
 
 @pytest.mark.long
 def test_resume_after_random_kills(words, tmp_path):
-    """SIGKILL, whole process group, wherever it happens to be; six times here, thirty in `make soak`."""
+    """SIGKILL of the whole process group at random moments; six times here, thirty times in `make soak`."""
     log, folder, rng = tmp_path / "log", tmp_path / "killed", random.Random(0)
     assert start([*words, f"run_dir={tmp_path / 'whole'}"], tmp_path, log).wait(240) == 0, log.read_text()
     words, kills = [*words, f"run_dir={folder}"], 0
@@ -56,7 +56,7 @@ def test_resume_after_random_kills(words, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize(("signum", "expected"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_resume_after_signal(signum, expected, words, tmp_path):
-    """Its workers are told too, as by a terminal or SLURM: the step in hand is finished and saved, nothing is lost."""
+    """Workers get the signal too, as from a terminal or SLURM: the current step is finished and saved."""
     log, folder = tmp_path / "log", tmp_path / "stopped"
     assert start([*words, f"run_dir={tmp_path / 'whole'}"], tmp_path, log).wait(240) == 0, log.read_text()
     running = start([*words, f"run_dir={folder}"], tmp_path, log)
@@ -76,7 +76,7 @@ def test_resume_after_signal(signum, expected, words, tmp_path):
 
 
 class Signal(Callback):
-    """Sends this process a signal at a hook of a step."""
+    """Sends this process a signal in a hook at a step."""
 
     def __init__(self, hook: str, step: int, signum: int = signal.SIGTERM):
         self.sent = False
@@ -91,7 +91,7 @@ class Signal(Callback):
 
 @pytest.fixture
 def sends(monkeypatch):
-    """`sends(hook, step)`: the next run gets a signal there."""
+    """`sends(hook, step)`: the next run gets a signal in this hook."""
     make = runs.make_trainer
 
     def order(*where) -> None:
@@ -115,7 +115,7 @@ PLACES = [  # hook, step, step that is saved
 
 
 def test_resume_after_signal_in_any_hook(words, run_cli, tmp_path, sends, signals_restored):
-    """Whatever was due is done by the next start: the same rows, weights, moments and best checkpoint."""
+    """The next start does what was due: same rows, weights, moments and best checkpoint."""
     words = [*in_process(words), "steps=10"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
     for number, (hook, step, saved) in enumerate(PLACES):
@@ -137,7 +137,7 @@ def test_resume_after_signal_in_any_hook(words, run_cli, tmp_path, sends, signal
 
 @pytest.fixture
 def signals_restored():
-    """Gives back the signals that a stopped run lets go of for good; at the end in any case."""
+    """`signals_restored()`: restore the signal handlers, which a stopped run ignores for good; also after the test."""
 
     def restore() -> None:
         for signum in (signal.SIGTERM, signal.SIGUSR1):
@@ -148,7 +148,7 @@ def signals_restored():
 
 
 def test_signal_waits_for_validation_with_ema(shards, run_cli, tmp_path, sends, signals_restored):
-    """They stand in the network's place meanwhile. Early stopping counts what has been."""
+    """During validation the EMA weights replace the network's. Early stopping keeps its count."""
     words = ["from_scratch=true", "ema=.9", "early_stopping=3", "batch_size=4", "steps=10", "val_every=2"]
     words = fit_words("finetune", shards, *words, "save_every=4")
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
@@ -166,7 +166,7 @@ def test_signal_waits_for_validation_with_ema(shards, run_cli, tmp_path, sends, 
 
 
 def test_signal_during_final_validation(words, run_cli, tmp_path, monkeypatch, signals_restored):
-    """It comes after the last checkpoint, whose step is no multiple of val_every."""
+    """It follows the last checkpoint, whose step is no multiple of val_every."""
     words = [*in_process(words), "steps=7"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
     with monkeypatch.context() as patch:
@@ -216,7 +216,7 @@ class TestSignals:
                 send(signal.SIGINT)
 
     def test_second_sigterm_is_ignored(self, signals_restored):
-        """Neither the message nor the end of whatever is being closed."""
+        """Neither the message nor the ongoing shutdown."""
         closed = []
 
         def leave() -> None:
@@ -234,7 +234,7 @@ class TestSignals:
         with PreemptionSignals() as signals:
             signals.looping = True
             send(signal.SIGTERM)
-            signals.looping = False  # the loop has ended and `told` is still to be obeyed
+            signals.looping = False  # the loop has ended and the signal is still pending
             send(signal.SIGTERM)
             assert signals.told == signal.SIGTERM
 
@@ -249,7 +249,7 @@ class TestSignals:
 
     @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
     def test_blocked_main_thread_is_ended(self, signum, code):
-        """As in torch's store, where processes wait for each other. Here for a lock that is its own."""
+        """As in torch's store, where processes wait for each other; here the thread waits for its own lock."""
         program = (
             "import ctypes\nfrom beit_pretrain.engine.preemption import PreemptionSignals\n"
             "def farewell(stopped):\n    print(stopped, flush=True)\n    return 130 if stopped.signum == 2 else 75\n"
@@ -276,7 +276,7 @@ class TestSignals:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_during_imports(signum, words, tmp_path):
-    """A scheduler may change its mind before torch is loaded: exit code 75 all the same."""
+    """A signal before torch is loaded also gives exit code 75."""
     process = start([*words, f"run_dir={tmp_path / 'run'}"], tmp_path, tmp_path / "log")
     assert wait_until(process, lambda: bool(caught(process.pid) & 1 << signum - 1))
     process.send_signal(signum)
@@ -285,13 +285,13 @@ def test_signal_during_imports(signum, words, tmp_path):
 
 
 def caught(pid: int) -> int:
-    """The signals that a process has handlers for, a bit each."""
+    """The signals that a process has handlers for, as a bit mask."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("SigCgt:")[2].split()[0], 16)
 
 
 def test_requeued_job_resumes(words, run_cli, tmp_path, sends, signals_restored, monkeypatch):
-    """resume=never is for its first start: a scheduler repeats the whole command."""
+    """resume=never applies only to the first start: a scheduler repeats the whole command."""
     words = [*in_process(words), "steps=4", "resume=never", f"run_dir={tmp_path / 'run'}"]
     sends("on_train_batch_end", 2)
     with pytest.raises(SystemExit):
@@ -322,7 +322,7 @@ def test_checkpoint_files_of_a_run(words, run_cli, tmp_path):
 
 
 def test_save_minutes_does_not_change_metrics(words, run_cli, tmp_path):
-    """A checkpoint between two rows of metrics holds the sums that are not written yet."""
+    """A checkpoint between two rows of metrics holds the sums not yet written."""
     words = [*in_process(words), "log_every=5", "steps=10"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
     often = [*words, f"run_dir={tmp_path / 'often'}", "save_minutes=1e-9"]
@@ -362,7 +362,7 @@ def test_damaged_checkpoint_falls_back_to_previous(damage, words, run_cli, tmp_p
 
 
 def test_checkpoint_truncated_at_any_length(words, run_cli, tmp_path):
-    """Named, and not taken; the one before is, then the best one, then those that are kept."""
+    """It is named and skipped in favour of the previous, the best, or a kept one, in this order."""
     words = [*in_process(words), f"run_dir={tmp_path / 'run'}", "steps=8", "keep_every=4", "val_every=2"]
     assert run_cli(*words)[0] == 0
     folder, rng = tmp_path / "run" / "checkpoints", random.Random(1)
@@ -418,7 +418,7 @@ def test_disk_space_check(tmp_path, monkeypatch):
 
 
 def test_kept_checkpoints_are_not_counted_as_freed(tmp_path, monkeypatch):
-    """The last, the one before and the best are overwritten, unless they are one file with a kept one."""
+    """last, previous and best are overwritten, unless they are hard links to a kept one."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     for step in range(10):
         (tmp_path / f"step-{step:08d}.ckpt").write_bytes(bytes(10**6))
@@ -436,7 +436,7 @@ def test_kept_checkpoints_are_not_counted_as_freed(tmp_path, monkeypatch):
 
 
 class Poison:
-    """Makes the gradients of some steps NaN, after they are reduced."""
+    """Makes the reduced gradients of some steps NaN."""
 
     def __init__(self, monkeypatch, steps):
         from beit_pretrain.engine import optim
@@ -455,7 +455,7 @@ class Poison:
 
 
 def test_nonfinite_gradient_skips_step(words, run_cli, tmp_path, monkeypatch):
-    """Weights, moments and their count end as if the step's update had never been; the schedule goes on."""
+    """Weights, moments and step counts equal those of a run without the update; the schedule continues."""
     words = [*in_process(words), "steps=10"]
     with monkeypatch.context() as patch:
         Poison(patch, {7})
@@ -491,7 +491,7 @@ def test_persistent_nan_stops_run(words, run_cli, tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
     assert saved["global_step"] <= 8
     assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) >= 3
-    code, stdout, stderr = run_cli(*words)  # whoever mended it goes on
+    code, stdout, stderr = run_cli(*words)  # resumes once the cause is fixed
     assert code == 0, stderr
 
 
@@ -513,5 +513,5 @@ class TestWarnings:
         for _ in range(2):
             (line,) = guard.warnings({"train/codebook_perplexity": 20.0}, 8192)
             assert "20 of 8192 tokens" in line
-            assert guard.warnings({"train/codebook_perplexity": 21.0}, 8192) == []  # said once ...
+            assert guard.warnings({"train/codebook_perplexity": 21.0}, 8192) == []  # warns once ...
             assert guard.warnings({"train/codebook_perplexity": 900.0}, 8192) == []  # ... until it recovers

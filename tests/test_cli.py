@@ -1,4 +1,4 @@
-"""The command line: help at once, one clear line and exit code 2 for what a person can mend."""
+"""The command line: fast help; user errors are one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_wrong_arguments(words, said, refused, tmp_path, monkeypatch):
 
 @pytest.fixture
 def pretrain_words(shards, dvae_checkpoint, tmp_path):
-    """A run of the smallest pre-training, as a list of words."""
+    """A tiny pre-training run."""
     return fit_words("pretrain", shards, f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}", "steps=2")
 
 

@@ -1,4 +1,4 @@
-"""What torch.compile makes of a training step for an H100, generated without a GPU (`codegen/README.md`).
+"""The code that torch.compile generates for a training step on an H100, without a GPU (`codegen/README.md`).
 
 Limits are what was found when they were written, and a little more. A figure below its limit is good news: lower the
 limit with the change that brought it.
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory) -> Callable[..., str]:
-    """`kit(script, *words)`: what a script of the kit prints."""
+    """`kit(script, *words)`: the output of a script of the kit."""
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA code to generate for")
     if sys.platform != "linux" or shutil.which("gcc") is None:
@@ -56,7 +56,7 @@ def test_planted_faults_are_detected(kit):
 @pytest.mark.parametrize("bias", ["shared", "per_layer", "none"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_is_one_graph_with_fused_attention(kit, bias, checkpointing):
-    """Over three steps: one graph, no break, nothing compiled again, nothing on the CPU, the bias' rows aligned."""
+    """Over three steps: one graph, no break, no recompilation, nothing on the CPU, aligned bias rows."""
     found = figures(kit("step.py", "2", bias, *["--checkpoint"] * checkpointing))
     assert (found["graphs"], found["graph_breaks"], found["cpu"], found["unaligned_products"]) == (1, 0, [], 0)
     operator = "_scaled_dot_product_" + ("flash" if bias == "none" else "efficient") + "_attention"
@@ -83,7 +83,7 @@ def test_memory_traffic_of_a_block(kit, bias, launches, forward, backward, saved
 
 @pytest.mark.parametrize("bias", ["shared", "per_layer"])
 def test_triton_attention_packs_gradients(kit, bias):
-    """One graph; gradients of q, k and v are not copied into one tensor, the bias is read where it lies."""
+    """One graph; the gradients of q, k and v are not copied into one tensor, the bias is read in place."""
     printed = kit("step.py", "4", bias, "--attention", "triton", "--per-layer")
     found = figures(printed)
     assert (found["graphs"], found["graph_breaks"], found["cpu"], found["unaligned_products"]) == (1, 0, [], 0)

@@ -1,4 +1,4 @@
-"""predict, validate, show: what they write, and what they make of bad files."""
+"""predict, validate, show: their output, and how they treat bad files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from beit_pretrain.transforms.jitter import HALF
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """A classifier of the photos' three classes that knows nothing."""
+    """An untrained classifier of the photos' three classes."""
     model = seeded(Classifier, 3, **SIZE)
     about = {"mean": list(HALF), "std": list(HALF), "classes": ["boats", "cats", "dogs"]}
     return write_checkpoint(tmp_path_factory.mktemp("classifier") / "last.ckpt", "classifier", model, **about)

@@ -1,4 +1,4 @@
-"""compare: the control, what it promises, and a comparison in miniature that is stopped and goes on."""
+"""compare: the shuffled control, acceptance checks, and a small comparison that is interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_classes_are_checked_before_training(settings, photos, refused, tmp_path
 
 
 def test_all_initializations_share_finetuning_settings(tmp_path, monkeypatch, photos):
-    """Labels, steps, batches and seeds are equal; only where the network comes from differs, and the layer decay."""
+    """Labels, steps, batches and seeds are equal; only the initialization and the layer decay differ."""
     make_shards(photos, tmp_path / "data", num_workers=1)
     asked: dict[str, dict] = {}
     monkeypatch.setattr(stages, "fit", lambda cfg: asked.setdefault(cfg.name, cfg))

@@ -1,4 +1,4 @@
-"""What torch.compile made of a step is counted, and a run says it once."""
+"""A run reports once what torch.compile did: graphs, breaks, recompilations, fallbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every shipped experiment composes and builds its data, network and optimiser; the numbers are the recipe's."""
+"""Every shipped experiment composes and builds its data, network and optimizer; numbers match the papers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def composed(name: str, *words: str):
     return compose("fit", [f"+experiment={name}", *(f"{key}=x" for key in keys), *words])
 
 
-# RECIPE section 4: clip, layer scale; and section 5's table, a row for each run.
+# Clip and layer scale of pre-training, and a row of settings for each fine-tuning run, as the release has them.
 PRETRAINING = {
     "base_22k": (768, 3.0, 150, 14_197_122, 10_000),
     "base_22k_24gb": (768, 3.0, 150, 14_197_122, 10_000),

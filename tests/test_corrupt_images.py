@@ -1,4 +1,4 @@
-"""Runs over bad images and bad servers: they go on, list what they replaced, or stop with one line."""
+"""Runs with bad images and failing servers: they list what they replaced, or stop with one line."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class TestBadImages:
         assert int(allowed(share, images)) == bad
 
     def test_rate_is_counted_per_million_images(self, tmp_path):
-        """A good beginning does not excuse a bad end."""
+        """Few bad images at the beginning do not excuse many at the end."""
         calls = CorruptImages(tmp_path / "list", 0.001)
         module = SimpleNamespace(
             device="cpu", log_every=1, accumulate=lambda *a, **k: None, sum_over_processes=lambda x: x
@@ -156,7 +156,7 @@ class TestBadImages:
 
     @pytest.mark.long
     def test_two_processes_list_the_same(self, folder, serve, dvae_checkpoint, tmp_path):
-        """Both through one cache, from a server; each process lists its own, the first one writes."""
+        """From a server through a shared cache; rank 0 writes the list of all processes."""
         spoil(folder, 1, [4])
         spoil(folder, 3, [0, 7])
         server = serve(folder)
@@ -181,7 +181,7 @@ class TestBadImages:
 
 
 class TestServers:
-    """The real command against servers that fail; the pauses alone are shortened."""
+    """The real command against failing servers, with shortened pauses."""
 
     @pytest.fixture(autouse=True)
     def no_pauses(self, monkeypatch):
@@ -211,7 +211,7 @@ class TestServers:
         assert not list((tmp_path / "cache").glob("*.partial"))
 
     def test_cache_respects_limit(self, shards, serve, fit, tmp_path):
-        """Room for two shards of four: every epoch fetches what the other two took the place of."""
+        """Room for two of four shards: every epoch fetches the evicted ones again."""
         server = serve(shards / "train")
         largest = max(path.stat().st_size for path in (shards / "train").glob("*.tar"))
         limit, most = 2 * (largest + 1000), 0

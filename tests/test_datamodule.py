@@ -1,4 +1,4 @@
-"""Batches: bit-identical whatever the workers, processes, micro-batches and restarts; every held-out image once."""
+"""Batches are independent of workers, ranks, micro-batches and restarts; validation covers every image once."""
 
 import io
 import itertools
@@ -45,7 +45,7 @@ def classification_data(shards, **settings) -> ClassificationData:
 
 
 def batches(data: PretrainData, steps: int = 3, rank=0, world=1, micro_batches=1, done=0) -> list[dict]:
-    """What one process of a run of `steps` steps gets, beginning after `done` steps."""
+    """The batches of one process in a run of `steps` steps, beginning after `done` of them."""
     data.trainer = SimpleNamespace(
         accumulate_grad_batches=micro_batches, global_rank=rank, world_size=world, max_steps=steps, global_step=done
     )
@@ -66,7 +66,7 @@ def by_position(batches: list[dict]) -> dict[int, dict]:
 
 @pytest.fixture(scope="module")
 def expected(shards):
-    """Three steps of one process without workers or micro-batches."""
+    """Three steps of one process without loader workers or micro-batches."""
     return batches(pretrain_data(shards))
 
 
@@ -92,7 +92,7 @@ def test_mask_index_lists_the_masked_patches(expected):
 
 
 def test_position_combines_sample_view_and_mask(shards, expected):
-    """Sample, view and mask of a position, each from its own module with its own random numbers."""
+    """Sample, view and mask of a position come from their own modules and random numbers."""
     reader = ShardReader(shards / "train")
     order = Order(reader.sizes, seed=3, block_size=16, streams=4)
     for i, position in enumerate(expected[1]["position"].tolist()):
@@ -193,7 +193,7 @@ def test_classification_batches(shards):
 
 
 def test_labels_match_images(shards):
-    """The label in the index is the texture in the picture: the segmentation's only value but 0."""
+    """The label in the index is the texture in the image: the only nonzero value of its label map."""
     reader = ShardReader(shards / "train")
     manifest = json.loads((shards / "train/manifest.json").read_text())
     assert np.bincount(labels(reader), minlength=10).tolist() == manifest["class_counts"]

@@ -1,4 +1,4 @@
-"""What leaves the workers is a function of the position alone, bad images included; and it is there at once."""
+"""Training samples depend only on their position, also with bad images; and the first one comes quickly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BAD = {0: [3, 4], 2: [0]}  # shard: rows that are no images; two in a row, and t
 
 @pytest.fixture(scope="module")
 def spoiled(tmp_path_factory) -> Path:
-    """47 images in four shards, some of which are none."""
+    """47 images in four shards, some of them undecodable."""
     out = tmp_path_factory.mktemp("spoiled")
     (folder,) = make_shards("synthetic", out, images=47, size=32, samples_per_shard=12, num_workers=1)
     for shard, rows in BAD.items():
@@ -55,7 +55,7 @@ def data(train, **settings) -> PretrainData:
 
 
 def batches(data: PretrainData, rank=0, world=1, micro_batches=1, done=0) -> list[dict]:
-    """What one process of a run of STEPS steps gets, beginning after `done` of them."""
+    """The batches of one process in a run of STEPS steps, beginning after `done` of them."""
     data.trainer = SimpleNamespace(
         accumulate_grad_batches=micro_batches,
         global_rank=rank,
@@ -69,7 +69,7 @@ def batches(data: PretrainData, rank=0, world=1, micro_batches=1, done=0) -> lis
 
 
 def sequence(batches: list[dict]) -> dict[int, tuple]:
-    """Everything that was made of each position, as bytes; and what was bad about it."""
+    """All arrays of each position as bytes, and its records of bad images."""
     made: dict[int, tuple] = {}
     for batch in batches:
         bad: dict[int, list] = {}
@@ -110,7 +110,7 @@ def test_remote_shards_give_same_samples(spoiled, expected, serve, tmp_path):
     loaded = data(server.url, cache_dir=tmp_path / "cache")
     assert {k: v[0] for k, v in sequence(batches(loaded)).items()} == {k: v[0] for k, v in expected.items()}
     files = {name: count for name, count in server.requests.items() if count > 1}
-    assert not files  # the thread that fetches ahead and whoever reads share what was fetched
+    assert not files  # the prefetch thread and the readers share the cache
 
 
 def test_epoch_covers_every_sample_and_lists_replacements(spoiled, expected):
@@ -227,7 +227,7 @@ print(json.dumps({"seconds": first, "mib": peak, "samples": reader.samples, "byt
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory) -> Path:
-    """14.2 million samples in 14,200 shards: as many names of one shard of 1000 small images."""
+    """14.2 million samples in 14,200 shards, all links to one shard of 1000 small images."""
     out = tmp_path_factory.mktemp("full")
     (folder,) = make_shards("synthetic", out, images=1000, size=16, samples_per_shard=1000, num_workers=1)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -246,7 +246,7 @@ def full_size(tmp_path_factory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 @pytest.mark.parametrize("position", [0, 100_000_000])
 def test_imagenet22k_size_starts_fast_in_little_memory(full_size, position):
-    """Order, manifest and index of a whole process, and the bytes of its first 2048 images."""
+    """Order, manifest and index of one process, and reading its first 2048 images."""
     command = [sys.executable, "-c", FULL_SIZE, str(position), str(full_size)]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(result)
@@ -273,7 +273,7 @@ def test_first_batch_of_imagenet22k_size(full_size):
     ids=["python", "system", "torch"],
 )
 def test_out_of_memory_raises_instead_of_replacing_image(spoiled, error, monkeypatch):
-    """The image is fine: a neighbour in its place would make the batch depend on the machine."""
+    """The image is fine: replacing it would make the batch depend on the machine."""
 
     def short(*args, **settings):
         raise error

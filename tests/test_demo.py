@@ -1,4 +1,4 @@
-"""The demo in miniature: all stages, the report; and the promises that it is held against."""
+"""A small demo: all stages, the report, and the bounds that it is checked against."""
 
 from __future__ import annotations
 

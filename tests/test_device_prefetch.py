@@ -1,4 +1,4 @@
-"""The prefetcher: the loader's batches, and on a GPU an order of stream operations in which work overlaps."""
+"""The device prefetcher: same batches, and stream operations in an order that lets work overlap."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_short_loader(count):
 
 
 class Recorded(torch.Tensor):
-    """A tensor of the CPU that says that it was copied to a GPU, and which stream reads it."""
+    """A CPU tensor that records that it was copied to a GPU and which stream reads it."""
 
     def to(self, device, non_blocking=False):
         assert non_blocking
@@ -47,7 +47,7 @@ class Recorded(torch.Tensor):
 
 
 class Streams:
-    """In place of CUDA's streams: writes down what is asked of them."""
+    """Fake CUDA streams that record the calls."""
 
     log: list[str] = []
     now = "current"

@@ -1,4 +1,4 @@
-"""A training step never waits for the GPU: no value is read and nothing is copied with a wait, counted on fake tensors.
+"""A training step never synchronizes with the GPU: no blocking reads or copies, counted on fake tensors.
 
 A fake tensor has a shape, a type and a device (a GPU that need not exist), and no contents: to read one is an error.
 """
@@ -30,7 +30,7 @@ BATCH, HALF = 4, (0.5, 0.5, 0.5)
 
 
 class Transfers(TorchDispatchMode):
-    """Writes down copies between host and device for which the host waits."""
+    """Records blocking copies between host and device."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def moved(network):
-    """The network with fake parameters on the GPU; to be called under `FAKE`."""
+    """The network with fake parameters on the GPU; call it under `FAKE`."""
     for part in network.modules():
         for name, value in part._parameters.items():
             if value is not None:
@@ -96,7 +96,7 @@ def pretraining_batch() -> dict[str, torch.Tensor]:
 
 
 def steps_taken(module, batch, count: int = 2) -> list[str]:
-    """What the host waited for in the last of some optimiser steps, as Lightning takes them."""
+    """The blocking copies in the last of some optimizer steps, taken as Lightning does."""
     optimizer = torch.optim.SGD(module.model.parameters(), lr=0.1)  # AdamW's fused kernel knows no fake tensors
     for _ in range(count):  # in the first one constants come to the device
         given = with_first_position(batch)

@@ -1,4 +1,4 @@
-"""Who started this process, from faked environments: no scheduler is needed to get its counts wrong."""
+"""Detection of the launcher (torchrun, srun, none) from faked environment variables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_NT
 def variables(monkeypatch):
     for name in (*PROCESS_VARIABLES, *TORCHRUN, *SRUN, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning keeps it for the process once a Trainer was made
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning sets it for the process with the first Trainer
 
     def put(given: dict[str, str]) -> None:
         for name, value in given.items():

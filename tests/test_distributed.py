@@ -1,4 +1,4 @@
-"""Many processes: counts that cannot be true, processes that do not agree. What takes processes is in soak/."""
+"""Several processes: invalid device counts, ranks that disagree, DDP. Tests that start processes are in soak/."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Wraps(LightningModule):
 class TestDDP:
     @pytest.fixture
     def group(self, tmp_path):
-        """A process group of this process alone."""
+        """A process group of one process."""
         distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
         yield
         distributed.destroy_process_group()
@@ -124,14 +124,14 @@ class TestDDP:
         assert torch.cat([weight.flatten(), bias]).norm().item() == pytest.approx(0.5, rel=1e-4)
 
     def test_buffers_are_broadcast_only_with_batch_norm(self, group):
-        """Statistics of batch norms that count on each process alone, and no tables."""
+        """Local batch norm statistics are broadcast, position index tables are not."""
         segmenter = Segmenter(3, {"channels": 16, "aux_channels": 8}, **SIZE)
         assert self.wrapped(segmenter).broadcast_buffers
         assert not has_local_statistics(torch.nn.SyncBatchNorm.convert_sync_batchnorm(segmenter))
         assert not self.wrapped(MaskedImageModel(32, **SIZE)).broadcast_buffers
 
     def test_buffers_that_are_not_broadcast_are_constant(self):
-        """Whatever the weights are, and whatever is computed with them."""
+        """They depend neither on the weights nor on what was computed."""
         masked, image = torch.ones(2, 16).bool(), torch.rand(2, 3, 32, 32)
         one, other = (MaskedImageModel(32, **SIZE) for _ in range(2))
         other.train()(image, masked).sum().backward()

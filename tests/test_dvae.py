@@ -1,4 +1,4 @@
-"""The dVAE: its temperature, its divergences against torch.distributions, and that it learns."""
+"""The dVAE: temperature schedule, KL terms against torch.distributions, and overfitting a few images."""
 
 import math
 from types import SimpleNamespace
@@ -81,7 +81,7 @@ class TestNetwork:
 
 
 def test_overfits_a_few_colours():
-    """Four images of one colour each: the error of the decoded tokens falls, and it takes more than one token."""
+    """Four images of one colour each: the reconstruction error falls, and more than one token is used."""
     torch.manual_seed(0)
     colours = torch.tensor([[230, 20, 20], [20, 230, 20], [20, 20, 230], [230, 230, 20]], dtype=torch.uint8)
     batch = {"image": colours.view(4, 3, 1, 1).expand(-1, -1, 16, 16), "position": torch.zeros(4, dtype=torch.long)}

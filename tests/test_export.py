@@ -1,4 +1,4 @@
-"""Exports: every format opened by the software it is for, round trips bit by bit, and what is refused."""
+"""Exports: every format opened by its own software, exact round trips, and errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OUT = {"unilm": "x.pth", "timm": "x.safetensors", "hf": "folder", "onnx": "x.onn
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A MIM and a classifier as `fit` saves them, in the folder of a run, every tensor random."""
+    """A MIM and a classifier in run folders as `fit` saves them, with random tensors."""
     folder = tmp_path_factory.mktemp("runs")
     for kind, model, about in (
         ("mim", scrambled(MaskedImageModel(**MIM)), ABOUT),
@@ -92,7 +92,7 @@ def test_printed_timm_command_loads_export(trained, run_cli, tmp_path):
 
 @pytest.mark.parametrize("kind", ["mim", "classifier"])
 def test_round_trip_from_hugging_face(kind, run_cli, tmp_path):
-    """Theirs -> the authors' format -> ours -> theirs: every tensor of the file, bit by bit."""
+    """Hugging Face -> unilm -> ours -> Hugging Face: every tensor of the file is bit-identical."""
     (hf_mim() if kind == "mim" else hf_classifier()).save_pretrained(tmp_path / "theirs")
     exported(run_cli, tmp_path / "theirs", "unilm", tmp_path / "a.pth")
     exported(run_cli, tmp_path / "a.pth", "hf", tmp_path / "back")
@@ -180,7 +180,7 @@ def test_non_square_grids(run_cli, refused, tmp_path):
 
 
 def test_export_with_different_outputs_is_discarded(trained, run_cli, tmp_path, monkeypatch):
-    """The comparison is real: with other numbers on their side, nothing gets a final name."""
+    """If the other software computes other numbers, nothing is published."""
     import timm
 
     create = timm.create_model
@@ -229,7 +229,7 @@ def test_unreadable_run_config_is_ignored(text, trained, run_cli, tmp_path):
 
 @pytest.mark.parametrize("to", ["unilm", *(pytest.param(to, marks=pytest.mark.long) for to in ("timm", "hf", "onnx"))])
 def test_disk_full(to, trained, tmp_path):
-    """The shell's limit on file sizes, in a process of its own: one line, nothing half-written."""
+    """The shell's file size limit, in its own process: one line, nothing half-written."""
     command = f"ulimit -f 20; exec '{sys.executable}' -m beit_pretrain export to={to} out={OUT[to]}"
     result = subprocess.run(
         ["bash", "-c", f"trap '' XFSZ; {command} init_from='{checkpoint(trained, 'classifier')}'"],

@@ -1,4 +1,4 @@
-"""Fine-tuning: soft targets, mixing keyed by position, exact validation, and a classifier for PIL images."""
+"""Fine-tuning: soft targets, mixing keyed by position, exact validation, EMA, and a classifier for PIL images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from crash import Crash
 from PIL import Image
 from tiny import SIZE, fit_words, seeded, state_of, write_checkpoint
 
@@ -45,7 +44,7 @@ def test_mixing_and_erasing_depend_only_on_position():
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0])
-    assert torch.equal(torch.random.get_rng_state(), state)  # drop path, say, goes on undisturbed
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global generator is unchanged
 
 
 def test_overfits_one_batch():
@@ -62,7 +61,7 @@ def test_overfits_one_batch():
 
 @pytest.mark.parametrize("val_batch", [1, 5, 12])
 def test_validation_counts_every_image_once(val_batch, shards, run_cli, tmp_path):
-    """The metrics do not depend on how the images are cut into batches, nor on a last batch that is smaller."""
+    """The metrics depend neither on the batch size nor on a smaller last batch."""
     words = finetune_words(shards, tmp_path, "steps=1", "val_every=1", "global_batch_size=4", "data.labels_per_class=2")
     assert run_cli(*words, f"run_dir={tmp_path / 'one'}", "data.val_batch=64")[0] == 0
     assert run_cli(*words, f"run_dir={tmp_path / 'other'}", f"data.val_batch={val_batch}")[0] == 0
@@ -90,7 +89,7 @@ def finetune_words(shards, run_dir, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_mixup_targets(smoothing):
-    """Image and label are mixed by the same share, with the reversed batch; timm's rectangles, our arithmetic."""
+    """Image and label are mixed with the reversed batch by the same share; cutmix boxes are timm's."""
     image, label = torch.rand(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
     mixed, target = module(mixup=0.8, label_smoothing=smoothing).regularise(image.clone(), label, 8)
     off, on = smoothing / 10, 1 - smoothing + smoothing / 10
@@ -126,7 +125,7 @@ def test_mixing_needs_even_micro_batch(more, images, shards, run_cli, tmp_path):
 
 
 def test_ema_weights(shards, run_cli, tmp_path):
-    """decay x average + (1 - decay) x weights after every step; torch starts the average at the first step's."""
+    """decay x average + (1 - decay) x weights after every step; the average starts with the weights of step 1."""
     constant = ["optim.min_lr=2e-3", "model.drop_path_rate=0"]
     states = []
     for steps in (1, 2, 3):
@@ -143,15 +142,11 @@ def test_ema_weights(shards, run_cli, tmp_path):
     assert any(not torch.equal(averaged[n], states[-1][n]) for n in averaged)
 
 
-def test_resume_with_ema(shards, run_cli, tmp_path, monkeypatch):
+def test_resume_with_ema(shards, run_cli, crash, tmp_path):
     more = ["steps=4", "ema=0.9", "model.drop_path_rate=0"]
     assert run_cli(*finetune_words(shards, tmp_path / "whole", *more))[0] == 0
     words = finetune_words(shards, tmp_path / "died", *more)
-    with monkeypatch.context() as patch:
-        make = runs.make_trainer
-        patch.setattr(runs, "make_trainer", lambda cfg, steps, callbacks: make(cfg, steps, [*callbacks, Crash(3)]))
-        with pytest.raises(RuntimeError, match="power cut"):
-            run_cli(*words)
+    crash(3, *words)
     code, stdout, stderr = run_cli(*words)
     assert code == 0, stderr
     assert "after step 3" in stdout
@@ -192,7 +187,7 @@ def test_early_stopping(shards, run_cli, refused, tmp_path):
 
 
 def test_intermediate_fine_tuning(shards, photos, mim_checkpoint, run_cli, tmp_path):
-    """Pre-trained -> classes of one data set -> classes of another: the blocks go along, the head starts afresh."""
+    """Pre-trained -> classes of one dataset -> classes of another: blocks are kept, the head is new."""
     make_shards(photos, tmp_path / "data", val=0.2, num_workers=1)
     first = ["from_scratch=false", "model.drop_path_rate=0", "steps=2"]
     assert run_cli(*finetune_words(shards, tmp_path / "large", *first, f"init_from={mim_checkpoint}"))[0] == 0
@@ -220,7 +215,7 @@ fit.is_first_process() and open(sys.argv[1], "w").write(json.dumps(found))
 @pytest.mark.long
 @pytest.mark.timeout(900)  # six processes start
 def test_validation_is_exact_on_1_2_and_3_processes(run_cli, tmp_path):
-    """The same counts exactly, the same losses within 1e-6; batches of 7 end differently on each."""
+    """Exactly the same counts and the same losses within 1e-6, with batches of 7 that end differently on each."""
     make_shards("synthetic", tmp_path / "data", images=121, val=101 / 121, size=32, num_workers=1)
     val = ShardReader(tmp_path / "data/val").samples
     assert val == 101

@@ -70,7 +70,7 @@ def files(shards, dvae_checkpoint, tmp_path_factory) -> dict[str, Path]:
     varied, backbone = scrambled(DiscreteVAE(**DVAE)), scrambled(MaskedImageModel(**MIM))
     with torch.no_grad():
         for name, parameter in varied.named_parameters():
-            parameter.mul_(0 if name.endswith("bias") else 1)  # tokens that depend on the image alone
+            parameter.mul_(0 if name.endswith("bias") else 1)  # tokens depend only on the image
     about = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
     return {
         "train": shards / "train",

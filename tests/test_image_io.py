@@ -1,4 +1,4 @@
-"""Images: every format turns into RGB without loss of contrast, and bombs are refused before decoding."""
+"""Images of every format become RGB without loss of contrast; decompression bombs are refused before decoding."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""What files may not contain: each refused in one line, before memory is taken; and what may differ."""
+"""Invalid tensors and configs are refused in one line before memory is allocated; harmless oddities are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`init_from=` on the command line: continued pre-training and fine-tuning from everyone's checkpoints."""
+"""`init_from=` on the command line: continued pre-training and fine-tuning from checkpoints of every format."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def finetune_words(words):
 
 @pytest.fixture
 def authors_file(tmp_path):
-    """A self-supervised .pth of the dVAE fixture's 32 tokens."""
+    """A pre-trained .pth of unilm with the 32 tokens of the dVAE fixture."""
     model = scrambled(MaskedImageModel(**MIM))
     return unilm_file(tmp_path / "beit_pt22k.pth", model.state_dict())
 
@@ -58,7 +58,7 @@ class TestContinuedPreTraining:
         code, stdout, stderr = run_cli(*words)
         assert code == 0, stderr
         assert f"from {authors_file} (unilm or timm mim: 2 blocks of width 32" in stdout
-        # The run goes on, and is validated and shown, when that file is gone.
+        # The run can be resumed, validated and visualized without that file.
         authors_file.unlink()
         code, stdout, stderr = run_cli(*words)
         assert "already finished" in stdout, stderr
@@ -72,7 +72,7 @@ class TestContinuedPreTraining:
         assert run_cli(*words, "new_head=true")[0] == 0
         saved = load_pretrained(tmp_path / "run" / "checkpoints" / "last.ckpt", "mim")
         assert saved.vocab_size == 32
-        assert saved.config["norm_eps"] == 1e-12  # what Hugging Face's config says
+        assert saved.config["norm_eps"] == 1e-12  # from Hugging Face's config
 
     def test_at_another_image_size(self, pretrain_words, authors_file, run_cli, tmp_path):
         code, stdout, stderr = run_cli(*pretrain_words, f"init_from={authors_file}", "image_size=48")
@@ -94,13 +94,13 @@ class TestFineTuning:
         (hf_mim() if kind == "hf mim" else hf_classifier()).save_pretrained(tmp_path / "hf")
         code, _, stderr = run_cli(*finetune_words, f"init_from={source}", f"image_size={size}")
         assert code == 0, stderr
-        # And goes on when its source is gone.
+        # It can be resumed without its source.
         shutil.rmtree(source) if source.is_dir() else source.unlink()
         code, stdout, stderr = run_cli(*finetune_words, f"init_from={source}", f"image_size={size}")
         assert "already finished" in stdout, stderr
 
     def test_absolute_positions_are_kept(self, finetune_words, tmp_path):
-        """The released 800-epoch model: no relative bias in fine-tuning either."""
+        """As the released 800-epoch model: no relative bias in fine-tuning either."""
         hf_mim(bias="none", absolute=True, scale=None).save_pretrained(tmp_path / "hf")
         config = started([*finetune_words, f"init_from={tmp_path / 'hf'}"]).module.model.config
         assert (config["rel_pos_bias"], config["abs_pos_emb"], config["init_values"]) == ("none", True, None)

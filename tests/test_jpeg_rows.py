@@ -1,4 +1,4 @@
-"""Rows cut out of a JPEG by bytes decode to the whole image's rows, bit for bit; what cannot be cut is left alone."""
+"""Rows cut out of a JPEG by bytes decode bit for bit to the rows of the whole image; other files are unchanged."""
 
 import io
 

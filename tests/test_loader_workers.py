@@ -1,4 +1,4 @@
-"""Loader workers: signals to the whole group pass them by, and one that dies is told of in a line."""
+"""Loader workers ignore signals to the process group; a killed worker is reported in one line."""
 
 from __future__ import annotations
 

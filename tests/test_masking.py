@@ -14,7 +14,7 @@ PAPER = BlockwiseMask((14, 14), 75)
 
 @pytest.fixture(scope="module")
 def draws() -> np.ndarray:
-    """20,000 masks of the paper's runs, (20000, 14, 14)."""
+    """20,000 masks with the paper's settings, (20000, 14, 14)."""
     return np.stack([PAPER.draw(generator(0, position, MASK)) for position in range(20_000)])
 
 
@@ -37,7 +37,7 @@ def test_spatial_distribution(draws):
 
 
 def released_generator(rng: np.random.Generator) -> np.ndarray:
-    """The release's loops, written out, on the same random numbers."""
+    """`MaskingGenerator` of the release, on the same random numbers."""
     mask, count = np.zeros((14, 14), int), 0
     while count < 75:
         left_over, delta = 75 - count, 0
@@ -68,7 +68,7 @@ def test_equals_release_given_same_random_numbers():
 
 @pytest.fixture(scope="module")
 def independent() -> np.ndarray:
-    """20,000 masks of the release's loops on random numbers of their own (another generator, another seed)."""
+    """20,000 masks of the release's loops with another generator and seed."""
     rng = np.random.Generator(np.random.PCG64(12345))
     return np.stack([released_generator(rng) for _ in range(20_000)])
 

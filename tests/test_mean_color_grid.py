@@ -1,4 +1,4 @@
-"""The colours of a whole image in its file's comment: written, found, refused where they are something else."""
+"""Mean colours of an image in the comment of its file: round trip, and other comments."""
 
 import io
 

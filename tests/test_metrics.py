@@ -1,4 +1,4 @@
-"""metrics.csv: rows are appended, columns come as they come, and a resumed run cuts back to its checkpoint."""
+"""metrics.csv: appended rows, new columns, and truncation to the checkpoint when a run resumes."""
 
 import csv
 import math
@@ -26,7 +26,7 @@ def test_rows_are_appended(path):
     inode = path.stat().st_ino
     logger.log_metrics({"train/loss": torch.tensor(1.5), "lr": 0.2}, step=2)
     assert table(path) == [["step", "train/loss", "lr"], ["1", "2.5", "0.1"], ["2", "1.5", "0.2"]]
-    assert path.stat().st_ino == inode  # appended, not written anew
+    assert path.stat().st_ino == inode  # appended, not rewritten
 
 
 def test_one_row_per_step(path):
@@ -56,7 +56,7 @@ def test_new_logger_appends(path):
 
 
 def test_truncate_after_step(path):
-    """A run that died after its last checkpoint repeats steps: none may stand twice."""
+    """A run that died after its last checkpoint repeats steps: none may appear twice."""
     logger = CsvMetrics(path)
     for step in range(1, 6):
         logger.log_metrics({"a": step}, step=step)

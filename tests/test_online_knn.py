@@ -1,4 +1,4 @@
-"""The kNN during training: its images are decoded once, kept as bytes, and shared among processes."""
+"""kNN accuracy during training: images are decoded once, kept as bytes, and split among processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def network():
 
 
 def by_hand(network, shards, bank: int, queries: int, k: int) -> float:
-    """The vote, image by image."""
+    """The kNN vote image by image."""
     views = ClassificationTransform(32, train=False)
     found = []
     for split, count in (("train", bank), ("val", queries)):
@@ -69,7 +69,7 @@ def test_images_are_decoded_once(network, shards, monkeypatch):
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_images_are_independent_of_world_size(world, network, shards, monkeypatch):
-    """The same bytes in the same order, also where they do not divide."""
+    """Same bytes in the same order, also if the counts are not divisible."""
     shares: list[dict[str, Labelled]] = []
     for rank in range(world):
         knn = OnlineKNN(data(shards), bank=23, queries=4)  # of five processes, one has no query
@@ -89,7 +89,7 @@ def test_images_are_independent_of_world_size(world, network, shards, monkeypatc
 
 
 def gathers(shares: list[torch.Tensor], total: int, world: int):
-    """`all_gather` of processes that each fill their share up to the largest."""
+    """A fake `all_gather` of processes that pad their share to the largest."""
 
     def gather(parts: list[torch.Tensor], mine: torch.Tensor) -> None:
         assert len(mine) == -(-total // world)

@@ -1,4 +1,4 @@
-"""Schedules by hand, parameter groups by name, layer decay, and the clip against torch's (RECIPE sections 4 and 5)."""
+"""Schedules, parameter groups, layer decay (release: optim_factory.py), and gradient clipping against torch."""
 
 import math
 
@@ -256,7 +256,7 @@ def test_norm_without_gradients():
 
 
 def test_layer_decay_of_segmenter():
-    """The decoder learns at the top rate, everything of the backbone by its depth (RECIPE section 7)."""
+    """The decoder has the full rate, the backbone decays by depth (LayerDecayOptimizerConstructor of the release)."""
     model = Segmenter(3, {"aux_channels": 8, "channels": 8}, **TINY, depth=12)
     groups = parameter_groups(model.named_parameters(), 1.0, 0.05, 0.65, 12)
     scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
@@ -276,7 +276,7 @@ def test_layer_decay_of_segmenter():
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(20.0, dtype=torch.float64)])
 @pytest.mark.parametrize("clip", [None, 0.1, torch.tensor(0.1)])
 def test_clip_factor_has_gradient_dtype(clip, scale, monkeypatch):
-    """A float64 factor would take torch's slow way: a kernel for each gradient."""
+    """With a float64 factor torch would launch a kernel for each gradient."""
     factors, multiply = [], torch._foreach_mul_
     monkeypatch.setattr(torch, "_foreach_mul_", lambda given, by: factors.append(by) or multiply(given, by))
     clip_gradients(parameters(), clip, scale)

@@ -1,7 +1,6 @@
-"""Which sample stands at which position: exact epochs, fair streams, local reads, no hidden state."""
+"""The order of samples: exact epochs, streams, locality of reads, no hidden state."""
 
 import itertools
-import pickle
 import time
 
 import numpy as np
@@ -54,14 +53,6 @@ def test_without_shuffling_samples_are_sequential():
 def test_empty_order(sizes):
     with pytest.raises(ValueError, match="at least one sample"):
         Order(sizes)
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_positions_are_dealt_to_ranks(world):
-    for step in (0, 3):
-        shares = [list(positions(step, rank, world, global_batch_size=8)) for rank in range(world)]
-        assert sorted(itertools.chain(*shares)) == list(range(8 * step, 8 * (step + 1)))
-        assert {len(share) for share in shares} == {8 // world}
 
 
 def test_uneven_global_batch_is_refused():
@@ -150,7 +141,7 @@ def test_generator_is_keyed_by_seed_position_and_purpose():
 
 
 def test_purposes_are_independent():
-    """However much a view draws, its numbers never become those of the mask of its position."""
+    """The random numbers of a view never overlap with those of the mask of its position."""
     view = generator(0, 5, VIEW).random(10_000)
     mask = generator(0, 5, MASK).random(10_000)
     assert not np.isin(mask, view).any()
@@ -162,7 +153,7 @@ def test_random_numbers_are_portable():
 
 
 def test_order_is_stable_across_numpy_versions(monkeypatch):
-    """NumPy promises the raw draws of a bit generator, and not what Generator.permutation or shuffle make of them."""
+    """NumPy guarantees the raw draws of a bit generator, but not Generator.permutation or shuffle."""
     assert permutation(8, 7, 123_456_789, MASK).tolist() == [4, 5, 2, 3, 6, 7, 0, 1]
     assert sorted(permutation(1000, 0, 5, MASK)) == list(range(1000))
 

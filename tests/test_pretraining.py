@@ -1,4 +1,4 @@
-"""The objective: targets and guesses against brute force, one step whatever the micro-batches, and that it learns."""
+"""Masked image modelling: targets and baselines against brute force, gradient accumulation, overfitting."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ MASKING = BlockwiseMask((4, 4), max_patches=9, min_block=3, attempts=1)
 
 
 class Brightness:
-    """A tokenizer whose token is the patch's mean brightness: an id per patch that differs over the picture."""
+    """A tokenizer whose token is the mean brightness of a patch."""
 
     vocab_size, downsample = 32, 8
 
@@ -100,7 +100,7 @@ def test_masked_targets():
 
 
 class KeepsGradients(Pretraining):
-    """Remembers the gradients with which the optimiser steps."""
+    """Records the gradients of the optimizer step."""
 
     def configure_gradient_clipping(self, *args, **kwargs):
         super().configure_gradient_clipping(*args, **kwargs)
@@ -115,7 +115,7 @@ class TestOneStep:
         return keeping
 
     def expected(self, shards) -> tuple[Pretraining, dict]:
-        """Equation (1) written out: the mean cross-entropy over all masked patches of the batch of eight."""
+        """Equation (1): the mean cross-entropy over all masked patches of the batch of eight."""
         batch = data(shards).train_dataset(BatchSchedule(8))[0]
         counts = batch["mask"].sum(1)
         assert len(set(counts.tolist())) > 1
@@ -138,7 +138,7 @@ class TestOneStep:
             assert torch.allclose(got.kept[name], gradient, atol=1e-7, rtol=1e-4), name
 
     def test_clip_uses_accumulated_gradient(self, shards):
-        """Clipping after the rescaling: the norm that counts is that of the mean over masked patches."""
+        """Clipping follows the rescaling: the norm is that of the mean over masked patches."""
         fresh, _ = self.expected(shards)
         norm = torch.nn.utils.clip_grad_norm_(fresh.model.parameters(), 0.01)
         assert norm > 0.02
@@ -152,7 +152,7 @@ class TestOneStep:
 
 
 def test_overfits_one_batch():
-    """Eight images and fixed masks: the tokens that are hidden can only be remembered, and are."""
+    """Eight images with fixed masks: the hidden tokens can only be memorized."""
     pretraining = module(embed_dim=64, num_heads=4)
     image = F.interpolate(torch.rand(8, 3, 4, 4), scale_factor=8)
     mask = masks(8)
@@ -197,7 +197,7 @@ class TestTokenizerIsNotTrained:
 class TestValidation:
     @pytest.fixture(scope="class")
     def logged(self, shards) -> list[dict]:
-        """Validation metrics with batches of 4, the last one smaller, and of all images at once."""
+        """Validation metrics with batches of 4, the last one smaller, and with all images in one batch."""
         results = []
         for val_batch in (4, 100):
             run = trainer()

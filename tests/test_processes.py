@@ -1,4 +1,4 @@
-"""Loader workers end with the process that started them, also while they are writing more than a pipe holds."""
+"""Loader workers exit with their parent, even while blocked on a full pipe."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from beit_pretrain.errors import UserError
 
 SEEDS = st.integers(0, 2**63 - 1)
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=10).filter(any)
-ORDERS = st.builds(Order, SIZES, SEEDS, st.integers(1, 20), st.integers(1, 6))
+ORDERS = st.builds(Order, SIZES, SEEDS, st.integers(1, 20) | st.just(4096), st.integers(1, 6) | st.just(64))
 
 
 class TestOrder:
@@ -168,7 +168,7 @@ class TestCache:
                 if call == "cut":
                     os.truncate(path, 100)
                     get(cache, number)  # fetched again, in the room that it had
-                elif call == "fail":  # after room was made for it
+                elif call == "fail":  # after eviction
                     with pytest.raises(UserError, match="gone"):
                         cache.open(entry, fail)
                 elif call == "get":

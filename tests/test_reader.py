@@ -1,4 +1,4 @@
-"""The reader: the same samples from a folder, a server and a pipe; hostile manifests lead nowhere."""
+"""The shard reader: same samples from a folder, a server and a pipe; hostile manifests are refused."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_labels_are_dropped_if_classes_differ(shards, folder):
 
 
 class TestHostile:
-    """A manifest from elsewhere names what it likes; nothing is fetched, and nothing written outside the cache."""
+    """For a hostile remote manifest nothing is fetched and nothing is written outside the cache."""
 
     @pytest.mark.parametrize(
         ("key", "value"),
@@ -170,7 +170,7 @@ class TestServers:
             ShardReader(f"{serve(shards).url}/nowhere", access)
 
     def test_truncated_manifest_is_retried(self, shards, serve, access, expected):
-        """From a server that does not say how long it is."""
+        """From a server that sends no Content-Length."""
         server = serve(shards / "train")
         server.trouble = lambda name, number: "unsaid" if name == "manifest.json" and number < 2 else None
         assert everything(ShardReader(server.url, access)) == expected

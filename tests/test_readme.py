@@ -1,4 +1,4 @@
-"""Every command of the README runs: from a folder of images to a classifier, at a size for a test."""
+"""Every command of the README runs, from a folder of images to a classifier, at a small size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def place(tmp_path_factory, photos) -> Path:
 
 @pytest.mark.parametrize("number", range(len(commands())))
 def test_readme_command(number, place, run_cli, monkeypatch):
-    monkeypatch.chdir(place)  # one after the other: each stands on the files of those before
+    monkeypatch.chdir(place)  # each command uses the files of the previous ones
     words = shlex.split(commands()[number])
     assert words[:3] == ["python", "-m", "beit_pretrain"]
     experiment = next((w.split("=")[1] for w in words if w.startswith("+experiment=")), None)

@@ -1,4 +1,4 @@
-"""From where a run goes on: with whose settings, with which metrics, also where its folder was tampered with."""
+"""Resuming: settings, metrics, and folders that were tampered with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def words(shards, dvae_checkpoint, tmp_path):
 
 
 def test_finished_run_can_be_extended(words, run_cli, tmp_path):
-    """Whoever changes config.yaml means it. The loop of the last checkpoint had come to its end."""
+    """By editing config.yaml; the loop of the last checkpoint had finished."""
     run = tmp_path / "run"
     assert run_cli(*words)[0] == 0
     config = (run / "config.yaml").read_text()
@@ -71,7 +71,7 @@ class TestDamagedConfig:
 
 
 class TestOtherSettings:
-    """Are refused before anything of the folder changes, whatever of it is left."""
+    """Changed settings are refused before anything in the folder changes, whichever files are left."""
 
     def refused(self, run_cli, words: list[str], run: Path) -> None:
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
@@ -80,13 +80,9 @@ class TestOtherSettings:
         assert "holds a run with other settings (optim.lr: 0.003 -> 0.1; seed: 0 -> 5)" in stderr
         assert before == {path: path.read_bytes() for path in before}
 
-    def test_before_the_first_checkpoint(self, words, run_cli, tmp_path, monkeypatch):
+    def test_before_the_first_checkpoint(self, words, run_cli, crash, tmp_path, monkeypatch):
         words, run = [*words, "save_every=100", "val_every=100"], tmp_path / "run"
-        with monkeypatch.context() as patch:
-            make = runs.make_trainer
-            patch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(3)]))
-            with pytest.raises(RuntimeError, match="power cut"):
-                run_cli(*words)
+        crash(3, *words)
         (run / ".wandb_id").write_text("abc")
         self.refused(run_cli, words, run)
         with monkeypatch.context() as patch:  # the first process names one that differs, once they have met
@@ -130,7 +126,7 @@ class TestOtherSettings:
 
 
 def test_warns_about_lost_metrics(words, run_cli, tmp_path):
-    """Once: from then on the checkpoints count what is left."""
+    """Once; later checkpoints count the remaining rows."""
     words, run = [*words, "steps=6", "log_every=2", "val_every=3"], tmp_path / "run"
     assert run_cli(*words)[0] == 0
     assert read_rows(run / "metrics.csv")[1].keys() == {2, 3, 4, 6}

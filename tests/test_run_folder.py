@@ -1,4 +1,4 @@
-"""A run's folder: held by one process, cleared of what is the run's own, damaged checkpoints set aside."""
+"""The folder of a run: its lock, which files are cleared, damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from beit_pretrain.errors import UserError
 
 
 def in_another_process(folder: Path) -> int:
-    """0 if another process can hold the folder, 1 if it is refused."""
+    """0 if another process can lock the folder, 1 if it is refused."""
     child = os.fork()
     if child == 0:
         try:
@@ -39,7 +39,7 @@ def test_only_one_process_holds_lock(tmp_path):
 
 
 def test_child_process_does_not_hold_lock(tmp_path):
-    """A loader worker that outlives a killed run must not keep the next one out."""
+    """A loader worker that outlives a killed run must not block the next run."""
     ready, done = os.pipe(), os.pipe()
     run = os.fork()
     if run == 0:
@@ -63,7 +63,7 @@ def words(shards, dvae_checkpoint, tmp_path):
 
 
 def test_lock_is_taken_before_folder_is_read(words, run_cli, tmp_path, monkeypatch):
-    """A run that is just ending would move the starting point of the next one."""
+    """A run that is just ending may still write the checkpoint from which the next one resumes."""
     words, run = [*words, f"run_dir={tmp_path / 'run'}"], tmp_path / "run"
     assert run_cli(*words)[0] == 0
     refused, choose = [], runs.find_resume
@@ -74,13 +74,13 @@ def test_lock_is_taken_before_folder_is_read(words, run_cli, tmp_path, monkeypat
 
     monkeypatch.setattr(runs, "find_resume", watching)
     assert run_cli(*words)[0] == 0
-    assert run_cli(*words, "preflight=only")[0] == 0  # writes nothing, and keeps nobody out
+    assert run_cli(*words, "preflight=only")[0] == 0  # writes nothing and takes no lock
     assert refused == [1, 0]
     assert in_another_process(run) == 0
 
 
 def test_folder_created_by_another_run_meanwhile(words, run_cli, tmp_path, monkeypatch):
-    """It trains between the look at a folder that is not there yet and the lock: what it saved stays."""
+    """Another run trains between the check of the missing folder and the lock: its checkpoints are kept."""
     words, other, run = [*words, f"run_dir={tmp_path / 'run'}"], tmp_path / "other", tmp_path / "run"
     assert run_cli(*words, f"run_dir={other}")[0] == 0
     check = runs.preflight

@@ -1,4 +1,4 @@
-"""Whole runs of the shipped `fit`: resume, refusal of other settings, W&B offline, the paper's step."""
+"""Whole runs of the shipped `fit`: resume, changed settings, precision, W&B offline, a step of the paper's size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from crash import Crash
 from lightning.pytorch.plugins import MixedPrecision
 from tiny import fit_words, state_of
 
@@ -29,18 +28,10 @@ def words(shards, dvae_checkpoint, tmp_path):
     return fit_words("pretrain", shards, *more)
 
 
-def test_resume_after_crash_is_bit_identical(words, run_cli, tmp_path, monkeypatch):
+def test_resume_after_crash_is_bit_identical(words, run_cli, crash, tmp_path):
     words = [*words, "steps=6", "val_every=3", "save_every=2"]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
-    make = runs.make_trainer
-
-    def crashing(cfg, steps, callbacks):
-        return make(cfg, steps, [*callbacks, Crash(5)])
-
-    monkeypatch.setattr(runs, "make_trainer", crashing)
-    with pytest.raises(RuntimeError, match="power cut"):
-        run_cli(*words)
-    monkeypatch.setattr(runs, "make_trainer", make)
+    crash(5, *words)
     code, stdout, _ = run_cli(*words)
     assert code == 0
     assert "resuming demo/pretrain after step 4" in stdout
@@ -51,8 +42,8 @@ def test_resume_after_crash_is_bit_identical(words, run_cli, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (8, 1)])
-def test_resume_with_other_batch_size(before, after, words, run_cli, tmp_path, monkeypatch):
-    """The same global batches, whatever their parts: no position twice, none missing."""
+def test_resume_with_other_batch_size(before, after, words, run_cli, crash, tmp_path, monkeypatch):
+    """Same global batches: no position twice, none missing."""
     words = [*words, "steps=6", "val_every=6", "save_every=1"]
     seen: list[int] = []
     step = Pretraining.training_step
@@ -62,11 +53,7 @@ def test_resume_with_other_batch_size(before, after, words, run_cli, tmp_path, m
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Pretraining, "training_step", watching)
-    make = runs.make_trainer
-    monkeypatch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(3)]))
-    with pytest.raises(RuntimeError, match="power cut"):
-        run_cli(*words, f"batch_size={before}")
-    monkeypatch.setattr(runs, "make_trainer", make)
+    crash(3, *words, f"batch_size={before}")
     assert run_cli(*words, f"batch_size={after}")[0] == 0
     assert seen == list(range(6 * 8))
     assert curve(tmp_path / "run/metrics.csv", "train/loss")[0] == [1, 2, 3, 4, 5, 6]
@@ -87,7 +74,7 @@ def test_every_task_in_every_precision(task, precision, shards, dvae_checkpoint,
 
 
 def test_gradient_norm_excludes_loss_scale(words, run_cli, tmp_path, monkeypatch):
-    """trainer.precision=16-mixed, which Lightning allows on a GPU alone: norm and clip are those of the gradient."""
+    """trainer.precision=16-mixed, which Lightning allows only on a GPU: norm and clip are of the unscaled gradient."""
     words = [*words, "steps=4", "val_every=4", "optim.warmup_steps=1"]
     assert run_cli(*words, f"run_dir={tmp_path / 'full'}")[0] == 0
     arranged = cluster.resolve_trainer_args
@@ -109,7 +96,7 @@ def test_gradient_norm_excludes_loss_scale(words, run_cli, tmp_path, monkeypatch
 
 
 def long_run(words: list[str], folder: Path, *more: str) -> subprocess.Popen:
-    """A run in a process of its own, as a person starts it (pytest's own SIGINT handling would be in the way)."""
+    """A run in its own process, since pytest handles SIGINT itself."""
     command = [sys.executable, "-m", "beit_pretrain", *map(str, words), f"run_dir={folder}", *more]
     log = (folder.parent / f"{folder.name}.log").open("w")
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
@@ -148,7 +135,7 @@ def test_changed_settings_are_refused(words, run_cli, refused):
 
 
 def test_resume_needs_same_images(words, shards, run_cli, refused, tmp_path):
-    """Wherever they lie; another content of the same folder is refused."""
+    """Their location may change; another content of the same folder is refused."""
     data = tmp_path / "data"
     shutil.copytree(shards, data)
     here = [f"data.train={data / 'train'}", f"data.val={data / 'val'}"]
@@ -203,7 +190,7 @@ def test_wandb_is_offline_without_api_key(words, run_cli, tmp_path, monkeypatch)
 
 @pytest.mark.long
 def test_base_22k_step_on_cpu(shards, openai_files_full, run_cli, tmp_path):
-    """The paper's experiment as it is shipped, but for the batch: 224 px, 8192 tokens, the dall_e package's encoder."""
+    """The shipped experiment with a smaller batch: 224 px, 8192 tokens, the encoder of the dall_e package."""
     words = ["fit", "+experiment=base_22k", f"data.train={shards / 'train'}", f"tokenizer.path={openai_files_full}"]
     words += [
         "logger=csv",

@@ -1,4 +1,4 @@
-"""Runs whose checkpoints are written while they go on: nothing is lost, and no error is, however a run ends."""
+"""Checkpoints written in the background during a run: nothing is lost and errors are reported, however it ends."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from crash import Crash
 from lightning import Callback
 from test_background_checkpoint import endless
 from test_checkpointing import in_process, sends, signals_restored, words  # noqa: F401 (fixtures)
-from tiny import last_checkpoint, rows_of
+from tiny import Crash, last_checkpoint, rows_of
 
 from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
@@ -27,13 +26,13 @@ WRITE = AtomicCheckpointIO.save_checkpoint
 
 @pytest.fixture
 def short(words, tmp_path) -> list[str]:  # noqa: F811
-    """Ten steps that save after the 4th, the 8th and the last, without validation."""
+    """Ten steps without validation, saving after steps 4, 8 and 10."""
     words = [word for word in in_process(words) if not word.startswith("data.val=")]
     return [*words, "steps=10", f"run_dir={tmp_path / 'run'}"]
 
 
 class Steps(Callback):
-    """How many steps a run has begun."""
+    """Counts the steps that a run has begun."""
 
     def __init__(self) -> None:
         self.prepare_view = 0
@@ -44,7 +43,7 @@ class Steps(Callback):
 
 @pytest.fixture
 def with_callback(monkeypatch):
-    """`with_callback(callback)`: the runs from here on have it."""
+    """`with_callback(callback)`: add it to all later runs."""
     make = runs.make_trainer
 
     def add(callback: Callback) -> Callback:
@@ -56,7 +55,7 @@ def with_callback(monkeypatch):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Every write takes a while, as on a network's disk."""
+    """Every write takes a while, as on a network disk."""
 
     def write(self, checkpoint, path, storage_options=None) -> None:
         time.sleep(0.3)
@@ -66,7 +65,7 @@ def slow(monkeypatch):
 
 
 def same_content(one, other, place: str = "") -> None:
-    """Assert that two checkpoints hold the same, to the last bit, less what clocks and folders say."""
+    """Assert that two checkpoints are bit-identical except for times and folders."""
     assert type(one) is type(other), place
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other), place
@@ -84,7 +83,7 @@ def same_content(one, other, place: str = "") -> None:
 
 
 def test_checkpoint_is_snapshot_of_its_step(short, run_cli, tmp_path, monkeypatch, with_callback):
-    """Written three steps later, it holds what one has that is waited for: weights, moments, sums, loops."""
+    """Written three steps later, it equals one written at once: weights, moments, sums, loops."""
     short = [*short, "log_every=3", "keep_every=4"]  # the sums of step 4 are not written yet
     save = BackgroundCheckpointIO.save_checkpoint
 
@@ -115,7 +114,7 @@ def test_checkpoint_is_snapshot_of_its_step(short, run_cli, tmp_path, monkeypatc
 
 
 def test_failed_write_ends_run_at_next_step(short, run_cli, tmp_path, monkeypatch, with_callback):
-    """One line, exit code 2, and the checkpoint before it is intact."""
+    """One line, exit code 2, and the previous checkpoint is intact."""
     steps = with_callback(Steps())
     fail_from(monkeypatch, 8)
     code, _, stderr = run_cli(*short)
@@ -126,7 +125,7 @@ def test_failed_write_ends_run_at_next_step(short, run_cli, tmp_path, monkeypatc
 
 
 def fail_from(monkeypatch, step: int) -> None:
-    """Checkpoints from a step on cannot be written, which takes a moment to find out."""
+    """Checkpoints from a step on fail to be written, after a short delay."""
 
     def write(self, checkpoint, path, storage_options=None) -> None:
         if checkpoint["global_step"] < step:
@@ -138,7 +137,7 @@ def fail_from(monkeypatch, step: int) -> None:
 
 
 def test_failed_best_checkpoint_before_first_last(words, run_cli, monkeypatch, with_callback):  # noqa: F811
-    """It is written by the same thread, and ends the run as soon."""
+    """It is written by the same thread and ends the run just as early."""
     steps = with_callback(Steps())
     fail_from(monkeypatch, 1)
     code, _, stderr = run_cli(*in_process(words), "save_every=1000", "val_every=2", "steps=12")
@@ -155,7 +154,7 @@ def test_exit_waits_for_best_checkpoint(words, run_cli, tmp_path, slow, with_cal
 
 
 def test_failed_write_without_steps_left(short, run_cli, tmp_path, monkeypatch):
-    """Its last checkpoint was lost, and one that is kept for good has all steps."""
+    """The last checkpoint was lost, but a kept one has all steps."""
     given = [*short, "steps=8", "keep_every=8"]
     assert run_cli(*given)[0] == 0
     for name in ("checkpoints/last.ckpt", "checkpoints/previous.ckpt", "finished.json"):
@@ -171,7 +170,7 @@ def test_failed_write_without_steps_left(short, run_cli, tmp_path, monkeypatch):
 
 
 def test_signal_during_snapshot_does_not_save_twice(short, run_cli, tmp_path, monkeypatch, signals_restored):  # noqa: F811
-    """That may take long: the write before it is waited for."""
+    """Taking it may last, since it waits for the previous write."""
     save = CheckpointManager.save
 
     def told(self, module) -> None:
@@ -186,7 +185,7 @@ def test_signal_during_snapshot_does_not_save_twice(short, run_cli, tmp_path, mo
 
 
 def test_failed_final_write(short, run_cli, tmp_path, monkeypatch):
-    """No step comes after it; the run is not called finished."""
+    """No step follows; the run is not marked finished."""
     fail_from(monkeypatch, 10)
     code, stdout, stderr = run_cli(*short)
     assert code == 2
@@ -196,7 +195,7 @@ def test_failed_final_write(short, run_cli, tmp_path, monkeypatch):
 
 
 def test_failed_write_during_preemption(short, run_cli, tmp_path, monkeypatch, sends):  # noqa: F811
-    """Exit code 2 and not 75: nothing is saved from which the same command could go on."""
+    """Exit code 2 instead of 75: there is no checkpoint to resume from."""
     fail_from(monkeypatch, 6)
     sends("on_train_batch_start", 5)
     code, stdout, stderr = run_cli(*short)
@@ -207,7 +206,7 @@ def test_failed_write_during_preemption(short, run_cli, tmp_path, monkeypatch, s
 
 
 def test_failed_write_does_not_hide_other_error(short, run_cli, monkeypatch, with_callback, capsys):
-    """The run ends by what ended it; the other one is said too."""
+    """The run raises the other error and also prints the failed write."""
     with_callback(Crash(4))
     fail_from(monkeypatch, 4)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -216,7 +215,7 @@ def test_failed_write_does_not_hide_other_error(short, run_cli, monkeypatch, wit
 
 
 class TestPendingWriteIsAwaited:
-    """When a process ends, its last checkpoint is on the disk as a whole."""
+    """When a process exits, its last checkpoint is completely written."""
 
     def test_at_normal_end(self, short, run_cli, tmp_path, slow):
         code, stdout, _ = run_cli(*short)
@@ -238,7 +237,7 @@ class TestPendingWriteIsAwaited:
         assert last_checkpoint(tmp_path / "run")["global_step"] == 4
 
     def test_on_early_stopping(self, words, run_cli, tmp_path, slow, with_callback):  # noqa: F811
-        """The step of the last validation, whatever `save_every` is."""
+        """The step of the last validation is saved, whatever `save_every` is."""
 
         class Early(Callback):
             def on_validation_end(self, trainer, pl_module) -> None:
@@ -252,7 +251,7 @@ class TestPendingWriteIsAwaited:
         assert (saved["global_step"], saved["validation_due"]) == (5, False)
 
     def test_not_on_second_ctrl_c(self, short, run_cli, tmp_path, monkeypatch, with_callback):
-        """The checkpoint before stays, and nothing half-written."""
+        """The previous checkpoint is kept, and nothing half-written."""
 
         class Twice(Callback):
             def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -283,7 +282,7 @@ class TestValMinutes:
             assert all(row[name] == value for name, value in rows[0][step].items()), step
 
     def test_resume_validates_first(self, words, run_cli, tmp_path, sends, signals_restored):  # noqa: F811
-        """As with a validation by steps: the checkpoint before it says that it is due."""
+        """As with val_every: the checkpoint before the validation says that it is due."""
         words = [*in_process(words), "steps=6", "save_every=1000", "val_every=1000", f"run_dir={tmp_path / 'run'}"]
         sends("on_validation_batch_start", 2)
         with pytest.raises(SystemExit):

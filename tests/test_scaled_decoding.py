@@ -1,4 +1,4 @@
-"""Decoding what a crop needs: enough pixels, the right place, the same with and without simplejpeg."""
+"""Scaled decoding of crops: enough pixels, the right place, equal with and without simplejpeg."""
 
 import io
 

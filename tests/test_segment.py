@@ -1,4 +1,4 @@
-"""Segmentation by the command line, metrics against an independent count, windows, and the real ADE20K pairs."""
+"""Segmentation: metrics against an independent count, sliding windows, whole runs, prediction, ADE20K pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from crash import Crash
 from PIL import Image
 from tiny import fit_words, seeded, spoil, state_of, write_checkpoint
 
@@ -52,7 +51,7 @@ def words(shards, run_dir, *more: str) -> list[str]:
 class TestMetrics:
     @pytest.mark.parametrize("seed", range(5))
     def test_equal_reference_count(self, seed):
-        """Another way to the same numbers: sets of pixels, no matrix; the last class occurs nowhere."""
+        """Computed from sets of pixels instead of a matrix; the last class does not occur."""
         rng = np.random.default_rng(seed)
         target = rng.choice([0, 1, 2, 3, IGNORE], (7, 30, 40), p=[0.5, 0.2, 0.1, 0.05, 0.15])
         found = np.where(rng.random(target.shape) < 0.6, target % 5, rng.integers(0, 5, target.shape))
@@ -105,7 +104,7 @@ def test_ignored_pixels_count_as_zero_loss():
 
 
 class Painter(Segmenter):
-    """Logits of a pixel are its own colours, at a quarter of the patch: what a window says does not depend on it."""
+    """Its logits are the pixel colours at a quarter of the patch size, so they do not depend on the window."""
 
     def __init__(self, size=32):
         super().__init__(3, dict(SMALL), **{**SIZE, "image_size": size})
@@ -152,7 +151,7 @@ class TestWindows:
             assert torch.allclose(slide(model, image), whole, atol=1e-6)
 
     def test_overlapping_windows_are_averaged(self):
-        """By hand: every window on its own, summed and divided pixel by pixel."""
+        """Compared with single windows, summed and divided pixel by pixel."""
         model = seeded(Segmenter, 3, dict(SMALL), **SIZE).eval()
         image, total, seen = torch.randn(1, 3, 50, 40), torch.zeros(3, 50, 40), torch.zeros(50, 40)
         with torch.no_grad():
@@ -183,7 +182,7 @@ class TestWindows:
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("limit", [10**9, 2 * 50 * 37, 1])
 def test_chunked_upsampling_gives_same_classes(views, limit):
-    """Whatever fits into memory at once: the same classes."""
+    """However many classes fit into memory at once."""
     logits = [torch.randn(1, 7, 12, 9) * 3 for _ in range(views)]
     whole = [torch.nn.functional.interpolate(x, (50, 37), mode="bilinear") for x in logits]
     expected = whole[0][0].argmax(0) if views == 1 else sum(x.softmax(1) for x in whole)[0].argmax(0)
@@ -234,7 +233,7 @@ class TestRuns:
         assert code == 0, stderr
         assert "val/miou" in stdout
 
-    def test_resume_is_bit_identical(self, shards, run_cli, tmp_path, monkeypatch):
+    def test_resume_is_bit_identical(self, shards, run_cli, crash, tmp_path):
         settings = ["steps=4", "optim.warmup_steps=2", "save_every=1"]
         assert run_cli(*words(shards, tmp_path / "whole", *settings))[0] == 0
         make = runs.make_trainer
@@ -285,7 +284,7 @@ class TestRuns:
     @pytest.mark.soak
     @pytest.mark.long
     def test_metrics_are_independent_of_world_size(self, shards, run_cli, tmp_path):
-        """The same counts of pixels on 1, 2 and 3 processes, to the last digit; 12 images, and 5 of them."""
+        """Exactly the same pixel counts on 1, 2 and 3 processes, with 12 and with 5 images."""
         assert run_cli(*words(shards, tmp_path / "run", "trainer.accelerator=cpu", "data.val_images=5"))[0] == 0
         printed = []
         for processes in (1, 2, 3):
@@ -302,7 +301,7 @@ class TestRuns:
     @pytest.mark.long
     @pytest.mark.timeout(3600)  # 4 minutes of CPU time
     def test_ade20k_experiment_at_512(self, run_cli, tmp_path):
-        """Two steps of the real thing: base, two crops of 512, 150 classes, and a whole image. 10 GB of memory."""
+        """Two steps at full size: base, two crops of 512, 150 classes, and a whole image. 10 GB of memory."""
         make_shards("synthetic", tmp_path / "data", images=4, size=560, val=0.25, num_workers=1)
         settings = ["fit", "+experiment=segment_ade20k_base", "from_scratch=true", "steps=2", "global_batch_size=2"]
         settings += [f"data.train={tmp_path / 'data/train'}", f"data.val={tmp_path / 'data/val'}", "num_classes=150"]
@@ -410,7 +409,7 @@ class TestPredict:
         assert not any(name.is_absolute() or ".." in name.parts for name in names)
 
     def test_any_file_name(self, checkpoint, run_cli, tmp_path):
-        """A label map where a folder must be, long names (one of them of two bytes a letter), a place that is taken."""
+        """A file where a folder must be, long names (one of two-byte characters), a name already taken."""
         files = ["dir.jpg", "dir.png/in.jpg", f"{'x' * 245}.png", f"{'x' * 245}.jpg", f"{'é' * 120}.jpg", "last.jpg"]
         for file in files:
             (tmp_path / "src" / file).parent.mkdir(parents=True, exist_ok=True)
@@ -434,7 +433,7 @@ class TestPredict:
 
 
 def variants(name: str) -> list[str]:
-    """What an image may have been called whose label map has this name."""
+    """Image names that lead to this name of a label map."""
     stem = name.removesuffix(".png")
     return [stem, f"{stem}.jpg"]
 
@@ -467,7 +466,7 @@ def test_image_segmenter(tmp_path):
 
 @pytest.mark.skipif(not ADE.is_dir(), reason="ADE20K_MINI names no folder with the three ADE20K pairs")
 def test_ade20k_pairs(tmp_path):
-    """Names and numbers against the files themselves, read here without any code of the project."""
+    """Names and numbers against the files, read here without code of the project."""
     from beit_pretrain.data.datamodule import SegmentationData
     from beit_pretrain.transforms.segmentation import SegmentationEvalTransform, SegmentationTrainTransform
 
@@ -495,7 +494,7 @@ def test_ade20k_pairs(tmp_path):
 
 @pytest.mark.skipif(not ADE.is_dir(), reason="ADE20K_MINI names no folder with the three ADE20K pairs")
 def test_ade20k_palette_example():
-    """The predictions that come with the pairs: the benchmark's demo says a mean IoU over 150 of .1000 and 100 %."""
+    """The benchmark's demo gives the predictions beside the pairs a mean IoU over 150 classes of .1000 and 100 %."""
     total = torch.zeros(150, 150, dtype=torch.int64)
     for annotated in (ADE / "sampleData/annotations").glob("*.png"):
         maps = []

@@ -1,4 +1,4 @@
-"""Crops and whole images with label maps: ADE20K's convention, geometry that image and labels share, distortion."""
+"""Transforms for segmentation: ADE20K labels, shared geometry of image and labels, photometric distortion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from beit_pretrain.transforms.segmentation import (
 
 
 def coded(width: int, height: int, block: int = 16) -> tuple[Image.Image, Image.Image]:
-    """An image whose colour says the id of its label map: blocks of ids 1 ... 9, red = 20 x id."""
+    """An image whose colour encodes its label map: blocks of ids 1 ... 9, red = 20 x id."""
     rng = np.random.default_rng(0)
     ids = rng.integers(1, 10, (-(-height // block), -(-width // block)))
     ids = np.kron(ids, np.ones((block, block), int))[:height, :width].astype(np.uint8)
@@ -77,7 +77,7 @@ def test_resize_shorter_side(size, shorter, expected):
 class TestCrops:
     @pytest.mark.parametrize("size", [(96, 64), (64, 96), (20, 30), (300, 40), (1, 1)])
     def test_image_and_labels_share_geometry(self, size):
-        """Wherever the crop is and however it is scaled and flipped, colour and label say the same."""
+        """After any crop, scaling and flip, colour and label agree."""
         image, mask = coded(*size)
         views = SegmentationTrainTransform(48, 9, distort=False, ratio=(0.5, 2.0), fill=(0.0, 0.0, 0.0))
         agree = counted = 0
@@ -100,7 +100,7 @@ class TestCrops:
         assert inside.any(0).sum() == 64
 
     def test_max_share_of_one_class(self):
-        """Class 2 fills the first 20 of 256 columns: of the 193 places of a crop of 64, 5 show enough of it."""
+        """Class 2 fills the first 20 of 256 columns: only 5 of 193 positions of a crop of 64 show enough of it."""
         ids = np.ones((64, 256), np.uint8)
         ids[:, :20] = 2
         image, mask = Image.new("RGB", (256, 64)), Image.fromarray(ids)
@@ -144,7 +144,7 @@ def test_whole_images():
 
 
 class Fixed:
-    """Random numbers that are chosen: which steps apply, then shift, contrast and saturation, turn."""
+    """Fixed random numbers: which steps apply, then brightness, contrast and saturation, hue."""
 
     def __init__(self, applied, shift=0.0, contrast=1.0, saturation=1.0, turn=0.0):
         self.applied, self.values = np.where(applied, 0.0, 1.0), [shift, np.array([contrast, saturation]), turn]

@@ -1,6 +1,8 @@
-"""Every setting that is shipped keeps its own rule, and every wrong value is one line, before anything is written."""
+"""Shipped settings satisfy their rules; invalid values are one line before anything is written."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import pytest
 from omegaconf import OmegaConf

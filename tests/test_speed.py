@@ -1,4 +1,4 @@
-"""How a step is executed changes none of its numbers: ahead or not, compiled or not, profiled or not."""
+"""Device prefetch, torch.compile, profiling and deterministic mode do not change the numbers of a step."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_device_prefetch_with_cached_tokens(shards, dvae_checkpoint, tmp_path):
 
 @pytest.mark.long
 def test_compiled_losses_equal_eager(shards, dvae_checkpoint, tmp_path):
-    """Of known tokens, since a tokenizer may take the other one of two that are as good, as the next test shows."""
+    """With given tokens, since a tokenizer may decide a near-tie differently (see the next test)."""
     folder = tokens_of(shards / "train", tmp_path / "tokens", dvae_checkpoint)
     plain, compiled = (losses(data_of(shards, folder), mode=mode) for mode in (None, "default"))
     assert compiled == pytest.approx(plain, abs=1e-5)
@@ -60,7 +60,7 @@ def test_compiled_losses_equal_eager(shards, dvae_checkpoint, tmp_path):
 
 @pytest.mark.long
 def test_compiled_views_and_tokens_match_eager(shards):
-    """A grey value on the border between two tokens may fall to the other side when it is rounded otherwise."""
+    """A grey value between two tokens may be rounded to the other one."""
     differ, seen = 0, 0
 
     class Compares(KeepsLosses):
@@ -92,7 +92,7 @@ def test_read_numbers_keeps_order():
 
 def test_profile(shards, dvae_checkpoint, run_cli, tmp_path):
     given = [f"data.train={shards / 'train'}", f"tokenizer.path={dvae_checkpoint}", f"run_dir={tmp_path / 'run'}"]
-    # Images enough that some operations are dear: of 8, a fast processor's ten dearest are 40 % of a step.
+    # Enough images that some operations dominate: with 8, the top ten of a fast processor are only 40 % of a step.
     words = [
         "fit",
         *TINY,
@@ -135,7 +135,7 @@ def test_profile_of_short_run_warns(steps, taken, shards, tmp_path, capsys):
 
 
 def test_gpu_profile_lists_only_kernels():
-    """Torch gives an operator of the CPU the device time of the kernels it starts, which are events too."""
+    """Torch attributes kernel time also to the CPU operators that launch the kernels."""
 
     def event(key, device, microseconds, annotation=False):
         times = {"self_device_time_total": microseconds, "self_cpu_time_total": 9}
@@ -202,7 +202,7 @@ def test_cuda_graph_step_begins_with_each_micro_batch(shards, monkeypatch):
 
 @pytest.fixture
 def torchs_flags(monkeypatch):
-    """Torch's own settings, set back after the test."""
+    """Restore torch's global settings after the test."""
     import torch._inductor.config as inductor
 
     kept = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark, inductor.deterministic
@@ -214,7 +214,7 @@ def torchs_flags(monkeypatch):
 
 
 def test_deterministic(shards, dvae_checkpoint, run_cli, torchs_flags, tmp_path):
-    """Torch keeps to algorithms of one order of summation; on a CPU the numbers are those of any other run."""
+    """Torch uses deterministic algorithms; on a CPU the numbers do not change."""
     given = [
         f"data.train={shards / 'train'}",
         f"tokenizer.path={dvae_checkpoint}",
@@ -241,7 +241,7 @@ def test_deterministic_segmentation_on_gpu_is_refused(torchs_flags):
 
 
 def test_progress_bar_shows_host_numbers(shards):
-    """Lightning's own would be tensors of the device, which every refresh of the bar reads."""
+    """Lightning's own metrics are device tensors, which every refresh would read."""
     training = module()
     training.log_every = 1
     bar = ProgressBar()

@@ -1,4 +1,4 @@
-"""What processes tell one another at every step, here with a group of one; with two in test_two_processes.py."""
+"""The exchange between processes at every step, here with a group of one; test_two_processes.py has two."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def group(tmp_path):
-    """A process group of this process alone."""
+    """A process group of one process."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()
 
 
 def step(exchange: StepExchange, given: Agreed, masked: torch.Tensor | int = 0) -> Agreed:
-    """What the host reads after a step."""
+    """What the host reads after one step."""
     exchange.start(given, masked, CPU)
     exchange.finish()
     return exchange.read()
@@ -59,7 +59,7 @@ def test_all_reduce_is_asynchronous(monkeypatch):
 
 
 def test_wait_for_copy_times_out(monkeypatch):
-    """By an error that is told in one line, before NCCL ends the process without a word."""
+    """Raises an error of one line before NCCL would kill the process silently."""
 
     class Tee:
         def __init__(self, looks: float):

@@ -1,4 +1,4 @@
-"""Processes that a run starts itself: one that fails ends the run with a line, if the run does not speak itself."""
+"""Child processes of a run: if one fails, the run exits with one line, unless it reported an error itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps: how settings are split, how folders are named, what is run again, what is said at the end."""
+"""Sweeps: parsing, folder names, rerunning failed runs, the summary."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def words(shards, dvae_checkpoint):
         (["seed=range(1,4)", "steps=5"], ["seed_1", "seed_2", "seed_3"]),
         (["seed=choice(1,2)"], ["seed_1", "seed_2"]),
         (["tokenizer=glob(*n*,exclude=s*)"], ["tokenizer_none", "tokenizer_openai"]),
-        (["seed=1,2", "seed=3,4"], ["seed_3", "seed_4"]),  # said twice: the last one counts
+        (["seed=1,2", "seed=3,4"], ["seed_3", "seed_4"]),  # given twice: the last one counts
         (["seed=1,1,2"], ["seed_1", "seed_2"]),
         (["optim.clip=null,3", "data.pil_reference=true,false"], [
             "clip_null_pil_reference_true", "clip_null_pil_reference_false",
@@ -130,7 +130,7 @@ def test_last_line_of_log(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_sweep_with_failed_run(words, tmp_path):
-    """The sixth lacks a tokenizer at first. A second call runs that one alone."""
+    """The sixth run lacks a tokenizer at first; a second call runs only that one."""
     source = next(word.partition("=")[2] for word in words if word.startswith("tokenizer.path="))
     words = [word for word in words if not word.startswith("tokenizer.path=")]
     command = ["fit", "-m", *words, "steps=1", "name=s", "sweep.jobs=2", "data.num_workers=0"]

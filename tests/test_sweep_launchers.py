@@ -1,4 +1,4 @@
-"""Members of a sweep: so many at once, whatever becomes of one of them; signals; GPUs; submitit's settings."""
+"""Launching the runs of a sweep: parallel limit, failures, signals, GPUs, submitit settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def silent(*_) -> None:
 
 
 class Timed:
-    """A member that runs for a number of polls."""
+    """A run that lasts for a number of polls."""
 
     running = most = 0
 
@@ -53,7 +53,7 @@ def test_parallel_limit_and_failures_do_not_stop_others():
 
 
 def sleeper(monkeypatch, tmp_path, said: str):
-    """A member that writes which signal it got, and has a child of its own."""
+    """A run with a child process; both write down the signal they get."""
     code = (
         "import os, signal, sys, time\n"
         f"signal.signal(signal.{said}, lambda *_: (open('told', 'a').write('x'), sys.exit(0)))\n"

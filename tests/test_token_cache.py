@@ -1,4 +1,4 @@
-"""Cached tokens: the loss of a run that computes them for the same views, exactly; what does not fit is refused."""
+"""Cached tokens give exactly the loss of a run that computes them for the same views; mismatches are refused."""
 
 import json
 import pickle
@@ -34,7 +34,7 @@ def tokens_of(source: Path, out: Path, dvae: Path, views: TwoViewTransform = VIE
 
 @pytest.fixture(scope="module")
 def cached(shards, dvae_checkpoint, tmp_path_factory) -> Path:
-    """Two views of every training image in `train`, one of the held-out ones in `val`."""
+    """Two views of every training image in `train`, one view of every validation image in `val`."""
     folder = tmp_path_factory.mktemp("cached")
     tokens_of(shards / "train", folder / "train", dvae_checkpoint)
     tokens_of(shards / "val", folder / "val", dvae_checkpoint, count=1)
@@ -54,7 +54,7 @@ def data_of(shards: Path, tokens: Path, views: TwoViewTransform = VIEWS, **setti
 
 
 class Drawn:
-    """In place of cached tokens: draws the very same views anew, both of them, for a run that computes its tokens."""
+    """Replaces cached tokens: draws the same views again, for a run that computes its tokens."""
 
     def __init__(self, reader: ShardReader, views: TwoViewTransform, count: int, seed: int = 0):
         self.first, self.views, self.count, self.seed = np.cumsum([0, *reader.sizes]), views, count, seed

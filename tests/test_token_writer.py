@@ -1,4 +1,4 @@
-"""Tokens that were killed, split over machines or met a full disk: the same bytes in the end, or one line."""
+"""Writing tokens: kills, several machines and full disks end in the same bytes or in one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from beit_pretrain.tokenizers.tokenize import TokenizeOptions, make_tokens
 
 
 class Killed(BaseException):
-    """Stands for a kill at a chosen moment: nothing catches it."""
+    """Simulates a kill at a chosen moment: nothing catches it."""
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def run(shards, out: Path, dvae: Path, count: int = 2, **how) -> bool:
 
 
 def stopped(shards, out: Path, dvae: Path, after: int) -> None:
-    """A run that ends after so many shards."""
+    """A call that is killed after a number of shards."""
     save, count = tokenizing.save, 0
 
     def some(path, records):
@@ -101,7 +101,7 @@ def test_call_without_part_completes_missing_shards(shards, dvae_checkpoint, who
 
 
 def test_concurrent_parts(shards, dvae_checkpoint, whole, tmp_path):
-    """Another process, with the same shards in its part, finishes the set while this one computes."""
+    """Another process with overlapping shards finishes the set while this one computes."""
     out, save, others = tmp_path / "out", tokenizing.save, []
 
     def overtaken(path, records):
@@ -197,7 +197,7 @@ def test_disk_full(shards, dvae_checkpoint, whole, tmp_path):
 
 
 def test_disk_full_on_tmpfs(full_disk, shards, dvae_checkpoint, whole):
-    """No limit of the process, but ENOSPC; with room, the same command goes on."""
+    """A real ENOSPC; with room, the same command resumes."""
     disk = full_disk(16_384)
     with pytest.raises(
         UserError, match=rf"^cannot write tokens to {disk}/tokens: No space left on device; finished shards are kept"

@@ -1,4 +1,4 @@
-"""The verb `tokenize`: ids of the views that it records, on the command line, refused by name where that must be."""
+"""The verb `tokenize`: tokens of recorded views, pre-training from them, and errors."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_undecodable_images_are_named(words, copied, run_cli):
 
 
 def test_shard_with_other_checksum_is_refused(words, copied, run_cli):
-    """The tokens are signed with the manifest's digests; that of each shard must hold."""
+    """Tokens carry the manifest's checksums, so each shard must match its own."""
     tar = copied / "train/shard-000001.tar"
     data = bytearray(tar.read_bytes())
     data[-1500] ^= 1  # the size is right, and the images decode

@@ -1,4 +1,4 @@
-"""Tokenizers: OpenAI's files are read, checked and never executed; a dVAE of one's own plugs in the same way."""
+"""Tokenizers: OpenAI's files are checked and never executed; a self-trained dVAE has the same interface."""
 
 import os
 import pickle
@@ -48,7 +48,7 @@ class TestOpenAI:
         assert (tokenizer.vocab_size, tokenizer.downsample) == (512, 8)
 
     def test_ids_are_row_major(self, openai_files):
-        """What changes at the bottom of the picture changes the last ids."""
+        """A change at the bottom of the image changes the last ids."""
         tokenizer = OpenAITokenizer(openai_files)
         image, other = images(64), images(64)
         other[:, :, 56:] = 1 - other[:, :, 56:]
@@ -133,7 +133,7 @@ class TestOpenAI:
         assert not (tmp_path / "executed").exists()
 
     def test_hostile_pickle_runs_if_unpickled(self, tmp_path):
-        """The test above means something: a free unpickling runs the command."""
+        """Shows that the test above is meaningful."""
         pickle.loads(pickle.dumps(Hostile(tmp_path / "executed")))
         assert (tmp_path / "executed").exists()
 
@@ -182,7 +182,7 @@ class TestDVAE:
 
 
 class Eight:
-    """All that `view_size` asks of a tokenizer."""
+    """The attributes of a tokenizer that `view_size` needs."""
 
     downsample = 8
 
@@ -256,7 +256,7 @@ def test_fixture_is_small(dvae_checkpoint):
 
 
 class TestFusedEncoder:
-    """Against the package's own module; in half precision against its forward written out, since it needs CUDA."""
+    """Against the module of dall_e; in half precision against its forward pass written out, since it needs CUDA."""
 
     @pytest.fixture(scope="class")
     def encoder(self):
@@ -282,7 +282,7 @@ class TestFusedEncoder:
         assert torch.equal(torch.compile(tokenizer.encode, dynamic=False)(images()), tokenizer.encode(images()))
 
     def test_half_precision_is_as_accurate_as_release(self, encoder):
-        """Tokens that differ from single precision's: no more than of the release's way, within their scatter."""
+        """It changes no more tokens from single precision than the release does, within statistical error."""
 
         def release(x: torch.Tensor) -> torch.Tensor:
             def conv(x, c, half=True):
@@ -329,7 +329,7 @@ class TestFusedEncoder:
 
     @pytest.mark.parametrize("wrong", ["no such kernel", "not-a-number", "other numbers", ""])
     def test_fused_kernel_is_verified_before_use(self, wrong, monkeypatch, capsys):
-        """For every shape: in its place another one, since a CPU has none."""
+        """For every shape; here another op takes its place, since a CPU has none."""
 
         def kernel(*given):
             if wrong == "no such kernel":
@@ -356,13 +356,13 @@ class TestFusedEncoder:
 
 
 def without_last_bits(x: torch.Tensor, bits: int = 13) -> torch.Tensor:
-    """float32 with a mantissa of 23 - bits, rounded: by 13, as TF32 has it."""
+    """float32 rounded to 23 - bits bits of mantissa; bits=13 gives TF32."""
     return ((x.view(torch.int32) + (1 << (bits - 1))) & -(1 << bits)).view(torch.float32)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_split_product_is_as_accurate_as_float32(scale):
-    """Errors next to float64: hundreds of times smaller than TF32's, near those of float32."""
+    """Its error against float64 is hundreds of times smaller than TF32's and near that of float32."""
     torch.manual_seed(0)
     weight, bias = scale * 0.05 * torch.randn(512, 1024, 1, 1), scale * torch.randn(512)
     x = torch.randn(2, 1024, 3, 3).relu().half().contiguous(memory_format=torch.channels_last)

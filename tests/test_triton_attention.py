@@ -1,4 +1,4 @@
-"""The Triton attention: tested on a CPU by Triton's interpreter, compiled for sm_90 without a GPU; `attention=`."""
+"""Triton attention: by Triton's interpreter on a CPU, compiled for sm_90 without a GPU; `attention=`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from crash import Crash
 from tiny import start, tiny_words
 
-from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine import speed
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.checkpoints import files as checkpoint
@@ -24,7 +22,7 @@ from beit_pretrain.tables import curve
 INTERPRETED = Path(__file__).with_name("interpreted_attention.py")
 SHARED_MEMORY = 227 << 10  # bytes that a program may have on an H100 or H200
 SIZES = {"base": 12, "large": 16}  # heads, of 64 numbers
-SHAPES = ((197, None), (197, 75), (577, None))  # tokens; queries, where some tokens alone have one
+SHAPES = ((197, None), (197, 75), (577, None))  # tokens; queries, if only some tokens have one
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -57,7 +55,7 @@ def test_interpreter_all_shapes_and_precisions():
 
 
 class Driver:
-    """Says for which GPU Triton compiles; there need not be one."""
+    """Tells Triton for which GPU to compile, without one."""
 
     def __init__(self, target: Any):
         self.target = target
@@ -74,7 +72,7 @@ class Driver:
 
 @pytest.fixture
 def kernels(tmp_path, monkeypatch) -> dict[str, Any]:
-    """What the operators would launch on an H100, compiled as a launch would have it, by name."""
+    """The kernels that the operators would launch on an H100, compiled, by name."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
@@ -94,7 +92,7 @@ def kernels(tmp_path, monkeypatch) -> dict[str, Any]:
 
 
 def call_operators(heads: int, tokens: int, queries: int | None, dtype: torch.dtype) -> None:
-    """Forward and backward of 256 images with heads of 64 numbers, on tensors without contents."""
+    """Forward and backward pass of 256 images with heads of dimension 64, on fake tensors."""
     from beit_pretrain.models.triton_attention import attention, attention_backward
 
     there = {"device": "meta", "dtype": dtype}
@@ -109,7 +107,7 @@ def call_operators(heads: int, tokens: int, queries: int | None, dtype: torch.dt
 
 
 def resources(ptx: str) -> tuple[int, int]:
-    """(registers of a thread, bytes spilled) of machine code, as ptxas says."""
+    """(registers per thread, spilled bytes) of machine code, as reported by ptxas."""
     import triton
 
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -194,7 +192,7 @@ def test_attention_setting(monkeypatch):
 
 @pytest.mark.long
 def test_imports_without_triton():
-    """As on a Mac: the package is not there, and every module of ours but the kernels' own is imported."""
+    """As on a Mac: every module except those of the kernels can be imported without the package."""
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import importlib, pkgutil, beit_pretrain\n"
@@ -206,8 +204,8 @@ def test_imports_without_triton():
 
 
 @pytest.mark.long
-def test_resume_with_other_attention(shards, dvae_checkpoint, run_cli, tmp_path, monkeypatch):
-    """Begun with torch's, continued with ours: the same losses within rounding."""
+def test_resume_with_other_attention(shards, dvae_checkpoint, run_cli, crash, tmp_path):
+    """From torch's attention to Triton: same losses within rounding."""
     pytest.importorskip("triton")
     words = [
         "fit",
@@ -218,10 +216,7 @@ def test_resume_with_other_attention(shards, dvae_checkpoint, run_cli, tmp_path,
         "save_every=2",
     ]
     assert run_cli(*words, f"run_dir={tmp_path / 'whole'}")[0] == 0
-    make = runs.make_trainer
-    monkeypatch.setattr(runs, "make_trainer", lambda cfg, steps, calls: make(cfg, steps, [*calls, Crash(3)]))
-    with pytest.raises(RuntimeError, match="power cut"):
-        run_cli(*words, f"run_dir={tmp_path / 'run'}")
+    crash(3, *words, f"run_dir={tmp_path / 'run'}")
     log = tmp_path / "log"
     process = start([*words, "attention=triton", f"run_dir={tmp_path / 'run'}"], tmp_path, log, TRITON_INTERPRET="1")
     assert process.wait(280) == 0, log.read_text()
@@ -235,7 +230,7 @@ def test_resume_with_other_attention(shards, dvae_checkpoint, run_cli, tmp_path,
 
 
 def on_a_gpu() -> Any:
-    """The module with the tests' tools, where there is a GPU."""
+    """The module with the test tools, on a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     pytest.importorskip("triton")
@@ -268,7 +263,7 @@ def test_gpu_runs_are_bit_identical(kind):
 
 @pytest.mark.gpu
 def test_tensor_above_2_to_the_31_elements():
-    """The last images give the same bits as alone."""
+    """The last images give the same bits as on their own."""
     tools = on_a_gpu()
     if torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GiB of free memory on the GPU")

@@ -1,4 +1,4 @@
-"""Two processes that train together over gloo: the steps of one process, none of which waits for the other."""
+"""Two processes over gloo: same steps as one process, without blocking collectives."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Callable[[Path], dict[str, str]]:
-    """`installed(FILE)`: the environment in which `fit` counts its collectives, as if an installed package did."""
+    """`installed(FILE)`: environment variables with which `fit` counts its collectives."""
     package = tmp_path_factory.mktemp("package")
     about = package / "collectives-0.dist-info"
     about.mkdir()
@@ -50,7 +50,7 @@ def installed(tmp_path_factory) -> Callable[[Path], dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def words(shards, dvae_checkpoint) -> list[str]:
-    """Two micro-batches a step on two processes. Metrics are written at the end alone, as in most steps of a run."""
+    """Two micro-batches per step on two processes; metrics are written only at the end."""
     words = [w for w in TINY if not w.startswith(("log_every", "val_every", "batch_size", "data.num_workers"))]
     words += [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"tokenizer.path={dvae_checkpoint}"]
     words += [
@@ -65,7 +65,7 @@ def words(shards, dvae_checkpoint) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(words, installed, tmp_path_factory) -> Path:
-    """A folder with the same run in float64 on one and on two processes, and what they have counted."""
+    """A folder with the same run in float64 on one and on two processes, and their counts."""
     folder = tmp_path_factory.mktemp("runs")
     for devices, more in ((1, ["batch_size=8"]), (2, ["batch_size=4", "trainer.devices=2"])):
         run = ["trainer.precision=64-true", "log_every=1", f"run_dir={folder / str(devices)}", *more]
@@ -76,7 +76,7 @@ def runs(words, installed, tmp_path_factory) -> Path:
 
 
 def test_steps_equal_one_process(runs):
-    """The loss is a mean over the masked patches of the global batch: exactly, but for the order of float64 sums."""
+    """The loss is the mean over all masked patches of the global batch, up to the order of float64 sums."""
     assert largest_difference(runs / "1", runs / "2") < 2e-15
     one, two = (last_checkpoint(runs / name)["state_dict"] for name in ("1", "2"))
     for name, tensor in one.items():
@@ -84,13 +84,13 @@ def test_steps_equal_one_process(runs):
 
 
 def test_knn_equals_one_process(runs):
-    """The bank and the queries are dealt to the processes, and come together in one order."""
+    """Bank and queries are split among the processes and gathered in one order."""
     rows = [rows_of(runs / name)[STEPS] for name in ("1", "2")]
     assert rows[0]["val/knn_accuracy"] == rows[1]["val/knn_accuracy"] > 0
 
 
 def counted(record: Path) -> dict[int, list[dict]]:
-    """What each process has counted between the end of a step and that of the next."""
+    """The counts of each process between the ends of two steps."""
     found: dict[int, list[dict]] = {}
     for line in record.read_text().splitlines():
         entry = json.loads(line)
@@ -102,7 +102,7 @@ def counted(record: Path) -> dict[int, list[dict]]:
     ("strategy", "own"), [("ddp", set()), ("fsdp", {"_allgather_base", "_reduce_scatter_base"})], ids=["ddp", "fsdp"]
 )
 def test_steps_have_no_blocking_collectives(strategy, own, words, installed, tmp_path):
-    """In the steady state nothing blocks, and one all-reduce is beside the backward pass; FSDP has its own on top."""
+    """In steady state nothing blocks, and one all-reduce overlaps with the backward pass; FSDP adds its own."""
     record, log = tmp_path / "counts", tmp_path / "log"
     run = ["batch_size=4", "trainer.devices=2", f"trainer.strategy={strategy}", f"run_dir={tmp_path / 'run'}"]
     assert start([*words, *run], tmp_path, log, **installed(record)).wait(240) == 0, log.read_text()[-3000:]
@@ -113,11 +113,11 @@ def test_steps_have_no_blocking_collectives(strategy, own, words, installed, tmp
             assert set(entry["blocking"]) == own, entry
             assert entry["asynchronous"] == {"allreduce": 1}, entry
     assert len(steps[STEPS]) == 2
-    assert all(entry["blocking"].get("allreduce", 0) > 0 for entry in steps[STEPS])  # whatever blocks is seen
+    assert all(entry["blocking"].get("allreduce", 0) > 0 for entry in steps[STEPS])  # blocking collectives are detected
 
 
 def test_signal_to_one_process_stops_both(words, tmp_path):
-    """It travels with a step's all-reduce: both leave after the same step, at most two after the one in hand."""
+    """The signal travels with the all-reduce of a step: both stop after the same step, at most two steps later."""
     log, run = tmp_path / "log", tmp_path / "run"
     words = [*words, "steps=400", "log_every=1", "batch_size=4", "trainer.devices=2", f"run_dir={run}", "data.val=null"]
     process = start(words, tmp_path, log)
@@ -127,13 +127,13 @@ def test_signal_to_one_process_stops_both(words, tmp_path):
     assert process.wait(60) == 75, log.read_text()[-3000:]
     saved = last_checkpoint(run)["global_step"]
     assert f"stopped by SIGTERM after step {saved}, saved" in log.read_text()
-    assert before < saved == steps_written(run) <= before + 4  # one may have ended between the look and the signal
+    assert before < saved == steps_written(run) <= before + 4  # a step may have ended before the signal
     assert errors(log) == []
     assert "Traceback" not in log.read_text()
 
 
 def test_failed_write_ends_both_processes(words, tmp_path):
-    """The first process writes, and finds a quota on its files; the other one waits for it meanwhile."""
+    """Rank 0 writes and meets a file size limit while the other process waits for it."""
     log, run = tmp_path / "log", tmp_path / "run"
     words = [*words, "steps=4000", "save_every=3", "log_every=1", "batch_size=4", "trainer.devices=2", "data.val=null"]
     process = start([*words, f"run_dir={run}"], tmp_path, log)
@@ -149,7 +149,7 @@ def test_failed_write_ends_both_processes(words, tmp_path):
 
 
 def test_time_based_saves_agree(words, tmp_path):
-    """Saving and validating by the clock on both, at the same steps: every second one, since it is heard one later."""
+    """Time-based saves and validations happen at the same steps on both: every second, as agreement takes one."""
     log, run = tmp_path / "log", tmp_path / "run"
     more = ["batch_size=4", "trainer.devices=2", f"run_dir={run}", "log_every=1", "val_minutes=1e-9"]
     assert start([*words, *more], tmp_path, log).wait(240) == 0, log.read_text()[-3000:]
@@ -159,7 +159,7 @@ def test_time_based_saves_agree(words, tmp_path):
 
 
 def test_bf16_gradient_compression(words, runs, tmp_path):
-    """Close to those that are not, and not the same: the option does something."""
+    """Close to uncompressed gradients, but not equal."""
     log, run = tmp_path / "log", tmp_path / "run"
     more = ["batch_size=4", "trainer.devices=2", f"run_dir={run}", "log_every=1", "gradient_compression=bf16"]
     assert start([*words, *more], tmp_path, log).wait(240) == 0, log.read_text()[-3000:]
@@ -167,7 +167,7 @@ def test_bf16_gradient_compression(words, runs, tmp_path):
 
 
 def test_compiled_ddp_step_is_split_and_reported(words, tmp_path):
-    """So that gradients are sent while the next ones are computed; `optimize_ddp=false` keeps it whole."""
+    """So that communication overlaps with computation; `optimize_ddp=false` keeps one graph."""
     log, run = tmp_path / "log", tmp_path / "run"
     larger = ["model.embed_dim=192", "model.depth=4", "model.num_heads=3"]  # beyond the first bucket's 1 MB
     more = ["batch_size=4", "trainer.devices=2", f"run_dir={run}", "log_every=1", "compile=true", "data.val=null"]

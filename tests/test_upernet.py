@@ -1,4 +1,4 @@
-"""UPerNet against transformers' BeitForSemanticSegmentation, files both ways, and what cannot be built or read."""
+"""UPerNet against transformers' BeitForSemanticSegmentation: outputs, files both ways, errors."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_gradients_match_transformers(tmp_path):
 
 @pytest.mark.parametrize("decoder", [{}, {"layers": [0, 1, 2, 3]}, {"aux_channels": None}, {"pool_scales": [1, 3]}])
 def test_round_trip_to_hugging_face(decoder, run_cli, tmp_path):
-    """Also with the last block among the four: transformers cannot look at it, but for one more that idles."""
+    """Also with the last block among the four layers: transformers needs an extra idle block for it."""
     from transformers import BeitForSemanticSegmentation, BeitImageProcessor
 
     model = ours(decoder=decoder)
@@ -142,7 +142,7 @@ def test_round_trip_from_hugging_face(run_cli, tmp_path):
 
 
 def test_unilm_names(tmp_path):
-    """`backbone.` before the transformer and its up-sampling, `conv_seg` for the classifiers; layers are not said."""
+    """`backbone.` before transformer and up-sampling, `conv_seg` for classifiers; the layers are not stored."""
     model = ours(image_size=32)
     renamed = {}
     for name, tensor in model.state_dict().items():

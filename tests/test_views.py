@@ -1,4 +1,4 @@
-"""Views: held against torchvision's PIL pipeline, bit for bit where nothing is approximated."""
+"""Views against torchvision's PIL pipeline, bit for bit where nothing is approximated."""
 
 import io
 import itertools
@@ -44,7 +44,7 @@ SMALL = TwoViewTransform(image_size=32, token_image_size=16)
 
 
 def picture(width: int = 90, height: int = 70, seed: int = 0) -> Image.Image:
-    """A picture with smooth and rough parts, as a decoded image (so without scaled decoding)."""
+    """A decoded image with smooth and rough parts (so without scaled decoding)."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -65,7 +65,7 @@ def rng(position: int) -> np.random.Generator:
 
 
 def drawn(views: TwoViewTransform, size: tuple[int, int], position: int):
-    """Jitter, flip and crop that the views draw at a position: the order of the draws is part of a run's identity."""
+    """Jitter, flip and crop that the views draw at a position; the order of the draws must not change."""
     numbers = rng(position)
     jitter = draw_jitter(numbers, views.jitter)
     flip, crop = numbers.random() < views.flip, draw_crop(numbers, *size, views.scale, views.ratio)
@@ -107,7 +107,7 @@ class TestCrop:
 
     @pytest.mark.parametrize("size", [(1000, 20), (20, 1000)])
     def test_falls_back_to_central_crop(self, size):
-        """No box of 90 % of the area has an aspect below 4/3: torchvision takes the largest central one."""
+        """No box of 90 % of the area has an aspect below 4/3: torchvision takes the largest central box."""
         top, left, height, width = RandomResizedCrop.get_params(Image.new("RGB", size), [0.9, 1.0], [3 / 4, 4 / 3])
         assert draw_crop(rng(0), *size, (0.9, 1.0), (3 / 4, 4 / 3)) == (top, left, height, width)
 
@@ -118,7 +118,7 @@ class TestCrop:
 class TestPretrainViews:
     @pytest.mark.parametrize("position", range(8))
     def test_backbone_view_matches_torchvision_within_rounding(self, position):
-        """Without scaled decoding. The tokenizer's view is bicubic, too, where the authors' is Lanczos."""
+        """Without scaled decoding. The tokenizer's view is bicubic too; the release uses Lanczos."""
         image = picture()
         _, flip, crop = drawn(SMALL, image.size, position)
         view = SMALL(image, rng(position))
@@ -132,7 +132,7 @@ class TestPretrainViews:
         assert np.abs(view["token_image"] - (lanczos[:, :, ::-1] if flip else lanczos).astype(float)).mean() < 3
 
     def test_no_tokenizer_view_without_size(self):
-        """As with cached tokens: the backbone's view is the same."""
+        """As with cached tokens; the backbone's view does not change."""
         one, both = TwoViewTransform(32, None)(picture(), rng(1)), TwoViewTransform(32, 16)(picture(), rng(1))
         assert one.keys() == both.keys() - {"token_image"}
         assert all(np.array_equal(one[name], both[name]) for name in one)
@@ -165,7 +165,7 @@ class TestPretrainViews:
         assert torch.equal(token_image, batch["token_image"].float() / 255)
 
     def test_fast_views_are_close_to_pil_reference(self):
-        """Jitter before or after the crop differs only in rounding and in what resizing mixes after clipping."""
+        """Jitter before or after the crop differs only by rounding and by resizing clipped values."""
         settings = {"image_size": 32, "token_image_size": 16, "jitter": (0.2, 0.4, 0.2), "flip": 0.0}
         for position in range(4):
             batches = [
@@ -205,7 +205,7 @@ class TestJitter:
     @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("factors", [(1.4, 0.6, 1.4), (0.6, 1.4, 0.6), (1.4, 0.7, 0.6), (1.0, 0.6, 1.0)])
     def test_matches_pillow_with_mean_color_grid(self, order, factors):
-        """Every pixel of the whole image as PIL has it, contrast's grey after the operations before it included."""
+        """Every pixel of the whole image as in PIL, including the grey of contrast after earlier operations."""
         image = expected = picture(300, 200)
         for operation in order:
             expected = ADJUST[operation](expected, factors[operation])
@@ -217,7 +217,7 @@ class TestJitter:
         assert difference.max() <= 3
 
     def test_contrast_uses_mean_of_whole_image(self):
-        """A crop of black from an image that is half white: contrast moves it, though it is of one grey itself."""
+        """A black crop of a half-white image: contrast changes it although the crop itself is uniform."""
         image = Image.new("RGB", (80, 40), "white")
         image.paste("black", (0, 0, 40, 40))
         jitter = Jitter(np.array([1, 0.6, 1], np.float32), np.arange(3))
@@ -244,7 +244,7 @@ class TestJitter:
         assert draw_jitter(rng(0), (2.0, 2.0, 2.0)).factors.min() >= 0
 
     def test_both_views_get_same_jitter(self):
-        """A picture of one colour has that colour in both views, before and after."""
+        """An image of one colour has the same colour in both views, before and after jitter."""
         torch.manual_seed(0)
         colour = torch.randint(40, 200, (6, 3, 1, 1), dtype=torch.uint8)
         batch = {

@@ -1,4 +1,4 @@
-"""W&B: the same run after a restart, every step once in its newest folder, and a run that outlives it."""
+"""W&B: same run after a restart, every step once in its newest folder, and training survives its failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from beit_pretrain.errors import UserError
 
 
 class FakeRun:
-    """Takes what is logged, until it breaks."""
+    """Records what is logged, and fails at a given row."""
 
     def __init__(self, breaks_at: int | None = None):
         self.rows: list[dict] = []

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import Callback
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.tables import read_rows
@@ -37,7 +38,7 @@ TASKS = {
     "finetune": NETWORK,
     "segment": f"{NETWORK} decoder.channels=16 decoder.aux_channels=8",
 }
-# A pre-training run that has everything (a loader worker, drop path, accumulation), for processes of its own.
+# A pre-training run with all features (a loader worker, drop path, accumulation), for subprocesses.
 TINY = (
     "+experiment=demo_pretrain image_size=32 patch_size=8 mask.max_patches=6 mask.min_block=1 global_batch_size=16 "
     "batch_size=2 data.num_workers=1 model.embed_dim=32 model.num_heads=2 model.depth=2 model.drop_path_rate=.1 "
@@ -50,14 +51,14 @@ STARTED: list[subprocess.Popen] = []  # what a test has started ends with it
 
 
 def seeded(build: Callable, *args, **settings):
-    """`build(...)` with weights that do not depend on which test asked first; the global generator is left alone."""
+    """`build(...)` with fixed weights; the global generator is left unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return build(*args, **settings)
 
 
 def write_checkpoint(path: Path, kind: str, model: torch.nn.Module, **about) -> Path:
-    """The part of a checkpoint of `fit` that `checkpoint.read_own` reads."""
+    """Write the part of a checkpoint of `fit` that readers need."""
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     said = {"kind": kind, "model": dict(model.config), **about}
     torch.save({"beit_pretrain": said, "state_dict": state, "global_step": 10}, path)
@@ -65,7 +66,7 @@ def write_checkpoint(path: Path, kind: str, model: torch.nn.Module, **about) -> 
 
 
 def spoil(folder: Path, shard: int, rows: list[int]) -> None:
-    """Overwrite images of a shard with what is none, and let the manifest say so."""
+    """Overwrite images of a shard with garbage, and update the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
     entry = manifest["shards"][shard]
     path = folder / entry["name"]
@@ -87,24 +88,35 @@ def refusal(function: Callable, *args, **settings) -> str:
     return str(caught.value)
 
 
+class Crash(Callback):
+    """Raises after a given optimizer step, before the next one begins."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
 def data_words(shards: Path) -> list[str]:
     return [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}"]
 
 
 def fit_words(task: str, shards: Path, *more: str) -> list[str]:
-    """`fit` of the demo's experiment of a task, as small as it gets; what is given last counts."""
+    """`fit` of the demo experiment of a task at the smallest size; `more` overrides."""
     return ["fit", f"+experiment=demo_{task}", *data_words(shards), *COMMON.split(), *TASKS[task].split(), *more]
 
 
 def tiny_words(shards: Path, tokenizer: Path) -> list[str]:
-    """Settings of `fit`; steps and name are still to be given."""
+    """Settings of TINY without steps and name."""
     return [*TINY, *data_words(shards), f"tokenizer.path={tokenizer}"]
 
 
 def start(
     words: Sequence[str], folder: Path, log: Path, launcher: Sequence[str] = (), **variables: str
 ) -> subprocess.Popen:
-    """`python [launcher] -m beit_pretrain WORDS` in a folder and a session of its own, its output in a file."""
+    """`python [launcher] -m beit_pretrain WORDS` in a folder, in a new session, with its output in a file."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, *launcher, "-m", "beit_pretrain", *map(str, words)],
@@ -120,12 +132,12 @@ def start(
 
 
 def hear_ctrl_c() -> None:
-    """Undo what a shell does to jobs in its background, which the tests may be: it lets them ignore Ctrl-C."""
+    """Accept Ctrl-C, which shells make their background jobs ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def signal_group(process: subprocess.Popen, signum: int) -> None:
-    """Signal a process and all that it has started in its session."""
+    """Signal a process and its session."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signum)
 
@@ -133,7 +145,7 @@ def signal_group(process: subprocess.Popen, signum: int) -> None:
 def wait_until(
     process: subprocess.Popen, happened: Callable[[], bool], seconds: float = 120, pause: float = 0.01
 ) -> bool:
-    """Wait until `happened()`; whether it did while the process ran."""
+    """Wait until `happened()`; returns whether it did while the process ran."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < deadline:
         if happened():
@@ -143,7 +155,7 @@ def wait_until(
 
 
 def tree(process: subprocess.Popen) -> list[int]:
-    """A process and all its descendants, in whatever session, as /proc knows them."""
+    """A process and all its descendants, in any session, from /proc."""
     children: dict[int, list[int]] = {}
     for place in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, IndexError):
@@ -155,7 +167,7 @@ def tree(process: subprocess.Popen) -> list[int]:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended. One whose parent ended first waits in /proc, as a zombie, until init sees to it."""
+    """Whether a process has ended (zombies count as ended)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -163,7 +175,7 @@ def gone(pid: int) -> bool:
 
 
 def end_all() -> None:
-    """Kill what is left of what was started."""
+    """Kill all processes that are left."""
     for process in STARTED:
         signal_group(process, signal.SIGKILL)
         process.wait()
@@ -171,12 +183,12 @@ def end_all() -> None:
 
 
 def errors(log: Path) -> list[str]:
-    """The lines of ours in what a process printed."""
+    """The error lines in the output of a process."""
     return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
 
 
 def steps_written(run: Path) -> int:
-    """The last step in a run's metrics."""
+    """The last step in the metrics of a run."""
     with suppress(OSError, ValueError):
         last = (run / "metrics.csv").read_text().rpartition("\n")[0].rpartition("\n")[2]
         return int(last.partition(",")[0])
@@ -184,20 +196,20 @@ def steps_written(run: Path) -> int:
 
 
 def rows_of(run: Path, every: int = 1) -> dict[int, dict[str, Any]]:
-    """A run's metrics by step, less clocks. No step may stand twice, and none (`every`-th) be missing to the last."""
+    """Metrics of a run by step without times; asserts that every (`every`-th) step occurs exactly once."""
     lines = (run / "metrics.csv").read_text().splitlines()[1:]
     assert [int(line.partition(",")[0]) for line in lines] == [every * n for n in range(1, len(lines) + 1)]
     return {step: comparable(row) for step, row in read_rows(run / "metrics.csv")[1].items()}
 
 
 def comparable(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics less clocks, where not-a-number equals itself."""
+    """A row of metrics without times, with NaN as text so that it equals itself."""
     metrics = {k: v for k, v in row.items() if k.startswith(("train/", "val/")) and k not in CLOCKS}
     return {k: "nan" if v != v else v for k, v in metrics.items()}
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Of a training loss between two runs that have the same steps."""
+    """The largest difference of a training loss between two runs with the same steps."""
     rows = rows_of(one), rows_of(other)
     assert rows[0].keys() == rows[1].keys()
     return max(abs(rows[0][step]["train/loss"] - rows[1][step]["train/loss"]) for step in rows[0])
@@ -209,13 +221,13 @@ def state_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def last_checkpoint(run: Path) -> dict:
-    """What `last.ckpt` of a run holds."""
+    """The content of `last.ckpt` of a run."""
     content: dict = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     return content
 
 
 def same_run(one: Path, other: Path, every: int = 1) -> int:
-    """Assert: every step once, every number to the last bit, the same weights and moments. Returns the rows."""
+    """Assert bit-identical metrics, weights and moments of two runs; returns the number of rows."""
     rows = rows_of(one, every)
     assert rows == rows_of(other, every)
     same_weights(last_checkpoint(one), last_checkpoint(other))
@@ -223,7 +235,7 @@ def same_run(one: Path, other: Path, every: int = 1) -> int:
 
 
 def same_weights(one: dict, other: dict) -> None:
-    """Assert that two checkpoints have the same weights and moments, to the last bit."""
+    """Assert that two checkpoints have bit-identical weights and moments."""
     assert one["state_dict"].keys() == other["state_dict"].keys()
     for name, tensor in one["state_dict"].items():
         assert torch.equal(tensor, other["state_dict"][name]), name

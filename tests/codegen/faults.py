@@ -1,4 +1,4 @@
-"""Whether the kit sees what it is for: small functions with one fault each, and the line of the report that shows it.
+"""Does the kit detect what it is for? Small functions with one fault each, and the line of the report that shows it.
 
 usage: sh run.sh PYTHON faults.py
 """
@@ -58,7 +58,7 @@ CASES: list[tuple[str, Callable, tuple, Callable[[dict], bool]]] = [
         lambda f: strides(f) == ["(0, 41024, 208, 1)"],
     ),
     (
-        "bias not aligned",  # torch fills it up to multiples of 8, in a kernel of its own at every call
+        "bias not aligned",  # torch pads it to multiples of 8 in a separate kernel at every call
         lambda q, bias: F.scaled_dot_product_attention(q, q, q, attn_mask=bias),
         (q, bias),
         lambda f: strides(f) == ["(0, 39424, 200, 1)"],
@@ -86,7 +86,7 @@ CASES: list[tuple[str, Callable, tuple, Callable[[dict], bool]]] = [
 
 
 def launch_fails() -> bool:
-    """Whether a kernel that is really launched stops, instead of passing garbage for a result."""
+    """A kernel that is really launched must raise instead of returning garbage."""
     try:
         torch.ones(3, device="cuda")
     except RuntimeError:
@@ -95,7 +95,7 @@ def launch_fails() -> bool:
 
 
 def reading_fails() -> bool:
-    """Whether a look at a value, for which the step would wait, stops with a word about the graph break."""
+    """Reading a value, which would synchronize with the device, must raise an error about the graph break."""
 
     def reads(x: Tensor) -> Tensor:
         return x * 2 if x.sum().item() > 0 else x

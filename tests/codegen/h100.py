@@ -173,7 +173,7 @@ mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors with shapes, stride
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor on the device that is not there."""
+    """A tensor on the absent device."""
     with mode:
         return torch.empty(shape, dtype=dtype, device=DEVICE)
 

@@ -31,7 +31,7 @@ def compiled(name: str, source: str) -> list[tuple[Any, Any]]:
 
 
 def resources(ptx: str) -> str:
-    """What ptxas says of registers and spills."""
+    """Registers and spills as reported by ptxas."""
     target = re.search(r"^\.target (\w+)", ptx, re.M)
     assert target is not None
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -48,7 +48,7 @@ def main() -> None:
     if not 2 <= len(sys.argv) <= 3:
         raise SystemExit(__doc__)
     triton_helpers.set_driver_to_gpu = lambda: None  # it would load libcuda
-    torch._inductor.config.use_static_triton_launcher = False  # it would keep the file alone, not the PTX
+    torch._inductor.config.use_static_triton_launcher = False  # it would keep only the file, not the PTX
     for name, source in KERNEL.findall(Path(sys.argv[1]).read_text()):
         if sys.argv[2:] and sys.argv[2] not in name:
             continue

@@ -1,4 +1,4 @@
-"""What generated programs (h100.py) say about themselves: kernels, library calls, atomics, bytes, attention's bias."""
+"""Facts about generated programs (h100.py): kernels, library calls, atomics, bytes, attention bias."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder is marked `gpu`."""
+    """Mark everything in this folder `gpu`."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("gpu")
@@ -34,7 +34,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def cuda() -> torch.device:
-    """The GPU, for what has no meaning on a CPU."""
+    """The GPU, for tests that make no sense on a CPU."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device("cuda", 0)
@@ -48,7 +48,7 @@ def accelerator(device) -> str:
 
 @pytest.fixture(autouse=True)
 def exact_convolutions() -> Iterator[None]:
-    """float32 is float32: cuDNN would take TF32. What a test sets for all is set back."""
+    """Disable TF32 in cuDNN, and restore global settings after each test."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)

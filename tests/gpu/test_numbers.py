@@ -1,4 +1,4 @@
-"""A GPU computes what a CPU does: views, tokens, attention, the objective and its gradients, within stated bounds."""
+"""A GPU computes the same as a CPU within stated bounds: views, tokens, attention, objective, gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODEL = {"image_size": SIZE, "patch_size": 8, "vocab_size": 512, "embed_dim": 12
 
 
 def batch_of(count: int = BATCH, seed: int = 0) -> dict[str, Tensor]:
-    """A batch as a loader brings it, on the CPU."""
+    """A batch as from the loader, on the CPU."""
     draw = torch.Generator().manual_seed(seed)
 
     def pixels(side: int) -> Tensor:  # smooth, as photos are: noise has near-ties everywhere
@@ -64,7 +64,7 @@ def encoder() -> Encoder:
 
 
 def pretraining(device: torch.device, **settings) -> Pretraining:
-    """A module whose numbers are large enough to matter, with OpenAI's tokenizer in small."""
+    """A module with weights of noticeable size and a small version of OpenAI's tokenizer."""
     model = seeded(MaskedImageModel, **MODEL | settings)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -80,7 +80,7 @@ Gradients = tuple[float, dict[str, Tensor]]  # the loss, and the gradients by na
 
 
 def loss_and_gradients(module: Pretraining, batch: dict[str, Tensor], half: bool = False) -> Gradients:
-    """Of the mean over the masked patches, with drop path, of known tokens."""
+    """Loss (mean over masked patches) and gradients with drop path, for given tokens."""
     view = batch["image"].float() / 255
     module.model.zero_grad()
     with torch.autocast(module.device.type, torch.bfloat16, enabled=half):
@@ -92,13 +92,13 @@ def loss_and_gradients(module: Pretraining, batch: dict[str, Tensor], half: bool
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    """Relative, of the norm; not-a-number never passes a bound."""
+    """Relative error of the norm; NaN exceeds every bound."""
     exact = exact.detach().double().cpu()
     return float((found.detach().double().cpu() - exact).norm() / exact.norm())
 
 
 def assert_near(found: Gradients, exact: Gradients, of_loss: float, of_gradients: float) -> None:
-    """Assert that a loss and every tensor of gradients are within these relative bounds."""
+    """Assert that the loss and every gradient tensor are within the relative bounds."""
     assert found[0] == pytest.approx(exact[0], rel=of_loss)
     errors = {name: error(found[1][name], exact[1][name]) for name in exact[1]}
     assert all(each < of_gradients for each in errors.values()), errors
@@ -126,7 +126,7 @@ def test_drop_path_noise_is_bit_identical(device):
 
 
 def test_tokens_equal_dall_e_on_same_device(device):
-    """fp16 convolutions like the package's, a more exact output: near-ties alone may differ."""
+    """fp16 convolutions as in dall_e, with a more exact output layer: only near-ties may differ."""
     package = encoder().to(device)
     image = batch_of(32)["token_image"].to(device).float() / 255
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_attention_and_its_bias_gradient(device, tokens, dtype, bound):
 
 
 def test_attention_of_some_queries(device):
-    """The last block's: rows of the bias are looked up for each image."""
+    """As in the last block: the bias rows of the masked patches are gathered for each image."""
     tokens, asked = 50, torch.stack([torch.randperm(50)[:20] for _ in range(4)])
     q, k, v = torch.randn(4, 3, 20, 64), *(torch.randn(4, 3, tokens, 64) for _ in range(2))
     bias = torch.randn(1, 3, tokens, tokens)
@@ -259,7 +259,7 @@ def test_clipping(device):
 
 
 def test_deepcopied_module(device):
-    """As averaged weights and predictors copy it."""
+    """As EMA and predictors copy it."""
     module = pretraining(device)
     other = copy.deepcopy(module.model)
     image = torch.rand(2, 3, SIZE, SIZE, device=device)

@@ -1,4 +1,4 @@
-"""On a GPU: snapshots of a run that goes on, and an exchange for which the host waits nowhere."""
+"""On a GPU: snapshots during training, and an exchange between processes that never blocks the host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUSY = 10**9  # cycles of a GPU: about half a second
 
 @pytest.fixture
 def group(tmp_path):
-    """A process group of this process alone, over NCCL."""
+    """A process group of one process over NCCL."""
     device = torch.device("cuda", 0)
     store = f"file://{tmp_path / 'store'}"
     distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=device)
@@ -30,7 +30,7 @@ def group(tmp_path):
 
 class TestSnapshot:
     def test_is_isolated_and_asynchronous(self):
-        """The device is busy before and changes its tensors after: the copy stands in between."""
+        """The device is busy before the copy and changes the tensors after it."""
         weight, snapshot = torch.zeros(2**20, device="cuda"), Snapshot()
         snapshot.take({"weight": weight})  # allocates
         torch.cuda.synchronize()
@@ -56,7 +56,7 @@ class TestSnapshot:
 
 
 def test_checkpoint_holds_cpu_tensors(tmp_path):
-    """Whoever reads it needs no GPU, and the thread has none to wait for but the copy."""
+    """Readers need no GPU, and the writer thread waits for nothing but the copy."""
     io, model = BackgroundCheckpointIO(), torch.nn.Linear(8, 8, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model(torch.ones(1, 8, device="cuda")).sum().backward()
@@ -67,14 +67,14 @@ def test_checkpoint_holds_cpu_tensors(tmp_path):
     with torch.no_grad():
         model.weight.zero_()
     io.wait()
-    found = torch.load(tmp_path / "last.ckpt", weights_only=True)  # as it lies there, not mapped to the CPU
+    found = torch.load(tmp_path / "last.ckpt", weights_only=True)  # as stored, not mapped to the CPU
     assert found["state_dict"]["weight"].device.type == "cpu"
     assert torch.equal(found["state_dict"]["weight"], expected)
     assert read(tmp_path / "last.ckpt")["optimizer"]["state"][0]["exp_avg"].abs().sum() > 0
 
 
 def test_exchange_does_not_block_host(group):
-    """A whole step of exchanges is queued while the device is busy; the sums are right when it gets there."""
+    """All exchanges of a step are queued while the device is busy, and give the right sums later."""
     exchange, masked = StepExchange(), torch.tensor(75, device=group)
     for number in (1, 2):  # allocates
         exchange.start(Agreed(number), masked, group)

@@ -1,4 +1,4 @@
-"""How a step is executed on a GPU: compiled, recorded, prefetched, without a wait, and what of it is bit-identical."""
+"""Execution of a step on a GPU: compiled, as CUDA graph, prefetched, without device sync, deterministic."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def optimiser(module):
 
 
 def steps(module, batches, optimizer=None, half: bool = False) -> list[torch.Tensor]:
-    """The losses of optimiser steps: views, tokens, loss, gradients, clip, fused AdamW, as in a run."""
+    """The losses of optimizer steps as in a run: views, tokens, loss, gradients, clip, fused AdamW."""
     optimizer = optimizer or optimiser(module)
     losses = []
     for number, batch in enumerate(batches):
@@ -45,7 +45,7 @@ def steps(module, batches, optimizer=None, half: bool = False) -> list[torch.Ten
 
 
 def batches_of(device, count: int, tokens: bool = True) -> list[dict]:
-    """With known tokens, or without: then the tokenizer makes them."""
+    """Batches with tokens, or without, so that the tokenizer computes them."""
     made = [moved(batch_of(seed=seed), device) for seed in range(count)]
     return made if tokens else [{k: v for k, v in batch.items() if k != "tokens"} for batch in made]
 
@@ -93,7 +93,7 @@ def test_step_has_no_device_sync(cuda):
     module = pretraining(cuda, drop_path_rate=0.1)
     optimizer, batches = optimiser(module), batches_of(cuda, 3, tokens=False)
     module.guard = guard = NonFiniteGuard(None, 20, 8)
-    steps(module, batches[:1], optimizer)  # what is made once
+    steps(module, batches[:1], optimizer)  # warm-up
     guard.check(torch.ones((), device=cuda), optimizer, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -138,7 +138,7 @@ def test_device_prefetch_gives_same_batches(device):
     for batch, (view, tokens) in zip(prefetcher, plain, strict=True):
         assert torch.equal(batch["view"], view)
         assert torch.equal(batch["tokens"], tokens)
-        if device.type == "cuda":  # something to do while the next batch is made beside it
+        if device.type == "cuda":  # work that overlaps with preparing the next batch
             torch.randn(2048, 2048, device=device) @ torch.randn(2048, 2048, device=device)
 
 
@@ -152,7 +152,7 @@ def test_device_prefetch_gives_same_losses(device):
 
 
 def test_device_prefetch_overlaps_with_step(cuda):
-    """A step may begin while the batch after it is still being made, which takes long here."""
+    """A step begins while the next batch is still being prepared, which takes long here."""
     on_host = [{"image": torch.zeros(1, dtype=torch.uint8).pin_memory()} for _ in range(3)]
     made = []
 
@@ -169,7 +169,7 @@ def test_device_prefetch_overlaps_with_step(cuda):
 
 
 def test_cuda_graphs_give_same_losses(cuda):
-    """The views' graph gives to the objective's graph; every step overwrites both."""
+    """The graph of the views feeds the graph of the objective; every step overwrites both."""
     expected = steps(pretraining(cuda), batches_of(cuda, 6, tokens=False))
     module = pretraining(cuda)
     module.compile_mode = "reduce-overhead"

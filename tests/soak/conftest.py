@@ -1,4 +1,4 @@
-"""What the soak tests share: a data set, a tokenizer and cached tokens, made by the shipped commands; a watcher."""
+"""Fixtures of the soak tests: a dataset, a tokenizer and cached tokens, made by the shipped commands; a watcher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 class Made(NamedTuple):
-    """What the shipped commands have made."""
+    """Paths and settings of what the shipped commands made."""
 
     folder: Path  # data/train, data/val, runs/dvae
     words: list[str]  # of `fit`: everything but steps and name
@@ -22,14 +22,14 @@ class Made(NamedTuple):
 
 
 def shell(words: list[str], folder: Path, seconds: float = 300) -> None:
-    """Run a shipped command to its end, which must be a good one."""
+    """Run a shipped command, which must succeed."""
     log = folder / "shell.log"
     assert start(words, folder, log).wait(seconds) == 0, log.read_text()[-3000:]
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Made:
-    """Synthetic images in shards, a dVAE trained for a few seconds, the tokens of the images, a run that has all."""
+    """Synthetic shards, a dVAE trained for a few seconds, cached tokens, and the settings of a run that uses them."""
     folder = tmp_path_factory.mktemp("made")
     train, val = (f"data.{split}={folder / 'data' / split}" for split in ("train", "val"))
     shell(

@@ -1,4 +1,4 @@
-"""Disks that fill, folders that cannot be written, shards that vanish, damaged checkpoints, NaN: handled by name."""
+"""Full disks, read-only folders, deleted shards, damaged checkpoints, NaN: each ends in a clear message."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ STEPS = 60
 
 @pytest.fixture(scope="session")
 def words(made) -> list[str]:
-    """A run of a good epoch that opens one shard after the other."""
+    """A run of just over an epoch that opens one shard after the other."""
     return [*made.words, f"steps={STEPS}", "data.shuffle_block_size=36", "data.shuffle_streams=1"]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(made, words) -> Path:
-    """The folder of such a run, with the checkpoint of step 12."""
+    """The folder of an undisturbed run with its checkpoint of step 12."""
     log = made.folder / "undisturbed.log"
     assert start([*words, "name=undisturbed", "keep_every=12"], made.folder, log).wait(600) == 0, log.read_text()[
         -2000:
@@ -43,7 +43,7 @@ def undisturbed(made, words) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(MB)`: a folder on a disk of its own."""
+    """`small_disk(MB)`: a folder on its own disk."""
     place = tmp_path / "disk"
 
     def mount(megabytes: int) -> Path:
@@ -58,7 +58,7 @@ def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
 
 
 def ended(process: subprocess.Popen, log: Path, code: int) -> str:
-    """Wait for a run to end with a code, and without a traceback; its one line of error."""
+    """Wait for a run to exit with a code and without traceback; returns its error line."""
     assert process.wait(300) == code, log.read_text()[-3000:]
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
     if not code:
@@ -92,7 +92,7 @@ def test_disk_fills_during_checkpoint(words, undisturbed, small_disk, tmp_path, 
 
 
 def test_disk_full_from_start(words, undisturbed, small_disk, tmp_path, measured):
-    """A disk without room for a line of metrics: the run ends by name, and goes on when there is room."""
+    """A disk without room for a line of metrics: the run ends with a clear message and resumes once there is room."""
     disk, log = small_disk(48), tmp_path / "log"
     run, filler = disk / "run", disk / "filler"
     process = start([*words, "name=full", f"run_dir={run}"], tmp_path, log)
@@ -109,7 +109,7 @@ def test_disk_full_from_start(words, undisturbed, small_disk, tmp_path, measured
 
 
 def test_file_size_limit(words, undisturbed, tmp_path, measured):
-    """A quota on files during a checkpoint: the earlier one is intact, the message says so, the exit code is not 0."""
+    """A file size limit during a checkpoint: the earlier one is intact, the message says so, the exit code is not 0."""
     log, run = tmp_path / "log", tmp_path / "runs/quota"
     process = start([*words, "name=quota"], tmp_path, log)
     last = run / "checkpoints/last.ckpt"
@@ -125,7 +125,7 @@ def test_file_size_limit(words, undisturbed, tmp_path, measured):
 
 
 def test_read_only_folder(words, small_disk, tmp_path, measured):
-    """A read-only folder: named before the first step."""
+    """A read-only folder is reported before the first step."""
     disk, log = small_disk(16), tmp_path / "log"
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     said = ended(start([*words, "name=ro", f"run_dir={disk / 'run'}"], tmp_path, log), log, 2)
@@ -134,7 +134,7 @@ def test_read_only_folder(words, small_disk, tmp_path, measured):
 
 
 def test_shard_deleted_during_training(made, words, undisturbed, tmp_path, measured):
-    """A deleted shard during training: named; with the shard back the run ends as if it had always been there."""
+    """A shard deleted during training is named; once it is back, the run resumes as if undisturbed."""
     data, log = tmp_path / "data", tmp_path / "log"
     shutil.copytree(made.folder / "data/train", data)
     words = [f"data.train={data}" if word.startswith("data.train=") else word for word in words]
@@ -156,7 +156,7 @@ def test_shard_deleted_during_training(made, words, undisturbed, tmp_path, measu
 
 
 def test_checkpoint_truncated_at_fifty_lengths(words, undisturbed, tmp_path, measured):
-    """A checkpoint cut at any of 50 random lengths: named, and the one before is used."""
+    """A checkpoint truncated at any of 50 random lengths is named, and the previous one is used."""
     rng, log = random.Random(3), tmp_path / "log"
     shutil.copytree(undisturbed / "checkpoints", tmp_path / "runs/cut/checkpoints")
     folder = tmp_path / "runs/cut/checkpoints"
@@ -183,7 +183,7 @@ def test_checkpoint_truncated_at_fifty_lengths(words, undisturbed, tmp_path, mea
 
 
 def test_nan_at_step_seven(words, watch, tmp_path, measured):
-    """An injected NaN at step 7: skipped, counted; the run ends equal to one that never saw that step's update."""
+    """A NaN injected at step 7 is skipped and counted; the result equals a run without that update."""
     log = tmp_path / "log"
     for name, orders in (("nan", {"POISON": "7"}), ("left_out", {"LEAVE_OUT": "7"})):
         ended(start([*words, f"name={name}", "steps=30"], tmp_path, log, **watch(**orders)), log, 0)
@@ -211,7 +211,7 @@ def test_nan_at_step_seven(words, watch, tmp_path, measured):
 
 
 def test_persistent_nan(words, undisturbed, watch, tmp_path, measured):
-    """NaN for good from step 12 on: the run stops in time with the last good weights."""
+    """Persistent NaN from step 12 on: the run stops in time with the last good weights."""
     log, run = tmp_path / "log", tmp_path / "runs/nan"
     orders = watch(POISON="12-")
     said = ended(start([*words, "name=nan", "max_nonfinite_steps=3"], tmp_path, log, **orders), log, 2)

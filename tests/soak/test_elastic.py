@@ -1,4 +1,4 @@
-"""A run goes on with another number of processes and workers: the same samples, the same steps."""
+"""Resuming with another number of processes and workers: same samples, same steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Seen = dict[int, list[tuple[int, str]]]  # step -> (position, digest of its imag
 
 
 def consumed(record: Path) -> Seen:
-    """What a part of a run has trained on, by the watcher."""
+    """What a part of a run has trained on, as recorded by the watcher."""
     seen: Seen = {}
     for line in record.read_text().splitlines():
         found = json.loads(line)
@@ -28,7 +28,7 @@ def consumed(record: Path) -> Seen:
 
 
 def in_parts(words: list[str], stops: list[tuple[int, int, int]], steps: int, folder: Path, watch) -> Seen:
-    """Run in parts (processes, workers, stop after about this step); what the whole has trained on, in its order.
+    """Run in parts (processes, workers, stop after about this step); returns what all parts trained on, in order.
 
     The second part is killed, the others are told to stop. Steps that a killed part has begun and nobody has saved are
     the next part's.
@@ -63,7 +63,7 @@ def in_parts(words: list[str], stops: list[tuple[int, int, int]], steps: int, fo
     ],
 )
 def test_resume_with_1_2_4_and_1_processes(precision, steps, stops, bound, made, tmp_path, watch, measured):
-    """1 -> 2 -> 4 -> 1 processes by restart, other workers too: the same samples exactly once, the same losses."""
+    """1 -> 2 -> 4 -> 1 processes by restart, with other worker counts: each sample exactly once, same losses."""
     words = [*(made.cached if precision == "64-true" else made.words), *BATCH, f"trainer.precision={precision}"]
     watched = watch(tmp_path / "whole")
     whole = start([*words, f"steps={steps}", "name=whole"], tmp_path, tmp_path / "log", **watched)

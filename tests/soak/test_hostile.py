@@ -1,4 +1,4 @@
-"""Files from strangers, given to the shipped commands: refused in one line, nothing executed or written elsewhere."""
+"""Hostile files given to the shipped commands: refused in one line; nothing is executed or written elsewhere."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def everything(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture
 def command(tmp_path) -> Callable[..., str]:
-    """`command(words)`: run it in `work`; its error. Nothing may change outside `work`, and nothing be executed."""
+    """`command(words)`: run in `work`; returns the error. Fails if anything outside changes or is executed."""
     work = tmp_path / "work"
     work.mkdir()
 
@@ -121,7 +121,7 @@ def test_path_traversal_in_tars(command, tmp_path, measured):
     (given / "oversized.tar").write_bytes(huge_file())
     said = command(["shards", "make", f"src={given / 'oversized.tar'}", "out=big", "num_workers=1"])
     assert not (tmp_path / "work/big").exists()
-    with tarfile.open(given / "foreign.tar", "w") as tar:  # to be indexed where it lies, in a folder of its own
+    with tarfile.open(given / "foreign.tar", "w") as tar:  # to be indexed in place, in a separate folder
         for name in ("../up.jpg", "/abs.jpg", "a/good.jpg"):
             info = tarfile.TarInfo(name)
             data = encoded(1)

@@ -1,4 +1,4 @@
-"""Kills and signals at any moment: the shipped command goes on as if nothing had been."""
+"""Kills and signals at any moment: the shipped command resumes as if undisturbed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS, KILLS = 300, 30
 
 @pytest.fixture(scope="session")
 def whole(made) -> Path:
-    """The folder of a run that nobody disturbed."""
+    """The folder of an undisturbed run."""
     log = made.folder / "whole.log"
     assert start([*made.words, f"steps={STEPS}", "name=whole"], made.folder, log).wait(600) == 0, log.read_text()[
         -2000:
@@ -30,7 +30,7 @@ def whole(made) -> Path:
 
 
 def test_resume_after_thirty_random_kills(made, whole, tmp_path, measured):
-    """30 SIGKILLs at random moments, also during a checkpoint write: losses, weights, W&B as if there had been none."""
+    """30 SIGKILLs at random moments, also during a checkpoint write, change neither losses nor weights nor W&B."""
     rng, run, moments = random.Random(0), tmp_path / "runs/killed", Counter()
     partial = run / "checkpoints/.last.ckpt.partial"
     words = [*made.words, f"steps={STEPS}", "name=killed"]
@@ -52,7 +52,7 @@ def test_resume_after_thirty_random_kills(made, whole, tmp_path, measured):
         if rng.random() < 0.5:
             signal_group(process, signal.SIGKILL)
         else:
-            process.kill()  # its loader workers are left alone, and end by themselves
+            process.kill()  # its loader workers exit by themselves
         process.wait()
         moments["while a checkpoint was written" if partial.exists() else
                 "between steps 0 and 1" if not steps_written(run) else
@@ -68,7 +68,7 @@ def test_resume_after_thirty_random_kills(made, whole, tmp_path, measured):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_resume_after_signals(devices, made, whole, tmp_path, measured):
-    """SIGTERM, SIGUSR1, Ctrl-C in the middle: the step in hand is waited for, no more; the run goes on bit by bit."""
+    """SIGTERM, SIGUSR1 and Ctrl-C end a run after the current step; resuming is bit-identical."""
     words = [*made.words, f"steps={STEPS if devices == 1 else 90}", f"batch_size={4 // devices}"]
     words += [] if devices == 1 else ["trainer.devices=2"]
     if devices == 2:
@@ -101,15 +101,15 @@ def test_resume_after_signals(devices, made, whole, tmp_path, measured):
     assert start(words, tmp_path, tmp_path / "log").wait(600) == 0, (tmp_path / "log").read_text()[-2000:]
     steps = same_run(undisturbed, run)
     same_history(run)
-    # The step in hand, and one that may have ended between the look and the signal. With several processes a signal
-    # travels with a step's all-reduce, which may have begun, and is read one step later: so that no step waits.
+    # The current step, and one that may have ended before the signal. With several processes a signal
+    # travels with the all-reduce of a step, which may have begun, and is read one step later, so that no step waits.
     assert max(further) <= (2 if devices == 1 else 4)
     measured(f"{len(waited)} stops of {devices} process(es): {min(waited):.1f} to {max(waited):.1f} s until the exit, ")
     measured(f"steps after the signal: {further}; exit codes 75 and 130; {steps} steps bit-identical, W&B too")
 
 
 def test_resume_after_signal_during_validation(made, tmp_path, measured):
-    """SIGTERM during a validation: it is not waited for, and made up for by the next start."""
+    """SIGTERM during a validation ends it at once; the next start repeats the validation."""
     words = [*made.words, "steps=75", "data.val_batch=1", "data.val_images=48"]
     assert start([*words, "name=whole"], tmp_path, tmp_path / "log").wait(600) == 0
     run, caught = tmp_path / "runs/stopped", 0

@@ -1,4 +1,4 @@
-"""Many processes: two machines, one that dies, hangs, differs, or never comes; FSDP."""
+"""Several processes: two nodes; a process that dies, hangs, differs or never joins; FSDP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE = 40  # of torchrun with what it ends
 
 @pytest.fixture
 def words(made) -> list[str]:
-    """Four processes take two micro-batches each, two of them four."""
+    """Micro-batches of one: four processes take two each, two processes four each."""
     return [
         *made.words,
         "global_batch_size=16",
@@ -51,7 +51,7 @@ def nodes(words: list[str], folder: Path) -> list[subprocess.Popen]:
 
 
 def process_of(rank: int, of: subprocess.Popen) -> int:
-    """The process of a rank among the descendants of a launcher (its loader workers come after it)."""
+    """The process of a rank among the descendants of a launcher (its loader workers follow it)."""
     for pid in tree(of):
         if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return pid
@@ -59,7 +59,7 @@ def process_of(rank: int, of: subprocess.Popen) -> int:
 
 
 def test_two_nodes_of_two_processes(words, tmp_path, measured):
-    """2 torchrun x 2 processes: one of four killed, then one that hangs, then a node told to stop; the run goes on."""
+    """2 torchrun x 2 processes: one is killed, one hangs, one node is told to stop; each time the run resumes."""
     words = [*words, f"steps={STEPS}", "save_every=2"]
     assert [node.wait(600) for node in nodes([*words, "name=whole"], tmp_path)] == [0, 0], log_of(tmp_path)
     words, run, took = [*words, "name=two"], tmp_path / "runs/two", []
@@ -81,7 +81,7 @@ def test_two_nodes_of_two_processes(words, tmp_path, measured):
     assert [node.wait(600) for node in both] == [0, 0], log_of(tmp_path)
     assert "resuming two after step" in (tmp_path / "node0").read_text()
     assert "pretrain two" not in (tmp_path / "node1").read_text()  # only rank 0 speaks
-    # DDP lays its buckets out anew after its first step, and gloo sums four numbers in an order that depends on it.
+    # DDP rebuilds its buckets after the first step, and gloo's order of summing four numbers depends on them.
     found = largest_difference(tmp_path / "runs/whole", run)
     assert found < 1e-5
     same_history(run)
@@ -99,7 +99,7 @@ def log_of(folder: Path) -> str:
 
 @pytest.mark.parametrize(("signum", "within"), [(signal.SIGKILL, 20), (signal.SIGSTOP, TIMEOUT + 20)])
 def test_child_process_dies(signum, within, words, tmp_path, measured):
-    """trainer.devices=2, the second process killed, or hanging: the first one ends with a line; the run goes on."""
+    """trainer.devices=2 with the second process killed or hanging: the first exits with one line; the run resumes."""
     log, run = tmp_path / "log", tmp_path / "runs/run"
     words = [*words, "steps=40", "name=run", "trainer.devices=2"]
     process = start(words, tmp_path, log)
@@ -139,7 +139,7 @@ def as_slurm_starts(words: list[list[str]], ports: list[str], folder: Path) -> l
 
 @pytest.mark.parametrize("what", ["settings", "data"])
 def test_inconsistent_process_is_named(what, words, made, tmp_path, measured):
-    """A process with another config, or other images, than rank 0: one line on rank 0, all end."""
+    """A process whose config or images differ from rank 0: one line on rank 0, and all exit."""
     words = [*words, "steps=2", "name=x"]
     other = [*words, "optim.lr=1e-3"]
     if what == "data":
@@ -156,7 +156,7 @@ def test_inconsistent_process_is_named(what, words, made, tmp_path, measured):
 
 
 def test_rendezvous_timeout(words, tmp_path, measured):
-    """An unreachable rendezvous: each process says where it waited, after the configured time-out."""
+    """An unreachable rendezvous: after the configured time-out each process says where it waited."""
     words = [word for word in words if "timeout_minutes" not in word] + ["steps=2", "timeout_minutes=.05"]
     began = time.monotonic()
     both = as_slurm_starts([[*words, f"name={n}"] for n in range(2)], [free_port(), free_port()], tmp_path)
@@ -168,7 +168,7 @@ def test_rendezvous_timeout(words, tmp_path, measured):
 
 
 def test_fsdp(words, watch, tmp_path, measured):
-    """FSDP on 2 processes: the steps of one process, also after a kill, a NaN, and on one process by itself."""
+    """FSDP on 2 processes gives the steps of one process, also after a kill, a NaN, and resumed on one process."""
     log, words = tmp_path / "log", [*words, f"steps={STEPS}"]
     one = start([*words, "name=one"], tmp_path, log, **watch(LEAVE_OUT="7"))
     assert one.wait(300) == 0, log.read_text()[-3000:]

@@ -1,4 +1,4 @@
-"""Callbacks for Lightning that the soak tests have installed: what a run trains on, and mishaps on order.
+"""Lightning callbacks that the soak tests install: they record what a run trains on and inject failures.
 
 WATCH=FILE      a JSON line for every micro-batch: step, processes, positions, a digest of each image
 POISON=7        the gradients of step 7 (from 0) become NaN; POISON=7- those of all steps from there on
