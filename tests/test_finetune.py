@@ -14,7 +14,6 @@ from tiny import SIZE, fit_words, seeded, state_of, write_checkpoint
 
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
-from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.inference.classifier import ImageClassifier
 from beit_pretrain.models.backbone import Classifier

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from crash import Crash
 from tiny import last_checkpoint, rows_of, tiny_words
 
 from beit_pretrain.config import compose
-from beit_pretrain.engine import fit as runs
 from beit_pretrain.engine import resume
 from beit_pretrain.engine.run_folder import mark_finished, read_config
 from beit_pretrain.engine.sweep import SweepRun, is_finished

@@ -16,7 +16,6 @@ from tiny import fit_words, state_of
 
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine import distributed as cluster
-from beit_pretrain.engine import fit as runs
 from beit_pretrain.models.checkpoints import files as checkpoint
 from beit_pretrain.tables import curve
 from beit_pretrain.tasks.pretrain import Pretraining

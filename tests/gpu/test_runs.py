@@ -13,7 +13,6 @@ import torch
 from tiny import data_words, fit_words, read_rows, start, state_of
 
 from beit_pretrain import load_pretrained
-from beit_pretrain.engine import fit as runs
 from beit_pretrain.tables import curve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
