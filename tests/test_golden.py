@@ -55,6 +55,9 @@ RUNS = {
     "segment": NETWORK + "+experiment=demo_segment init_from={backbone} steps=5 val_every=5 optim.warmup_steps=1 "
     "data.distort=true data.val_images=6 decoder.channels=8 decoder.aux_channels=4 model.drop_path_rate=.2 "
     "test={{stride:.5,scales:[.75,1],flip:true}}",
+    "mae": COMMON + "+experiment=mae_base_1k logger=csv epochs=null recipe=null steps=6 val_every=3 patch_size=8 "
+    "model.size=null +model.embed_dim=32 +model.depth=2 +model.num_heads=2 model.decoder_embed_dim=24 "
+    "model.decoder_depth=1 model.decoder_num_heads=3 optim.warmup_epochs=null optim.warmup_steps=2 data.val_images=8",
 }
 
 

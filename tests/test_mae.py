@@ -31,6 +31,7 @@ from beit_pretrain.models.mae import (
     sincos_positions,
     unpatchify,
 )
+from beit_pretrain.tokenizers.dvae import DVAETokenizer
 
 SIZE = {"image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 24, "decoder_depth": 2, "decoder_num_heads": 3}
@@ -493,6 +494,40 @@ class TestTask:
         (tmp_path / "cut/finished.json").unlink()
         assert run_cli(*words, "run_dir=cut")[0] == 0
         tiny.same_run(tmp_path / "whole", tmp_path / "cut")
+
+    def test_it_continues_at_another_size_with_the_colours_of_the_file(self, model, checkpoint, shards):
+        words = [*self.WORDS[1:], f"data.train={shards / 'train'}", f"init_from={checkpoint}", "model.decoder_depth=2"]
+        task = find_task("mae")(compose("fit", [*words, "image_size=48", "mean=null", "std=null"]))
+        assert task.module.mean == (0.5, 0.4, 0.3)
+        network = task.module.model
+        assert network.grid == (6, 6)
+        assert network.config["norm_pix_loss"]  # as the run asks, not as in the file
+        assert torch.equal(network.decoder_blocks[0].mlp.fc1.weight, model.decoder_blocks[0].mlp.fc1.weight)
+        assert torch.equal(network.pos_embed, mae(image_size=48).pos_embed)
+        fixed = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+        assert sorted(fixed) == ["decoder_pos_embed", "pos_embed"]
+
+    @pytest.mark.parametrize(
+        ("word", "said"),
+        [
+            ("model.size=base", "has depth=2, but the run asks for 12; model.size=null keeps it"),
+            ("model.decoder_depth=1", "has decoder_depth=2, but the run asks for 1; set model.decoder_depth=2"),
+            ("patch_size=16", "has patch_size=8, but the run asks for 16; set patch_size=8"),
+            ("data.channels=1 mean=null std=null", "has in_chans=3, but the run asks for 1; set data.channels=3"),
+            ("image_size=36", "image_size=36 is not divisible by patch_size=8"),
+        ],
+    )
+    def test_a_checkpoint_of_another_network_is_refused(self, word, said, checkpoint, shards, refused):
+        words = [w for w in self.WORDS if not (w.startswith("+model") and word == "model.size=base")]
+        words.append("model.decoder_depth=2")
+        assert said in refused(*words, f"data.train={shards / 'train'}", f"init_from={checkpoint}", *word.split())
+
+    def test_checkpoints_of_other_kinds_are_refused(self, checkpoint, dvae_checkpoint, shards, refused):
+        words = [*self.WORDS, f"data.train={shards / 'train'}"]
+        said = refused(*words, f"init_from={dvae_checkpoint}")
+        assert "holds a tokenizer (dVAE); a checkpoint of kind 'mae' is needed here" in said
+        with pytest.raises(UserError, match=r"holds a checkpoint of kind 'mae'; a tokenizer \(dVAE\) is needed here"):
+            DVAETokenizer(checkpoint)
 
     def test_a_ratio_that_leaves_nothing_is_refused(self, shards, run_cli):
         code, _, stderr = run_cli(*self.WORDS, f"data.train={shards / 'train'}", "mask.ratio=0.999")

@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H W pixels, N patches. Masks are True where a patch
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 from lightning import Callback, Trainer
@@ -20,12 +20,13 @@ from beit_pretrain.engine.callbacks import log_picture
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
+from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
-from beit_pretrain.models.build import network
+from beit_pretrain.models.build import named_size, network
 from beit_pretrain.models.checkpoints.files import rebuild
 from beit_pretrain.models.checkpoints.init_from import normalisation
 from beit_pretrain.models.mae import MaskedAutoencoder, Masking, random_masking
-from beit_pretrain.settings import Settings, Switch, Whole, about, to_dict
+from beit_pretrain.settings import Name, Settings, Switch, Whole, about, to_dict
 from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, Width, classification_data
 from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.transforms.settings import CropSettings
@@ -63,6 +64,7 @@ class MAESettings(BackboneSettings):
     activation_checkpointing: Switch = about("saves most activation memory; a third slower", True)
     data: MAEDataSettings
     mask: MAEMaskSettings
+    init_from: Name | None = about("a checkpoint of this task, to train it on, at any image_size")
     num_visualizations: Whole = about("masked | predicted | original rows after each validation; 0 = none", True)
     knn: KNNSettings = about("online kNN accuracy, if there are labels", True)
 
@@ -114,15 +116,10 @@ class MAE(Task):
 
     def __init__(self, cfg: MAESettings):
         super().__init__(cfg)
-        mean, std = normalisation(cfg, {})
+        model, known = continued(cfg) if cfg.init_from else (MaskedAutoencoder(**network(cfg)), {})
+        self.origin = str(cfg.init_from or "")
+        mean, std = normalisation(cfg, known)
         self.data = classification_data(cfg)
-        if cfg.init_from:
-            model = rebuild(MaskedAutoencoder, cfg.init_from, Autoencoding.kind)[0].train().requires_grad_(True)
-            for positions in (model.pos_embed, model.decoder_pos_embed):
-                cast(Tensor, positions).requires_grad_(False)
-            self.origin = str(cfg.init_from)
-        else:
-            model = MaskedAutoencoder(**network(cfg))
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
         self.module = Autoencoding(model, optim, mean, std, cfg.mask.ratio, cfg.seed)
@@ -136,6 +133,32 @@ class MAE(Task):
 
     def masked(self, options: Any) -> Image.Image | None:
         return autoencoder_picture(self.module, self.batch_of(options))
+
+
+def continued(cfg: MAESettings) -> tuple[MaskedAutoencoder, dict[str, Any]]:
+    """The encoder and decoder of `init_from`, at any image size (positions are computed), and the file's metadata.
+
+    Raises UserError if the settings ask for another network.
+    """
+    size = named_size(cfg.model.size)
+    asked = {**size, **to_dict(cfg.model), "patch_size": cfg.patch_size, "in_chans": cfg.data.channels}
+
+    def build(**config: Any) -> MaskedAutoencoder:
+        for name in sorted(config.keys() & asked.keys() - {"norm_pix_loss"}):
+            if asked[name] not in (None, config[name]):
+                setting = {"patch_size": name, "in_chans": "data.channels"}.get(name, f"model.{name}")
+                advice = "model.size=null keeps it" if name in size else f"set {setting}={config[name]}"
+                raise UserError(
+                    f"init_from={cfg.init_from} has {name}={config[name]}, but the run asks for {asked[name]}; {advice}"
+                )
+        own = {"image_size": cfg.image_size, "norm_pix_loss": cfg.model.norm_pix_loss}
+        return MaskedAutoencoder(**{**config, **own})
+
+    positions = ("pos_embed", "decoder_pos_embed")
+    model, about = rebuild(build, cfg.init_from or "", Autoencoding.kind, computed=positions)
+    for name, parameter in model.train().named_parameters():
+        parameter.requires_grad_(name not in positions)
+    return model, about
 
 
 class MAEPictures(Callback):

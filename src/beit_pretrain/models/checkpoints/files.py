@@ -105,22 +105,30 @@ def read_own(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict
     if not isinstance(about, dict) or "state_dict" not in content:
         raise UserError(f"{path} was not written by beit_pretrain fit ({_looks_like(content)})")
     if about.get("kind") != kind:
-        raise UserError(
-            f"{path} holds {KINDS.get(str(about.get('kind')), 'something else')}; {KINDS[kind]} is needed here"
-        )
+        raise UserError(f"{path} holds {_described(about.get('kind'))}; {_described(kind)} is needed here")
     if not isinstance(about.get("model"), dict):
         raise UserError(f"{path} does not say how its network is built (beit_pretrain.model is missing)")
     state = {name.removeprefix("model."): tensor for name, tensor in content["state_dict"].items()}
     return dict(about["model"]), state, about
 
 
-def rebuild(build: Callable[..., Module], path: str | Path, kind: str) -> tuple[Module, dict]:
-    """The frozen network of a checkpoint, in eval mode, and our entry. Raises UserError as `read_own`."""
+def _described(kind: Any) -> str:
+    return KINDS.get(kind, f"a checkpoint of kind '{kind}'")
+
+
+def rebuild(
+    build: Callable[..., Module], path: str | Path, kind: str, computed: Iterable[str] = ()
+) -> tuple[Module, dict]:
+    """The frozen network of a checkpoint, in eval mode, and our entry. Raises UserError as `read_own`.
+
+    `computed` names tensors that `build` computes, for example for another image size: the file's are not loaded.
+    """
     config, state, about = read_own(path, kind)
     try:
         model = build(**config)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} describes a network that this version cannot build: {error}") from error
+    state |= {name: model.state_dict()[name] for name in computed}
     load_exactly(model, state, path)
     return model.eval().requires_grad_(False), about
 
