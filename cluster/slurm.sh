@@ -1,5 +1,5 @@
 #!/bin/bash
-# A run on several nodes of a SLURM cluster, started again by itself whenever its time is over.
+# A run on several nodes of a SLURM cluster; it requeues itself when its time limit is reached.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 cluster/slurm.sh +experiment=base_22k data.train=... name=...
 #

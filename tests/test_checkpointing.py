@@ -252,9 +252,9 @@ class TestSignals:
         """As in torch's store, where processes wait for each other; here the thread waits for its own lock."""
         program = (
             "import ctypes\nfrom beit_pretrain.engine.preemption import PreemptionSignals\n"
-            "def farewell(stopped):\n    print(stopped, flush=True)\n    return 130 if stopped.signum == 2 else 75\n"
+            "def on_exit(stopped):\n    print(stopped, flush=True)\n    return 130 if stopped.signum == 2 else 75\n"
             "lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
-            "with PreemptionSignals(farewell):\n    print('waiting', flush=True)\n"
+            "with PreemptionSignals(on_exit):\n    print('waiting', flush=True)\n"
             "    libc.pthread_mutex_lock(lock)\n    libc.pthread_mutex_lock(lock)"
         )
         with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:

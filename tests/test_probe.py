@@ -94,7 +94,7 @@ def test_a_run(words, run_cli, tmp_path):
     layers = [last["val/accuracy_layer_01"], last["val/accuracy_layer_02"]]
     assert last["val/accuracy"] == max(layers)
     assert layers[int(last["val/best_layer"]) - 1] == max(layers)
-    # It goes on from its checkpoint, and validates, with the backbone from where it was.
+    # It resumes from its checkpoint, and validates, with the backbone from its original place.
     code, stdout, stderr = run_cli(*words, "resume=auto")
     assert "already finished" in stdout, stderr
     code, stdout, stderr = run_cli("validate", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu")

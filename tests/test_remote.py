@@ -189,7 +189,7 @@ class TestPipes:
         assert time.monotonic() - start < 5
 
     def test_what_it_started_ends_with_it(self, tmp_path):
-        """A shell whose child goes on holding the pipe open."""
+        """A shell whose child keeps the pipe open."""
         mark = tmp_path / "mark"
         with pytest.raises(UserError, match="stalled"):
             fetched(Remote(f"pipe:(sleep 1; touch {mark}) & : {{name}}", retries=0, timeout=0.2))

@@ -1,4 +1,4 @@
-"""The verb fetch: OpenAI's files from the network, recorded, converted to the bit, and nothing executed on the way."""
+"""The verb download: OpenAI's files from the network, recorded, converted to the bit, and nothing executed on the way."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def out(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def fetched(openai_files, tmp_path_factory) -> Path:
-    """A folder as `fetch` leaves it."""
+    """A folder as `download` leaves it."""
     out = tmp_path_factory.mktemp("fetched") / "out"
     module.download(compose("download", [f"src={openai_files}", f"out={out}"]))
     return out

@@ -29,7 +29,7 @@ def read_rows(path: str | Path) -> tuple[list[str], dict[int, dict[str, float]]]
         rows = {int(r["step"]): {k: float(v) for k, v in r.items() if k != "step" and v} for r in reader}
         return list(reader.fieldnames or ["step"]), rows
     except (ValueError, LookupError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}); move it away, and the run goes on") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}); move it away to resume") from None
 
 
 def curve(path: str | Path, metric: str) -> tuple[list[int], list[float]]:

@@ -200,7 +200,7 @@ def _another(value: Any) -> Any:
 def generate(function: Any, *arguments: Any, calls: int = 1) -> list[Program]:
     """The programs of a compiled function, called under bf16 autocast, each time with other tensors of these shapes.
 
-    Between graphs the function goes on as usual, with tensors without contents; to read a value there is an error.
+    Between graphs the function runs as usual, with tensors without contents; to read a value there is an error.
     A second program of the same graph is a recompilation. Dynamo's counters start at zero.
     """
     torch._dynamo.reset()

@@ -46,7 +46,7 @@ class PreemptionSignals:
         self.told = 0
         self.looping = False
         self.saved_at: int | None = None
-        self._farewell = on_exit or (lambda _: PREEMPTED)
+        self._on_exit = on_exit or (lambda _: PREEMPTED)
         self._leaving = False  # Preempted has been raised
         self._heard = threading.Event()  # the main thread has run the handler
         self._before: dict[int, Any] = {}
@@ -90,7 +90,7 @@ class PreemptionSignals:
     def _insist(self, reader: int) -> None:
         while number := os.read(reader, 1):
             if number[0] in SIGNALS and not self.looping and not self._heard.wait(PATIENCE):
-                os._exit(self._farewell(Preempted(number[0], self.saved_at)))
+                os._exit(self._on_exit(Preempted(number[0], self.saved_at)))
         os.close(reader)
 
 

@@ -34,7 +34,7 @@ from beit_pretrain.settings import renamed, to_dict
 
 MARK = "compare.yaml"  # its config; says that the folder is a comparison's
 STAGES = "stages.jsonl"  # time that each finished stage took
-FREE = ("precision", "threads", "num_workers", "seeds", "probe_images")  # may differ when a comparison goes on
+FREE = ("precision", "threads", "num_workers", "seeds", "probe_images")  # may differ when a comparison resumes
 
 
 def compare(cfg: CompareSettings) -> dict:
