@@ -29,7 +29,7 @@ from beit_pretrain.examples.settings import DemoSettings
 from beit_pretrain.settings import to_dict
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's
-STAGES = ("data", "tokenizer", "pretrain")
+FOLDERS = ("data", "tokenizer", "pretrain", report.PICTURES)
 ACCURACIES = tuple(f"{name}_token_accuracy" for name in ("masked", "majority", "copy"))
 
 
@@ -89,7 +89,7 @@ def clean_folder(cfg: DemoSettings) -> Path:
     """The run folder, without what an earlier demo left there. Raises UserError if it holds anything else."""
     run_dir = Path(cfg.run_dir)
     if (run_dir / MARK).is_file():
-        for old in [run_dir / stage for stage in STAGES] + sorted(run_dir.glob("finetune-*")):
+        for old in [run_dir / name for name in FOLDERS] + sorted(run_dir.glob("finetune-*")):
             shutil.rmtree(old, ignore_errors=True)
         for old in (run_dir / "report.json", run_dir / "report.html"):  # a demo that fails must not seem to have ended
             old.unlink(missing_ok=True)
