@@ -74,13 +74,9 @@ def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backends: SDPBackend | None = None) -> Tensor:
-    """The fused kernel that torch chooses, or one backend's."""
-    bias = None if bias is None else bias.to(q.dtype)
-    if backends is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    with sdpa_kernel(backends):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The fused kernel that torch chooses."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
 
 
 @cache
@@ -118,9 +114,9 @@ KERNELS: dict[str, Kernel] = {
     "ours": on_heads(biased_attention),
     "sdpa": on_heads(sdpa),
     "sdpa_odd": on_heads(sdpa, prepared=False),
-    "no_bias": on_heads(lambda q, k, v, bias: sdpa(q, k, v, None)),
-    "sdpa_efficient": on_heads(partial(sdpa, backends=SDPBackend.EFFICIENT_ATTENTION)),
-    "sdpa_cudnn": on_heads(partial(sdpa, backends=SDPBackend.CUDNN_ATTENTION)),
+    "no_bias": on_heads(lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v)),
+    "sdpa_efficient": on_heads(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)(sdpa)),
+    "sdpa_cudnn": on_heads(sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa)),
     "triton": triton,
     "flex": on_heads(flex),
 }
