@@ -6,11 +6,11 @@ several of them find on one page, after each: if a later one fails, hours on, no
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from beit_pretrain.benchmarks.blocks import BARS, Block, RunResult, as_markdown, bars
@@ -37,13 +37,8 @@ def bench(cfg: Any) -> None:
         raise UserError(f"bench {cfg.action}: there are {', '.join(ACTIONS)}")
     if isinstance(getattr(cfg, "src", None), list):
         raise UserError("bench takes one src=: a folder, a tar or a shard folder")
-    if outcome := measured(cfg.action, cfg):
+    if outcome := resolve_name(ACTIONS[cfg.action])(cfg):
         print(f"{as_markdown(outcome.blocks)}\n{json.dumps(outcome.found)}")
-
-
-def measured(action: str, cfg: Any) -> Any:
-    module, function = ACTIONS[action].split(":")
-    return getattr(importlib.import_module(module), function)(cfg)
 
 
 def bench_all(cfg: Any) -> RunResult:
@@ -67,7 +62,7 @@ def bench_all(cfg: Any) -> RunResult:
         parts["loader"] = loader, shlex.join([f"src={cfg.bench.src}", given])
     page, results = "# Measured\n", dict[str, Any]()
     for action, (settings, given) in parts.items():
-        blocks, results[action] = measured(action, settings)
+        blocks, results[action] = resolve_name(ACTIONS[action])(settings)
         if action == "step":
             bars(results[action], out / BARS)
             blocks = [*blocks, Block(plot=BARS)]

@@ -18,6 +18,7 @@ import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from beit_pretrain.benchmarks.gpu.plan import Setup, Stage
@@ -100,8 +101,7 @@ def main() -> int:
     faulthandler.enable()
     report = Report(Path(job["partial"]))
     try:
-        module, function = job["function"].split(":")
-        stage = getattr(importlib.import_module(module), function)
+        stage = resolve_name(job["function"])
         torch: Any = sys.modules.get("torch")  # of a stage that needs it
         if job["device"] != "cpu":
             torch = importlib.import_module("torch")
