@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from beit_pretrain.benchmarks.blocks import Findings, as_markdown, summary
 from beit_pretrain.benchmarks.gpu.plan import STAGES
 from beit_pretrain.benchmarks.report import PARTIAL, read
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.fileio import flush
 
 LINES, PAGE, HTML = "gpu.jsonl", "page.md", "page.html"
 HELD: dict[str, Any] = {"stage": str, "status": str, "seconds": (int, float)}  # what every line has
@@ -57,8 +57,7 @@ def append(path: Path, line: dict[str, Any]) -> str:
     text = json.dumps(line)
     with path.open("a") as file:
         file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
     return text
 
 
