@@ -62,7 +62,8 @@ def demo(cfg: DemoSettings) -> dict:
     pretrained = fit(stage_config(cfg, "demo_pretrain", "pretrain", **steps, **data))
     stage("4/4 fine-tuning on few labels, and the same from scratch", "finetune")
     classes = finetune_both_ways(cfg, run_dir, data)
-    draw_pictures(run_dir)
+    for name in ("tokenizer", "pretrain"):  # pictures that no run has drawn by itself
+        visualize(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))
     timings["end"] = time.perf_counter() - started
     shards = ShardReader(data["data.train"])
     numbers = {
@@ -129,16 +130,18 @@ def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) 
     """Fine-tune with and without pre-training, over the seeds. None for accuracies where the labels do not allow it."""
     train, val = (ShardReader(data[f"data.{split}"]) for split in ("train", "val"))
     classes = len(train.classes)
-    nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0, "classes": classes}
     train_labels, val_labels = labels(train), labels(val)
     loose = int((train_labels < 0).sum() + (val_labels < 0).sum())
     if loose or len(np.intersect1d(train_labels, val_labels)) < 2:
         note = f"{loose} images have no class" if loose else "fewer than two classes have images in both splits"
         note += ": nothing to fine-tune on"
         print(note)
-        return {**nothing, "finetune_note": note}
+        nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0}
+        return {**nothing, "classes": classes, "finetune_note": note}
     labels_per_class = max(1, min(cfg.labels_per_class, cfg.max_labelled // classes))
     labelled = int(np.minimum(np.bincount(train_labels, minlength=classes), labels_per_class).sum())
+    settings = {**data, "data.labels_per_class": labels_per_class, "data.val_images": cfg.val_images}
+    settings["steps"] = cfg.steps.finetune
     accuracies: dict[str, list[float]] = {"finetune": [], "scratch": []}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for kind, extra in (
@@ -146,9 +149,7 @@ def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) 
             # From scratch there is nothing for a layer decay to protect: without it the baseline is stronger.
             ("scratch", {"from_scratch": True, "optim.layer_decay": None}),
         ):
-            settings = {**data, **extra, "data.labels_per_class": labels_per_class, "data.val_images": cfg.val_images}
-            settings |= {"steps": cfg.steps.finetune, "seed": seed}
-            run = stage_config(cfg, "demo_finetune", f"finetune-{kind}-{seed}", **settings)
+            run = stage_config(cfg, "demo_finetune", f"finetune-{kind}-{seed}", seed=seed, **settings, **extra)
             accuracies[kind].append(fit(run)["val/accuracy"])
     return {
         **{f"{kind}_accuracy": float(np.mean(values)) for kind, values in accuracies.items()},
@@ -158,9 +159,3 @@ def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) 
         "labelled_images": labelled,
         "held_out_images": min(val.samples, cfg.val_images),
     }
-
-
-def draw_pictures(run_dir: Path) -> None:
-    """The pictures of the report that no run has drawn by itself."""
-    for name in ("tokenizer", "pretrain"):
-        visualize(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))
