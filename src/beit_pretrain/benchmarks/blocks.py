@@ -185,8 +185,8 @@ def summary(lines: Iterable[Findings]) -> Block:
     """One row for each stage, with its headline."""
     rows = []
     for line in lines:
-        failed = [f"failed: {', '.join(line['errors'])}"] if line.get("errors") else []
-        said = line.get("error", "")[:100] or "; ".join([*([line["headline"]] if "headline" in line else []), *failed])
+        failed = f"failed: {', '.join(line['errors'])}" if line.get("errors") else ""
+        said = line.get("error", "")[:100] or "; ".join(filter(None, [line.get("headline"), failed]))
         rows.append([line["stage"], line["status"], f"{line['seconds']:.0f}", said])
     return Block(("stage", "status", "s", "what"), rows)
 

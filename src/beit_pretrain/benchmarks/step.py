@@ -208,11 +208,8 @@ def measure_rounds(
             break
 
 
-def shares(bench: Bench, batches: Iterator[dict[str, Tensor]], with_data: bool) -> dict[str, float]:
-    """Seconds (medians) of the parts of a step, each waited for, on batches from the host with the tokenizer on line.
-
-    `with_data`: the batches come from a real loader, and waiting for it is a part.
-    """
+def shares(bench: Bench, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+    """Median seconds of the parts of a step, each waited for, on batches from the host with the tokenizer on line."""
     module, seconds = bench.module, dict[str, list[float]]()
     optimizer = bench.optimizer()
 
@@ -244,8 +241,6 @@ def shares(bench: Bench, batches: Iterator[dict[str, Tensor]], with_data: bool) 
             module.count(found, tokens)
             module._read()
     module._sums.clear()
-    if not with_data:
-        del seconds["data wait"]
     return {name: float(np.median(values[1:])) for name, values in seconds.items()}
 
 
@@ -271,7 +266,9 @@ def bench_step(cfg: Any) -> RunResult:
     report(about=bench.about)
     variants, before = started(bench, variant_names(cfg, bench), report), compile_counts()
     measure_rounds(bench, variants, report, cfg.bench.rounds, cfg.bench.warm_up, cfg.bench.steps, cfg.seed)
-    parts = shares(bench, iter(on_host), cfg.data.train is not None)
+    parts = shares(bench, iter(on_host))
+    if cfg.data.train is None:  # no loader was waited for
+        del parts["data wait"]
     report(shares=parts, compiled_later=compile_counts().since(before)._asdict())
     if used := utilisation(report.found, "ours"):
         report(utilisation=used)

@@ -72,10 +72,9 @@ class StageProcess:
         self.partial.unlink(missing_ok=True)
         if status == "ok" and found.get("errors"):
             status = "partly"
-        reported = found.pop("error", error)
-        line = {"stage": self.stage.name, "status": status, "seconds": round(time.monotonic() - self.began, 1), **found}
-        said = error if status == "timeout" else reported
-        return {**line, "error": said} if said else line
+        if error and (status == "timeout" or "error" not in found):
+            found["error"] = error
+        return {"stage": self.stage.name, "status": status, "seconds": round(time.monotonic() - self.began, 1), **found}
 
     def last_lines(self, count: int = 4) -> str:
         """The end of what the stage has printed."""
