@@ -67,10 +67,10 @@ def test_a_measurement_obeys_deterministic(words, monkeypatch):
     assert asked == [(False,)]
 
 
-@pytest.mark.parametrize(("fused", "all_patches"), [(False, False), (True, True)])
-def test_peers_on_timm_have_our_loss_and_gradients(bench, fused, all_patches):
+@pytest.mark.parametrize("as_timm", [False, True])
+def test_peers_on_timm_have_our_loss_and_gradients(bench, as_timm):
     batch = make_batch(bench, 0)
-    model = PlainModel(bench.model, fused, all_patches).train()
+    model = PlainModel(bench.model, as_timm).train()
     loss = model(batch.image, batch.ours["mask"], batch.token_M)
     found = on_images(bench, batch)
     ours = found.loss_sum / found.masked
