@@ -136,17 +136,14 @@ def untrained(like: Path, path: Path, seed: int) -> Path:
 
 def train(cfg: CompareSettings, experiment: str, folder: Path, **settings) -> None:
     """One run of `fit`, unless it has finished."""
-
-    def work() -> None:
-        common = {"name": f"{cfg.name}/{folder.relative_to(cfg.run_dir).as_posix()}", "run_dir": folder}
-        common |= {"seed": cfg.seed, "threads": cfg.threads, "data.num_workers": cfg.num_workers}
-        given = {**common, "trainer.precision": cfg.precision, **settings}
-        fit(compose("fit", [f"+experiment={experiment}", *(f"{k}={quoted(v)}" for k, v in given.items())]))
-
-    run_stage(cfg, folder, folder / FINISHED, work)
+    common = {"name": f"{cfg.name}/{folder.relative_to(cfg.run_dir).as_posix()}", "run_dir": folder}
+    common |= {"seed": cfg.seed, "threads": cfg.threads, "data.num_workers": cfg.num_workers}
+    given = {**common, "trainer.precision": cfg.precision, **settings}
+    words = [f"+experiment={experiment}", *(f"{key}={quoted(value)}" for key, value in given.items())]
+    run_stage(cfg, folder, folder / FINISHED, lambda: fit(compose("fit", words)))
 
 
-def run_stage(cfg: CompareSettings, folder: Path, finished: Path, work: Callable[[], None]) -> None:
+def run_stage(cfg: CompareSettings, folder: Path, finished: Path, work: Callable[[], object]) -> None:
     """Do the work of a stage unless its last file exists; add its seconds, wall and CPU, to `stages.jsonl`."""
     stage = folder.relative_to(cfg.run_dir).as_posix()
     if finished.is_file():

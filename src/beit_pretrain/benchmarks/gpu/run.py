@@ -71,14 +71,10 @@ def fit(setup: Setup, report: Report) -> None:
     tokens = setup.scratch / f"{folder.parent.name}-tokens"
     with timed(report, "tokens"):
         if not (tokens / "tokens.json").is_file():
-            words = [
-                f"data={folder}",
-                f"tokenizer.path={encoder}",
-                f"out={tokens}",
-                f"num_workers={num_workers(setup)}",
-            ]
-            words += [word for word in setup.network if word.startswith(("image_size=", "patch_size="))]
-            run(["tokenize", *words, f"accelerator={setup.device}", f"batch_size={2 * setup.sizes.base}"])
+            words = [word for word in setup.network if word.startswith(("image_size=", "patch_size="))]
+            words += [f"num_workers={num_workers(setup)}", f"batch_size={2 * setup.sizes.base}"]
+            words += [f"data={folder}", f"tokenizer.path={encoder}", f"out={tokens}", f"accelerator={setup.device}"]
+            run(["tokenize", *words])
     before = compile_counts()
     report(loader_workers=loader_workers(setup))
     with timed(report, "fit"):
