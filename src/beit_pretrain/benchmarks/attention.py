@@ -124,7 +124,6 @@ CUDA = ("sdpa_odd", "sdpa_efficient", "sdpa_cudnn", "triton", "flex")  # kernels
 
 
 def kernels(device: torch.device) -> dict[str, Kernel]:
-    """The kernels that run on a device."""
     return {name: kernel for name, kernel in KERNELS.items() if device.type == "cuda" or name not in CUDA}
 
 
@@ -216,7 +215,6 @@ def measure(bench: Bench, report: Report, rounds: int, warm_up: int = 1) -> None
 
 
 def bench_attention(cfg: Any) -> RunResult:
-    """Every kernel on queries of all tokens and of the masked alone."""
     bench, report = make_bench(cfg), Report()
     report(about=bench.about)
     measure(bench, report, cfg.bench.rounds, cfg.bench.warm_up)

@@ -210,7 +210,6 @@ def device_part(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def bench_loader(cfg: Any) -> RunResult:
-    """Images per second and core of every variant, and of the device's part."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     sides = sides_for(cfg, None)

@@ -114,7 +114,6 @@ class Saves(Callback):
 
 
 def bench_loop(cfg: Any) -> RunResult:
-    """What the loop costs over a bare one, and what a checkpoint costs."""
     silence_warnings()
     bench = make_bench(cfg)
     steps = cfg.bench.steps or (BLOCK if bench.on_gpu else 1)

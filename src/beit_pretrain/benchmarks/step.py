@@ -260,7 +260,6 @@ def host_batches(cfg: Any, bench: Bench) -> Iterable[dict[str, Tensor]]:
 
 
 def bench_step(cfg: Any) -> RunResult:
-    """Images/s of every variant, the ratios with their intervals, shares of time, memory."""
     bench, report = make_bench(cfg), Report()
     on_host = host_batches(cfg, bench)  # before the long rounds: problems with the data show at once
     report(about=bench.about)

@@ -32,7 +32,6 @@ PAGE, RESULTS = "page.md", "results.json"
 
 
 def bench(cfg: Any) -> None:
-    """Measure what `cfg.action` names."""
     if cfg.action not in ACTIONS:
         raise UserError(f"bench {cfg.action}: there are {', '.join(ACTIONS)}")
     if isinstance(getattr(cfg, "src", None), list):

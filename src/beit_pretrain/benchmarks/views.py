@@ -191,7 +191,6 @@ def statistics(own: np.ndarray, others: np.ndarray) -> dict[str, Any]:
 
 
 def bench_views(cfg: Any) -> RunResult:
-    """The effect of each departure."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     tokenizer = instantiate(to_dict(cfg.tokenizer)) if cfg.tokenizer else None

@@ -123,7 +123,6 @@ img, svg {{ max-width: 100%; height: auto; }} figure {{ margin: 1rem 0; }} figca
 
 
 def checklist(numbers: dict) -> str:
-    """The promises as a list."""
     words = {True: ("yes", "kept"), False: ("no", "broken"), None: ("", "does not apply")}
     checked = ((*words[kept], html.escape(text)) for text, kept in promises(numbers))
     rows = [f'<li class="{style}">{word}: {text}</li>' for style, word, text in checked]

@@ -99,7 +99,6 @@ def write_page(out: Path, plots: bool = True) -> None:
 
 
 def draw_plots(stages: dict[str, Findings], out: Path) -> None:
-    """The plots for which there are findings."""
     found = stages.get("base", {}).get("found", {})
     if found.get("seconds") and found.get("about"):
         step = {**found["about"], **found["images_per_s"], "seconds": found["seconds"]}

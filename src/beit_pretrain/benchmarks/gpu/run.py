@@ -28,7 +28,6 @@ TRACE_BYTES = 15 * 2**20  # a larger trace stays in the scratch folder
 
 
 def data(setup: Setup, report: Report) -> None:
-    """Draw photos and write them into shards."""
     with timed(report, "shards"):
         shards(setup)
 
