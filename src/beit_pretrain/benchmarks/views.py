@@ -1,9 +1,8 @@
 """`bench views`: what our order of operations on an image changes, against the authors' (docs/design.md, departures).
 
-The same images and the same random numbers go through the authors' pipeline (`pil_reference`) and through ours, in
-full and
-one departure at a time. Two kinds of controls give the scale: the smallest changes that anyone would call harmless (a
-JPEG round trip, half a pixel), and another draw of the jitter, which is the augmentation's own variation.
+The same images and the same random numbers go through the authors' pipeline (`pil_reference`) and through ours, in full
+and one departure at a time. Two kinds of controls give the scale: the smallest changes that anyone would call harmless
+(a JPEG round trip, half a pixel), and another draw of the jitter, which is the augmentation's own variation.
 """
 
 from __future__ import annotations

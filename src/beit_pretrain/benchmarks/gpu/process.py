@@ -78,9 +78,8 @@ class StageProcess:
 
     def last_lines(self, count: int = 4) -> str:
         """The end of what the stage has printed."""
-        with self.log.open("rb") as file:
-            file.seek(max(self.log_start, self.log.stat().st_size - 4000))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        printed = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+        lines = [line.strip() for line in printed.splitlines() if line.strip()]
         return " | ".join(lines[-count:])[-400:]
 
     def end(self) -> None:
