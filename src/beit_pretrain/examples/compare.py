@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from beit_pretrain.config import compose, quoted
-from beit_pretrain.data.manifest import MANIFEST
+from beit_pretrain.data.manifest import read_manifest
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine.fit import fit
 from beit_pretrain.engine.run_folder import FINISHED
@@ -84,7 +84,7 @@ def write_shards(cfg: CompareSettings, out: Path) -> dict[str, Path]:
 
 def check_classes(cfg: CompareSettings, data: dict[str, Path]) -> None:
     """Raise UserError for classes that cannot be told apart, or that are other ones in the held-out images."""
-    train, val = (json.loads((folder / MANIFEST).read_text())["classes"] for folder in data.values())
+    train, val = (read_manifest(folder)["classes"] for folder in data.values())
     if len(train) < 2:
         raise UserError(f"src={cfg.src} has {len(train)} classes; a comparison needs at least 2")
     if val != train:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from beit_pretrain.data.manifest import read_manifest
 from beit_pretrain.examples.report import last_value, machine
 from beit_pretrain.examples.settings import CompareSettings
 from beit_pretrain.settings import to_dict
@@ -42,9 +43,7 @@ def report(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[st
 def collected(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Every number of the comparison, a list over the seeds each."""
     folders = [run_dir / f"seed-{seed}" for seed in seeds]
-    train = json.loads((run_dir / "data/train/manifest.json").read_text())
-    val = json.loads((run_dir / "data/val/manifest.json").read_text())
-    counts = train["class_counts"]
+    counts, held_out = (read_manifest(run_dir / "data" / split)["class_counts"] for split in ("train", "val"))
 
     def last(run: str, metric: str) -> list[float | None]:
         return [last_value(folder / run / "metrics.csv", f"val/{metric}") for folder in folders]
@@ -55,7 +54,7 @@ def collected(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict
         "classes": len(counts),
         "training_images": sum(counts),
         "labelled_images": sum(min(count, cfg.labels_per_class) for count in counts),
-        "held_out_images": min(sum(val["class_counts"]), cfg.val_images),
+        "held_out_images": min(sum(held_out), cfg.val_images),
         "fine_tuned": {kind: {m: last(f"finetune-{kind}", m) for m in MEASURES} for kind in KINDS},
         "layers": {kind: by_layer([f / f"probe-{kind}/layers.csv" for f in folders]) for kind in KINDS},
         "masked_token_accuracy": {kind: last(kind, "masked_token_accuracy") for kind in ("pretrained", "control")},
