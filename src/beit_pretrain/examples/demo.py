@@ -16,7 +16,6 @@ import numpy as np
 import yaml
 
 from beit_pretrain.config import compose, quoted
-from beit_pretrain.data.datamodule import labels
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.sources import check_sources
 from beit_pretrain.data.write.contact_sheet import contact_sheet
@@ -129,17 +128,15 @@ def stage_config(cfg: DemoSettings, experiment: str, stage: str, **settings) -> 
 def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
     """Fine-tune with and without pre-training, over the seeds. None for accuracies where the labels do not allow it."""
     train, val = (ShardReader(data[f"data.{split}"]) for split in ("train", "val"))
-    classes = len(train.classes)
-    train_labels, val_labels = labels(train), labels(val)
-    loose = int((train_labels < 0).sum() + (val_labels < 0).sum())
-    if loose or len(np.intersect1d(train_labels, val_labels)) < 2:
+    classes, loose = len(train.classes), train.without_class + val.without_class
+    counts, held_out = (reader.manifest["class_counts"] for reader in (train, val))
+    if loose or np.count_nonzero(np.minimum(counts, held_out)) < 2:
         note = f"{loose} images have no class" if loose else "fewer than two classes have images in both splits"
         note += ": nothing to fine-tune on"
         print(note)
         nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0}
         return {**nothing, "classes": classes, "finetune_note": note}
     labels_per_class = max(1, min(cfg.labels_per_class, cfg.max_labelled // classes))
-    labelled = int(np.minimum(np.bincount(train_labels, minlength=classes), labels_per_class).sum())
     settings = {**data, "data.labels_per_class": labels_per_class, "data.val_images": cfg.val_images}
     settings["steps"] = cfg.steps.finetune
     accuracies: dict[str, list[float]] = {"finetune": [], "scratch": []}
@@ -156,6 +153,6 @@ def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) 
         **{f"{kind}_accuracies": values for kind, values in accuracies.items()},
         "chance_accuracy": 1 / classes,
         "classes": classes,
-        "labelled_images": labelled,
+        "labelled_images": sum(min(count, labels_per_class) for count in counts),
         "held_out_images": min(val.samples, cfg.val_images),
     }
