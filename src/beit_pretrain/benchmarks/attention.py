@@ -42,8 +42,8 @@ class Case(NamedTuple):
     query: Tensor | None = None  # (B, K, H, d)
     token_BK: Tensor | None = None
 
-    def backward(self, out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of qkv, bias and query, where there are such."""
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of qkv, bias (None of a kernel without one) and, where there is one, query."""
         leaves = [self.qkv, self.bias] if self.query is None else [self.qkv, self.bias, self.query]
         return torch.autograd.grad(out, leaves, self.gradient.to(out.dtype), retain_graph=True, allow_unused=True)
 
@@ -152,9 +152,7 @@ def results(kernel: Kernel, case: Case) -> dict[str, Tensor]:
     """Output and gradients."""
     out = kernel(case)
     of_qkv, of_bias, *of_query = case.backward(out)
-    assert of_qkv is not None
-    found = zip(OUTPUTS, (out.detach(), *of_query, *of_qkv.unbind(2), of_bias), strict=True)
-    return {name: tensor for name, tensor in found if tensor is not None}
+    return dict(zip(OUTPUTS, (out.detach(), *of_query, *of_qkv.unbind(2), of_bias), strict=True))
 
 
 def exact(case: Case) -> dict[str, Tensor]:
