@@ -35,8 +35,7 @@ ACCURACIES = tuple(f"{name}_token_accuracy" for name in ("masked", "majority", "
 def demo(cfg: DemoSettings) -> dict:
     """Run all stages and write `report.html` and `report.json` into the run folder. Returns the report's numbers."""
     started = time.perf_counter()
-    src = cfg.src
-    check_sources([src] if isinstance(src, str) else src)  # a typo must not cost the last demo's results
+    check_sources([cfg.src] if isinstance(cfg.src, str) else cfg.src)  # a typo must not cost the last demo's results
     run_dir = clean_folder(cfg)
     timings: dict[str, float] = {}
 
@@ -46,7 +45,7 @@ def demo(cfg: DemoSettings) -> dict:
 
     stage("1/4 shards", "shards")
     try:
-        data = write_shards(cfg, src, run_dir / "data")
+        data = write_shards(cfg, run_dir / "data")
     except UserError:  # sources that list but do not decode: leave nothing behind
         (run_dir / MARK).unlink()
         with suppress(OSError):
@@ -100,13 +99,13 @@ def clean_folder(cfg: DemoSettings) -> Path:
     return run_dir
 
 
-def write_shards(cfg: DemoSettings, src: str | list[str], out: Path) -> dict[str, Path]:
+def write_shards(cfg: DemoSettings, out: Path) -> dict[str, Path]:
     """Make the shards; returns the settings that point to them."""
     if cfg.src == "synthetic":
         images = cfg.images + cfg.val_images
         make_shards("synthetic", out, images=images, val=cfg.val_images / images, seed=cfg.seed, size=cfg.resize)
     else:
-        make_shards(src, out, val=0.1, seed=cfg.seed, resize=cfg.resize)
+        make_shards(cfg.src, out, val=0.1, seed=cfg.seed, resize=cfg.resize)
     contact_sheet(out / "train", out / "contact-sheet.png")
     return {"data.train": out / "train", "data.val": out / "val"}
 
