@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from beit_pretrain.benchmarks.blocks import RunResult, attention_blocks, milliseconds
+from beit_pretrain.benchmarks.blocks import Results, attention_blocks, milliseconds
 from beit_pretrain.benchmarks.inputs import Bench, make_bench
 from beit_pretrain.benchmarks.measure import in_turn, kernel_seconds
 from beit_pretrain.benchmarks.report import Report
@@ -212,7 +212,7 @@ def measure(bench: Bench, report: Report, rounds: int, warm_up: int = 1) -> None
     report.write(headline=f"ms: {', '.join(said)}")
 
 
-def bench_attention(cfg: Any) -> RunResult:
+def bench_attention(cfg: Any) -> Results:
     bench, report = make_bench(cfg), Report()
     report(about=bench.about)
     measure(bench, report, cfg.bench.rounds, cfg.bench.warm_up)
@@ -220,4 +220,4 @@ def bench_attention(cfg: Any) -> RunResult:
     first = next(iter(found["queries"].values()))
     difference = {name: each["difference"] for name, each in first.items() if "difference" in each}
     given = {"seconds": found["seconds"], "difference": difference, "queries": found["queries"]}
-    return RunResult(blocks, {"bench": "attention", **found["about"], **given})
+    return blocks, {"bench": "attention", **found["about"], **given}

@@ -48,11 +48,7 @@ class Block(NamedTuple):
         return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
-class RunResult(NamedTuple):
-    """Result of an action of `bench`: tables for people, one JSON object for programs."""
-
-    blocks: list[Block]
-    found: Findings
+Results = tuple[list[Block], Findings]  # of an action of `bench`: tables for people, one JSON object for programs
 
 
 def as_markdown(blocks: Iterable[Block]) -> str:

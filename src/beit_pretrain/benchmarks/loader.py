@@ -37,7 +37,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomResized
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from beit_pretrain.benchmarks.blocks import Block, RunResult
+from beit_pretrain.benchmarks.blocks import Block, Results
 from beit_pretrain.benchmarks.measure import in_turn
 from beit_pretrain.data.dataset import BatchSchedule, ShardDataset
 from beit_pretrain.data.manifest import MANIFEST
@@ -204,7 +204,7 @@ def device_part(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return normalise(image, HALF, HALF), token_image * 0.8 + 0.1
 
 
-def bench_loader(cfg: Any) -> RunResult:
+def bench_loader(cfg: Any) -> Results:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     sides = sides_for(cfg, None)
@@ -231,4 +231,4 @@ def bench_loader(cfg: Any) -> RunResult:
     found |= {name: times for name, times in ratio.items() if name != REFERENCE}
     found |= {"device_part_images_per_s_core": median[DEVICE_PART], "device_part_rounds": rates.pop(DEVICE_PART)}
     head = ("variant", "images/s and core", "rounds", "times the reference")
-    return RunResult([Block(head, rows)], {"bench": "loader", **found, "images_per_s_core": rates})
+    return [Block(head, rows)], {"bench": "loader", **found, "images_per_s_core": rates}

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from beit_pretrain.benchmarks import measure
-from beit_pretrain.benchmarks.blocks import Block, RunResult, milliseconds, step_blocks, utilisation
+from beit_pretrain.benchmarks.blocks import Block, Results, milliseconds, step_blocks, utilisation
 from beit_pretrain.benchmarks.inputs import Batch, Bench, make_batch, make_bench
 from beit_pretrain.benchmarks.peers import peer_step
 from beit_pretrain.benchmarks.report import Report
@@ -259,7 +259,7 @@ def host_batches(cfg: Any, bench: Bench) -> Iterable[dict[str, Tensor]]:
     return DataLoader(dataset, batch_size=None, sampler=range(PARTS), num_workers=cfg.data.num_workers)
 
 
-def bench_step(cfg: Any) -> RunResult:
+def bench_step(cfg: Any) -> Results:
     bench, report = make_bench(cfg), Report()
     on_host = host_batches(cfg, bench)  # before the long rounds: problems with the data show at once
     report(about=bench.about)
@@ -274,7 +274,7 @@ def bench_step(cfg: Any) -> RunResult:
     rows = [[name, milliseconds(value), f"{value / sum(parts.values()):.1%}"] for name, value in parts.items()]
     blocks = [*step_blocks(report.found), Block(("part of a step, tokenizer on line", "ms", "share"), rows)]
     about, rates = (report.found.pop(name) for name in ("about", "images_per_s"))
-    return RunResult(blocks, {"bench": "step", **about, **rates, **report.found})
+    return blocks, {"bench": "step", **about, **rates, **report.found}
 
 
 def variant_names(cfg: Any, bench: Bench) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from beit_pretrain.benchmarks.blocks import BARS, Block, RunResult, as_markdown, bars
+from beit_pretrain.benchmarks.blocks import BARS, Block, Results, as_markdown, bars
 from beit_pretrain.config import compose, quoted
 from beit_pretrain.errors import UserError
 
@@ -37,10 +37,11 @@ def bench(cfg: Any) -> None:
     if isinstance(getattr(cfg, "src", None), list):
         raise UserError("bench takes one src=: a folder, a tar or a shard folder")
     if outcome := resolve_name(ACTIONS[cfg.action])(cfg):
-        print(f"{as_markdown(outcome.blocks)}\n{json.dumps(outcome.found)}")
+        blocks, found = outcome
+        print(f"{as_markdown(blocks)}\n{json.dumps(found)}")
 
 
-def bench_all(cfg: Any) -> RunResult:
+def bench_all(cfg: Any) -> Results:
     """Write page, plot and all figures of step, loop and attention into the folder `bench.out`.
 
     And of memory on a GPU, or where `bench.memory_gb` says of what; of the loader where `bench.src` names photos.
@@ -71,4 +72,4 @@ def bench_all(cfg: Any) -> RunResult:
         (out / PAGE).write_text(page)
         (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     about = {name: value for name, value in results["step"].items() if name != "seconds"}
-    return RunResult([Block(text=f"wrote {out / PAGE}")], {**about, "bench": "all", "page": str(out / PAGE)})
+    return [Block(text=f"wrote {out / PAGE}")], {**about, "bench": "all", "page": str(out / PAGE)}
