@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from beit_pretrain.benchmarks import attention, inputs, loop, measure, step
-from beit_pretrain.benchmarks.blocks import RunResult, interval
+from beit_pretrain.benchmarks.blocks import Results, interval
 from beit_pretrain.benchmarks.inputs import make_batch, make_bench
 from beit_pretrain.benchmarks.loop import run_in_turn
 from beit_pretrain.benchmarks.measure import compared, counted_flops, kept_bytes, measured_peak
@@ -67,10 +67,10 @@ def test_a_measurement_obeys_deterministic(words, monkeypatch):
     assert asked == [(False,)]
 
 
-@pytest.mark.parametrize(("fused", "all_patches"), [(False, False), (True, True)])
-def test_peers_on_timm_have_our_loss_and_gradients(bench, fused, all_patches):
+@pytest.mark.parametrize("as_timm", [False, True])
+def test_peers_on_timm_have_our_loss_and_gradients(bench, as_timm):
     batch = make_batch(bench, 0)
-    model = PlainModel(bench.model, fused, all_patches).train()
+    model = PlainModel(bench.model, as_timm).train()
     loss = model(batch.image, batch.ours["mask"], batch.token_M)
     found = on_images(bench, batch)
     ours = found.loss_sum / found.masked
@@ -417,10 +417,10 @@ def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
     assert Path(last(stdout)["page"]) == tmp_path / "page/page.md"
 
 
-def a_step(cfg) -> RunResult:
+def a_step(cfg) -> Results:
     """In place of `bench_step`, as much of its last line as the page takes."""
     about = {"experiment": "x", "device": "x", "clock": "cpu", "threads": 1, "torch": "x", "precision": "x"}
-    return RunResult([], {"bench": "step", **about, "batch_size": 3, "ours": 2.0, "seconds": {"ours": [1.5]}})
+    return [], {"bench": "step", **about, "batch_size": 3, "ours": 2.0, "seconds": {"ours": [1.5]}}
 
 
 def test_a_part_that_fails_costs_no_other(words, run_cli, tmp_path, monkeypatch):

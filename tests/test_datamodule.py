@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import labels
 
-from beit_pretrain.data.datamodule import ClassificationData, first_of_each_class, labels
+from beit_pretrain.data.datamodule import ClassificationData, first_of_each_class
 from beit_pretrain.data.dataset import BatchSchedule, EvalSchedule, StepSampler, first_position
 from beit_pretrain.data.order import MASK, VIEW, Order, generator
 from beit_pretrain.data.reader import ShardReader

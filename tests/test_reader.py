@@ -9,10 +9,9 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import spoil
+from tiny import labels, spoil
 
 from beit_pretrain.data import storage
-from beit_pretrain.data.datamodule import labels
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.settings import RemoteOptions

@@ -22,6 +22,7 @@ import pytest
 import torch
 from lightning import Callback
 
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
 from beit_pretrain.tables import read_rows
 
@@ -48,6 +49,11 @@ OFFLINE = ("logger=wandb", "logger.mode=offline")
 CLOCKS = ("train/images_per_s", "train/data_wait")  # metrics that are no two times the same
 
 STARTED: list[subprocess.Popen] = []  # what a test has started ends with it
+
+
+def labels(reader: ShardReader) -> np.ndarray:
+    """Labels of all samples (samples,), in the order of the shards; -1 where there is none."""
+    return np.concatenate([reader.labels(shard) for shard in range(len(reader.sizes))])
 
 
 def seeded(build: Callable, *args, **settings):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._functorch import config as functorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from beit_pretrain.benchmarks.blocks import RunResult, attention_blocks, milliseconds
+from beit_pretrain.benchmarks.blocks import Results, attention_blocks, milliseconds
 from beit_pretrain.benchmarks.inputs import Bench, make_bench
 from beit_pretrain.benchmarks.measure import in_turn, kernel_seconds
 from beit_pretrain.benchmarks.report import Report
@@ -42,8 +42,8 @@ class Case(NamedTuple):
     query: Tensor | None = None  # (B, K, H, d)
     token_BK: Tensor | None = None
 
-    def backward(self, out: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of qkv, bias and query, where there are such."""
+    def backward(self, out: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of qkv, bias (None of a kernel without one) and, where there is one, query."""
         leaves = [self.qkv, self.bias] if self.query is None else [self.qkv, self.bias, self.query]
         return torch.autograd.grad(out, leaves, self.gradient.to(out.dtype), retain_graph=True, allow_unused=True)
 
@@ -74,13 +74,9 @@ def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, backends: SDPBackend | None = None) -> Tensor:
-    """The fused kernel that torch chooses, or one backend's."""
-    bias = None if bias is None else bias.to(q.dtype)
-    if backends is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    with sdpa_kernel(backends):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The fused kernel that torch chooses."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
 
 
 @cache
@@ -118,9 +114,9 @@ KERNELS: dict[str, Kernel] = {
     "ours": on_heads(biased_attention),
     "sdpa": on_heads(sdpa),
     "sdpa_odd": on_heads(sdpa, prepared=False),
-    "no_bias": on_heads(lambda q, k, v, bias: sdpa(q, k, v, None)),
-    "sdpa_efficient": on_heads(partial(sdpa, backends=SDPBackend.EFFICIENT_ATTENTION)),
-    "sdpa_cudnn": on_heads(partial(sdpa, backends=SDPBackend.CUDNN_ATTENTION)),
+    "no_bias": on_heads(lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v)),
+    "sdpa_efficient": on_heads(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)(sdpa)),
+    "sdpa_cudnn": on_heads(sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(sdpa)),
     "triton": triton,
     "flex": on_heads(flex),
 }
@@ -128,7 +124,6 @@ CUDA = ("sdpa_odd", "sdpa_efficient", "sdpa_cudnn", "triton", "flex")  # kernels
 
 
 def kernels(device: torch.device) -> dict[str, Kernel]:
-    """The kernels that run on a device."""
     return {name: kernel for name, kernel in KERNELS.items() if device.type == "cuda" or name not in CUDA}
 
 
@@ -157,9 +152,7 @@ def results(kernel: Kernel, case: Case) -> dict[str, Tensor]:
     """Output and gradients."""
     out = kernel(case)
     of_qkv, of_bias, *of_query = case.backward(out)
-    assert of_qkv is not None
-    found = zip(OUTPUTS, (out.detach(), *of_query, *of_qkv.unbind(2), of_bias), strict=True)
-    return {name: tensor for name, tensor in found if tensor is not None}
+    return dict(zip(OUTPUTS, (out.detach(), *of_query, *of_qkv.unbind(2), of_bias), strict=True))
 
 
 def exact(case: Case) -> dict[str, Tensor]:
@@ -219,8 +212,7 @@ def measure(bench: Bench, report: Report, rounds: int, warm_up: int = 1) -> None
     report.write(headline=f"ms: {', '.join(said)}")
 
 
-def bench_attention(cfg: Any) -> RunResult:
-    """Every kernel on queries of all tokens and of the masked alone."""
+def bench_attention(cfg: Any) -> Results:
     bench, report = make_bench(cfg), Report()
     report(about=bench.about)
     measure(bench, report, cfg.bench.rounds, cfg.bench.warm_up)
@@ -228,4 +220,4 @@ def bench_attention(cfg: Any) -> RunResult:
     first = next(iter(found["queries"].values()))
     difference = {name: each["difference"] for name, each in first.items() if "difference" in each}
     given = {"seconds": found["seconds"], "difference": difference, "queries": found["queries"]}
-    return RunResult(blocks, {"bench": "attention", **found["about"], **given})
+    return blocks, {"bench": "attention", **found["about"], **given}

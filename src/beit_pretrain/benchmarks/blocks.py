@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beit_pretrain.tables import table
+from beit_pretrain.visualization.plots import figure, save
 
 BARS, CURVES = "images_per_s.png", "curves.png"  # plots
 OF_CLOCK = {"wall": "", "cpu": " of processor time"}  # of `bench.clock`: what follows "a second" in a unit
@@ -47,11 +48,7 @@ class Block(NamedTuple):
         return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
-class RunResult(NamedTuple):
-    """Result of an action of `bench`: tables for people, one JSON object for programs."""
-
-    blocks: list[Block]
-    found: Findings
+Results = tuple[list[Block], Findings]  # of an action of `bench`: tables for people, one JSON object for programs
 
 
 def as_markdown(blocks: Iterable[Block]) -> str:
@@ -184,19 +181,16 @@ def summary(lines: Iterable[Findings]) -> Block:
     """One row for each stage, with its headline."""
     rows = []
     for line in lines:
-        failed = [f"failed: {', '.join(line['errors'])}"] if line.get("errors") else []
-        said = line.get("error", "")[:100] or "; ".join([*([line["headline"]] if "headline" in line else []), *failed])
+        failed = f"failed: {', '.join(line['errors'])}" if line.get("errors") else ""
+        said = line.get("error", "")[:100] or "; ".join(filter(None, [line.get("headline"), failed]))
         rows.append([line["stage"], line["status"], f"{line['seconds']:.0f}", said])
     return Block(("stage", "status", "s", "what"), rows)
 
 
 def bars(step: Findings, path: Path) -> None:
     """Plot images/s of every variant of `bench step`, with what nine of ten rounds took."""
-    from matplotlib.figure import Figure
-
     names = list(step["seconds"])[::-1]
-    figure = Figure(figsize=(8, 0.5 * len(names) + 1.2), layout="constrained")
-    axes = figure.add_subplot()
+    made, (axes,) = figure(1, 8, 0.5 * len(names) + 1.2)
     axes.barh(names, [step[name] for name in names], color=["tab:blue" if "ours" in n else "silver" for n in names])
     for place, name in enumerate(names):
         ends = [step["batch_size"] / seconds for seconds in outer_cuts(step["seconds"][name], 20)]
@@ -205,16 +199,14 @@ def bars(step: Findings, path: Path) -> None:
     unit = f"images/s{OF_CLOCK[step['clock']]}"
     axes.set_xlabel(f"{unit} (medians; lines: 90 % of the rounds), batch of {step['batch_size']}, {step['device']}")
     axes.set_title(f"A training step of {step['experiment']}")
-    figure.savefig(path, dpi=120)
+    save(made, path)
 
 
 def plot_curves(losses: dict[str, list[Any]], path: Path) -> None:
     """Plot the loss at every step, a line for each path."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss")
+    made, (axes,) = figure(1, 8, 4)
     for name, values in losses.items():
         axes.plot(range(1, len(values) + 1), list(map(float, values)), label=name, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss")
     axes.legend()
-    figure.savefig(path, dpi=120)
+    save(made, path)

@@ -26,10 +26,11 @@ from beit_pretrain.engine.trainer import wanted_gpu
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.build import network
+from beit_pretrain.models.checkpoints.init_from import normalisation
 from beit_pretrain.settings import to_dict
 from beit_pretrain.tasks.pretrain import Pretraining
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer, Tokenizer
-from beit_pretrain.transforms.jitter import ORDERS, jittered_view, normalise, per_channel
+from beit_pretrain.transforms.jitter import ORDERS, jittered_view, normalise
 from beit_pretrain.transforms.masking import BlockwiseMask
 from beit_pretrain.transforms.mean_color_grid import SIDE
 
@@ -140,8 +141,7 @@ def make_bench(cfg: Any) -> Bench:
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         set_attention(model, cfg.attention, on_gpu, cfg.trainer.precision)
         optim = cfg.optim.changed(warmup_epochs=None, warmup_steps=0)
-        mean, std = (per_channel(getattr(cfg, name) or (0.5,), cfg.data.channels, name) for name in ("mean", "std"))
-        module = Pretraining(model, tokenizer, optim, mean, std, cfg.seed).to(device)
+        module = Pretraining(model, tokenizer, optim, *normalisation(cfg, {}), cfg.seed).to(device)
         module.setup("fit")
         module.compile_mode = compile_mode(cfg.compile, on_gpu, sharded=False)
         if module.compile_mode is not None:

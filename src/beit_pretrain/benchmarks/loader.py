@@ -6,13 +6,12 @@ from temporary shards (by index and `pread`, from the page cache), draw masks wi
 * `reference`: the authors' loader. PIL decodes in full, torchvision's ColorJitter on the whole image, flip, one box
   cropped twice with PIL (bicubic for the backbone, Lanczos for the tokenizer), both as float tensors, normalised.
 * `reference_uint8`: the same without the conversion to float, which ours leaves to the device.
-* `pil_reference`, `fast`: ours, from the images as they are (`data.pil_reference=true` and the default).
+* `exact`, `fast`: ours, from the images as they are (`data.pil_reference=true` and the default).
 * `resized`: `fast` from shards whose images' shorter side was shrunk to 288 pixels (`shards make resize=288`).
 * `cached`: as `resized`, from a folder of cached tokens: the backbone's view alone, as its record says, and the tokens
   (made for this by a stand-in for the tokenizer, through the code of the verb `tokenize`).
 
-Ours leave to the training device what `reference` does itself: conversion to float, normalisation and, but for
-`pil_reference`,
+Ours leave to the training device what `reference` does itself: conversion to float, normalisation and, but for `exact`,
 the jitter. The row `device part` says how many images a second that takes on this core, for both views of `fast`.
 """
 
@@ -38,7 +37,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomResized
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
-from beit_pretrain.benchmarks.blocks import Block, RunResult
+from beit_pretrain.benchmarks.blocks import Block, Results
 from beit_pretrain.benchmarks.measure import in_turn
 from beit_pretrain.data.dataset import BatchSchedule, ShardDataset
 from beit_pretrain.data.manifest import MANIFEST
@@ -171,17 +170,13 @@ def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed
     views = TwoViewTransform(image_size=sides[0], token_image_size=8 * grid[0])
     make_tokens(small[0], folder / "tokens", TOKENIZER, views, grid, count=1)  # as `tokenize` does
     tokens = CachedTokens([TokenFolder(folder / "tokens")], small[0], views, grid)
-    settings: dict[str, Any] = {
-        "masking": BlockwiseMask(grid=grid, max_patches=cap, min_block=min(16, cap)),
-        "seed": seed,
-    }
+    masking = BlockwiseMask(grid=grid, max_patches=cap, min_block=min(16, cap))
+    settings: dict[str, Any] = {"masking": masking, "seed": seed}
     fast = TwoViewTransform(image_size=sides[0], token_image_size=sides[1])
     return {
         REFERENCE: Reference(*plain, fast, floats=True, **settings),
         "reference_uint8": Reference(*plain, fast, floats=False, **settings),
-        "exact": ShardDataset(
-            *plain, TwoViewTransform(image_size=sides[0], token_image_size=sides[1], pil_reference=True), **settings
-        ),
+        "exact": ShardDataset(*plain, fast.changed(pil_reference=True), **settings),
         "fast": ShardDataset(*plain, fast, **settings),
         "resized": ShardDataset(*small, fast, **settings),
         "cached": ShardDataset(*small, tokens.views, tokens=tokens, **settings),
@@ -209,8 +204,7 @@ def device_part(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return normalise(image, HALF, HALF), token_image * 0.8 + 0.1
 
 
-def bench_loader(cfg: Any) -> RunResult:
-    """Images per second and core of every variant, and of the device's part."""
+def bench_loader(cfg: Any) -> Results:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     sides = sides_for(cfg, None)
@@ -237,4 +231,4 @@ def bench_loader(cfg: Any) -> RunResult:
     found |= {name: times for name, times in ratio.items() if name != REFERENCE}
     found |= {"device_part_images_per_s_core": median[DEVICE_PART], "device_part_rounds": rates.pop(DEVICE_PART)}
     head = ("variant", "images/s and core", "rounds", "times the reference")
-    return RunResult([Block(head, rows)], {"bench": "loader", **found, "images_per_s_core": rates})
+    return [Block(head, rows)], {"bench": "loader", **found, "images_per_s_core": rates}

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from lightning import Callback, Trainer
 
-from beit_pretrain.benchmarks.blocks import Block, RunResult, interval, milliseconds
+from beit_pretrain.benchmarks.blocks import Block, Results, interval, milliseconds
 from beit_pretrain.benchmarks.inputs import Bench, make_batch, make_bench
 from beit_pretrain.benchmarks.measure import compared
 from beit_pretrain.benchmarks.step import BATCHES, our_steps
@@ -113,8 +113,7 @@ class Saves(Callback):
             self.found = {"seconds": seconds, "until_written": written, "bytes": float(self.file.stat().st_size)}
 
 
-def bench_loop(cfg: Any) -> RunResult:
-    """What the loop costs over a bare one, and what a checkpoint costs."""
+def bench_loop(cfg: Any) -> Results:
     silence_warnings()
     bench = make_bench(cfg)
     steps = cfg.bench.steps or (BLOCK if bench.on_gpu else 1)
@@ -135,4 +134,4 @@ def bench_loop(cfg: Any) -> RunResult:
     head = ("what", "time", f"over a bare loop, of {cost['pairs']} pairs ({interval(cost)})")
     found = {"block": steps, "loop_over_bare": cost, "loop_over_bare_together": together, "save_every": cfg.save_every}
     found |= {"seconds": {"bare": bare, "trainer": trained}, "checkpoint": saved, "checkpoint_share": share}
-    return RunResult([Block(head, rows)], {"bench": "loop", **bench.about, **found})
+    return [Block(head, rows)], {"bench": "loop", **bench.about, **found}

@@ -77,11 +77,10 @@ def in_turn(
     found: dict[str, list[Result]] = {name: [] for name in work}
     order = np.random.default_rng(seed)
     for number in tqdm(range(warm_up + rounds), desc="measuring", unit=" rounds"):
-        for name in order.permutation(list(work)):
-            result = work[name](number)
-            if number >= warm_up:
-                found[name].append(result)
+        results = {name: work[name](number) for name in order.permutation(list(work))}
         if number >= warm_up:
+            for name, result in results.items():
+                found[name].append(result)
             yield found
 
 

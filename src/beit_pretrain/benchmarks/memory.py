@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from beit_pretrain.benchmarks.blocks import Block, RunResult
+from beit_pretrain.benchmarks.blocks import Block, Results
 from beit_pretrain.benchmarks.inputs import Bench, make_batch, make_bench
 from beit_pretrain.benchmarks.measure import kept_bytes, peak_bytes, state_bytes
 from beit_pretrain.benchmarks.step import our_steps
@@ -98,7 +98,7 @@ def kept(bench: Bench) -> int:
         return kept_bytes(lambda: bench.module.objective(*map(mode.from_tensor, given)))
 
 
-def bench_memory(cfg: Any) -> RunResult:
+def bench_memory(cfg: Any) -> Results:
     """The largest batches of base and large; the experiment's own network shape is dropped, since it would win."""
     on_gpu, rows, found = wanted_gpu(cfg.trainer.accelerator), [], {}
     if cfg.bench.memory_gb is None and not on_gpu:
@@ -116,4 +116,4 @@ def bench_memory(cfg: Any) -> RunResult:
             rows.append([size, "yes" if checkpointing else "no", str(batch), f"{used / GIB:.1f}", way])
     head = ("network", "activation checkpointing", "largest batch", "GiB", "how")
     about = {"memory_bytes": limit, "precision": cfg.trainer.precision}
-    return RunResult([Block(head, rows)], {"bench": "memory", **about, **found})
+    return [Block(head, rows)], {"bench": "memory", **about, **found}

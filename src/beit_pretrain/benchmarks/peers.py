@@ -27,12 +27,12 @@ SAME = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"
 class PlainModel(nn.Module):
     """timm's `Beit` with mask token, token head and our weights, run in full, as in the release (modeling_pretrain.py).
 
-    Unlike there, `fused`: attention by torch's scaled_dot_product_attention; `all_patches`: the head on all patches.
+    Unlike there, `as_timm`: attention by torch's scaled_dot_product_attention, and the head on all patches.
     """
 
-    def __init__(self, ours: MaskedImageModel, fused: bool = False, all_patches: bool = False):
+    def __init__(self, ours: MaskedImageModel, as_timm: bool = False):
         super().__init__()
-        config = ours.config
+        config, self.all_patches = ours.config, as_timm
         self.body = Beit(
             img_size=config["image_size"],
             num_classes=0,
@@ -44,10 +44,9 @@ class PlainModel(nn.Module):
         )
         block: Any
         for block in self.body.blocks:
-            block.attn.fused_attn = fused
+            block.attn.fused_attn = as_timm
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config["embed_dim"]))
         self.lm_head = nn.Linear(config["embed_dim"], config["vocab_size"])
-        self.all_patches = all_patches
         own = ("mask_token", "lm_head")
         self.load_state_dict({n if n.startswith(own) else f"body.{n}": t for n, t in ours.state_dict().items()})
 
@@ -92,7 +91,7 @@ def peer_step(bench: Bench, name: str) -> Callable[[Batch], object]:
     if name.startswith("transformers"):
         model = Transformers(bench.model, "eager" if name == "transformers_eager" else "sdpa")
     else:
-        model = PlainModel(bench.model, fused=name == "timm", all_patches=name == "timm")
+        model = PlainModel(bench.model, as_timm=name == "timm")
     optimizer = bench.optimizer(model.to(bench.device).train())
     # As a user would: with graph breaks where there are some, and shapes that may change.
     loss_of: Any = torch.compile(model) if name == "reference_compiled" else model

@@ -62,12 +62,16 @@ class Report:
 def read(path: Path) -> dict[str, Any]:
     """All pieces of a report's file, merged."""
     whole: dict[str, Any] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            merge(whole, json.loads(line))
-        except ValueError:  # the process was killed in the middle of a line
-            break
+    for piece in json_lines(path):
+        merge(whole, piece)
     return whole
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    """What the lines of a file hold; none without the file, nor of a line in whose middle its writer was killed."""
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def merge(whole: dict[str, Any], piece: dict[str, Any]) -> None:

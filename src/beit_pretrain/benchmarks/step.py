@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from beit_pretrain.benchmarks import measure
-from beit_pretrain.benchmarks.blocks import Block, RunResult, milliseconds, step_blocks, utilisation
+from beit_pretrain.benchmarks.blocks import Block, Results, milliseconds, step_blocks, utilisation
 from beit_pretrain.benchmarks.inputs import Batch, Bench, make_batch, make_bench
 from beit_pretrain.benchmarks.peers import peer_step
 from beit_pretrain.benchmarks.report import Report
@@ -208,11 +208,8 @@ def measure_rounds(
             break
 
 
-def shares(bench: Bench, batches: Iterator[dict[str, Tensor]], with_data: bool) -> dict[str, float]:
-    """Seconds (medians) of the parts of a step, each waited for, on batches from the host with the tokenizer on line.
-
-    `with_data`: the batches come from a real loader, and waiting for it is a part.
-    """
+def shares(bench: Bench, batches: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+    """Median seconds of the parts of a step, each waited for, on batches from the host with the tokenizer on line."""
     module, seconds = bench.module, dict[str, list[float]]()
     optimizer = bench.optimizer()
 
@@ -244,8 +241,6 @@ def shares(bench: Bench, batches: Iterator[dict[str, Tensor]], with_data: bool) 
             module.count(found, tokens)
             module._read()
     module._sums.clear()
-    if not with_data:
-        del seconds["data wait"]
     return {name: float(np.median(values[1:])) for name, values in seconds.items()}
 
 
@@ -264,21 +259,22 @@ def host_batches(cfg: Any, bench: Bench) -> Iterable[dict[str, Tensor]]:
     return DataLoader(dataset, batch_size=None, sampler=range(PARTS), num_workers=cfg.data.num_workers)
 
 
-def bench_step(cfg: Any) -> RunResult:
-    """Images/s of every variant, the ratios with their intervals, shares of time, memory."""
+def bench_step(cfg: Any) -> Results:
     bench, report = make_bench(cfg), Report()
     on_host = host_batches(cfg, bench)  # before the long rounds: problems with the data show at once
     report(about=bench.about)
     variants, before = started(bench, variant_names(cfg, bench), report), compile_counts()
     measure_rounds(bench, variants, report, cfg.bench.rounds, cfg.bench.warm_up, cfg.bench.steps, cfg.seed)
-    parts = shares(bench, iter(on_host), cfg.data.train is not None)
+    parts = shares(bench, iter(on_host))
+    if cfg.data.train is None:  # no loader was waited for
+        del parts["data wait"]
     report(shares=parts, compiled_later=compile_counts().since(before)._asdict())
     if used := utilisation(report.found, "ours"):
         report(utilisation=used)
     rows = [[name, milliseconds(value), f"{value / sum(parts.values()):.1%}"] for name, value in parts.items()]
     blocks = [*step_blocks(report.found), Block(("part of a step, tokenizer on line", "ms", "share"), rows)]
     about, rates = (report.found.pop(name) for name in ("about", "images_per_s"))
-    return RunResult(blocks, {"bench": "step", **about, **rates, **report.found})
+    return blocks, {"bench": "step", **about, **rates, **report.found}
 
 
 def variant_names(cfg: Any, bench: Bench) -> list[str]:

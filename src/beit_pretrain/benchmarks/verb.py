@@ -6,14 +6,14 @@ several of them find on one page, after each: if a later one fails, hours on, no
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from beit_pretrain.benchmarks.blocks import BARS, Block, RunResult, as_markdown, bars
+from beit_pretrain.benchmarks.blocks import BARS, Block, Results, as_markdown, bars
 from beit_pretrain.config import compose, quoted
 from beit_pretrain.errors import UserError
 
@@ -32,21 +32,16 @@ PAGE, RESULTS = "page.md", "results.json"
 
 
 def bench(cfg: Any) -> None:
-    """Measure what `cfg.action` names."""
     if cfg.action not in ACTIONS:
         raise UserError(f"bench {cfg.action}: there are {', '.join(ACTIONS)}")
     if isinstance(getattr(cfg, "src", None), list):
         raise UserError("bench takes one src=: a folder, a tar or a shard folder")
-    if outcome := measured(cfg.action, cfg):
-        print(f"{as_markdown(outcome.blocks)}\n{json.dumps(outcome.found)}")
+    if outcome := resolve_name(ACTIONS[cfg.action])(cfg):
+        blocks, found = outcome
+        print(f"{as_markdown(blocks)}\n{json.dumps(found)}")
 
 
-def measured(action: str, cfg: Any) -> Any:
-    module, function = ACTIONS[action].split(":")
-    return getattr(importlib.import_module(module), function)(cfg)
-
-
-def bench_all(cfg: Any) -> RunResult:
+def bench_all(cfg: Any) -> Results:
     """Write page, plot and all figures of step, loop and attention into the folder `bench.out`.
 
     And of memory on a GPU, or where `bench.memory_gb` says of what; of the loader where `bench.src` names photos.
@@ -67,7 +62,7 @@ def bench_all(cfg: Any) -> RunResult:
         parts["loader"] = loader, shlex.join([f"src={cfg.bench.src}", given])
     page, results = "# Measured\n", dict[str, Any]()
     for action, (settings, given) in parts.items():
-        blocks, results[action] = measured(action, settings)
+        blocks, results[action] = resolve_name(ACTIONS[action])(settings)
         if action == "step":
             bars(results[action], out / BARS)
             blocks = [*blocks, Block(plot=BARS)]
@@ -77,4 +72,4 @@ def bench_all(cfg: Any) -> RunResult:
         (out / PAGE).write_text(page)
         (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     about = {name: value for name, value in results["step"].items() if name != "seconds"}
-    return RunResult([Block(text=f"wrote {out / PAGE}")], {**about, "bench": "all", "page": str(out / PAGE)})
+    return [Block(text=f"wrote {out / PAGE}")], {**about, "bench": "all", "page": str(out / PAGE)}

@@ -1,9 +1,8 @@
 """`bench views`: what our order of operations on an image changes, against the authors' (docs/design.md, departures).
 
-The same images and the same random numbers go through the authors' pipeline (`pil_reference`) and through ours, in
-full and
-one departure at a time. Two kinds of controls give the scale: the smallest changes that anyone would call harmless (a
-JPEG round trip, half a pixel), and another draw of the jitter, which is the augmentation's own variation.
+The same images and the same random numbers go through the authors' pipeline (`pil_reference`) and through ours, in full
+and one departure at a time. Two kinds of controls give the scale: the smallest changes that anyone would call harmless
+(a JPEG round trip, half a pixel), and another draw of the jitter, which is the augmentation's own variation.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 from tqdm import tqdm
 
-from beit_pretrain.benchmarks.blocks import Block, RunResult
+from beit_pretrain.benchmarks.blocks import Block, Results
 from beit_pretrain.benchmarks.loader import Sides, read_photos, sides_for
 from beit_pretrain.data.order import VIEW, generator
 from beit_pretrain.settings import to_dict
@@ -190,8 +189,7 @@ def statistics(own: np.ndarray, others: np.ndarray) -> dict[str, Any]:
     return {**found, "tokens_changed": None if np.isnan(changed) else changed}
 
 
-def bench_views(cfg: Any) -> RunResult:
-    """The effect of each departure."""
+def bench_views(cfg: Any) -> Results:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     tokenizer = instantiate(to_dict(cfg.tokenizer)) if cfg.tokenizer else None
@@ -212,4 +210,4 @@ def bench_views(cfg: Any) -> RunResult:
         head.append("tokens changed")
         about |= {"vocab_size": tokenizer.vocab_size, "tokens": (sides.token_image // tokenizer.downsample) ** 2}
     note = Block(text="differences, means and standard deviations in levels of 0 ... 255")
-    return RunResult([Block(tuple(head), rows), note], {"bench": "views", **about, "variants": found})
+    return [Block(tuple(head), rows), note], {"bench": "views", **about, "variants": found}

@@ -205,11 +205,6 @@ class SegmentationData(ShardData):
         return self._views[split]
 
 
-def labels(reader: ShardReader) -> np.ndarray:
-    """Labels of all samples (samples,), in the order of the shards; -1 where there is none."""
-    return np.concatenate([reader.labels(shard) for shard in range(len(reader.sizes))])
-
-
 def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
     """(samples, 2) shard and row of the first `count` samples of every class; shards are already shuffled."""
     taken = np.zeros(len(reader.classes), np.int64)

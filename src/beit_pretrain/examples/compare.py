@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from beit_pretrain.config import compose, quoted
-from beit_pretrain.data.manifest import MANIFEST
+from beit_pretrain.data.manifest import read_manifest
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine.fit import fit
 from beit_pretrain.engine.run_folder import FINISHED
@@ -84,7 +84,7 @@ def write_shards(cfg: CompareSettings, out: Path) -> dict[str, Path]:
 
 def check_classes(cfg: CompareSettings, data: dict[str, Path]) -> None:
     """Raise UserError for classes that cannot be told apart, or that are other ones in the held-out images."""
-    train, val = (json.loads((folder / MANIFEST).read_text())["classes"] for folder in data.values())
+    train, val = (read_manifest(folder)["classes"] for folder in data.values())
     if len(train) < 2:
         raise UserError(f"src={cfg.src} has {len(train)} classes; a comparison needs at least 2")
     if val != train:
@@ -136,17 +136,14 @@ def untrained(like: Path, path: Path, seed: int) -> Path:
 
 def train(cfg: CompareSettings, experiment: str, folder: Path, **settings) -> None:
     """One run of `fit`, unless it has finished."""
-
-    def work() -> None:
-        common = {"name": f"{cfg.name}/{folder.relative_to(cfg.run_dir).as_posix()}", "run_dir": folder}
-        common |= {"seed": cfg.seed, "threads": cfg.threads, "data.num_workers": cfg.num_workers}
-        given = {**common, "trainer.precision": cfg.precision, **settings}
-        fit(compose("fit", [f"+experiment={experiment}", *(f"{k}={quoted(v)}" for k, v in given.items())]))
-
-    run_stage(cfg, folder, folder / FINISHED, work)
+    common = {"name": f"{cfg.name}/{folder.relative_to(cfg.run_dir).as_posix()}", "run_dir": folder}
+    common |= {"seed": cfg.seed, "threads": cfg.threads, "data.num_workers": cfg.num_workers}
+    given = {**common, "trainer.precision": cfg.precision, **settings}
+    words = [f"+experiment={experiment}", *(f"{key}={quoted(value)}" for key, value in given.items())]
+    run_stage(cfg, folder, folder / FINISHED, lambda: fit(compose("fit", words)))
 
 
-def run_stage(cfg: CompareSettings, folder: Path, finished: Path, work: Callable[[], None]) -> None:
+def run_stage(cfg: CompareSettings, folder: Path, finished: Path, work: Callable[[], object]) -> None:
     """Do the work of a stage unless its last file exists; add its seconds, wall and CPU, to `stages.jsonl`."""
     stage = folder.relative_to(cfg.run_dir).as_posix()
     if finished.is_file():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from beit_pretrain.data.manifest import read_manifest
 from beit_pretrain.examples.report import last_value, machine
 from beit_pretrain.examples.settings import CompareSettings
 from beit_pretrain.settings import to_dict
@@ -24,10 +25,11 @@ def report(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[st
     """Write `results.json`, `RESULTS.md` and the pictures of a finished comparison; print the tables."""
     numbers = collected(cfg, run_dir, seeds)
     (run_dir / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    accuracies = {KINDS[kind].split(":")[0]: numbers["fine_tuned"][kind]["accuracy"] for kind in KINDS}
+    names = {kind: name.split(":")[0] for kind, name in KINDS.items()}
+    accuracies = {name: numbers["fine_tuned"][kind]["accuracy"] for kind, name in names.items()}
     title = f"fine-tuned on {numbers['labelled_images']} labelled images, {len(seeds)} seeds"
     bars_plot(accuracies, 1 / numbers["classes"], run_dir / "accuracy.png", title)
-    names = {kind: name.split(":")[0] for kind, name in KINDS.items()} | {"scratch": UNTRAINED}
+    names["scratch"] = UNTRAINED
     by_start = {names[k]: {m: mean_of(rows) for m, rows in found.items()} for k, found in numbers["layers"].items()}
     layers_plot(by_start, run_dir / "layers.png")
     files = {f"{kind} {seeds[0]}": run_dir / f"seed-{seeds[0]}/finetune-{kind}/metrics.csv" for kind in KINDS}
@@ -41,29 +43,22 @@ def report(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[st
 def collected(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Every number of the comparison, a list over the seeds each."""
     folders = [run_dir / f"seed-{seed}" for seed in seeds]
-    train = json.loads((run_dir / "data/train/manifest.json").read_text())
-    val = json.loads((run_dir / "data/val/manifest.json").read_text())
-    counts = train["class_counts"]
-    fine_tuned = {
-        kind: {m: [last_value(f / f"finetune-{kind}/metrics.csv", f"val/{m}") for f in folders] for m in MEASURES}
-        for kind in KINDS
-    }
+    counts, held_out = (read_manifest(run_dir / "data" / split)["class_counts"] for split in ("train", "val"))
+
+    def last(run: str, metric: str) -> list[float | None]:
+        return [last_value(folder / run / "metrics.csv", f"val/{metric}") for folder in folders]
+
     return {
         "settings": to_dict(cfg),
         "seeds": list(seeds),
         "classes": len(counts),
         "training_images": sum(counts),
         "labelled_images": sum(min(count, cfg.labels_per_class) for count in counts),
-        "held_out_images": min(sum(val["class_counts"]), cfg.val_images),
-        "fine_tuned": fine_tuned,
+        "held_out_images": min(sum(held_out), cfg.val_images),
+        "fine_tuned": {kind: {m: last(f"finetune-{kind}", m) for m in MEASURES} for kind in KINDS},
         "layers": {kind: by_layer([f / f"probe-{kind}/layers.csv" for f in folders]) for kind in KINDS},
-        "masked_token_accuracy": {
-            kind: [last_value(f / kind / "metrics.csv", "val/masked_token_accuracy") for f in folders]
-            for kind in ("pretrained", "control")
-        },
-        "majority_token_accuracy": [
-            last_value(f / "pretrained/metrics.csv", "val/majority_token_accuracy") for f in folders
-        ],
+        "masked_token_accuracy": {kind: last(kind, "masked_token_accuracy") for kind in ("pretrained", "control")},
+        "majority_token_accuracy": last("pretrained", "majority_token_accuracy"),
         "stages": stages(run_dir),
         **machine(cfg.threads),
     }
@@ -106,37 +101,24 @@ def promises(numbers: dict[str, Any]) -> list[tuple[str, bool]]:
     widest = max(spread["pretrained"], spread["scratch"])
     gain, other = mean["pretrained"] - mean["scratch"], mean["control"] - mean["scratch"]
     allowed = max(spread["control"], spread["scratch"])
+    beats = f"pre-training beats training from scratch by {100 * gain:.2f} points, more than the spread of the seeds"
+    control = f"the control does not help: {100 * other:+.2f} points against training from scratch"
     return [
-        (
-            f"pre-training beats training from scratch by {100 * gain:.2f} points, more than the spread of the seeds "
-            f"({100 * widest:.2f} points between the best and the worst)",
-            gain > widest,
-        ),
-        (
-            f"the control does not help: {100 * other:+.2f} points against training from scratch, "
-            f"within the spread of {100 * allowed:.2f}, or below",
-            other <= allowed,
-        ),
+        (f"{beats} ({100 * widest:.2f} points between the best and the worst)", gain > widest),
+        (f"{control}, within the spread of {100 * allowed:.2f}, or below", other <= allowed),
     ]
 
 
 def tables(numbers: dict[str, Any]) -> str:
     """The results as a page of Markdown."""
     tuned, layers, settings = numbers["fine_tuned"], numbers["layers"], numbers["settings"]
-    accuracies = [
-        [
-            name,
-            *(shown(tuned[kind][measure]) for measure in MEASURES),
-            ", ".join(f"{100 * value:.2f}" for value in tuned[kind]["accuracy"]),
-        ]
-        for kind, name in KINDS.items()
-    ]
-    names = {**KINDS, "scratch": UNTRAINED}
-    by_layer = [
-        [names[kind], measure, *(shown(column) for column in zip(*rows, strict=True))]
-        for kind, found in layers.items()
-        for measure, rows in found.items()
-    ]
+    accuracies, by_layer = [], []
+    for kind, name in KINDS.items():
+        by_seed = ", ".join(f"{100 * value:.2f}" for value in tuned[kind]["accuracy"])
+        accuracies.append([name, *(shown(tuned[kind][measure]) for measure in MEASURES), by_seed])
+        start = UNTRAINED if kind == "scratch" else name
+        for measure, rows in layers[kind].items():
+            by_layer.append([start, measure, *(shown(column) for column in zip(*rows, strict=True))])
     tokens = {**numbers["masked_token_accuracy"], "the most frequent token": numbers["majority_token_accuracy"]}
     found = (f"{kind} {', '.join(f'{value:.1%}' for value in values)}" for kind, values in tokens.items())
     times = numbers["stages"].items()

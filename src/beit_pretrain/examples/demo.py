@@ -16,7 +16,6 @@ import numpy as np
 import yaml
 
 from beit_pretrain.config import compose, quoted
-from beit_pretrain.data.datamodule import labels
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.sources import check_sources
 from beit_pretrain.data.write.contact_sheet import contact_sheet
@@ -29,15 +28,14 @@ from beit_pretrain.examples.settings import DemoSettings
 from beit_pretrain.settings import to_dict
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's
-STAGES = ("data", "tokenizer", "pretrain")
+FOLDERS = ("data", "tokenizer", "pretrain", report.PICTURES)
 ACCURACIES = tuple(f"{name}_token_accuracy" for name in ("masked", "majority", "copy"))
 
 
 def demo(cfg: DemoSettings) -> dict:
     """Run all stages and write `report.html` and `report.json` into the run folder. Returns the report's numbers."""
     started = time.perf_counter()
-    src = cfg.src
-    check_sources([src] if isinstance(src, str) else src)  # a typo must not cost the last demo's results
+    check_sources([cfg.src] if isinstance(cfg.src, str) else cfg.src)  # a typo must not cost the last demo's results
     run_dir = clean_folder(cfg)
     timings: dict[str, float] = {}
 
@@ -47,7 +45,7 @@ def demo(cfg: DemoSettings) -> dict:
 
     stage("1/4 shards", "shards")
     try:
-        data = write_shards(cfg, src, run_dir / "data")
+        data = write_shards(cfg, run_dir / "data")
     except UserError:  # sources that list but do not decode: leave nothing behind
         (run_dir / MARK).unlink()
         with suppress(OSError):
@@ -62,7 +60,8 @@ def demo(cfg: DemoSettings) -> dict:
     pretrained = fit(stage_config(cfg, "demo_pretrain", "pretrain", **steps, **data))
     stage("4/4 fine-tuning on few labels, and the same from scratch", "finetune")
     classes = finetune_both_ways(cfg, run_dir, data)
-    draw_pictures(run_dir)
+    for name in ("tokenizer", "pretrain"):  # pictures that no run has drawn by itself
+        visualize(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))
     timings["end"] = time.perf_counter() - started
     shards = ShardReader(data["data.train"])
     numbers = {
@@ -89,7 +88,7 @@ def clean_folder(cfg: DemoSettings) -> Path:
     """The run folder, without what an earlier demo left there. Raises UserError if it holds anything else."""
     run_dir = Path(cfg.run_dir)
     if (run_dir / MARK).is_file():
-        for old in [run_dir / stage for stage in STAGES] + sorted(run_dir.glob("finetune-*")):
+        for old in [run_dir / name for name in FOLDERS] + sorted(run_dir.glob("finetune-*")):
             shutil.rmtree(old, ignore_errors=True)
         for old in (run_dir / "report.json", run_dir / "report.html"):  # a demo that fails must not seem to have ended
             old.unlink(missing_ok=True)
@@ -100,13 +99,13 @@ def clean_folder(cfg: DemoSettings) -> Path:
     return run_dir
 
 
-def write_shards(cfg: DemoSettings, src: str | list[str], out: Path) -> dict[str, Path]:
+def write_shards(cfg: DemoSettings, out: Path) -> dict[str, Path]:
     """Make the shards; returns the settings that point to them."""
     if cfg.src == "synthetic":
         images = cfg.images + cfg.val_images
         make_shards("synthetic", out, images=images, val=cfg.val_images / images, seed=cfg.seed, size=cfg.resize)
     else:
-        make_shards(src, out, val=0.1, seed=cfg.seed, resize=cfg.resize)
+        make_shards(cfg.src, out, val=0.1, seed=cfg.seed, resize=cfg.resize)
     contact_sheet(out / "train", out / "contact-sheet.png")
     return {"data.train": out / "train", "data.val": out / "val"}
 
@@ -128,17 +127,17 @@ def stage_config(cfg: DemoSettings, experiment: str, stage: str, **settings) -> 
 def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) -> dict:
     """Fine-tune with and without pre-training, over the seeds. None for accuracies where the labels do not allow it."""
     train, val = (ShardReader(data[f"data.{split}"]) for split in ("train", "val"))
-    classes = len(train.classes)
-    nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0, "classes": classes}
-    train_labels, val_labels = labels(train), labels(val)
-    loose = int((train_labels < 0).sum() + (val_labels < 0).sum())
-    if loose or len(np.intersect1d(train_labels, val_labels)) < 2:
+    classes, loose = len(train.classes), train.without_class + val.without_class
+    counts, held_out = (reader.manifest["class_counts"] for reader in (train, val))
+    if loose or np.count_nonzero(np.minimum(counts, held_out)) < 2:
         note = f"{loose} images have no class" if loose else "fewer than two classes have images in both splits"
         note += ": nothing to fine-tune on"
         print(note)
-        return {**nothing, "finetune_note": note}
+        nothing = {"finetune_accuracy": None, "scratch_accuracy": None, "labelled_images": 0}
+        return {**nothing, "classes": classes, "finetune_note": note}
     labels_per_class = max(1, min(cfg.labels_per_class, cfg.max_labelled // classes))
-    labelled = int(np.minimum(np.bincount(train_labels, minlength=classes), labels_per_class).sum())
+    settings = {**data, "data.labels_per_class": labels_per_class, "data.val_images": cfg.val_images}
+    settings["steps"] = cfg.steps.finetune
     accuracies: dict[str, list[float]] = {"finetune": [], "scratch": []}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for kind, extra in (
@@ -146,21 +145,13 @@ def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) 
             # From scratch there is nothing for a layer decay to protect: without it the baseline is stronger.
             ("scratch", {"from_scratch": True, "optim.layer_decay": None}),
         ):
-            settings = {**data, **extra, "data.labels_per_class": labels_per_class, "data.val_images": cfg.val_images}
-            settings |= {"steps": cfg.steps.finetune, "seed": seed}
-            run = stage_config(cfg, "demo_finetune", f"finetune-{kind}-{seed}", **settings)
+            run = stage_config(cfg, "demo_finetune", f"finetune-{kind}-{seed}", seed=seed, **settings, **extra)
             accuracies[kind].append(fit(run)["val/accuracy"])
     return {
         **{f"{kind}_accuracy": float(np.mean(values)) for kind, values in accuracies.items()},
         **{f"{kind}_accuracies": values for kind, values in accuracies.items()},
         "chance_accuracy": 1 / classes,
         "classes": classes,
-        "labelled_images": labelled,
+        "labelled_images": sum(min(count, labels_per_class) for count in counts),
         "held_out_images": min(val.samples, cfg.val_images),
     }
-
-
-def draw_pictures(run_dir: Path) -> None:
-    """The pictures of the report that no run has drawn by itself."""
-    for name in ("tokenizer", "pretrain"):
-        visualize(compose("visualize", ["what=masked", f"run={quoted(run_dir / name)}", "images=6"]))

@@ -8,47 +8,43 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from beit_pretrain.tables import curve, read_rows
-from beit_pretrain.visualization.plots import figure
+from beit_pretrain.tables import curve
+from beit_pretrain.visualization.plots import bars_plot, curves_plot, figure, save
+
+PICTURES = "pictures"  # folder
+CURVES = {  # of pre-training: title -> metric -> label and style
+    "loss (nats)": {"train/loss": ("training", "-"), "val/loss": ("held out", "-o")},
+    "masked-token accuracy": {
+        "train/masked_token_accuracy": ("training", "-"),
+        "val/masked_token_accuracy": ("held out", "-"),
+        "val/copy_token_accuracy": ("nearest visible", "--"),
+        "val/majority_token_accuracy": ("most frequent", "--"),
+    },
+    "kNN accuracy of features": {"val/knn_accuracy": ("held out", "-o")},
+}
 
 
-class AcceptanceCheck(NamedTuple):
-    """One thing the demo is to show, and whether it did. `kept` is None where it does not apply."""
-
-    text: str
-    kept: bool | None
-
-
-def promises(numbers: dict) -> list[AcceptanceCheck]:
-    """What the demo's numbers are held against."""
+def promises(numbers: dict) -> list[tuple[str, bool | None]]:
+    """What the demo is to show, and whether it did: None where that does not apply."""
     masked = numbers["masked_token_accuracy"]
     majority, copy = numbers["majority_token_accuracy"], numbers["copy_token_accuracy"]
     kept: list[bool | None] = [None, None]
     if numbers.get("finetune_accuracy") is not None:
         tuned, scratch, chance = (numbers[f"{kind}_accuracy"] for kind in ("finetune", "scratch", "chance"))
         kept = [tuned > scratch, min(tuned, scratch) >= 2 * chance]
+    perplexity, tokens = numbers["codebook_perplexity"], numbers["vocab_size"]
     return [
-        AcceptanceCheck(
-            f"masked-token accuracy {masked:.1%} is at least 3 x the majority's {majority:.1%}", masked >= 3 * majority
-        ),
-        AcceptanceCheck(
-            f"... and at least 1.25 x that of copying the nearest visible token, {copy:.1%}", masked >= 1.25 * copy
-        ),
-        AcceptanceCheck(
-            f"codebook perplexity {numbers['codebook_perplexity']:.0f} is at least a quarter of "
-            f"{numbers['vocab_size']} tokens",
-            numbers["codebook_perplexity"] >= 0.25 * numbers["vocab_size"],
-        ),
-        AcceptanceCheck("fine-tuned accuracy is above that from scratch", kept[0]),
-        AcceptanceCheck("both are at least twice chance", kept[1]),
+        (f"masked-token accuracy {masked:.1%} is at least 3 x the majority's {majority:.1%}", masked >= 3 * majority),
+        (f"... and at least 1.25 x that of copying the nearest visible token, {copy:.1%}", masked >= 1.25 * copy),
+        (f"codebook perplexity {perplexity:.0f} is at least a quarter of {tokens} tokens", perplexity >= 0.25 * tokens),
+        ("fine-tuned accuracy is above that from scratch", kept[0]),
+        ("both are at least twice chance", kept[1]),
     ]
 
 
@@ -69,7 +65,7 @@ def summary(numbers: dict) -> str:
             f"{numbers['labelled_images']} labelled images of {numbers['classes']} classes)"
         )
     marks = {True: "yes", False: "NO", None: "-"}
-    lines += [f"  [{marks[p.kept]:>3}] {p.text}" for p in promises(numbers)]
+    lines += [f"  [{marks[kept]:>3}] {text}" for text, kept in promises(numbers)]
     return "\n".join([*lines, f"{numbers['seconds']:.0f} seconds, seed {numbers['seed']}"])
 
 
@@ -97,17 +93,15 @@ def write(numbers: dict, run_dir: Path) -> Path:
 
 def render(numbers: dict, run_dir: Path) -> str:
     """The HTML page; pictures are inside it as data."""
+    masked = "pictures/masked.png"
     sections = [
         ("Held against its promises", checklist(numbers)),
         ("What was measured", table(numbers)),
         ("The images", picture(run_dir / "data/contact-sheet.png", "training images from the shards")),
-        (
-            "The tokenizer",
-            picture(run_dir / "tokenizer/pictures/masked.png", "held-out images and what their tokens keep"),
-        ),
-        ("Pre-training", curves(run_dir / "pretrain/metrics.csv")),
-        ("", picture(run_dir / "pretrain/pictures/masked.png", "held-out images after the last step")),
-        ("Fine-tuning", bars(numbers) + finetune_curves(run_dir)),
+        ("The tokenizer", picture(run_dir / "tokenizer" / masked, "held-out images and what their tokens keep")),
+        ("Pre-training", curves(run_dir)),
+        ("", picture(run_dir / "pretrain" / masked, "held-out images after the last step")),
+        ("Fine-tuning", finetuning(numbers, run_dir)),
     ]
     body = "\n".join((f"<h2>{title}</h2>" if title else "") + content for title, content in sections)
     return PAGE.format(source=html.escape(str(numbers["source"])), body=body)
@@ -129,9 +123,9 @@ img, svg {{ max-width: 100%; height: auto; }} figure {{ margin: 1rem 0; }} figca
 
 
 def checklist(numbers: dict) -> str:
-    """The promises as a list."""
     words = {True: ("yes", "kept"), False: ("no", "broken"), None: ("", "does not apply")}
-    rows = [f'<li class="{words[p.kept][0]}">{words[p.kept][1]}: {html.escape(p.text)}</li>' for p in promises(numbers)]
+    checked = ((*words[kept], html.escape(text)) for text, kept in promises(numbers))
+    rows = [f'<li class="{style}">{word}: {text}</li>' for style, word, text in checked]
     return f"<ul>{''.join(rows)}</ul>"
 
 
@@ -149,85 +143,50 @@ def table(numbers: dict) -> str:
     return f"<table>{rows}</table>"
 
 
-def picture(path: Path, caption: str) -> str:
+def picture(path: Path, caption: str = "") -> str:
     """An image file, inside the page."""
     if not path.is_file():
         return f"<p>({html.escape(path.name)} was not drawn)</p>"
-    data = base64.b64encode(path.read_bytes()).decode()
-    image = f'<img alt="" src="data:image/png;base64,{data}">'
+    if path.suffix == ".svg":
+        image = "<svg" + path.read_text("utf-8").partition("<svg")[2]  # without the header of a file
+    else:
+        image = f'<img alt="" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _svg(drawn: Any) -> str:
-    buffer = io.StringIO()
-    drawn.savefig(buffer, format="svg")
-    return "<figure>" + buffer.getvalue().split("?>", 1)[-1].split(">", 1)[-1] + "</figure>"
-
-
-def curves(metrics: Path) -> str:
+def curves(run_dir: Path) -> str:
     """Loss, token accuracy against the two guesses, and kNN accuracy over the steps of pre-training."""
-    names, _ = read_rows(metrics)
-    drawn, (loss, accuracy, knn) = figure(3, 4.2, 3.0)
-    for metric, label in (("train/loss", "training"), ("val/loss", "held out")):
-        loss.plot(*curve(metrics, metric), label=label, marker="o" if metric.startswith("val") else None)
-    for metric, label in (
-        ("train/masked_token_accuracy", "training"),
-        ("val/masked_token_accuracy", "held out"),
-        ("val/copy_token_accuracy", "nearest visible"),
-        ("val/majority_token_accuracy", "most frequent"),
-    ):
-        accuracy.plot(
-            *curve(metrics, metric), label=label, linestyle="--" if "visible" in label or "most" in label else "-"
-        )
-    if "val/knn_accuracy" in names:
-        knn.plot(*curve(metrics, "val/knn_accuracy"), marker="o")
-    for axes, title in ((loss, "loss (nats)"), (accuracy, "masked-token accuracy"), (knn, "kNN accuracy of features")):
+    drawn, row = figure(len(CURVES), 4.2, 3.0)
+    for axes, (title, lines) in zip(row, CURVES.items(), strict=True):
+        for metric, (label, style) in lines.items():
+            axes.plot(*curve(run_dir / "pretrain/metrics.csv", metric), style, label=label)
         axes.set(title=title, xlabel="step")
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    return _svg(drawn)
+        axes.legend(fontsize=8)
+    return picture(save(drawn, run_dir / PICTURES / "pretraining.svg"))
 
 
-def bars(numbers: dict) -> str:
-    """Accuracy of every fine-tuning run."""
+def finetuning(numbers: dict, run_dir: Path) -> str:
+    """Accuracy and training loss of every fine-tuning run."""
     if numbers.get("finetune_accuracy") is None:
         return f"<p>Skipped: {html.escape(numbers.get('finetune_note', 'no labels'))}.</p>"
-    drawn, (axes,) = figure(1, 4.2, 3.0)
-    for x, (kind, label) in enumerate((("finetune", "pre-trained"), ("scratch", "from scratch"))):
-        values = numbers[f"{kind}_accuracies"]
-        axes.bar(x, sum(values) / len(values), width=0.6, label=label)
-        axes.plot([x] * len(values), values, "k.", markersize=8)
-    axes.axhline(numbers["chance_accuracy"], color="grey", linestyle=":", label="chance")
-    axes.set(
-        title="accuracy on held-out images", ylim=(0, 1), xticks=[0, 1], xticklabels=["pre-trained", "from scratch"]
-    )
+    accuracies = {"pre-trained": numbers["finetune_accuracies"], "from scratch": numbers["scratch_accuracies"]}
+    runs = {file.parent.name.split("-", 1)[1]: file for file in sorted(run_dir.glob("finetune-*/metrics.csv"))}
+    bars, losses = run_dir / PICTURES / "accuracy.svg", run_dir / PICTURES / "finetuning.svg"
+    bars_plot(accuracies, numbers["chance_accuracy"], bars, "accuracy on held-out images")
+    curves_plot(runs, losses, ["train/loss"])
     text = (
         f"<p>{numbers['labelled_images']} labelled images of {numbers['classes']} classes, "
         f"{numbers['held_out_images']} held-out images, {len(numbers['finetune_accuracies'])} seeds (dots). "
         "The network from scratch has the same labels and steps, and no layer decay.</p>"
     )
-    return text + _svg(drawn)
-
-
-def finetune_curves(run_dir: Path) -> str:
-    """Training loss of the fine-tuning runs."""
-    files = sorted(run_dir.glob("finetune-*/metrics.csv"))
-    if not files:
-        return ""
-    drawn, (axes,) = figure(1, 4.2, 3.0)
-    for file in files:
-        scratch = "scratch" in file.parent.name
-        axes.plot(*curve(file, "train/loss"), color="C1" if scratch else "C0", label=file.parent.name.split("-", 1)[1])
-    axes.set(title="training loss (nats)", xlabel="step")
-    axes.legend(fontsize=8)
-    return _svg(drawn)
+    return text + picture(bars) + picture(losses)
 
 
 def check(path: str) -> int:
     """0 if the report at `path` keeps every promise, 1 if not."""
     numbers = json.loads(Path(path).read_text())
     print(summary(numbers))
-    return int(any(p.kept is False for p in promises(numbers)))
+    return int(any(kept is False for _, kept in promises(numbers)))
 
 
 if __name__ == "__main__":

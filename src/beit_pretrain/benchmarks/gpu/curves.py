@@ -95,7 +95,6 @@ def smooth_images(bench: Bench, patch: int, rng: torch.Generator) -> Tensor:
 
 
 def fast_path(bench: Bench) -> Path:
-    """Our step."""
     optimizer = bench.optimizer()
 
     def step(batch: Batch) -> Tensor:

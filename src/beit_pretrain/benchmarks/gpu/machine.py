@@ -46,7 +46,6 @@ def facts(setup: Setup, report: Report) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, CUDA, cuDNN and installed packages."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     found["cudnn"] = str(torch.backends.cudnn.version())
     for package in PACKAGES:
@@ -56,7 +55,6 @@ def versions() -> dict[str, str]:
 
 
 def machine(setup: Setup) -> dict[str, Any]:
-    """The processor, memory and disks."""
     return {
         "processor": platform.machine(),
         "system": platform.release(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 from beit_pretrain.benchmarks import blocks
 from beit_pretrain.benchmarks.blocks import Findings, as_markdown, summary
 from beit_pretrain.benchmarks.gpu.plan import STAGES
-from beit_pretrain.benchmarks.report import PARTIAL, read
+from beit_pretrain.benchmarks.report import PARTIAL, json_lines, read
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.fileio import flush
 
 LINES, PAGE, HTML = "gpu.jsonl", "page.md", "page.html"
 HELD: dict[str, Any] = {"stage": str, "status": str, "seconds": (int, float)}  # what every line has
@@ -33,20 +33,13 @@ def newest(out: Path) -> dict[str, Findings]:
 
     Torn lines are skipped. Raises UserError if no line is left.
     """
-    try:
-        text = (out / LINES).read_text()
-    except OSError:
-        raise UserError(f"{out / LINES} does not exist; bench gpu writes it") from None
+    if not (out / LINES).is_file():
+        raise UserError(f"{out / LINES} does not exist; bench gpu writes it")
     found: dict[str, Findings] = {stage.name: {} for stage in STAGES}
-    for line in text.splitlines():
-        try:
-            parsed = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(parsed, dict) or not all(isinstance(parsed.get(key), kind) for key, kind in HELD.items()):
-            continue
-        if parsed.get("found") or not found.get(parsed["stage"], {}).get("found"):
-            found[parsed["stage"]] = parsed
+    for line in json_lines(out / LINES):
+        held = isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in HELD.items())
+        if held and (line.get("found") or not found.get(line["stage"], {}).get("found")):
+            found[line["stage"]] = line
     if not any(found.values()):
         raise UserError(f"{out / LINES} has no line of a stage")
     return {stage: line for stage, line in found.items() if line}
@@ -57,8 +50,7 @@ def append(path: Path, line: dict[str, Any]) -> str:
     text = json.dumps(line)
     with path.open("a") as file:
         file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
     return text
 
 
@@ -100,7 +92,6 @@ def write_page(out: Path, plots: bool = True) -> None:
 
 
 def draw_plots(stages: dict[str, Findings], out: Path) -> None:
-    """The plots for which there are findings."""
     found = stages.get("base", {}).get("found", {})
     if found.get("seconds") and found.get("about"):
         step = {**found["about"], **found["images_per_s"], "seconds": found["seconds"]}

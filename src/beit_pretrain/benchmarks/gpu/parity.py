@@ -53,16 +53,16 @@ def parity(setup: Setup, report: Report) -> None:
     # Without no_bias, another function, and flex, which compiles for long and is in the stage `attention`.
     theirs = [name for name in there if name not in ("no_bias", "flex", "triton")]
     dtypes = (torch.float32, torch.bfloat16, torch.float16)[: 3 if bench.on_gpu else 2]
-    for names in (theirs, [name for name in there if name == "triton"]):
-        for dtype, masked_only in product(dtypes, (False, True)):
-            case = make_case(bench, masked_only, dtype)
-            label, wanted = f"{str(dtype).removeprefix('torch.')} {case.gradient.shape[1]}", exact(case)
-            for name in names:
-                try:
-                    errors: Any = errors_of(there[name], case, wanted)["errors"]
-                except Exception as error:  # a kernel that refuses a precision is no failure of the stage
-                    errors = f"{type(error).__name__}: {first_line(error)}"
-                report(attention={label: {name: errors}})
+    own = [name for name in there if name == "triton"]
+    for names, dtype, masked_only in product((theirs, own), dtypes, (False, True)):
+        case = make_case(bench, masked_only, dtype)
+        label, wanted = f"{str(dtype).removeprefix('torch.')} {case.gradient.shape[1]}", exact(case)
+        for name in names:
+            try:
+                errors: Any = errors_of(there[name], case, wanted)["errors"]
+            except Exception as error:  # a kernel that refuses a precision is no failure of the stage
+                errors = f"{type(error).__name__}: {first_line(error)}"
+            report(attention={label: {name: errors}})
     for label, each in report.found["attention"].items():
         with report.part(f"attention, {label}"):
             fail_if(wrong_kernels(each))
@@ -120,10 +120,9 @@ def compiled(setup: Setup, report: Report) -> None:
     shallow = () if setup.tiny else (f"+model.depth={sizes.shallow}",)
     in_fp32 = setup.config(f"batch_size={sizes.precise}", *shallow, forced=("trainer.precision=32-true",))
     cfg = setup.config(f"batch_size={sizes.base}")
-    with report.part("fp32"):
-        compare_compiled(report, "fp32", in_fp32)
-    with report.part("training"):
-        compare_compiled(report, "training", cfg)
+    for name, config in (("fp32", in_fp32), ("training", cfg)):
+        with report.part(name):
+            compare_compiled(report, name, config)
     with report.part("views"):
         compare_views(report, cfg)
     fail_if([f"{name}: {error}" for name, error in report.errors.items()])

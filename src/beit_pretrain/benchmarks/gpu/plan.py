@@ -7,13 +7,13 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from beit_pretrain.benchmarks.report import Report
+from beit_pretrain.fileio import atomic_path
 
 if TYPE_CHECKING:
     from beit_pretrain.benchmarks.inputs import Bench
@@ -113,15 +113,15 @@ class Setup(NamedTuple):
     def encoder(self) -> Path:
         """A folder with an encoder of OpenAI's architecture and random weights; made once."""
         folder = self.scratch / ("encoder-tiny" if self.tiny else "encoder")
-        if not (folder / "encoder.safetensors").is_file():
+        file = folder / "encoder.safetensors"
+        if not file.is_file():
             from dall_e.encoder import Encoder
             from safetensors.torch import save_file
 
             folder.mkdir(exist_ok=True)
             small = {"n_hid": 16, "n_blk_per_group": 1, "vocab_size": 512} if self.tiny else {}
-            partial = folder / f"partial-{os.getpid()}"
-            save_file(Encoder(**small, requires_grad=False).state_dict(), partial)
-            partial.rename(folder / "encoder.safetensors")  # stages beside this one make it too
+            with atomic_path(file, unique=True) as temporary:  # stages beside this one make it too
+                save_file(Encoder(**small, requires_grad=False).state_dict(), temporary)
         return folder
 
     def settings(self, *words: str, experiment: str | None = None) -> list[str]:

@@ -18,6 +18,7 @@ import traceback
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from beit_pretrain.benchmarks.gpu.plan import Setup, Stage
@@ -71,16 +72,14 @@ class StageProcess:
         self.partial.unlink(missing_ok=True)
         if status == "ok" and found.get("errors"):
             status = "partly"
-        reported = found.pop("error", error)
-        line = {"stage": self.stage.name, "status": status, "seconds": round(time.monotonic() - self.began, 1), **found}
-        said = error if status == "timeout" else reported
-        return {**line, "error": said} if said else line
+        if error and (status == "timeout" or "error" not in found):
+            found["error"] = error
+        return {"stage": self.stage.name, "status": status, "seconds": round(time.monotonic() - self.began, 1), **found}
 
     def last_lines(self, count: int = 4) -> str:
         """The end of what the stage has printed."""
-        with self.log.open("rb") as file:
-            file.seek(max(self.log_start, self.log.stat().st_size - 4000))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        printed = self.log.read_bytes()[self.log_start :].decode(errors="replace")
+        lines = [line.strip() for line in printed.splitlines() if line.strip()]
         return " | ".join(lines[-count:])[-400:]
 
     def end(self) -> None:
@@ -100,8 +99,7 @@ def main() -> int:
     faulthandler.enable()
     report = Report(Path(job["partial"]))
     try:
-        module, function = job["function"].split(":")
-        stage = getattr(importlib.import_module(module), function)
+        stage = resolve_name(job["function"])
         torch: Any = sys.modules.get("torch")  # of a stage that needs it
         if job["device"] != "cpu":
             torch = importlib.import_module("torch")

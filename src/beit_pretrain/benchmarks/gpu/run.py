@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,15 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from beit_pretrain.benchmarks.blocks import shown
 from beit_pretrain.benchmarks.gpu.plan import Setup
 from beit_pretrain.benchmarks.report import Report
 from beit_pretrain.cli import run
 from beit_pretrain.engine.compile import compile_counts
 from beit_pretrain.processes import cores
-from beit_pretrain.tables import read_rows
+from beit_pretrain.tables import curve
 
 LOG_EVERY = 10  # steps, of `fit`
 SETTLED = 1 / 3  # of a run: what comes before it is compilation and warm-up
@@ -28,7 +27,6 @@ TRACE_BYTES = 15 * 2**20  # a larger trace stays in the scratch folder
 
 
 def data(setup: Setup, report: Report) -> None:
-    """Draw photos and write them into shards."""
     with timed(report, "shards"):
         shards(setup)
 
@@ -71,14 +69,10 @@ def fit(setup: Setup, report: Report) -> None:
     tokens = setup.scratch / f"{folder.parent.name}-tokens"
     with timed(report, "tokens"):
         if not (tokens / "tokens.json").is_file():
-            words = [
-                f"data={folder}",
-                f"tokenizer.path={encoder}",
-                f"out={tokens}",
-                f"num_workers={num_workers(setup)}",
-            ]
-            words += [word for word in setup.network if word.startswith(("image_size=", "patch_size="))]
-            run(["tokenize", *words, f"accelerator={setup.device}", f"batch_size={2 * setup.sizes.base}"])
+            words = [word for word in setup.network if word.startswith(("image_size=", "patch_size="))]
+            words += [f"num_workers={num_workers(setup)}", f"batch_size={2 * setup.sizes.base}"]
+            words += [f"data={folder}", f"tokenizer.path={encoder}", f"out={tokens}", f"accelerator={setup.device}"]
+            run(["tokenize", *words])
     before = compile_counts()
     report(loader_workers=loader_workers(setup))
     with timed(report, "fit"):
@@ -145,13 +139,12 @@ def speed(where: Path) -> dict[str, Any]:
 
     Empty before the first of them.
     """
-    _, rows = read_rows(where / "metrics.csv")
-    steps = sorted(rows)
-    last = [rows[step] for step in steps if step > SETTLED * steps[-1]]
-    if not any("train/images_per_s" in row for row in last):
-        return {}
-    found: dict[str, Any] = {"losses": [rows[step].get("train/loss") for step in steps]}
-    for name, key in (("images_per_s", "train/images_per_s"), ("data_wait", "train/data_wait")):
-        found[name] = float(np.median([row[key] for row in last if key in row]))
-        found[f"every_{name}"] = [rows[step].get(key) for step in steps]
+    metrics = where / "metrics.csv"
+    found: dict[str, Any] = {"losses": curve(metrics, "train/loss")[1]}
+    for name in ("images_per_s", "data_wait"):
+        steps, values = curve(metrics, f"train/{name}")
+        if not steps:
+            return {}
+        settled = [value for step, value in zip(steps, values, strict=True) if step > SETTLED * steps[-1]]
+        found |= {name: statistics.median(settled), f"every_{name}": values}
     return found

@@ -15,7 +15,7 @@ import torch
 from beit_pretrain.benchmarks import attention as kernels
 from beit_pretrain.benchmarks import step as steps
 from beit_pretrain.benchmarks.gpu.plan import Setup
-from beit_pretrain.benchmarks.inputs import Batch, Bench, make_batch
+from beit_pretrain.benchmarks.inputs import Batch, make_batch
 from beit_pretrain.benchmarks.peers import peer_step
 from beit_pretrain.benchmarks.report import Report
 from beit_pretrain.benchmarks.step import SPARE, Gradients, Variant, distance, first_step, gradients, our_steps
@@ -77,7 +77,6 @@ def two_settings(setup: Setup, report: Report, size: str, usual: str, other: str
 
     Before the first step, loss and gradients of both are compared.
     """
-    benches: dict[str, Bench] = {}
     variants: dict[str, Variant] = {}
     numbers: dict[str, Gradients] = {}
     for word in (usual, other):
@@ -90,13 +89,12 @@ def two_settings(setup: Setup, report: Report, size: str, usual: str, other: str
             if bench.module.compile_mode is not None and "graphs" not in start:
                 raise RuntimeError(f"{word} compiled nothing: it ran what the other setting had compiled")
             variant(make_batch(bench, 0))
-            benches[word], variants[word] = bench, variant
+            variants[word] = variant
     if not variants:
         raise RuntimeError("neither setting ran")
     with report.part("numbers"):
         compare_numbers(report, numbers, usual, other)
     numbers.clear()
-    bench = next(iter(benches.values()))
     pairs = [(name, usual) for name in variants if name != usual]
     steps.measure_rounds(bench, variants, report, setup.sizes.rounds, pairs=pairs, left=setup.left)
 
