@@ -17,7 +17,6 @@ from beit_pretrain.data.dataset import (
     BatchSchedule,
     EvalSchedule,
     FixedTokens,
-    LabelMapTransform,
     ShardDataset,
     StepSampler,
     Transform,
@@ -30,15 +29,15 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.masking import BlockwiseMask
-from beit_pretrain.transforms.views import ClassificationTransform
 
 
 class ShardData(LightningDataModule):
-    """Training and validation loaders over shard folders. Subclasses define views and masks.
+    """Training and validation loaders over shard folders. Subclasses define masks.
 
     Args:
         train: shard folder or location of the training images, or a list of them.
         val: the same for held-out images; None = no validation.
+        train_views, val_views: transforms of the images.
         global_batch_size: images of one optimiser step over all processes and micro-batches.
         seed: of order, views and masks.
         settings: further settings of `DataSettings`.
@@ -46,8 +45,19 @@ class ShardData(LightningDataModule):
 
     VAL_SEED = 1_000_003  # views and masks of held-out images do not depend on the run's seed
 
-    def __init__(self, train: Any, val: Any = None, *, global_batch_size: int, seed: int = 0, **settings: Any):
+    def __init__(
+        self,
+        train: Any,
+        val: Any = None,
+        *,
+        train_views: Transform,
+        val_views: Transform,
+        global_batch_size: int,
+        seed: int = 0,
+        **settings: Any,
+    ):
         super().__init__()
+        self._views = {"train": train_views, "val": val_views}
         self.settings = chosen = DataSettings(train=train, val=val, **settings)
         self.tokens: dict[str, FixedTokens] = {}  # for splits with cached tokens, whose views are fixed
         self.readers = {"train": ShardReader(chosen.train, chosen)}
@@ -72,9 +82,9 @@ class ShardData(LightningDataModule):
         """Training images."""
         return self.readers["train"].samples if self.subset is None else len(self.subset)
 
-    def views(self, split: str) -> Transform | LabelMapTransform:
+    def views(self, split: str) -> Transform:
         """The transform of the images of "train" or "val"."""
-        raise NotImplementedError
+        return self._views[split]
 
     masking: BlockwiseMask | None = None
     label_maps = False
@@ -109,7 +119,7 @@ class ShardData(LightningDataModule):
         split: str = "val",
         rank: int = 0,
         world: int = 1,
-        views: Transform | LabelMapTransform | None = None,
+        views: Transform | None = None,
         images: int | None = None,
     ) -> ShardDataset:
         """Every image of a split (or its first `images`) once and in order, with fixed views and masks."""
@@ -178,31 +188,18 @@ class ShardData(LightningDataModule):
 class ClassificationData(ShardData):
     """One view per image with its label: augmented in training, resized and centre-cropped in validation."""
 
-    def __init__(
-        self, train, val=None, *, train_views: ClassificationTransform, val_views: ClassificationTransform, **settings
-    ):
-        super().__init__(train, val, **settings)
-        self._views = {"train": train_views, "val": val_views}
-
-    def views(self, split: str) -> Transform:
-        return self._views[split]
-
 
 class SegmentationData(ShardData):
     """Images with label maps. Raises UserError if a shard folder has none."""
 
     label_maps = True
 
-    def __init__(self, train, val=None, *, train_views: LabelMapTransform, val_views: LabelMapTransform, **settings):
+    def __init__(self, train, val=None, **settings):
         super().__init__(train, val, **settings)
-        self._views = {"train": train_views, "val": val_views}
         for reader in self.readers.values():
             for folder in reader.folders:
                 if not folder.about["segmentation"]:
                     raise UserError(f"{folder} has no label maps (.seg.png); segmentation needs them")
-
-    def views(self, split: str) -> LabelMapTransform:
-        return self._views[split]
 
 
 def labels(reader: ShardReader) -> np.ndarray:
