@@ -11,11 +11,10 @@ seen w_d * sum(N) / N_d times in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
-from beit_pretrain.data.order import SHUFFLE_MIXTURE, Order, Sample, as_array, permutation
+from beit_pretrain.data.order import SHUFFLE_MIXTURE, MethodCache, Order, Sample, as_array, permutation
 from beit_pretrain.errors import UserError
 
 PARTS = 10_000  # other weights than simple fractions are rounded to multiples of 1 / PARTS
@@ -41,14 +40,7 @@ class Mixture:
         self.streams = orders[0].streams
         self.sizes = np.concatenate([order.sizes for order in orders])
         self._first_shard = np.cumsum([0] + [len(order.sizes) for order in orders])
-        self._pattern = lru_cache(maxsize=64)(self._shuffled)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_pattern"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._pattern = lru_cache(maxsize=64)(self._shuffled)
+        self._pattern = MethodCache(self._shuffled, 64)
 
     def sample_at(self, position: int) -> Sample:
         """The sample at `position`."""

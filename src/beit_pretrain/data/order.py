@@ -18,9 +18,9 @@ orders of several data sets by weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,20 @@ def permutation(count: int, seed: int, position: int, purpose: int) -> np.ndarra
     """An order of 0 ... count - 1, int64 (count,): the same under every version of NumPy."""
     # Sorts raw draws: NumPy guarantees these across versions, but not the result of Generator.permutation.
     return np.argsort(generator(seed, position, purpose).bit_generator.random_raw(count), kind="stable")
+
+
+class MethodCache:
+    """`lru_cache` of an object's method or of a class, as an attribute; pickled with the object, it starts empty."""
+
+    def __init__(self, function: Callable, maxsize: int):
+        self.function, self.maxsize = function, maxsize
+        self._cached = lru_cache(maxsize)(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._cached(*arguments)
+
+    def __reduce__(self) -> tuple:
+        return MethodCache, (self.function, self.maxsize)
 
 
 class Sample(NamedTuple):
@@ -59,30 +73,15 @@ class Order:
         shuffle: False keeps the order of the shards in every epoch (validation).
     """
 
-    def __init__(
-        self,
-        sizes: list[int],
-        seed: int = 0,
-        block_size: int = 1,
-        streams: int = 1,
-        shuffle: bool = True,
-    ):
+    def __init__(self, sizes: list[int], seed: int = 0, block_size: int = 1, streams: int = 1, shuffle: bool = True):
         if not sizes or min(sizes) < 0 or sum(sizes) == 0:
             raise ValueError("an order needs at least one sample")
         self.sizes = np.asarray(sizes, np.int64)
         self.seed, self.block_size, self.shuffle = seed, block_size, shuffle
         self.samples = int(self.sizes.sum())
         self.streams = max(1, min(streams, len(sizes))) if shuffle else 1
-        self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)
-        self._window = lru_cache(maxsize=2 * self.streams)(self._permute_window)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_shards_of_epoch", "_window")}
-
-    def __setstate__(self, state: dict) -> None:  # caches cannot be pickled: a spawned worker starts with empty ones
-        self.__dict__.update(state)
-        self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)
-        self._window = lru_cache(maxsize=2 * self.streams)(self._permute_window)
+        self._shards_of_epoch = MethodCache(self._permute_shards, 2)
+        self._window = MethodCache(self._permute_window, 2 * self.streams)
 
     def sample_at(self, position: int) -> Sample:
         """The sample at `position` (>= 0; epoch e holds positions [e * samples, (e + 1) * samples))."""

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
 from beit_pretrain.data.manifest import INDEX_DTYPE, MANIFEST, index_path, parse_manifest, read_manifest
-from beit_pretrain.data.order import Sample
+from beit_pretrain.data.order import MethodCache, Sample
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.data.storage import Remote, is_remote
 from beit_pretrain.errors import UserError
@@ -61,18 +60,8 @@ class ShardReader:
             raise UserError(f"{source} holds no samples")
         self.without_class = self.samples - sum(sum(folder.about["class_counts"]) for folder in self.folders)
         self._first = np.cumsum([0] + [len(folder.shards) for folder in self.folders])
-        self._open()
-
-    def _open(self) -> None:
         bytes_of_one = INDEX_DTYPE.itemsize * max(1, self.samples // len(self.sizes))
-        self._index = lru_cache(maxsize=max(8, INDEX_MEMORY // bytes_of_one))(self._load_index)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_index"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open()
+        self._index = MethodCache(self._load_index, max(8, INDEX_MEMORY // bytes_of_one))
 
     def parts(self) -> list[list[int]]:
         """Samples of each shard of each folder."""
@@ -181,17 +170,7 @@ class LocalFolder:
                 fits = False
             if not fits:
                 raise UserError(f"{file} is missing or not as its manifest says; see: shards verify src={path}")
-        self._open()
-
-    def _open(self) -> None:
-        self._file = lru_cache(maxsize=256)(_Handle)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_file"}
-
-    def __setstate__(self, state: dict) -> None:  # open files cannot be sent to a worker
-        self.__dict__.update(state)
-        self._open()
+        self._file = MethodCache(_Handle, 256)
 
     def __str__(self) -> str:
         return str(self.path)
