@@ -1,8 +1,8 @@
 """`shards make`: images of any source -> WebDataset tars with an index for random access (layout: manifest.py).
 
-Everything is listed first (listing.py). The order is a seeded permutation of the whole split, so every shard is a fair
-mix of the classes, and each shard is written on its own (packing.py). The same command resumes a killed make
-(workfolder.py) and ends with the same bytes, whatever the number of workers.
+Everything is listed first (file_index.py). The order is a seeded permutation of the whole split, so every shard is a
+fair mix of the classes, and each shard is written on its own (shard_writer.py). The same command resumes a killed make
+(staging.py) and ends with the same bytes, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from beit_pretrain.data.manifest import MANIFEST, REJECTED, index_path, write_manifest
+from beit_pretrain.data.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
 from beit_pretrain.data.write import argument_checks as checks
 from beit_pretrain.data.write import staging as workfolder
 from beit_pretrain.data.write import synthetic
@@ -27,7 +27,6 @@ from beit_pretrain.data.write.file_index import Listing, build_listing, opened_l
 from beit_pretrain.data.write.labels import segmentation_names
 from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.shard_writer import Job, read_report, write_shard
-from beit_pretrain.data.write.splitting import class_names, split_rows
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write
 from beit_pretrain.processes import cores, in_order
@@ -75,14 +74,19 @@ def make_shards(
         if missing:
             if before:
                 checks.check_unchanged(work, sources, split, chosen.images)
-            about = (
-                before["about"] if before else _list_sources(work, out, sources, names[0], labels, chosen, num_workers)
-            )
+                about = before["about"]
+            else:
+                (work / "listing").mkdir()
+                build_listing(work / "listing", sources, split, chosen.images, labels, num_workers)
+            listing = Listing(work / "listing")
+            if not before:
+                classes = _class_names(listing, sources, out, split)
+                about = {"classes": classes, "listing_sha256": listing.digest()}
             if finished:
                 checks.check_same_listing(out, names, about)
                 return [out / name for name in names]
-            class_index = Listing(work / "listing").labels(about["classes"])
-            rows = split_rows(class_index, names, chosen.val, chosen.seed)
+            class_index = listing.labels(about["classes"])
+            rows = _split_rows(class_index, names, chosen.val, chosen.seed)
             # From now on the run can be resumed.
             atomic_write(work / "plan.json", json.dumps({"settings": now, "about": about}), durable=True)
             for name in missing:
@@ -108,20 +112,45 @@ def _plan(sources: list[str], split: str, labels: str | Path | None, settings: E
     return {**plan, **settings.model_dump()}
 
 
-def _list_sources(
-    work: Path,
-    out: Path,
-    sources: list[str],
-    split: str,
-    labels: str | Path | None,
-    settings: EncodeSettings,
-    num_workers: int,
-) -> dict[str, Any]:
-    """List the sources; returns the manifest's `classes` and `listing_sha256`. Raises UserError."""
-    (work / "listing").mkdir()
-    build_listing(work / "listing", sources, split, settings.images, labels, num_workers)
-    listing = Listing(work / "listing")
-    return {"classes": class_names(listing, sources, out, split), "listing_sha256": listing.digest()}
+def _class_names(listing: Listing, sources: list[str], out: Path, split: str) -> list[str]:
+    """Sorted names; for a split beside an existing `train`, its names, so that labels agree. Raises UserError."""
+    if sources == ["synthetic"]:
+        return list(synthetic.TEXTURES)  # all, however few the images: the masks' values rest on them
+    names = sorted(listing.classes)
+    if split == "train" or not names or not (out / "train" / MANIFEST).exists():
+        return names
+    known: list[str] = read_manifest(out / "train")["classes"]
+    if unknown := sorted(set(names).difference(known)):
+        raise UserError(f"class {unknown[0]!r} of {split} is not among the {len(known)} classes of {out / 'train'}")
+    return known
+
+
+def _validation_part(labels: np.ndarray, val: float) -> np.ndarray:
+    """Mark the first share `val` of each class: at least one image, never all. Raises UserError if none can be.
+
+    Images without a class (-1) or alone in theirs are pooled as one class, of which none need be marked if others are.
+    """
+    chosen = np.zeros(len(labels), bool)
+    if val == 0:
+        return chosen
+    _, inverse, count = np.unique(labels, return_inverse=True, return_counts=True)
+    labels = np.where(count[inverse] > 1, labels, -1)
+    by_class = np.argsort(labels, kind="stable")
+    names, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    least = (names >= 0) | (len(names) == 1)
+    quota = np.minimum(np.maximum(np.rint(count * val), least), count - 1)
+    chosen[by_class] = np.arange(len(labels)) - np.repeat(start, count) < np.repeat(quota, count)
+    if not chosen.any():
+        raise UserError(f"val={val} leaves nothing to validate on: there is only one image")
+    return chosen
+
+
+def _split_rows(labels: np.ndarray, names: list[str], val: float, seed: int) -> dict[str, np.ndarray]:
+    """Rows of the listing, whose class indices are `labels`, in the order of each split. Raises UserError."""
+    # By sorting raw draws: numpy guarantees these forever, but not the result of Generator.permutation.
+    order = np.argsort(np.random.PCG64(seed).random_raw(len(labels)), kind="stable")
+    in_val = _validation_part(labels[order], val)
+    return {name: order[in_val == (val > 0 and name == "val")] for name in names}
 
 
 def _shard(work: Path, name: str, number: int) -> tuple[Path, Path]:
