@@ -1,8 +1,8 @@
 """From an opened image to uint8 views: random resized crops, flips, RandAugment, centre crops.
 
 Runs in loader workers. Jitter and normalisation follow on the training device (`jitter.py`); `pil_reference=True`
-keeps the
-authors' order instead: jitter and flip of the whole image with PIL, then the crops. Shapes: C channels, H W pixels.
+keeps the authors' order instead: jitter and flip of the whole image with PIL, then the crops.
+Shapes: C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from pydantic import ConfigDict, PrivateAttr
+from pydantic import ConfigDict
 
 from beit_pretrain.settings import Channels, ShareAboveZero, Side, Text, about
 from beit_pretrain.transforms.image_io import open_image, to_channels
@@ -142,7 +142,7 @@ class TwoViewTransform(ViewSettings):
         return arrays | jitter_arrays(draw.jitter._replace(factors=np.ones(3, np.float32)), tiles)
 
     def seen_bytes(self, data: bytes, draw: AugmentParams, names: Sequence[str] = ("image", "token_image")) -> dict:
-        """`seen` of an image file's bytes. Raises what Pillow raises for broken files, ValueError for a box outside."""
+        """`apply` to an image file's bytes. Raises what Pillow raises for broken files, ValueError for a box outside."""
         if (jpeg := self._turbo_jpeg(data)) is not None:
             return self.apply(jpeg, draw, names)
         with open_image(data) as image:
@@ -172,7 +172,6 @@ class ClassificationTransform(CropSettings):
     fill: tuple[float, ...] = HALF
     crop_ratio: ShareAboveZero | None = about("of the evaluation view")
     channels: Channels = 3
-    _augment: list = PrivateAttr(default_factory=list)  # timm's transform, built at first use
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """`image` as uint8 (C, H, W)."""
