@@ -23,13 +23,9 @@ WINDOW = 1_000_000  # images after which counting restarts, so that a good start
 class CorruptImages(Callback):
     """Collects the bad images that batches report (`dataset.ShardDataset`).
 
-    Logs their share as `train/replaced`. Writes one line per bad image to `path`, and one warning for all since the
-    last metrics. Stops the run when there are clearly more than `max_corrupt_fraction` allows: four standard deviations
-    plus three images more, so that a single bad image at the start does not stop a run.
-
-    Args:
-        path: the list; None = warnings only.
-        max_corrupt_fraction: largest share of bad images.
+    Logs their share as `train/replaced`. Writes one line per bad image to `path`, unless that is None, and one warning
+    for all since the last metrics. Stops the run when there are clearly more than `max_corrupt_fraction` allows: four
+    standard deviations plus three images more, so that a single bad image at the start does not stop a run.
     """
 
     def __init__(self, path: Path | None, max_corrupt_fraction: float):

@@ -32,15 +32,13 @@ from beit_pretrain.transforms.masking import BlockwiseMask
 
 
 class ShardData(LightningDataModule):
-    """Training and validation loaders over shard folders. Subclasses define masks.
+    """Training and validation loaders over shard folders.
 
     Args:
-        train: shard folder or location of the training images, or a list of them.
-        val: the same for held-out images; None = no validation.
         train_views, val_views: transforms of the images.
         global_batch_size: images of one optimiser step over all processes and micro-batches.
         seed: of order, views and masks.
-        settings: further settings of `DataSettings`.
+        train, val, settings: those of `DataSettings`.
     """
 
     VAL_SEED = 1_000_003  # views and masks of held-out images do not depend on the run's seed
@@ -95,7 +93,6 @@ class ShardData(LightningDataModule):
         return with_first_position(batch)
 
     def train_dataset(self, plan: BatchSchedule) -> ShardDataset:
-        """The training data set with the batches of `plan`."""
         views = self.views("train")
         return ShardDataset(
             *(self.readers["train"], self.train_order(), plan, views, self.masking, self.subset, self.seed),

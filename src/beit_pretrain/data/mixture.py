@@ -24,12 +24,7 @@ BLOCK = 256  # smallest number of positions of a block
 class Mixture:
     """The order of a run over several data sets. Shards are numbered consecutively, in the order of the data sets.
 
-    Args:
-        orders: the order of each data set.
-        weights: shares of the positions; normalised to sum 1.
-        seed: the run's seed.
-
-    Raises UserError if there is not one usable weight per data set.
+    `weights`: shares of the positions, of any sum. Raises UserError if there is not one usable weight per data set.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int = 0):
@@ -43,11 +38,9 @@ class Mixture:
         self._pattern = MethodCache(self._shuffled, 64)
 
     def sample_at(self, position: int) -> Sample:
-        """The sample at `position`."""
         return Sample(*self.samples_at(range(position, position + 1))[0].tolist())
 
     def samples_at(self, positions: range | np.ndarray) -> np.ndarray:
-        """Addresses (n, 2) int64, shard and row, of the samples at n positions."""
         dataset, own = self.places(positions)
         addresses = np.empty((len(own), 2), np.int64)
         for number in np.unique(dataset):
@@ -57,7 +50,6 @@ class Mixture:
         return addresses
 
     def epoch_of(self, position: int) -> int:
-        """How often the sample at `position` has been used before."""
         dataset, own = self.places(range(position, position + 1))
         return int(own[0]) // self.orders[int(dataset[0])].samples
 

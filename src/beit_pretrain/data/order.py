@@ -65,8 +65,6 @@ class Order:
     """The order of a run over shards of the given sizes.
 
     Args:
-        sizes: samples of each shard, in the manifest's order.
-        seed: the run's seed.
         block_size: samples that are shuffled together (a few shards). Two shuffled blocks per stream stay in
             memory, with 8 bytes a sample.
         streams: number of streams (up to 4096); at most one per shard is used.

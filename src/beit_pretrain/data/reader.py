@@ -38,10 +38,6 @@ class Record(NamedTuple):
 class ShardReader:
     """Random access to the samples of one or more shard folders (`.../train` with its manifest), local or remote.
 
-    Args:
-        source: a folder or location, or a list of these.
-        access: options for remote locations.
-
     Raises UserError if a folder, manifest, shard or index is missing, or they do not belong together.
     """
 

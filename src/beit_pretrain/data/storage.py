@@ -67,17 +67,11 @@ def without_secrets(url: str) -> str:
 
 @dataclass(frozen=True)
 class Remote:
-    """A remote folder.
-
-    Args:
-        location: see the module's docstring.
-        retries: number of tries after the first.
-        timeout: seconds without a byte after which a try fails.
-    """
+    """A remote folder at a location as in the module's docstring."""
 
     location: str
-    retries: int = 5
-    timeout: float = 60.0
+    retries: int = 5  # after the first try
+    timeout: float = 60.0  # seconds without a byte after which a try fails
 
     def __post_init__(self) -> None:
         if self.location.startswith("pipe:"):

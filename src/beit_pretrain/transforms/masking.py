@@ -20,12 +20,7 @@ from beit_pretrain.transforms.settings import MaskSettings
 
 
 class BlockwiseMask(MaskSettings):
-    """The masking distribution on a patch grid: `BlockwiseMask((14, 14), 75)`.
-
-    Args:
-        grid: height and width of the patch grid.
-        max_patches, min_block, min_aspect: see `MaskSettings`; in the paper's runs 75 of 196 patches, 16 and .3.
-        attempts: how often a block is drawn before the image is taken as full.
+    """The masking distribution on a patch grid: `BlockwiseMask((14, 14), 75, 16)` in the paper.
 
     Raises ValueError if the cap or the smallest block do not fit the grid.
     """
@@ -34,7 +29,7 @@ class BlockwiseMask(MaskSettings):
     positional = ("grid", "max_patches", "min_block")
 
     grid: tuple[int, int] = about("rows and columns of patches")
-    attempts: int = 10
+    attempts: int = 10  # draws of a block before the image is taken as full
 
     @model_validator(mode="after")
     def _fits_the_grid(self) -> Self:
