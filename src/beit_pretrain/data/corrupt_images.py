@@ -30,6 +30,7 @@ class CorruptImages(Callback):
 
     def __init__(self, path: Path | None, max_corrupt_fraction: float):
         self.path, self.max_corrupt_fraction = path, max_corrupt_fraction
+        self._where = f"; listed in {path}" if path else ""
         self._new: list[dict[str, Any]] = []
         self._last: dict[str, Any] = {}
         self._listed: set[tuple[str, str]] = set()  # held-out images, which every validation reads again
@@ -77,7 +78,7 @@ class CorruptImages(Callback):
                 raise AllRanksError(
                     f"{self._seen_bad:,} of {self._seen:,} training images had to be replaced, more than "
                     f"data.max_corrupt_fraction={self.max_corrupt_fraction:g} allows; the last: {last['key']} of "
-                    f"{last['shard']} ({last['reason']}){self._where()}"
+                    f"{last['shard']} ({last['reason']}){self._where}"
                 )
         if self._seen >= WINDOW:
             self._seen = self._seen_bad = 0
@@ -91,11 +92,8 @@ class CorruptImages(Callback):
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
         count = f"{len(records)} image{'s' * (len(records) > 1)} could not be decoded, neighbours stand in"
-        said = f"warning: {count} (last: {last['key']} of {last['shard']}: {last['reason']}){self._where()}"
+        said = f"warning: {count} (last: {last['key']} of {last['shard']}: {last['reason']}){self._where}"
         tqdm.write(said, file=sys.stderr)
-
-    def _where(self) -> str:
-        return f"; listed in {self.path}" if self.path else ""
 
 
 def allowed(share: float, images: int) -> float:

@@ -79,7 +79,7 @@ class Order:
         self.samples = int(self.sizes.sum())
         self.streams = max(1, min(streams, len(sizes))) if shuffle else 1
         self._shards_of_epoch = MethodCache(self._permute_shards, 2)
-        self._window = MethodCache(self._permute_window, 2 * self.streams)
+        self._window = MethodCache(permutation, 2 * self.streams)
 
     def sample_at(self, position: int) -> Sample:
         """The sample at `position` (>= 0; epoch e holds positions [e * samples, (e + 1) * samples))."""
@@ -142,8 +142,9 @@ class Order:
         by_window = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))
         moved = np.empty_like(offset)
         for window, i, members in zip(windows, first, by_window):
-            permutation = self._window(int(window) % 2**64, int(min(self.block_size, length[i] - begin[i])))
-            moved[members] = permutation[offset[members]]
+            count = int(min(self.block_size, length[i] - begin[i]))
+            shuffled = self._window(count, self.seed, int(window) % 2**64, SHUFFLE_WINDOW)
+            moved[members] = shuffled[offset[members]]
         return start + begin + moved
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,9 +152,6 @@ class Order:
         count = len(self.sizes)
         shards = permutation(count, self.seed, epoch, SHUFFLE_SHARDS) if self.shuffle else np.arange(count)
         return shards, np.cumsum(self.sizes[shards])
-
-    def _permute_window(self, key: int, length: int) -> np.ndarray:
-        return permutation(length, self.seed, key, SHUFFLE_WINDOW)
 
 
 def as_array(positions: range | Sequence[int] | np.ndarray) -> np.ndarray:

@@ -43,7 +43,8 @@ class ShardReader:
 
     def __init__(self, source: str | Path | Sequence[str | Path], access: RemoteOptions | None = None):
         sources = [source] if isinstance(source, str | Path) else list(source)
-        self.folders = [_folder(s, access or RemoteOptions()) for s in sources]
+        access = access or RemoteOptions()
+        self.folders = [RemoteFolder(str(s), access) if is_remote(s) else LocalFolder(s) for s in sources]
         self.manifest: dict[str, Any] = self.folders[0].about
         named = [folder.about["classes"] for folder in self.folders]
         self.classes_differ = any(classes != named[0] for classes in named)
@@ -219,10 +220,6 @@ class RemoteFolder:
 
     def _fetch(self, shard: Shard, file: BinaryIO) -> None:
         self.remote.fetch(shard.name, file, shard.bytes, check=lambda: check_content(file, shard))
-
-
-def _folder(source: str | Path, access: RemoteOptions) -> LocalFolder | RemoteFolder:
-    return RemoteFolder(str(source), access) if is_remote(source) else LocalFolder(source)
 
 
 def _check_end(manifest: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
@@ -52,8 +52,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Imag
 class IntensityWindow(NamedTuple):
     """Which grey values become black and white: those of `window`, or else these percentiles of an image's own."""
 
-    window: tuple[float, float] | None = None
-    percentiles: tuple[float, float] = (0.5, 99.5)
+    window: Sequence[float] | None = None
+    percentiles: Sequence[float] = (0.5, 99.5)
 
 
 def is_deep(image: Image.Image) -> bool:

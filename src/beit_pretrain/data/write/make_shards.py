@@ -185,42 +185,31 @@ def _describe(
     work: Path, name: str, files: int, sources: list[str], settings: EncodeSettings, about: dict[str, Any]
 ) -> None:
     """Write rejected.jsonl and the manifest of a finished split. Raises UserError if none of its files is an image."""
-    folder, entries, labels = work / name, [], []
-    reasons: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    segmentation, deep_colours = False, 0
-    with open(folder / REJECTED, "w", encoding="utf-8") as rejected:
-        for number in range(-(-files // settings.samples_per_shard)):
-            tar, report = _shard(work, name, number)
-            found = read_report(tar, report)
-            assert found is not None
-            for refused in found["rejected"]:
-                first = first or refused
-                reasons[refused["reason"]] += 1
-                rejected.write(json.dumps(refused) + "\n")
-            if found["entry"] is not None:
-                entries.append(found["entry"])
-                labels.append(np.load(index_path(tar))["label"])
-                segmentation |= found["segmentation"]
-                deep_colours += found["deep_colours"]
-    count = reasons.total()
+    reports = []
+    for number in range(-(-files // settings.samples_per_shard)):
+        found = read_report(*_shard(work, name, number))
+        assert found is not None
+        reports.append(found)
+    rejected = [refused for report in reports for refused in report["rejected"]]
+    entries = [report["entry"] for report in reports if report["entry"] is not None]
     if not entries:
         (work / "plan.json").unlink(missing_ok=True)  # there is nothing to resume
-        said = f"({first['key']!r}: {first['reason']})"
-        raise UserError(f"none of the {count} files for {name} is a usable image {said}")
-    if count > MUCH * files:  # usually a mistake
-        most, times = reasons.most_common(1)[0]
-        said = (
-            f"{count:,} of {files:,} files for {name} are no usable images ({most}{', and others' * (times < count)})"
-        )
-        print(f"warning: {said}; see its {REJECTED}", file=sys.stderr)
+        said = f"({rejected[0]['key']!r}: {rejected[0]['reason']})"
+        raise UserError(f"none of the {len(rejected)} files for {name} is a usable image {said}")
+    if len(rejected) > MUCH * files:  # usually a mistake
+        most, times = Counter(refused["reason"] for refused in rejected).most_common(1)[0]
+        why = most + ", and others" * (times < len(rejected))
+        said = f"{len(rejected):,} of {files:,} files for {name} are no usable images ({why}); see its {REJECTED}"
+        print(f"warning: {said}", file=sys.stderr)
+    folder, segmentation = work / name, any(report["segmentation"] for report in reports)
+    (folder / REJECTED).write_text("".join(json.dumps(refused) + "\n" for refused in rejected), "utf-8")
     write_manifest(
         folder,
         entries,
-        np.concatenate(labels),
+        np.concatenate([np.load(index_path(folder / entry["name"]))["label"] for entry in entries]),
         segmentation=segmentation,
         segmentation_classes=_segmentation_classes(sources) if segmentation else [],
-        deep_colours=deep_colours,
+        deep_colours=sum(report["deep_colours"] for report in reports),
         **checks.provenance(sources, settings),
         **about,
     )

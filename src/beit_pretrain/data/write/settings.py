@@ -48,8 +48,7 @@ class EncodeSettings(Settings):
     @property
     def levels(self) -> IntensityWindow:
         """How grey images become 8 bits."""
-        window = (self.window[0], self.window[1]) if self.window else None
-        return IntensityWindow(window, (self.percentiles[0], self.percentiles[1]))
+        return IntensityWindow(self.window, self.percentiles)
 
 
 class ShardsSettings(EncodeSettings):
