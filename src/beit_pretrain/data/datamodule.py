@@ -55,7 +55,7 @@ class ShardData(LightningDataModule):
         **settings: Any,
     ):
         super().__init__()
-        self._views = {"train": train_views, "val": val_views}
+        self.views = {"train": train_views, "val": val_views}
         self.settings = chosen = DataSettings(train=train, val=val, **settings)
         self.tokens: dict[str, FixedTokens] = {}  # for splits with cached tokens, whose views are fixed
         self.readers = {"train": ShardReader(chosen.train, chosen)}
@@ -80,10 +80,6 @@ class ShardData(LightningDataModule):
         """Training images."""
         return self.readers["train"].samples if self.subset is None else len(self.subset)
 
-    def views(self, split: str) -> Transform:
-        """The transform of the images of "train" or "val"."""
-        return self._views[split]
-
     masking: BlockwiseMask | None = None
     label_maps = False
     wrapped: Callable[[DataLoader], Any] | None = None  # wraps the training loader, as `DevicePrefetcher` does
@@ -93,12 +89,8 @@ class ShardData(LightningDataModule):
         return with_first_position(batch)
 
     def train_dataset(self, plan: BatchSchedule) -> ShardDataset:
-        views = self.views("train")
-        return ShardDataset(
-            *(self.readers["train"], self.train_order(), plan, views, self.masking, self.subset, self.seed),
-            label_maps=self.label_maps,
-            tokens=self.tokens.get("train"),
-        )
+        how = {"subset": self.subset, "seed": self.seed, "tokens": self.tokens.get("train")}
+        return self._dataset("train", self.train_order(), plan, self.views["train"], **how)
 
     def train_order(self) -> Order | Mixture:
         """The order of the training images: position -> sample."""
@@ -123,12 +115,11 @@ class ShardData(LightningDataModule):
         reader = self.readers[split]
         samples = reader.samples if images is None else min(reader.samples, images)
         plan = EvalSchedule(samples, self.settings.val_batch, rank, world)
-        order = Order(reader.sizes, shuffle=False)
-        tokens = None if views else self.tokens.get(split)
-        views = views or self.views("val")
-        return ShardDataset(
-            *(reader, order, plan, views, self.masking, None, self.VAL_SEED), label_maps=self.label_maps, tokens=tokens
-        )
+        order, tokens = Order(reader.sizes, shuffle=False), None if views else self.tokens.get(split)
+        return self._dataset(split, order, plan, views or self.views["val"], tokens=tokens, seed=self.VAL_SEED)
+
+    def _dataset(self, split: str, *given: Any, **how: Any) -> ShardDataset:
+        return ShardDataset(self.readers[split], *given, masking=self.masking, label_maps=self.label_maps, **how)
 
     def train_dataloader(self) -> Any:
         trainer = self.trainer

@@ -42,8 +42,8 @@ from beit_pretrain.tokenizers.settings import TokenizerSettings
 from beit_pretrain.tokenizers.token_cache import OPTIONS, CachedTokens, TokenFolder, same_tokenizer
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, codebook_use, view_size
 from beit_pretrain.transforms.jitter import jittered_view, jittered_views, normalise
-from beit_pretrain.transforms.masking import BlockwiseMask
-from beit_pretrain.transforms.settings import MaskSettings, ViewSettings
+from beit_pretrain.transforms.masking import BlockwiseMask, MaskSettings
+from beit_pretrain.transforms.settings import ViewSettings
 from beit_pretrain.transforms.views import TwoViewTransform
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.attention_maps import attention_picture

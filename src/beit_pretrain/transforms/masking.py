@@ -15,8 +15,17 @@ import numpy as np
 from pydantic import ConfigDict, model_validator
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.settings import about
-from beit_pretrain.transforms.settings import MaskSettings
+from beit_pretrain.settings import Count, Settings, ShareAboveZero, about
+
+
+class MaskSettings(Settings):
+    """Blockwise masking (BEiT, section 2.3)."""
+
+    defaults = "tasks/pretrain.yaml:mask"
+
+    max_patches: Count = about("cap on the masked patches of an image; not a count")
+    min_block: Count = about("smallest block, in patches")
+    min_aspect: ShareAboveZero = about("blocks have an aspect ratio between this and its inverse")
 
 
 class BlockwiseMask(MaskSettings):
