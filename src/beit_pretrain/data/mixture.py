@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from beit_pretrain.data.order import SHUFFLE_MIXTURE, MethodCache, Order, Sample, as_array, permutation
+from beit_pretrain.data.order import SHUFFLE_MIXTURE, MethodCache, Order, Sample, permutation
 from beit_pretrain.errors import UserError
 
 PARTS = 10_000  # other weights than simple fractions are rounded to multiples of 1 / PARTS
@@ -55,7 +55,7 @@ class Mixture:
 
     def places(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Index of the data set of each position, and the position in that data set's order."""
-        block, offset = np.divmod(as_array(positions), self.block)
+        block, offset = np.divmod(np.asarray(positions, np.int64), self.block)
         dataset, own = np.empty_like(block), np.empty_like(block)
         for number in np.unique(block):
             here = block == number

@@ -11,14 +11,13 @@ So batches are bit-identical for any number of workers, processes and restarts, 
 and resuming only needs the position. A global batch of size G holds positions [step * G, (step + 1) * G); rank r of W
 takes every W-th of them, from the r-th on. These are whole streams if W divides `streams`.
 
-Positions are ranges and addresses are arrays, to avoid one Python object per position. `mixture.Mixture` mixes the
-orders of several data sets by weights.
+`mixture.Mixture` mixes the orders of several data sets by weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -87,7 +86,7 @@ class Order:
 
     def samples_at(self, positions: range | np.ndarray) -> np.ndarray:
         """Addresses (n, 2) int64, shard and row, of the samples at n positions."""
-        epoch, k = np.divmod(as_array(positions), self.samples)
+        epoch, k = np.divmod(np.asarray(positions, np.int64), self.samples)
         if self.shuffle:
             k = self._unshuffled(epoch, k)
         else:
@@ -152,13 +151,6 @@ class Order:
         count = len(self.sizes)
         shards = permutation(count, self.seed, epoch, SHUFFLE_SHARDS) if self.shuffle else np.arange(count)
         return shards, np.cumsum(self.sizes[shards])
-
-
-def as_array(positions: range | Sequence[int] | np.ndarray) -> np.ndarray:
-    """Positions as an int64 array, without one Python object per position of a range."""
-    if isinstance(positions, range):
-        return np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
-    return np.asarray(positions, np.int64)
 
 
 def positions(step: int, rank: int, world: int, global_batch_size: int) -> range:

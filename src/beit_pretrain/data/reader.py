@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -56,7 +57,7 @@ class ShardReader:
         if not self.samples:
             raise UserError(f"{source} holds no samples")
         self.without_class = self.samples - sum(sum(folder.about["class_counts"]) for folder in self.folders)
-        self._first = np.cumsum([0] + [len(folder.shards) for folder in self.folders])
+        self._folder = [folder for folder in self.folders for _ in folder.shards]  # of each shard
         bytes_of_one = INDEX_DTYPE.itemsize * max(1, self.samples // len(self.sizes))
         self._index = MethodCache(self._load_index, max(8, INDEX_MEMORY // bytes_of_one))
 
@@ -71,16 +72,11 @@ class ShardReader:
 
     def is_remote(self, shard: int) -> bool:
         """Whether a shard is in a remote folder."""
-        return isinstance(self._place(shard)[0], RemoteFolder)
-
-    def _place(self, shard: int) -> tuple[LocalFolder | RemoteFolder, int]:
-        number = int(np.searchsorted(self._first, shard, side="right")) - 1
-        return self.folders[number], shard - int(self._first[number])
+        return isinstance(self._folder[shard], RemoteFolder)
 
     def where(self, shard: int) -> str:
         """The shard's path or location, for messages."""
-        folder, number = self._place(shard)
-        return f"{folder}/{folder.shards[number].name}"
+        return f"{self._folder[shard]}/{self.shards[shard].name}"
 
     def labels(self, shard: int) -> np.ndarray:
         """Labels (samples,) int64 of one shard; -1 where there is none."""
@@ -107,25 +103,24 @@ class ShardReader:
 
     def check_content(self, shard: int) -> None:
         """Raise UserError if a local shard does not have its manifest's SHA-256. Downloads check remote ones."""
-        folder, number = self._place(shard)
+        folder, entry = self._folder[shard], self.shards[shard]
         if isinstance(folder, LocalFolder):
             try:
-                with open(folder.path / folder.shards[number].name, "rb") as file:
-                    check_content(file, folder.shards[number])
+                with open(folder.path / entry.name, "rb") as file:
+                    check_content(file, entry)
             except OSError as error:
                 why = error.strerror or f"{error}; see: shards verify src={folder}"
                 raise UserError(f"{self.where(shard)} cannot be used: {why}") from None
 
     def fetch_ahead(self, shard: int) -> None:
         """Download a remote shard, or mark it as used if cached. Raises UserError if the download fails."""
-        folder, number = self._place(shard)
+        folder = self._folder[shard]
         if isinstance(folder, RemoteFolder):
-            folder.fetch_ahead(number)
+            folder.fetch_ahead(self.shards[shard])
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        folder, number = self._place(shard)
         try:
-            with folder.opened(number) as descriptor:
+            with self._folder[shard].opened(self.shards[shard]) as descriptor:
                 data = os.pread(descriptor, size, offset)
         except OSError as error:
             raise UserError(f"{self.where(shard)} cannot be read: {error.strerror or error}") from None
@@ -134,8 +129,8 @@ class ShardReader:
         return data
 
     def _load_index(self, shard: int) -> np.ndarray:
-        folder, number = self._place(shard)
-        entry, index = folder.shards[number], folder.index(number)
+        folder, entry = self._folder[shard], self.shards[shard]
+        index = folder.index(entry)
         if index.dtype != INDEX_DTYPE or index.shape != (entry.samples,):
             raise UserError(f"the index of {self.where(shard)} does not fit its manifest; see: shards verify")
         for part in ("image", "segmentation"):
@@ -173,13 +168,13 @@ class LocalFolder:
         return str(self.path)
 
     @contextmanager
-    def opened(self, number: int) -> Iterator[int]:
+    def opened(self, shard: Shard) -> Iterator[int]:
         """A file descriptor of a shard, valid inside the block."""
-        handle = self._file(os.path.join(self.path, self.shards[number].name))
+        handle = self._file(os.path.join(self.path, shard.name))
         yield handle.fd
 
-    def index(self, number: int) -> np.ndarray:
-        file = index_path(self.path / self.shards[number].name)
+    def index(self, shard: Shard) -> np.ndarray:
+        file = index_path(self.path / shard.name)
         try:
             return np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError, MemoryError) as error:
@@ -201,22 +196,20 @@ class RemoteFolder:
         return str(self.remote)
 
     @contextmanager
-    def opened(self, number: int) -> Iterator[int]:
+    def opened(self, shard: Shard) -> Iterator[int]:
         """A file descriptor of a shard, valid inside the block; a missing shard is downloaded first."""
-        shard = self.shards[number]
-        descriptor = self.cache.open(shard, lambda file: self._fetch(shard, file))
+        descriptor = self.cache.open(shard, partial(self._fetch, shard))
         try:
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def index(self, number: int) -> np.ndarray:
-        with self.opened(number) as descriptor:
-            return self.cache.index(self.shards[number], descriptor)
+    def index(self, shard: Shard) -> np.ndarray:
+        with self.opened(shard) as descriptor:
+            return self.cache.index(shard, descriptor)
 
-    def fetch_ahead(self, number: int) -> None:
-        shard = self.shards[number]
-        self.cache.fetch_ahead(shard, lambda file: self._fetch(shard, file))
+    def fetch_ahead(self, shard: Shard) -> None:
+        self.cache.fetch_ahead(shard, partial(self._fetch, shard))
 
     def _fetch(self, shard: Shard, file: BinaryIO) -> None:
         self.remote.fetch(shard.name, file, shard.bytes, check=lambda: check_content(file, shard))
