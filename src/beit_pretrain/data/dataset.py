@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from beit_pretrain.data.mixture import Mixture
-from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, positions
+from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator
 from beit_pretrain.data.prefetch import ShardPrefetcher
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
@@ -54,8 +54,11 @@ class BatchSchedule:
 
     def positions(self, micro_batch: int) -> range:
         """Positions of this process's micro-batch number `micro_batch`, counted from the start of the run."""
+        size = self.global_batch_size
+        if size % self.world:
+            raise ValueError(f"the global batch {size} cannot be dealt evenly to {self.world} processes")
         step, part = divmod(micro_batch, self.micro_batches)
-        share = positions(step, self.rank, self.world, self.global_batch_size)
+        share = range(step * size + self.rank, (step + 1) * size, self.world)
         size = len(share) // self.micro_batches
         return share[part * size : (part + 1) * size]
 

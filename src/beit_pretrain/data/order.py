@@ -151,10 +151,3 @@ class Order:
         count = len(self.sizes)
         shards = permutation(count, self.seed, epoch, SHUFFLE_SHARDS) if self.shuffle else np.arange(count)
         return shards, np.cumsum(self.sizes[shards])
-
-
-def positions(step: int, rank: int, world: int, global_batch_size: int) -> range:
-    """Positions that `rank` of `world` processes consumes in global step `step`."""
-    if global_batch_size % world:
-        raise ValueError(f"the global batch {global_batch_size} cannot be dealt evenly to {world} processes")
-    return range(step * global_batch_size + rank, (step + 1) * global_batch_size, world)

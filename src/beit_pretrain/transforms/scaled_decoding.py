@@ -101,10 +101,6 @@ class TurboJpeg(NamedTuple):
     size: tuple[int, int]  # width, height
     tiles: np.ndarray | None = None  # the image's mean colours, if the file has them in a comment
 
-    @property
-    def width(self) -> int:
-        return self.size[0]
-
 
 def turbo_jpeg(data: bytes) -> TurboJpeg | None:
     """The JPEG in `data` if simplejpeg decodes it to the same RGB as Pillow; None = open it with Pillow."""

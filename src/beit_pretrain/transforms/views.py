@@ -127,7 +127,7 @@ class TwoViewTransform(ViewSettings):
         if not self.pil_reference:
             # Decoded for the larger view whatever is asked for: the pixels of one must not depend on the other.
             largest = max(size for size in sizes.values() if size is not None)
-            cropped = cropped_array(image, draw.mirrored(image.width).crop, largest, self.channels)
+            cropped = cropped_array(image, draw.mirrored(image.size[0]).crop, largest, self.channels)
             made = {name: resized(cropped.array, size) for name, size in wanted.items()}
             arrays = {name: (view.flip(-1) if draw.flip else view).numpy() for name, view in made.items()}
             return arrays | jitter_arrays(draw.jitter, cropped.tiles)
