@@ -1,6 +1,4 @@
-"""LightningDataModules: shards -> order -> reader -> batches; checks held-out data and the cache against the training
-data.
-"""
+"""LightningDataModules: shards -> order -> reader -> batches; held-out data and cache must fit the training data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads remote files: http(s)://, s3://, gs://, hf:// and file:// through fsspec, and pipe:COMMAND.
+"""Downloads remote files: http(s)://, s3://, gs://, hf://, file:// and pipe:COMMAND.
 
 A location is a folder with the manifest and the shards. A `pipe:` location is a shell command that writes the file
 `{name}` to its standard output, such as `pipe:ssh host cat /data/train/{name}`. Locations come only from the config,

@@ -1,8 +1,8 @@
-"""One try to download a remote file: HTTP and the other file systems of fsspec, the Hugging Face Hub, pipes.
+"""One try to download a remote file: HTTP, the Hugging Face Hub, the file systems of fsspec, pipes.
 
 Each transport writes into a `Transfer`, from its current position if the server supports that, else from the start.
-HTTP is aiohttp's: the files of fsspec's file system send two requests per file, do not tell a part from the whole file,
-and lose the bytes received before a connection broke.
+HTTP is aiohttp's: fsspec's files send two requests per file, do not tell a part from the whole file, and lose the bytes
+received before a connection broke.
 """
 
 from __future__ import annotations
@@ -91,7 +91,6 @@ class Transfer:
         self.bar.update(self.position)
 
     def write(self, chunk: bytes) -> None:
-        """Write the next bytes."""
         if self.limit is not None and self.position + len(chunk) > self.limit:
             raise PermanentError(f"it has more than {self.limit:,} bytes")
         try:

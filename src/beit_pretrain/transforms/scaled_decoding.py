@@ -39,8 +39,6 @@ class Crop(NamedTuple):
 
 
 class Cropped(NamedTuple):
-    """A decoded crop."""
-
     array: np.ndarray  # uint8 (h, w, C), the crop
     tiles: np.ndarray  # uint8 (64, C), the whole image's mean colours
 

@@ -1,6 +1,4 @@
-"""What `shards make` refuses: settings that do not go together, a source named twice, sources that changed, targets in
-use.
-"""
+"""What `shards make` refuses: settings that do not go together, a source named twice or changed, targets in use."""
 
 from __future__ import annotations
 
@@ -20,17 +18,15 @@ OTHER_OUT = "choose another out=, or delete it first"
 
 
 def check_arguments(sources: list[str], split: str, num_workers: int | None, settings: EncodeSettings) -> None:
-    """Raise UserError for an invalid value."""
-    s = settings
     drawn = "synthetic" in sources
     named = split and Path(split).name == split and not split.startswith(".")
     wrong = {
-        "val above 0 writes train and val; leave split= out": s.val > 0 and split != "train",
+        "val above 0 writes train and val; leave split= out": settings.val > 0 and split != "train",
         f"split must be a plain folder name, got {show(split)}": not named,
         f"num_workers must be 1 or more, got {num_workers}": num_workers is not None and num_workers < 1,
         "src is empty; give a folder, a tar, a list of these, or synthetic": not sources,
         "the synthetic set cannot be mixed with other sources": drawn and len(sources) > 1,
-        "the synthetic set is drawn at size=; leave resize= out": drawn and s.resize is not None,
+        "the synthetic set is drawn at size=; leave resize= out": drawn and settings.resize is not None,
     }
     for message, holds in wrong.items():
         if holds:

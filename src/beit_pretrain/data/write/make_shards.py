@@ -147,7 +147,7 @@ def _validation_part(labels: np.ndarray, val: float) -> np.ndarray:
 
 def _split_rows(labels: np.ndarray, names: list[str], val: float, seed: int) -> dict[str, np.ndarray]:
     """Rows of the listing, whose class indices are `labels`, in the order of each split. Raises UserError."""
-    # By sorting raw draws: numpy guarantees these forever, but not the result of Generator.permutation.
+    # Sorts raw draws for the reason in `order.permutation`.
     order = np.argsort(np.random.PCG64(seed).random_raw(len(labels)), kind="stable")
     in_val = _validation_part(labels[order], val)
     return {name: order[in_val == (val > 0 and name == "val")] for name in names}
