@@ -32,8 +32,6 @@ class Mixture:
         self.counts = shares(weights, len(orders))
         self.block = int(self.counts.sum())
         self.samples = sum(order.samples for order in orders)
-        self.streams = orders[0].streams
-        self.sizes = np.concatenate([order.sizes for order in orders])
         self._first_shard = np.cumsum([0] + [len(order.sizes) for order in orders])
         self._pattern = MethodCache(self._shuffled, 64)
 
