@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -156,12 +156,10 @@ class LocalFolder:
         self.shards = _shards(self.about)
         for shard in self.shards:
             file = os.path.join(self.path, shard.name)
-            try:
-                fits = os.stat(file).st_size == shard.bytes
-            except OSError:
-                fits = False
-            if not fits:
-                raise UserError(f"{file} is missing or not as its manifest says; see: shards verify src={path}")
+            with suppress(OSError):
+                if os.stat(file).st_size == shard.bytes:
+                    continue
+            raise UserError(f"{file} is missing or not as its manifest says; see: shards verify src={path}")
         self._file = MethodCache(_Handle, 256)
 
     def __str__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from contextlib import redirect_stderr
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,14 @@ def check_sources(sources: list[str], out: Path) -> None:
 def check_unchanged(work: Path, sources: list[str], split: str, images: int) -> None:
     """Raise UserError for a source that has changed since the half-done run listed it."""
     advice = f"since the half-done run in {work} began; delete that folder to start again"
-    listed = iter(Listing(work / "listing").units)
     with redirect_stderr(io.StringIO()):  # warnings were printed when it was listed
-        for unit in source_units(sources, split, images):
-            before = next(listed, None)
-            if before is not None and unit.path != before.path and before.path and not os.path.exists(before.path):
+        for before, unit in zip_longest(Listing(work / "listing").units, source_units(sources, split, images)):
+            if unit is None or (before and before.path not in ("", unit.path) and not os.path.exists(before.path)):
                 raise UserError(f"{before.path} is missing {advice}")
             if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
                 raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
             if before.stamp != unit.stamp:
                 raise UserError(f"{unit.path} has changed {advice}")
-    if (gone := next(listed, None)) is not None:
-        raise UserError(f"{gone.path} is missing {advice}")
 
 
 def check_targets(out: Path, names: list[str], settings: EncodeSettings, sources: list[str], half_done: bool) -> bool:
