@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -120,8 +120,8 @@ class ShardReader:
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         try:
-            with self._folder[shard].opened(self.shards[shard]) as descriptor:
-                data = os.pread(descriptor, size, offset)
+            file = self._folder[shard].opened(self.shards[shard])
+            data = os.pread(file.descriptor, size, offset)
         except OSError as error:
             raise UserError(f"{self.where(shard)} cannot be read: {error.strerror or error}") from None
         if len(data) < size:
@@ -160,16 +160,13 @@ class LocalFolder:
                 if os.stat(file).st_size == shard.bytes:
                     continue
             raise UserError(f"{file} is missing or not as its manifest says; see: shards verify src={path}")
-        self._file = MethodCache(_Handle, 256)
+        self._file = MethodCache(_open, 256)
 
     def __str__(self) -> str:
         return str(self.path)
 
-    @contextmanager
-    def opened(self, shard: Shard) -> Iterator[int]:
-        """A file descriptor of a shard, valid inside the block."""
-        handle = self._file(os.path.join(self.path, shard.name))
-        yield handle.fd
+    def opened(self, shard: Shard) -> _OpenFile:
+        return self._file(os.path.join(self.path, shard.name))
 
     def index(self, shard: Shard) -> np.ndarray:
         file = index_path(self.path / shard.name)
@@ -193,18 +190,13 @@ class RemoteFolder:
     def __str__(self) -> str:
         return str(self.remote)
 
-    @contextmanager
-    def opened(self, shard: Shard) -> Iterator[int]:
-        """A file descriptor of a shard, valid inside the block; a missing shard is downloaded first."""
-        descriptor = self.cache.open(shard, partial(self._fetch, shard))
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    def opened(self, shard: Shard) -> _OpenFile:
+        """The file of a shard; if it is missing, it is downloaded first."""
+        return _OpenFile(self.cache.open(shard, partial(self._fetch, shard)))
 
     def index(self, shard: Shard) -> np.ndarray:
-        with self.opened(shard) as descriptor:
-            return self.cache.index(shard, descriptor)
+        file = self.opened(shard)
+        return self.cache.index(shard, file.descriptor)
 
     def fetch_ahead(self, shard: Shard) -> None:
         self.cache.fetch_ahead(shard, partial(self._fetch, shard))
@@ -229,12 +221,15 @@ def _shards(manifest: dict[str, Any]) -> list[Shard]:
     return [Shard(e["name"], e["samples"], e["bytes"], e["sha256"]) for e in manifest.pop("shards")]
 
 
-class _Handle:
+class _OpenFile:
     """A file descriptor that closes when the last reference is dropped."""
 
-    def __init__(self, path: str):
-        self.fd = os.open(path, os.O_RDONLY)
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
+        os.close(self.descriptor)
+
+
+def _open(path: str) -> _OpenFile:
+    return _OpenFile(os.open(path, os.O_RDONLY))
