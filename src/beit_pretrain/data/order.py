@@ -137,13 +137,11 @@ class Order:
         begin = number * self.block_size
         # Epoch, stream and block share one 64-bit half of the key: 24, 12 and 28 bits.
         key = (epoch << 40) | (stream << 28) | number
-        windows, first, inverse, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
-        by_window = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))
         moved = np.empty_like(offset)
-        for window, i, members in zip(windows, first, by_window):
-            count = int(min(self.block_size, length[i] - begin[i]))
-            shuffled = self._window(count, self.seed, int(window) % 2**64, SHUFFLE_WINDOW)
-            moved[members] = shuffled[offset[members]]
+        for window in np.unique(key):
+            here = np.flatnonzero(key == window)
+            count = int(min(self.block_size, length[here[0]] - begin[here[0]]))
+            moved[here] = self._window(count, self.seed, int(window) % 2**64, SHUFFLE_WINDOW)[offset[here]]
         return start + begin + moved
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
