@@ -42,18 +42,10 @@ class ShardData(LightningDataModule):
     VAL_SEED = 1_000_003  # views and masks of held-out images do not depend on the run's seed
 
     def __init__(
-        self,
-        train: Any,
-        val: Any = None,
-        *,
-        train_views: Transform,
-        val_views: Transform,
-        global_batch_size: int,
-        seed: int = 0,
-        **settings: Any,
+        self, train, val=None, *, train_views, val_views, global_batch_size: int, seed: int = 0, **settings: Any
     ):
         super().__init__()
-        self.views = {"train": train_views, "val": val_views}
+        self.views: dict[str, Transform] = {"train": train_views, "val": val_views}
         self.settings = chosen = DataSettings(train=train, val=val, **settings)
         self.tokens: dict[str, FixedTokens] = {}  # for splits with cached tokens, whose views are fixed
         self.readers = {"train": ShardReader(chosen.train, chosen)}
