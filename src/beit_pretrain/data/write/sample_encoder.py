@@ -60,7 +60,7 @@ def _image_members(candidate: Candidate, settings: EncodeSettings, about: dict[s
         width, height = (round(side * settings.resize / shorter) for side in full)
         image, extension = image.resize((width, height), Image.Resampling.LANCZOS), ""
         if image.mode in ("L", "RGB") and max(image.size) <= LARGEST_JPEG:
-            # With these marks decoding.py decodes a crop's rows alone.
+            # With these marks scaled_decoding.py decodes a crop's rows alone.
             marks = {"restart_marker_rows": 1, "comment": tiles.comment(image)}
             extension, data = "jpg", _saved(image, "JPEG", quality=settings.quality, **marks)
     if not extension:  # not the source's bytes; lossless
