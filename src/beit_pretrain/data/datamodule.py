@@ -108,8 +108,9 @@ class ShardData(LightningDataModule):
         order, tokens = Order(reader.sizes, shuffle=False), None if views else self.tokens.get(split)
         return self._dataset(split, order, plan, views or self.views["val"], tokens=tokens, seed=self.VAL_SEED)
 
-    def _dataset(self, split: str, *given: Any, **how: Any) -> ShardDataset:
-        return ShardDataset(self.readers[split], *given, masking=self.masking, label_maps=self.label_maps, **how)
+    def _dataset(self, split: str, order, plan, views: Transform, **how: Any) -> ShardDataset:
+        reader = self.readers[split]
+        return ShardDataset(reader, order, plan, views, self.masking, label_maps=self.label_maps, **how)
 
     def train_dataloader(self) -> Any:
         trainer = self.trainer

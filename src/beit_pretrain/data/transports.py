@@ -246,7 +246,7 @@ async def _http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
         if transfer.version and not transfer.version.startswith("W/"):
             headers["If-Range"] = transfer.version
     parts = urlsplit(url)
-    settings = {
+    settings: dict[str, Any] = {
         "headers": headers,
         "timeout": aiohttp.ClientTimeout(total=None, sock_read=transfer.timeout),
         "middlewares": (once,),
