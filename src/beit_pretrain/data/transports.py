@@ -253,11 +253,15 @@ async def _http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
         # Not aiohttp's `trust_env`: it also sends passwords from ~/.netrc, which may be another service's.
         "proxy": None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme),
     }
-    own = {"User-Agent": f"beit_pretrain/{__version__}", "Accept-Encoding": "identity"}
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(force_close=True),  # a server may close a connection after a redirect
+        headers={"User-Agent": f"beit_pretrain/{__version__}", "Accept-Encoding": "identity"},
+        auto_decompress=False,
+        requote_redirect_url=False,  # signed addresses must not be changed
+    )
     try:
-        # Signed addresses must not be changed, neither here nor in a redirect.
-        address = URL(quote(url, safe=string.punctuation), encoded=True)
-        async with aiohttp.ClientSession(headers=own, auto_decompress=False, requote_redirect_url=False) as session:
+        async with session:
+            address = URL(quote(url, safe=string.punctuation), encoded=True)
             try:
                 async with asyncio.timeout(transfer.timeout):
                     response = await session.get(address, **settings)
