@@ -207,17 +207,18 @@ def test_shards_are_prefetched(spoiled, serve, tmp_path, monkeypatch):
 FULL_SIZE = """
 import json, sys, time
 started = time.perf_counter()
-from beit_pretrain.data.order import Order, positions
+from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.order import Sample
 position, folder = int(sys.argv[1]), sys.argv[2]
 reader = ShardReader(folder)
 order = Order(reader.sizes)
-addresses = order.samples_at(positions(position // 2048, 0, 1, 2048)).tolist()
+step = position // 2048
+addresses = order.samples_at(range(step * 2048, (step + 1) * 2048)).tolist()
 size = sum(len(reader.read(Sample(*address)).data) for address in addresses)
 first = time.perf_counter() - started
-for step in range(position // 2048 + 1, position // 2048 + 100):  # fills the caches of windows and indices
-    for address in order.samples_at(positions(step, 0, 1, 2048))[::40].tolist():
+for step in range(step + 1, step + 100):  # fills the caches of windows and indices
+    for address in order.samples_at(range(step * 2048, (step + 1) * 2048))[::40].tolist():
         reader.read(Sample(*address))
 # Not ru_maxrss: a child inherits its parent's.
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_pretrain.transforms.image_io import IntensityWindow, open_image, reason, to_channels, to_grey8, to_rgb
+from beit_pretrain.transforms.image_io import open_image, reason, to_channels, to_grey8, to_rgb
 
 
 def encoded(number: int, size: tuple[int, int] = (24, 18), kind: str = "JPEG", mode: str = "RGB") -> bytes:
@@ -69,7 +69,7 @@ def test_16_bit_grey_keeps_contrast(mode):
 
 def test_intensity_window():
     ramp = Image.fromarray(np.linspace(0, 4095, 100 * 100).astype(np.uint16).reshape(100, 100))  # 12 bits in 16
-    grey, (low, high) = to_grey8(ramp, IntensityWindow(window=(1000, 2000)))
+    grey, (low, high) = to_grey8(ramp, window=(1000, 2000))
     assert (grey.mode, low, high) == ("L", 1000, 2000)
     values = np.asarray(ramp).astype(float)
     np.testing.assert_allclose(np.asarray(grey), np.clip((values - 1000) / 1000, 0, 1) * 255, atol=0.51)
@@ -80,7 +80,7 @@ def test_intensity_window():
     nearly_flat = np.full((100, 100), 7, np.uint16)
     nearly_flat[50, 50] = 9
     assert np.asarray(to_grey8(Image.fromarray(nearly_flat))[0]).max() == 255
-    assert to_grey8(Image.fromarray(np.array([[-5, 5]], np.int32)), IntensityWindow((-5, 5)))[0].getpixel((1, 0)) == 255
+    assert to_grey8(Image.fromarray(np.array([[-5, 5]], np.int32)), (-5, 5))[0].getpixel((1, 0)) == 255
 
 
 def test_channels():

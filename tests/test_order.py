@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, permutation, positions
+from beit_pretrain.data.dataset import BatchSchedule
+from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, permutation
 
 UNEVEN = [5, 7, 3, 12, 1, 9, 0, 4]
 
@@ -39,14 +40,14 @@ def test_empty_order(sizes):
 
 def test_uneven_global_batch_is_refused():
     with pytest.raises(ValueError, match="cannot be dealt evenly"):
-        positions(0, 0, 3, 8)
+        BatchSchedule(8, 0, 3).positions(0)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_read_disjoint_shards(world):
     order = Order([10] * 16, seed=0, block_size=20, streams=4)
     shards = [
-        {order.sample_at(k).shard for step in range(20) for k in positions(step, rank, world, global_batch_size=8)}
+        {order.sample_at(k).shard for step in range(20) for k in BatchSchedule(8, rank, world).positions(step)}
         for rank in range(world)
     ]
     assert [len(s) for s in shards] == [16 // world] * world

@@ -26,8 +26,9 @@ from test_sources import tar_bytes
 
 from beit_pretrain.config import compose_raw, quoted, readable
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
+from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.mixture import Mixture, shares
-from beit_pretrain.data.order import Order, positions
+from beit_pretrain.data.order import Order
 from beit_pretrain.data.tars import REFUSED, inside, scan_tar
 from beit_pretrain.errors import UserError
 
@@ -46,7 +47,7 @@ class TestOrder:
     def test_ranks_and_workers_share_the_positions_of_a_step(self, order, step, world, per_rank):
         """Disjoint, complete, and the samples are those of one process."""
         batch = world * per_rank
-        dealt = [positions(step, rank, world, batch) for rank in range(world)]
+        dealt = [BatchSchedule(batch, rank, world).positions(step) for rank in range(world)]
         assert sorted(k for share in dealt for k in share) == list(range(step * batch, (step + 1) * batch))
         alone = order.samples_at(range(step * batch, (step + 1) * batch))
         for rank, share in enumerate(dealt):

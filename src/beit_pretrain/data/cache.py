@@ -49,12 +49,7 @@ class Shard(NamedTuple):
 
 
 class ShardCache:
-    """The cache folder.
-
-    Args:
-        folder: on a local disk.
-        limit: largest total size of the cache's files, bytes.
-    """
+    """The cache in `folder`, on a local disk; its files have at most `limit` bytes together."""
 
     def __init__(self, folder: str | Path, limit: int):
         self.folder, self.limit = Path(folder).expanduser(), limit

@@ -23,17 +23,14 @@ WINDOW = 1_000_000  # images after which counting restarts, so that a good start
 class CorruptImages(Callback):
     """Collects the bad images that batches report (`dataset.ShardDataset`).
 
-    Logs their share as `train/replaced`. Writes one line per bad image to `path`, and one warning for all since the
-    last metrics. Stops the run when there are clearly more than `max_corrupt_fraction` allows: four standard deviations
-    plus three images more, so that a single bad image at the start does not stop a run.
-
-    Args:
-        path: the list; None = warnings only.
-        max_corrupt_fraction: largest share of bad images.
+    Logs their share as `train/replaced`. Writes one line per bad image to `path`, unless that is None, and one warning
+    for all since the last metrics. Stops the run when there are clearly more than `max_corrupt_fraction` allows: four
+    standard deviations plus three images more, so that a single bad image at the start does not stop a run.
     """
 
     def __init__(self, path: Path | None, max_corrupt_fraction: float):
         self.path, self.max_corrupt_fraction = path, max_corrupt_fraction
+        self._where = f"; listed in {path}" if path else ""
         self._new: list[dict[str, Any]] = []
         self._last: dict[str, Any] = {}
         self._listed: set[tuple[str, str]] = set()  # held-out images, which every validation reads again
@@ -81,7 +78,7 @@ class CorruptImages(Callback):
                 raise AllRanksError(
                     f"{self._seen_bad:,} of {self._seen:,} training images had to be replaced, more than "
                     f"data.max_corrupt_fraction={self.max_corrupt_fraction:g} allows; the last: {last['key']} of "
-                    f"{last['shard']} ({last['reason']}){self._where()}"
+                    f"{last['shard']} ({last['reason']}){self._where}"
                 )
         if self._seen >= WINDOW:
             self._seen = self._seen_bad = 0
@@ -95,11 +92,8 @@ class CorruptImages(Callback):
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
         count = f"{len(records)} image{'s' * (len(records) > 1)} could not be decoded, neighbours stand in"
-        said = f"warning: {count} (last: {last['key']} of {last['shard']}: {last['reason']}){self._where()}"
+        said = f"warning: {count} (last: {last['key']} of {last['shard']}: {last['reason']}){self._where}"
         tqdm.write(said, file=sys.stderr)
-
-    def _where(self) -> str:
-        return f"; listed in {self.path}" if self.path else ""
 
 
 def allowed(share: float, images: int) -> float:

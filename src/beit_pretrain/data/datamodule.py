@@ -1,6 +1,4 @@
-"""LightningDataModules: shards -> order -> reader -> batches; checks held-out data and the cache against the training
-data.
-"""
+"""LightningDataModules: shards -> order -> reader -> batches; held-out data and cache must fit the training data."""
 
 from __future__ import annotations
 
@@ -17,7 +15,6 @@ from beit_pretrain.data.dataset import (
     BatchSchedule,
     EvalSchedule,
     FixedTokens,
-    LabelMapTransform,
     ShardDataset,
     StepSampler,
     Transform,
@@ -30,24 +27,25 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.masking import BlockwiseMask
-from beit_pretrain.transforms.views import ClassificationTransform
 
 
 class ShardData(LightningDataModule):
-    """Training and validation loaders over shard folders. Subclasses define views and masks.
+    """Training and validation loaders over shard folders.
 
     Args:
-        train: shard folder or location of the training images, or a list of them.
-        val: the same for held-out images; None = no validation.
+        train_views, val_views: transforms of the images.
         global_batch_size: images of one optimiser step over all processes and micro-batches.
         seed: of order, views and masks.
-        settings: further settings of `DataSettings`.
+        train, val, settings: those of `DataSettings`.
     """
 
     VAL_SEED = 1_000_003  # views and masks of held-out images do not depend on the run's seed
 
-    def __init__(self, train: Any, val: Any = None, *, global_batch_size: int, seed: int = 0, **settings: Any):
+    def __init__(
+        self, train, val=None, *, train_views, val_views, global_batch_size: int, seed: int = 0, **settings: Any
+    ):
         super().__init__()
+        self.views: dict[str, Transform] = {"train": train_views, "val": val_views}
         self.settings = chosen = DataSettings(train=train, val=val, **settings)
         self.tokens: dict[str, FixedTokens] = {}  # for splits with cached tokens, whose views are fixed
         self.readers = {"train": ShardReader(chosen.train, chosen)}
@@ -72,10 +70,6 @@ class ShardData(LightningDataModule):
         """Training images."""
         return self.readers["train"].samples if self.subset is None else len(self.subset)
 
-    def views(self, split: str) -> Transform | LabelMapTransform:
-        """The transform of the images of "train" or "val"."""
-        raise NotImplementedError
-
     masking: BlockwiseMask | None = None
     label_maps = False
     wrapped: Callable[[DataLoader], Any] | None = None  # wraps the training loader, as `DevicePrefetcher` does
@@ -85,13 +79,8 @@ class ShardData(LightningDataModule):
         return with_first_position(batch)
 
     def train_dataset(self, plan: BatchSchedule) -> ShardDataset:
-        """The training data set with the batches of `plan`."""
-        views = self.views("train")
-        return ShardDataset(
-            *(self.readers["train"], self.train_order(), plan, views, self.masking, self.subset, self.seed),
-            label_maps=self.label_maps,
-            tokens=self.tokens.get("train"),
-        )
+        how = {"subset": self.subset, "seed": self.seed, "tokens": self.tokens.get("train")}
+        return self._dataset("train", self.train_order(), plan, self.views["train"], **how)
 
     def train_order(self) -> Order | Mixture:
         """The order of the training images: position -> sample."""
@@ -109,19 +98,19 @@ class ShardData(LightningDataModule):
         split: str = "val",
         rank: int = 0,
         world: int = 1,
-        views: Transform | LabelMapTransform | None = None,
+        views: Transform | None = None,
         images: int | None = None,
     ) -> ShardDataset:
         """Every image of a split (or its first `images`) once and in order, with fixed views and masks."""
         reader = self.readers[split]
         samples = reader.samples if images is None else min(reader.samples, images)
         plan = EvalSchedule(samples, self.settings.val_batch, rank, world)
-        order = Order(reader.sizes, shuffle=False)
-        tokens = None if views else self.tokens.get(split)
-        views = views or self.views("val")
-        return ShardDataset(
-            *(reader, order, plan, views, self.masking, None, self.VAL_SEED), label_maps=self.label_maps, tokens=tokens
-        )
+        order, tokens = Order(reader.sizes, shuffle=False), None if views else self.tokens.get(split)
+        return self._dataset(split, order, plan, views or self.views["val"], tokens=tokens, seed=self.VAL_SEED)
+
+    def _dataset(self, split: str, order, plan, views: Transform, **how: Any) -> ShardDataset:
+        reader = self.readers[split]
+        return ShardDataset(reader, order, plan, views, self.masking, label_maps=self.label_maps, **how)
 
     def train_dataloader(self) -> Any:
         trainer = self.trainer
@@ -178,31 +167,18 @@ class ShardData(LightningDataModule):
 class ClassificationData(ShardData):
     """One view per image with its label: augmented in training, resized and centre-cropped in validation."""
 
-    def __init__(
-        self, train, val=None, *, train_views: ClassificationTransform, val_views: ClassificationTransform, **settings
-    ):
-        super().__init__(train, val, **settings)
-        self._views = {"train": train_views, "val": val_views}
-
-    def views(self, split: str) -> Transform:
-        return self._views[split]
-
 
 class SegmentationData(ShardData):
     """Images with label maps. Raises UserError if a shard folder has none."""
 
     label_maps = True
 
-    def __init__(self, train, val=None, *, train_views: LabelMapTransform, val_views: LabelMapTransform, **settings):
+    def __init__(self, train, val=None, **settings):
         super().__init__(train, val, **settings)
-        self._views = {"train": train_views, "val": val_views}
         for reader in self.readers.values():
             for folder in reader.folders:
                 if not folder.about["segmentation"]:
                     raise UserError(f"{folder} has no label maps (.seg.png); segmentation needs them")
-
-    def views(self, split: str) -> LabelMapTransform:
-        return self._views[split]
 
 
 def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:

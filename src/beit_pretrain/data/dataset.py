@@ -10,17 +10,17 @@ too depends only on the position. The batch then lists it under `bad`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from beit_pretrain.data.mixture import Mixture
-from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator, positions
+from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator
 from beit_pretrain.data.prefetch import ShardPrefetcher
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
@@ -31,31 +31,16 @@ from beit_pretrain.transforms.views import TwoViewTransform
 NEIGHBOURS = 16  # images that are tried before the run stops
 
 
-class PendingSample(NamedTuple):
-    """A sample with drawn augmentation but no views yet. Making the views can raise any exception on broken files."""
-
-    views: Callable[[], dict[str, np.ndarray]]
-    label: int
-
-
-class Transform(Protocol):
-    """Makes the arrays of a sample from its image (opened, not decoded) and its position's random generator."""
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]: ...
-
-
-class LabelMapTransform(Protocol):
-    """A `Transform` that also takes a label map."""
-
-    def __call__(
-        self, image: Image.Image, rng: np.random.Generator, label_map: Image.Image
-    ) -> dict[str, np.ndarray]: ...
+# (image, opened but not decoded; its position's random generator; label map, if the data have any) -> a sample's arrays
+Transform = Callable[..., dict[str, np.ndarray]]
+# Makes a sample's arrays, with its augmentation drawn already; raises any exception on broken files.
+PendingViews = Callable[[], dict[str, np.ndarray]]
 
 
 class FixedTokens(Protocol):
     """Cached tokens of fixed views (`tokenizers.token_cache.CachedTokens`)."""
 
-    def view(self, sample: Sample, epoch: int, data: bytes) -> Callable[[], dict[str, np.ndarray]]: ...
+    def view(self, sample: Sample, epoch: int, data: bytes) -> PendingViews: ...
 
 
 @dataclass(frozen=True)
@@ -69,8 +54,11 @@ class BatchSchedule:
 
     def positions(self, micro_batch: int) -> range:
         """Positions of this process's micro-batch number `micro_batch`, counted from the start of the run."""
+        size = self.global_batch_size
+        if size % self.world:
+            raise ValueError(f"the global batch {size} cannot be dealt evenly to {self.world} processes")
         step, part = divmod(micro_batch, self.micro_batches)
-        share = positions(step, self.rank, self.world, self.global_batch_size)
+        share = range(step * size + self.rank, (step + 1) * size, self.world)
         size = len(share) // self.micro_batches
         return share[part * size : (part + 1) * size]
 
@@ -96,6 +84,7 @@ class EvalSchedule:
         return -(-least // self.batch_size)
 
 
+@dataclass(eq=False, repr=False)
 class ShardDataset(Dataset):
     """Item m is the collated micro-batch m of the plan.
 
@@ -104,26 +93,19 @@ class ShardDataset(Dataset):
     int64, the masked patches in ascending order, padded with -1 to the largest allowed number K (static shapes).
     Only if images were replaced, `bad` is a list of dictionaries: position, shard, key, reason and replaced_by (the
     key of the replacement).
-    With `label_maps` the views are `LabelMapTransform`; a sample without a usable label map counts as bad.
+    With `label_maps` the views also get the label map; a sample without a usable label map counts as bad.
     """
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        order: Order | Mixture,
-        plan: BatchSchedule | EvalSchedule,
-        views: Transform | LabelMapTransform,
-        masking: BlockwiseMask | None = None,
-        subset: np.ndarray | None = None,
-        seed: int = 0,
-        label_maps: bool = False,
-        tokens: FixedTokens | None = None,
-    ):
-        self.reader, self.order, self.plan = reader, order, plan
-        self.views: Any = views
-        self.masking, self.subset, self.seed, self.label_maps = masking, subset, seed, label_maps
-        self.tokens = tokens
-        self._ahead: ShardPrefetcher | None = None
+    reader: ShardReader
+    order: Order | Mixture
+    plan: BatchSchedule | EvalSchedule
+    views: Any  # a Transform
+    masking: BlockwiseMask | None = None
+    subset: np.ndarray | None = None
+    seed: int = 0
+    label_maps: bool = False
+    tokens: FixedTokens | None = None
+    _ahead: ShardPrefetcher | None = field(default=None, init=False)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_ahead": None}  # a thread cannot be sent to a worker
@@ -133,7 +115,8 @@ class ShardDataset(Dataset):
         if isinstance(self.plan, BatchSchedule) and self.reader.remote:
             if self._ahead is None:
                 self._ahead = ShardPrefetcher(self.reader, self.order, self.plan.rank, self.plan.world, positions[0])
-            self._ahead.at(positions[0])
+                weakref.finalize(self, self._ahead.ended.set)
+            self._ahead.position = positions[0]
         bad: list[dict[str, Any]] = []
         addresses = [Sample(*address) for address in self.order.samples_at(positions).tolist()]
         # One kind of work at a time for the whole batch: small steps take half as long while their code is in cache.
@@ -155,7 +138,7 @@ class ShardDataset(Dataset):
         return {**self._made(position, address, self._begun(position, address), []), **self._mask(position)}
 
     def _made(
-        self, position: int, address: Sample, begun: PendingSample, bad: list[dict[str, Any]]
+        self, position: int, address: Sample, begun: tuple[PendingViews, int], bad: list[dict[str, Any]]
     ) -> dict[str, np.ndarray]:
         """The arrays of a position, from its sample or the next one that decodes; adds failures to `bad`.
 
@@ -175,23 +158,26 @@ class ShardDataset(Dataset):
                 stop_if_memory_was_short(error, f"{self.reader.key(sample)} of {self.reader.where(sample.shard)}")
                 failures.append((sample, reason(error)))
                 continue
-            bad += [self._record(position, failed, why, sample) for failed, why in failures]
+            for failed, why in failures:
+                about_failed = {"shard": self.reader.where(failed.shard), "key": self.reader.key(failed), "reason": why}
+                bad.append({"position": position, **about_failed, "replaced_by": self.reader.key(sample)})
             about = {"label": np.asarray(label, np.int64), "position": np.asarray(position, np.int64)}
             return {**arrays, **about}
         (first, why), where = failures[0], self.reader.where(failures[0][0].shard)
         others = f" and the {len(failures) - 1} images after it" if len(failures) > 1 else ""
         raise UserError(f"sample {self.reader.key(first)} of {where}{others} cannot be decoded: {why}")
 
-    def _begun(self, position: int, address: Sample, neighbour: int = 0) -> PendingSample:
-        """Read an image file and draw its augmentation, without decoding. Raises UserError if the shard is broken."""
+    def _begun(self, position: int, address: Sample, neighbour: int = 0) -> tuple[PendingViews, int]:
+        """Read an image file and its label, and draw its augmentation, without decoding. Raises UserError if the shard
+        is broken."""
         sample = self._neighbour(address, neighbour)
         data, label = self.reader.read(sample)
         if self.tokens is not None:
-            return PendingSample(self.tokens.view(sample, self.order.epoch_of(position), data), label)
+            return self.tokens.view(sample, self.order.epoch_of(position), data), label
         rng = generator(self.seed, position, VIEW)
         if isinstance(self.views, TwoViewTransform):
-            return PendingSample(self.views.prepare_view(data, rng), label)
-        return PendingSample(lambda: self._opened_and_seen(data, sample, rng), label)
+            return self.views.prepare_view(data, rng), label
+        return lambda: self._opened_and_seen(data, sample, rng), label
 
     def _opened_and_seen(self, data: bytes, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         with open_image(data) as image:
@@ -205,10 +191,6 @@ class ShardDataset(Dataset):
         if self.subset is None:
             return Sample(address.shard, (address.row + distance) % self.reader.sizes[address.shard])
         return Sample(*self.subset[(address.row + distance) % len(self.subset)].tolist())
-
-    def _record(self, position: int, failed: Sample, why: str, instead: Sample) -> dict[str, Any]:
-        where, keys = self.reader.where(failed.shard), [self.reader.key(sample) for sample in (failed, instead)]
-        return {"position": position, "shard": where, "key": keys[0], "reason": why, "replaced_by": keys[1]}
 
     def _mask(self, position: int) -> dict[str, np.ndarray]:
         """The arrays `mask` and `mask_index` of a position; none without masking."""

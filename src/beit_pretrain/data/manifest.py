@@ -97,7 +97,6 @@ def _class_number(path: Path, name: str, text: bytes) -> int:
 
 
 def index_path(shard: Path) -> Path:
-    """The file of a shard's index."""
     return shard.with_suffix(".index.npy")
 
 
@@ -114,7 +113,6 @@ def _sha256(path: Path) -> str:
 
 
 def shard_entry(path: Path, samples: int) -> dict[str, Any]:
-    """The manifest's entry for a finished shard."""
     return {"name": path.name, "samples": samples, "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 

@@ -11,11 +11,10 @@ seen w_d * sum(N) / N_d times in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
-from beit_pretrain.data.order import SHUFFLE_MIXTURE, Order, Sample, as_array, permutation
+from beit_pretrain.data.order import SHUFFLE_MIXTURE, MethodCache, Order, Sample, permutation
 from beit_pretrain.errors import UserError
 
 PARTS = 10_000  # other weights than simple fractions are rounded to multiples of 1 / PARTS
@@ -25,12 +24,7 @@ BLOCK = 256  # smallest number of positions of a block
 class Mixture:
     """The order of a run over several data sets. Shards are numbered consecutively, in the order of the data sets.
 
-    Args:
-        orders: the order of each data set.
-        weights: shares of the positions; normalised to sum 1.
-        seed: the run's seed.
-
-    Raises UserError if there is not one usable weight per data set.
+    `weights`: shares of the positions, of any sum. Raises UserError if there is not one usable weight per data set.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float], seed: int = 0):
@@ -38,24 +32,13 @@ class Mixture:
         self.counts = shares(weights, len(orders))
         self.block = int(self.counts.sum())
         self.samples = sum(order.samples for order in orders)
-        self.streams = orders[0].streams
-        self.sizes = np.concatenate([order.sizes for order in orders])
         self._first_shard = np.cumsum([0] + [len(order.sizes) for order in orders])
-        self._pattern = lru_cache(maxsize=64)(self._shuffled)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_pattern"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._pattern = lru_cache(maxsize=64)(self._shuffled)
+        self._pattern = MethodCache(self._shuffled, 64)
 
     def sample_at(self, position: int) -> Sample:
-        """The sample at `position`."""
         return Sample(*self.samples_at(range(position, position + 1))[0].tolist())
 
     def samples_at(self, positions: range | np.ndarray) -> np.ndarray:
-        """Addresses (n, 2) int64, shard and row, of the samples at n positions."""
         dataset, own = self.places(positions)
         addresses = np.empty((len(own), 2), np.int64)
         for number in np.unique(dataset):
@@ -65,13 +48,12 @@ class Mixture:
         return addresses
 
     def epoch_of(self, position: int) -> int:
-        """How often the sample at `position` has been used before."""
         dataset, own = self.places(range(position, position + 1))
         return int(own[0]) // self.orders[int(dataset[0])].samples
 
     def places(self, positions: range | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Index of the data set of each position, and the position in that data set's order."""
-        block, offset = np.divmod(as_array(positions), self.block)
+        block, offset = np.divmod(np.asarray(positions, np.int64), self.block)
         dataset, own = np.empty_like(block), np.empty_like(block)
         for number in np.unique(block):
             here = block == number

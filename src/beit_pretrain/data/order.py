@@ -11,16 +11,15 @@ So batches are bit-identical for any number of workers, processes and restarts, 
 and resuming only needs the position. A global batch of size G holds positions [step * G, (step + 1) * G); rank r of W
 takes every W-th of them, from the r-th on. These are whole streams if W divides `streams`.
 
-Positions are ranges and addresses are arrays, to avoid one Python object per position. `mixture.Mixture` mixes the
-orders of several data sets by weights.
+`mixture.Mixture` mixes the orders of several data sets by weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +39,20 @@ def permutation(count: int, seed: int, position: int, purpose: int) -> np.ndarra
     return np.argsort(generator(seed, position, purpose).bit_generator.random_raw(count), kind="stable")
 
 
+class MethodCache:
+    """`lru_cache` of an object's method or of a class, as an attribute; pickled with the object, it starts empty."""
+
+    def __init__(self, function: Callable, maxsize: int):
+        self.function, self.maxsize = function, maxsize
+        self._cached = lru_cache(maxsize)(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._cached(*arguments)
+
+    def __reduce__(self) -> tuple:
+        return MethodCache, (self.function, self.maxsize)
+
+
 class Sample(NamedTuple):
     """A sample's address: number of its shard in the manifest, and row in that shard's index."""
 
@@ -51,38 +64,21 @@ class Order:
     """The order of a run over shards of the given sizes.
 
     Args:
-        sizes: samples of each shard, in the manifest's order.
-        seed: the run's seed.
         block_size: samples that are shuffled together (a few shards). Two shuffled blocks per stream stay in
             memory, with 8 bytes a sample.
         streams: number of streams (up to 4096); at most one per shard is used.
         shuffle: False keeps the order of the shards in every epoch (validation).
     """
 
-    def __init__(
-        self,
-        sizes: list[int],
-        seed: int = 0,
-        block_size: int = 1,
-        streams: int = 1,
-        shuffle: bool = True,
-    ):
+    def __init__(self, sizes: list[int], seed: int = 0, block_size: int = 1, streams: int = 1, shuffle: bool = True):
         if not sizes or min(sizes) < 0 or sum(sizes) == 0:
             raise ValueError("an order needs at least one sample")
         self.sizes = np.asarray(sizes, np.int64)
         self.seed, self.block_size, self.shuffle = seed, block_size, shuffle
         self.samples = int(self.sizes.sum())
         self.streams = max(1, min(streams, len(sizes))) if shuffle else 1
-        self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)
-        self._window = lru_cache(maxsize=2 * self.streams)(self._permute_window)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_shards_of_epoch", "_window")}
-
-    def __setstate__(self, state: dict) -> None:  # caches cannot be pickled: a spawned worker starts with empty ones
-        self.__dict__.update(state)
-        self._shards_of_epoch = lru_cache(maxsize=2)(self._permute_shards)
-        self._window = lru_cache(maxsize=2 * self.streams)(self._permute_window)
+        self._shards_of_epoch = MethodCache(self._permute_shards, 2)
+        self._window = MethodCache(permutation, 2 * self.streams)
 
     def sample_at(self, position: int) -> Sample:
         """The sample at `position` (>= 0; epoch e holds positions [e * samples, (e + 1) * samples))."""
@@ -90,7 +86,7 @@ class Order:
 
     def samples_at(self, positions: range | np.ndarray) -> np.ndarray:
         """Addresses (n, 2) int64, shard and row, of the samples at n positions."""
-        epoch, k = np.divmod(as_array(positions), self.samples)
+        epoch, k = np.divmod(np.asarray(positions, np.int64), self.samples)
         if self.shuffle:
             k = self._unshuffled(epoch, k)
         else:
@@ -141,12 +137,11 @@ class Order:
         begin = number * self.block_size
         # Epoch, stream and block share one 64-bit half of the key: 24, 12 and 28 bits.
         key = (epoch << 40) | (stream << 28) | number
-        windows, first, inverse, counts = np.unique(key, return_index=True, return_inverse=True, return_counts=True)
-        by_window = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts))
         moved = np.empty_like(offset)
-        for window, i, members in zip(windows, first, by_window):
-            permutation = self._window(int(window) % 2**64, int(min(self.block_size, length[i] - begin[i])))
-            moved[members] = permutation[offset[members]]
+        for window in np.unique(key):
+            here = np.flatnonzero(key == window)
+            count = int(min(self.block_size, length[here[0]] - begin[here[0]]))
+            moved[here] = self._window(count, self.seed, int(window) % 2**64, SHUFFLE_WINDOW)[offset[here]]
         return start + begin + moved
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -154,20 +149,3 @@ class Order:
         count = len(self.sizes)
         shards = permutation(count, self.seed, epoch, SHUFFLE_SHARDS) if self.shuffle else np.arange(count)
         return shards, np.cumsum(self.sizes[shards])
-
-    def _permute_window(self, key: int, length: int) -> np.ndarray:
-        return permutation(length, self.seed, key, SHUFFLE_WINDOW)
-
-
-def as_array(positions: range | Sequence[int] | np.ndarray) -> np.ndarray:
-    """Positions as an int64 array, without one Python object per position of a range."""
-    if isinstance(positions, range):
-        return np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
-    return np.asarray(positions, np.int64)
-
-
-def positions(step: int, rank: int, world: int, global_batch_size: int) -> range:
-    """Positions that `rank` of `world` processes consumes in global step `step`."""
-    if global_batch_size % world:
-        raise ValueError(f"the global batch {global_batch_size} cannot be dealt evenly to {world} processes")
-    return range(step * global_batch_size + rank, (step + 1) * global_batch_size, world)

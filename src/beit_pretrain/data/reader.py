@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
 from beit_pretrain.data.manifest import INDEX_DTYPE, MANIFEST, index_path, parse_manifest, read_manifest
-from beit_pretrain.data.order import Sample
+from beit_pretrain.data.order import MethodCache, Sample
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.data.storage import Remote, is_remote
 from beit_pretrain.errors import UserError
@@ -39,16 +39,13 @@ class Record(NamedTuple):
 class ShardReader:
     """Random access to the samples of one or more shard folders (`.../train` with its manifest), local or remote.
 
-    Args:
-        source: a folder or location, or a list of these.
-        access: options for remote locations.
-
     Raises UserError if a folder, manifest, shard or index is missing, or they do not belong together.
     """
 
     def __init__(self, source: str | Path | Sequence[str | Path], access: RemoteOptions | None = None):
         sources = [source] if isinstance(source, str | Path) else list(source)
-        self.folders = [_folder(s, access or RemoteOptions()) for s in sources]
+        access = access or RemoteOptions()
+        self.folders = [RemoteFolder(str(s), access) if is_remote(s) else LocalFolder(s) for s in sources]
         self.manifest: dict[str, Any] = self.folders[0].about
         named = [folder.about["classes"] for folder in self.folders]
         self.classes_differ = any(classes != named[0] for classes in named)
@@ -60,19 +57,9 @@ class ShardReader:
         if not self.samples:
             raise UserError(f"{source} holds no samples")
         self.without_class = self.samples - sum(sum(folder.about["class_counts"]) for folder in self.folders)
-        self._first = np.cumsum([0] + [len(folder.shards) for folder in self.folders])
-        self._open()
-
-    def _open(self) -> None:
+        self._folder = [folder for folder in self.folders for _ in folder.shards]  # of each shard
         bytes_of_one = INDEX_DTYPE.itemsize * max(1, self.samples // len(self.sizes))
-        self._index = lru_cache(maxsize=max(8, INDEX_MEMORY // bytes_of_one))(self._load_index)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_index"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open()
+        self._index = MethodCache(self._load_index, max(8, INDEX_MEMORY // bytes_of_one))
 
     def parts(self) -> list[list[int]]:
         """Samples of each shard of each folder."""
@@ -85,16 +72,11 @@ class ShardReader:
 
     def is_remote(self, shard: int) -> bool:
         """Whether a shard is in a remote folder."""
-        return isinstance(self._place(shard)[0], RemoteFolder)
-
-    def _place(self, shard: int) -> tuple[LocalFolder | RemoteFolder, int]:
-        number = int(np.searchsorted(self._first, shard, side="right")) - 1
-        return self.folders[number], shard - int(self._first[number])
+        return isinstance(self._folder[shard], RemoteFolder)
 
     def where(self, shard: int) -> str:
         """The shard's path or location, for messages."""
-        folder, number = self._place(shard)
-        return f"{folder}/{folder.shards[number].name}"
+        return f"{self._folder[shard]}/{self.shards[shard].name}"
 
     def labels(self, shard: int) -> np.ndarray:
         """Labels (samples,) int64 of one shard; -1 where there is none."""
@@ -121,26 +103,25 @@ class ShardReader:
 
     def check_content(self, shard: int) -> None:
         """Raise UserError if a local shard does not have its manifest's SHA-256. Downloads check remote ones."""
-        folder, number = self._place(shard)
+        folder, entry = self._folder[shard], self.shards[shard]
         if isinstance(folder, LocalFolder):
             try:
-                with open(folder.path / folder.shards[number].name, "rb") as file:
-                    check_content(file, folder.shards[number])
+                with open(folder.path / entry.name, "rb") as file:
+                    check_content(file, entry)
             except OSError as error:
                 why = error.strerror or f"{error}; see: shards verify src={folder}"
                 raise UserError(f"{self.where(shard)} cannot be used: {why}") from None
 
     def fetch_ahead(self, shard: int) -> None:
         """Download a remote shard, or mark it as used if cached. Raises UserError if the download fails."""
-        folder, number = self._place(shard)
+        folder = self._folder[shard]
         if isinstance(folder, RemoteFolder):
-            folder.fetch_ahead(number)
+            folder.fetch_ahead(self.shards[shard])
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        folder, number = self._place(shard)
         try:
-            with folder.opened(number) as descriptor:
-                data = os.pread(descriptor, size, offset)
+            file = self._folder[shard].opened(self.shards[shard])
+            data = os.pread(file.descriptor, size, offset)
         except OSError as error:
             raise UserError(f"{self.where(shard)} cannot be read: {error.strerror or error}") from None
         if len(data) < size:
@@ -148,8 +129,8 @@ class ShardReader:
         return data
 
     def _load_index(self, shard: int) -> np.ndarray:
-        folder, number = self._place(shard)
-        entry, index = folder.shards[number], folder.index(number)
+        folder, entry = self._folder[shard], self.shards[shard]
+        index = folder.index(entry)
         if index.dtype != INDEX_DTYPE or index.shape != (entry.samples,):
             raise UserError(f"the index of {self.where(shard)} does not fit its manifest; see: shards verify")
         for part in ("image", "segmentation"):
@@ -175,35 +156,20 @@ class LocalFolder:
         self.shards = _shards(self.about)
         for shard in self.shards:
             file = os.path.join(self.path, shard.name)
-            try:
-                fits = os.stat(file).st_size == shard.bytes
-            except OSError:
-                fits = False
-            if not fits:
-                raise UserError(f"{file} is missing or not as its manifest says; see: shards verify src={path}")
-        self._open()
-
-    def _open(self) -> None:
-        self._file = lru_cache(maxsize=256)(_Handle)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_file"}
-
-    def __setstate__(self, state: dict) -> None:  # open files cannot be sent to a worker
-        self.__dict__.update(state)
-        self._open()
+            with suppress(OSError):
+                if os.stat(file).st_size == shard.bytes:
+                    continue
+            raise UserError(f"{file} is missing or not as its manifest says; see: shards verify src={path}")
+        self._file = MethodCache(_open, 256)
 
     def __str__(self) -> str:
         return str(self.path)
 
-    @contextmanager
-    def opened(self, number: int) -> Iterator[int]:
-        """A file descriptor of a shard, valid inside the block."""
-        handle = self._file(os.path.join(self.path, self.shards[number].name))
-        yield handle.fd
+    def opened(self, shard: Shard) -> _OpenFile:
+        return self._file(os.path.join(self.path, shard.name))
 
-    def index(self, number: int) -> np.ndarray:
-        file = index_path(self.path / self.shards[number].name)
+    def index(self, shard: Shard) -> np.ndarray:
+        file = index_path(self.path / shard.name)
         try:
             return np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError, MemoryError) as error:
@@ -224,30 +190,19 @@ class RemoteFolder:
     def __str__(self) -> str:
         return str(self.remote)
 
-    @contextmanager
-    def opened(self, number: int) -> Iterator[int]:
-        """A file descriptor of a shard, valid inside the block; a missing shard is downloaded first."""
-        shard = self.shards[number]
-        descriptor = self.cache.open(shard, lambda file: self._fetch(shard, file))
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+    def opened(self, shard: Shard) -> _OpenFile:
+        """The file of a shard; if it is missing, it is downloaded first."""
+        return _OpenFile(self.cache.open(shard, partial(self._fetch, shard)))
 
-    def index(self, number: int) -> np.ndarray:
-        with self.opened(number) as descriptor:
-            return self.cache.index(self.shards[number], descriptor)
+    def index(self, shard: Shard) -> np.ndarray:
+        file = self.opened(shard)
+        return self.cache.index(shard, file.descriptor)
 
-    def fetch_ahead(self, number: int) -> None:
-        shard = self.shards[number]
-        self.cache.fetch_ahead(shard, lambda file: self._fetch(shard, file))
+    def fetch_ahead(self, shard: Shard) -> None:
+        self.cache.fetch_ahead(shard, partial(self._fetch, shard))
 
     def _fetch(self, shard: Shard, file: BinaryIO) -> None:
         self.remote.fetch(shard.name, file, shard.bytes, check=lambda: check_content(file, shard))
-
-
-def _folder(source: str | Path, access: RemoteOptions) -> LocalFolder | RemoteFolder:
-    return RemoteFolder(str(source), access) if is_remote(source) else LocalFolder(source)
 
 
 def _check_end(manifest: bytes) -> None:
@@ -266,12 +221,15 @@ def _shards(manifest: dict[str, Any]) -> list[Shard]:
     return [Shard(e["name"], e["samples"], e["bytes"], e["sha256"]) for e in manifest.pop("shards")]
 
 
-class _Handle:
+class _OpenFile:
     """A file descriptor that closes when the last reference is dropped."""
 
-    def __init__(self, path: str):
-        self.fd = os.open(path, os.O_RDONLY)
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
+        os.close(self.descriptor)
+
+
+def _open(path: str) -> _OpenFile:
+    return _OpenFile(os.open(path, os.O_RDONLY))

@@ -103,7 +103,6 @@ def rows(unit: SourceGroup) -> list[Row]:
 
 
 def candidate_of(unit: SourceGroup, row: Row) -> Candidate:
-    """The candidate of a row of a unit."""
     name, class_name, offset, size = row
     path = os.path.join(unit.path, name) if unit.kind == "files" else unit.path
     kind = unit.kind if unit.kind in ("cifar", "synthetic") else "file"
@@ -147,7 +146,6 @@ def read_candidate(candidate: Candidate, max_pixels: int = MAX_PIXELS) -> bytes:
 
 
 def read_bytes(path: str | Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset` on."""
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)

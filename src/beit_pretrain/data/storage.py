@@ -1,4 +1,4 @@
-"""Downloads remote files: http(s)://, s3://, gs://, hf:// and file:// through fsspec, and pipe:COMMAND.
+"""Downloads remote files: http(s)://, s3://, gs://, hf://, file:// and pipe:COMMAND.
 
 A location is a folder with the manifest and the shards. A `pipe:` location is a shell command that writes the file
 `{name}` to its standard output, such as `pipe:ssh host cat /data/train/{name}`. Locations come only from the config,
@@ -67,17 +67,11 @@ def without_secrets(url: str) -> str:
 
 @dataclass(frozen=True)
 class Remote:
-    """A remote folder.
-
-    Args:
-        location: see the module's docstring.
-        retries: number of tries after the first.
-        timeout: seconds without a byte after which a try fails.
-    """
+    """A remote folder at a location as in the module's docstring."""
 
     location: str
-    retries: int = 5
-    timeout: float = 60.0
+    retries: int = 5  # after the first try
+    timeout: float = 60.0  # seconds without a byte after which a try fails
 
     def __post_init__(self) -> None:
         if self.location.startswith("pipe:"):

@@ -1,8 +1,8 @@
-"""One try to download a remote file: HTTP and the other file systems of fsspec, the Hugging Face Hub, pipes.
+"""One try to download a remote file: HTTP, the Hugging Face Hub, the file systems of fsspec, pipes.
 
 Each transport writes into a `Transfer`, from its current position if the server supports that, else from the start.
-HTTP uses the session of fsspec's file system but makes its own requests: fsspec's files send two requests per file,
-do not tell a part from the whole file, and lose the bytes received before a connection broke.
+HTTP is aiohttp's: fsspec's files send two requests per file, do not tell a part from the whole file, and lose the bytes
+received before a connection broke.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ssl
 import string
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,7 +91,6 @@ class Transfer:
         self.bar.update(self.position)
 
     def write(self, chunk: bytes) -> None:
-        """Write the next bytes."""
         if self.limit is not None and self.position + len(chunk) > self.limit:
             raise PermanentError(f"it has more than {self.limit:,} bytes")
         try:
@@ -169,18 +169,10 @@ def _from_pipe(command: str, transfer: Transfer) -> None:
 
 @cache
 def _file_system(scheme: str, process: int) -> Any:
-    """fsspec's file system of one process (`process` is its id).
+    """fsspec's file system of one process (`process` is its id): its thread and connections do not survive a fork."""
+    import fsspec
 
-    Its thread and connections do not survive a fork. A child leaves its parent's connections unused: closing them
-    would disturb the parent.
-    """
-    import fsspec.asyn
-
-    settings: dict[str, Any] = {}
-    if scheme == "http":
-        os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)  # fsspec does not reset it
-        settings = {"get_client": _client, "encoded": True}
-    return fsspec.filesystem(scheme, skip_instance_cache=True, **settings)
+    return fsspec.filesystem(scheme, skip_instance_cache=True)
 
 
 def _from_file_system(scheme: str, url: str, transfer: Transfer) -> None:
@@ -222,30 +214,25 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
     return hf_hub_url(found.repo_id, found.path_in_repo, **place), build_hf_headers(library_name="beit_pretrain")
 
 
+@cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """The event loop of one process (`process` is its id), in a thread, which does not survive a fork."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
+
+
 def _from_http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
-    system = _file_system("http", os.getpid())
-    future = asyncio.run_coroutine_threadsafe(_http(system, url, headers, transfer), system.loop)
+    future = asyncio.run_coroutine_threadsafe(_http(url, headers, transfer), _event_loop(os.getpid()))
     try:
         future.result()
     finally:
         future.cancel()  # after a Ctrl-C
 
 
-async def _client(**settings: Any) -> Any:
-    """aiohttp session for fsspec: one connection per request, so that there are no idle ones at a fork."""
+async def _http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
     import aiohttp
-
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(force_close=True),
-        headers={"User-Agent": f"beit_pretrain/{__version__}", "Accept-Encoding": "identity"},
-        auto_decompress=False,
-        requote_redirect_url=False,  # signed addresses must not be changed
-        **settings,
-    )
-
-
-async def _http(system: Any, url: str, headers: dict[str, str], transfer: Transfer) -> None:
-    import aiohttp
+    from yarl import URL
 
     async def once(request: Any, handler: Any) -> Any:
         try:
@@ -259,24 +246,31 @@ async def _http(system: Any, url: str, headers: dict[str, str], transfer: Transf
         if transfer.version and not transfer.version.startswith("W/"):
             headers["If-Range"] = transfer.version
     parts = urlsplit(url)
-    settings = {
+    settings: dict[str, Any] = {
         "headers": headers,
         "timeout": aiohttp.ClientTimeout(total=None, sock_read=transfer.timeout),
         "middlewares": (once,),
         # Not aiohttp's `trust_env`: it also sends passwords from ~/.netrc, which may be another service's.
         "proxy": None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme),
     }
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(force_close=True),  # a server may close a connection after a redirect
+        headers={"User-Agent": f"beit_pretrain/{__version__}", "Accept-Encoding": "identity"},
+        auto_decompress=False,
+        requote_redirect_url=False,  # signed addresses must not be changed
+    )
     try:
-        session, address = await system.set_session(), system.encode_url(quote(url, safe=string.punctuation))
-        try:
-            async with asyncio.timeout(transfer.timeout):
-                response = await session.get(address, **settings)
-        except TimeoutError:
-            raise TimeoutError("the header of its answer does not end") from None
-        async with response:
-            _accept(response, transfer)
-            async for chunk in response.content.iter_any():
-                transfer.write(chunk)
+        async with session:
+            address = URL(quote(url, safe=string.punctuation), encoded=True)
+            try:
+                async with asyncio.timeout(transfer.timeout):
+                    response = await session.get(address, **settings)
+            except TimeoutError:
+                raise TimeoutError("the header of its answer does not end") from None
+            async with response:
+                _accept(response, transfer)
+                async for chunk in response.content.iter_any():
+                    transfer.write(chunk)
     except aiohttp.ServerTimeoutError:
         raise TimeoutError(f"no bytes for {transfer.timeout:g} s") from None
     except aiohttp.ClientPayloadError:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit_pretrain.data.datamodule import ShardData, first_images
-from beit_pretrain.data.dataset import BatchSchedule, Transform
+from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.callbacks import log_picture
 from beit_pretrain.engine.device_prefetch import DevicePrefetcher
@@ -42,8 +42,8 @@ from beit_pretrain.tokenizers.settings import TokenizerSettings
 from beit_pretrain.tokenizers.token_cache import OPTIONS, CachedTokens, TokenFolder, same_tokenizer
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, codebook_use, view_size
 from beit_pretrain.transforms.jitter import jittered_view, jittered_views, normalise
-from beit_pretrain.transforms.masking import BlockwiseMask
-from beit_pretrain.transforms.settings import MaskSettings, ViewSettings
+from beit_pretrain.transforms.masking import BlockwiseMask, MaskSettings
+from beit_pretrain.transforms.settings import ViewSettings
 from beit_pretrain.transforms.views import TwoViewTransform
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.attention_maps import attention_picture
@@ -274,14 +274,11 @@ class PretrainData(ShardData):
         tokens: Mapping[str, Sequence[TokenFolder]] | None = None,
         **settings,
     ):
-        super().__init__(train, val, **settings)
-        self._views, self.masking = views, masking
+        super().__init__(train, val, train_views=views, val_views=views, **settings)
+        self.masking = masking
         for split, folders in (tokens or {}).items():
             if split in self.readers:
                 self.tokens[split] = CachedTokens(folders, self.readers[split], views, masking.grid, split)
-
-    def views(self, split: str) -> Transform:
-        return self._views
 
 
 class Pretrain(Task):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -47,13 +46,6 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Imag
         raise ValueError(f"more than max_pixels={max_pixels} pixels") from None
     finally:
         Image.MAX_IMAGE_PIXELS = before
-
-
-class IntensityWindow(NamedTuple):
-    """Which grey values become black and white: those of `window`, or else these percentiles of an image's own."""
-
-    window: tuple[float, float] | None = None
-    percentiles: tuple[float, float] = (0.5, 99.5)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -101,21 +93,23 @@ def deep_grey_and_alpha(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Imag
     return Image.fromarray(grey_HW), Image.fromarray(np.ascontiguousarray(values_HW4[..., 2]))
 
 
-def to_grey8(image: Image.Image, levels: IntensityWindow | None = None) -> tuple[Image.Image, tuple[float, float]]:
-    """A grey image as 8 bits by a linear map of `levels` to 0 ... 255, and the values that became 0 and 255.
+def to_grey8(
+    image: Image.Image, window: Sequence[float] | None = None, percentiles: Sequence[float] = (0.5, 99.5)
+) -> tuple[Image.Image, tuple[float, float]]:
+    """A grey image as 8 bits, by a linear map to 0 ... 255, and the values that became 0 and 255.
 
+    These are those of `window`, or else these percentiles of the image's own values.
     Pillow would clip at 255 instead (and turn X-rays white). NaN becomes black, infinities the nearer end.
     """
     image.load()
-    levels = levels or IntensityWindow()
     values = np.asarray(image).astype(np.float32)
-    if levels.window is not None:
-        low, high = levels.window
+    if window is not None:
+        low, high = window
     else:
         # Of a large image every n-th value: percentiles hardly differ, and memory stays bounded.
         sample = values.reshape(-1)[:: 1 + values.size // 2**22]
         sample = sample[np.isfinite(sample)].astype(np.float64)
-        low, high = (float(v) for v in np.percentile(sample, levels.percentiles)) if sample.size else (0.0, 0.0)
+        low, high = (float(v) for v in np.percentile(sample, percentiles)) if sample.size else (0.0, 0.0)
         if low == high and sample.size:  # nearly all of one value: what differs must stay to be seen
             low, high = float(sample.min()), float(sample.max())
     scaled = np.nan_to_num(values, nan=low, posinf=high, neginf=low)

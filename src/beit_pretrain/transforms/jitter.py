@@ -101,7 +101,6 @@ def per_channel(values: Sequence[float], channels: int, name: str) -> tuple[floa
 
 
 def normalise(image_BCHW: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(image - mean) / std per channel."""
     mean_C11, std_C11 = (constant(values, image_BCHW).view(-1, 1, 1) for values in (mean, std))
     return (image_BCHW - mean_C11) / std_C11
 

@@ -15,17 +15,21 @@ import numpy as np
 from pydantic import ConfigDict, model_validator
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.settings import about
-from beit_pretrain.transforms.settings import MaskSettings
+from beit_pretrain.settings import Count, Settings, ShareAboveZero, about
+
+
+class MaskSettings(Settings):
+    """Blockwise masking (BEiT, section 2.3)."""
+
+    defaults = "tasks/pretrain.yaml:mask"
+
+    max_patches: Count = about("cap on the masked patches of an image; not a count")
+    min_block: Count = about("smallest block, in patches")
+    min_aspect: ShareAboveZero = about("blocks have an aspect ratio between this and its inverse")
 
 
 class BlockwiseMask(MaskSettings):
-    """The masking distribution on a patch grid: `BlockwiseMask((14, 14), 75)`.
-
-    Args:
-        grid: height and width of the patch grid.
-        max_patches, min_block, min_aspect: see `MaskSettings`; in the paper's runs 75 of 196 patches, 16 and .3.
-        attempts: how often a block is drawn before the image is taken as full.
+    """The masking distribution on a patch grid: `BlockwiseMask((14, 14), 75, 16)` in the paper.
 
     Raises ValueError if the cap or the smallest block do not fit the grid.
     """
@@ -34,7 +38,7 @@ class BlockwiseMask(MaskSettings):
     positional = ("grid", "max_patches", "min_block")
 
     grid: tuple[int, int] = about("rows and columns of patches")
-    attempts: int = 10
+    attempts: int = 10  # draws of a block before the image is taken as full
 
     @model_validator(mode="after")
     def _fits_the_grid(self) -> Self:

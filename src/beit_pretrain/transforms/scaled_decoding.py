@@ -39,8 +39,6 @@ class Crop(NamedTuple):
 
 
 class Cropped(NamedTuple):
-    """A decoded crop."""
-
     array: np.ndarray  # uint8 (h, w, C), the crop
     tiles: np.ndarray  # uint8 (64, C), the whole image's mean colours
 
@@ -100,10 +98,6 @@ class TurboJpeg(NamedTuple):
     data: bytes
     size: tuple[int, int]  # width, height
     tiles: np.ndarray | None = None  # the image's mean colours, if the file has them in a comment
-
-    @property
-    def width(self) -> int:
-        return self.size[0]
 
 
 def turbo_jpeg(data: bytes) -> TurboJpeg | None:

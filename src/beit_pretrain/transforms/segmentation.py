@@ -50,27 +50,16 @@ def fitted(size: tuple[int, int], shorter: float) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class SegmentationTrainTransform:
-    """Training: resize by a random ratio, a crop that is not mostly of one class, flip, photometric distortion.
+    """Training: resize by a random ratio, a crop that is not mostly of one class, flip, photometric distortion."""
 
-    Args:
-        size: S, pixels; ratio 1 brings an image's shorter side to it.
-        classes: number of classes. reduce_labels: the label maps' 0 is ignored, ids shift by one.
-        ratio: of the random resize, uniform.
-        max_share: largest share of one class among a crop's pixels that count.
-        flip: probability of a horizontal flip.
-        distort: whether brightness, contrast, saturation and hue are distorted.
-        fill: colour in [0, 1] beyond the edges of a small image: the mean of the normalisation.
-        channels: of the views.
-    """
-
-    size: int
+    size: int  # S, pixels; ratio 1 brings an image's shorter side to it
     classes: int
-    reduce_labels: bool = True
-    ratio: tuple[float, float] = (0.5, 2.0)
-    max_share: float = 0.75
-    flip: float = 0.5
+    reduce_labels: bool = True  # the label maps' 0 is ignored, ids shift by one
+    ratio: tuple[float, float] = (0.5, 2.0)  # of the random resize, uniform
+    max_share: float = 0.75  # of one class among a crop's pixels that count
+    flip: float = 0.5  # probability
     distort: bool = True
-    fill: tuple[float, ...] = HALF
+    fill: tuple[float, ...] = HALF  # colour in [0, 1] beyond the edges of a small image: the normalisation's mean
     channels: int = 3
 
     def __call__(self, image: Image.Image, rng: np.random.Generator, label_map: Image.Image) -> dict[str, np.ndarray]:
@@ -89,7 +78,12 @@ class SegmentationTrainTransform:
         pixels = distorted(pixels, rng) if self.distort else pixels
         if flip:
             pixels, target = pixels[:, ::-1], target[:, ::-1]
-        return self._padded(pixels.reshape(h, w, self.channels), target)
+        image_CSS = np.empty((self.channels, self.size, self.size), np.uint8)
+        image_CSS[:] = np.rint(np.multiply(self.fill, 255)).astype(np.uint8)[:, None, None]
+        image_CSS[:, :h, :w] = pixels.reshape(h, w, self.channels).transpose(2, 0, 1)
+        target_SS = np.full((self.size, self.size), IGNORE, np.uint8)
+        target_SS[:h, :w] = target
+        return {"image": image_CSS, "target": target_SS}
 
     def _place(self, labels_HW: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
         """Top and left of the first crop with at most `max_share` of one class, else of the last one tried."""
@@ -104,27 +98,12 @@ class SegmentationTrainTransform:
                 break
         return top, left
 
-    def _padded(self, pixels_HWC: np.ndarray, target_HW: np.ndarray) -> dict[str, np.ndarray]:
-        h, w = target_HW.shape
-        image = np.empty((self.channels, self.size, self.size), np.uint8)
-        image[:] = np.rint(np.multiply(self.fill, 255)).astype(np.uint8)[:, None, None]
-        image[:, :h, :w] = pixels_HWC.transpose(2, 0, 1)
-        target = np.full((self.size, self.size), IGNORE, np.uint8)
-        target[:h, :w] = target_HW
-        return {"image": image, "target": target}
-
 
 @dataclass(frozen=True)
 class SegmentationEvalTransform:
-    """Testing: the whole image at some scales, and its label map at the original size.
+    """Testing: the whole image at some scales (factors of `size`), and its label map at the original size."""
 
-    Args:
-        size: of the shorter side at scale 1, pixels.
-        classes, reduce_labels, channels: see `SegmentationTrainTransform`.
-        scales: factors of `size`.
-    """
-
-    size: int
+    size: int  # of the shorter side at scale 1, pixels
     classes: int
     reduce_labels: bool = True
     scales: Sequence[float] = (1.0,)

@@ -1,20 +1,8 @@
-"""Settings of views and masks."""
+"""Settings of views."""
 
 from __future__ import annotations
 
-from beit_pretrain.settings import (
-    Channels,
-    Count,
-    Jitter,
-    Range,
-    Scale,
-    Settings,
-    Share,
-    ShareAboveZero,
-    Side,
-    Switch,
-    about,
-)
+from beit_pretrain.settings import Channels, Jitter, Range, Scale, Settings, Share, Side, Switch, about
 
 
 class CropSettings(Settings):
@@ -34,13 +22,3 @@ class ViewSettings(CropSettings):
     jitter: Jitter = about("strengths of brightness, contrast and saturation jitter; null = none")
     pil_reference: Switch = about("the release's order of operations with PIL, slower")
     channels: Channels = about("of the images: 1 (grey), 3 (RGB) or 4")
-
-
-class MaskSettings(Settings):
-    """Blockwise masking (BEiT, section 2.3)."""
-
-    defaults = "tasks/pretrain.yaml:mask"
-
-    max_patches: Count = about("cap on the masked patches of an image; not a count")
-    min_block: Count = about("smallest block, in patches")
-    min_aspect: ShareAboveZero = about("blocks have an aspect ratio between this and its inverse")

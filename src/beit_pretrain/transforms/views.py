@@ -1,8 +1,8 @@
 """From an opened image to uint8 views: random resized crops, flips, RandAugment, centre crops.
 
 Runs in loader workers. Jitter and normalisation follow on the training device (`jitter.py`); `pil_reference=True`
-keeps the
-authors' order instead: jitter and flip of the whole image with PIL, then the crops. Shapes: C channels, H W pixels.
+keeps the authors' order instead: jitter and flip of the whole image with PIL, then the crops.
+Shapes: C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from pydantic import ConfigDict, PrivateAttr
+from pydantic import ConfigDict
 
 from beit_pretrain.settings import Channels, ShareAboveZero, Side, Text, about
 from beit_pretrain.transforms.image_io import open_image, to_channels
@@ -72,12 +72,10 @@ def to_array(image: Image.Image, flip: bool = False) -> np.ndarray:
 
 
 class TwoViewTransform(ViewSettings):
-    """The two views of one crop, for the backbone (bicubic) and for the tokenizer: `TwoViewTransform(224, 112)`.
+    """The two views of one crop, for the backbone and for the tokenizer: `TwoViewTransform(224, 112)`, as in the paper.
 
-    Args:
-        image_size, token_image_size: sides in pixels (224 and 112 in the paper's runs); without a side for the
-            tokenizer's view there is none, as when the tokens are known already.
-        others: see `ViewSettings`. With `pil_reference` the tokenizer's view is resized with Lanczos, else bicubic.
+    Without a side for the tokenizer's view there is none, as when the tokens are known already. Resized bicubic, but
+    the tokenizer's view with Lanczos if `pil_reference`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -129,7 +127,7 @@ class TwoViewTransform(ViewSettings):
         if not self.pil_reference:
             # Decoded for the larger view whatever is asked for: the pixels of one must not depend on the other.
             largest = max(size for size in sizes.values() if size is not None)
-            cropped = cropped_array(image, draw.mirrored(image.width).crop, largest, self.channels)
+            cropped = cropped_array(image, draw.mirrored(image.size[0]).crop, largest, self.channels)
             made = {name: resized(cropped.array, size) for name, size in wanted.items()}
             arrays = {name: (view.flip(-1) if draw.flip else view).numpy() for name, view in made.items()}
             return arrays | jitter_arrays(draw.jitter, cropped.tiles)
@@ -142,7 +140,7 @@ class TwoViewTransform(ViewSettings):
         return arrays | jitter_arrays(draw.jitter._replace(factors=np.ones(3, np.float32)), tiles)
 
     def seen_bytes(self, data: bytes, draw: AugmentParams, names: Sequence[str] = ("image", "token_image")) -> dict:
-        """`seen` of an image file's bytes. Raises what Pillow raises for broken files, ValueError for a box outside."""
+        """`apply` to a file's bytes. Raises what Pillow raises for broken files, ValueError for a box outside."""
         if (jpeg := self._turbo_jpeg(data)) is not None:
             return self.apply(jpeg, draw, names)
         with open_image(data) as image:
@@ -150,17 +148,7 @@ class TwoViewTransform(ViewSettings):
 
 
 class ClassificationTransform(CropSettings):
-    """Training view (random resized crop, flip, optional RandAugment) or evaluation view (resize, centre crop).
-
-    Args:
-        image_size: side in pixels.
-        train: which of the two.
-        scale, ratio, flip: of the random resized crop.
-        auto_augment: timm's name of a RandAugment policy, such as `rand-m9-mstd0.5-inc1`; None = none.
-        fill: colour in [0, 1] that RandAugment moves in from outside: the mean of the normalisation.
-        crop_ratio: evaluation resizes the shorter side to image_size / crop_ratio (None: .875 below 384, 1 from there).
-        channels: see `TwoViewTransform`; RandAugment takes 1 or 3.
-    """
+    """Training view (random resized crop, flip, optional RandAugment) or evaluation view (resize, centre crop)."""
 
     model_config = ConfigDict(frozen=True)
     defaults = "tasks/finetune.yaml:data"
@@ -168,11 +156,12 @@ class ClassificationTransform(CropSettings):
 
     image_size: Side = about("pixels")
     train: bool = True
-    auto_augment: Text | None = about("of RandAugment")
-    fill: tuple[float, ...] = HALF
-    crop_ratio: ShareAboveZero | None = about("of the evaluation view")
-    channels: Channels = 3
-    _augment: list = PrivateAttr(default_factory=list)  # timm's transform, built at first use
+    auto_augment: Text | None = about("timm's name of a RandAugment policy, such as rand-m9-mstd0.5-inc1; None = none")
+    fill: tuple[float, ...] = HALF  # colour in [0, 1] that RandAugment moves in from outside: the normalisation's mean
+    crop_ratio: ShareAboveZero | None = about(
+        "the shorter side becomes image_size / this for evaluation; see `shorter_side`"
+    )
+    channels: Channels = 3  # RandAugment takes 1 or 3
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """`image` as uint8 (C, H, W)."""

@@ -1,12 +1,11 @@
-"""What `shards make` refuses: settings that do not go together, a source named twice, sources that changed, targets in
-use.
-"""
+"""What `shards make` refuses: settings that do not go together, a source named twice or changed, targets in use."""
 
 from __future__ import annotations
 
 import io
 import os
 from contextlib import redirect_stderr
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,15 @@ OTHER_OUT = "choose another out=, or delete it first"
 
 
 def check_arguments(sources: list[str], split: str, num_workers: int | None, settings: EncodeSettings) -> None:
-    """Raise UserError for an invalid value."""
-    s = settings
     drawn = "synthetic" in sources
     named = split and Path(split).name == split and not split.startswith(".")
     wrong = {
-        "val above 0 writes train and val; leave split= out": s.val > 0 and split != "train",
+        "val above 0 writes train and val; leave split= out": settings.val > 0 and split != "train",
         f"split must be a plain folder name, got {show(split)}": not named,
         f"num_workers must be 1 or more, got {num_workers}": num_workers is not None and num_workers < 1,
         "src is empty; give a folder, a tar, a list of these, or synthetic": not sources,
         "the synthetic set cannot be mixed with other sources": drawn and len(sources) > 1,
-        "the synthetic set is drawn at size=; leave resize= out": drawn and s.resize is not None,
+        "the synthetic set is drawn at size=; leave resize= out": drawn and settings.resize is not None,
     }
     for message, holds in wrong.items():
         if holds:
@@ -53,18 +50,14 @@ def check_sources(sources: list[str], out: Path) -> None:
 def check_unchanged(work: Path, sources: list[str], split: str, images: int) -> None:
     """Raise UserError for a source that has changed since the half-done run listed it."""
     advice = f"since the half-done run in {work} began; delete that folder to start again"
-    listed = iter(Listing(work / "listing").units)
     with redirect_stderr(io.StringIO()):  # warnings were printed when it was listed
-        for unit in source_units(sources, split, images):
-            before = next(listed, None)
-            if before is not None and unit.path != before.path and before.path and not os.path.exists(before.path):
+        for before, unit in zip_longest(Listing(work / "listing").units, source_units(sources, split, images)):
+            if unit is None or (before and before.path not in ("", unit.path) and not os.path.exists(before.path)):
                 raise UserError(f"{before.path} is missing {advice}")
             if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
                 raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
             if before.stamp != unit.stamp:
                 raise UserError(f"{unit.path} has changed {advice}")
-    if (gone := next(listed, None)) is not None:
-        raise UserError(f"{gone.path} is missing {advice}")
 
 
 def check_targets(out: Path, names: list[str], settings: EncodeSettings, sources: list[str], half_done: bool) -> bool:

@@ -44,7 +44,6 @@ class Listing:
         return len(self.rows)
 
     def candidate(self, row: int) -> Candidate:
-        """The candidate of a row."""
         unit = self.units[int(np.searchsorted(self.first, row, side="right")) - 1]
         end, offset, size, number = self.rows[row].item()
         start = int(self.rows["end"][row - 1]) if row else 0

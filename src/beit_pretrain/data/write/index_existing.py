@@ -20,7 +20,7 @@ from beit_pretrain.data import manifest
 from beit_pretrain.data.manifest import MANIFEST, REJECTED
 from beit_pretrain.data.sources import COMPRESSED, COMPRESSED_TARS
 from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import discard
+from beit_pretrain.fileio import discard, publish
 from beit_pretrain.processes import cores, in_order
 from beit_pretrain.transforms.image_io import MAX_PIXELS
 
@@ -31,7 +31,7 @@ def index_shards(
     """Write indices and manifest for the tars in the folder `src`, and return the folder that holds them.
 
     `out`: a folder for indices, manifest and links to the tars; None = beside the tars. `classes`: file with the class
-    names, a line each, in the order of their numbers; None = the numbers themselves. `workers`: None = all cores.
+    names, a line each, in the order of their numbers; None = the numbers themselves. `num_workers`: None = all cores.
 
     The manifest comes last: rerun the same command after a kill; a failure leaves nothing behind. Images that are left
     out (empty, or further ones of a sample) are counted in a warning. Raises UserError for a folder that holds no such
@@ -87,8 +87,7 @@ def _staged(folder: Path) -> Iterator[Path]:
         discard(temporary)  # left by a process that was killed
         temporary.mkdir(parents=True)
         yield temporary
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == MANIFEST):
-            file.replace(folder / file.name)
+        publish(temporary, folder, last=MANIFEST)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
     finally:

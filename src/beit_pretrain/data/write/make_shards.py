@@ -1,8 +1,8 @@
 """`shards make`: images of any source -> WebDataset tars with an index for random access (layout: manifest.py).
 
-Everything is listed first (listing.py). The order is a seeded permutation of the whole split, so every shard is a fair
-mix of the classes, and each shard is written on its own (packing.py). The same command resumes a killed make
-(workfolder.py) and ends with the same bytes, whatever the number of workers.
+Everything is listed first (file_index.py). The order is a seeded permutation of the whole split, so every shard is a
+fair mix of the classes, and each shard is written on its own (shard_writer.py). The same command resumes a killed make
+(staging.py) and ends with the same bytes, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from beit_pretrain.data.manifest import MANIFEST, REJECTED, index_path, write_manifest
+from beit_pretrain.data.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
 from beit_pretrain.data.write import argument_checks as checks
 from beit_pretrain.data.write import staging as workfolder
 from beit_pretrain.data.write import synthetic
@@ -27,7 +27,6 @@ from beit_pretrain.data.write.file_index import Listing, build_listing, opened_l
 from beit_pretrain.data.write.labels import segmentation_names
 from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.shard_writer import Job, read_report, write_shard
-from beit_pretrain.data.write.splitting import class_names, split_rows
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write
 from beit_pretrain.processes import cores, in_order
@@ -75,14 +74,19 @@ def make_shards(
         if missing:
             if before:
                 checks.check_unchanged(work, sources, split, chosen.images)
-            about = (
-                before["about"] if before else _list_sources(work, out, sources, names[0], labels, chosen, num_workers)
-            )
+                about = before["about"]
+            else:
+                (work / "listing").mkdir()
+                build_listing(work / "listing", sources, split, chosen.images, labels, num_workers)
+            listing = Listing(work / "listing")
+            if not before:
+                classes = _class_names(listing, sources, out, split)
+                about = {"classes": classes, "listing_sha256": listing.digest()}
             if finished:
                 checks.check_same_listing(out, names, about)
                 return [out / name for name in names]
-            class_index = Listing(work / "listing").labels(about["classes"])
-            rows = split_rows(class_index, names, chosen.val, chosen.seed)
+            class_index = listing.labels(about["classes"])
+            rows = _split_rows(class_index, names, chosen.val, chosen.seed)
             # From now on the run can be resumed.
             atomic_write(work / "plan.json", json.dumps({"settings": now, "about": about}), durable=True)
             for name in missing:
@@ -108,20 +112,45 @@ def _plan(sources: list[str], split: str, labels: str | Path | None, settings: E
     return {**plan, **settings.model_dump()}
 
 
-def _list_sources(
-    work: Path,
-    out: Path,
-    sources: list[str],
-    split: str,
-    labels: str | Path | None,
-    settings: EncodeSettings,
-    num_workers: int,
-) -> dict[str, Any]:
-    """List the sources; returns the manifest's `classes` and `listing_sha256`. Raises UserError."""
-    (work / "listing").mkdir()
-    build_listing(work / "listing", sources, split, settings.images, labels, num_workers)
-    listing = Listing(work / "listing")
-    return {"classes": class_names(listing, sources, out, split), "listing_sha256": listing.digest()}
+def _class_names(listing: Listing, sources: list[str], out: Path, split: str) -> list[str]:
+    """Sorted names; for a split beside an existing `train`, its names, so that labels agree. Raises UserError."""
+    if sources == ["synthetic"]:
+        return list(synthetic.TEXTURES)  # all, however few the images: the masks' values rest on them
+    names = sorted(listing.classes)
+    if split == "train" or not names or not (out / "train" / MANIFEST).exists():
+        return names
+    known: list[str] = read_manifest(out / "train")["classes"]
+    if unknown := sorted(set(names).difference(known)):
+        raise UserError(f"class {unknown[0]!r} of {split} is not among the {len(known)} classes of {out / 'train'}")
+    return known
+
+
+def _validation_part(labels: np.ndarray, val: float) -> np.ndarray:
+    """Mark the first share `val` of each class: at least one image, never all. Raises UserError if none can be.
+
+    Images without a class (-1) or alone in theirs are pooled as one class, of which none need be marked if others are.
+    """
+    chosen = np.zeros(len(labels), bool)
+    if val == 0:
+        return chosen
+    _, inverse, count = np.unique(labels, return_inverse=True, return_counts=True)
+    labels = np.where(count[inverse] > 1, labels, -1)
+    by_class = np.argsort(labels, kind="stable")
+    names, start, count = np.unique(labels[by_class], return_index=True, return_counts=True)
+    least = (names >= 0) | (len(names) == 1)
+    quota = np.minimum(np.maximum(np.rint(count * val), least), count - 1)
+    chosen[by_class] = np.arange(len(labels)) - np.repeat(start, count) < np.repeat(quota, count)
+    if not chosen.any():
+        raise UserError(f"val={val} leaves nothing to validate on: there is only one image")
+    return chosen
+
+
+def _split_rows(labels: np.ndarray, names: list[str], val: float, seed: int) -> dict[str, np.ndarray]:
+    """Rows of the listing, whose class indices are `labels`, in the order of each split. Raises UserError."""
+    # Sorts raw draws for the reason in `order.permutation`.
+    order = np.argsort(np.random.PCG64(seed).random_raw(len(labels)), kind="stable")
+    in_val = _validation_part(labels[order], val)
+    return {name: order[in_val == (val > 0 and name == "val")] for name in names}
 
 
 def _shard(work: Path, name: str, number: int) -> tuple[Path, Path]:
@@ -156,42 +185,31 @@ def _describe(
     work: Path, name: str, files: int, sources: list[str], settings: EncodeSettings, about: dict[str, Any]
 ) -> None:
     """Write rejected.jsonl and the manifest of a finished split. Raises UserError if none of its files is an image."""
-    folder, entries, labels = work / name, [], []
-    reasons: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    segmentation, deep_colours = False, 0
-    with open(folder / REJECTED, "w", encoding="utf-8") as rejected:
-        for number in range(-(-files // settings.samples_per_shard)):
-            tar, report = _shard(work, name, number)
-            found = read_report(tar, report)
-            assert found is not None
-            for refused in found["rejected"]:
-                first = first or refused
-                reasons[refused["reason"]] += 1
-                rejected.write(json.dumps(refused) + "\n")
-            if found["entry"] is not None:
-                entries.append(found["entry"])
-                labels.append(np.load(index_path(tar))["label"])
-                segmentation |= found["segmentation"]
-                deep_colours += found["deep_colours"]
-    count = reasons.total()
+    reports = []
+    for number in range(-(-files // settings.samples_per_shard)):
+        found = read_report(*_shard(work, name, number))
+        assert found is not None
+        reports.append(found)
+    rejected = [refused for report in reports for refused in report["rejected"]]
+    entries = [report["entry"] for report in reports if report["entry"] is not None]
     if not entries:
         (work / "plan.json").unlink(missing_ok=True)  # there is nothing to resume
-        said = f"({first['key']!r}: {first['reason']})"
-        raise UserError(f"none of the {count} files for {name} is a usable image {said}")
-    if count > MUCH * files:  # usually a mistake
-        most, times = reasons.most_common(1)[0]
-        said = (
-            f"{count:,} of {files:,} files for {name} are no usable images ({most}{', and others' * (times < count)})"
-        )
-        print(f"warning: {said}; see its {REJECTED}", file=sys.stderr)
+        said = f"({rejected[0]['key']!r}: {rejected[0]['reason']})"
+        raise UserError(f"none of the {len(rejected)} files for {name} is a usable image {said}")
+    if len(rejected) > MUCH * files:  # usually a mistake
+        most, times = Counter(refused["reason"] for refused in rejected).most_common(1)[0]
+        why = most + ", and others" * (times < len(rejected))
+        said = f"{len(rejected):,} of {files:,} files for {name} are no usable images ({why}); see its {REJECTED}"
+        print(f"warning: {said}", file=sys.stderr)
+    folder, segmentation = work / name, any(report["segmentation"] for report in reports)
+    (folder / REJECTED).write_text("".join(json.dumps(refused) + "\n" for refused in rejected), "utf-8")
     write_manifest(
         folder,
         entries,
-        np.concatenate(labels),
+        np.concatenate([np.load(index_path(folder / entry["name"]))["label"] for entry in entries]),
         segmentation=segmentation,
         segmentation_classes=_segmentation_classes(sources) if segmentation else [],
-        deep_colours=deep_colours,
+        deep_colours=sum(report["deep_colours"] for report in reports),
         **checks.provenance(sources, settings),
         **about,
     )

@@ -60,7 +60,7 @@ def _image_members(candidate: Candidate, settings: EncodeSettings, about: dict[s
         width, height = (round(side * settings.resize / shorter) for side in full)
         image, extension = image.resize((width, height), Image.Resampling.LANCZOS), ""
         if image.mode in ("L", "RGB") and max(image.size) <= LARGEST_JPEG:
-            # With these marks decoding.py decodes a crop's rows alone.
+            # With these marks scaled_decoding.py decodes a crop's rows alone.
             marks = {"restart_marker_rows": 1, "comment": tiles.comment(image)}
             extension, data = "jpg", _saved(image, "JPEG", quality=settings.quality, **marks)
     if not extension:  # not the source's bytes; lossless
@@ -89,7 +89,7 @@ def _decoded(data: bytes, settings: EncodeSettings, about: dict[str, Any]) -> tu
     """An image decoded in full, L or RGB, with A if it is not opaque and the file's bytes are not kept; the extension
     under which they can be kept, "" = they cannot. Adds to `about` the values that became 0 and 255, or its 16 bits."""
     if (both := reading.deep_grey_and_alpha(data, settings.max_pixels)) is not None:
-        grey, about["window"] = to_grey8(both[0], settings.levels)
+        grey, about["window"] = to_grey8(both[0], settings.window, settings.percentiles)
         return Image.merge("LA", (grey, both[1])), ""
     with open_image(data, settings.max_pixels) as image:
         if reading.has_deep_colours(image):
@@ -97,7 +97,8 @@ def _decoded(data: bytes, settings: EncodeSettings, about: dict[str, Any]) -> tu
         image.load()
         extension, deep = reading.EXTENSIONS[image.format or ""], is_deep(image)
         if deep or (settings.window and reading.is_grey(image)):
-            stored, about["window"] = to_grey8(image if deep else image.convert("L"), settings.levels)
+            grey = image if deep else image.convert("L")
+            stored, about["window"] = to_grey8(grey, settings.window, settings.percentiles)
             extension = ""
         else:  # conversion may fail, too; readers convert in the same way
             stored = image.convert("L") if image.mode in ("L", "LA") else to_rgb(image)

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, Strict
 
 from beit_pretrain.settings import BelowOne, Count, Name, Paths, Rule, Seed, Settings, Text, Whole, Window, about
-from beit_pretrain.transforms.image_io import MAX_PIXELS, IntensityWindow
+from beit_pretrain.transforms.image_io import MAX_PIXELS
 
 Quality = Annotated[int, Strict(), Field(ge=1, le=100)]
 Percentile = Annotated[float, Strict(), Field(ge=0, le=100)]
@@ -44,12 +44,6 @@ class EncodeSettings(Settings):
     max_pixels: Count = Field(MAX_PIXELS, description="images of more pixels are refused before they are decoded")
     images: Count = about("of the synthetic set")
     size: Side = about("of the synthetic images, pixels")
-
-    @property
-    def levels(self) -> IntensityWindow:
-        """How grey images become 8 bits."""
-        window = (self.window[0], self.window[1]) if self.window else None
-        return IntensityWindow(window, (self.percentiles[0], self.percentiles[1]))
 
 
 class ShardsSettings(EncodeSettings):

@@ -17,10 +17,6 @@ def shards(cfg: ShardsSettings) -> None:
     from beit_pretrain.data.write.index_existing import index_shards
     from beit_pretrain.data.write.make_shards import make_shards
 
-    if cfg.action not in ("make", "index", "verify", "show"):
-        raise UserError(f"shards {cfg.action}: there are make, index, verify and show")
-    if cfg.action != "make" and not isinstance(cfg.src, str):
-        raise UserError(f"shards {cfg.action} takes one folder as src=, not a list; give one after the other")
     if cfg.action == "make":
         if not cfg.out:
             raise UserError("out is missing: the folder for the shards, such as out=data/mine")
@@ -28,7 +24,10 @@ def shards(cfg: ShardsSettings) -> None:
         for folder in make_shards(cfg.src, cfg.out, **settings):
             print(f"made {folder}\n{summary(folder)}")
         return
-    assert isinstance(cfg.src, str)
+    if cfg.action not in ("index", "verify", "show"):
+        raise UserError(f"shards {cfg.action}: there are make, index, verify and show")
+    if not isinstance(cfg.src, str):
+        raise UserError(f"shards {cfg.action} takes one folder as src=, not a list; give one after the other")
     if cfg.action == "index":
         folder = index_shards(cfg.src, cfg.out, cfg.labels, cfg.num_workers)
         print(f"indexed {folder}\n{summary(folder)}")

@@ -2,7 +2,7 @@
 
 OUT/.making/lock          held while a process works
 OUT/.making/plan.json     settings and sources; written once everything is listed
-OUT/.making/listing/      the files to read, and their order (listing.py)
+OUT/.making/listing/      the files to read, and their order (file_index.py)
 OUT/.making/reports-*/    a report per finished shard
 OUT/.making/train/, val/  the shards; become OUT/train, OUT/val when all are finished
 """

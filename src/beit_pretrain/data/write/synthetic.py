@@ -36,10 +36,8 @@ class SyntheticImage(NamedTuple):
     background: str
 
 
-def draw(index: int, seed: int = 0, size: int = 96) -> SyntheticImage:
+def draw(index: int, seed: int, size: int) -> SyntheticImage:
     """Draw image `index` of the set `seed` at `size` x `size` pixels. Classes take turns: label = index mod 10."""
-    if size < 16:
-        raise ValueError(f"a synthetic image needs at least 16 pixels a side, got {size}")
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     label = index % len(TEXTURES)
     shape = SHAPES[rng.integers(len(SHAPES))]
