@@ -143,11 +143,6 @@ def report(out: Path, done: str, bad: Sequence[tuple[str, str]], list_of_bad: Pa
         print(f"{name}: {why}")
 
 
-def no_predictor(path: Any, kind: str) -> UserError:
-    """The error for a checkpoint of another kind of network."""
-    return UserError(f"{path} holds a {kind}; a classifier or a segmentation model is needed")
-
-
 def nothing(src: Any, bad: Sequence[tuple[str, str]]) -> UserError:
     """The error for a source without a readable image."""
     return UserError(f"none of the {len(bad)} files in {src} could be read as an image ({bad[0][0]}: {bad[0][1]})")
