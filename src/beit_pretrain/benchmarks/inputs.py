@@ -139,7 +139,7 @@ def make_bench(cfg: Any) -> Bench:
         model = MaskedImageModel(tokenizer.vocab_size, **network(cfg)).to(device)
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         set_attention(model, cfg.attention, on_gpu, cfg.trainer.precision)
-        optim = cfg.optim.changed(warmup_epochs=None, warmup_steps=0)
+        optim = cfg.optim.model_copy(update={"warmup_epochs": None, "warmup_steps": 0})
         mean, std = (per_channel(getattr(cfg, name) or (0.5,), cfg.data.channels, name) for name in ("mean", "std"))
         module = Pretraining(model, tokenizer, optim, mean, std, cfg.seed).to(device)
         module.setup("fit")
