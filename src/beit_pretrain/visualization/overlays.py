@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from beit_pretrain.transforms.segmentation import IGNORE
+from beit_pretrain.visualization.grids import stack
 
 GOLDEN = 0.618033988749895  # turns between neighbouring classes: far apart in hue, however many there are
 OPACITY = 0.6
@@ -72,14 +73,13 @@ def comparison(
     factor = cell / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     width = len(pictures) * (size[0] + GAP) + GAP
-    strip = legend(sorted({int(i) for _, labels in maps for i in np.unique(labels)}), names, width)
-    canvas = Image.new("RGB", (width, LINE + size[1] + GAP + strip.height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    present = sorted({int(i) for _, labels in maps for i in np.unique(labels)})
+    row = Image.new("RGB", (width, LINE + size[1] + GAP), "white")
+    draw, font = ImageDraw.Draw(row), ImageFont.load_default()
     for number, (picture, caption) in enumerate(zip(pictures, ("image", *(c for c, _ in maps)), strict=True)):
         x = GAP + number * (size[0] + GAP)
         draw.text((x, 1), caption, fill="black", font=font)
         enlarged = max(size) > max(picture.size)
         resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.BILINEAR
-        canvas.paste(picture.resize(size, resample), (x, LINE))
-    canvas.paste(strip, (0, LINE + size[1] + GAP))
-    return canvas
+        row.paste(picture.resize(size, resample), (x, LINE))
+    return stack([row, legend(present, names, width)])
