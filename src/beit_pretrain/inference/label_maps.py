@@ -6,7 +6,6 @@ Label maps use the ids of the training annotations: 1, 2, ... with `reduce_label
 
 from __future__ import annotations
 
-import csv
 import errno
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ from beit_pretrain.fileio import atomic_path
 from beit_pretrain.inference.image_stream import ImageDataset, Item, nothing, report, source_of, stream
 from beit_pretrain.inference.predictor import ImageSegmenter
 from beit_pretrain.inference.settings import PredictSettings
+from beit_pretrain.tables import write_csv
 from beit_pretrain.transforms.image_io import to_rgb
 from beit_pretrain.transforms.views import to_array
 from beit_pretrain.visualization.overlays import comparison, palette
@@ -107,11 +107,6 @@ def write(path: Path, image: Image.Image) -> None:
 
 def write_classes(path: Path, segmenter: ImageSegmenter) -> None:
     """Write id, name and colour of every class."""
-    colours, shift = palette(len(segmenter.classes)), int(segmenter.reduce_labels)
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("id", "class", "red", "green", "blue"))
-        rows.writerows(
-            (i + shift, name, *map(int, colour))
-            for i, (name, colour) in enumerate(zip(segmenter.classes, colours, strict=True))
-        )
+    named = zip(segmenter.classes, palette(len(segmenter.classes)).tolist(), strict=True)
+    rows = [(number, name, *colour) for number, (name, colour) in enumerate(named, int(segmenter.reduce_labels))]
+    write_csv(path, ("id", "class", "red", "green", "blue"), rows)
