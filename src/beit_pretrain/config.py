@@ -15,23 +15,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.settings import Settings, config_dir, help_text, unknown
+from beit_pretrain.settings import Settings, config_dir, description, help_text, unknown
 
-# How to get the value of a missing setting, for error messages.
+# How to get the value of a missing setting, for error messages, where its description does not say so.
 HINTS = {
     "data.train": "shards of training images; make them with: python -m beit_pretrain shards make src=FOLDER out=DATA, "
     "then data.train=DATA/train",
     "tokenizer.path": "the folder of OpenAI's dVAE (encoder.pkl, decoder.pkl); get it with: "
     "python -m beit_pretrain download out=FOLDER; or train a tokenizer: fit +experiment=tokenizer, "
     "then tokenizer=dvae tokenizer.path=runs/tokenizer/checkpoints/last.ckpt",
-    "init_from": "the checkpoint of a pre-training run, such as runs/base_22k/checkpoints/last.ckpt "
-    "(or from_scratch=true)",
-    "src": "the images: a folder, a tar file, or synthetic",
-    "out": "where to write",
     "run": "the folder of a run, such as runs/base_22k",
-    "to": "one of unilm, timm, hf, onnx",
     "action": "what to measure: bench views, loader, step, loop, attention, memory, all, gpu or page",
-    "task": "set by the experiment: +experiment=NAME",
 }
 
 
@@ -99,7 +93,11 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
     for key in absent:
         OmegaConf.update(cfg, key, "absent")
     if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise UserError("; ".join(f"{key} is missing: {HINTS.get(key, f'set it with {key}=...')}" for key in missing))
+        model = model_of(verb, cfg.get("task"))
+        hints = {key: HINTS.get(key) or description(model, key) or f"set it with {key}=..." for key in missing}
+        if "init_from" in hints and "from_scratch" in cfg:
+            hints["init_from"] += " (or from_scratch=true)"
+        raise UserError("; ".join(f"{key} is missing: {hint}" for key, hint in hints.items()))
     try:
         given = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:

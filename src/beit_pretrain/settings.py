@@ -252,6 +252,16 @@ def group_of(annotation: Any) -> type[Settings] | None:
     return None
 
 
+def description(model: type[Settings], key: str) -> str | None:
+    """The description of a setting, such as data.train; None if there is none."""
+    first, _, rest = key.partition(".")
+    field = next((field for name, field in model.model_fields.items() if first in (field.alias, name)), None)
+    group = group_of(field.annotation) if field else None
+    if rest:
+        return description(group, rest) if group else None
+    return field.description if field else None
+
+
 def rule(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     """A description of the valid values of a type, such as `a whole number of at least 1`."""
     if own := next((item for item in metadata if isinstance(item, Rule)), None):
