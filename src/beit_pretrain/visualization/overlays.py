@@ -28,18 +28,13 @@ def palette(classes: int) -> np.ndarray:
     return (np.array(colours).reshape(-1, 3) * 255).round().astype(np.uint8)
 
 
-def coloured(labels_HW: np.ndarray, classes: int) -> np.ndarray:
-    """(H, W, 3) uint8: every class in its colour, ignored pixels black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[:classes] = palette(classes)[:256]
-    table[IGNORE] = IGNORED
-    return table[labels_HW]
-
-
 def overlay(image: Image.Image, labels_HW: np.ndarray, classes: int) -> Image.Image:
-    """The image under the colours of a label map of its size."""
+    """The image under the colours of a label map of its size; ignored pixels are black."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:classes] = palette(classes)[:256]
+    colours[IGNORE] = IGNORED
     pixels = np.asarray(image.convert("RGB")).astype(np.float32)
-    mixed = (1 - OPACITY) * pixels + OPACITY * coloured(labels_HW, classes)
+    mixed = (1 - OPACITY) * pixels + OPACITY * colours[labels_HW]
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
