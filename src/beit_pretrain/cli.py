@@ -138,7 +138,7 @@ def main() -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except MemoryError:
-        print("error: not enough memory; fewer workers, or smaller batches, need less", file=sys.stderr)
+        print("error: not enough memory; use fewer workers or smaller batches", file=sys.stderr)
         return 2
     except OSError as error:  # an unwritable folder, a full disk, a file in place of a folder
         if isinstance(error, BrokenPipeError):  # the reader of the pipe, such as `head`, has closed it

@@ -43,7 +43,7 @@ def probe(cfg: ProbeSettings) -> list[LayerResult]:
     source = read_checkpoint(cfg.init_from)
     size = cfg.image_size or source.architecture["image_size"]
     if not isinstance(size, int):
-        raise UserError(f"init_from={cfg.init_from} is for images of {list(size)} pixels: set image_size to one side")
+        raise UserError(f"init_from={cfg.init_from} is for images of {list(size)} pixels; set image_size to one number")
     check_channels(cfg, source)
     data = evaluation_data(cfg, size)
     out = Path(cfg.out) if cfg.out else Path(cfg.init_from).absolute().parent / "probe"

@@ -33,7 +33,7 @@ def predict(cfg: PredictSettings) -> None:
         return
     out = Path(cfg.out or "predictions.csv")
     if out.is_dir() or out.suffix.lower() not in (".csv", *JSON_LINES):
-        raise UserError(f"out={out}: a file is needed, predictions.csv or predictions.jsonl")
+        raise UserError(f"out={out}: a classifier writes a file, such as out=predictions.csv or out=predictions.jsonl")
     dataset = ImageDataset(source_of(cfg.src), network.apply)
     done, bad = 0, list[tuple[str, str]]()
     with writing(out) as write:

@@ -90,7 +90,7 @@ def attention_picture(
     patches = patches or [(grid[0] * i // 4, grid[1] * i // 4) for i in (1, 2, 3)]
     for name, values, most in (("layers", layers, depth), ("heads", heads, num_heads)):
         if wrong := [value for value in values if not 1 <= value <= most]:
-            raise UserError(f"{name}={list(values)}: {wrong[0]} is none of 1 to {most}")
+            raise UserError(f"{name}={list(values)}: {wrong[0]} is outside 1 to {most}")
     for row, column in patches:
         if not (0 <= row < grid[0] and 0 <= column < grid[1]):
             raise UserError(f"patches: [{row}, {column}] is outside the {grid[0]} x {grid[1]} patches (from [0, 0])")
