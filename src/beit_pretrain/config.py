@@ -182,23 +182,19 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
         if key == "experiment":
             return "experiments are added with a plus: +experiment=NAME"
         command = typed(verb, overrides)
-        return unknown(
-            key, known_keys(verb, overrides), command, f"python -m beit_pretrain {command} --help lists the settings"
-        )
+        known = keys_of(compose_plain(verb, [word for word in overrides if word.startswith("+experiment=")]))
+        return unknown(key, known, command, f"python -m beit_pretrain {command} --help lists the settings")
     return line
 
 
-def known_keys(verb: str, overrides: list[str]) -> list[str]:
-    """All setting names of a verb, with the experiment of the command line."""
-
-    def keys(group: dict[str, Any], prefix: str = "") -> Iterator[str]:
-        for key, value in group.items():
-            yield f"{prefix}{key}"
-            if isinstance(value, dict):
-                yield from keys(value, f"{prefix}{key}.")
-
-    chosen = [word for word in overrides if word.startswith("+experiment=")]
-    return list(keys(compose_plain(verb, chosen)))
+def keys_of(group: dict[str, Any], prefix: str = "") -> list[str]:
+    """The names of all settings and groups of a composed config."""
+    keys = []
+    for key, value in group.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += keys_of(value, f"{prefix}{key}.")
+    return keys
 
 
 def show_config(verb: str, overrides: list[str]) -> str:
