@@ -75,7 +75,7 @@ def publish(temporary: Path, path: Path, durable: bool = True, last: str = "") -
 
 
 def link(path: Path, other: Path) -> None:
-    """Give a file a second name, which may be taken; a copy where the file system has no links."""
+    """Give a file a second name, also one that is taken; copy it where the file system has no hard links."""
     with atomic_path(other) as temporary:
         try:
             os.link(path, temporary)

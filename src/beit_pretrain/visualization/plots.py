@@ -11,7 +11,7 @@ from typing import Any
 
 from beit_pretrain.tables import curve, read_rows
 
-# What "loss" and "accuracy" are called in a run's metrics.csv: the first that a run has, if it can be of both splits.
+# What "loss" and "accuracy" are called in a run's metrics.csv: the first that a run has, if possible of both splits.
 PANELS = {"loss": ("loss", "reconstruction"), "accuracy": ("masked_token_accuracy", "accuracy", "miou")}
 STYLES: dict[str, dict[str, Any]] = {"train": {"linestyle": "-"}, "val": {"linestyle": "--", "marker": "o"}}
 
@@ -34,8 +34,9 @@ def save(made: Any, path: Path) -> Path:
 def curves_plot(runs: Mapping[str, Path], path: Path, metrics: Sequence[str] | None = None) -> Path:
     """Curves of several runs in one picture: {name: its metrics.csv}; a colour for each run.
 
-    `metrics`: one axis for each; None = loss and accuracy, of training (solid) and of held-out images (dashed), two
-    measures with two names if a run has none of both. Raises ValueError if no run has any of the metrics.
+    `metrics`: one panel for each. None = a panel for the loss and one for the accuracy, of training (solid) and of
+    held-out images (dashed); a run without a measure of both shows one of each. Raises ValueError if no run has any of
+    the metrics.
     """
     known = {name: read_rows(file)[0] for name, file in runs.items()}
     panels: list[tuple[str, list[tuple[str, ...]]]] = [(metric, [(metric,)]) for metric in metrics or ()]
