@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_every_verb_has_a_function_and_settings(verb, run_cli):
     assert code == 0
     assert VERBS[verb].about in stdout
     module, function = VERBS[verb].function.split(":")
-    assert callable(getattr(__import__(module, fromlist=[function]), function))
+    assert callable(getattr(importlib.import_module(f"beit_pretrain.{module}"), function))
 
 
 def test_cfg_prints_the_composed_config(run_cli):

@@ -15,8 +15,9 @@ from tiny import SIZE, fit_words, seeded, state_of, write_checkpoint
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine.settings import OptimSettings
-from beit_pretrain.inference.classifier import ImageClassifier
+from beit_pretrain.inference.predictor import ImageClassifier
 from beit_pretrain.models.backbone import Classifier
+from beit_pretrain.models.checkpoints.formats import read_checkpoint
 from beit_pretrain.tables import curve
 from beit_pretrain.tasks.finetune import Finetuning, MixConfig
 from beit_pretrain.transforms.jitter import HALF
@@ -73,8 +74,10 @@ def test_validation_counts_every_image_once(val_batch, shards, run_cli, tmp_path
 def test_image_classifier(tmp_path):
     tuned = seeded(Classifier, 3, **SIZE)
     about = {"mean": list(HALF), "std": list(HALF), "classes": ["a", "b", "c"]}
-    classifier = ImageClassifier(write_checkpoint(tmp_path / "last.ckpt", "classifier", tuned, **about))
-    views = torch.stack([classifier.view(Image.new(mode, (50, 70))) for mode in ("RGB", "L", "CMYK")])
+    classifier = ImageClassifier(
+        read_checkpoint(write_checkpoint(tmp_path / "last.ckpt", "classifier", tuned, **about))
+    )
+    views = torch.stack([classifier.views(Image.new(mode, (50, 70)))[0] for mode in ("RGB", "L", "CMYK")])
     best = classifier.classify(views, top=5)
     assert [len(b) for b in best] == [3, 3, 3]
     assert sum(p for _, p, _ in best[0]) == pytest.approx(1, abs=1e-5)

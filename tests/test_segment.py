@@ -23,7 +23,7 @@ from beit_pretrain.engine import trainer
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.inference import label_maps as maps
 from beit_pretrain.inference.label_maps import free_name
-from beit_pretrain.inference.segmenter import ImageSegmenter
+from beit_pretrain.inference.predictor import Predictor
 from beit_pretrain.inference.sliding_window import SlidingWindow, best_classes, segmented, slide, starts
 from beit_pretrain.models.upernet import Maps, Segmenter
 from beit_pretrain.tables import curve
@@ -133,21 +133,21 @@ class TestWindows:
         model = Painter()
         coarse = torch.rand(1, 3, 2, 2)
         image = torch.nn.functional.interpolate(coarse, shape, mode="bilinear")
-        logits = slide(model, image)
+        logits = slide(model, [image])[0]
         assert logits.shape == (1, 3, *shape)
         assert (logits - image).abs().max() < 0.15  # the windows' resizing blurs
         assert all(size[-2:] == (32, 32) for size in model.sizes)
 
     @pytest.mark.parametrize("shape", [(8, 8), (1, 200), (33, 5)])
     def test_images_smaller_than_a_window(self, shape):
-        assert slide(Painter(), torch.rand(1, 3, *shape)).shape == (1, 3, *shape)
+        assert slide(Painter(), [torch.rand(1, 3, *shape)])[0].shape == (1, 3, *shape)
 
     def test_single_window_equals_network(self):
         model = seeded(Segmenter, 3, dict(SMALL), **SIZE).eval()
         image = torch.randn(1, 3, 32, 32)
         with torch.no_grad():
             whole = torch.nn.functional.interpolate(model(image).main, (32, 32), mode="bilinear")
-            assert torch.allclose(slide(model, image), whole, atol=1e-6)
+            assert torch.allclose(slide(model, [image])[0], whole, atol=1e-6)
 
     def test_overlapping_windows_are_averaged(self):
         """Compared with single windows, summed and divided pixel by pixel."""
@@ -160,7 +160,7 @@ class TestWindows:
                     one = torch.nn.functional.interpolate(model(crop).main, (32, 32), mode="bilinear")[0]
                     total[:, top : top + 32, left : left + 32] += one
                     seen[top : top + 32, left : left + 32] += 1
-            assert torch.allclose(slide(model, image)[0], total / seen, atol=1e-5)
+            assert torch.allclose(slide(model, [image])[0][0], total / seen, atol=1e-5)
 
     def test_scales_and_mirrors_are_averaged_as_probabilities(self):
         model = seeded(Segmenter, 3, dict(SMALL), **SIZE).eval()
@@ -171,10 +171,10 @@ class TestWindows:
             total = torch.zeros(3, *size)
             for image in images:
                 for mirror in (False, True):
-                    logits = slide(model, image.flip(-1) if mirror else image)
+                    logits = slide(model, [image.flip(-1) if mirror else image])[0]
                     logits = logits.flip(-1) if mirror else logits
                     total += torch.nn.functional.interpolate(logits, size, mode="bilinear")[0].softmax(0)
-            found = segmented(model, images, size, SlidingWindow(flip=True))
+            found = segmented(model, [images], [size], SlidingWindow(flip=True))[0]
         assert (found == total.argmax(0)).float().mean() > 0.999
 
 
@@ -373,13 +373,13 @@ class TestPredict:
         names = {path.name for path in (tmp_path / "maps/labels").iterdir()}
         assert len(names) == 4
         assert names == {path.name for path in (tmp_path / "maps/overlays").iterdir()}
-        segmenter = ImageSegmenter(checkpoint)
+        predictor = Predictor(checkpoint)
         for name in names:
             with Image.open(tmp_path / "maps/labels" / name) as found:
                 assert found.mode == "P"
                 original = next(p for p in (tmp_path / "src").iterdir() if p.name in (name, *variants(name)))
                 with Image.open(original) as image:
-                    expected = segmenter.segment(image).numpy() + 1
+                    expected = predictor(image) + 1
                 assert np.array_equal(np.asarray(found), expected)
         rows = (tmp_path / "maps/classes.csv").read_text().splitlines()
         assert rows[0] == "id,class,red,green,blue"
@@ -445,12 +445,12 @@ def test_overfits_one_batch():
     assert loss.item() < 0.25
 
 
-def test_image_segmenter(tmp_path):
+def test_a_segmenter_of_images_of_any_mode(tmp_path):
     model = seeded(Segmenter, 3, dict(SMALL), **SIZE)
     path = write_checkpoint(tmp_path / "a.ckpt", "segmenter", model, classes=["a", "b", "c"], mean=[0.5] * 3)
-    segmenter = ImageSegmenter(path, SlidingWindow(flip=True, scales=(1.0, 2.0)))
+    predictor = Predictor(path, SlidingWindow(flip=True, scales=(1.0, 2.0)))
     for mode, size in (("RGB", (50, 70)), ("L", (31, 33)), ("CMYK", (200, 9))):
-        found = segmenter.segment(Image.new(mode, size))
+        found = predictor(Image.new(mode, size))
         assert found.shape == size[::-1]
         assert found.max() < 3
 

@@ -70,8 +70,8 @@ def test_chosen_patches_layers_heads_and_photos(run, photos, run_cli, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["attention", "layers=[3]"], "3 is none of 1 to 2"),
-        (["attention", "heads=[5]"], "5 is none of 1 to 2"),
+        (["attention", "layers=[3]"], "3 is outside 1 to 2"),
+        (["attention", "heads=[5]"], "5 is outside 1 to 2"),
         (["attention", "patches=[[4,0]]"], "[4, 0] is outside the 4 x 4 patches"),
         (["attention", "patches=[4]"], "patches must be"),
         (["attention", "photos=nowhere"], "nowhere does not exist"),

@@ -1,5 +1,6 @@
 """BEiT: self-supervised pre-training of vision transformers by masked image modelling, on PyTorch Lightning."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,12 +13,7 @@ __all__ = ["Predictor", "load_pretrained"]
 
 def __getattr__(name: str):
     """Import the public names on first use: they need torch, which would make --help slow."""
-    if name == "load_pretrained":
-        from beit_pretrain.models.checkpoints.pretrained import load_pretrained
-
-        return load_pretrained
-    if name == "Predictor":
-        from beit_pretrain.inference.predictor import Predictor
-
-        return Predictor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    modules = {"load_pretrained": "models.checkpoints.pretrained", "Predictor": "inference.predictor"}
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{modules[name]}"), name)

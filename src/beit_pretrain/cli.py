@@ -6,13 +6,12 @@ Composes the verb's Hydra config and calls the verb's function with it. Heavy mo
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from beit_pretrain.config import compose, experiments, help_of, show_config
+from beit_pretrain.config import compose, experiments, help_of, show_config, unknown_name
 from beit_pretrain.engine.dist_env import local_rank, rank, speaker
 from beit_pretrain.engine.preemption import early_signals
 from beit_pretrain.errors import AllRanksError, UserError
@@ -22,51 +21,31 @@ class Verb(NamedTuple):
     """A verb of the command line: its description and its function."""
 
     about: str
-    function: str  # "module:function"; takes the composed config
+    function: str  # "module:function" of this package; takes the composed config
 
 
 VERBS = {
-    "download": Verb(
-        "download, check and convert OpenAI's dVAE, for tokenizer.path", "beit_pretrain.tokenizers.download:download"
-    ),
-    "shards": Verb(
-        "make, index, verify or show shards (make|index|verify|show)", "beit_pretrain.data.write.shards:shards"
-    ),
-    "tokenize": Verb(
-        "compute the tokens of shards once, for data.tokens", "beit_pretrain.tokenizers.tokenize:tokenize"
-    ),
-    "fit": Verb(
-        "train a tokenizer, backbone, classifier or segmenter (+experiment=NAME)", "beit_pretrain.engine.fit:fit"
-    ),
-    "probe": Verb(
-        "linear probes and kNN on the frozen features of every layer", "beit_pretrain.evaluation.probe_layers:probe"
-    ),
-    "validate": Verb("metrics of a run on held-out images", "beit_pretrain.engine.fit:validate"),
-    "predict": Verb("class probabilities or label maps of images", "beit_pretrain.inference.predict:predict"),
+    "download": Verb("download, check and convert OpenAI's dVAE, for tokenizer.path", "tokenizers.download:download"),
+    "shards": Verb("make, index, verify or show shards (make|index|verify|show)", "data.write.shards:shards"),
+    "tokenize": Verb("compute the tokens of shards once, for data.tokens", "tokenizers.tokenize:tokenize"),
+    "fit": Verb("train a tokenizer, backbone, classifier or segmenter (+experiment=NAME)", "engine.fit:fit"),
+    "probe": Verb("linear probes and kNN on the frozen features of every layer", "evaluation.probe_layers:probe"),
+    "validate": Verb("metrics of a run on held-out images", "engine.fit:validate"),
+    "predict": Verb("class probabilities or label maps of images", "inference.predict:predict"),
     "export": Verb(
-        "a checkpoint for the authors' code, timm, Hugging Face or ONNX",
-        "beit_pretrain.models.checkpoints.export:export",
+        "a checkpoint for the authors' code, timm, Hugging Face or ONNX", "models.checkpoints.export:export"
     ),
-    "visualize": Verb(
-        "draw pictures of runs (masked|attention|tokens|curves|layers)",
-        "beit_pretrain.engine.visualize:visualize",
-    ),
-    "bench": Verb(
-        "measure (views|loader|step|loop|attention|memory|all|gpu|page)", "beit_pretrain.benchmarks.verb:bench"
-    ),
+    "visualize": Verb("draw pictures of runs (masked|attention|tokens|curves|layers)", "engine.visualize:visualize"),
+    "bench": Verb("measure (views|loader|step|loop|attention|memory|all|gpu|page)", "benchmarks.verb:bench"),
     "compare": Verb(
-        "the effect of pre-training: pre-trained, from scratch and a control, over seeds",
-        "beit_pretrain.examples.compare:compare",
+        "the effect of pre-training: pre-trained, from scratch and a control, over seeds", "examples.compare:compare"
     ),
-    "demo": Verb("all stages on synthetic or your images, with a report", "beit_pretrain.examples.demo:demo"),
+    "demo": Verb("all stages on synthetic or your images, with a report", "examples.demo:demo"),
 }
 
 RENAMED_VERBS = {"fetch": "download", "show": "visualize"}
-WORDS = {
-    "shards": "action",
-    "bench": "action",
-    "visualize": "what",
-}  # verbs with a first word without "=": the setting that it stands for
+# Verbs with a first word without "=": the setting that it stands for.
+WORDS = {"shards": "action", "bench": "action", "visualize": "what"}
 
 
 def usage() -> str:
@@ -108,10 +87,7 @@ def run(argv: list[str]) -> None:
     if verb in RENAMED_VERBS:
         raise UserError(f"the verb {verb} was renamed to {RENAMED_VERBS[verb]}")
     if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, 1)
-        raise UserError(
-            f"unknown verb {verb!r}; {'did you mean ' + close[0] + '? ' if close else ''}there are {', '.join(VERBS)}"
-        )
+        raise UserError(unknown_name("verb", verb, VERBS))
     if "-h" in rest or "--help" in rest:
         words = [word for word in rest if word not in ("-h", "--help")]
         actions = [f"action={word}" for word in words[:1] if "=" not in word]
@@ -145,7 +121,7 @@ def run(argv: list[str]) -> None:
             raise AllRanksError(str(error)) from error
         raise
     module, function = VERBS[verb].function.split(":")
-    getattr(importlib.import_module(module), function)(cfg)
+    getattr(importlib.import_module(f"beit_pretrain.{module}"), function)(cfg)
 
 
 def main() -> int:
@@ -162,7 +138,7 @@ def main() -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except MemoryError:
-        print("error: not enough memory; fewer workers, or smaller batches, need less", file=sys.stderr)
+        print("error: not enough memory; use fewer workers or smaller batches", file=sys.stderr)
         return 2
     except OSError as error:  # an unwritable folder, a full disk, a file in place of a folder
         if isinstance(error, BrokenPipeError):  # the reader of the pipe, such as `head`, has closed it

@@ -8,30 +8,24 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.settings import Settings, config_dir, help_text, unknown
+from beit_pretrain.settings import Settings, config_dir, description, help_text, unknown
 
-# How to get the value of a missing setting, for error messages.
+# How to get the value of a missing setting, for error messages, where its description does not say so.
 HINTS = {
     "data.train": "shards of training images; make them with: python -m beit_pretrain shards make src=FOLDER out=DATA, "
     "then data.train=DATA/train",
     "tokenizer.path": "the folder of OpenAI's dVAE (encoder.pkl, decoder.pkl); get it with: "
     "python -m beit_pretrain download out=FOLDER; or train a tokenizer: fit +experiment=tokenizer, "
     "then tokenizer=dvae tokenizer.path=runs/tokenizer/checkpoints/last.ckpt",
-    "init_from": "the checkpoint of a pre-training run, such as runs/base_22k/checkpoints/last.ckpt "
-    "(or from_scratch=true)",
-    "src": "the images: a folder, a tar file, or synthetic",
-    "out": "where to write",
     "run": "the folder of a run, such as runs/base_22k",
-    "to": "one of unilm, timm, hf, onnx",
     "action": "what to measure: bench views, loader, step, loop, attention, memory, all, gpu or page",
-    "task": "set by the experiment: +experiment=NAME",
 }
 
 
@@ -41,6 +35,12 @@ def experiments() -> dict[str, str]:
     return {
         f.stem: next((s[1:].strip() for s in f.read_text().splitlines()[1:] if s.startswith("#")), "") for f in files
     }
+
+
+def unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> str:
+    """The message for a verb or an experiment that does not exist: with the most similar one."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"unknown {kind} {name!r}; {f'did you mean {close[0]}? ' if close else ''}there are {', '.join(known)}"
 
 
 def compose_raw(verb: str, overrides: list[str]):
@@ -57,16 +57,20 @@ def compose_raw(verb: str, overrides: list[str]):
         raise UserError(_explain(error, verb, overrides)) from error
 
 
-def help_of(verb: str, overrides: list[str]) -> str:
-    """The text of `VERB --help`: settings with defaults and descriptions, with an experiment those of its task too."""
+def compose_plain(verb: str, overrides: list[str]) -> dict[str, Any]:
+    """`compose_raw` as a dictionary, with missing values as ???."""
     from omegaconf import OmegaConf
 
-    cfg = compose_raw(verb, overrides)
-    composed = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
-    task = None if composed.get("task") in (None, "???") else composed["task"]
-    text = help_text(model_of(verb, task), composed)
-    more = "\n\n+experiment=NAME --help adds the settings of its task" if "task" in composed and task is None else ""
-    return text + more
+    return cast(dict[str, Any], OmegaConf.to_container(compose_raw(verb, overrides), resolve=False))
+
+
+def help_of(verb: str, overrides: list[str]) -> str:
+    """The text of `VERB --help`: settings with defaults and descriptions, with an experiment those of its task too."""
+    composed = compose_plain(verb, overrides)
+    task = composed.get("task")
+    if task != "???":
+        return help_text(model_of(verb, task), composed)
+    return help_text(model_of(verb), composed) + "\n\n+experiment=NAME --help adds the settings of its task"
 
 
 def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> Any:
@@ -81,21 +85,19 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
     cfg = compose_raw(verb, overrides)
     if OmegaConf.is_missing(cfg, "task"):
         raise UserError(f"choose what to train: +experiment=NAME, one of {', '.join(experiments())}")
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if "init_from" in missing and cfg.get("from_scratch"):
+    if OmegaConf.is_missing(cfg, "init_from") and cfg.get("from_scratch"):
         cfg.init_from = None
-        missing.remove("init_from")
-    if "tokenizer.path" in missing and OmegaConf.select(cfg, "data.tokens") is not None:
+    if "tokenizer.path" in OmegaConf.missing_keys(cfg) and OmegaConf.select(cfg, "data.tokens") is not None:
         cfg.tokenizer = {"_target_": None, "path": None}  # cached tokens need no tokenizer
-        missing.remove("tokenizer.path")
-    absent = set(missing) & set(spared)
+    absent = OmegaConf.missing_keys(cfg) & set(spared)
     for key in absent:
         OmegaConf.update(cfg, key, "absent")
-        missing.remove(key)
-    if missing:
-        raise UserError(
-            "; ".join(f"{key} is missing: {HINTS.get(key, 'set it with ' + key + '=...')}" for key in missing)
-        )
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        model = model_of(verb, cfg.get("task"))
+        hints = {key: HINTS.get(key) or description(model, key) or f"set it with {key}=..." for key in missing}
+        if "init_from" in hints and "from_scratch" in cfg:
+            hints["init_from"] += " (or from_scratch=true)"
+        raise UserError("; ".join(f"{key} is missing: {hint}" for key, hint in hints.items()))
     try:
         given = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
@@ -174,33 +176,25 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
     if override := getattr(error, "override", None):
         return f"cannot read the setting {override!r}: {line}"
     if found := re.search(r"Could not find 'experiment/([^']*)'", text):
-        name = found[1]
-        close = difflib.get_close_matches(name, experiments(), 1)
-        guess = f"did you mean {close[0]}? " if close else ""
-        return f"unknown experiment {name!r}; {guess}there are {', '.join(experiments())}"
+        return unknown_name("experiment", found[1], experiments())
     if "is not in struct" in text or "Could not override" in text:
         key = line.split("'")[1].split("=")[0].lstrip("+~") if "'" in line else line
         if key == "experiment":
             return "experiments are added with a plus: +experiment=NAME"
         command = typed(verb, overrides)
-        return unknown(
-            key, known_keys(verb, overrides), command, f"python -m beit_pretrain {command} --help lists the settings"
-        )
+        known = keys_of(compose_plain(verb, [word for word in overrides if word.startswith("+experiment=")]))
+        return unknown(key, known, command, f"python -m beit_pretrain {command} --help lists the settings")
     return line
 
 
-def known_keys(verb: str, overrides: list[str]) -> list[str]:
-    """All setting names of a verb, with the experiment of the command line."""
-    from omegaconf import OmegaConf
-
-    def keys(group: dict[str, Any], prefix: str = "") -> Iterator[str]:
-        for key, value in group.items():
-            yield f"{prefix}{key}"
-            if isinstance(value, dict):
-                yield from keys(value, f"{prefix}{key}.")
-
-    chosen = [word for word in overrides if word.startswith("+experiment=")]
-    return list(keys(cast(dict[str, Any], OmegaConf.to_container(compose_raw(verb, chosen), resolve=False))))
+def keys_of(group: dict[str, Any], prefix: str = "") -> list[str]:
+    """The names of all settings and groups of a composed config."""
+    keys = []
+    for key, value in group.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += keys_of(value, f"{prefix}{key}.")
+    return keys
 
 
 def show_config(verb: str, overrides: list[str]) -> str:

@@ -27,7 +27,7 @@ def stop_if_memory_was_short(error: BaseException, what: str) -> None:
         or getattr(error, "errno", None) == errno.ENOMEM
         or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
     ):
-        raise UserError(f"not enough memory to decode {what}; fewer workers need less") from None
+        raise UserError(f"not enough memory to decode {what}; fewer workers need less memory") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -75,7 +75,7 @@ def publish(temporary: Path, path: Path, durable: bool = True, last: str = "") -
 
 
 def link(path: Path, other: Path) -> None:
-    """Give a file a second name, which may be taken; a copy where the file system has no links."""
+    """Give a file a second name, also one that is taken; copy it where the file system has no hard links."""
     with atomic_path(other) as temporary:
         try:
             os.link(path, temporary)
@@ -84,13 +84,13 @@ def link(path: Path, other: Path) -> None:
 
 
 def flush(file: IO) -> None:
-    """Have what was written to a file on the disk."""
+    """Make sure that what was written to a file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where its file system supports that."""
+    """Make sure that the names in a folder are on the disk, where its file system supports that."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -116,8 +116,9 @@ def exclusive_lock(
     The lock ends with its process, however that ends; child processes do not hold it.
 
     Args:
-        message: of the LockedError that is raised if the lock is held, with what its holder wrote into the file in
-            place of {holder}. With `wait` it is printed instead, if there is one, and the holder waited for.
+        message: of the LockedError that is raised if the lock is held; what its holder wrote into the file takes the
+            place of {holder}.
+        wait: wait for the holder instead, and print the message, if there is one.
         remove: remove the file at the end, unless it was renamed meanwhile.
         strict: raise OSError on a file system without locks, which otherwise gives none.
     """

@@ -30,9 +30,9 @@ def cores() -> int:
 def in_order(
     num_workers: int, inline: int = 0
 ) -> Iterator[Callable[[Callable[[Job], Result], Iterable[Job]], Iterator[Result]]]:
-    """Lend a `map` over `workers` processes: results in the order of the jobs, at most four jobs a worker ahead.
+    """Lend a `map` over `num_workers` processes: results in the order of the jobs, at most four jobs per worker ahead.
 
-    The first `inline` jobs run in this process: a few small ones are not worth starting others.
+    The first `inline` jobs run in this process: for a few small jobs, starting other processes takes longer.
     Raises UserError, from the map, if a process dies.
     """
     if num_workers < 2:
@@ -51,7 +51,7 @@ def in_order(
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError("a worker process died, usually for lack of memory; set fewer num_workers=") from None
+            raise UserError("a worker process died, usually for lack of memory; set a smaller num_workers=") from None
 
     pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker)
     try:

@@ -7,13 +7,11 @@ its file in `defaults`, so Python callers get the same defaults: `OptimSettings(
 from __future__ import annotations
 
 import difflib
-import math
-import re
 import types
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, reduce
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeGuard, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -53,6 +51,7 @@ MOVED = {
     "beit_pretrain.tokens.tokenizer.OpenAITokenizer": "beit_pretrain.tokenizers.tokenizer.OpenAITokenizer",
 }
 LARGEST = 2**63  # integers of numpy and torch must be smaller
+BOUNDS = {"gt": "above", "ge": "of at least", "le": "at most", "lt": "below"}  # pydantic's names, in error messages
 
 
 class Rule(str):
@@ -85,9 +84,7 @@ class Settings(BaseModel):
     def _fill_in(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        filled: dict[str, Any] = {}
-        for place in cls.defaults.split():
-            filled = merged(filled, yaml_defaults(place))
+        filled: dict[str, Any] = reduce(merged, map(yaml_defaults, cls.defaults.split()), {})
         keys = {key for name, field in cls.model_fields.items() for key in (name, field.alias)}
         return merged({key: value for key, value in filled.items() if key in keys}, given)
 
@@ -98,14 +95,6 @@ class Settings(BaseModel):
             return cls.model_validate(given)
         except ValidationError as error:
             raise UserError(explain(error, cls, given)) from None
-
-    def changed(self, **changes: Any) -> Self:
-        """A copy with changed values (of a group: as a dictionary), without validation."""
-        new = {}
-        for name, value in changes.items():
-            group = getattr(self, name)
-            new[name] = group.changed(**value) if isinstance(group, Settings) and isinstance(value, Mapping) else value
-        return self.model_copy(update=new)
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,11 +125,6 @@ def known(content: dict[str, Any]) -> dict[str, Any]:
 def to_dict(settings: Any) -> dict[str, Any]:
     """Settings as a plain dictionary, without unset optional ones."""
     return settings.model_dump(by_alias=True, exclude_unset=True)
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a finite int or float (not a bool)."""
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def renamed(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -175,7 +159,6 @@ def _as_text(value: Any) -> Any:
     return str(value) if type(value) in (int, float) or isinstance(value, Path) else value
 
 
-Int = Annotated[int, Strict(), Field(lt=LARGEST)]
 Count = Annotated[int, Strict(), Field(ge=1, lt=LARGEST)]
 Whole = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
 Seed = Annotated[int, Strict(), Field(ge=0, le=2**32 - 1)]
@@ -218,17 +201,6 @@ Jitter = Annotated[
 Pool = Literal["cls_avg", "avg", "cls"]
 
 
-def matching(pattern: str) -> Callable[[str], str]:
-    """A validator for texts that match the whole pattern."""
-
-    def check(value: str) -> str:
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"is not of the form {pattern}")
-        return value
-
-    return check
-
-
 # --- errors in one line ------------------------------------------------------------------------------------------
 
 
@@ -240,15 +212,12 @@ def explain(error: ValidationError, model: type[Settings], given: Mapping[str, A
     place: Any = given
     for part in first["loc"]:
         fields = {field.alias or name: field for name, field in model.model_fields.items()}
-        if first["type"] == "extra_forbidden" and part not in fields:
+        if part not in fields:
             return unknown(".".join([*path, str(part)]), [".".join([*path, name]) for name in fields])
-        if not isinstance(part, str) or part not in fields:
-            break
         path.append(part)
-        place = place.get(part) if isinstance(place, Mapping) else None
-        field = fields[part]
+        place, field = place.get(part), fields[part]
         inner = group_of(field.annotation)
-        if inner is None or not isinstance(place, Mapping):
+        if inner is None or not isinstance(place, Mapping):  # the rest of `loc` is inside a value
             break
         model = inner
     key = ".".join(path)
@@ -283,11 +252,20 @@ def group_of(annotation: Any) -> type[Settings] | None:
     return None
 
 
+def description(model: type[Settings], key: str) -> str | None:
+    """The description of a setting, such as data.train; None if there is none."""
+    first, _, rest = key.partition(".")
+    field = next((field for name, field in model.model_fields.items() if first in (field.alias, name)), None)
+    group = group_of(field.annotation) if field else None
+    if rest:
+        return description(group, rest) if group else None
+    return field.description if field else None
+
+
 def rule(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     """A description of the valid values of a type, such as `a whole number of at least 1`."""
-    for item in metadata:
-        if isinstance(item, Rule):
-            return str(item)
+    if own := next((item for item in metadata if isinstance(item, Rule)), None):
+        return str(own)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return rule(arguments[0], [*arguments[1:], *metadata])
@@ -297,64 +275,42 @@ def rule(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         return f"null or {words}" if len(rest) < len(arguments) else words
     if origin is Literal:
         return "one of " + ", ".join({None: "null", True: "true", False: "false"}.get(v, v) for v in arguments)
-    low, above, high = limits(metadata)
+    limits = {name: limit for name, limit in bounds(metadata).items() if limit != LARGEST}
     if annotation is bool:
         return "true or false"
-    if annotation is int:
-        return f"a whole number of at least {low}" + (f" and at most {high}" if high is not None else "")
-    if annotation is float:
-        text = "a number" if low is None else f"a number {'above' if above else 'of at least'} {low:g}"
-        below = next((f" and below {m.lt:g}" for m in flat(metadata) if getattr(m, "lt", None) is not None), "")
-        return text + (f" and at most {high:g}" if high is not None else below)
+    if annotation in (int, float):
+        kind, form = ("a number", "g") if annotation is float else ("a whole number", "d")
+        said = [f"{word} {limits[name]:{form}}" for name, word in BOUNDS.items() if name in limits]
+        return f"{kind} {' and '.join(said)}".rstrip()
     if origin is list:
-        count = next((m.max_length for m in flat(metadata) if getattr(m, "max_length", None)), None)
-        return (f"a list of {count}, each " if count else "a list, each ") + rule(arguments[0])
+        count = f" of {limits['max_length']}" if "max_length" in limits else ""
+        return f"a list{count}, each {rule(arguments[0])}"
     if group_of(annotation):
         return "a group of settings"
     return "a text"
 
 
-def flat(metadata: Any) -> list[Any]:
-    """Flatten metadata: pydantic's FieldInfo holds further metadata."""
-    return [inner for item in metadata for inner in (getattr(item, "metadata", None) or [item])]
+def bounds(metadata: Any) -> dict[str, Any]:
+    """Limits of a type, such as {"ge": 1, "lt": LARGEST}; pydantic's FieldInfo holds further metadata."""
+    items = [inner for item in metadata for inner in (getattr(item, "metadata", None) or [item])]
+    return {name: getattr(item, name) for item in items for name in (*BOUNDS, "max_length") if hasattr(item, name)}
 
 
-def limits(metadata: Any) -> tuple[Any, bool, Any]:
-    """(lower bound, whether it is exclusive, upper bound) of a number; None = no bound."""
-    low = high = None
-    above = False
-    for item in flat(metadata):
-        if getattr(item, "gt", None) is not None:
-            low, above = item.gt, True
-        if getattr(item, "ge", None) is not None:
-            low = item.ge
-        if getattr(item, "le", None) is not None:
-            high = item.le
-    return low, above, high
-
-
-def help_text(model: type[Settings], composed: Mapping[str, Any]) -> str:
-    """All settings of a model with defaults and descriptions, by group, for `--help`."""
-    lines: list[str] = []
-
-    def section(model: type[Settings], values: Mapping[str, Any], prefix: str) -> None:
-        groups = []
-        declared = [name for kind in model.__mro__ for name in getattr(kind, "__annotations__", ())]
-        for name in dict.fromkeys(name for name in declared if name in model.model_fields):  # its own come first
-            field = model.model_fields[name]
-            key = field.alias or name
-            value = values.get(key, "???" if field.is_required() else field.default)
-            inner = group_of(field.annotation)
-            if inner is not None and isinstance(value, Mapping):
-                groups.append((key, inner, value, field.description))
-                continue
-            lines.append(f"  {f'{prefix}{key}={shown(value)}':38} {field.description or ''}".rstrip())
-        for key, inner, value, text in groups:
-            lines.append(f"\n{prefix}{key}: {text or (inner.__doc__ or '').splitlines()[0]}")
-            section(inner, value, f"{prefix}{key}.")
-
-    section(model, composed, "")
-    return "\n".join(lines)
+def help_text(model: type[Settings], values: Mapping[str, Any], prefix: str = "") -> str:
+    """All settings of a model with defaults and descriptions, groups last, for `--help`."""
+    lines, groups = [], []
+    declared = [name for kind in model.__mro__ for name in getattr(kind, "__annotations__", ())]
+    for name in dict.fromkeys(name for name in declared if name in model.model_fields):  # its own come first
+        field = model.model_fields[name]
+        key = prefix + (field.alias or name)
+        value = values.get(field.alias or name, "???" if field.is_required() else field.default)
+        inner = group_of(field.annotation)
+        if inner is not None and isinstance(value, Mapping):
+            text = field.description or (inner.__doc__ or "").splitlines()[0]
+            groups += [f"\n{key}: {text}", help_text(inner, value, f"{key}.")]
+        else:
+            lines.append(f"  {f'{key}={shown(value)}':38} {field.description or ''}".rstrip())
+    return "\n".join([*lines, *groups])
 
 
 def shown(value: Any) -> str:

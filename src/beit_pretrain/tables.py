@@ -21,7 +21,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def read_rows(path: str | Path) -> tuple[list[str], dict[int, dict[str, float]]]:
     """Columns, and {step: {metric: value}} of a run's metrics.csv; empty cells are left out.
 
-    Raises UserError if it is no such file.
+    Raises UserError if the file is damaged or holds something else.
     """
     try:
         text = Path(path).read_text("utf-8")

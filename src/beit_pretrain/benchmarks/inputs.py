@@ -140,7 +140,7 @@ def make_bench(cfg: Any) -> Bench:
         model = MaskedImageModel(tokenizer.vocab_size, **network(cfg)).to(device)
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         set_attention(model, cfg.attention, on_gpu, cfg.trainer.precision)
-        optim = cfg.optim.changed(warmup_epochs=None, warmup_steps=0)
+        optim = cfg.optim.model_copy(update={"warmup_epochs": None, "warmup_steps": 0})
         module = Pretraining(model, tokenizer, optim, *normalisation(cfg, {}), cfg.seed).to(device)
         module.setup("fit")
         module.compile_mode = compile_mode(cfg.compile, on_gpu, sharded=False)

@@ -176,7 +176,7 @@ def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed
     return {
         REFERENCE: Reference(*plain, fast, floats=True, **settings),
         "reference_uint8": Reference(*plain, fast, floats=False, **settings),
-        "exact": ShardDataset(*plain, fast.changed(pil_reference=True), **settings),
+        "exact": ShardDataset(*plain, fast.model_copy(update={"pil_reference": True}), **settings),
         "fast": ShardDataset(*plain, fast, **settings),
         "resized": ShardDataset(*small, fast, **settings),
         "cached": ShardDataset(*small, tokens.views, tokens=tokens, **settings),

@@ -79,11 +79,12 @@ def run_in_turn(cfg: Any, bench: Bench, folder: Path, steps: int) -> tuple[Inter
     module.keeper = CheckpointManager(folder, every=2 * len(batches))  # a checkpoint is measured by itself
     module.guard = NonFiniteGuard(folder / SKIPPED, cfg.max_nonfinite_steps, cfg.batch_size)
     settings: dict[str, Any] = {"global_batch_size": cfg.batch_size, "run_dir": str(folder), "val_every": len(batches)}
-    settings["trainer"] = {"devices": 1, "num_nodes": 1}  # auto would be all GPUs to Lightning
+    # To Lightning, auto would be all GPUs.
+    settings["trainer"] = cfg.trainer.model_copy(update={"devices": 1, "num_nodes": 1})
     saves = Saves(bench, folder / LAST)
     callbacks: list[Callback] = [ProgressBar(refresh_rate=10), Throughput(), CorruptImages(folder / REPLACED, 1), saves]
     with as_user_errors():
-        trainer = make_trainer(cfg.changed(**settings), len(batches), callbacks)
+        trainer = make_trainer(cfg.model_copy(update=settings), len(batches), callbacks)
     trainer.loggers = [CsvMetrics(folder / "metrics.csv")]
     with redirect_stdout(sys.stderr):  # Lightning's bar goes where results do
         trainer.fit(module, train_dataloaders=batches)

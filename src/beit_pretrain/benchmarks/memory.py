@@ -57,7 +57,7 @@ def tried(cfg: Any, limit: int) -> Fits:
 
     def peak_of(batch: int) -> int | None:
         def two_steps() -> None:
-            bench = make_bench(cfg.changed(batch_size=batch, compile=False))
+            bench = make_bench(cfg.model_copy(update={"batch_size": batch, "compile": False}))
             step = our_steps(bench)["ours_cached"]
             for number in range(2):
                 step(make_batch(bench, number))
@@ -78,7 +78,7 @@ def tried(cfg: Any, limit: int) -> Fits:
 
 def reckoned(cfg: Any, limit: int) -> Fits:
     """Without computing: from what batches of 1 and 2 would keep, and the largest that comes and goes."""
-    bench = make_bench(cfg.changed(batch_size=1))
+    bench = make_bench(cfg.model_copy(update={"batch_size": 1}))
     one, two = kept(bench), kept(bench._replace(batch_size=2))
     each, fixed = two - one, 2 * one - two + state_bytes(bench.model)
     if cfg.activation_checkpointing:  # and what one block keeps while it is computed again

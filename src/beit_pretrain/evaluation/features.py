@@ -5,8 +5,6 @@ Shapes: n images, L layers, D width.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,11 +37,6 @@ class FeatureStore(NamedTuple):
         """Features of images `first` to `last` (exclusive) as a network returns them; the only patch is the mean."""
         x_BL2D = torch.from_numpy(np.array(self.features[first:last])).to(device).float()
         return Features(list(x_BL2D[:, :, CLS].unbind(1)), list(x_BL2D[:, :, AVG:].unbind(1)))
-
-
-def key_of(**facts) -> str:
-    """A short hash of the facts that features depend on."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

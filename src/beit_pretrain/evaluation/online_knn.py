@@ -65,13 +65,9 @@ class OnlineKNN(Callback):
         known = (labels >= 0) & torch.isin(labels, bank_labels)  # classes missing in the bank cannot be predicted
         if not trainer.is_global_zero or not known.any():
             return
-        bank, bank_labels, queries, labels = (
-            bank[bank_labels >= 0],
-            bank_labels[bank_labels >= 0],
-            queries[known],
-            labels[known],
-        )
-        found = sweep(bank, bank_labels, queries, labels, len(self.data.classes), [self.k], [TEMPERATURE])
+        bank, bank_labels = bank[bank_labels >= 0], bank_labels[bank_labels >= 0]
+        classes = len(self.data.classes)
+        found = sweep(bank, bank_labels, queries[known], labels[known], classes, [self.k], [TEMPERATURE])
         for logger in trainer.loggers:
             logger.log_metrics({"val/knn_accuracy": found[self.k, TEMPERATURE]}, step=trainer.global_step)
 
@@ -81,14 +77,12 @@ class OnlineKNN(Callback):
         views = ClassificationTransform(image_size=embed.img_size[0], train=False, channels=embed.proj.in_channels)
         dataset = self.data.eval_dataset(split, trainer.global_rank, trainer.world_size, views=views, images=count)
         dataset.masking = None
-        images, labels = [], []
-        for batch in self.data.loader(dataset, range(len(dataset)), kept=True):
-            images.append(batch["image"])
-            labels.append(batch["label"])
+        batches = list(self.data.loader(dataset, range(len(dataset)), kept=True))
         total = min(count, self.data.readers[split].samples)
-        if not images:  # fewer images than processes
+        if not batches:  # fewer images than processes
             return Labelled(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64), total)
-        return Labelled(torch.cat(images), torch.cat(labels), total)
+        images, labels = (torch.cat([batch[name] for batch in batches]) for name in ("image", "label"))
+        return Labelled(images, labels, total)
 
     @torch.no_grad()
     def _features(self, trainer: Trainer, module: Any, kept: Labelled) -> tuple[Tensor, Tensor]:

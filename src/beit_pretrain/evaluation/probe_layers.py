@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 from beit_pretrain.data.datamodule import ClassificationData
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.errors import UserError
-from beit_pretrain.evaluation.features import AVG, CLS, FeatureStore, extract, key_of
+from beit_pretrain.evaluation.features import AVG, CLS, FeatureStore, extract
 from beit_pretrain.evaluation.knn import sweep
 from beit_pretrain.evaluation.linear_probe import accuracy, train_probes
 from beit_pretrain.evaluation.settings import ProbeSettings
@@ -42,7 +43,7 @@ def probe(cfg: ProbeSettings) -> list[LayerResult]:
     source = read_checkpoint(cfg.init_from)
     size = cfg.image_size or source.architecture["image_size"]
     if not isinstance(size, int):
-        raise UserError(f"init_from={cfg.init_from} is for images of {list(size)} pixels: set image_size to one side")
+        raise UserError(f"init_from={cfg.init_from} is for images of {list(size)} pixels; set image_size to one number")
     check_channels(cfg, source)
     data = evaluation_data(cfg, size)
     out = Path(cfg.out) if cfg.out else Path(cfg.init_from).absolute().parent / "probe"
@@ -82,9 +83,10 @@ def stored_features(
     facts = {"backbone": digest(source.state), "size": size, "mean": mean, "std": std, "crop": cfg.data.crop_ratio}
     stored: dict[str, FeatureStore] = {}
     for split, limit in (("train", cfg.train_images), ("val", cfg.data.val_images)):
-        name = f"{split}-{key_of(**facts, images=[s.sha256 for s in data.readers[split].shards], limit=limit)}"
+        all_facts = facts | {"images": [shard.sha256 for shard in data.readers[split].shards], "limit": limit}
+        key = hashlib.sha256(json.dumps(all_facts, sort_keys=True).encode()).hexdigest()[:16]
         dataset = data.eval_dataset(split, images=limit)
-        stored[split] = extract(backbone, mean, std, dataset, folder, name, cfg.data.num_workers)
+        stored[split] = extract(backbone, mean, std, dataset, folder, f"{split}-{key}", cfg.data.num_workers)
     return stored
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.data.sources import Candidate, list_images, read_candidate
+from beit_pretrain.data.sources import list_images, read_candidate
 from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.processes import cores, end_with_parent
@@ -28,6 +29,7 @@ from beit_pretrain.transforms.image_io import open_image, reason
 
 MOST_WORKERS = 8
 IMAGES_PER_WORKER = 64  # with fewer images, starting a process does not pay off
+NamedImage = tuple[str, Callable[[], bytes]]  # its name, and a function that reads its bytes
 BAD_SHOWN = 20  # unreadable files that the summary names
 
 
@@ -40,45 +42,23 @@ class Item(NamedTuple):
     problem: str | None
 
 
-class FileSource:
-    """Candidates of files, folders and tars."""
-
-    def __init__(self, src: Sequence[str | Path]):
-        self.candidates: list[Candidate] = []
-        for source in src:
-            # Files of two folders may have the same name.
-            prefix = f"{source}/" if len(src) > 1 and Path(source).is_dir() else ""
-            self.candidates += [c._replace(key=f"{prefix}{c.key}") for c in list_images(source)]
-
-    def __len__(self) -> int:
-        return len(self.candidates)
-
-    def name(self, number: int) -> str:
-        return self.candidates[number].key
-
-    def read(self, number: int) -> bytes:
-        return read_candidate(self.candidates[number])
-
-
 class ShardSource:
     """The samples of local or remote shard folders, named by shard and key."""
 
-    def __init__(self, src: Sequence[str | Path]):
+    def __init__(self, src: Sequence[str]):
         self.reader = ShardReader(list(src))
         self.order = Order(self.reader.sizes, shuffle=False)
 
     def __len__(self) -> int:
         return self.reader.samples
 
-    def name(self, number: int) -> str:
+    def __getitem__(self, number: int) -> NamedImage:
         sample = self.order.sample_at(number)
-        return f"{Path(self.reader.where(sample.shard)).stem}/{self.reader.key(sample)}"
-
-    def read(self, number: int) -> bytes:
-        return self.reader.read(self.order.sample_at(number)).data
+        name = f"{Path(self.reader.where(sample.shard)).stem}/{self.reader.key(sample)}"
+        return name, lambda: self.reader.read(sample).data
 
 
-def source_of(src: str | Sequence[str]) -> FileSource | ShardSource:
+def source_of(src: str | Sequence[str]) -> list[NamedImage] | ShardSource:
     """The images of `src`: shards if a folder has a manifest or is remote, else files, folders and tars.
 
     Raises UserError for a source that does not exist or has no image, and for shards mixed with files.
@@ -87,22 +67,28 @@ def source_of(src: str | Sequence[str]) -> FileSource | ShardSource:
     shards = [is_remote(s) or (Path(s).expanduser() / MANIFEST).is_file() for s in sources]
     if any(shards) and not all(shards):
         raise UserError(f"src={list(sources)} mixes shard folders with files; predict them one after the other")
-    return ShardSource(sources) if all(shards) else FileSource(sources)
+    if all(shards):
+        return ShardSource(sources)
+    images: list[NamedImage] = []
+    for source in sources:
+        prefix = f"{source}/" if len(sources) > 1 and Path(source).is_dir() else ""  # two folders may share names
+        images += [(f"{prefix}{image.key}", partial(read_candidate, image)) for image in list_images(source)]
+    return images
 
 
 class ImageDataset(Dataset):
     """Image n of a source as an `Item`. `apply` makes the views (uint8) of an opened image."""
 
-    def __init__(self, source: FileSource | ShardSource, apply: Callable[[Image.Image], list[np.ndarray]]):
+    def __init__(self, source: list[NamedImage] | ShardSource, apply: Callable[[Image.Image], list[np.ndarray]]):
         self.source, self.apply = source, apply
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, number: int) -> Item:
-        name = self.source.name(number)
+        name, read = self.source[number]
         try:
-            with open_image(self.source.read(number)) as image:
+            with open_image(read()) as image:
                 width, height = image.size
                 return Item(name, [torch.from_numpy(view) for view in self.apply(image)], (height, width), None)
         except UserError:
@@ -141,11 +127,6 @@ def report(out: Path, done: str, bad: Sequence[tuple[str, str]], list_of_bad: Pa
     print(f"wrote {out}: {done}" + (f", {len(bad)} could not be read (all in {list_of_bad}):" if bad else ""))
     for name, why in bad[:BAD_SHOWN]:
         print(f"{name}: {why}")
-
-
-def no_predictor(path: Any, kind: str) -> UserError:
-    """The error for a checkpoint of another kind of network."""
-    return UserError(f"{path} holds a {kind}; a classifier or a segmentation model is needed")
 
 
 def nothing(src: Any, bad: Sequence[tuple[str, str]]) -> UserError:

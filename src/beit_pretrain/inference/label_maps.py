@@ -6,8 +6,8 @@ Label maps use the ids of the training annotations: 1, 2, ... with `reduce_label
 
 from __future__ import annotations
 
-import csv
 import errno
+from collections.abc import Callable
 from functools import partial
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
@@ -18,11 +18,10 @@ from PIL import Image
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path
 from beit_pretrain.inference.image_stream import ImageDataset, Item, nothing, report, source_of, stream
-from beit_pretrain.inference.segmenter import ImageSegmenter
+from beit_pretrain.inference.predictor import ImageSegmenter
 from beit_pretrain.inference.settings import PredictSettings
-from beit_pretrain.models.checkpoints.formats import Checkpoint
-from beit_pretrain.transforms.image_io import to_channels, to_rgb
-from beit_pretrain.transforms.segmentation import SegmentationEvalTransform
+from beit_pretrain.tables import write_csv
+from beit_pretrain.transforms.image_io import to_rgb
 from beit_pretrain.transforms.views import to_array
 from beit_pretrain.visualization.overlays import comparison, palette
 
@@ -31,18 +30,16 @@ LONGEST = 200  # bytes of a part of a path; file systems allow 255, and temporar
 OF_ONE_FILE = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EILSEQ, errno.EINVAL)
 
 
-def predict_maps(cfg: PredictSettings, source: Checkpoint) -> None:
+def predict_maps(cfg: PredictSettings, segmenter: ImageSegmenter) -> None:
     """Write `labels/NAME.png` and `overlays/NAME.png` under `cfg.out` for every image; list unreadable files."""
     out = Path(cfg.out or "predictions")
     if out.is_file() or out.suffix in (".csv", ".json", ".jsonl"):
         raise UserError(f"out={out}: a segmentation model writes a folder of label maps, such as out=predictions")
-    segmenter = ImageSegmenter(source, cfg.test)
-    see = partial(apply, views=segmenter.views, channels=segmenter.channels)
-    dataset = ImageDataset(source_of(cfg.src), see)
+    dataset = ImageDataset(source_of(cfg.src), partial(with_picture, segmenter.apply))
     bad: list[tuple[str, str]] = []
     taken, written = set[Path](), 0
     for items in stream(dataset, cfg.map_batch_size, cfg.num_workers, "segmenting", bad):
-        found = segmenter.segment_views([item.views[:-1] for item in items], [item.size for item in items])
+        found = segmenter.segment([item.views[:-1] for item in items], [item.size for item in items])
         for item, labels in zip(items, found, strict=True):
             name = free_name(item.name, taken)
             try:
@@ -58,9 +55,9 @@ def predict_maps(cfg: PredictSettings, source: Checkpoint) -> None:
     report(out, f"{written} label maps", bad, out / "bad.jsonl")
 
 
-def apply(image: Image.Image, views: SegmentationEvalTransform, channels: int) -> list[np.ndarray]:
-    """The image at all scales, then the RGB image for the overlay, each (C, h, w) uint8."""
-    return [*views.scaled(to_channels(image, channels)).values(), to_array(to_rgb(image))]
+def with_picture(apply: Callable[[Image.Image], list[np.ndarray]], image: Image.Image) -> list[np.ndarray]:
+    """The views of the network, then the RGB image for the overlay, each (C, h, w) uint8."""
+    return [*apply(image), to_array(to_rgb(image))]
 
 
 def write_maps(out: Path, name: Path, labels_HW: np.ndarray, item: Item, segmenter: ImageSegmenter) -> None:
@@ -110,11 +107,6 @@ def write(path: Path, image: Image.Image) -> None:
 
 def write_classes(path: Path, segmenter: ImageSegmenter) -> None:
     """Write id, name and colour of every class."""
-    colours, shift = palette(len(segmenter.classes)), int(segmenter.reduce_labels)
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("id", "class", "red", "green", "blue"))
-        rows.writerows(
-            (i + shift, name, *map(int, colour))
-            for i, (name, colour) in enumerate(zip(segmenter.classes, colours, strict=True))
-        )
+    named = zip(segmenter.classes, palette(len(segmenter.classes)).tolist(), strict=True)
+    rows = [(number, name, *colour) for number, (name, colour) in enumerate(named, int(segmenter.reduce_labels))]
+    write_csv(path, ("id", "class", "red", "green", "blue"), rows)

@@ -6,22 +6,18 @@ import csv
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_path
-from beit_pretrain.inference.classifier import ImageClassifier, Prediction
-from beit_pretrain.inference.image_stream import ImageDataset, no_predictor, nothing, report, source_of, stream
+from beit_pretrain.inference.image_stream import ImageDataset, nothing, report, source_of, stream
 from beit_pretrain.inference.label_maps import predict_maps
+from beit_pretrain.inference.predictor import ImageSegmenter, Prediction, image_network
 from beit_pretrain.inference.settings import PredictSettings
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
-from beit_pretrain.transforms.views import centre_view, to_array
 
 HEADER = ("file", "rank", "class", "probability", "index")
 JSON_LINES = (".jsonl", ".ndjson")
@@ -31,34 +27,24 @@ def predict(cfg: PredictSettings) -> None:
     """Write the top classes of every image, as CSV or JSON lines; with a segmentation model, label maps instead."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    source = read_checkpoint(cfg.init_from)
-    if source.kind == "segmenter":
-        predict_maps(cfg, source)
+    network = image_network(read_checkpoint(cfg.init_from), cfg.test)
+    if isinstance(network, ImageSegmenter):
+        predict_maps(cfg, network)
         return
-    if source.kind != "classifier":
-        raise no_predictor(cfg.init_from, source.kind)
     out = Path(cfg.out or "predictions.csv")
     if out.is_dir() or out.suffix.lower() not in (".csv", *JSON_LINES):
-        raise UserError(f"out={out}: a file is needed, predictions.csv or predictions.jsonl")
-    classifier = ImageClassifier(source)
-    # A function of plain settings, so that the network is not sent to the loader processes.
-    see = partial(apply, size=classifier.image_size, crop_ratio=classifier.crop_ratio, channels=classifier.channels)
-    dataset = ImageDataset(source_of(cfg.src), see)
+        raise UserError(f"out={out}: a classifier writes a file, such as out=predictions.csv or out=predictions.jsonl")
+    dataset = ImageDataset(source_of(cfg.src), network.apply)
     done, bad = 0, list[tuple[str, str]]()
     with writing(out) as write:
         for items in stream(dataset, cfg.batch_size, cfg.num_workers, "predicting", bad):
-            found = classifier.classify(torch.stack([item.views[0] for item in items]), cfg.top)
+            found = network.classify(torch.stack([item.views[0] for item in items]), cfg.top)
             for item, best in zip(items, found, strict=True):
                 write(item.name, best)
             done += len(items)
         if not done:
             raise nothing(cfg.src, bad)
     report(out, f"{done} images", bad, out.with_name(f"{out.stem}.bad.jsonl"))
-
-
-def apply(image: Image.Image, size: int, crop_ratio: float | None, channels: int) -> list[np.ndarray]:
-    """The evaluation view (C, H, W) uint8."""
-    return [to_array(centre_view(image, size, crop_ratio, channels))]
 
 
 @contextmanager

@@ -2,21 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from beit_pretrain.inference.classifier import ImageClassifier, Prediction
-from beit_pretrain.inference.image_stream import no_predictor
-from beit_pretrain.inference.segmenter import ImageSegmenter
-from beit_pretrain.inference.sliding_window import SlidingWindow
-from beit_pretrain.models.checkpoints.formats import read_checkpoint
+from beit_pretrain.errors import UserError
+from beit_pretrain.inference.sliding_window import SlidingWindow, segmented
+from beit_pretrain.models.backbone import Classifier
+from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
+from beit_pretrain.models.checkpoints.pretrained import classifier, segmenter
+from beit_pretrain.models.upernet import Segmenter
+from beit_pretrain.transforms.image_io import to_channels
+from beit_pretrain.transforms.jitter import HALF, normalise, per_channel
+from beit_pretrain.transforms.segmentation import SegmentationEvalTransform
+from beit_pretrain.transforms.views import centre_view, to_array
 from beit_pretrain.visualization.overlays import overlay
 
+
+class Prediction(NamedTuple):
+    """A predicted class."""
+
+    name: str
+    probability: float
+    number: int
+
+
 Answer = list[Prediction] | np.ndarray
+
+
+class ImageNetwork:
+    """A trained network on the GPU, if there is one, with its classes and the normalisation of its images.
+
+    `apply` makes the views (C, h, w) uint8 of an image. It does not hold the network, which would otherwise be sent to
+    the loader processes.
+    """
+
+    apply: Callable[[Image.Image], list[np.ndarray]]
+
+    def __init__(self, model: Classifier | Segmenter):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.requires_grad_(False).to(self.device)
+        self.channels: int = model.config["in_chans"]
+        self.classes: list[str] = model.about.get("classes") or [str(i) for i in range(model.num_classes)]
+        half = per_channel(HALF, self.channels, "mean")
+        self.mean, self.std = model.about.get("mean", half), model.about.get("std", half)
+
+    def views(self, image: Image.Image) -> list[Tensor]:
+        """The views of an image as tensors."""
+        return [torch.from_numpy(view) for view in self.apply(image)]
+
+    def normalised(self, image_BCHW: Tensor) -> Tensor:
+        """Views (uint8) as the network takes them."""
+        return normalise(image_BCHW.to(self.device).float() / 255, self.mean, self.std)
+
+
+class ImageClassifier(ImageNetwork):
+    """A fine-tuned classifier; its only view of an image is the evaluation view (resize and centre crop)."""
+
+    model: Classifier
+
+    def __init__(self, source: Checkpoint):
+        super().__init__(classifier(source))
+        size = self.model.config["image_size"]
+        if not isinstance(size, int):
+            raise UserError(f"{source.path} is for images of {size} pixels; square ones are needed here")
+        self.apply = partial(_centre, size=size, crop_ratio=self.model.about.get("crop_ratio"), channels=self.channels)
+
+    @torch.no_grad()
+    def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[Prediction]]:
+        """The `top` classes of every view (uint8), most likely first."""
+        probabilities_BK = self.model(self.normalised(image_BCHW)).float().softmax(1)
+        best = probabilities_BK.topk(min(top, len(self.classes)), dim=1)
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [[Prediction(self.classes[i], p, i) for i, p in zip(ids, ps, strict=True)] for ids, ps in pairs]
+
+
+class ImageSegmenter(ImageNetwork):
+    """A segmentation model; its views of an image are the whole image at one or several scales.
+
+    `windows`: sliding-window options; None = one scale, not mirrored.
+    """
+
+    model: Segmenter
+
+    def __init__(self, source: Checkpoint, windows: SlidingWindow | None = None):
+        super().__init__(segmenter(source))
+        self.windows = windows or SlidingWindow()
+        self.reduce_labels: bool = self.model.about.get("reduce_labels", True)
+        side = min(self.model.grid) * self.model.config["patch_size"]
+        scales, classes = self.windows.scales, self.model.num_classes
+        self.apply = partial(_scaled, SegmentationEvalTransform(side, classes, scales=scales, channels=self.channels))
+
+    def segment(self, views: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Classes (H, W) int64, on the CPU, of several images' views, at the given sizes (height, width)."""
+        normalised = [[self.normalised(view[None]) for view in some] for some in views]
+        return [found.cpu() for found in segmented(self.model, normalised, sizes, self.windows)]
+
+
+def _centre(image: Image.Image, size: int, crop_ratio: float | None, channels: int) -> list[np.ndarray]:
+    return [to_array(centre_view(image, size, crop_ratio, channels))]
+
+
+def _scaled(transform: SegmentationEvalTransform, image: Image.Image) -> list[np.ndarray]:
+    return list(transform.scaled(to_channels(image, transform.channels)).values())
+
+
+def image_network(source: Checkpoint, windows: SlidingWindow | None = None) -> ImageClassifier | ImageSegmenter:
+    """The network of a checkpoint. Raises UserError if it is neither a classifier nor a segmenter."""
+    if source.kind == "segmenter":
+        return ImageSegmenter(source, windows)
+    if source.kind == "classifier":
+        return ImageClassifier(source)
+    raise UserError(f"{source.path} holds a {source.kind}; a classifier or a segmentation model is needed")
 
 
 class Predictor:
@@ -33,13 +136,7 @@ class Predictor:
     def __init__(self, checkpoint: str | Path, windows: SlidingWindow | None = None):
         source = read_checkpoint(checkpoint)
         self.kind = source.kind
-        self._network: ImageClassifier | ImageSegmenter
-        if source.kind == "segmenter":
-            self._network = ImageSegmenter(source, windows)
-        elif source.kind == "classifier":
-            self._network = ImageClassifier(source)
-        else:
-            raise no_predictor(checkpoint, source.kind)
+        self._network = image_network(source, windows)
         self.classes = self._network.classes
 
     def __call__(
@@ -65,13 +162,13 @@ class Predictor:
     def _answers(
         self, images: Sequence[Image.Image], top: int, sizes: Sequence[tuple[int, int]] | None
     ) -> Sequence[Answer]:
+        views = [self._network.views(image) for image in images]
         if isinstance(self._network, ImageClassifier):
-            return self._network.classify(torch.stack([self._network.view(image) for image in images]), top)
-        views = [[torch.from_numpy(view) for view in self._network.apply(image)] for image in images]
+            return self._network.classify(torch.stack([view for (view,) in views]), top)
         sizes = sizes or [(image.height, image.width) for image in images]
         if len(sizes) != len(images):
             raise ValueError(f"{len(sizes)} sizes for {len(images)} images")
-        return [found.numpy() for found in self._network.segment_views(views, sizes)]
+        return [found.numpy() for found in self._network.segment(views, sizes)]
 
     def overlay(self, image: Image.Image, labels_HW: np.ndarray) -> Image.Image:
         """The image under the colours of a label map of its size."""

@@ -40,25 +40,19 @@ def upsampled(logits_BKhw: Tensor, size: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def segmented(model: Segmenter, images: Sequence[Tensor], size: Sequence[int], windows: SlidingWindow) -> Tensor:
-    """Classes (H, W) at `size` of one image, given at several scales, each (1, C, h, w) normalised.
+def segmented(
+    model: Segmenter, images: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], windows: SlidingWindow
+) -> list[Tensor]:
+    """Classes (H, W) at its size of every image, each given at several scales, (1, C, h, w) normalised.
 
     Probabilities of all scales and of the mirrored images are averaged at the final size.
     """
-    return segmented_all(model, [images], [size], windows)[0]
-
-
-@torch.no_grad()
-def segmented_all(
-    model: Segmenter, images: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], windows: SlidingWindow
-) -> list[Tensor]:
-    """`segmented` for several images; their windows share batches."""
     scales = len(images[0])
     views = [(scale, False) for scale in range(scales)] + [(scale, True) for scale in range(scales) if windows.flip]
     found: list[list[Tensor]] = [[] for _ in images]  # logits of each image in each view
     for scale, mirrored in views:
         seen = [some[scale].flip(-1) if mirrored else some[scale] for some in images]
-        for own, logits in zip(found, slide_all(model, seen, windows.stride), strict=True):
+        for own, logits in zip(found, slide(model, seen, windows.stride), strict=True):
             own.append(logits.flip(-1) if mirrored else logits)
     return [best_classes(own, size) for own, size in zip(found, sizes, strict=True)]
 
@@ -103,17 +97,12 @@ def label_maps(logits_BKhw: Tensor, sizes: Sequence[Sequence[int]] | None = None
     return [upsampled(logits[None], size)[0].argmax(0) for logits, size in zip(logits_BKhw, sizes, strict=True)]
 
 
-def slide(model: Segmenter, image_1CHW: Tensor, stride: float = 2 / 3) -> Tensor:
-    """Logits (1, K, H, W) of an image of any size: at each pixel the mean over the windows that contain it.
+def slide(model: Segmenter, images: Sequence[Tensor], stride: float = 2 / 3) -> list[Tensor]:
+    """Logits (1, K, H, W) of images (1, C, H, W) of any size: at each pixel the mean over the windows that contain it.
 
-    Windows have the network's input size, and the step is `stride` times that. The last windows end at the edges. A
-    smaller image is padded with the mean colour, which is 0 after normalisation.
+    Windows have the network's input size, and the step is `stride` times that; windows of several images share batches.
+    The last windows end at the edges. A smaller image is padded with the mean colour, which is 0 after normalisation.
     """
-    return slide_all(model, [image_1CHW], stride)[0]
-
-
-def slide_all(model: Segmenter, images: Sequence[Tensor], stride: float = 2 / 3) -> list[Tensor]:
-    """`slide` for several images (1, C, H, W); their windows share batches."""
     sides = [side * model.config["patch_size"] for side in model.grid]
     padded = [F.pad(x, (0, max(0, sides[1] - x.shape[-1]), 0, max(0, sides[0] - x.shape[-2]))) for x in images]
     places = [

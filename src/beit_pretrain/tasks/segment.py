@@ -139,7 +139,7 @@ class Segmentation(TrainedModule):
     def segment(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Classes (H, W) at `size` of one image, given at several scales, each (C, h, w) uint8."""
         normalised = [normalise(image[None].float() / 255, self.mean, self.std) for image in images]
-        return segmented(self.model, normalised, size, self.windows)
+        return segmented(self.model, [normalised], [size], self.windows)[0]
 
     def on_validation_epoch_end(self) -> None:
         self.log_validation({**scores(self.sum_over_processes(self._confusion))})

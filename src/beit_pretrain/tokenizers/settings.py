@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, Strict
+from pydantic import ConfigDict, Field, Strict
 
 from beit_pretrain.data.settings import RemoteOptions
-from beit_pretrain.settings import Count, Name, Paths, Rule, Seconds, Seed, Settings, Side, Text, Whole, about, matching
+from beit_pretrain.settings import Count, Name, Paths, Rule, Seconds, Seed, Settings, Side, Text, Whole, about
 from beit_pretrain.transforms.settings import ViewSettings
 
 Views = Annotated[int, Strict(), Field(ge=1, le=1024)]
-Part = Annotated[Text, AfterValidator(matching(r"\d{1,6}/\d{1,6}")), Rule("of the form 3/16")]
+Part = Annotated[Text, Field(pattern=r"^\d{1,6}/\d{1,6}$"), Rule("of the form 3/16")]
 Address = Annotated[
     str,
     Strict(),
-    AfterValidator(matching(r"(https?://[^/]|file:///).*")),
+    Field(pattern=r"^(https?://[^/]|file:///).*$"),
     Rule("an address that starts with http://, https:// or file:///"),
 ]
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.models.attention import attention_maps
 from beit_pretrain.visualization import grids
 
 CELL = 112
@@ -21,28 +22,6 @@ NOTE = (
     "Yellow is the largest value of its map, dark is 0. In %: the share of the red patch's attention that goes to the "
     "yellow one."
 )
-
-
-def default_patches(grid: tuple[int, int]) -> list[tuple[int, int]]:
-    """Three reference patches (row, column) along the diagonal."""
-    return [(grid[0] * i // 4, grid[1] * i // 4) for i in (1, 2, 3)]
-
-
-def default_layers(depth: int) -> list[int]:
-    """A third, two thirds and the end of the depth."""
-    return sorted({max(1, round(depth * share)) for share in (1 / 3, 2 / 3, 1)})
-
-
-def check_choice(
-    layers: Sequence[int], heads: Sequence[int], patches: Sequence[Sequence[int]], depth: int, num_heads: int, grid
-) -> None:
-    """Raise UserError for a layer, head or patch that the network does not have."""
-    for name, values, most in (("layers", layers, depth), ("heads", heads, num_heads)):
-        if wrong := [value for value in values if not 1 <= value <= most]:
-            raise UserError(f"{name}={list(values)}: {wrong[0]} is none of 1 to {most}")
-    for row, column in patches:
-        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-            raise UserError(f"patches: [{row}, {column}] is outside the {grid[0]} x {grid[1]} patches (from [0, 0])")
 
 
 def attention_sheet(
@@ -102,18 +81,22 @@ def attention_picture(
 ) -> Image.Image:
     """Sheets of several images, one below the other, and a note on how to read them.
 
-    None = `default_layers`, all heads, `default_patches`.
+    None = the layers at a third, two thirds and the end of the depth; all heads; three patches along the diagonal.
+    Raises UserError for a layer, head or patch that the network does not have.
     """
-    from beit_pretrain.models.attention import attention_maps
-
-    layers = list(layers or default_layers(len(model.blocks)))
-    count = int(model.config["num_heads"])
-    heads = list(heads or range(1, count + 1))
-    patches = [tuple(patch) for patch in patches or default_patches(model.grid)]
-    check_choice(layers, heads, patches, len(model.blocks), count, model.grid)
+    depth, num_heads, grid = len(model.blocks), int(model.config["num_heads"]), model.grid
+    layers = layers or sorted({max(1, round(depth * share)) for share in (1 / 3, 2 / 3, 1)})
+    heads = heads or range(1, num_heads + 1)
+    patches = patches or [(grid[0] * i // 4, grid[1] * i // 4) for i in (1, 2, 3)]
+    for name, values, most in (("layers", layers, depth), ("heads", heads, num_heads)):
+        if wrong := [value for value in values if not 1 <= value <= most]:
+            raise UserError(f"{name}={list(values)}: {wrong[0]} is outside 1 to {most}")
+    for row, column in patches:
+        if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+            raise UserError(f"patches: [{row}, {column}] is outside the {grid[0]} x {grid[1]} patches (from [0, 0])")
     maps = attention_maps(model, normalised_BCHW, layers)
     sheets = [
-        attention_sheet(image, {layer: maps[layer][i] for layer in sorted(maps)}, patches, heads, model.grid)
+        attention_sheet(image, {layer: maps[layer][i] for layer in sorted(maps)}, patches, heads, grid)
         for i, image in enumerate(shown_BCHW)
     ]
     return grids.stack([*sheets, grids.note(NOTE, sheets[0].width)])

@@ -28,10 +28,10 @@ def hide(image_BCHW: Tensor, mask_BN: Tensor) -> Tensor:
     return image_BCHW * (1 - mask) + GREY * mask
 
 
-def grid(columns: list[Tensor], captions: list[str], cell: int | None = None) -> Image.Image:
+def grid(columns: list[Tensor], captions: list[str]) -> Image.Image:
     """One column per tensor of images, one row per image, captions on top. Small images are enlarged to 96 pixels."""
     rows = [[to_pil(image) for image in row] for row in zip(*columns, strict=True)]
-    return sheet(rows, captions, None, cell or max(96, int(columns[0].shape[-1])))
+    return sheet(rows, captions, None, max(96, int(columns[0].shape[-1])))
 
 
 def sheet(

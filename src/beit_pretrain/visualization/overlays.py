@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from beit_pretrain.transforms.segmentation import IGNORE
+from beit_pretrain.visualization.grids import stack
 
 GOLDEN = 0.618033988749895  # turns between neighbouring classes: far apart in hue, however many there are
 OPACITY = 0.6
@@ -27,18 +28,13 @@ def palette(classes: int) -> np.ndarray:
     return (np.array(colours).reshape(-1, 3) * 255).round().astype(np.uint8)
 
 
-def coloured(labels_HW: np.ndarray, classes: int) -> np.ndarray:
-    """(H, W, 3) uint8: every class in its colour, ignored pixels black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[:classes] = palette(classes)[:256]
-    table[IGNORE] = IGNORED
-    return table[labels_HW]
-
-
 def overlay(image: Image.Image, labels_HW: np.ndarray, classes: int) -> Image.Image:
-    """The image under the colours of a label map of its size."""
+    """The image under the colours of a label map of its size; ignored pixels are black."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:classes] = palette(classes)[:256]
+    colours[IGNORE] = IGNORED
     pixels = np.asarray(image.convert("RGB")).astype(np.float32)
-    mixed = (1 - OPACITY) * pixels + OPACITY * coloured(labels_HW, classes)
+    mixed = (1 - OPACITY) * pixels + OPACITY * colours[labels_HW]
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
@@ -72,14 +68,13 @@ def comparison(
     factor = cell / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     width = len(pictures) * (size[0] + GAP) + GAP
-    strip = legend(sorted({int(i) for _, labels in maps for i in np.unique(labels)}), names, width)
-    canvas = Image.new("RGB", (width, LINE + size[1] + GAP + strip.height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    present = sorted({int(i) for _, labels in maps for i in np.unique(labels)})
+    row = Image.new("RGB", (width, LINE + size[1] + GAP), "white")
+    draw, font = ImageDraw.Draw(row), ImageFont.load_default()
     for number, (picture, caption) in enumerate(zip(pictures, ("image", *(c for c, _ in maps)), strict=True)):
         x = GAP + number * (size[0] + GAP)
         draw.text((x, 1), caption, fill="black", font=font)
         enlarged = max(size) > max(picture.size)
         resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.BILINEAR
-        canvas.paste(picture.resize(size, resample), (x, LINE))
-    canvas.paste(strip, (0, LINE + size[1] + GAP))
-    return canvas
+        row.paste(picture.resize(size, resample), (x, LINE))
+    return stack([row, legend(present, names, width)])

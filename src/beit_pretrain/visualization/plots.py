@@ -11,9 +11,9 @@ from typing import Any
 
 from beit_pretrain.tables import curve, read_rows
 
-# What "loss" and "accuracy" are called in a run's metrics.csv: the first that a run has, if it can be of both splits.
+# What "loss" and "accuracy" are called in a run's metrics.csv: the first that a run has, if possible of both splits.
 PANELS = {"loss": ("loss", "reconstruction"), "accuracy": ("masked_token_accuracy", "accuracy", "miou")}
-STYLES = {"train": "-", "val": "--"}
+STYLES: dict[str, dict[str, Any]] = {"train": {"linestyle": "-"}, "val": {"linestyle": "--", "marker": "o"}}
 
 
 def figure(columns: int, width: float = 5.2, height: float = 3.6) -> tuple[Any, Sequence[Any]]:
@@ -34,23 +34,27 @@ def save(made: Any, path: Path) -> Path:
 def curves_plot(runs: Mapping[str, Path], path: Path, metrics: Sequence[str] | None = None) -> Path:
     """Curves of several runs in one picture: {name: its metrics.csv}; a colour for each run.
 
-    `metrics`: one axis for each; None = loss and accuracy, of training (solid) and of held-out images (dashed), two
-    measures with two names if a run has none of both. Raises ValueError if no run has any of the metrics.
+    `metrics`: one panel for each. None = a panel for the loss and one for the accuracy, of training (solid) and of
+    held-out images (dashed); a run without a measure of both shows one of each. Raises ValueError if no run has any of
+    the metrics.
     """
     known = {name: read_rows(file)[0] for name, file in runs.items()}
     panels: list[tuple[str, list[tuple[str, ...]]]] = [(metric, [(metric,)]) for metric in metrics or ()]
     if not metrics:
         panels = [(title, [tuple(f"{p}/{n}" for n in names) for p in STYLES]) for title, names in PANELS.items()]
-    panels = [(title, groups) for title, groups in panels if any(first(known[r], g) for r in runs for g in groups)]
+    panels = [(title, groups) for title, groups in panels if any(alike(known[run], groups) for run in runs)]
     if not panels:
         raise ValueError(f"none of {', '.join(metrics or PANELS)} is in the metrics of {', '.join(runs)}")
     made, axes_row = figure(len(panels))
     for axes, (title, groups) in zip(axes_row, panels, strict=True):
         for number, (name, file) in enumerate(runs.items()):
-            drawn = {metric: f"{name}: {metric.split('/')[-1]}" for metric in alike(known[name], groups)}
-            for place, (metric, label) in enumerate(drawn.items()):
-                named = label in list(drawn.values())[:place]  # then the title tells the two apart
-                draw_lines(axes, file, metric, None if named else label, f"C{number % 10}")
+            named = set()
+            for metric in alike(known[name], groups):
+                label = f"{name}: {metric.split('/')[-1]}"
+                style = STYLES["val" if metric.startswith("val/") else "train"] | {"color": f"C{number % 10}"}
+                style["label"] = None if label in named else label  # the title tells the two splits apart
+                axes.plot(*curve(file, metric), markersize=4, **style)
+                named.add(label)
         axes.set(title=title if metrics else f"{title} (solid: training, dashed: held out)", xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -59,21 +63,11 @@ def curves_plot(runs: Mapping[str, Path], path: Path, metrics: Sequence[str] | N
 
 def alike(columns: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
     """One metric of each group: the first measure that a run has in all groups, else the first that it has in each."""
-    both = next((list(metrics) for metrics in zip(*groups, strict=True) if all(m in columns for m in metrics)), None)
-    return both or [metric for group in groups if (metric := first(columns, group))]
-
-
-def first(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """The first of some metrics that a run has."""
-    return next((name for name in names if name in columns), None)
-
-
-def draw_lines(axes: Any, file: Path, metric: str, label: str | None, colour: str) -> None:
-    """One line: solid for training, dashed with dots for held-out images."""
-    steps, values = curve(file, metric)
-    held_out = metric.startswith("val/")
-    style = {"linestyle": STYLES["val" if held_out else "train"], "marker": "o" if held_out else None}
-    axes.plot(steps, values, color=colour, label=label, markersize=4, **style)
+    for metrics in zip(*groups, strict=True):
+        if all(metric in columns for metric in metrics):
+            return list(metrics)
+    found = [[metric for metric in group if metric in columns] for group in groups]
+    return [metrics[0] for metrics in found if metrics]
 
 
 def layers_plot(

@@ -6,7 +6,6 @@ Shapes: B batch, C channels, H W pixels, N patches.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -29,16 +28,10 @@ def token_map(ids_N: Tensor, vocab_size: int, cell: int = CELL, hidden_N: Tensor
     colours[hidden] = round(255 * grids.GREY)
     picture = Image.fromarray(colours).resize((cell, cell), Image.Resampling.NEAREST)
     square, draw = cell / side, ImageDraw.Draw(picture)
-    style: dict[str, Any] = {
-        "fill": "white",
-        "anchor": "mm",
-        "font": grids.font(NUMBERS),
-        "stroke_width": 1,
-        "stroke_fill": "black",
-    }
     for (row, column), number in np.ndenumerate(ids):
         if square >= SMALLEST and not hidden[row, column]:
-            draw.text(((column + 0.5) * square, (row + 0.5) * square), str(number), **style)
+            middle = ((column + 0.5) * square, (row + 0.5) * square)
+            draw.text(middle, str(number), "white", grids.font(NUMBERS), "mm", stroke_width=1, stroke_fill="black")
     return picture
 
 
