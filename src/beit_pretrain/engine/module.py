@@ -40,6 +40,8 @@ class TrainedModule(LightningModule):
     """
 
     model: Any
+    totals_shape: tuple[int, ...]  # of `totals`
+    totals: Tensor  # float64: what a validation adds up over this process's held-out images
     kind: str  # what a checkpoint of this module holds: "mim", "classifier", "segmenter", "probe" or "tokenizer"
 
     def __init__(self, model: nn.Module, optim: OptimSettings, seed: int = 0):
@@ -206,6 +208,9 @@ class TrainedModule(LightningModule):
         loop.run()
         self.trainer.training = True
 
+    def on_validation_epoch_start(self) -> None:
+        self.totals = torch.zeros(self.totals_shape, dtype=torch.float64, device=self.device)
+
     def on_validation_batch_end(self, outputs, batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.keeper is not None:
             self.keeper.after_validation_batch(self, batch_idx)
@@ -219,17 +224,15 @@ class TrainedModule(LightningModule):
         """Log `val/<name>` to the loggers, and to Lightning for callbacks that monitor a metric."""
         values = {f"val/{name}": float(value) for name, value in metrics.items()}
         self.log_dict(values, logger=False, sync_dist=True)  # already equal on all processes; avoids a warning
-        if not self.trainer.sanity_checking:
-            self.log_metrics(values)
+        self.log_metrics(values)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Send metrics to every logger, at the current optimiser step."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
-    def sum_over_processes(self, values: Tensor | None) -> Tensor:
+    def sum_over_processes(self, values: Tensor) -> Tensor:
         """The sum over all processes; with one process, the tensor itself."""
-        assert values is not None
         if self.trainer.world_size == 1:
             return values
         total = values.clone()

@@ -17,7 +17,6 @@ from torch import Tensor
 from beit_pretrain.data.datamodule import first_images
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.callbacks import log_picture
-from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
@@ -26,7 +25,7 @@ from beit_pretrain.models.checkpoints.files import rebuild
 from beit_pretrain.models.checkpoints.init_from import normalisation
 from beit_pretrain.models.mae import MaskedAutoencoder, Masking, random_masking
 from beit_pretrain.settings import Settings, Switch, Whole, about, to_dict
-from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, Width, classification_data
+from beit_pretrain.tasks.common import BackboneModule, BackboneSettings, NetworkSettings, Width, classification_data
 from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.transforms.settings import CropSettings
 from beit_pretrain.visualization import grids
@@ -67,7 +66,7 @@ class MAESettings(BackboneSettings):
     knn: KNNSettings = about("online kNN accuracy, if there are labels", True)
 
 
-class Autoencoding(TrainedModule):
+class Autoencoding(BackboneModule):
     """Predicts the pixels of masked patches."""
 
     kind = "mae"
@@ -76,9 +75,8 @@ class Autoencoding(TrainedModule):
     def __init__(
         self, model: MaskedAutoencoder, optim: OptimSettings, mean: Any, std: Any, mask_ratio: float, seed: int = 0
     ):
-        super().__init__(model, optim, seed)
-        self.mean, self.std, self.mask_ratio = tuple(mean), tuple(std), mask_ratio
-        self._totals = torch.zeros(0)
+        super().__init__(model, optim, mean, std, seed)
+        self.mask_ratio, self.totals_shape = mask_ratio, (2,)
 
     def masking(self, position_B: Tensor, seed: int) -> Masking:
         """Masks of a batch; they depend only on seed and position."""
@@ -86,22 +84,18 @@ class Autoencoding(TrainedModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Mean squared error of the masked patches' pixels (section 3, "Reconstruction target")."""
-        image = normalise(batch["image"].float() / 255, self.mean, self.std)
-        loss = self.maybe_compile(self.model.forward)(image, self.masking(batch["position"], self.seed))
+        masking = self.masking(batch["position"], self.seed)
+        loss = self.maybe_compile(self.model.forward)(self.image_of(batch), masking)
         self.accumulate(loss=loss)
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Computes the same loss on held-out images, with fixed masks."""
-        image = normalise(batch["image"].float() / 255, self.mean, self.std)
-        loss, images = self.model(image, self.masking(batch["position"], VAL_SEED)), len(image)
-        self._totals += torch.stack([loss.double() * images, loss.new_tensor(images, dtype=torch.float64)])
+        loss, images = self.model(self.image_of(batch), self.masking(batch["position"], VAL_SEED)), len(batch["image"])
+        self.totals += torch.stack([loss.double() * images, loss.new_tensor(images, dtype=torch.float64)])
 
     def on_validation_epoch_end(self) -> None:
-        total, images = self.sum_over_processes(self._totals)
+        total, images = self.sum_over_processes(self.totals)
         self.log_validation({"loss": total / images})
 
 
@@ -127,7 +121,6 @@ class MAE(Task):
         optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
         self.module = Autoencoding(model, optim, mean, std, cfg.mask.ratio, cfg.seed)
         self.module.masking(torch.zeros(1, dtype=torch.int64), 0)  # raises UserError early for an unusable mask ratio
-        self.module.about = {"mean": list(mean), "std": list(std)}
         if "val" in self.data.readers:
             if cfg.num_visualizations:
                 self.callbacks.append(MAEPictures(self, cfg.folder / "pictures", cfg.num_visualizations))

@@ -26,7 +26,6 @@ from beit_pretrain.data.dataset import BatchSchedule, Transform
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.callbacks import log_picture
 from beit_pretrain.engine.device_prefetch import DevicePrefetcher
-from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
@@ -37,7 +36,7 @@ from beit_pretrain.models.checkpoints.formats import Checkpoint
 from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import mim
 from beit_pretrain.settings import Paths, Switch, Whole, about, to_dict
-from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
+from beit_pretrain.tasks.common import BackboneModule, BackboneSettings, NetworkSettings, data_settings
 from beit_pretrain.tokenizers.settings import TokenizerSettings
 from beit_pretrain.tokenizers.token_cache import OPTIONS, CachedTokens, TokenFolder, same_tokenizer
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, codebook_use, view_size
@@ -84,7 +83,7 @@ class MIMOutput(NamedTuple):
     correct: Tensor
 
 
-class Pretraining(TrainedModule):
+class Pretraining(BackboneModule):
     """Predicts the visual tokens of masked patches.
 
     Args:
@@ -106,14 +105,14 @@ class Pretraining(TrainedModule):
         std: tuple[float, ...],
         seed: int = 0,
     ):
-        super().__init__(model, optim, seed)
+        super().__init__(model, optim, mean, std, seed)
         if tokenizer is not None and model.vocab_size != tokenizer.vocab_size:
             raise UserError(f"model.vocab_size={model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens")
         self.tokenizer = tokenizer
-        self.mean, self.std = tuple(mean), tuple(std)
         self._masked = torch.zeros((), dtype=torch.int64)  # masked patches since the last optimiser step
         self._tokens_V = torch.zeros(model.vocab_size)  # targets since the last flush
-        self._totals = torch.zeros(0)
+        # Loss, hits, hits of the copy baseline, masked patches; then histograms of masked and of all tokens.
+        self.totals_shape = (4 + 2 * model.vocab_size,)
 
     def setup(self, stage: str) -> None:
         if self.tokenizer is not None:
@@ -203,10 +202,6 @@ class Pretraining(TrainedModule):
     def on_fit_start(self) -> None:
         self._tokens_V = self._tokens_V.to(self.device)
 
-    def on_validation_epoch_start(self) -> None:
-        # Loss, hits, hits of the copy baseline, masked patches; then histograms of masked and of all tokens.
-        self._totals = torch.zeros(4 + 2 * self.model.vocab_size, dtype=torch.float64, device=self.device)
-
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Evaluates held-out images with fixed views and masks; also the baseline of copying the nearest token."""
         image, tokens_BN = self.image_and_tokens(batch)
@@ -215,12 +210,12 @@ class Pretraining(TrainedModule):
         copied_BN = tokens_BN.gather(1, nearest_visible(batch["mask"]))
         copied = masked_targets(copied_BN, position_BK) == masked_targets(tokens_BN, position_BK)
         vocab = self.model.vocab_size
-        self._totals[:4] += torch.stack([loss_sum, correct, (copied & (position_BK >= 0)).sum(), masked])
-        self._totals[4 : 4 + vocab] += torch.bincount(tokens_BN[batch["mask"]], minlength=vocab)
-        self._totals[4 + vocab :] += torch.bincount(tokens_BN.flatten(), minlength=vocab)
+        self.totals[:4] += torch.stack([loss_sum, correct, (copied & (position_BK >= 0)).sum(), masked])
+        self.totals[4 : 4 + vocab] += torch.bincount(tokens_BN[batch["mask"]], minlength=vocab)
+        self.totals[4 + vocab :] += torch.bincount(tokens_BN.flatten(), minlength=vocab)
 
     def on_validation_epoch_end(self) -> None:
-        totals = self.sum_over_processes(self._totals)
+        totals = self.sum_over_processes(self.totals)
         masked_V, all_V = totals[4:].chunk(2)
         loss, hits, copied = totals[:3] / totals[3].clamp(min=1)
         self.log_validation(
@@ -309,8 +304,7 @@ class Pretrain(Task):
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
         self.module = Pretraining(model, targets.tokenizer, optim, mean, std, cfg.seed)
-        known = {"tokenizer": targets.name, "tokenizer_sha256": targets.sha256}
-        self.module.about = {"mean": list(mean), "std": list(std), **known}
+        self.module.about |= {"tokenizer": targets.name, "tokenizer_sha256": targets.sha256}
         self.origin = origin(source)
         if "val" in self.data.readers:
             if cfg.num_visualizations and targets.tokenizer is not None:

@@ -22,7 +22,6 @@ from beit_pretrain.data.datamodule import SegmentationData, ShardData
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.callbacks import log_picture
-from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task, check_split
 from beit_pretrain.errors import UserError
@@ -34,7 +33,7 @@ from beit_pretrain.models.checkpoints.pretrained import segmenter
 from beit_pretrain.models.drop_path import uniforms
 from beit_pretrain.models.upernet import DROPOUT, Segmenter
 from beit_pretrain.settings import Range, Settings, Share, ShareAboveZero, Side, Switch, Whole, about, to_dict
-from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
+from beit_pretrain.tasks.common import BackboneModule, BackboneSettings, NetworkSettings, data_settings
 from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.transforms.segmentation import IGNORE, SegmentationEvalTransform, SegmentationTrainTransform
 from beit_pretrain.visualization import grids
@@ -86,7 +85,7 @@ class SegmentSettings(BackboneSettings):
     num_visualizations: Whole = about("image | annotated | found rows after each validation; 0 = none", True)
 
 
-class Segmentation(TrainedModule):
+class Segmentation(BackboneModule):
     """Trains a segmenter; validates on whole images, every pixel exactly once, on any number of processes."""
 
     kind = "segmenter"
@@ -101,14 +100,14 @@ class Segmentation(TrainedModule):
         seed: int = 0,
         windows: SlidingWindow | None = None,
     ):
-        super().__init__(model, optim, seed)
-        self.mean, self.std, self.windows = tuple(mean), tuple(std), windows or SlidingWindow()
-        self._confusion = torch.zeros(0)
+        super().__init__(model, optim, mean, std, seed)
+        self.windows = windows or SlidingWindow()
+        self.totals_shape = (model.num_classes, model.num_classes)  # the confusion matrix
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Cross-entropy per pixel, plus .4 times that of the auxiliary head."""
-        image, target_BHW = normalise(batch["image"].float() / 255, self.mean, self.std), batch["target"].long()
-        maps = self.model(image, self.drop_path_noise(batch), self.dropout_mask(batch["position"]))
+        target_BHW = batch["target"].long()
+        maps = self.model(self.image_of(batch), self.drop_path_noise(batch), self.dropout_mask(batch["position"]))
         loss = main = pixel_loss(maps.main, target_BHW)
         if maps.auxiliary is not None:
             loss = main + AUX_WEIGHT * pixel_loss(maps.auxiliary, target_BHW)
@@ -125,16 +124,12 @@ class Segmentation(TrainedModule):
         channels = self.model.channels + self.model.aux_channels
         return (uniforms(self.seed + KEEP_SEED, position_B, channels) >= DROPOUT).float() / (1 - DROPOUT)
 
-    def on_validation_epoch_start(self) -> None:
-        classes = self.model.num_classes
-        self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
-
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         scales = [batch[f"scale_{i}"] for i in range(sum(name.startswith("scale_") for name in batch))]
         for number, target_HW in enumerate(batch["target"]):
             images = [scale[number] for scale in scales]
             found_HW = self.segment(images, target_HW.shape[-2:])
-            self._confusion += confusion(found_HW, target_HW.long(), self.model.num_classes)
+            self.totals += confusion(found_HW, target_HW.long(), self.model.num_classes)
 
     def segment(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Classes (H, W) at `size` of one image, given at several scales, each (C, h, w) uint8."""
@@ -142,10 +137,10 @@ class Segmentation(TrainedModule):
         return segmented(self.model, normalised, size, self.windows)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_validation({**scores(self.sum_over_processes(self._confusion))})
+        self.log_validation({**scores(self.sum_over_processes(self.totals))})
 
     test_step = validation_step
-    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_start = BackboneModule.on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
 
@@ -204,8 +199,7 @@ class Segment(Task):
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
         self.module = Segmentation(model, optim, mean, std, cfg.seed, cfg.test)
-        about_data = {"classes": names, "reduce_labels": cfg.data.reduce_labels}
-        self.module.about = {"mean": list(mean), "std": list(std), **about_data}
+        self.module.about |= {"classes": names, "reduce_labels": cfg.data.reduce_labels}
         self.origin = origin(source)
         if "val" in self.data.readers and cfg.num_visualizations:
             self.callbacks.append(SegmentationPictures(cfg.folder / "pictures", self.data, cfg.num_visualizations))
