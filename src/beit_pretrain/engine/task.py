@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning import Callback
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from beit_pretrain.data.datamodule import ShardData, first_images
 from beit_pretrain.data.sources import list_images, read_candidate
 from beit_pretrain.engine.module import TrainedModule
-from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.engine.settings import FitSettings, VisualizeSettings
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.transforms.image_io import open_image, reason
 from beit_pretrain.transforms.jitter import normalise
@@ -67,6 +67,10 @@ class Task:
         own = {"init_from": str(last), "from_scratch": False, "new_head": False}
         return cfg.model_copy(update={name: value for name, value in own.items() if name in type(cfg).model_fields})
 
+    def validation_pictures(self) -> Iterator[tuple[str, Image.Image]]:
+        """(name, picture) of held-out images after a validation, in eval mode; the main one has no name."""
+        yield "", cast(Image.Image, self.masked(VisualizeSettings(images=self.cfg.num_visualizations)))
+
     # Pictures for `visualize`; None = this task has no such picture.
 
     def masked(self, options: Any) -> Image.Image | None:
@@ -100,7 +104,7 @@ class Task:
     def batch_of(self, options: Any) -> dict[str, Tensor]:
         """The first images of the split, after the run's transform."""
         check_split(self.data, options)
-        return first_images(self.data.eval_dataset(options.split), options.images, torch.device("cpu"))
+        return first_images(self.data.eval_dataset(options.split), options.images, self.module.device)
 
 
 def task_names() -> list[str]:

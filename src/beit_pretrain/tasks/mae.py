@@ -5,18 +5,15 @@ Shapes: B batch, C channels, H W pixels, N patches. Masks are True where a patch
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-from lightning import Callback, Trainer
 from PIL import Image
 from pydantic import Field, Strict
 from torch import Tensor
 
-from beit_pretrain.data.datamodule import first_images
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.callbacks import log_picture
+from beit_pretrain.engine.callbacks import ValidationPictures
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
@@ -123,7 +120,7 @@ class MAE(Task):
         self.module.masking(torch.zeros(1, dtype=torch.int64), 0)  # raises UserError early for an unusable mask ratio
         if "val" in self.data.readers:
             if cfg.num_visualizations:
-                self.callbacks.append(MAEPictures(self, cfg.folder / "pictures", cfg.num_visualizations))
+                self.callbacks.append(ValidationPictures(self))
             if len(self.data.classes) > 1:
                 self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
 
@@ -131,29 +128,12 @@ class MAE(Task):
         return autoencoder_picture(self.module, self.batch_of(options))
 
 
-class MAEPictures(Callback):
-    """Writes masked | predicted | original pictures of held-out images after every validation."""
-
-    needs_whole_network = True
-
-    def __init__(self, task: MAE, folder: Path, images: int):
-        self.task, self.folder, self.images = task, folder, images
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not trainer.sanity_checking and trainer.is_global_zero:
-            batch = first_images(self.task.data.eval_dataset("val"), self.images, pl_module.device)
-            log_picture(trainer, autoencoder_picture(pl_module, batch), self.folder)
-
-
 @torch.no_grad()
 def autoencoder_picture(module: Autoencoding, batch: dict[str, Tensor]) -> Image.Image:
     """Grid of masked | predicted | original, one row per image."""
     image = batch["image"].float() / 255
     masking = module.masking(batch["position"], VAL_SEED)
-    training = module.model.training
-    module.model.eval()
     predicted = module.model.reconstruct(normalise(image, module.mean, module.std), masking)
-    module.model.train(training)
     mean, std = (image.new_tensor(values).view(1, -1, 1, 1) for values in (module.mean, module.std))
     predicted = (predicted * std + mean).clamp(0, 1)
     return grids.grid([grids.hide(image, masking.mask_BN), predicted, image], ["masked", "predicted", "original"])

@@ -7,26 +7,24 @@ M masked patches of the batch. Masks are True where a patch is masked, to be pre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from lightning import Callback, Trainer
 from PIL import Image
 from torch import Tensor
 
-from beit_pretrain.data.datamodule import ShardData, first_images
+from beit_pretrain.data.datamodule import ShardData
 from beit_pretrain.data.dataset import BatchSchedule, Transform
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.callbacks import log_picture
+from beit_pretrain.engine.callbacks import ValidationPictures
 from beit_pretrain.engine.device_prefetch import DevicePrefetcher
-from beit_pretrain.engine.settings import OptimSettings
+from beit_pretrain.engine.settings import OptimSettings, VisualizeSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
@@ -308,7 +306,7 @@ class Pretrain(Task):
         self.origin = origin(source)
         if "val" in self.data.readers:
             if cfg.num_visualizations and targets.tokenizer is not None:
-                self.callbacks.append(MaskedPictures(cfg.folder / "pictures", self.data, cfg.num_visualizations))
+                self.callbacks.append(ValidationPictures(self))
             if len(self.data.classes) > 1:
                 self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
 
@@ -330,6 +328,16 @@ class Pretrain(Task):
         if self.cfg.device_prefetch:
             module = self.module
             self.data.wrapped = lambda loader: DevicePrefetcher(loader, module.prepare, module.device)
+
+    def validation_pictures(self) -> Iterator[tuple[str, Image.Image]]:
+        """Also attention maps and, after the first validation, token maps, which do not change."""
+        module, batch = self.module, self.batch_of(VisualizeSettings(images=self.cfg.num_visualizations))
+        yield "", masked_picture(module, batch)
+        image, ids_BN = module.image_and_tokens(batch)
+        yield "attention", attention_picture(module.model, normalise(image[:2], module.mean, module.std), image[:2])
+        if not any((self.cfg.folder / "pictures").glob("step-*-tokens.png")):
+            decoded = cast(Tokenizer, module.tokenizer).decode(ids_BN)
+            yield "tokens", token_sheet(image, decoded, ids_BN, module.model.vocab_size)
 
     def masked(self, options: Any) -> Image.Image | None:
         if self.module.tokenizer is None and not options.what:
@@ -416,34 +424,6 @@ def continued(cfg: PretrainSettings, source: Checkpoint, targets: TokenSource) -
     return mim(source, cfg.image_size, cfg.model.drop_path_rate, vocab_size if cfg.new_head else None)
 
 
-class MaskedPictures(Callback):
-    """Writes masked | predicted | decoded | original pictures of held-out images, and attention maps, after every
-    validation; token maps, which do not change, after the first one.
-
-    Args:
-        folder: for the files `step-000100.png`, ....
-        data: source of the held-out images.
-        images: number of images.
-    """
-
-    needs_whole_network = True
-
-    def __init__(self, folder: Path, data: ShardData, images: int = 6):
-        self.folder, self.data, self.images = folder, data, images
-
-    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
-            return
-        batch = first_images(self.data.eval_dataset("val"), self.images, pl_module.device)
-        log_picture(trainer, masked_picture(pl_module, batch), self.folder)
-        image, ids_BN = pl_module.image_and_tokens(batch)
-        normalised, model = normalise(image[:2], pl_module.mean, pl_module.std), pl_module.model
-        log_picture(trainer, attention_picture(model, normalised, image[:2]), self.folder, "attention")
-        if not any(self.folder.glob("step-*-tokens.png")):
-            decoded = pl_module.tokenizer.decode(ids_BN)
-            log_picture(trainer, token_sheet(image, decoded, ids_BN, model.vocab_size), self.folder, "tokens")
-
-
 @torch.no_grad()
 def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
     """Grid of masked | predicted tokens decoded | original tokens decoded | original, one row per image.
@@ -452,14 +432,11 @@ def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
     """
     if module.tokenizer is None:
         raise UserError("the run has only cached tokens; drawing them needs a tokenizer")
-    training = module.model.training
-    module.model.eval()
     image, tokens_BN = module.image_and_tokens(batch)
     mask_BN = batch["mask"]
     predicted_BN = tokens_BN.clone()
     logits_MV = module.model(normalise(image, module.mean, module.std), mask_BN)
     predicted_BN[mask_BN] = logits_MV.argmax(-1)
-    module.model.train(training)
     side = int(image.shape[-1])
     decoded = [F.interpolate(module.tokenizer.decode(t), (side, side)) for t in (predicted_BN, tokens_BN)]
     columns = [grids.hide(image, mask_BN), *decoded, image]

@@ -8,12 +8,10 @@ Shapes: B batch, C channels, H W pixels, K classes, S the side of the network's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from lightning import Callback, Trainer
 from PIL import Image
 from pydantic import Field, Strict
 from torch import Tensor
@@ -21,7 +19,7 @@ from torch import Tensor
 from beit_pretrain.data.datamodule import SegmentationData, ShardData
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.callbacks import log_picture
+from beit_pretrain.engine.callbacks import ValidationPictures
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task, check_split
 from beit_pretrain.errors import UserError
@@ -202,7 +200,7 @@ class Segment(Task):
         self.module.about |= {"classes": names, "reduce_labels": cfg.data.reduce_labels}
         self.origin = origin(source)
         if "val" in self.data.readers and cfg.num_visualizations:
-            self.callbacks.append(SegmentationPictures(cfg.folder / "pictures", self.data, cfg.num_visualizations))
+            self.callbacks.append(ValidationPictures(self))
 
     def check_micro_batch(self, images: int, world: int, on_gpus: bool, given: str) -> None:
         """Counts the images of all GPUs, since `sync_batchnorm` shares their statistics."""
@@ -244,24 +242,9 @@ def segmentation_data(
     return SegmentationData(train_views=crops, val_views=images, **data_settings(cfg)), names
 
 
-class SegmentationPictures(Callback):
-    """Writes image | annotated | found rows of held-out images, in colour, after every validation.
-
-    Arguments: as for `MaskedPictures`.
-    """
-
-    def __init__(self, folder: Path, data: ShardData, images: int = 6):
-        self.folder, self.data, self.images = folder, data, images
-
-    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
-        if not trainer.sanity_checking and trainer.is_global_zero:
-            log_picture(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder)
-
-
-def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str = "val") -> Image.Image:
+def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str) -> Image.Image:
     """One row for each of the first images of a split: image, overlay of its label map, overlay of the prediction."""
-    training, dataset, rows = module.model.training, data.eval_dataset(split), []
-    module.model.eval()
+    dataset, rows = data.eval_dataset(split), []
     for position in range(min(images, dataset.order.samples)):
         sample = dataset.sample(position)
         scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
@@ -269,5 +252,4 @@ def segmentation_picture(module: Segmentation, data: ShardData, images: int, spl
         found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
         image = grids.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
         rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
-    module.model.train(training)
     return grids.stack(rows)
