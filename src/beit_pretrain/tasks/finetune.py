@@ -137,10 +137,6 @@ class Finetuning(BackboneModule):
             {"loss": loss / images, "accuracy": top1 / images, "top5_accuracy": top5 / images, "images": images}
         )
 
-    test_step = validation_step
-    on_test_epoch_start = BackboneModule.on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
-
 
 class Finetune(Task):
     """The task `finetune`: image classification."""

@@ -137,10 +137,6 @@ class Segmentation(BackboneModule):
     def on_validation_epoch_end(self) -> None:
         self.log_validation({**scores(self.sum_over_processes(self.totals))})
 
-    test_step = validation_step
-    on_test_epoch_start = BackboneModule.on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
-
 
 def pixel_loss(logits_BKhw: Tensor, target_BHW: Tensor) -> Tensor:
     """Mean cross-entropy over all pixels; ignored pixels count, with loss 0.
