@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -26,7 +26,7 @@ from beit_pretrain.engine.speed import CUDA_GRAPHS
 from beit_pretrain.engine.step_exchange import Agreed, StepExchange
 from beit_pretrain.models.drop_path import uniforms
 
-MOST_KEPT = 1024  # unread values per metric, before they are read early
+MOST_KEPT = 8192  # unread values, before they are read early
 PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
 
 
@@ -58,7 +58,7 @@ class TrainedModule(LightningModule):
         self.exchange = StepExchange()
         self.guard: NonFiniteGuard | None = None
         self.validation_due = False  # after the current step; saved in the checkpoint
-        self._kept: dict[str, list[tuple[Tensor | float, Tensor | float]]] = {}  # unread (value, weight) pairs
+        self._kept: list[tuple[str, Tensor | float, Tensor | float]] = []  # unread values: (name, value, weight)
         self._sums: dict[str, Tensor] = {}  # (2,) float64 on the CPU: sum of value x weight, sum of weights
         self.compile_mode: str | None = None  # for `maybe_compile`; None = no compilation
         self._compiled: dict[str, Callable] = {}
@@ -137,27 +137,22 @@ class TrainedModule(LightningModule):
         """Add values to the weighted means that the next flush writes as `train/<name>`, without a device sync."""
         weight = weight.detach() if isinstance(weight, Tensor) else weight
         for name, value in metrics.items():
-            kept = self._kept.setdefault(name, [])
-            kept.append((value.detach() if isinstance(value, Tensor) else value, weight))
-            if len(kept) >= MOST_KEPT:
-                self._read()
+            self._kept.append((name, value.detach() if isinstance(value, Tensor) else value, weight))
+        if len(self._kept) >= MOST_KEPT:
+            self._read()
 
     def _read(self) -> None:
         """Read the kept values with one device sync, and add them in their order.
 
         So the sums do not depend on when they were read: a resumed run writes the same means.
         """
-        everything = [x for pairs in self._kept.values() for pair in pairs for x in pair]
-        numbers = read_numbers(everything)
-        at = 0
-        for name, pairs in self._kept.items():
-            total, weights = self._sums.get(name, torch.zeros(2)).tolist()
-            for value, weight in zip(numbers[at : at + 2 * len(pairs) : 2], numbers[at + 1 : at + 2 * len(pairs) : 2]):
-                if math.isfinite(value):  # a skipped step must not make the mean of the others NaN
-                    total, weights = total + value * weight, weights + weight
-            at += 2 * len(pairs)
-            self._sums[name] = torch.tensor([total, weights], dtype=torch.float64)
-        self._kept = {}
+        numbers = read_numbers([number for _, *pair in self._kept for number in pair])
+        for (name, _, _), value, weight in zip(self._kept, numbers[::2], numbers[1::2], strict=True):
+            sums = self._sums.get(name, torch.zeros(2, dtype=torch.float64))
+            if math.isfinite(value):  # a skipped step must not make the mean of the others NaN
+                sums = sums + torch.tensor([value * weight, weight], dtype=torch.float64)
+            self._sums[name] = sums
+        self._kept = []
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         step = self.trainer.global_step
@@ -286,13 +281,6 @@ class TrainedModule(LightningModule):
 
 def read_numbers(values: Sequence[Tensor | float]) -> list[float]:
     """Scalars as Python floats, in order, with one transfer from the device."""
-    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
-    places: dict[torch.dtype, list[int]] = {}
-    for place, value in enumerate(values):
-        if isinstance(value, Tensor):
-            places.setdefault(value.dtype, []).append(place)
-    parts = [torch.stack([cast(Tensor, values[p]) for p in of_kind]).double() for of_kind in places.values()]
-    read = torch.cat(parts).tolist() if parts else []
-    for place, number in zip([p for of_kind in places.values() for p in of_kind], read, strict=True):
-        numbers[place] = number
-    return numbers
+    on_device = [value.double() for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(on_device).tolist() if on_device else [])
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
