@@ -65,18 +65,11 @@ class SubprocessLauncher(_SubprocessScriptLauncher):
         ended = ((rank, process.poll()) for rank, process in enumerate(self.children, start=1))
         return next(((rank, code) for rank, code in ended if code), None)
 
-    def forward_signal(self) -> None:
-        """Stop the children with SIGTERM after a signal to the main process; kill them after 10 s."""
+    def end(self, seconds: float = 1, signum: int | None = None) -> None:
+        """End the children when the main process exits: send them `signum`, and kill them after `seconds`."""
         self.leaving.set()
-        self.kill(signal.SIGTERM)  # children that are already exiting ignore it
-        self._end_after(10)
-
-    def end(self) -> None:
-        """End the children when the main process exits with an error."""
-        self.leaving.set()
-        self._end_after(1)  # they have had time to report their own errors
-
-    def _end_after(self, seconds: float) -> None:
+        if signum is not None:
+            self.kill(signum)
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in self.children) and time.monotonic() < deadline:
             time.sleep(0.05)
