@@ -25,6 +25,7 @@ from beit_pretrain import fileio
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
 from beit_pretrain.engine.metrics import CsvMetrics
 from beit_pretrain.engine.preemption import Preempted, PreemptionSignals
+from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.step_exchange import Agreed
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.models.checkpoints import files as checkpoint
@@ -40,24 +41,12 @@ class CheckpointManager:
 
     Args:
         folder: folder of the checkpoints.
-        every: optimiser steps between two saves.
-        minutes: also save when this many minutes have passed since the last save; None = by steps only.
-        keep_every: optimiser steps between two checkpoints that are kept permanently; None = keep none.
+        cfg: when to save and to validate.
         signals: the stop signals of this process.
-        val_minutes: also validate when this many minutes have passed since the last validation; None = by steps only.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        every: int,
-        minutes: float | None = None,
-        keep_every: int | None = None,
-        signals: PreemptionSignals | None = None,
-        val_minutes: float | None = None,
-    ):
-        self.folder, self.every, self.minutes, self.keep_every = folder, every, minutes, keep_every
-        self.val_minutes = val_minutes
+    def __init__(self, folder: Path, cfg: FitSettings, signals: PreemptionSignals | None = None):
+        self.folder, self.cfg = folder, cfg
         self.signals = signals or PreemptionSignals()
         self.saved_at: int | None = None  # step of the newest snapshot; `signals.saved_at`: newest checkpoint on disk
         self.validated_at = 0  # step of this process's newest validation
@@ -104,8 +93,8 @@ class CheckpointManager:
     def status(self, step: int) -> Agreed:
         """This process's part of the step exchange: the signal it received, and what is due by its clock."""
         now = time.monotonic()
-        save = self.minutes is not None and now - self._saved > 60 * self.minutes
-        validate = self.val_minutes is not None and now - self._validated > 60 * self.val_minutes
+        save = self.cfg.save_minutes is not None and now - self._saved > 60 * self.cfg.save_minutes
+        validate = self.cfg.val_minutes is not None and now - self._validated > 60 * self.cfg.val_minutes
         return Agreed(step, self.signals.told, save, validate)
 
     def after_step(self, module: Any) -> None:
@@ -121,8 +110,8 @@ class CheckpointManager:
         late = agreed.save and agreed.step > (self.saved_at or 0)
         validate = agreed.validate and agreed.step > self.validated_at and module.has_validation
         module.validation_due = module.validation_due or validate
-        for_good = self.keep_every is not None and step % self.keep_every == 0
-        if agreed.signum or late or validate or for_good or step % self.every == 0 or step == last:
+        for_good = self.cfg.keep_every is not None and step % self.cfg.keep_every == 0
+        if agreed.signum or late or validate or for_good or step % self.cfg.save_every == 0 or step == last:
             self.save(module)
         # A signal that arrived during the save: this step is saved, so stop now instead of after one more step.
         signum = self.signals.told if module.trainer.world_size == 1 and self.saved_at == step else agreed.signum
@@ -184,7 +173,7 @@ class CheckpointManager:
         if path != self.folder / LAST:
             return
         step = int(content["global_step"])
-        if self.keep_every and step % self.keep_every == 0:
+        if self.cfg.keep_every and step % self.cfg.keep_every == 0:
             fileio.link(path, self.folder / f"step-{step:08d}.ckpt")
         self.signals.saved_at = step
 

@@ -143,9 +143,7 @@ def prepare(cfg: FitSettings, task: Task, start: ResumeState, signals: Preemptio
     """Set up logging interval, checkpoints, non-finite guard, time-outs and compilation of the task's module."""
     module, folder = task.module, Path(cfg.run_dir) / "checkpoints"
     module.log_every = cfg.log_every
-    module.keeper = CheckpointManager(
-        folder, cfg.save_every, cfg.save_minutes, cfg.keep_every, signals, cfg.val_minutes
-    )
+    module.keeper = CheckpointManager(folder, cfg, signals)
     if start.path == folder / LAST:
         module.keeper.saved_at = start.step
     sharded = cfg.trainer.strategy == "fsdp"
