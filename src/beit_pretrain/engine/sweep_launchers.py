@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, TypeAlias
 
 from beit_pretrain.engine.dist_env import PROCESS_VARIABLES
 from beit_pretrain.errors import UserError, first_line
@@ -23,78 +23,63 @@ PATIENCE = 120.0  # seconds for a run to save its last checkpoint after a signal
 REQUEUE = 75  # exit code of a preempted run or sweep: start it again
 
 
-class RunResult(NamedTuple):
-    """Exit code and duration of a run."""
-
-    code: int
-    seconds: float
+Handle: TypeAlias = "Process | Submitted"  # a run that was started
+Start = Callable[[int, int], Handle]  # starts run `number` in `slot`
 
 
-class Handle(Protocol):
-    """A run that was started."""
+def launcher(words: list[str], folder: Path, jobs: int, work: list[tuple[list[str], Path]]) -> tuple[Start, int]:
+    """The launcher that `hydra/launcher=` names: basic (the default), submitit_local or submitit_slurm.
 
-    def poll(self) -> int | None: ...  # exit code, None while it runs
+    Returns the function that starts a run, and the number of slots.
 
-    def stop(self, number: int) -> None: ...  # send a signal
-
-
-class Launcher(NamedTuple):
-    """How the runs of a sweep are started: `start(number, slot)`, with `at_once` slots."""
-
-    start: Callable[[int, int], Handle]
-    at_once: int
-
-
-Work = list[tuple[list[str], Path]]  # command-line settings and log file of each run
-
-
-def launcher(words: list[str], folder: Path, jobs: int, work: Work) -> Launcher:
-    """The launcher that `hydra/launcher=` names: basic (the default), submitit_local or submitit_slurm."""
+    Args:
+        work: command-line settings and log file of each run.
+    """
     name = next((w.partition("=")[2] for w in words if w.startswith("hydra/launcher=")), "basic")
     settings = [w.removeprefix("hydra.launcher.") for w in words if w.startswith("hydra.launcher.")]
     if name == "basic":
         if settings:
             raise UserError(f"hydra.launcher.{settings[0]} needs hydra/launcher=submitit_slurm")
         gpus = shared_gpus(jobs)
-        return Launcher(lambda i, slot: Process(*work[i], gpus[slot] if gpus else None), jobs)
+        return lambda i, slot: Process(*work[i], gpus[slot] if gpus else None), jobs
     if name not in ("submitit_local", "submitit_slurm"):
         raise UserError(f"hydra/launcher={name} is not one of basic, submitit_local, submitit_slurm")
     executor = submitit_executor(name.removeprefix("submitit_"), settings, folder)
     tasks = [Job(command(words), log, str(Path.cwd())) for words, log in work]
     if name == "submitit_local":
-        return Launcher(lambda i, slot: Submitted(executor.submit(tasks[i])), jobs)
+        return lambda i, slot: Submitted(executor.submit(tasks[i])), jobs
     with executor.batch():  # one job array: SLURM limits how many jobs run at once
         sent = [executor.submit(task) for task in tasks]
     if sent:
         print(f"sent to SLURM as {sent[0].job_id.partition('_')[0]}; Ctrl-C cancels", flush=True)
-    return Launcher(lambda i, slot: Submitted(sent[i]), max(1, len(sent)))
+    return lambda i, slot: Submitted(sent[i]), max(1, len(sent))
 
 
-def run_all(
-    names: list[str],
-    start: Callable[[int, int], Handle],
-    at_once: int,
-    report: Callable[[int, int, str, RunResult | None], None],
-) -> list[RunResult]:
-    """Run all, at most `at_once` at a time, and continue after failures. Signals are forwarded to the runs."""
-    outcomes: dict[int, RunResult] = {}
+def run_all(names: list[str], start: Start, at_once: int) -> list[int]:
+    """Run all, at most `at_once` at a time, and continue after failures; returns their exit codes.
+
+    Signals are forwarded to the runs.
+    """
+    codes: dict[int, int] = {}
     running: dict[int, tuple[Handle, int, float]] = {}
     slots = list(range(at_once))
     todo = iter(range(len(names)))
     with stopping(running):
-        while len(outcomes) < len(names):
+        while len(codes) < len(names):
             while slots and (number := next(todo, None)) is not None:
                 slot = slots.pop(0)
                 running[number] = start(number, slot), slot, time.monotonic()
-                report(number + 1, len(names), names[number], None)
+                print(f"[{number + 1}/{len(names)}] {names[number]}: started", flush=True)
             for number, (handle, slot, begun) in list(running.items()):
                 if (code := handle.poll()) is not None:
                     del running[number]
                     slots.append(slot)
-                    outcomes[number] = RunResult(code, time.monotonic() - begun)
-                    report(number + 1, len(names), names[number], outcomes[number])
+                    codes[number] = code
+                    how = f"failed with exit code {code}" if code else "finished"
+                    seconds = f"after {time.monotonic() - begun:.0f} s"
+                    print(f"[{number + 1}/{len(names)}] {names[number]}: {how} {seconds}", flush=True)
             time.sleep(0.1)
-    return [outcomes[number] for number in range(len(names))]
+    return [codes[number] for number in range(len(names))]
 
 
 class SweepPreempted(BaseException):
@@ -179,10 +164,12 @@ class Process:
         self.process = begin(command(words), log, gpus=gpus)
 
     def poll(self) -> int | None:
+        """The exit code; None while the run goes on."""
         code = self.process.poll()
         return code if code is None or code >= 0 else 128 - code  # a signal, in the shell's convention
 
     def stop(self, number: int) -> None:
+        """Send a signal."""
         if self.process.poll() is None:
             signal_group(self.process, number)
 
