@@ -92,14 +92,7 @@ class Task:
             return None
         shown = chosen_images(self.data, options, self.network, count=min(options.images, 2))
         normalised = normalise(shown, module.mean, module.std)
-        return attention_picture(
-            self.network,
-            normalised,
-            shown,
-            options.layers,
-            options.heads,
-            options.patches,
-        )
+        return attention_picture(self.network, normalised, shown, options.layers, options.heads, options.patches)
 
     def batch_of(self, options: Any) -> dict[str, Tensor]:
         """The first images of the split, after the run's transform."""

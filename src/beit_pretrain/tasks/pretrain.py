@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from PIL import Image
 from torch import Tensor
 
-from beit_pretrain.data.datamodule import ShardData
+from beit_pretrain.data.datamodule import ShardData, first_images
 from beit_pretrain.data.dataset import BatchSchedule, Transform
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.callbacks import ValidationPictures
@@ -151,7 +149,8 @@ class Pretraining(BackboneModule):
         image_BCHW = normalise(image_BCHW, self.mean, self.std)
         logits_BKV = self.model.forward_at(image_BCHW, mask_BN, position_BK.clamp(min=0), drop_BR)
         target_BK = masked_targets(tokens_BN, position_BK)
-        loss_sum = F.cross_entropy(at_least_float(logits_BKV).flatten(0, 1), target_BK.flatten(), reduction="sum")
+        exact_BKV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32))  # half precision is too coarse
+        loss_sum = F.cross_entropy(exact_BKV.flatten(0, 1), target_BK.flatten(), reduction="sum")
         return MIMOutput(loss_sum, (target_BK != IGNORE).sum(), (logits_BKV.argmax(-1) == target_BK).sum())
 
     def count(self, found: MIMOutput, tokens_BN: Tensor) -> None:
@@ -232,23 +231,11 @@ def masked_targets(tokens_BN: Tensor, index_BK: Tensor) -> Tensor:
     return tokens_BN.gather(1, index_BK.clamp(min=0)).masked_fill(index_BK < 0, IGNORE)
 
 
-def at_least_float(x: Tensor) -> Tensor:
-    """Cast half precision to float32; leave float32 and float64 unchanged."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def nearest_visible(mask_BN: Tensor) -> Tensor:
     """Index (B, N) of the visible patch nearest to every patch; of equally near ones, the first."""
-    distance_NN = _patch_distances(int(mask_BN.shape[1]), mask_BN.device)
-    return (distance_NN + mask_BN.unsqueeze(1) * 1e6).argmin(-1)
-
-
-@lru_cache(maxsize=4)
-def _patch_distances(patches: int, device: torch.device) -> Tensor:
-    side = patch_grid(round(patches**0.5), 1)[0]
-    row = torch.arange(side, device=device, dtype=torch.float)
-    points = torch.cartesian_prod(row, row)
-    return torch.cdist(points, points)
+    row = torch.arange(round(mask_BN.shape[1] ** 0.5), device=mask_BN.device, dtype=torch.float)
+    place_N2 = torch.cartesian_prod(row, row)
+    return (torch.cdist(place_N2, place_N2) + mask_BN.unsqueeze(1) * 1e6).argmin(-1)
 
 
 class PretrainData(ShardData):
@@ -313,8 +300,7 @@ class Pretrain(Task):
     def preflight(self) -> list[str]:
         """Encode a few images and report how many different tokens they have."""
         dataset = self.data.train_dataset(BatchSchedule(self.data.global_batch_size))
-        samples = [dataset.sample(position) for position in range(min(4, self.data.samples))]
-        batch = {key: torch.as_tensor(np.stack([s[key] for s in samples])) for key in samples[0] if key != "bad"}
+        batch = first_images(dataset, 4, torch.device("cpu"))
         tokenizer = self.module.tokenizer
         cached = tokenizer is None or "tokens" in batch
         tokens = batch["tokens"] if cached else cast(Tokenizer, tokenizer).encode(jittered_views(batch)[1])
