@@ -22,7 +22,7 @@ from beit_pretrain.data.dataset import first_position
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.backbone import Classifier, patch_grid
+from beit_pretrain.models.backbone import Classifier
 from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import classifier
@@ -149,7 +149,6 @@ class Finetune(Task):
     def __init__(self, cfg: FinetuneSettings):
         super().__init__(cfg)
         source = None if cfg.from_scratch else read_source(cfg, expands_bias=True)
-        patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
         mean, std = normalisation(cfg, source.about if source else {})
         self.data = data = labelled_data(cfg, mean)
         if source is None:

@@ -24,7 +24,6 @@ from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task, check_split
 from beit_pretrain.errors import UserError
 from beit_pretrain.inference.sliding_window import SlidingWindow, segmented, upsampled
-from beit_pretrain.models.backbone import patch_grid
 from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import segmenter
@@ -179,7 +178,6 @@ class Segment(Task):
     def __init__(self, cfg: SegmentSettings):
         super().__init__(cfg)
         source = None if cfg.from_scratch else read_source(cfg, expands_bias=True)
-        patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
         mean, std = normalisation(cfg, source.about if source else {})
         self.data, names = segmentation_data(cfg, mean, cfg.test)
         decoder = to_dict(cfg.decoder)
