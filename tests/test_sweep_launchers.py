@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from beit_pretrain.engine.sweep_launchers import REQUEUE, Process, launcher, member_environment, run_all, shared_gpus
+from beit_pretrain.engine.preemption import PREEMPTED
+from beit_pretrain.engine.sweep_launchers import Process, launcher, member_environment, run_all, shared_gpus
 from beit_pretrain.errors import UserError
 
 
@@ -76,7 +77,7 @@ def test_signals_reach_runs_and_their_children(sent, received, ends, monkeypatch
     with pytest.raises(ends) as caught:
         run_all(["a"], lambda number, slot: process, 1)
     if ends is SystemExit:
-        assert caught.value.code == REQUEUE
+        assert caught.value.code == PREEMPTED
     deadline = time.monotonic() + 5
     while (tmp_path / "told").stat().st_size < 2 and time.monotonic() < deadline:
         time.sleep(0.02)

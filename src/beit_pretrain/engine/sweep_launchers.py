@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from beit_pretrain.engine.dist_env import PROCESS_VARIABLES
+from beit_pretrain.engine.preemption import PREEMPTED, Preempted, PreemptionSignals
 from beit_pretrain.errors import UserError, first_line
 
 PATIENCE = 120.0  # seconds for a run to save its last checkpoint after a signal
-REQUEUE = 75  # exit code of a preempted run or sweep: start it again
 
 
 Handle: TypeAlias = "Process | Submitted"  # a run that was started
@@ -82,34 +82,22 @@ def run_all(names: list[str], start: Start, at_once: int) -> list[int]:
     return [codes[number] for number in range(len(names))]
 
 
-class SweepPreempted(BaseException):
-    """SIGTERM or SIGUSR1 from a scheduler."""
-
-
 @contextmanager
 def stopping(running: dict[int, tuple[Handle, int, float]]) -> Iterator[None]:
     """End the runs when the sweep ends: forward Ctrl-C as SIGINT, other signals as SIGTERM, and let the runs save."""
-
-    def tell(*_: object) -> None:
-        raise SweepPreempted
-
-    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    except BaseException as error:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        end(
-            [handle for handle, _, _ in running.values()],
-            signal.SIGTERM if isinstance(error, SweepPreempted) else signal.SIGINT,
-        )
-        if isinstance(error, SweepPreempted):
+    with PreemptionSignals():
+        try:
+            yield
+        except BaseException as error:
+            told = error.signum if isinstance(error, Preempted) else signal.SIGINT
+            forwarded = signal.SIGINT if told == signal.SIGINT else signal.SIGTERM
+            end([handle for handle, _, _ in running.values()], forwarded)
+            if not isinstance(error, Preempted):
+                raise
+            if told == signal.SIGINT:
+                raise KeyboardInterrupt from None
             print("stopped; rerun the same command to resume", file=sys.stderr)
-            raise SystemExit(REQUEUE) from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            raise SystemExit(PREEMPTED) from None
 
 
 def end(handles: list[Handle], number: int) -> None:
