@@ -31,7 +31,15 @@ def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> lis
     dry_run(task)
     lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
     lines += task.preflight()
-    lines.append(f"  disk: {disk(cfg, task, trainer, steps)}")
+    space = check_space(
+        cfg.folder / "checkpoints",
+        sum(p.numel() for p in task.module.model.parameters()),
+        states=numbers_kept(task),
+        best=bool(trainer.checkpoint_callbacks),
+        kept=steps // cfg.keep_every if cfg.keep_every else 0,
+        cleared=cfg.resume == "never",
+    )
+    lines.append(f"  disk: {space}")
     lines.append(f"  memory: {memory(task, on_gpu)}")
     if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
@@ -62,18 +70,6 @@ def memory(task: Task, pinned: bool) -> str:
         if available and needed > 1024 * int(available[1]):
             line += f" (warning: {size(1024 * int(available[1]))} are available)"
     return line
-
-
-def disk(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> str:
-    """A line on the disk space for checkpoints. Raises UserError like `check_space`."""
-    return check_space(
-        Path(cfg.run_dir) / "checkpoints",
-        sum(p.numel() for p in task.module.model.parameters()),
-        states=numbers_kept(task),
-        best=bool(trainer.checkpoint_callbacks),
-        kept=steps // cfg.keep_every if cfg.keep_every else 0,
-        cleared=cfg.resume == "never",
-    )
 
 
 def dry_run(task: Task) -> None:

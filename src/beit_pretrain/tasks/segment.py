@@ -179,7 +179,7 @@ class Segment(Task):
         super().__init__(cfg)
         source = None if cfg.from_scratch else read_source(cfg, expands_bias=True)
         mean, std = normalisation(cfg, source.about if source else {})
-        self.data, names = segmentation_data(cfg, mean, cfg.test)
+        self.data, names = segmentation_data(cfg, mean)
         decoder = to_dict(cfg.decoder)
         if source is None:
             model = Segmenter(len(names), decoder, **network(cfg))
@@ -206,9 +206,7 @@ class Segment(Task):
         return segmentation_picture(self.module, self.data, options.images, options.split)
 
 
-def segmentation_data(
-    cfg: SegmentSettings, fill: tuple[float, ...], windows: SlidingWindow
-) -> tuple[SegmentationData, list[str]]:
+def segmentation_data(cfg: SegmentSettings, fill: tuple[float, ...]) -> tuple[SegmentationData, list[str]]:
     """The data module and the class names. Raises UserError if the number of classes is unknown."""
     data, size = cfg.data, cfg.image_size
     reader = ShardReader(data.train)
@@ -232,7 +230,7 @@ def segmentation_data(
         fill=fill,
         **common,
     )
-    images = SegmentationEvalTransform(size, scales=windows.scales, **common)
+    images = SegmentationEvalTransform(size, scales=cfg.test.scales, **common)
     return SegmentationData(train_views=crops, val_views=images, **data_settings(cfg)), names
 
 
