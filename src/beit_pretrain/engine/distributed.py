@@ -48,12 +48,8 @@ GONE = re.compile(
 def resolve_trainer_args(trainer: dict[str, Any], minutes: float, compression: str | None = None) -> dict[str, Any]:
     """Fill in devices, nodes, strategy and cluster environment of the settings `trainer`.
 
-    Raises AllRanksError if they contradict the launcher or the machine.
-
-    Args:
-        trainer: the group of settings `trainer`.
-        minutes: time-out of the process group.
-        compression: how DDP sends gradients; None = as they are.
+    Raises AllRanksError if they contradict the launcher or the machine. `minutes` and `compression`: the settings
+    `timeout_minutes` and `gradient_compression`.
     """
     launch = launched()
     settings = dict(trainer)
@@ -170,14 +166,10 @@ def disagreement(everyone: list[tuple[str, dict[str, str]]]) -> str | None:
     return None
 
 
-def facts(cfg: dict[str, Any], data: ShardData, done: int) -> dict[str, str]:
-    """Facts that must be equal on all processes: settings, contents of the data, resume step, torch version."""
-    return {
-        **flat(cfg),
-        **{f"images of data.{split}": found for split, found in contents(data).items()},
-        "finished steps": str(done),
-        "torch": torch.__version__,
-    }
+def facts(cfg: dict[str, Any], images: dict[str, str], done: int) -> dict[str, str]:
+    """Facts that must be equal on all processes: settings, `contents` of the data, resume step, torch version."""
+    found = {f"images of data.{split}": digest for split, digest in images.items()}
+    return {**flat(cfg), **found, "finished steps": str(done), "torch": torch.__version__}
 
 
 def contents(data: ShardData) -> dict[str, str]:

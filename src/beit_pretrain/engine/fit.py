@@ -116,7 +116,7 @@ def run(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
         with as_user_errors():
             prepare(cfg, task, start, signals)
             open_folder(cfg, trainer, task.module, start)
-            agreement.facts = cluster.facts(to_dict(cfg), task.data, start.step)
+            agreement.facts = cluster.facts(to_dict(cfg), task.module.images, start.step)
         try:
             train(task, trainer, start.path, cfg.timeout_minutes)
             metrics = finish(cfg, task, trainer, steps)
@@ -160,7 +160,7 @@ def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: fl
         with keeper.ending(), cluster.distributed_errors(trainer, timeout_minutes):
             trainer.fit(task.module, task.data, ckpt_path=str(resume) if resume else None, weights_only=True)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        if resume is None or keeper.prepare_view:
+        if resume is None or keeper.begun:
             raise
         raise UserError(f"the run cannot resume from {resume}: {type(error).__name__}: {first_line(error)}") from error
     except SystemExit:  # raised by Lightning on a second Ctrl-C
