@@ -39,10 +39,7 @@ ASK_EVERY = 10  # validation batches between two checks whether any process rece
 class CheckpointManager:
     """Saves `last.ckpt` (its predecessor becomes `previous.ckpt`) and, every `keep_every` steps, `step-NNNNNNNN.ckpt`.
 
-    Args:
-        folder: folder of the checkpoints.
-        cfg: when to save and to validate.
-        signals: the stop signals of this process.
+    `folder`: of the checkpoints; `signals`: the stop signals of this process.
     """
 
     def __init__(self, folder: Path, cfg: FitSettings, signals: PreemptionSignals | None = None):
@@ -50,7 +47,7 @@ class CheckpointManager:
         self.signals = signals or PreemptionSignals()
         self.saved_at: int | None = None  # step of the newest snapshot; `signals.saved_at`: newest checkpoint on disk
         self.validated_at = 0  # step of this process's newest validation
-        self.prepare_view = False
+        self.begun = False
         self._saved = self._validated = time.monotonic()
         self._writer: BackgroundCheckpointIO | None = None
 
@@ -61,7 +58,7 @@ class CheckpointManager:
         """Call at the start of the loop: from here on a signal takes effect after the current step."""
         self._watch(trainer)  # the writer also writes `best.ckpt`, possibly before the first `last.ckpt`
         self._saved = self._validated = time.monotonic()
-        self.prepare_view = self.signals.looping = True
+        self.begun = self.signals.looping = True
 
     def _watch(self, trainer: Any) -> None:
         """Use this run's writer, and have it call `_written` after each write."""
@@ -224,8 +221,8 @@ def check_space(
     Raises UserError if the folder is not writable or the disk is too small.
 
     Args:
-        folder: folder of the checkpoints; need not exist yet.
-        parameters: number of parameters of the network.
+        folder: of the checkpoints; need not exist yet.
+        parameters: of the network.
         states: float32 values per parameter in a checkpoint: weight, AdamW's two moments, average.
         best: whether the run writes `best.ckpt`, besides the last, the previous and the currently written checkpoint.
         kept: number of permanently kept checkpoints. Too little space for these is only a warning.

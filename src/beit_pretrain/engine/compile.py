@@ -84,10 +84,7 @@ def first_lines(text: str | None, count: int = 2) -> str:
 class CompileReport(Callback):
     """Prints the counts once, after the first steps, with a warning if a function fell back to eager execution.
 
-    Later recompilations are reported at the end of training.
-
-    Args:
-        asked: the run's setting `compile`.
+    Later recompilations are reported at the end of training. `asked`: the run's setting `compile`.
     """
 
     def __init__(self, asked: bool | str = "auto") -> None:

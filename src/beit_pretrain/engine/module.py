@@ -33,10 +33,8 @@ PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
 class TrainedModule(LightningModule):
     """A network, its optimiser settings and its metrics.
 
-    Args:
-        model: the network; its `config` (plain keyword arguments) is saved in the checkpoint.
-        optim: optimiser settings.
-        seed: seed of the run; drop path and mixing depend on it and on the positions.
+    The network's `config` (plain keyword arguments) is saved in the checkpoint. Drop path and mixing depend on the
+    run's `seed` and on the positions.
     """
 
     model: Any

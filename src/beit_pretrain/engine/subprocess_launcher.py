@@ -92,9 +92,7 @@ class _StartsChildren:
 class DDP(_StartsChildren, DDPStrategy):
     """Lightning's DDPStrategy with gradients as views of the all-reduce buckets, which saves a copy.
 
-    Args:
-        compression: "bf16" = all-reduce gradients in bf16, which halves the traffic; None = as they are.
-        settings: arguments of Lightning's DDPStrategy.
+    `compression`: "bf16" = all-reduce gradients in bf16, which halves the traffic; None = as they are.
     """
 
     def __init__(self, compression: str | None = None, **settings: Any):

@@ -71,11 +71,7 @@ class ClassificationDataSettings(DataSettings, CropSettings):
 
 
 class BackboneModule(TrainedModule):
-    """A LightningModule whose network takes normalised images.
-
-    Args:
-        mean, std: of the normalisation.
-    """
+    """A LightningModule whose network takes images normalised with `mean` and `std`."""
 
     def __init__(self, model: nn.Module, optim: OptimSettings, mean: Sequence[float], std: Sequence[float], seed: int):
         super().__init__(model, optim, seed)

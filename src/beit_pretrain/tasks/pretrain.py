@@ -82,11 +82,7 @@ class MIMOutput(NamedTuple):
 class Pretraining(BackboneModule):
     """Predicts the visual tokens of masked patches.
 
-    Args:
-        model: backbone with token head.
-        tokenizer: frozen; gives one id per patch. None if the batches contain the ids (`tokens`).
-        optim: optimiser settings.
-        mean, std: normalisation of the backbone's view.
+    `tokenizer`: frozen; gives one id per patch. None if the batches contain the ids (`tokens`).
     """
 
     kind = "mim"
