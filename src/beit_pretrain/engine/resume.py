@@ -143,11 +143,11 @@ def open_folder(cfg: FitSettings, trainer: Trainer, module: TrainedModule, start
             warn([f"{metrics.path} lacks {lost} of the {start.rows} rows that were written up to step {start.step}"])
     trainer.loggers = [metrics]
     if cfg.logger.kind == "wandb":
-        from beit_pretrain.engine.wandb_logger import same_id, wandb_logger
+        from beit_pretrain.engine.wandb_logger import WeightsAndBiases, same_id
 
         run_id = start.about.get("wandb_id") or same_id(run_dir / WANDB_ID, is_first_process())
         module.about["wandb_id"] = run_id
-        logger = wandb_logger(cfg, run_id)
+        logger = WeightsAndBiases(cfg, run_id)
         trainer.loggers = [metrics, logger]
         logger.begin(metrics.rows)
 
