@@ -170,13 +170,10 @@ class TrainedModule(LightningModule):
 
     def flush(self) -> None:
         """Write the means since the last flush to the loggers and the progress bar."""
-        self._read()
-        names = sorted(self._sums)
-        if not names:
+        totals, self._sums = self.unwritten(), {}
+        if not totals:
             return
-        sums, weights = self.sum_over_processes(torch.stack([self._sums[n] for n in names], dim=1).to(self.device))
-        self._sums = {}
-        metrics = {f"train/{name}": value for name, value in zip(names, (sums / weights).tolist(), strict=True)}
+        metrics = {f"train/{name}": (total / weight).item() for name, (total, weight) in totals.items()}
         # Python numbers: values logged through Lightning are device tensors, read at each refresh of the bar.
         self.shown = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
         self.log_metrics(metrics)
@@ -190,16 +187,12 @@ class TrainedModule(LightningModule):
             # Lightning's loop can validate by steps or by minutes, but not by both.
             loop: Any = self.trainer.fit_loop.epoch_loop
             loop._should_check_val_fx = lambda data_fetcher: self.validation_due
-        if self.validation_due:  # the run ended before or during this validation
-            self.validate_now()
-
-    def validate_now(self) -> None:
-        """Validate between two steps, in the way of Lightning's loop."""
-        loop = self.trainer.fit_loop.epoch_loop.val_loop
-        loop.restarting = False
-        self.trainer.validating = True
-        loop.run()
-        self.trainer.training = True
+        if self.validation_due:  # the run ended before or during this validation; now as Lightning's loop does it
+            val_loop = self.trainer.fit_loop.epoch_loop.val_loop
+            val_loop.restarting = False
+            self.trainer.validating = True
+            val_loop.run()
+            self.trainer.training = True
 
     def on_validation_epoch_start(self) -> None:
         self.totals = torch.zeros(self.totals_shape, dtype=torch.float64, device=self.device)
@@ -241,9 +234,9 @@ class TrainedModule(LightningModule):
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         done = int(checkpoint.get("global_step", 0)) * self.trainer.accumulate_grad_batches
         for name, count in (("epoch_loop.batch_progress", done), ("epoch_loop.val_loop.batch_progress", 0)):
-            for counts in (loop[name]["total"], loop[name]["current"]) if name in loop else ():
-                counts.update(dict.fromkeys(counts, count))
             if name in loop:
+                for counts in (loop[name]["total"], loop[name]["current"]):
+                    counts.update(dict.fromkeys(counts, count))
                 loop[name]["is_last_batch"] = False
         for counts in loop.get("epoch_progress", {}).values():
             counts.update(ready=1, started=1, processed=0, completed=0)
