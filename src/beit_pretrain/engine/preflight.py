@@ -28,7 +28,10 @@ def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> lis
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
     given = f"global_batch_size={cfg.global_batch_size} on {trainer.world_size} processes, batch_size={cfg.batch_size}"
     task.check_micro_batch(images_at_once(cfg, trainer), trainer.world_size, on_gpu, given)
-    dry_run(task)
+    task.data.train_dataset(BatchSchedule(cfg.global_batch_size)).sample(0)
+    if "val" in task.data.readers:
+        task.data.eval_dataset("val").sample(0)
+    configure(task.module.model, task.module.optim, total_steps=1)
     lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
     lines += task.preflight()
     space = check_space(
@@ -70,14 +73,6 @@ def memory(task: Task, pinned: bool) -> str:
         if available and needed > 1024 * int(available[1]):
             line += f" (warning: {size(1024 * int(available[1]))} are available)"
     return line
-
-
-def dry_run(task: Task) -> None:
-    """Build one sample of each split, and the optimiser, so that errors appear before the run's folder is changed."""
-    task.data.train_dataset(BatchSchedule(task.data.global_batch_size)).sample(0)
-    if "val" in task.data.readers:
-        task.data.eval_dataset("val").sample(0)
-    configure(task.module.model, task.module.optim, total_steps=1)
 
 
 def run_summary(cfg: FitSettings, task: Task, steps: int, trainer: Trainer) -> str:

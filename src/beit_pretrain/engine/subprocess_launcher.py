@@ -44,12 +44,15 @@ class SubprocessLauncher(_SubprocessScriptLauncher):
                 process.send_signal(signum)
 
     def _watch(self) -> None:
-        while not (failed := self._failed()):
-            if all(process.poll() == 0 for process in self.children) or self.leaving.wait(0.5):
+        failed: list[tuple[int, int]] = []  # local rank and exit code
+        while not failed:
+            codes = [process.poll() for process in self.children]
+            failed = [(rank, code) for rank, code in enumerate(codes, start=1) if code]
+            if not failed and (codes == [0] * len(codes) or self.leaving.wait(0.5)):
                 return
         if self.leaving.wait(PATIENCE):
             return
-        rank, code = failed
+        rank, code = failed[0]
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
         print(
             f"\nerror: process {rank} of the run {how}; the others are ended. Rerun the same command to resume from "
@@ -59,11 +62,6 @@ class SubprocessLauncher(_SubprocessScriptLauncher):
         )
         self.kill(signal.SIGKILL)
         os._exit(2)
-
-    def _failed(self) -> tuple[int, int] | None:
-        """Local rank and exit code of the first process that failed."""
-        ended = ((rank, process.poll()) for rank, process in enumerate(self.children, start=1))
-        return next(((rank, code) for rank, code in ended if code), None)
 
     def end(self, seconds: float = 1, signum: int | None = None) -> None:
         """End the children when the main process exits: send them `signum`, and kill them after `seconds`."""
