@@ -23,7 +23,6 @@ from beit_pretrain.models.checkpoints.init_from import normalisation
 from beit_pretrain.models.mae import MaskedAutoencoder, Masking, random_masking
 from beit_pretrain.settings import Settings, Switch, Whole, about, to_dict
 from beit_pretrain.tasks.common import BackboneModule, BackboneSettings, NetworkSettings, Width, classification_data
-from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.transforms.settings import CropSettings
 from beit_pretrain.visualization import grids
 
@@ -124,16 +123,11 @@ class MAE(Task):
             if len(self.data.classes) > 1:
                 self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
 
+    @torch.no_grad()
     def masked(self, options: Any) -> Image.Image | None:
-        return autoencoder_picture(self.module, self.batch_of(options))
-
-
-@torch.no_grad()
-def autoencoder_picture(module: Autoencoding, batch: dict[str, Tensor]) -> Image.Image:
-    """Grid of masked | predicted | original, one row per image."""
-    image = batch["image"].float() / 255
-    masking = module.masking(batch["position"], VAL_SEED)
-    predicted = module.model.reconstruct(normalise(image, module.mean, module.std), masking)
-    mean, std = (image.new_tensor(values).view(1, -1, 1, 1) for values in (module.mean, module.std))
-    predicted = (predicted * std + mean).clamp(0, 1)
-    return grids.grid([grids.hide(image, masking.mask_BN), predicted, image], ["masked", "predicted", "original"])
+        """Grid of masked | predicted | original, one row per image."""
+        module, batch = self.module, self.batch_of(options)
+        image, masking = batch["image"].float() / 255, module.masking(batch["position"], VAL_SEED)
+        mean, std = (image.new_tensor(values).view(1, -1, 1, 1) for values in (module.mean, module.std))
+        predicted = (module.model.reconstruct(module.image_of(batch), masking) * std + mean).clamp(0, 1)
+        return grids.grid([grids.hide(image, masking.mask_BN), predicted, image], ["masked", "predicted", "original"])

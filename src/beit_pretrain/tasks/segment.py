@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import Field, Strict
 from torch import Tensor
 
-from beit_pretrain.data.datamodule import SegmentationData, ShardData
+from beit_pretrain.data.datamodule import SegmentationData
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.callbacks import ValidationPictures
@@ -202,8 +202,17 @@ class Segment(Task):
             raise UserError(f"the decoder's batch norms need at least 2 images at once, not {images} ({given})")
 
     def masked(self, options: Any) -> Image.Image | None:
+        """One row per image: image, overlay of its label map, overlay of the prediction."""
         check_split(self.data, options)
-        return segmentation_picture(self.module, self.data, options.images, options.split)
+        module, dataset, rows = self.module, self.data.eval_dataset(options.split), []
+        for position in range(min(options.images, dataset.order.samples)):
+            sample = dataset.sample(position)
+            scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
+            target = sample["target"]
+            found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
+            image = grids.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
+            rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
+        return grids.stack(rows)
 
 
 def segmentation_data(cfg: SegmentSettings, fill: tuple[float, ...]) -> tuple[SegmentationData, list[str]]:
@@ -232,16 +241,3 @@ def segmentation_data(cfg: SegmentSettings, fill: tuple[float, ...]) -> tuple[Se
     )
     images = SegmentationEvalTransform(size, scales=cfg.test.scales, **common)
     return SegmentationData(train_views=crops, val_views=images, **data_settings(cfg)), names
-
-
-def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str) -> Image.Image:
-    """One row for each of the first images of a split: image, overlay of its label map, overlay of the prediction."""
-    dataset, rows = data.eval_dataset(split), []
-    for position in range(min(images, dataset.order.samples)):
-        sample = dataset.sample(position)
-        scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
-        target = sample["target"]
-        found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
-        image = grids.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
-        rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
-    return grids.stack(rows)
