@@ -93,7 +93,7 @@ def settings_of_folder(run_dir: Path, begun: bool) -> tuple[dict | None, str]:
 
 def same_settings(old: dict, cfg: FitSettings) -> None:
     """Raise UserError if the run in the folder has other settings than `cfg`."""
-    different = differences(old, to_dict(cfg), type(cfg))
+    different = differences(resume_config(old, type(cfg)), resume_config(to_dict(cfg), type(cfg)))
     if different:
         raise UserError(
             f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from beit_pretrain import fileio
 from beit_pretrain.config import compose, quoted, readable
 from beit_pretrain.engine.dist_env import launched
-from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config
+from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config, resume_config
 from beit_pretrain.engine.sweep_launchers import launcher, run_all
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import config_dir, to_dict
@@ -189,7 +189,8 @@ def is_finished(member: SweepRun) -> bool:
         cfg, old = compose("fit", member.words), read_config(member.folder / CONFIG)
     except UserError:  # the run itself reports it
         return False
-    return cfg.resume != "never" and not differences(old, to_dict(cfg), type(cfg))
+    kind = type(cfg)
+    return cfg.resume != "never" and not differences(resume_config(old, kind), resume_config(to_dict(cfg), kind))
 
 
 def last_words(log: Path) -> str:
