@@ -20,10 +20,11 @@ from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_
 from beit_pretrain.engine.sweep_launchers import launcher, run_all
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import config_dir, to_dict
-from beit_pretrain.tables import read_rows, write_csv
+from beit_pretrain.tables import read_rows, table, write_csv
 
 LOG = "log.txt"  # output of a run
 LONGEST_NAME = 120
+COLUMNS = 8  # of the printed table
 FIRST = ("val/loss", "val/accuracy", "val/masked_token_accuracy", "val/knn_accuracy")  # first metrics of the table
 
 
@@ -54,7 +55,7 @@ def sweep(words: list[str]) -> None:
     codes = {member.name: code for member, code in zip(waiting, outcomes, strict=True) if code}
     header, rows = summary(members, codes)
     write_csv(folder / "sweep.csv", header, rows)
-    print(table(header, rows) + f"\nwrote {folder / 'sweep.csv'}", flush=True)
+    print(overview(header, rows) + f"\nwrote {folder / 'sweep.csv'}", flush=True)
     if codes:
         print(f"error: {len(codes)} of {len(members)} runs failed:", file=sys.stderr)
         for name, code in codes.items():
@@ -116,7 +117,7 @@ def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
     from hydra.errors import HydraException
 
     choices: dict[str, list[str]] = {}
-    swept: list[str] = []
+    swept: set[str] = set()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         for word in words:
@@ -126,13 +127,13 @@ def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
                 choices[word.partition("=")[0]] = [readable(word)]
                 continue
             key = override.get_key_element()
-            swept = [other for other in swept if other != key]
+            swept.discard(key)
             choices.pop(key, None)  # a repeated key: the last value counts
             if not override.is_sweep_override():
                 choices[key] = [word]
             elif override.is_discrete_sweep():
                 choices[key] = list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
-                swept.append(key)
+                swept.add(key)
             else:
                 raise UserError(f"{word} has no end of values: give a list, choice(), range() or glob()")
             if not choices[key]:
@@ -161,8 +162,9 @@ def first_that_composes(candidates: list[list[str]]) -> Any:
 
 def describe(swept: dict[str, str]) -> str:
     """Folder name from the swept values, such as lr_0.001_seed_1; equal values always give the same name."""
-    last = [re.split(r"[./@]", key_of(key))[-1] for key in swept]
-    keys = [short if last.count(short) == 1 else key_of(key) for short, key in zip(last, swept, strict=True)]
+    keys = [key_of(key) for key in swept]
+    last = [re.split(r"[./@]", key)[-1] for key in keys]
+    keys = [short if last.count(short) == 1 else key for short, key in zip(last, keys, strict=True)]
     name = "_".join(f"{plain_text(key)}_{plain_text(value)}" for key, value in zip(keys, swept.values(), strict=True))
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{short_hash(name)}"
 
@@ -238,11 +240,9 @@ def last_metrics(path: Path) -> dict[str, float]:
     return values
 
 
-def table(header: tuple[str, ...], rows: list[tuple], columns: int = 8) -> str:
-    """The summary as text, without swept values (they are in the names) and with at most `columns` columns."""
+def overview(header: tuple[str, ...], rows: list[tuple]) -> str:
+    """The summary as text, without swept values (they are in the names) and with at most `COLUMNS` columns."""
     at = header.index("step")
-    kept = [0, 1, *range(at, min(len(header), at + columns - 2))]
-    text = [[header[i] for i in kept]]
-    text += [[f"{row[i]:.5g}" if isinstance(row[i], float) else str(row[i]) for i in kept] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    return "\n".join("  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in text)
+    kept = [0, 1, *range(at, min(len(header), at + COLUMNS - 2))]
+    cells = [[f"{row[i]:.5g}" if isinstance(row[i], float) else str(row[i]) for i in kept] for row in rows]
+    return table([header[i] for i in kept], cells)
