@@ -117,7 +117,8 @@ class Pretraining(BackboneModule):
         position_BK, drop_BR = batch["mask_index"], self.drop_path_noise(batch)
         found = self.maybe_compile(self.objective)(image, batch["mask"], position_BK, tokens_BN, drop_BR)
         self.count(found, tokens_BN)
-        return found.loss_sum / position_BK.numel()
+        self._slots = position_BK.numel()
+        return found.loss_sum / self._slots
 
     def prepare(self, batch: dict) -> tuple[Tensor, Tensor]:
         """`image_and_tokens`, compiled if the run is compiled."""
@@ -170,10 +171,6 @@ class Pretraining(BackboneModule):
         masked = self._masked if self.trainer.world_size == 1 else self.exchange.masked
         self._masked = torch.zeros_like(self._masked)
         return micro_batches * self._slots / masked.double()
-
-    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        self._slots = batch["mask_index"].numel()
 
     def flush(self) -> None:
         use = codebook_use(self.sum_over_processes(self._tokens_V))
