@@ -75,10 +75,10 @@ def compile_reasons(counts: CompileCounts) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
-def first_lines(text: str | None, count: int = 2) -> str:
-    """The first `count` lines of a Dynamo message, joined into one line."""
+def first_lines(text: str | None) -> str:
+    """The first two lines of a Dynamo message, joined into one line."""
     lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
-    return " ".join(lines[:count])[:300]
+    return " ".join(lines[:2])[:300]
 
 
 class CompileReport(Callback):

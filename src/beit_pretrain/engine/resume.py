@@ -108,7 +108,6 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 def write_config(cfg: FitSettings) -> None:
-    """Write the run's config.yaml."""
     text = yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True)
     atomic_write(Path(cfg.run_dir) / CONFIG, text)  # other processes may read it meanwhile
 

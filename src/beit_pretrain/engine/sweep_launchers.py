@@ -114,7 +114,6 @@ def end(handles: list[Handle], number: int) -> None:
 
 
 def command(words: list[str]) -> list[str]:
-    """The command line of `fit` with these settings, with the current Python."""
     return [sys.executable, "-m", "beit_pretrain", "fit", *words]
 
 

@@ -48,8 +48,7 @@ class Task:
     @property
     def network(self) -> nn.Module:
         """The network with the attention blocks."""
-        network: nn.Module = self.module.model
-        return network
+        return self.module.model
 
     def check_micro_batch(self, images: int, world: int, on_gpus: bool, given: str) -> None:
         """Raise UserError if the task cannot train on a micro-batch of `images`; `given`: the settings, as text."""
@@ -101,7 +100,6 @@ class Task:
 
 
 def task_names() -> list[str]:
-    """Names of all tasks."""
     package = importlib.import_module("beit_pretrain.tasks")
     return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "common"]
 
