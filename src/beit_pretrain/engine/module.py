@@ -38,7 +38,7 @@ class TrainedModule(LightningModule):
     """
 
     model: Any
-    totals_shape: tuple[int, ...]  # of `totals`
+    totals_shape: tuple[int, ...] = ()  # of `totals`
     totals: Tensor  # float64: what a validation adds up over this process's held-out images
     kind: str  # what a checkpoint of this module holds: "mim", "classifier", "segmenter", "probe" or "tokenizer"
 

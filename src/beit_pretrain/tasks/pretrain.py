@@ -310,13 +310,13 @@ class Pretrain(Task):
 
     def validation_pictures(self) -> Iterator[tuple[str, Image.Image]]:
         """Also attention maps and, after the first validation, token maps, which do not change."""
-        module, batch = self.module, self.batch_of(VisualizeSettings(images=self.cfg.num_visualizations))
+        module, options = self.module, VisualizeSettings(images=self.cfg.num_visualizations)
+        batch = self.batch_of(options)
         yield "", masked_picture(module, batch)
-        image, ids_BN = module.image_and_tokens(batch)
+        image, _ = module.image_and_tokens(batch)
         yield "attention", attention_picture(module.model, normalise(image[:2], module.mean, module.std), image[:2])
         if not any((self.cfg.folder / "pictures").glob("step-*-tokens.png")):
-            decoded = cast(Tokenizer, module.tokenizer).decode(ids_BN)
-            yield "tokens", token_sheet(image, decoded, ids_BN, module.model.vocab_size)
+            yield "tokens", cast(Image.Image, self.tokens(options))
 
     def masked(self, options: Any) -> Image.Image | None:
         if self.module.tokenizer is None and not options.what:
