@@ -25,14 +25,7 @@ from beit_pretrain.engine.metrics import is_first_process
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
 from beit_pretrain.engine.preemption import PREEMPTED, Preempted, PreemptionSignals
 from beit_pretrain.engine.preflight import fit_for_fsdp, preflight, run_summary
-from beit_pretrain.engine.resume import (
-    ResumeState,
-    check_same_data,
-    find_resume,
-    load_run,
-    open_folder,
-    restore_config,
-)
+from beit_pretrain.engine.resume import ResumeState, check_same_data, find_resume, load_run, open_folder, restore_config
 from beit_pretrain.engine.run_folder import REPLACED, SKIPPED, exclusive_lock, finished_step, mark_finished
 from beit_pretrain.engine.settings import FitSettings, ValidateSettings
 from beit_pretrain.engine.task import Task, find_task

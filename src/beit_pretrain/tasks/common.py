@@ -13,18 +13,7 @@ from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import FitSettings, OptimSettings
 from beit_pretrain.errors import UserError
-from beit_pretrain.settings import (
-    BelowOne,
-    Name,
-    Number,
-    Positive,
-    Settings,
-    ShareAboveZero,
-    Side,
-    Switch,
-    Text,
-    about,
-)
+from beit_pretrain.settings import BelowOne, Name, Number, Positive, Settings, ShareAboveZero, Side, Switch, Text, about
 from beit_pretrain.transforms.jitter import HALF, normalise
 from beit_pretrain.transforms.settings import CropSettings
 from beit_pretrain.transforms.views import ClassificationTransform

@@ -135,12 +135,7 @@ class Pretraining(BackboneModule):
         return image, self.tokenizer.encode(token_image)
 
     def objective(
-        self,
-        image_BCHW: Tensor,
-        mask_BN: Tensor,
-        position_BK: Tensor,
-        tokens_BN: Tensor,
-        drop_BR: Tensor | None = None,
+        self, image_BCHW: Tensor, mask_BN: Tensor, position_BK: Tensor, tokens_BN: Tensor, drop_BR: Tensor | None = None
     ) -> MIMOutput:
         """Predict the tokens of the masked patches of images in [0, 1]; sum losses and correct predictions."""
         image_BCHW = normalise(image_BCHW, self.mean, self.std)
