@@ -113,13 +113,13 @@ class TrainedModule(LightningModule):
         """Factor for the gradients of this step; overridden for a loss normalised over the global batch."""
         return 1.0
 
-    def maybe_compile(self, function: Callable, **options: Any) -> Callable:
+    def maybe_compile(self, function: Callable) -> Callable:
         """The function, compiled (once, with static shapes) if this run compiles."""
         if self.compile_mode is None:
             return function
-        key = getattr(function, "__qualname__", repr(function))
+        key = function.__qualname__
         if key not in self._compiled:
-            self._compiled[key] = torch.compile(function, dynamic=False, mode=self.compile_mode, **options)
+            self._compiled[key] = torch.compile(function, dynamic=False, mode=self.compile_mode)
         return self._compiled[key]
 
     @property
