@@ -185,11 +185,11 @@ class CheckpointManager:
         trainer.strategy.barrier()
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     """Find the checkpoint to resume from.
 
-    Returns the newest readable checkpoint (None without checkpoints) and one line per newer, unreadable one.
-    Raises UserError if there are checkpoints but none is readable.
+    Returns the newest readable checkpoint (None without checkpoints), its content, and one line per newer, unreadable
+    one. Raises UserError if there are checkpoints but none is readable.
     """
     kept = (path for path in (*folder.glob("step-*.ckpt"), folder / BEST) if path.is_file())
     others = sorted(kept, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
@@ -205,12 +205,12 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
             with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
                 if broken := archive.testzip():
                     raise UserError(f"{path} is damaged: the checksum of {broken} does not match")
-            return path, problems
+            return path, content, problems
         except UserError as error:
             problems.append(str(error))
     if candidates:
         raise UserError(f"none of the {len(candidates)} checkpoints in {folder} can be read ({problems[0]})")
-    return None, []
+    return None, {}, []
 
 
 def check_space(

@@ -57,11 +57,10 @@ def find_resume(cfg: FitSettings, folder: Path) -> ResumeState:
     old, lost = settings_of_folder(Path(cfg.run_dir), begun)
     if old is not None:
         same_settings(old, cfg)
-    newest, problems = newest_good(folder)
+    newest, content, problems = newest_good(folder)
     warn(f"{problem}; resuming from {newest}" for problem in problems)
     if newest is None:
         return ResumeState()
-    content = checkpoint.read(newest)
     if old is None:
         saved = content.get("settings")
         warn([f"{lost}; {newest} has {'them' if saved else 'none either, so they are not compared'}"])
