@@ -376,7 +376,7 @@ def test_checkpoint_truncated_at_any_length(words, run_cli, tmp_path):
             (folder / name).unlink()
             (folder / name).write_bytes(whole[:length])
             if number + 1 < len(names):
-                newest, problems = newest_good(folder)
+                newest, _, problems = newest_good(folder)
                 assert newest == folder / names[number + 1]
                 assert str(folder / name) in problems[number]
             else:

@@ -10,12 +10,9 @@ import time
 
 import pytest
 
-from beit_pretrain.engine.sweep_launchers import REQUEUE, Process, launcher, member_environment, run_all, shared_gpus
+from beit_pretrain.engine.preemption import PREEMPTED
+from beit_pretrain.engine.sweep_launchers import Process, launcher, member_environment, run_all, shared_gpus
 from beit_pretrain.errors import UserError
-
-
-def silent(*_) -> None:
-    pass
 
 
 class Timed:
@@ -46,8 +43,7 @@ def test_parallel_limit_and_failures_do_not_stop_others():
         slots.append(slot)
         return Timed(number % 3, 3 if number == 1 else 0)
 
-    outcomes = run_all(list("abcdef"), start, 2, silent)
-    assert [outcome.code for outcome in outcomes] == [0, 3, 0, 0, 0, 0]
+    assert run_all(list("abcdef"), start, 2) == [0, 3, 0, 0, 0, 0]
     assert Timed.most == 2
     assert set(slots) == {0, 1}
 
@@ -79,9 +75,9 @@ def test_signals_reach_runs_and_their_children(sent, received, ends, monkeypatch
 
     threading.Thread(target=send).start()
     with pytest.raises(ends) as caught:
-        run_all(["a"], lambda number, slot: process, 1, silent)
+        run_all(["a"], lambda number, slot: process, 1)
     if ends is SystemExit:
-        assert caught.value.code == REQUEUE
+        assert caught.value.code == PREEMPTED
     deadline = time.monotonic() + 5
     while (tmp_path / "told").stat().st_size < 2 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -9,7 +9,7 @@ import pytest
 
 from beit_pretrain.config import compose
 from beit_pretrain.engine.preemption import SIGNALS
-from beit_pretrain.engine.wandb_logger import blocked_for_children, mode, same_id, wandb_logger
+from beit_pretrain.engine.wandb_logger import WeightsAndBiases, blocked_for_children, mode, same_id
 from beit_pretrain.errors import UserError
 
 
@@ -29,7 +29,7 @@ class FakeRun:
 def logger(tmp_path, how: str, run: FakeRun):
     words = ["+experiment=demo_tokenizer", "data.train=x", "logger=wandb", "logger.project=p", f"logger.mode={how}"]
     cfg = compose("fit", [*words, "name=x", f"run_dir={tmp_path}"])
-    made = wandb_logger(cfg, "abc")
+    made = WeightsAndBiases(cfg, "abc")
     made._experiment = run
     return made
 

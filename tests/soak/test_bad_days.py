@@ -80,7 +80,7 @@ def test_disk_fills_during_checkpoint(words, undisturbed, small_disk, tmp_path, 
     process.send_signal(signal.SIGCONT)
     said = ended(process, log, 2)
     assert said.endswith("last.ckpt cannot be written: No space left on device; the one before is intact"), said
-    good, problems = newest_good(run / "checkpoints")
+    good, _, problems = newest_good(run / "checkpoints")
     assert (good, problems) == (run / "checkpoints/last.ckpt", [])
     assert not list((run / "checkpoints").glob(".*"))
     at = last_checkpoint(run)["global_step"]
@@ -118,7 +118,8 @@ def test_file_size_limit(words, undisturbed, tmp_path, measured):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     said = ended(process, log, 2)
     assert said.endswith("cannot be written: File too large; the one before is intact"), said
-    assert newest_good(run / "checkpoints") == (last, [])
+    good, _, problems = newest_good(run / "checkpoints")
+    assert (good, problems) == (last, [])
     ended(start([*words, "name=quota"], tmp_path, log), log, 0)
     assert same_run(undisturbed, run) == STEPS
     measured(f"exit code 2; ...{said[-62:]}; afterwards bit-identical")
@@ -165,7 +166,7 @@ def test_checkpoint_truncated_at_fifty_lengths(words, undisturbed, tmp_path, mea
     for length in [0, 1, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(47))]:
         last.unlink(missing_ok=True)
         last.write_bytes(whole[:length])
-        good, (problem,) = newest_good(folder)
+        good, _, (problem,) = newest_good(folder)
         assert good == folder / "previous.ckpt"
         assert str(last) in problem
     for name in ("config.yaml", "metrics.csv"):

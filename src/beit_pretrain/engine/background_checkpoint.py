@@ -9,6 +9,7 @@ import copy
 import os
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from beit_pretrain.errors import first_line
 from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO
@@ -37,7 +39,7 @@ class Snapshot:
     """A copy of a checkpoint in host memory, in reused buffers (pinned for GPU tensors); one copy at a time."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple, Tensor] = {}  # key: path of the tensor in the checkpoint, and its device type
+        self._buffers: dict[tuple, list[Tensor]] = defaultdict(list)  # keys: see `take`
 
     def take(self, content: dict[str, Any]) -> tuple[dict[str, Any], torch.cuda.Event | None]:
         """Copy a checkpoint.
@@ -45,30 +47,20 @@ class Snapshot:
         Returns the copy, valid until the next `take`, and the CUDA event after which it is complete (None without GPU
         tensors).
         """
-        before, self._buffers = self._buffers, {}
-        copied = self._copied(content, (), before)
-        if not any(place[-1] == "cuda" for place in self._buffers):
+        free, self._buffers = self._buffers, defaultdict(list)
+        copies: dict[int, Any] = {}
+        for tensor in tree_leaves(content):
+            if isinstance(tensor, Tensor):
+                kind = (tensor.device.type, tensor.dtype, tensor.shape, tensor.stride())
+                buffer = free[kind].pop(0) if free[kind] else host_memory_like(tensor)
+                self._buffers[kind].append(buffer)
+                copies[id(tensor)] = buffer.copy_(tensor.detach(), non_blocking=True)
+        copied = copy.deepcopy(content, copies)  # of a tensor in `copies` it takes that copy
+        if not any(device == "cuda" for device, *_ in self._buffers):
             return copied, None
         event = torch.cuda.Event(blocking=True)
         event.record()
         return copied, event
-
-    def _copied(self, value: Any, place: tuple, before: dict[tuple, Tensor]) -> Any:
-        if isinstance(value, Tensor):
-            place = (*place, value.device.type)
-            buffer = before.get(place)
-            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-                buffer = host_memory_like(value)
-            self._buffers[place] = buffer
-            return buffer.copy_(value.detach(), non_blocking=True)
-        if isinstance(value, dict):
-            held = copy.copy(value)  # keeps the `_metadata` attribute of a state dict
-            for key, item in value.items():
-                held[key] = self._copied(item, (*place, key), before)
-            return held
-        if type(value) in (list, tuple):
-            return type(value)(self._copied(item, (*place, number), before) for number, item in enumerate(value))
-        return copy.deepcopy(value)
 
 
 def host_memory_like(value: Tensor) -> Tensor:

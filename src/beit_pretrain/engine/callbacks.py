@@ -1,14 +1,13 @@
-"""Callbacks: progress bar, throughput and data wait; saving and logging of pictures."""
+"""Callbacks: progress bar, throughput and data wait, pictures after a validation."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from PIL import Image
 
+from beit_pretrain.engine.task import Task
 from beit_pretrain.visualization import grids
 
 
@@ -75,10 +74,20 @@ class Throughput(Callback):
         pl_module.batch_ended = None
 
 
-def log_picture(trainer: Trainer, picture: Image.Image, folder: Path, name: str = "") -> None:
-    """Save a picture of the current step as a PNG and send it to the loggers that accept images."""
-    path = folder / f"step-{trainer.global_step:06d}{f'-{name}' if name else ''}.png"
-    grids.save(picture, path)
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):  # W&B
-            logger.log_image(f"pictures/{name or 'main'}", [str(path)], step=trainer.global_step)
+class ValidationPictures(Callback):
+    """Saves a task's pictures of held-out images as PNG after every validation, and sends them to W&B."""
+
+    needs_whole_network = True
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
+        if not trainer.is_global_zero:
+            return
+        for name, picture in self.task.validation_pictures():
+            path = self.task.cfg.folder / f"pictures/step-{trainer.global_step:06d}{f'-{name}' if name else ''}.png"
+            grids.save(picture, path)
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):  # W&B
+                    logger.log_image(f"pictures/{name or 'main'}", [str(path)], step=trainer.global_step)

@@ -25,6 +25,7 @@ from beit_pretrain import fileio
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
 from beit_pretrain.engine.metrics import CsvMetrics
 from beit_pretrain.engine.preemption import Preempted, PreemptionSignals
+from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.step_exchange import Agreed
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.models.checkpoints import files as checkpoint
@@ -38,30 +39,15 @@ ASK_EVERY = 10  # validation batches between two checks whether any process rece
 class CheckpointManager:
     """Saves `last.ckpt` (its predecessor becomes `previous.ckpt`) and, every `keep_every` steps, `step-NNNNNNNN.ckpt`.
 
-    Args:
-        folder: folder of the checkpoints.
-        every: optimiser steps between two saves.
-        minutes: also save when this many minutes have passed since the last save; None = by steps only.
-        keep_every: optimiser steps between two checkpoints that are kept permanently; None = keep none.
-        signals: the stop signals of this process.
-        val_minutes: also validate when this many minutes have passed since the last validation; None = by steps only.
+    `folder`: of the checkpoints; `signals`: the stop signals of this process.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        every: int,
-        minutes: float | None = None,
-        keep_every: int | None = None,
-        signals: PreemptionSignals | None = None,
-        val_minutes: float | None = None,
-    ):
-        self.folder, self.every, self.minutes, self.keep_every = folder, every, minutes, keep_every
-        self.val_minutes = val_minutes
+    def __init__(self, folder: Path, cfg: FitSettings, signals: PreemptionSignals | None = None):
+        self.folder, self.cfg = folder, cfg
         self.signals = signals or PreemptionSignals()
         self.saved_at: int | None = None  # step of the newest snapshot; `signals.saved_at`: newest checkpoint on disk
         self.validated_at = 0  # step of this process's newest validation
-        self.prepare_view = False
+        self.begun = False
         self._saved = self._validated = time.monotonic()
         self._writer: BackgroundCheckpointIO | None = None
 
@@ -72,7 +58,7 @@ class CheckpointManager:
         """Call at the start of the loop: from here on a signal takes effect after the current step."""
         self._watch(trainer)  # the writer also writes `best.ckpt`, possibly before the first `last.ckpt`
         self._saved = self._validated = time.monotonic()
-        self.prepare_view = self.signals.looping = True
+        self.begun = self.signals.looping = True
 
     def _watch(self, trainer: Any) -> None:
         """Use this run's writer, and have it call `_written` after each write."""
@@ -104,8 +90,8 @@ class CheckpointManager:
     def status(self, step: int) -> Agreed:
         """This process's part of the step exchange: the signal it received, and what is due by its clock."""
         now = time.monotonic()
-        save = self.minutes is not None and now - self._saved > 60 * self.minutes
-        validate = self.val_minutes is not None and now - self._validated > 60 * self.val_minutes
+        save = self.cfg.save_minutes is not None and now - self._saved > 60 * self.cfg.save_minutes
+        validate = self.cfg.val_minutes is not None and now - self._validated > 60 * self.cfg.val_minutes
         return Agreed(step, self.signals.told, save, validate)
 
     def after_step(self, module: Any) -> None:
@@ -121,8 +107,8 @@ class CheckpointManager:
         late = agreed.save and agreed.step > (self.saved_at or 0)
         validate = agreed.validate and agreed.step > self.validated_at and module.has_validation
         module.validation_due = module.validation_due or validate
-        for_good = self.keep_every is not None and step % self.keep_every == 0
-        if agreed.signum or late or validate or for_good or step % self.every == 0 or step == last:
+        for_good = self.cfg.keep_every is not None and step % self.cfg.keep_every == 0
+        if agreed.signum or late or validate or for_good or step % self.cfg.save_every == 0 or step == last:
             self.save(module)
         # A signal that arrived during the save: this step is saved, so stop now instead of after one more step.
         signum = self.signals.told if module.trainer.world_size == 1 and self.saved_at == step else agreed.signum
@@ -184,7 +170,7 @@ class CheckpointManager:
         if path != self.folder / LAST:
             return
         step = int(content["global_step"])
-        if self.keep_every and step % self.keep_every == 0:
+        if self.cfg.keep_every and step % self.cfg.keep_every == 0:
             fileio.link(path, self.folder / f"step-{step:08d}.ckpt")
         self.signals.saved_at = step
 
@@ -199,11 +185,11 @@ class CheckpointManager:
         trainer.strategy.barrier()
 
 
-def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_good(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     """Find the checkpoint to resume from.
 
-    Returns the newest readable checkpoint (None without checkpoints) and one line per newer, unreadable one.
-    Raises UserError if there are checkpoints but none is readable.
+    Returns the newest readable checkpoint (None without checkpoints), its content, and one line per newer, unreadable
+    one. Raises UserError if there are checkpoints but none is readable.
     """
     kept = (path for path in (*folder.glob("step-*.ckpt"), folder / BEST) if path.is_file())
     others = sorted(kept, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
@@ -219,12 +205,12 @@ def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
             with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums
                 if broken := archive.testzip():
                     raise UserError(f"{path} is damaged: the checksum of {broken} does not match")
-            return path, problems
+            return path, content, problems
         except UserError as error:
             problems.append(str(error))
     if candidates:
         raise UserError(f"none of the {len(candidates)} checkpoints in {folder} can be read ({problems[0]})")
-    return None, []
+    return None, {}, []
 
 
 def check_space(
@@ -235,8 +221,8 @@ def check_space(
     Raises UserError if the folder is not writable or the disk is too small.
 
     Args:
-        folder: folder of the checkpoints; need not exist yet.
-        parameters: number of parameters of the network.
+        folder: of the checkpoints; need not exist yet.
+        parameters: of the network.
         states: float32 values per parameter in a checkpoint: weight, AdamW's two moments, average.
         best: whether the run writes `best.ckpt`, besides the last, the previous and the currently written checkpoint.
         kept: number of permanently kept checkpoints. Too little space for these is only a warning.

@@ -6,13 +6,12 @@ The only place that reads Dynamo's counters; `fit`, `bench` and the tests use it
 from __future__ import annotations
 
 import sys
-from functools import cache
 from typing import Any, NamedTuple
 
 from lightning import Callback, Trainer
 from tqdm import tqdm
 
-REMEMBERED = 10_000  # compilations that Dynamo keeps metrics of
+REMEMBERED = 10_000  # compilations that Dynamo keeps metrics of, instead of 64
 REPORT_AFTER = 3  # optimiser steps: by then every function of the step has been compiled
 
 
@@ -27,14 +26,7 @@ class CompileCounts(NamedTuple):
     pieces: int = 0  # additional subgraphs from DDPOptimizer's splits
 
     def since(self, before: CompileCounts) -> CompileCounts:
-        return CompileCounts(
-            self.graphs - before.graphs,
-            self.graph_breaks - before.graph_breaks,
-            self.recompilations - before.recompilations,
-            self.fallbacks - before.fallbacks,
-            self.seconds - before.seconds,
-            self.pieces - before.pieces,
-        )
+        return CompileCounts._make(now - earlier for now, earlier in zip(self, before, strict=True))
 
     @property
     def clean(self) -> bool:
@@ -54,26 +46,19 @@ def compile_counts() -> CompileCounts:
 
     Calls that Dynamo skips entirely, for instance under a TorchDispatchMode, are not counted.
     """
-    from torch._dynamo.utils import calculate_time_spent, counters, get_compilation_metrics  # takes 1 s to import
+    from torch._dynamo import utils  # takes 1 s to import
 
-    remember_all()
+    utils.set_compilation_metrics_limit(REMEMBERED)
+    counters = utils.counters
     frames, graphs = counters["frames"], counters["stats"]["unique_graphs"]
     return CompileCounts(
         graphs=graphs,
         graph_breaks=sum(counters["graph_break"].values()),
-        recompilations=sum(metrics.recompile_reason is not None for metrics in get_compilation_metrics()),
+        recompilations=sum(metrics.recompile_reason is not None for metrics in utils.get_compilation_metrics()),
         pieces=max(0, counters["aot_autograd"]["total"] - graphs),  # DDPOptimizer compiles each subgraph separately
         fallbacks=frames["total"] - frames["ok"],
-        seconds=calculate_time_spent().get("total_wall_time", 0.0),
+        seconds=utils.calculate_time_spent().get("total_wall_time", 0.0),
     )
-
-
-@cache
-def remember_all() -> None:
-    """Raise Dynamo's limit on kept compilation metrics (64 by default)."""
-    from torch._dynamo.utils import set_compilation_metrics_limit
-
-    set_compilation_metrics_limit(REMEMBERED)
 
 
 def compile_reasons(counts: CompileCounts) -> list[str]:
@@ -90,19 +75,16 @@ def compile_reasons(counts: CompileCounts) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
-def first_lines(text: str | None, count: int = 2) -> str:
-    """The first `count` lines of a Dynamo message, joined into one line."""
+def first_lines(text: str | None) -> str:
+    """The first two lines of a Dynamo message, joined into one line."""
     lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
-    return " ".join(lines[:count])[:300]
+    return " ".join(lines[:2])[:300]
 
 
 class CompileReport(Callback):
     """Prints the counts once, after the first steps, with a warning if a function fell back to eager execution.
 
-    Later recompilations are reported at the end of training.
-
-    Args:
-        asked: the run's setting `compile`.
+    Later recompilations are reported at the end of training. `asked`: the run's setting `compile`.
     """
 
     def __init__(self, asked: bool | str = "auto") -> None:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PREPARED = ("image", "token_image", "jitter_factors", "jitter_order", "jitter_tiles", "tokens")  # inputs of `prepare`
-
-
-class Prepared(NamedTuple):
-    """A batch on the device, and the event after which it may be used (None on a CPU)."""
-
-    batch: dict
-    event: torch.cuda.Event | None
 
 
 class DevicePrefetcher:
@@ -41,18 +34,21 @@ class DevicePrefetcher:
             stream = torch.cuda.Stream(self.device)
             # Once: the tokenizer's weights, which `prepare` reads, were written on the current stream.
             stream.wait_stream(torch.cuda.current_stream(self.device))
-        current: Prepared | None = None
+        current: tuple[dict, torch.cuda.Event | None] | None = None
         for batch in self.loader:
             following = self._prepared(batch, stream)
             if current is not None:
-                yield self._handed_over(current)
+                yield self._handed_over(*current)
             current = following
         if current is not None:
-            yield self._handed_over(current)
+            yield self._handed_over(*current)
 
     @torch.no_grad()
-    def _prepared(self, batch: dict, stream: torch.cuda.Stream | None) -> Prepared:
-        """Queue the copy, view and tokens of a batch on the side stream, then record an event."""
+    def _prepared(self, batch: dict, stream: torch.cuda.Stream | None) -> tuple[dict, torch.cuda.Event | None]:
+        """Queue the copy, view and tokens of a batch on the side stream.
+
+        Returns the batch on the device, and the event after which it may be used (None on a CPU).
+        """
         with torch.cuda.stream(stream):
             moved = {
                 name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -61,18 +57,18 @@ class DevicePrefetcher:
             view, tokens = self.prepare(moved)
             event = None if stream is None else stream.record_event()
         kept = {name: value for name, value in moved.items() if name not in PREPARED}
-        return Prepared(kept | {"view": view, "tokens": tokens}, event)
+        return kept | {"view": view, "tokens": tokens}, event
 
-    def _handed_over(self, prepared: Prepared) -> dict:
+    def _handed_over(self, batch: dict, event: torch.cuda.Event | None) -> dict:
         """Make the current stream wait for the batch's event, and return the batch.
 
         It does not wait for the whole side stream: the next batch is already queued there, and waiting for it would
         remove the overlap.
         """
-        if prepared.event is not None:
+        if event is not None:
             stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(prepared.event)
-            for value in prepared.batch.values():
+            stream.wait_event(event)
+            for value in batch.values():
                 if isinstance(value, Tensor):
                     value.record_stream(stream)  # keeps the allocator from reusing the memory during the step
-        return prepared.batch
+        return batch

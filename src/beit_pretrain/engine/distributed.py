@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -47,12 +48,8 @@ GONE = re.compile(
 def resolve_trainer_args(trainer: dict[str, Any], minutes: float, compression: str | None = None) -> dict[str, Any]:
     """Fill in devices, nodes, strategy and cluster environment of the settings `trainer`.
 
-    Raises AllRanksError if they contradict the launcher or the machine.
-
-    Args:
-        trainer: the group of settings `trainer`.
-        minutes: time-out of the process group.
-        compression: how DDP sends gradients; None = as they are.
+    Raises AllRanksError if they contradict the launcher or the machine. `minutes` and `compression`: the settings
+    `timeout_minutes` and `gradient_compression`.
     """
     launch = launched()
     settings = dict(trainer)
@@ -61,9 +58,12 @@ def resolve_trainer_args(trainer: dict[str, Any], minutes: float, compression: s
         settings["devices"] = launch.per_node
     if settings["num_nodes"] == "auto":
         settings["num_nodes"] = launch.nodes if launch else 1
-    devices = count(settings["devices"], gpus)
-    check_counts(devices, settings["num_nodes"], gpus, launch)
-    settings["strategy"] = strategy(settings["strategy"], devices * settings["num_nodes"], minutes, compression)
+    devices, nodes = settings["devices"], settings["num_nodes"]
+    if devices in ("auto", -1):
+        devices = gpus or 1
+    per_node = len(devices) if isinstance(devices, list) else int(devices)
+    check_counts(per_node, nodes, gpus, launch)
+    settings["strategy"] = strategy(settings["strategy"], per_node * nodes, minutes, compression)
     settings["plugins"] = [environment(launch)]
     return settings
 
@@ -76,13 +76,6 @@ def visible_gpus(accelerator: str) -> int:
     if not gpus and accelerator != "auto":
         raise UserError(f"trainer.accelerator={accelerator}, but torch finds no GPU on {socket.gethostname()}")
     return gpus
-
-
-def count(devices: int | str | list[int], gpus: int) -> int:
-    """Number of devices per machine."""
-    if devices in ("auto", -1):
-        return gpus or 1
-    return len(devices) if isinstance(devices, list) else int(devices)
 
 
 def check_counts(devices: int, nodes: int, gpus: int, launch: DistEnv | None) -> None:
@@ -173,19 +166,19 @@ def disagreement(everyone: list[tuple[str, dict[str, str]]]) -> str | None:
     return None
 
 
-def facts(cfg: dict[str, Any], data: ShardData, done: int) -> dict[str, str]:
-    """Facts that must be equal on all processes: settings, contents of the data, resume step, torch version."""
-    return {
-        **flat(cfg),
-        **{f"images of data.{split}": found for split, found in contents(data).items()},
-        "finished steps": str(done),
-        "torch": torch.__version__,
-    }
+def facts(cfg: dict[str, Any], images: dict[str, str], done: int) -> dict[str, str]:
+    """Facts that must be equal on all processes: settings, `contents` of the data, resume step, torch version."""
+    found = {f"images of data.{split}": digest for split, digest in images.items()}
+    return {**flat(cfg), **found, "finished steps": str(done), "torch": torch.__version__}
 
 
 def contents(data: ShardData) -> dict[str, str]:
-    """{split: digest of its shards, from their manifests}."""
-    return {split: digest(reader.shards) for split, reader in data.readers.items()}
+    """{split: short SHA-256 digest of the sample counts and checksums of its shards}."""
+    found = {}
+    for split, reader in data.readers.items():
+        shards = "\n".join(f"{shard.samples} {shard.sha256}" for shard in reader.shards)
+        found[split] = hashlib.sha256(shards.encode()).hexdigest()[:12]
+    return found
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -200,11 +193,6 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def digest(shards: list[Any]) -> str:
-    """A short SHA-256 digest of the sample counts and checksums of shards."""
-    return hashlib.sha256("\n".join(f"{s.samples} {s.sha256}" for s in shards).encode()).hexdigest()[:12]
-
-
 @contextmanager
 def distributed_errors(trainer: Trainer, minutes: float) -> Iterator[None]:
     """Turn errors from outside the program into one-line user errors: lost processes or workers, out of memory.
@@ -212,22 +200,21 @@ def distributed_errors(trainer: Trainer, minutes: float) -> Iterator[None]:
     Also stops the child processes that this process started.
     """
     launcher = trainer.strategy.launcher
+    children = launcher if isinstance(launcher, SubprocessLauncher) else None
     try:
         yield
-    except Preempted:
-        if isinstance(launcher, SubprocessLauncher):
-            launcher.forward_signal()
-        raise
     except BaseException as error:
-        if isinstance(launcher, SubprocessLauncher):
-            launcher.end()
+        if children and isinstance(error, Preempted):
+            children.end(10, signal.SIGTERM)  # those that are already exiting ignore it
+        elif children:
+            children.end()  # they have had time to report their own errors
         user_error = in_one_line(error, trainer, minutes) if isinstance(error, RuntimeError) else None
         if user_error is None:
             raise
         raise user_error from error
     finally:
-        if isinstance(launcher, SubprocessLauncher):
-            launcher.leaving.set()
+        if children:
+            children.leaving.set()
 
 
 def in_one_line(error: RuntimeError, trainer: Trainer, minutes: float) -> UserError | None:

@@ -25,14 +25,7 @@ from beit_pretrain.engine.metrics import is_first_process
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
 from beit_pretrain.engine.preemption import PREEMPTED, Preempted, PreemptionSignals
 from beit_pretrain.engine.preflight import fit_for_fsdp, preflight, run_summary
-from beit_pretrain.engine.resume import (
-    ResumeState,
-    check_same_data,
-    find_resume,
-    load_run,
-    open_folder,
-    restore_config,
-)
+from beit_pretrain.engine.resume import ResumeState, check_same_data, find_resume, load_run, open_folder, restore_config
 from beit_pretrain.engine.run_folder import REPLACED, SKIPPED, exclusive_lock, finished_step, mark_finished
 from beit_pretrain.engine.settings import FitSettings, ValidateSettings
 from beit_pretrain.engine.task import Task, find_task
@@ -55,15 +48,18 @@ def fit(cfg: FitSettings) -> dict[str, float]:
 
     def on_exit(stopped: Preempted) -> int:
         if is_first_process():
-            saved = "" if stopped.step is None else f", saved {Path(cfg.run_dir) / 'checkpoints' / LAST}"
+            saved = "" if stopped.step is None else f", saved {cfg.folder / 'checkpoints' / LAST}"
             same = f"the same command{' without resume=never' if cfg.resume == 'never' else ''}"
             print(f"{stopped}{saved}; rerun {same} to resume{' from there' * bool(saved)}", flush=True)
         if is_child():  # only the exit code of the parent process matters
             return 0
         return 130 if stopped.signum == signal.SIGINT else PREEMPTED
 
+    # Lock before reading the folder: a run that is about to exit may still write to it. A new folder is made, and
+    # locked, after the preflight checks.
+    locks = is_first_process() and cfg.preflight != "only" and cfg.folder.is_dir()
     try:
-        with PreemptionSignals(on_exit) as signals:
+        with PreemptionSignals(on_exit) as signals, exclusive_lock(cfg.folder, locks):
             return run(cfg, signals)
     except Preempted as stopped:
         code = on_exit(stopped)
@@ -73,17 +69,8 @@ def fit(cfg: FitSettings) -> dict[str, float]:
 
 
 def run(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
-    """`fit` under the lock of the run's folder, if the folder exists. Raises Preempted on a signal."""
-    run_dir = Path(cfg.run_dir)
-    # Lock before reading the folder: a run that is about to exit may still write to it. A new folder is made, and
-    # locked, after the preflight checks.
-    with exclusive_lock(run_dir, is_first_process() and cfg.preflight != "only" and run_dir.is_dir()):
-        return run_locked(cfg, signals)
-
-
-def run_locked(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
     """Build the task and the trainer, check, resume, train and finish. Raises Preempted on a signal."""
-    run_dir, folder = Path(cfg.run_dir), Path(cfg.run_dir) / "checkpoints"
+    folder = cfg.folder / "checkpoints"
     with as_user_errors():
         kind = find_task(cfg.task)
         if cfg.threads is not None:
@@ -113,16 +100,16 @@ def run_locked(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]
         return {}
     if is_first_process():
         print(introduction + (f"\n  resuming {cfg.name} after step {start.step}" if start.path else ""), flush=True)
-    if start.path and finished_step(run_dir) == start.step:
+    if start.path and finished_step(cfg.folder) == start.step:
         if is_first_process():
             restore_config(cfg)
             print("  already finished; for more steps choose another name=, or start over with resume=never")
         return {}
-    with exclusive_lock(run_dir, is_first_process()):
+    with exclusive_lock(cfg.folder, is_first_process()):
         with as_user_errors():
             prepare(cfg, task, start, signals)
             open_folder(cfg, trainer, task.module, start)
-            agreement.facts = cluster.facts(to_dict(cfg), task.data, start.step)
+            agreement.facts = cluster.facts(to_dict(cfg), task.module.images, start.step)
         try:
             train(task, trainer, start.path, cfg.timeout_minutes)
             metrics = finish(cfg, task, trainer, steps)
@@ -141,15 +128,13 @@ def close_loggers(trainer: Trainer, how: str) -> None:
 
 def prepare(cfg: FitSettings, task: Task, start: ResumeState, signals: PreemptionSignals) -> None:
     """Set up logging interval, checkpoints, non-finite guard, time-outs and compilation of the task's module."""
-    module, folder = task.module, Path(cfg.run_dir) / "checkpoints"
+    module, folder = task.module, cfg.folder / "checkpoints"
     module.log_every = cfg.log_every
-    module.keeper = CheckpointManager(
-        folder, cfg.save_every, cfg.save_minutes, cfg.keep_every, signals, cfg.val_minutes
-    )
+    module.keeper = CheckpointManager(folder, cfg, signals)
     if start.path == folder / LAST:
         module.keeper.saved_at = start.step
     sharded = cfg.trainer.strategy == "fsdp"
-    module.guard = NonFiniteGuard(Path(cfg.run_dir) / SKIPPED, cfg.max_nonfinite_steps, cfg.global_batch_size, sharded)
+    module.guard = NonFiniteGuard(cfg.folder / SKIPPED, cfg.max_nonfinite_steps, cfg.global_batch_size, sharded)
     module.exchange.patience = 0.9 * 60 * cfg.timeout_minutes  # before NCCL's time-out, which aborts without a message
     module.compile_mode = speed.compile_mode(cfg.compile, wanted_gpu(cfg.trainer.accelerator), sharded)
     torch._dynamo.config.optimize_ddp = bool(cfg.optimize_ddp)
@@ -168,7 +153,7 @@ def train(task: Task, trainer: Trainer, resume: Path | None, timeout_minutes: fl
         with keeper.ending(), cluster.distributed_errors(trainer, timeout_minutes):
             trainer.fit(task.module, task.data, ckpt_path=str(resume) if resume else None, weights_only=True)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        if resume is None or keeper.prepare_view:
+        if resume is None or keeper.begun:
             raise
         raise UserError(f"the run cannot resume from {resume}: {type(error).__name__}: {first_line(error)}") from error
     except SystemExit:  # raised by Lightning on a second Ctrl-C
@@ -199,7 +184,7 @@ def finish(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> dict[s
             trainer.validate(module, task.data, verbose=False)
         keeper.end()
     if trainer.is_global_zero:
-        mark_finished(Path(cfg.run_dir), step)
+        mark_finished(cfg.folder, step)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 

@@ -17,11 +17,7 @@ from beit_pretrain.tables import read_rows
 
 
 class CsvMetrics(Logger):
-    """One row per step, one column per metric; new metrics add columns.
-
-    Args:
-        path: the file, usually `metrics.csv` in the run's folder.
-    """
+    """One row per step, one column per metric; new metrics add columns."""
 
     def __init__(self, path: str | Path):
         super().__init__()

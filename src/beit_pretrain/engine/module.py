@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -26,20 +26,20 @@ from beit_pretrain.engine.speed import CUDA_GRAPHS
 from beit_pretrain.engine.step_exchange import Agreed, StepExchange
 from beit_pretrain.models.drop_path import uniforms
 
-MOST_KEPT = 1024  # unread values per metric, before they are read early
+MOST_KEPT = 8192  # unread values, before they are read early
 PROGRESS_BAR = ("loss", "masked_token_accuracy", "accuracy", "images_per_s")
 
 
 class TrainedModule(LightningModule):
     """A network, its optimiser settings and its metrics.
 
-    Args:
-        model: the network; its `config` (plain keyword arguments) is saved in the checkpoint.
-        optim: optimiser settings.
-        seed: seed of the run; drop path and mixing depend on it and on the positions.
+    The network's `config` (plain keyword arguments) is saved in the checkpoint. Drop path and mixing depend on the
+    run's `seed` and on the positions.
     """
 
     model: Any
+    totals_shape: tuple[int, ...] = ()  # of `totals`
+    totals: Tensor  # float64: what a validation adds up over this process's held-out images
     kind: str  # what a checkpoint of this module holds: "mim", "classifier", "segmenter", "probe" or "tokenizer"
 
     def __init__(self, model: nn.Module, optim: OptimSettings, seed: int = 0):
@@ -56,7 +56,7 @@ class TrainedModule(LightningModule):
         self.exchange = StepExchange()
         self.guard: NonFiniteGuard | None = None
         self.validation_due = False  # after the current step; saved in the checkpoint
-        self._kept: dict[str, list[tuple[Tensor | float, Tensor | float]]] = {}  # unread (value, weight) pairs
+        self._kept: list[tuple[str, Tensor | float, Tensor | float]] = []  # unread values: (name, value, weight)
         self._sums: dict[str, Tensor] = {}  # (2,) float64 on the CPU: sum of value x weight, sum of weights
         self.compile_mode: str | None = None  # for `maybe_compile`; None = no compilation
         self._compiled: dict[str, Callable] = {}
@@ -113,13 +113,13 @@ class TrainedModule(LightningModule):
         """Factor for the gradients of this step; overridden for a loss normalised over the global batch."""
         return 1.0
 
-    def maybe_compile(self, function: Callable, **options: Any) -> Callable:
+    def maybe_compile(self, function: Callable) -> Callable:
         """The function, compiled (once, with static shapes) if this run compiles."""
         if self.compile_mode is None:
             return function
-        key = getattr(function, "__qualname__", repr(function))
+        key = function.__qualname__
         if key not in self._compiled:
-            self._compiled[key] = torch.compile(function, dynamic=False, mode=self.compile_mode, **options)
+            self._compiled[key] = torch.compile(function, dynamic=False, mode=self.compile_mode)
         return self._compiled[key]
 
     @property
@@ -135,27 +135,22 @@ class TrainedModule(LightningModule):
         """Add values to the weighted means that the next flush writes as `train/<name>`, without a device sync."""
         weight = weight.detach() if isinstance(weight, Tensor) else weight
         for name, value in metrics.items():
-            kept = self._kept.setdefault(name, [])
-            kept.append((value.detach() if isinstance(value, Tensor) else value, weight))
-            if len(kept) >= MOST_KEPT:
-                self._read()
+            self._kept.append((name, value.detach() if isinstance(value, Tensor) else value, weight))
+        if len(self._kept) >= MOST_KEPT:
+            self._read()
 
     def _read(self) -> None:
         """Read the kept values with one device sync, and add them in their order.
 
         So the sums do not depend on when they were read: a resumed run writes the same means.
         """
-        everything = [x for pairs in self._kept.values() for pair in pairs for x in pair]
-        numbers = read_numbers(everything)
-        at = 0
-        for name, pairs in self._kept.items():
-            total, weights = self._sums.get(name, torch.zeros(2)).tolist()
-            for value, weight in zip(numbers[at : at + 2 * len(pairs) : 2], numbers[at + 1 : at + 2 * len(pairs) : 2]):
-                if math.isfinite(value):  # a skipped step must not make the mean of the others NaN
-                    total, weights = total + value * weight, weights + weight
-            at += 2 * len(pairs)
-            self._sums[name] = torch.tensor([total, weights], dtype=torch.float64)
-        self._kept = {}
+        numbers = read_numbers([number for _, *pair in self._kept for number in pair])
+        for (name, _, _), value, weight in zip(self._kept, numbers[::2], numbers[1::2], strict=True):
+            sums = self._sums.get(name, torch.zeros(2, dtype=torch.float64))
+            if math.isfinite(value):  # a skipped step must not make the mean of the others NaN
+                sums = sums + torch.tensor([value * weight, weight], dtype=torch.float64)
+            self._sums[name] = sums
+        self._kept = []
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
         step = self.trainer.global_step
@@ -175,13 +170,10 @@ class TrainedModule(LightningModule):
 
     def flush(self) -> None:
         """Write the means since the last flush to the loggers and the progress bar."""
-        self._read()
-        names = sorted(self._sums)
-        if not names:
+        totals, self._sums = self.unwritten(), {}
+        if not totals:
             return
-        sums, weights = self.sum_over_processes(torch.stack([self._sums[n] for n in names], dim=1).to(self.device))
-        self._sums = {}
-        metrics = {f"train/{name}": value for name, value in zip(names, (sums / weights).tolist(), strict=True)}
+        metrics = {f"train/{name}": (total / weight).item() for name, (total, weight) in totals.items()}
         # Python numbers: values logged through Lightning are device tensors, read at each refresh of the bar.
         self.shown = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
         self.log_metrics(metrics)
@@ -195,16 +187,15 @@ class TrainedModule(LightningModule):
             # Lightning's loop can validate by steps or by minutes, but not by both.
             loop: Any = self.trainer.fit_loop.epoch_loop
             loop._should_check_val_fx = lambda data_fetcher: self.validation_due
-        if self.validation_due:  # the run ended before or during this validation
-            self.validate_now()
+        if self.validation_due:  # the run ended before or during this validation; now as Lightning's loop does it
+            val_loop = self.trainer.fit_loop.epoch_loop.val_loop
+            val_loop.restarting = False
+            self.trainer.validating = True
+            val_loop.run()
+            self.trainer.training = True
 
-    def validate_now(self) -> None:
-        """Validate between two steps, in the way of Lightning's loop."""
-        loop = self.trainer.fit_loop.epoch_loop.val_loop
-        loop.restarting = False
-        self.trainer.validating = True
-        loop.run()
-        self.trainer.training = True
+    def on_validation_epoch_start(self) -> None:
+        self.totals = torch.zeros(self.totals_shape, dtype=torch.float64, device=self.device)
 
     def on_validation_batch_end(self, outputs, batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.keeper is not None:
@@ -219,17 +210,15 @@ class TrainedModule(LightningModule):
         """Log `val/<name>` to the loggers, and to Lightning for callbacks that monitor a metric."""
         values = {f"val/{name}": float(value) for name, value in metrics.items()}
         self.log_dict(values, logger=False, sync_dist=True)  # already equal on all processes; avoids a warning
-        if not self.trainer.sanity_checking:
-            self.log_metrics(values)
+        self.log_metrics(values)
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
         """Send metrics to every logger, at the current optimiser step."""
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.trainer.global_step)
 
-    def sum_over_processes(self, values: Tensor | None) -> Tensor:
+    def sum_over_processes(self, values: Tensor) -> Tensor:
         """The sum over all processes; with one process, the tensor itself."""
-        assert values is not None
         if self.trainer.world_size == 1:
             return values
         total = values.clone()
@@ -245,9 +234,9 @@ class TrainedModule(LightningModule):
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         done = int(checkpoint.get("global_step", 0)) * self.trainer.accumulate_grad_batches
         for name, count in (("epoch_loop.batch_progress", done), ("epoch_loop.val_loop.batch_progress", 0)):
-            for counts in (loop[name]["total"], loop[name]["current"]) if name in loop else ():
-                counts.update(dict.fromkeys(counts, count))
             if name in loop:
+                for counts in (loop[name]["total"], loop[name]["current"]):
+                    counts.update(dict.fromkeys(counts, count))
                 loop[name]["is_last_batch"] = False
         for counts in loop.get("epoch_progress", {}).values():
             counts.update(ready=1, started=1, processed=0, completed=0)
@@ -283,13 +272,6 @@ class TrainedModule(LightningModule):
 
 def read_numbers(values: Sequence[Tensor | float]) -> list[float]:
     """Scalars as Python floats, in order, with one transfer from the device."""
-    numbers = [0.0 if isinstance(value, Tensor) else float(value) for value in values]
-    places: dict[torch.dtype, list[int]] = {}
-    for place, value in enumerate(values):
-        if isinstance(value, Tensor):
-            places.setdefault(value.dtype, []).append(place)
-    parts = [torch.stack([cast(Tensor, values[p]) for p in of_kind]).double() for of_kind in places.values()]
-    read = torch.cat(parts).tolist() if parts else []
-    for place, number in zip([p for of_kind in places.values() for p in of_kind], read, strict=True):
-        numbers[place] = number
-    return numbers
+    on_device = [value.double() for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(on_device).tolist() if on_device else [])
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]

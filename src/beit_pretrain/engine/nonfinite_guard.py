@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from beit_pretrain.errors import AllRanksError
 
-REMEMBERED = 256  # skipped steps whose numbers are kept between two reports
+MOST_KEPT = 1024  # steps whose flag has not been read, before all are read early
 COLLAPSED = 0.01  # fraction of the vocabulary; a smaller perplexity gives a warning
 
 
@@ -35,42 +35,42 @@ class NonFiniteGuard:
     """
 
     def __init__(self, path: Path | None, max_nonfinite_steps: int, global_batch_size: int, sharded: bool = False):
-        self.path, self.max_nonfinite_steps, self.global_batch_size, self.sharded = (
-            path,
-            max_nonfinite_steps,
-            global_batch_size,
-            sharded,
-        )
-        self._counts = torch.zeros(2, dtype=torch.int64)  # skipped steps: in a row now; since the last report
-        self._longest = torch.zeros((), dtype=torch.int64)  # longest row since the last report
-        self._steps = torch.zeros(REMEMBERED, dtype=torch.int64)
+        self.path, self.max_nonfinite_steps = path, max_nonfinite_steps
+        self.global_batch_size, self.sharded = global_batch_size, sharded
+        self._unread: list[tuple[int, Tensor]] = []  # steps, and whether they were skipped
+        self._skipped: list[int] = []  # steps that `write` has not listed yet
+        self._row = self._longest = 0  # skipped steps in a row: now; at most since the last report
         self._losses: deque[float] = deque(maxlen=20)
         self._collapsed = False
 
     def check(self, norm: Tensor, optimizer: Any, step: int) -> Tensor:
         """Make the optimiser skip this step if the gradient norm is not finite. Returns 1 if so, else 0 (a tensor)."""
         bad = (~norm.isfinite()).long()
-        self._counts, self._longest, self._steps = (
-            tensor.to(norm.device) for tensor in (self._counts, self._longest, self._steps)
-        )
-        slot = torch.arange(REMEMBERED, device=norm.device) == self._counts[1] % REMEMBERED
-        self._steps = torch.where(slot & (bad == 1), step, self._steps)
-        self._counts = torch.stack([(self._counts[0] + 1) * bad, self._counts[1] + bad])
-        self._longest = torch.maximum(self._longest, self._counts[0])
+        self._unread.append((step, bad))
+        if len(self._unread) >= MOST_KEPT:
+            self._read()
         if not self.sharded:
             optimizer.found_inf = bad.float()
         elif bad:
             optimizer.zero_grad(set_to_none=True)
         return bad
 
+    def _read(self) -> None:
+        """Read the flags of the steps since the last read, with one device sync."""
+        flags = torch.stack([bad for _, bad in self._unread]).tolist() if self._unread else []
+        for (step, _), bad in zip(self._unread, flags, strict=True):
+            self._row = self._row + 1 if bad else 0
+            self._longest = max(self._longest, self._row)
+            self._skipped += [step] if bad else []
+        self._unread = []
+
     def report(self, metrics: dict[str, float], step: int, vocab_size: int | None, first: bool) -> None:
         """Write and print the events since the last report. Raises AllRanksError after too many skipped steps in a row.
 
         `first`: whether this is rank 0, which writes.
         """
-        longest = int(self._longest)
         self.write(step, first)
-        self._longest = self._counts[0].clone()
+        longest, self._longest = self._longest, self._row
         if longest >= self.max_nonfinite_steps:
             raise AllRanksError(
                 f"{longest} steps in a row had no finite gradient and were skipped, up to step {step}"
@@ -99,14 +99,13 @@ class NonFiniteGuard:
 
     def write(self, now: int, first: bool) -> None:
         """List the steps skipped since the last call; called before every checkpoint too, so that a kill loses none."""
-        skipped = int(self._counts[1])
-        self._counts[1] = 0
-        if not skipped or not first:
+        self._read()
+        steps, self._skipped = self._skipped, []  # counted from 0
+        if not steps or not first:
             return
-        steps = sorted(self._steps[: min(skipped, REMEMBERED)].tolist())  # counted from 0
+        skipped = f"{len(steps)} update{'s were' if len(steps) > 1 else ' was'} skipped"
         tqdm.write(
-            f"warning: step {now}: {skipped} update{'s were' if skipped > 1 else ' was'} skipped, not finite gradients"
-            f"{f' (listed in {self.path})' if self.path else ''}",
+            f"warning: step {now}: {skipped}, not finite gradients{f' (listed in {self.path})' if self.path else ''}",
             file=sys.stderr,
         )
         if self.path is not None:

@@ -90,11 +90,7 @@ def configure(model: nn.Module, optim: OptimSettings, total_steps: int, depth: i
     optimizer = torch.optim.AdamW(
         groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True
     )
-
-    def factor(step: int) -> float:
-        return rate(optim, step, total_steps) / optim.lr
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(optim, step, total_steps) / optim.lr)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -53,9 +53,6 @@ class PreemptionSignals:
         self._pipe: tuple[int, int] | None = None
         self._wakeup_before = -1
 
-    def __deepcopy__(self, memo: dict) -> PreemptionSignals:
-        return self  # copies of the module (averaged weights) are in the same process
-
     def __enter__(self) -> PreemptionSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
             self._pipe = os.pipe()

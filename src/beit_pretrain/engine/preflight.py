@@ -28,10 +28,21 @@ def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> lis
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
     given = f"global_batch_size={cfg.global_batch_size} on {trainer.world_size} processes, batch_size={cfg.batch_size}"
     task.check_micro_batch(images_at_once(cfg, trainer), trainer.world_size, on_gpu, given)
-    dry_run(task)
+    task.data.train_dataset(BatchSchedule(cfg.global_batch_size)).sample(0)
+    if "val" in task.data.readers:
+        task.data.eval_dataset("val").sample(0)
+    configure(task.module.model, task.module.optim, total_steps=1)
     lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
     lines += task.preflight()
-    lines.append(f"  disk: {disk(cfg, task, trainer, steps)}")
+    space = check_space(
+        cfg.folder / "checkpoints",
+        sum(p.numel() for p in task.module.model.parameters()),
+        states=numbers_kept(task),
+        best=bool(trainer.checkpoint_callbacks),
+        kept=steps // cfg.keep_every if cfg.keep_every else 0,
+        cleared=cfg.resume == "never",
+    )
+    lines.append(f"  disk: {space}")
     lines.append(f"  memory: {memory(task, on_gpu)}")
     if "bf16" in str(trainer.precision) and on_gpu and not torch.cuda.is_bf16_supported():
         raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
@@ -62,26 +73,6 @@ def memory(task: Task, pinned: bool) -> str:
         if available and needed > 1024 * int(available[1]):
             line += f" (warning: {size(1024 * int(available[1]))} are available)"
     return line
-
-
-def disk(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> str:
-    """A line on the disk space for checkpoints. Raises UserError like `check_space`."""
-    return check_space(
-        Path(cfg.run_dir) / "checkpoints",
-        sum(p.numel() for p in task.module.model.parameters()),
-        states=numbers_kept(task),
-        best=bool(trainer.checkpoint_callbacks),
-        kept=steps // cfg.keep_every if cfg.keep_every else 0,
-        cleared=cfg.resume == "never",
-    )
-
-
-def dry_run(task: Task) -> None:
-    """Build one sample of each split, and the optimiser, so that errors appear before the run's folder is changed."""
-    task.data.train_dataset(BatchSchedule(task.data.global_batch_size)).sample(0)
-    if "val" in task.data.readers:
-        task.data.eval_dataset("val").sample(0)
-    configure(task.module.model, task.module.optim, total_steps=1)
 
 
 def run_summary(cfg: FitSettings, task: Task, steps: int, trainer: Trainer) -> str:

@@ -57,11 +57,10 @@ def find_resume(cfg: FitSettings, folder: Path) -> ResumeState:
     old, lost = settings_of_folder(Path(cfg.run_dir), begun)
     if old is not None:
         same_settings(old, cfg)
-    newest, problems = newest_good(folder)
+    newest, content, problems = newest_good(folder)
     warn(f"{problem}; resuming from {newest}" for problem in problems)
     if newest is None:
         return ResumeState()
-    content = checkpoint.read(newest)
     if old is None:
         saved = content.get("settings")
         warn([f"{lost}; {newest} has {'them' if saved else 'none either, so they are not compared'}"])
@@ -93,7 +92,7 @@ def settings_of_folder(run_dir: Path, begun: bool) -> tuple[dict | None, str]:
 
 def same_settings(old: dict, cfg: FitSettings) -> None:
     """Raise UserError if the run in the folder has other settings than `cfg`."""
-    different = differences(old, to_dict(cfg), type(cfg))
+    different = differences(resume_config(old, type(cfg)), resume_config(to_dict(cfg), type(cfg)))
     if different:
         raise UserError(
             f"{cfg.run_dir} holds a run with other settings ({'; '.join(different[:3])}"
@@ -108,7 +107,6 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 def write_config(cfg: FitSettings) -> None:
-    """Write the run's config.yaml."""
     text = yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True)
     atomic_write(Path(cfg.run_dir) / CONFIG, text)  # other processes may read it meanwhile
 
@@ -143,11 +141,11 @@ def open_folder(cfg: FitSettings, trainer: Trainer, module: TrainedModule, start
             warn([f"{metrics.path} lacks {lost} of the {start.rows} rows that were written up to step {start.step}"])
     trainer.loggers = [metrics]
     if cfg.logger.kind == "wandb":
-        from beit_pretrain.engine.wandb_logger import same_id, wandb_logger
+        from beit_pretrain.engine.wandb_logger import WeightsAndBiases, same_id
 
         run_id = start.about.get("wandb_id") or same_id(run_dir / WANDB_ID, is_first_process())
         module.about["wandb_id"] = run_id
-        logger = wandb_logger(cfg, run_id)
+        logger = WeightsAndBiases(cfg, run_id)
         trainer.loggers = [metrics, logger]
         logger.begin(metrics.rows)
 

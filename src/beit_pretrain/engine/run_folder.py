@@ -36,34 +36,26 @@ def read_config(path: Path) -> dict[str, Any]:
     return renamed(content)
 
 
-def may_change(model: type[Settings], key: str) -> tuple[bool, type[Settings] | None]:
-    """(whether a setting may change on resume, its model if it is a group of settings)."""
-    field = next((f for name, f in model.model_fields.items() if key in (name, f.alias)), None)
-    if field is None:
-        return False, None
-    return bool((field.json_schema_extra or {}).get("may_change")), group_of(field.annotation)  # type: ignore[union-attr]
+def resume_config(settings: dict[str, Any], model: type[Settings] | None) -> dict[str, Any]:
+    """The settings without those that may change on resume; `model`: theirs, None for those of an unknown group."""
+    kept: dict[str, Any] = {}
+    for key, value in settings.items():
+        fields = model.model_fields if model else {}
+        field: Any = next((field for name, field in fields.items() if key in (name, field.alias)), None)
+        if field is None or not (field.json_schema_extra or {}).get("may_change"):
+            group = None if field is None else group_of(field.annotation)
+            kept[key] = resume_config(value, group) if isinstance(value, dict) else value
+    return kept
 
 
-def differences(old: Any, new: Any, model: type[Settings] | None, path: str = "") -> list[str]:
-    """Settings that differ, as "key: old -> new", without those that may change."""
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Settings that differ, as "key: old -> new"."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [] if old == new else [f"{path}: {old} -> {new}"]
     found = []
     for key in sorted(old.keys() | new.keys()):
-        free, group = may_change(model, key) if model else (False, None)
-        if not free:
-            found += differences(old.get(key), new.get(key), group, f"{path}.{key}" if path else key)
+        found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     return found
-
-
-def resume_config(settings: dict[str, Any], model: type[Settings] | None) -> dict[str, Any]:
-    """The settings without those that may change, for the checkpoint."""
-    result = {}
-    for key, value in settings.items():
-        free, group = may_change(model, key) if model else (False, None)
-        if not free:
-            result[key] = resume_config(value, group) if isinstance(value, dict) else value
-    return result
 
 
 def mark_finished(folder: Path, step: int) -> None:

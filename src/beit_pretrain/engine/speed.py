@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import shutil
 import sys
 from collections.abc import Collection, Iterable
 from importlib.util import find_spec
@@ -121,10 +119,9 @@ def without_triton(on_gpu: bool, precision: str | int | None, widths: Collection
 
 
 class Profile(Callback):
-    """`profile=true`: a trace of a few steps (for Perfetto or chrome://tracing) and a table of the slowest operations.
+    """`profile=true`: writes a trace of a few steps and a table of the slowest operations.
 
-    Args:
-        folder: output folder for `trace.json.gz` and `kernels.txt`.
+    `folder` gets `trace.json.gz` (for Perfetto or chrome://tracing) and `kernels.txt`.
     """
 
     def __init__(self, folder: Path):
@@ -163,11 +160,8 @@ class Profile(Callback):
             return
         self._written = True
         self.folder.mkdir(parents=True, exist_ok=True)
-        plain, trace = self.folder / ".trace.partial", self.folder / "trace.json.gz"
-        profiler.export_chrome_trace(str(plain))
-        with plain.open("rb") as source, gzip.open(trace, "wb", compresslevel=5) as target:
-            shutil.copyfileobj(source, target)
-        plain.unlink()
+        trace = self.folder / "trace.json.gz"
+        profiler.export_chrome_trace(str(trace))  # compressed, by its name
         table = kernels(profiler.key_averages(), DEAREST)
         (self.folder / "kernels.txt").write_text(table + "\n")
         print(f"\n{table}\nwrote {trace}", flush=True)

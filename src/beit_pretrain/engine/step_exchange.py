@@ -81,17 +81,6 @@ class StepExchange:
         if buffers.copied is not None:
             buffers.copied.record()
 
-    def _wait_for(self, buffers: _Buffers) -> None:
-        """Wait for a copy to the host, in Python, so that signals are handled meanwhile.
-
-        Raises RuntimeError after `patience`, before NCCL's time-out, which aborts without a message.
-        """
-        deadline = time.monotonic() + self.patience
-        while buffers.copied is not None and not buffers.copied.query():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the exchange of step {buffers.step} timed out")
-            time.sleep(LOOK)
-
     @property
     def masked(self) -> Tensor:
         """Masked patches of all processes in the last finished exchange: an int64 scalar on the device."""
@@ -99,11 +88,19 @@ class StepExchange:
         return self._buffers[self._now].sums[MASKED]
 
     def read(self) -> Agreed:
-        """The result of the exchange before the last one; empty at the first step."""
+        """The result of the exchange before the last one; empty at the first step.
+
+        Waits for its copy to the host in Python, so that signals are handled meanwhile. Raises RuntimeError after
+        `patience`, before NCCL's time-out, which aborts without a message.
+        """
         if self._buffers is None or self._steps < 2:
             return Agreed()
         buffers = self._buffers[1 - self._now]
-        self._wait_for(buffers)
+        deadline = time.monotonic() + self.patience
+        while buffers.copied is not None and not buffers.copied.query():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the exchange of step {buffers.step} timed out")
+            time.sleep(LOOK)
         sums = buffers.read.tolist()
         signum = max((s for s, count in zip(SIGNALS, sums[FIRST_SIGNAL:], strict=True) if count), default=0)
         return Agreed(buffers.step, int(signum), sums[SAVE] > 0, sums[VALIDATE] > 0)

@@ -44,12 +44,15 @@ class SubprocessLauncher(_SubprocessScriptLauncher):
                 process.send_signal(signum)
 
     def _watch(self) -> None:
-        while not (failed := self._failed()):
-            if all(process.poll() == 0 for process in self.children) or self.leaving.wait(0.5):
+        failed: list[tuple[int, int]] = []  # local rank and exit code
+        while not failed:
+            codes = [process.poll() for process in self.children]
+            failed = [(rank, code) for rank, code in enumerate(codes, start=1) if code]
+            if not failed and (codes == [0] * len(codes) or self.leaving.wait(0.5)):
                 return
         if self.leaving.wait(PATIENCE):
             return
-        rank, code = failed
+        rank, code = failed[0]
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
         print(
             f"\nerror: process {rank} of the run {how}; the others are ended. Rerun the same command to resume from "
@@ -60,23 +63,11 @@ class SubprocessLauncher(_SubprocessScriptLauncher):
         self.kill(signal.SIGKILL)
         os._exit(2)
 
-    def _failed(self) -> tuple[int, int] | None:
-        """Local rank and exit code of the first process that failed."""
-        ended = ((rank, process.poll()) for rank, process in enumerate(self.children, start=1))
-        return next(((rank, code) for rank, code in ended if code), None)
-
-    def forward_signal(self) -> None:
-        """Stop the children with SIGTERM after a signal to the main process; kill them after 10 s."""
+    def end(self, seconds: float = 1, signum: int | None = None) -> None:
+        """End the children when the main process exits: send them `signum`, and kill them after `seconds`."""
         self.leaving.set()
-        self.kill(signal.SIGTERM)  # children that are already exiting ignore it
-        self._end_after(10)
-
-    def end(self) -> None:
-        """End the children when the main process exits with an error."""
-        self.leaving.set()
-        self._end_after(1)  # they have had time to report their own errors
-
-    def _end_after(self, seconds: float) -> None:
+        if signum is not None:
+            self.kill(signum)
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in self.children) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -99,9 +90,7 @@ class _StartsChildren:
 class DDP(_StartsChildren, DDPStrategy):
     """Lightning's DDPStrategy with gradients as views of the all-reduce buckets, which saves a copy.
 
-    Args:
-        compression: "bf16" = all-reduce gradients in bf16, which halves the traffic; None = as they are.
-        settings: arguments of Lightning's DDPStrategy.
+    `compression`: "bf16" = all-reduce gradients in bf16, which halves the traffic; None = as they are.
     """
 
     def __init__(self, compression: str | None = None, **settings: Any):

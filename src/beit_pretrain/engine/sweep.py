@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 from beit_pretrain import fileio
 from beit_pretrain.config import compose, quoted, readable
 from beit_pretrain.engine.dist_env import launched
-from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config
-from beit_pretrain.engine.sweep_launchers import RunResult, launcher, run_all
+from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config, resume_config
+from beit_pretrain.engine.sweep_launchers import launcher, run_all
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import config_dir, to_dict
-from beit_pretrain.tables import write_csv
+from beit_pretrain.tables import read_rows, table, write_csv
 
 LOG = "log.txt"  # output of a run
 LONGEST_NAME = 120
+COLUMNS = 8  # of the printed table
 FIRST = ("val/loss", "val/accuracy", "val/masked_token_accuracy", "val/knn_accuracy")  # first metrics of the table
 
 
@@ -36,14 +37,6 @@ class SweepRun(NamedTuple):
     words: list[str]  # command-line settings for `fit`
 
 
-class ParsedOverrides(NamedTuple):
-    """The words of a sweep's command line: settings of the sweep, of its launcher and of its runs."""
-
-    own: list[str]
-    launcher: list[str]
-    settings: list[str]
-
-
 def sweep(words: list[str]) -> None:
     """Run a sweep, then print and write its summary. Exits with code 1 if any run failed."""
     if launched():
@@ -54,31 +47,28 @@ def sweep(words: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with fileio.exclusive_lock(folder / ".sweep.lock", f"another sweep is running in {folder}"):
         waiting = [member for member in members if not is_finished(member)]
-        print(f"sweep of {len(members)} runs in {folder}" + skipped(len(members) - len(waiting)), flush=True)
-        start = launcher(launcher_words, folder, jobs, [(m.words, m.folder / LOG) for m in waiting])
-        outcomes = run_all([m.name for m in waiting], start.start, start.at_once, progress)
-    failed = [(m, o) for m, o in zip(waiting, outcomes, strict=True) if o.code]
-    codes = {m.name: o.code for m, o in failed}
+        finished = len(members) - len(waiting)
+        already = f"; {finished} finished already" if finished else ""
+        print(f"sweep of {len(members)} runs in {folder}{already}", flush=True)
+        start, at_once = launcher(launcher_words, folder, jobs, [(m.words, m.folder / LOG) for m in waiting])
+        outcomes = run_all([m.name for m in waiting], start, at_once)
+    codes = {member.name: code for member, code in zip(waiting, outcomes, strict=True) if code}
     header, rows = summary(members, codes)
     write_csv(folder / "sweep.csv", header, rows)
-    print(table(header, rows) + f"\nwrote {folder / 'sweep.csv'}", flush=True)
-    if failed:
-        print(f"error: {len(failed)} of {len(members)} runs failed:", file=sys.stderr)
-        for member, outcome in failed:
-            print(f"  {member.name}: exit code {outcome.code}: {last_words(member.folder / LOG)}", file=sys.stderr)
+    print(overview(header, rows) + f"\nwrote {folder / 'sweep.csv'}", flush=True)
+    if codes:
+        print(f"error: {len(codes)} of {len(members)} runs failed:", file=sys.stderr)
+        for name, code in codes.items():
+            print(f"  {name}: exit code {code}: {last_words(folder / name / LOG)}", file=sys.stderr)
         print("rerun the same command to run only these again", file=sys.stderr)
         raise SystemExit(1)
 
 
-def skipped(count: int) -> str:
-    return f"; {count} finished already" if count else ""
-
-
-def sort_words(words: list[str]) -> ParsedOverrides:
+def sort_words(words: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Sort the words of the command line into settings of the sweep, of its launcher and of its runs."""
     own, launcher_words, settings = [], [], []
     for word in words:
-        key = word.partition("=")[0].lstrip("+~")
+        key = key_of(word)
         if key.startswith("sweep."):
             own.append(word.lstrip("+").removeprefix("sweep."))
         elif key == "hydra/launcher" or key.startswith("hydra.launcher."):
@@ -87,7 +77,12 @@ def sort_words(words: list[str]) -> ParsedOverrides:
             raise UserError(f"{word}: the only Hydra settings of a sweep are hydra/launcher and hydra.launcher.*")
         else:
             settings.append(word)
-    return ParsedOverrides(own, launcher_words, settings)
+    return own, launcher_words, settings
+
+
+def key_of(word: str) -> str:
+    """The key of a word such as +experiment=base_1k, without Hydra's + and ~."""
+    return word.partition("=")[0].lstrip("+~")
 
 
 def members_of(words: list[str]) -> tuple[Path, list[SweepRun]]:
@@ -99,14 +94,14 @@ def members_of(words: list[str]) -> tuple[Path, list[SweepRun]]:
     swept_keys = {key for swept, _ in combinations for key in swept}
     if {"name", "run_dir"} & swept_keys:
         raise UserError("name and run_dir belong to the whole sweep; each run gets a separate folder in it")
-    keys = {word.partition("=")[0].lstrip("+") for word in words}
+    keys = {key_of(word) for word in words}
     name, folder = str(base.name), Path(base.run_dir)
-    if "experiment" in {key.lstrip("+") for key in swept_keys} and not keys & {"name", "run_dir"}:
+    if "experiment" in {key_of(key) for key in swept_keys} and not keys & {"name", "run_dir"}:
         name, folder = "sweep", folder.parent / "sweep"  # each experiment sets a different name
     members = []
     for swept, settings in combinations:
         short = describe(swept)
-        kept = [word for word in settings if word.partition("=")[0].lstrip("+") not in ("name", "run_dir")]
+        kept = [word for word in settings if key_of(word) not in ("name", "run_dir")]
         own = [f"name={quoted(f'{name}/{short}')}", f"run_dir={quoted(folder / short)}"]
         members.append(SweepRun(short, folder / short, swept, [*kept, *own]))
     if len({member.folder for member in members}) < len(members):
@@ -122,7 +117,7 @@ def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
     from hydra.errors import HydraException
 
     choices: dict[str, list[str]] = {}
-    swept: list[str] = []
+    swept: set[str] = set()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         for word in words:
@@ -132,24 +127,22 @@ def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
                 choices[word.partition("=")[0]] = [readable(word)]
                 continue
             key = override.get_key_element()
-            swept = [other for other in swept if other != key]
+            swept.discard(key)
             choices.pop(key, None)  # a repeated key: the last value counts
             if not override.is_sweep_override():
                 choices[key] = [word]
             elif override.is_discrete_sweep():
                 choices[key] = list(dict.fromkeys(f"{key}={value}" for value in override.sweep_string_iterator()))
-                swept.append(key)
+                swept.add(key)
             else:
                 raise UserError(f"{word} has no end of values: give a list, choice(), range() or glob()")
             if not choices[key]:
                 raise UserError(f"{word} has no value")
-    return [
-        (
-            {key: word.partition("=")[2] for key, word in zip(choices, settings, strict=True) if key in swept},
-            [*settings],
-        )
-        for settings in itertools.product(*choices.values())
-    ]
+    combinations = []
+    for settings in itertools.product(*choices.values()):
+        values = {key: word.partition("=")[2] for key, word in zip(choices, settings, strict=True) if key in swept}
+        combinations.append((values, list(settings)))
+    return combinations
 
 
 def first_that_composes(candidates: list[list[str]]) -> Any:
@@ -169,8 +162,9 @@ def first_that_composes(candidates: list[list[str]]) -> Any:
 
 def describe(swept: dict[str, str]) -> str:
     """Folder name from the swept values, such as lr_0.001_seed_1; equal values always give the same name."""
-    last = [re.split(r"[./@]", key.lstrip("+~"))[-1] for key in swept]
-    keys = [short if last.count(short) == 1 else key.lstrip("+~") for short, key in zip(last, swept, strict=True)]
+    keys = [key_of(key) for key in swept]
+    last = [re.split(r"[./@]", key)[-1] for key in keys]
+    keys = [short if last.count(short) == 1 else key for short, key in zip(last, keys, strict=True)]
     name = "_".join(f"{plain_text(key)}_{plain_text(value)}" for key, value in zip(keys, swept.values(), strict=True))
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{short_hash(name)}"
 
@@ -197,16 +191,8 @@ def is_finished(member: SweepRun) -> bool:
         cfg, old = compose("fit", member.words), read_config(member.folder / CONFIG)
     except UserError:  # the run itself reports it
         return False
-    return cfg.resume != "never" and not differences(old, to_dict(cfg), type(cfg))
-
-
-def progress(number: int, total: int, name: str, outcome: RunResult | None) -> None:
-    """Print a line when a run starts (`outcome` is None) or ends."""
-    state = "started"
-    if outcome is not None:
-        how = f"failed with exit code {outcome.code}" if outcome.code else "finished"
-        state = f"{how} after {outcome.seconds:.0f} s"
-    print(f"[{number}/{total}] {name}: {state}", flush=True)
+    kind = type(cfg)
+    return cfg.resume != "never" and not differences(resume_config(old, kind), resume_config(to_dict(cfg), kind))
 
 
 def last_words(log: Path) -> str:
@@ -224,7 +210,8 @@ def summary(members: list[SweepRun], codes: dict[str, int]) -> tuple[tuple[str, 
     """Header and rows: name, state, swept values, step, last metrics; best run first, failed runs last."""
     last = {member.name: last_metrics(member.folder / "metrics.csv") for member in members}
     metrics = sorted({name for values in last.values() for name in values if name.startswith("val/")})
-    metrics = metrics or sorted({name for values in last.values() for name in values if name == "train/loss"})
+    if not metrics and any("train/loss" in values for values in last.values()):
+        metrics = ["train/loss"]
     key = "val/accuracy" if "val/accuracy" in metrics else "val/loss" if "val/loss" in metrics else "train/loss"
     metrics.sort(key=lambda name: (name != key, name not in FIRST, name))
     sign = -1 if key == "val/accuracy" else 1
@@ -245,8 +232,6 @@ def summary(members: list[SweepRun], codes: dict[str, int]) -> tuple[tuple[str, 
 
 def last_metrics(path: Path) -> dict[str, float]:
     """The last value of every metric in metrics.csv, and the last step; empty if the file does not exist."""
-    from beit_pretrain.tables import read_rows
-
     if not path.is_file():
         return {}
     values: dict[str, float] = {}
@@ -255,11 +240,9 @@ def last_metrics(path: Path) -> dict[str, float]:
     return values
 
 
-def table(header: tuple[str, ...], rows: list[tuple], columns: int = 8) -> str:
-    """The summary as text, without swept values (they are in the names) and with at most `columns` columns."""
+def overview(header: tuple[str, ...], rows: list[tuple]) -> str:
+    """The summary as text, without swept values (they are in the names) and with at most `COLUMNS` columns."""
     at = header.index("step")
-    kept = [0, 1, *range(at, min(len(header), at + columns - 2))]
-    text = [[header[i] for i in kept]]
-    text += [[f"{row[i]:.5g}" if isinstance(row[i], float) else str(row[i]) for i in kept] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    return "\n".join("  ".join(w.ljust(n) for w, n in zip(line, widths, strict=True)).rstrip() for line in text)
+    kept = [0, 1, *range(at, min(len(header), at + COLUMNS - 2))]
+    cells = [[f"{row[i]:.5g}" if isinstance(row[i], float) else str(row[i]) for i in kept] for row in rows]
+    return table([header[i] for i in kept], cells)

@@ -14,117 +14,90 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, TypeAlias
 
 from beit_pretrain.engine.dist_env import PROCESS_VARIABLES
+from beit_pretrain.engine.preemption import PREEMPTED, Preempted, PreemptionSignals
 from beit_pretrain.errors import UserError, first_line
 
 PATIENCE = 120.0  # seconds for a run to save its last checkpoint after a signal
-REQUEUE = 75  # exit code of a preempted run or sweep: start it again
 
 
-class RunResult(NamedTuple):
-    """Exit code and duration of a run."""
-
-    code: int
-    seconds: float
+Handle: TypeAlias = "Process | Submitted"  # a run that was started
+Start = Callable[[int, int], Handle]  # starts run `number` in `slot`
 
 
-class Handle(Protocol):
-    """A run that was started."""
+def launcher(words: list[str], folder: Path, jobs: int, work: list[tuple[list[str], Path]]) -> tuple[Start, int]:
+    """The launcher that `hydra/launcher=` names: basic (the default), submitit_local or submitit_slurm.
 
-    def poll(self) -> int | None: ...  # exit code, None while it runs
+    Returns the function that starts a run, and the number of slots.
 
-    def stop(self, number: int) -> None: ...  # send a signal
-
-
-class Launcher(NamedTuple):
-    """How the runs of a sweep are started: `start(number, slot)`, with `at_once` slots."""
-
-    start: Callable[[int, int], Handle]
-    at_once: int
-
-
-Work = list[tuple[list[str], Path]]  # command-line settings and log file of each run
-
-
-def launcher(words: list[str], folder: Path, jobs: int, work: Work) -> Launcher:
-    """The launcher that `hydra/launcher=` names: basic (the default), submitit_local or submitit_slurm."""
+    Args:
+        work: command-line settings and log file of each run.
+    """
     name = next((w.partition("=")[2] for w in words if w.startswith("hydra/launcher=")), "basic")
     settings = [w.removeprefix("hydra.launcher.") for w in words if w.startswith("hydra.launcher.")]
     if name == "basic":
         if settings:
             raise UserError(f"hydra.launcher.{settings[0]} needs hydra/launcher=submitit_slurm")
         gpus = shared_gpus(jobs)
-        return Launcher(lambda i, slot: Process(*work[i], gpus[slot] if gpus else None), jobs)
+        return lambda i, slot: Process(*work[i], gpus[slot] if gpus else None), jobs
     if name not in ("submitit_local", "submitit_slurm"):
         raise UserError(f"hydra/launcher={name} is not one of basic, submitit_local, submitit_slurm")
     executor = submitit_executor(name.removeprefix("submitit_"), settings, folder)
     tasks = [Job(command(words), log, str(Path.cwd())) for words, log in work]
     if name == "submitit_local":
-        return Launcher(lambda i, slot: Submitted(executor.submit(tasks[i])), jobs)
+        return lambda i, slot: Submitted(executor.submit(tasks[i])), jobs
     with executor.batch():  # one job array: SLURM limits how many jobs run at once
         sent = [executor.submit(task) for task in tasks]
     if sent:
         print(f"sent to SLURM as {sent[0].job_id.partition('_')[0]}; Ctrl-C cancels", flush=True)
-    return Launcher(lambda i, slot: Submitted(sent[i]), max(1, len(sent)))
+    return lambda i, slot: Submitted(sent[i]), max(1, len(sent))
 
 
-def run_all(
-    names: list[str],
-    start: Callable[[int, int], Handle],
-    at_once: int,
-    report: Callable[[int, int, str, RunResult | None], None],
-) -> list[RunResult]:
-    """Run all, at most `at_once` at a time, and continue after failures. Signals are forwarded to the runs."""
-    outcomes: dict[int, RunResult] = {}
+def run_all(names: list[str], start: Start, at_once: int) -> list[int]:
+    """Run all, at most `at_once` at a time, and continue after failures; returns their exit codes.
+
+    Signals are forwarded to the runs.
+    """
+    codes: dict[int, int] = {}
     running: dict[int, tuple[Handle, int, float]] = {}
     slots = list(range(at_once))
     todo = iter(range(len(names)))
     with stopping(running):
-        while len(outcomes) < len(names):
+        while len(codes) < len(names):
             while slots and (number := next(todo, None)) is not None:
                 slot = slots.pop(0)
                 running[number] = start(number, slot), slot, time.monotonic()
-                report(number + 1, len(names), names[number], None)
+                print(f"[{number + 1}/{len(names)}] {names[number]}: started", flush=True)
             for number, (handle, slot, begun) in list(running.items()):
                 if (code := handle.poll()) is not None:
                     del running[number]
                     slots.append(slot)
-                    outcomes[number] = RunResult(code, time.monotonic() - begun)
-                    report(number + 1, len(names), names[number], outcomes[number])
+                    codes[number] = code
+                    how = f"failed with exit code {code}" if code else "finished"
+                    seconds = f"after {time.monotonic() - begun:.0f} s"
+                    print(f"[{number + 1}/{len(names)}] {names[number]}: {how} {seconds}", flush=True)
             time.sleep(0.1)
-    return [outcomes[number] for number in range(len(names))]
-
-
-class SweepPreempted(BaseException):
-    """SIGTERM or SIGUSR1 from a scheduler."""
+    return [codes[number] for number in range(len(names))]
 
 
 @contextmanager
 def stopping(running: dict[int, tuple[Handle, int, float]]) -> Iterator[None]:
     """End the runs when the sweep ends: forward Ctrl-C as SIGINT, other signals as SIGTERM, and let the runs save."""
-
-    def tell(*_: object) -> None:
-        raise SweepPreempted
-
-    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    except BaseException as error:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        end(
-            [handle for handle, _, _ in running.values()],
-            signal.SIGTERM if isinstance(error, SweepPreempted) else signal.SIGINT,
-        )
-        if isinstance(error, SweepPreempted):
+    with PreemptionSignals():
+        try:
+            yield
+        except BaseException as error:
+            told = error.signum if isinstance(error, Preempted) else signal.SIGINT
+            forwarded = signal.SIGINT if told == signal.SIGINT else signal.SIGTERM
+            end([handle for handle, _, _ in running.values()], forwarded)
+            if not isinstance(error, Preempted):
+                raise
+            if told == signal.SIGINT:
+                raise KeyboardInterrupt from None
             print("stopped; rerun the same command to resume", file=sys.stderr)
-            raise SystemExit(REQUEUE) from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            raise SystemExit(PREEMPTED) from None
 
 
 def end(handles: list[Handle], number: int) -> None:
@@ -141,7 +114,6 @@ def end(handles: list[Handle], number: int) -> None:
 
 
 def command(words: list[str]) -> list[str]:
-    """The command line of `fit` with these settings, with the current Python."""
     return [sys.executable, "-m", "beit_pretrain", "fit", *words]
 
 
@@ -179,10 +151,12 @@ class Process:
         self.process = begin(command(words), log, gpus=gpus)
 
     def poll(self) -> int | None:
+        """The exit code; None while the run goes on."""
         code = self.process.poll()
         return code if code is None or code >= 0 else 128 - code  # a signal, in the shell's convention
 
     def stop(self, number: int) -> None:
+        """Send a signal."""
         if self.process.poll() is None:
             signal_group(self.process, number)
 

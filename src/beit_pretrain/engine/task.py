@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning import Callback
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from beit_pretrain.data.datamodule import ShardData, first_images
 from beit_pretrain.data.sources import list_images, read_candidate
 from beit_pretrain.engine.module import TrainedModule
-from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.engine.settings import FitSettings, VisualizeSettings
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.transforms.image_io import open_image, reason
 from beit_pretrain.transforms.jitter import normalise
@@ -48,8 +48,7 @@ class Task:
     @property
     def network(self) -> nn.Module:
         """The network with the attention blocks."""
-        network: nn.Module = self.module.model
-        return network
+        return self.module.model
 
     def check_micro_batch(self, images: int, world: int, on_gpus: bool, given: str) -> None:
         """Raise UserError if the task cannot train on a micro-batch of `images`; `given`: the settings, as text."""
@@ -66,6 +65,10 @@ class Task:
         """The settings with `init_from` set to the run's checkpoint: the original one may no longer exist."""
         own = {"init_from": str(last), "from_scratch": False, "new_head": False}
         return cfg.model_copy(update={name: value for name, value in own.items() if name in type(cfg).model_fields})
+
+    def validation_pictures(self) -> Iterator[tuple[str, Image.Image]]:
+        """(name, picture) of held-out images after a validation, in eval mode; the main one has no name."""
+        yield "", cast(Image.Image, self.masked(VisualizeSettings(images=self.cfg.num_visualizations)))
 
     # Pictures for `visualize`; None = this task has no such picture.
 
@@ -88,23 +91,15 @@ class Task:
             return None
         shown = chosen_images(self.data, options, self.network, count=min(options.images, 2))
         normalised = normalise(shown, module.mean, module.std)
-        return attention_picture(
-            self.network,
-            normalised,
-            shown,
-            options.layers,
-            options.heads,
-            options.patches,
-        )
+        return attention_picture(self.network, normalised, shown, options.layers, options.heads, options.patches)
 
     def batch_of(self, options: Any) -> dict[str, Tensor]:
         """The first images of the split, after the run's transform."""
         check_split(self.data, options)
-        return first_images(self.data.eval_dataset(options.split), options.images, torch.device("cpu"))
+        return first_images(self.data.eval_dataset(options.split), options.images, self.module.device)
 
 
 def task_names() -> list[str]:
-    """Names of all tasks."""
     package = importlib.import_module("beit_pretrain.tasks")
     return [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "common"]
 

@@ -47,7 +47,7 @@ def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback]) -> Tra
     """
     compression = cfg.gradient_compression if steps else None  # validation has no gradients
     settings = cluster.resolve_trainer_args(to_dict(cfg.trainer), cfg.timeout_minutes, compression)
-    plugins = [BackgroundCheckpointIO(), *settings.pop("plugins")]
+    settings["plugins"].append(BackgroundCheckpointIO())
     if settings["precision"] == "auto":
         gpu = wanted_gpu(settings["accelerator"]) and torch.cuda.is_bf16_supported()
         settings["precision"] = "bf16-mixed" if gpu else "32-true"
@@ -66,7 +66,6 @@ def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback]) -> Tra
         num_sanity_val_steps=0,
         enable_model_summary=False,
         log_every_n_steps=1,  # avoids a warning; `log_every` sets when metrics are written
-        plugins=plugins,
     )
     # Lightning's signal handler would exit with code 0 or, with several processes, block while it waits for the others.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

@@ -116,13 +116,13 @@ def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
     cfg = read_config(run / CONFIG)
     if cfg.get("logger", {}).get("kind") != "wandb" or not (run / CHECKPOINT).is_file():
         return
-    from beit_pretrain.engine.wandb_logger import wandb_logger
+    from beit_pretrain.engine.wandb_logger import WeightsAndBiases
     from beit_pretrain.models.checkpoints.files import read
 
     about = read(run / CHECKPOINT).get("beit_pretrain", {})
     if "wandb_id" not in about:
         return
-    logger = wandb_logger(find_task(cfg["task"]).settings.validated(cfg), about["wandb_id"])
+    logger = WeightsAndBiases(find_task(cfg["task"]).settings.validated(cfg), about["wandb_id"])
     for path in drawn:
         logger.log_image(f"visualize/{path.stem}", [str(path)])
     logger.experiment.finish()

@@ -47,9 +47,16 @@ def same_id(path: Path, first: bool) -> str:
 
 
 class WeightsAndBiases(WandbLogger):
-    """Lightning's logger; if W&B fails, it prints one warning, and the run continues without it."""
+    """Lightning's logger, with a run's config; if W&B fails, it prints one warning and the run continues without it."""
 
     lost = False
+
+    def __init__(self, cfg: FitSettings, run_id: str):
+        how = mode(cfg.logger.mode)
+        resume = None if how == "offline" else "allow"
+        names: dict[str, Any] = {"name": cfg.name, "project": cfg.logger.project, "save_dir": cfg.run_dir}
+        super().__init__(**names, id=run_id, mode=how, resume=resume, config=to_dict(cfg))
+        self._wandb_init.pop("anonymous", None)  # W&B would print a warning about it at each start
 
     @rank_zero_only
     def begin(self, rows: dict[int, dict[str, float]]) -> None:
@@ -108,19 +115,3 @@ def blocked_for_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def wandb_logger(cfg: FitSettings, run_id: str) -> WeightsAndBiases:
-    """The W&B logger of a run, with its composed config."""
-    how = mode(cfg.logger.mode)
-    logger = WeightsAndBiases(
-        name=cfg.name,
-        project=cfg.logger.project,
-        save_dir=cfg.run_dir,
-        id=run_id,
-        mode=how,
-        resume=None if how == "offline" else "allow",
-        config=to_dict(cfg),
-    )
-    logger._wandb_init.pop("anonymous", None)  # W&B would print a warning about it at each start
-    return logger

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
+from torch import Tensor, nn
 
 from beit_pretrain.data.datamodule import ClassificationData
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.engine.module import TrainedModule
+from beit_pretrain.engine.settings import FitSettings, OptimSettings
 from beit_pretrain.errors import UserError
-from beit_pretrain.settings import (
-    BelowOne,
-    Name,
-    Number,
-    Positive,
-    Settings,
-    ShareAboveZero,
-    Side,
-    Switch,
-    Text,
-    about,
-)
-from beit_pretrain.transforms.jitter import HALF
+from beit_pretrain.settings import BelowOne, Name, Number, Positive, Settings, ShareAboveZero, Side, Switch, Text, about
+from beit_pretrain.transforms.jitter import HALF, normalise
 from beit_pretrain.transforms.settings import CropSettings
 from beit_pretrain.transforms.views import ClassificationTransform
 
@@ -65,6 +57,19 @@ class ClassificationDataSettings(DataSettings, CropSettings):
     crop_ratio: ShareAboveZero | None = about(
         "validation resizes the shorter side to image_size / crop_ratio; null = .875 below 384 pixels, 1 from there"
     )
+
+
+class BackboneModule(TrainedModule):
+    """A LightningModule whose network takes images normalised with `mean` and `std`."""
+
+    def __init__(self, model: nn.Module, optim: OptimSettings, mean: Sequence[float], std: Sequence[float], seed: int):
+        super().__init__(model, optim, seed)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.about = {"mean": list(mean), "std": list(std)}
+
+    def image_of(self, batch: dict) -> Tensor:
+        """The normalised images (B, C, H, W) of a batch."""
+        return normalise(batch["image"].float() / 255, self.mean, self.std)
 
 
 def data_settings(cfg: Any) -> dict[str, Any]:

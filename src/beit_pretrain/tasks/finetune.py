@@ -19,16 +19,21 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from beit_pretrain.data.dataset import first_position
-from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.backbone import Classifier, patch_grid
+from beit_pretrain.models.backbone import Classifier
 from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import classifier
 from beit_pretrain.settings import Count, NonNegative, Rule, Settings, Share, Switch, about
-from beit_pretrain.tasks.common import BackboneSettings, ClassificationDataSettings, NetworkSettings, labelled_data
+from beit_pretrain.tasks.common import (
+    BackboneModule,
+    BackboneSettings,
+    ClassificationDataSettings,
+    NetworkSettings,
+    labelled_data,
+)
 from beit_pretrain.transforms.jitter import normalise
 
 Decay = Annotated[float, Strict(), Field(gt=0, lt=1), Rule("a number above 0 and below 1")]
@@ -67,7 +72,7 @@ class FinetuneSettings(BackboneSettings):
     data: ClassificationDataSettings
 
 
-class Finetuning(TrainedModule):
+class Finetuning(BackboneModule):
     """Trains a classifier; validates top-1 and top-5 over every image exactly once, on any number of processes."""
 
     kind = "classifier"
@@ -82,15 +87,14 @@ class Finetuning(TrainedModule):
         std: tuple[float, ...],
         seed: int = 0,
     ):
-        super().__init__(model, optim, seed)
-        self.regularisation, self.mean, self.std = regularisation, tuple(mean), tuple(std)
+        super().__init__(model, optim, mean, std, seed)
+        self.regularisation, self.totals_shape = regularisation, (4,)
         self._erase = RandomErasing(probability=regularisation.erasing, mode="pixel", device="cpu")
         self._mix: Mixup | None = None
         if regularisation.mixup or regularisation.cutmix:
             smoothing = regularisation.label_smoothing
             alphas = {"mixup_alpha": regularisation.mixup, "cutmix_alpha": regularisation.cutmix}
             self._mix = Mixup(**alphas, label_smoothing=smoothing, num_classes=model.num_classes)
-        self._totals = torch.zeros(0)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits (B, classes) of images in [0, 1]."""
@@ -98,8 +102,7 @@ class Finetuning(TrainedModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Cross-entropy with smoothed, possibly mixed labels."""
-        image = normalise(batch["image"].float() / 255, self.mean, self.std)
-        image, target_BK = self.regularise(image, batch["label"], first_position(batch))
+        image, target_BK = self.regularise(self.image_of(batch), batch["label"], first_position(batch))
         logits = self.maybe_compile(self.model.forward)(image, self.drop_path_noise(batch)).float()
         loss = F.cross_entropy(logits, target_BK)
         self.accumulate(loss=loss, accuracy=(logits.argmax(1) == target_BK.argmax(1)).float().mean())
@@ -121,25 +124,18 @@ class Finetuning(TrainedModule):
                 image_BCHW = self._erase(image_BCHW)
             return self._mix(image_BCHW, label_B) if self._mix else (image_BCHW, target)
 
-    def on_validation_epoch_start(self) -> None:
-        self._totals = torch.zeros(4, dtype=torch.float64, device=self.device)
-
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         logits = self(batch["image"].float() / 255).float()
         label_B = batch["label"]
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == label_B.unsqueeze(1)
         loss = F.cross_entropy(logits, label_B, reduction="sum")
-        self._totals += torch.stack([loss, top[:, 0].sum(), top.any(1).sum(), loss.new_full((), len(label_B))])
+        self.totals += torch.stack([loss, top[:, 0].sum(), top.any(1).sum(), loss.new_full((), len(label_B))])
 
     def on_validation_epoch_end(self) -> None:
-        loss, top1, top5, images = self.sum_over_processes(self._totals)
+        loss, top1, top5, images = self.sum_over_processes(self.totals)
         self.log_validation(
             {"loss": loss / images, "accuracy": top1 / images, "top5_accuracy": top5 / images, "images": images}
         )
-
-    test_step = validation_step
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
 
 
 class Finetune(Task):
@@ -153,7 +149,6 @@ class Finetune(Task):
     def __init__(self, cfg: FinetuneSettings):
         super().__init__(cfg)
         source = None if cfg.from_scratch else read_source(cfg, expands_bias=True)
-        patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
         mean, std = normalisation(cfg, source.about if source else {})
         self.data = data = labelled_data(cfg, mean)
         if source is None:
@@ -166,8 +161,7 @@ class Finetune(Task):
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         optim = cfg.optim.with_warmup_in_steps(data.samples, cfg.global_batch_size)
         self.module = Finetuning(model, optim, cfg.regularisation, mean, std, cfg.seed)
-        about_data = {"classes": list(data.classes), "crop_ratio": cfg.data.crop_ratio}
-        self.module.about = {"mean": list(mean), "std": list(std), **about_data}
+        self.module.about |= {"classes": list(data.classes), "crop_ratio": cfg.data.crop_ratio}
         self.origin = origin(source)
         if cfg.ema is not None:
             self.callbacks.append(EMAWeightAveraging(decay=cfg.ema))

@@ -5,19 +5,15 @@ Shapes: B batch, C channels, H W pixels, N patches. Masks are True where a patch
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from lightning import Callback, Trainer
 from PIL import Image
 from pydantic import Field, Strict
 from torch import Tensor
 
-from beit_pretrain.data.datamodule import first_images
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.callbacks import log_picture
-from beit_pretrain.engine.module import TrainedModule
+from beit_pretrain.engine.callbacks import ValidationPictures
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
@@ -27,8 +23,7 @@ from beit_pretrain.models.checkpoints.files import rebuild
 from beit_pretrain.models.checkpoints.init_from import normalisation
 from beit_pretrain.models.mae import MaskedAutoencoder, Masking, random_masking
 from beit_pretrain.settings import Name, Settings, Switch, Whole, about, to_dict
-from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, Width, classification_data
-from beit_pretrain.transforms.jitter import normalise
+from beit_pretrain.tasks.common import BackboneModule, BackboneSettings, NetworkSettings, Width, classification_data
 from beit_pretrain.transforms.settings import CropSettings
 from beit_pretrain.visualization import grids
 
@@ -69,7 +64,7 @@ class MAESettings(BackboneSettings):
     knn: KNNSettings = about("online kNN accuracy, if there are labels", True)
 
 
-class Autoencoding(TrainedModule):
+class Autoencoding(BackboneModule):
     """Predicts the pixels of masked patches."""
 
     kind = "mae"
@@ -78,9 +73,8 @@ class Autoencoding(TrainedModule):
     def __init__(
         self, model: MaskedAutoencoder, optim: OptimSettings, mean: Any, std: Any, mask_ratio: float, seed: int = 0
     ):
-        super().__init__(model, optim, seed)
-        self.mean, self.std, self.mask_ratio = tuple(mean), tuple(std), mask_ratio
-        self._totals = torch.zeros(0)
+        super().__init__(model, optim, mean, std, seed)
+        self.mask_ratio, self.totals_shape = mask_ratio, (2,)
 
     def masking(self, position_B: Tensor, seed: int) -> Masking:
         """Masks of a batch; they depend only on seed and position."""
@@ -88,22 +82,18 @@ class Autoencoding(TrainedModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Mean squared error of the masked patches' pixels (section 3, "Reconstruction target")."""
-        image = normalise(batch["image"].float() / 255, self.mean, self.std)
-        loss = self.maybe_compile(self.model.forward)(image, self.masking(batch["position"], self.seed))
+        masking = self.masking(batch["position"], self.seed)
+        loss = self.maybe_compile(self.model.forward)(self.image_of(batch), masking)
         self.accumulate(loss=loss)
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self._totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Computes the same loss on held-out images, with fixed masks."""
-        image = normalise(batch["image"].float() / 255, self.mean, self.std)
-        loss, images = self.model(image, self.masking(batch["position"], VAL_SEED)), len(image)
-        self._totals += torch.stack([loss.double() * images, loss.new_tensor(images, dtype=torch.float64)])
+        loss, images = self.model(self.image_of(batch), self.masking(batch["position"], VAL_SEED)), len(batch["image"])
+        self.totals += torch.stack([loss.double() * images, loss.new_tensor(images, dtype=torch.float64)])
 
     def on_validation_epoch_end(self) -> None:
-        total, images = self.sum_over_processes(self._totals)
+        total, images = self.sum_over_processes(self.totals)
         self.log_validation({"loss": total / images})
 
 
@@ -124,15 +114,20 @@ class MAE(Task):
         optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
         self.module = Autoencoding(model, optim, mean, std, cfg.mask.ratio, cfg.seed)
         self.module.masking(torch.zeros(1, dtype=torch.int64), 0)  # raises UserError early for an unusable mask ratio
-        self.module.about = {"mean": list(mean), "std": list(std)}
         if "val" in self.data.readers:
             if cfg.num_visualizations:
-                self.callbacks.append(MAEPictures(self, cfg.folder / "pictures", cfg.num_visualizations))
+                self.callbacks.append(ValidationPictures(self))
             if len(self.data.classes) > 1:
                 self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
 
+    @torch.no_grad()
     def masked(self, options: Any) -> Image.Image | None:
-        return autoencoder_picture(self.module, self.batch_of(options))
+        """Grid of masked | predicted | original, one row per image."""
+        module, batch = self.module, self.batch_of(options)
+        image, masking = batch["image"].float() / 255, module.masking(batch["position"], VAL_SEED)
+        mean, std = (image.new_tensor(values).view(1, -1, 1, 1) for values in (module.mean, module.std))
+        predicted = (module.model.reconstruct(module.image_of(batch), masking) * std + mean).clamp(0, 1)
+        return grids.grid([grids.hide(image, masking.mask_BN), predicted, image], ["masked", "predicted", "original"])
 
 
 def continued(cfg: MAESettings) -> tuple[MaskedAutoencoder, dict[str, Any]]:
@@ -159,31 +154,3 @@ def continued(cfg: MAESettings) -> tuple[MaskedAutoencoder, dict[str, Any]]:
     for name, parameter in model.train().named_parameters():
         parameter.requires_grad_(name not in positions)
     return model, about
-
-
-class MAEPictures(Callback):
-    """Writes masked | predicted | original pictures of held-out images after every validation."""
-
-    needs_whole_network = True
-
-    def __init__(self, task: MAE, folder: Path, images: int):
-        self.task, self.folder, self.images = task, folder, images
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        if not trainer.sanity_checking and trainer.is_global_zero:
-            batch = first_images(self.task.data.eval_dataset("val"), self.images, pl_module.device)
-            log_picture(trainer, autoencoder_picture(pl_module, batch), self.folder)
-
-
-@torch.no_grad()
-def autoencoder_picture(module: Autoencoding, batch: dict[str, Tensor]) -> Image.Image:
-    """Grid of masked | predicted | original, one row per image."""
-    image = batch["image"].float() / 255
-    masking = module.masking(batch["position"], VAL_SEED)
-    training = module.model.training
-    module.model.eval()
-    predicted = module.model.reconstruct(normalise(image, module.mean, module.std), masking)
-    module.model.train(training)
-    mean, std = (image.new_tensor(values).view(1, -1, 1, 1) for values in (module.mean, module.std))
-    predicted = (predicted * std + mean).clamp(0, 1)
-    return grids.grid([grids.hide(image, masking.mask_BN), predicted, image], ["masked", "predicted", "original"])

@@ -7,27 +7,22 @@ M masked patches of the batch. Masks are True where a patch is masked, to be pre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from lightning import Callback, Trainer
 from PIL import Image
 from torch import Tensor
 
 from beit_pretrain.data.datamodule import ShardData, first_images
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.callbacks import log_picture
+from beit_pretrain.engine.callbacks import ValidationPictures
 from beit_pretrain.engine.device_prefetch import DevicePrefetcher
-from beit_pretrain.engine.module import TrainedModule
-from beit_pretrain.engine.settings import OptimSettings
+from beit_pretrain.engine.settings import OptimSettings, VisualizeSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
@@ -37,7 +32,7 @@ from beit_pretrain.models.checkpoints.formats import Checkpoint
 from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import mim
 from beit_pretrain.settings import Paths, Switch, Whole, about, to_dict
-from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
+from beit_pretrain.tasks.common import BackboneModule, BackboneSettings, NetworkSettings, data_settings
 from beit_pretrain.tokenizers.settings import TokenizerSettings
 from beit_pretrain.tokenizers.token_cache import OPTIONS, CachedTokens, TokenFolder, same_tokenizer
 from beit_pretrain.tokenizers.tokenizer import Tokenizer, check_channels, codebook_use, view_size
@@ -84,14 +79,10 @@ class MIMOutput(NamedTuple):
     correct: Tensor
 
 
-class Pretraining(TrainedModule):
+class Pretraining(BackboneModule):
     """Predicts the visual tokens of masked patches.
 
-    Args:
-        model: backbone with token head.
-        tokenizer: frozen; gives one id per patch. None if the batches contain the ids (`tokens`).
-        optim: optimiser settings.
-        mean, std: normalisation of the backbone's view.
+    `tokenizer`: frozen; gives one id per patch. None if the batches contain the ids (`tokens`).
     """
 
     kind = "mim"
@@ -106,14 +97,14 @@ class Pretraining(TrainedModule):
         std: tuple[float, ...],
         seed: int = 0,
     ):
-        super().__init__(model, optim, seed)
+        super().__init__(model, optim, mean, std, seed)
         if tokenizer is not None and model.vocab_size != tokenizer.vocab_size:
             raise UserError(f"model.vocab_size={model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens")
         self.tokenizer = tokenizer
-        self.mean, self.std = tuple(mean), tuple(std)
         self._masked = torch.zeros((), dtype=torch.int64)  # masked patches since the last optimiser step
         self._tokens_V = torch.zeros(model.vocab_size)  # targets since the last flush
-        self._totals = torch.zeros(0)
+        # Loss, hits, hits of the copy baseline, masked patches; then histograms of masked and of all tokens.
+        self.totals_shape = (4 + 2 * model.vocab_size,)
 
     def setup(self, stage: str) -> None:
         if self.tokenizer is not None:
@@ -126,7 +117,8 @@ class Pretraining(TrainedModule):
         position_BK, drop_BR = batch["mask_index"], self.drop_path_noise(batch)
         found = self.maybe_compile(self.objective)(image, batch["mask"], position_BK, tokens_BN, drop_BR)
         self.count(found, tokens_BN)
-        return found.loss_sum / position_BK.numel()
+        self._slots = position_BK.numel()
+        return found.loss_sum / self._slots
 
     def prepare(self, batch: dict) -> tuple[Tensor, Tensor]:
         """`image_and_tokens`, compiled if the run is compiled."""
@@ -143,18 +135,14 @@ class Pretraining(TrainedModule):
         return image, self.tokenizer.encode(token_image)
 
     def objective(
-        self,
-        image_BCHW: Tensor,
-        mask_BN: Tensor,
-        position_BK: Tensor,
-        tokens_BN: Tensor,
-        drop_BR: Tensor | None = None,
+        self, image_BCHW: Tensor, mask_BN: Tensor, position_BK: Tensor, tokens_BN: Tensor, drop_BR: Tensor | None = None
     ) -> MIMOutput:
         """Predict the tokens of the masked patches of images in [0, 1]; sum losses and correct predictions."""
         image_BCHW = normalise(image_BCHW, self.mean, self.std)
         logits_BKV = self.model.forward_at(image_BCHW, mask_BN, position_BK.clamp(min=0), drop_BR)
         target_BK = masked_targets(tokens_BN, position_BK)
-        loss_sum = F.cross_entropy(at_least_float(logits_BKV).flatten(0, 1), target_BK.flatten(), reduction="sum")
+        exact_BKV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32))  # half precision is too coarse
+        loss_sum = F.cross_entropy(exact_BKV.flatten(0, 1), target_BK.flatten(), reduction="sum")
         return MIMOutput(loss_sum, (target_BK != IGNORE).sum(), (logits_BKV.argmax(-1) == target_BK).sum())
 
     def count(self, found: MIMOutput, tokens_BN: Tensor) -> None:
@@ -179,10 +167,6 @@ class Pretraining(TrainedModule):
         self._masked = torch.zeros_like(self._masked)
         return micro_batches * self._slots / masked.double()
 
-    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
-        super().on_train_batch_start(batch, batch_idx)
-        self._slots = batch["mask_index"].numel()
-
     def flush(self) -> None:
         use = codebook_use(self.sum_over_processes(self._tokens_V))
         self._tokens_V.zero_()
@@ -203,10 +187,6 @@ class Pretraining(TrainedModule):
     def on_fit_start(self) -> None:
         self._tokens_V = self._tokens_V.to(self.device)
 
-    def on_validation_epoch_start(self) -> None:
-        # Loss, hits, hits of the copy baseline, masked patches; then histograms of masked and of all tokens.
-        self._totals = torch.zeros(4 + 2 * self.model.vocab_size, dtype=torch.float64, device=self.device)
-
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Evaluates held-out images with fixed views and masks; also the baseline of copying the nearest token."""
         image, tokens_BN = self.image_and_tokens(batch)
@@ -215,12 +195,12 @@ class Pretraining(TrainedModule):
         copied_BN = tokens_BN.gather(1, nearest_visible(batch["mask"]))
         copied = masked_targets(copied_BN, position_BK) == masked_targets(tokens_BN, position_BK)
         vocab = self.model.vocab_size
-        self._totals[:4] += torch.stack([loss_sum, correct, (copied & (position_BK >= 0)).sum(), masked])
-        self._totals[4 : 4 + vocab] += torch.bincount(tokens_BN[batch["mask"]], minlength=vocab)
-        self._totals[4 + vocab :] += torch.bincount(tokens_BN.flatten(), minlength=vocab)
+        self.totals[:4] += torch.stack([loss_sum, correct, (copied & (position_BK >= 0)).sum(), masked])
+        self.totals[4 : 4 + vocab] += torch.bincount(tokens_BN[batch["mask"]], minlength=vocab)
+        self.totals[4 + vocab :] += torch.bincount(tokens_BN.flatten(), minlength=vocab)
 
     def on_validation_epoch_end(self) -> None:
-        totals = self.sum_over_processes(self._totals)
+        totals = self.sum_over_processes(self.totals)
         masked_V, all_V = totals[4:].chunk(2)
         loss, hits, copied = totals[:3] / totals[3].clamp(min=1)
         self.log_validation(
@@ -239,23 +219,11 @@ def masked_targets(tokens_BN: Tensor, index_BK: Tensor) -> Tensor:
     return tokens_BN.gather(1, index_BK.clamp(min=0)).masked_fill(index_BK < 0, IGNORE)
 
 
-def at_least_float(x: Tensor) -> Tensor:
-    """Cast half precision to float32; leave float32 and float64 unchanged."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def nearest_visible(mask_BN: Tensor) -> Tensor:
     """Index (B, N) of the visible patch nearest to every patch; of equally near ones, the first."""
-    distance_NN = _patch_distances(int(mask_BN.shape[1]), mask_BN.device)
-    return (distance_NN + mask_BN.unsqueeze(1) * 1e6).argmin(-1)
-
-
-@lru_cache(maxsize=4)
-def _patch_distances(patches: int, device: torch.device) -> Tensor:
-    side = patch_grid(round(patches**0.5), 1)[0]
-    row = torch.arange(side, device=device, dtype=torch.float)
-    points = torch.cartesian_prod(row, row)
-    return torch.cdist(points, points)
+    row = torch.arange(round(mask_BN.shape[1] ** 0.5), device=mask_BN.device, dtype=torch.float)
+    place_N2 = torch.cartesian_prod(row, row)
+    return (torch.cdist(place_N2, place_N2) + mask_BN.unsqueeze(1) * 1e6).argmin(-1)
 
 
 class PretrainData(ShardData):
@@ -306,20 +274,18 @@ class Pretrain(Task):
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
         self.module = Pretraining(model, targets.tokenizer, optim, mean, std, cfg.seed)
-        known = {"tokenizer": targets.name, "tokenizer_sha256": targets.sha256}
-        self.module.about = {"mean": list(mean), "std": list(std), **known}
+        self.module.about |= {"tokenizer": targets.name, "tokenizer_sha256": targets.sha256}
         self.origin = origin(source)
         if "val" in self.data.readers:
             if cfg.num_visualizations and targets.tokenizer is not None:
-                self.callbacks.append(MaskedPictures(cfg.folder / "pictures", self.data, cfg.num_visualizations))
+                self.callbacks.append(ValidationPictures(self))
             if len(self.data.classes) > 1:
                 self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
 
     def preflight(self) -> list[str]:
         """Encode a few images and report how many different tokens they have."""
         dataset = self.data.train_dataset(BatchSchedule(self.data.global_batch_size))
-        samples = [dataset.sample(position) for position in range(min(4, self.data.samples))]
-        batch = {key: torch.as_tensor(np.stack([s[key] for s in samples])) for key in samples[0] if key != "bad"}
+        batch = first_images(dataset, 4, torch.device("cpu"))
         tokenizer = self.module.tokenizer
         cached = tokenizer is None or "tokens" in batch
         tokens = batch["tokens"] if cached else cast(Tokenizer, tokenizer).encode(jittered_views(batch)[1])
@@ -333,6 +299,16 @@ class Pretrain(Task):
         if self.cfg.device_prefetch:
             module = self.module
             self.data.wrapped = lambda loader: DevicePrefetcher(loader, module.prepare, module.device)
+
+    def validation_pictures(self) -> Iterator[tuple[str, Image.Image]]:
+        """Also attention maps and, after the first validation, token maps, which do not change."""
+        module, options = self.module, VisualizeSettings(images=self.cfg.num_visualizations)
+        batch = self.batch_of(options)
+        yield "", masked_picture(module, batch)
+        image, _ = module.image_and_tokens(batch)
+        yield "attention", attention_picture(module.model, normalise(image[:2], module.mean, module.std), image[:2])
+        if not any((self.cfg.folder / "pictures").glob("step-*-tokens.png")):
+            yield "tokens", cast(Image.Image, self.tokens(options))
 
     def masked(self, options: Any) -> Image.Image | None:
         if self.module.tokenizer is None and not options.what:
@@ -419,34 +395,6 @@ def continued(cfg: PretrainSettings, source: Checkpoint, targets: TokenSource) -
     return mim(source, cfg.image_size, cfg.model.drop_path_rate, vocab_size if cfg.new_head else None)
 
 
-class MaskedPictures(Callback):
-    """Writes masked | predicted | decoded | original pictures of held-out images, and attention maps, after every
-    validation; token maps, which do not change, after the first one.
-
-    Args:
-        folder: for the files `step-000100.png`, ....
-        data: source of the held-out images.
-        images: number of images.
-    """
-
-    needs_whole_network = True
-
-    def __init__(self, folder: Path, data: ShardData, images: int = 6):
-        self.folder, self.data, self.images = folder, data, images
-
-    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
-            return
-        batch = first_images(self.data.eval_dataset("val"), self.images, pl_module.device)
-        log_picture(trainer, masked_picture(pl_module, batch), self.folder)
-        image, ids_BN = pl_module.image_and_tokens(batch)
-        normalised, model = normalise(image[:2], pl_module.mean, pl_module.std), pl_module.model
-        log_picture(trainer, attention_picture(model, normalised, image[:2]), self.folder, "attention")
-        if not any(self.folder.glob("step-*-tokens.png")):
-            decoded = pl_module.tokenizer.decode(ids_BN)
-            log_picture(trainer, token_sheet(image, decoded, ids_BN, model.vocab_size), self.folder, "tokens")
-
-
 @torch.no_grad()
 def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
     """Grid of masked | predicted tokens decoded | original tokens decoded | original, one row per image.
@@ -455,14 +403,11 @@ def masked_picture(module: Pretraining, batch: dict[str, Tensor]):
     """
     if module.tokenizer is None:
         raise UserError("the run has only cached tokens; drawing them needs a tokenizer")
-    training = module.model.training
-    module.model.eval()
     image, tokens_BN = module.image_and_tokens(batch)
     mask_BN = batch["mask"]
     predicted_BN = tokens_BN.clone()
     logits_MV = module.model(normalise(image, module.mean, module.std), mask_BN)
     predicted_BN[mask_BN] = logits_MV.argmax(-1)
-    module.model.train(training)
     side = int(image.shape[-1])
     decoded = [F.interpolate(module.tokenizer.decode(t), (side, side)) for t in (predicted_BN, tokens_BN)]
     columns = [grids.hide(image, mask_BN), *decoded, image]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
@@ -24,7 +23,7 @@ from beit_pretrain.models.checkpoints.pretrained import features
 from beit_pretrain.models.linear_probe import LayerProbes, losses_and_hits
 from beit_pretrain.settings import Count, Pool, Settings, about
 from beit_pretrain.tables import curve
-from beit_pretrain.tasks.common import BackboneSettings, ClassificationDataSettings, labelled_data
+from beit_pretrain.tasks.common import BackboneModule, BackboneSettings, ClassificationDataSettings, labelled_data
 from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.visualization.plots import layers_plot
 
@@ -52,7 +51,7 @@ class ProbeSettings(BackboneSettings):
     data: ClassificationDataSettings
 
 
-class Probing(TrainedModule):
+class Probing(BackboneModule):
     """Trains the probes; validates every layer over every image exactly once, on any number of processes."""
 
     kind = "probe"
@@ -66,11 +65,10 @@ class Probing(TrainedModule):
         mean: tuple[float, ...],
         std: tuple[float, ...],
     ):
-        super().__init__(model, optim)
+        super().__init__(model, optim, mean, std, seed=0)
         # In a list, so that the frozen backbone is no submodule: it stays out of the checkpoint and of DDP.
         self._backbone = [backbone.eval().requires_grad_(False)]
-        self.mean, self.std = tuple(mean), tuple(std)
-        self._totals = torch.zeros(0)
+        self.totals_shape = (2 * len(model.layers) + 1,)  # each layer's loss and hits, and the number of images
 
     @property
     def backbone(self) -> FeatureExtractor:
@@ -93,16 +91,12 @@ class Probing(TrainedModule):
         self.accumulate(loss=losses.mean(), accuracy=accuracies.max())
         return losses.sum()
 
-    def on_validation_epoch_start(self) -> None:
-        # Each layer's loss and hits, and the number of images.
-        self._totals = torch.zeros(2 * len(self.model.layers) + 1, dtype=torch.float64, device=self.device)
-
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         losses, hits = losses_and_hits(self(batch["image"].float() / 255), batch["label"])
-        self._totals += torch.cat([losses, hits, hits.new_tensor([len(batch["label"])])])
+        self.totals += torch.cat([losses, hits, hits.new_tensor([len(batch["label"])])])
 
     def on_validation_epoch_end(self) -> None:
-        totals = self.sum_over_processes(self._totals)
+        totals = self.sum_over_processes(self.totals)
         losses, hits = (totals[:-1] / totals[-1]).chunk(2)
         best = int(hits.argmax())
         by_layer = {f"accuracy_layer_{n:02d}": hit for n, hit in zip(self.model.layers, hits, strict=True)}
@@ -133,8 +127,8 @@ class Probe(Task):
         probes = LayerProbes(layers, backbone.embed_dim, len(data.classes), cfg.probe.pool)
         optim = cfg.optim.with_warmup_in_steps(data.samples, cfg.global_batch_size)
         self.module = Probing(probes, backbone, optim, mean, std)
-        self.module.about = {"mean": list(mean), "std": list(std), "classes": list(data.classes)}
-        self.module.about |= {"init_from": str(Path(cfg.init_from).absolute()), "backbone": digest(source.state)}
+        self.module.about |= {"classes": list(data.classes), "init_from": str(Path(cfg.init_from).absolute())}
+        self.module.about["backbone"] = digest(source.state)
         self.origin = origin(source)
 
     @property

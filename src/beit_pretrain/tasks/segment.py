@@ -8,33 +8,29 @@ Shapes: B batch, C channels, H W pixels, K classes, S the side of the network's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from lightning import Callback, Trainer
 from PIL import Image
 from pydantic import Field, Strict
 from torch import Tensor
 
-from beit_pretrain.data.datamodule import SegmentationData, ShardData
+from beit_pretrain.data.datamodule import SegmentationData
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.engine.callbacks import log_picture
-from beit_pretrain.engine.module import TrainedModule
+from beit_pretrain.engine.callbacks import ValidationPictures
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task, check_split
 from beit_pretrain.errors import UserError
 from beit_pretrain.inference.sliding_window import SlidingWindow, segmented, upsampled
-from beit_pretrain.models.backbone import patch_grid
 from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import segmenter
 from beit_pretrain.models.drop_path import uniforms
 from beit_pretrain.models.upernet import DROPOUT, Segmenter
 from beit_pretrain.settings import Range, Settings, Share, ShareAboveZero, Side, Switch, Whole, about, to_dict
-from beit_pretrain.tasks.common import BackboneSettings, NetworkSettings, data_settings
+from beit_pretrain.tasks.common import BackboneModule, BackboneSettings, NetworkSettings, data_settings
 from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.transforms.segmentation import IGNORE, SegmentationEvalTransform, SegmentationTrainTransform
 from beit_pretrain.visualization import grids
@@ -86,7 +82,7 @@ class SegmentSettings(BackboneSettings):
     num_visualizations: Whole = about("image | annotated | found rows after each validation; 0 = none", True)
 
 
-class Segmentation(TrainedModule):
+class Segmentation(BackboneModule):
     """Trains a segmenter; validates on whole images, every pixel exactly once, on any number of processes."""
 
     kind = "segmenter"
@@ -101,14 +97,14 @@ class Segmentation(TrainedModule):
         seed: int = 0,
         windows: SlidingWindow | None = None,
     ):
-        super().__init__(model, optim, seed)
-        self.mean, self.std, self.windows = tuple(mean), tuple(std), windows or SlidingWindow()
-        self._confusion = torch.zeros(0)
+        super().__init__(model, optim, mean, std, seed)
+        self.windows = windows or SlidingWindow()
+        self.totals_shape = (model.num_classes, model.num_classes)  # the confusion matrix
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Cross-entropy per pixel, plus .4 times that of the auxiliary head."""
-        image, target_BHW = normalise(batch["image"].float() / 255, self.mean, self.std), batch["target"].long()
-        maps = self.model(image, self.drop_path_noise(batch), self.dropout_mask(batch["position"]))
+        target_BHW = batch["target"].long()
+        maps = self.model(self.image_of(batch), self.drop_path_noise(batch), self.dropout_mask(batch["position"]))
         loss = main = pixel_loss(maps.main, target_BHW)
         if maps.auxiliary is not None:
             loss = main + AUX_WEIGHT * pixel_loss(maps.auxiliary, target_BHW)
@@ -125,16 +121,12 @@ class Segmentation(TrainedModule):
         channels = self.model.channels + self.model.aux_channels
         return (uniforms(self.seed + KEEP_SEED, position_B, channels) >= DROPOUT).float() / (1 - DROPOUT)
 
-    def on_validation_epoch_start(self) -> None:
-        classes = self.model.num_classes
-        self._confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
-
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         scales = [batch[f"scale_{i}"] for i in range(sum(name.startswith("scale_") for name in batch))]
         for number, target_HW in enumerate(batch["target"]):
             images = [scale[number] for scale in scales]
             found_HW = self.segment(images, target_HW.shape[-2:])
-            self._confusion += confusion(found_HW, target_HW.long(), self.model.num_classes)
+            self.totals += confusion(found_HW, target_HW.long(), self.model.num_classes)
 
     def segment(self, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Classes (H, W) at `size` of one image, given at several scales, each (C, h, w) uint8."""
@@ -142,11 +134,7 @@ class Segmentation(TrainedModule):
         return segmented(self.model, [normalised], [size], self.windows)[0]
 
     def on_validation_epoch_end(self) -> None:
-        self.log_validation({**scores(self.sum_over_processes(self._confusion))})
-
-    test_step = validation_step
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
+        self.log_validation({**scores(self.sum_over_processes(self.totals))})
 
 
 def pixel_loss(logits_BKhw: Tensor, target_BHW: Tensor) -> Tensor:
@@ -190,9 +178,8 @@ class Segment(Task):
     def __init__(self, cfg: SegmentSettings):
         super().__init__(cfg)
         source = None if cfg.from_scratch else read_source(cfg, expands_bias=True)
-        patch_grid(cfg.image_size, source.architecture["patch_size"] if source else cfg.patch_size or 16)
         mean, std = normalisation(cfg, source.about if source else {})
-        self.data, names = segmentation_data(cfg, mean, cfg.test)
+        self.data, names = segmentation_data(cfg, mean)
         decoder = to_dict(cfg.decoder)
         if source is None:
             model = Segmenter(len(names), decoder, **network(cfg))
@@ -204,11 +191,10 @@ class Segment(Task):
         model.set_grad_checkpointing(cfg.activation_checkpointing)
         optim = cfg.optim.with_warmup_in_steps(self.data.samples, cfg.global_batch_size)
         self.module = Segmentation(model, optim, mean, std, cfg.seed, cfg.test)
-        about_data = {"classes": names, "reduce_labels": cfg.data.reduce_labels}
-        self.module.about = {"mean": list(mean), "std": list(std), **about_data}
+        self.module.about |= {"classes": names, "reduce_labels": cfg.data.reduce_labels}
         self.origin = origin(source)
         if "val" in self.data.readers and cfg.num_visualizations:
-            self.callbacks.append(SegmentationPictures(cfg.folder / "pictures", self.data, cfg.num_visualizations))
+            self.callbacks.append(ValidationPictures(self))
 
     def check_micro_batch(self, images: int, world: int, on_gpus: bool, given: str) -> None:
         """Counts the images of all GPUs, since `sync_batchnorm` shares their statistics."""
@@ -216,13 +202,20 @@ class Segment(Task):
             raise UserError(f"the decoder's batch norms need at least 2 images at once, not {images} ({given})")
 
     def masked(self, options: Any) -> Image.Image | None:
+        """One row per image: image, overlay of its label map, overlay of the prediction."""
         check_split(self.data, options)
-        return segmentation_picture(self.module, self.data, options.images, options.split)
+        module, dataset, rows = self.module, self.data.eval_dataset(options.split), []
+        for position in range(min(options.images, dataset.order.samples)):
+            sample = dataset.sample(position)
+            scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
+            target = sample["target"]
+            found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
+            image = grids.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
+            rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
+        return grids.stack(rows)
 
 
-def segmentation_data(
-    cfg: SegmentSettings, fill: tuple[float, ...], windows: SlidingWindow
-) -> tuple[SegmentationData, list[str]]:
+def segmentation_data(cfg: SegmentSettings, fill: tuple[float, ...]) -> tuple[SegmentationData, list[str]]:
     """The data module and the class names. Raises UserError if the number of classes is unknown."""
     data, size = cfg.data, cfg.image_size
     reader = ShardReader(data.train)
@@ -246,34 +239,5 @@ def segmentation_data(
         fill=fill,
         **common,
     )
-    images = SegmentationEvalTransform(size, scales=windows.scales, **common)
+    images = SegmentationEvalTransform(size, scales=cfg.test.scales, **common)
     return SegmentationData(train_views=crops, val_views=images, **data_settings(cfg)), names
-
-
-class SegmentationPictures(Callback):
-    """Writes image | annotated | found rows of held-out images, in colour, after every validation.
-
-    Arguments: as for `MaskedPictures`.
-    """
-
-    def __init__(self, folder: Path, data: ShardData, images: int = 6):
-        self.folder, self.data, self.images = folder, data, images
-
-    def on_validation_end(self, trainer: Trainer, pl_module) -> None:
-        if not trainer.sanity_checking and trainer.is_global_zero:
-            log_picture(trainer, segmentation_picture(pl_module, self.data, self.images), self.folder)
-
-
-def segmentation_picture(module: Segmentation, data: ShardData, images: int, split: str = "val") -> Image.Image:
-    """One row for each of the first images of a split: image, overlay of its label map, overlay of the prediction."""
-    training, dataset, rows = module.model.training, data.eval_dataset(split), []
-    module.model.eval()
-    for position in range(min(images, dataset.order.samples)):
-        sample = dataset.sample(position)
-        scales = [torch.from_numpy(sample[name]).to(module.device) for name in sorted(sample) if "scale_" in name]
-        target = sample["target"]
-        found = module.segment(scales, target.shape).cpu().numpy().astype("uint8")
-        image = grids.to_pil(scales[0] / 255).resize(target.shape[::-1], Image.Resampling.BICUBIC)
-        rows.append(comparison(image, [("annotated", target), ("found", found)], module.about["classes"]))
-    module.model.train(training)
-    return grids.stack(rows)

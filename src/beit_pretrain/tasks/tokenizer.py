@@ -91,7 +91,7 @@ class TokenizerTraining(TrainedModule):
     def __init__(self, model: DiscreteVAE, optim: OptimSettings, relaxation: GumbelConfig, seed: int = 0):
         super().__init__(model, optim, seed)
         self.relaxation = relaxation
-        self._totals: Tensor | None = None
+        self.totals_shape = (2 + model.vocab_size,)  # squared error, images, histogram of the tokens
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Equation (1) of Ramesh et al.: reconstruction under q plus weighted KL to the uniform prior."""
@@ -114,23 +114,19 @@ class TokenizerTraining(TrainedModule):
         mean_q = log_q.exp().mean((0, 2, 3))
         return kl, (mean_q * mean_q.clamp(min=1e-9).log()).sum() + math.log(self.model.vocab_size)
 
-    def on_validation_epoch_start(self) -> None:
-        self._totals = torch.zeros(2 + self.model.vocab_size, dtype=torch.float64, device=self.device)
-
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Computes the reconstruction error of images decoded from their argmax tokens."""
         image = batch["image"].float() / 255
         ids = self.model.logits(image).argmax(1)
-        assert self._totals is not None
-        self._totals[0] += (self.model.decode(ids).float().clamp(0, 1) - image).square().mean((1, 2, 3)).sum()
-        self._totals[1] += len(image)
-        self._totals[2:] += torch.bincount(ids.flatten(), minlength=self.model.vocab_size)
+        self.totals[0] += (self.model.decode(ids).float().clamp(0, 1) - image).square().mean((1, 2, 3)).sum()
+        self.totals[1] += len(image)
+        self.totals[2:] += torch.bincount(ids.flatten(), minlength=self.model.vocab_size)
 
     def on_validation_epoch_end(self) -> None:
-        totals = self.sum_over_processes(self._totals)
+        totals = self.sum_over_processes(self.totals)
         use = codebook_use(totals[2:])
         self.log_validation({"reconstruction": totals[0] / totals[1], **use})
-        if use["codebook_perplexity"] < 0.05 * self.model.vocab_size and not self.trainer.sanity_checking:
+        if use["codebook_perplexity"] < 0.05 * self.model.vocab_size:
             self.print(
                 f"warning: the codebook is collapsing: perplexity {use['codebook_perplexity']:.0f} of "
                 f"{self.model.vocab_size} tokens; raise relaxation.usage_weight or lower optim.lr"
