@@ -225,7 +225,7 @@ def _write_part(
     dtype = record_dtype(grid[0] * grid[1])
     shards = range(how.part[0], len(reader.sizes), how.part[1])
     files = {shard: folder / tokens_name(reader.shards[shard].name) for shard in shards}
-    missing = [s for s in shards if not is_whole(files[s], (reader.sizes[s], views.count), dtype)]
+    missing = [s for s in shards if not is_whole(files[s], (reader.sizes[s], views.count), grid[0] * grid[1])]
     step = max(1, how.batch_size // views.count)
     chunks = [Chunk(s, i, min(i + step, reader.sizes[s])) for s in missing for i in range(0, reader.sizes[s], step)]
     for shard in missing:
