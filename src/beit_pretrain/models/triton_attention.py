@@ -241,17 +241,7 @@ def _bias_gradient(
 
 
 @attention_backward.register_fake
-def _gradients(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    kv: Tensor | None,
-    bias: Tensor,
-    row: Tensor | None,
-    of_inputs: bool,
-    of_bias: bool,
-) -> list[Tensor]:
+def _gradients(grad, out, lse, q, kv, bias, row, of_inputs, of_bias) -> list[Tensor]:
     like = [t for t, needed in ((q, of_inputs), (kv, of_inputs), (bias, of_bias)) if t is not None and needed]
     return [tensor.new_empty(tensor.shape) for tensor in like]
 
