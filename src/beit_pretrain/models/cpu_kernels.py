@@ -12,6 +12,7 @@ Shapes: M rows, K inputs and N outputs of a linear layer; in attention and resid
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -114,11 +115,8 @@ def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
 @cache
 def mkl_is_narrow() -> bool:
     """Whether MKL uses half of the vector width: on AMD it runs AVX2 code, which fills Zen 4 but not Zen 5."""
-    facts: dict[str, str] = {}
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            facts.setdefault(name.strip(), value.strip())
+        facts = dict(re.findall(r"(?m)^(vendor_id|cpu family)\s*:\s*(\w+)", Path("/proc/cpuinfo").read_text()))
         return facts.get("vendor_id") == "AuthenticAMD" and int(facts["cpu family"]) >= ZEN_5
     except (OSError, ValueError, KeyError):  # not Linux, or another format
         return False
