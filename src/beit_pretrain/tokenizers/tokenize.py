@@ -76,8 +76,11 @@ def tokenize(cfg: TokenizeSettings) -> None:
         views, grid = make_views(cfg, tokenizer)
         device = device_of(cfg.accelerator)
         tokenizer.to(device)
+    number, parts = (int(word) for word in (cfg.part or "0/1").split("/"))
+    if number >= parts:
+        raise UserError(f"part={cfg.part}: parts of {parts} are 0/{parts} to {parts - 1}/{parts}")
     num_workers = cores() if cfg.num_workers is None else cfg.num_workers
-    how = TokenizeOptions(read_part(cfg.part), cfg.batch_size, num_workers, device)
+    how = TokenizeOptions((number, parts), cfg.batch_size, num_workers, device)
     for source in sources:
         reader = ShardReader(source, cfg)
         out = Path(cfg.out or Path(source) / "tokens").expanduser()
@@ -98,16 +101,6 @@ def device_of(accelerator: str) -> torch.device:
     if accelerator == "cuda" and not torch.cuda.is_available():
         raise UserError("accelerator=cuda, but there is no CUDA device")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def read_part(text: str | None) -> tuple[int, int]:
-    """Parse "k/n" (shards k, k + n, ...) into (k, n); None is (0, 1), all shards. Raises UserError."""
-    if text is None:
-        return 0, 1
-    number, parts = (int(word) for word in text.split("/"))
-    if not number < parts:
-        raise UserError(f"part={text}: parts of {parts} are 0/{parts} to {parts - 1}/{parts}")
-    return number, parts
 
 
 def make_tokens(
