@@ -66,13 +66,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def use_linear(module: nn.Module) -> None:
-    """Turn every `nn.Linear` in a module into a `Linear`."""
-    for layer in module.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = Linear
-
-
 def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x W^T + b by oneDNN, (M, N)."""
     out: Tensor = ONEDNN(x_MK, weight_NK, bias_N, "none", [], "")  # type: ignore[misc]

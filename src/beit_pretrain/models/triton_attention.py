@@ -224,20 +224,15 @@ def attention_backward(
         _launch(backward_kernel, programs, q, tiles, *given, found[0], grad_kv, *strides, CALL=fixed)
     if of_bias:
         tiles = TILES["bias_rows" if rows else "bias", size, shape.width]
-        found[-1] = _bias_gradient(given, strides, shape, packed, rows, tiles, bias)
+        number, share = parts(shape, tiles, per_image=bias.shape[0] > 1)
+        one = number == bias.shape[0]
+        sums = found[-1] if one else bias.new_empty(number, *bias.shape[1:], dtype=torch.float32)
+        programs = number * shape.heads * -(-shape.lines // tiles.block) * -(-shape.keys // tiles.step)
+        fixed = call(shape, packed, rows, tiles)
+        _launch(bias_kernel, programs, q, tiles, *given, sums, shape.images, *strides, CALL=fixed, SHARE=share)
+        if not one:
+            found[-1] = sums.sum(0, keepdim=True).to(bias.dtype)
     return found
-
-
-def _bias_gradient(
-    given: tuple, strides: tuple[int, ...], shape: Shape, packed: bool, rows: bool, tiles: Tiles, bias: Tensor
-) -> Tensor:
-    number, share = parts(shape, tiles, per_image=bias.shape[0] > 1)
-    one = number == bias.shape[0]
-    sums = bias.new_empty(number, *bias.shape[1:], dtype=bias.dtype if one else torch.float32)
-    fixed = call(shape, packed, rows, tiles)
-    programs = number * shape.heads * -(-shape.lines // tiles.block) * -(-shape.keys // tiles.step)
-    _launch(bias_kernel, programs, bias, tiles, *given, sums, shape.images, *strides, CALL=fixed, SHARE=share)
-    return sums if one else sums.sum(0, keepdim=True).to(bias.dtype)
 
 
 @attention_backward.register_fake
