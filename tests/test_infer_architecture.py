@@ -54,6 +54,12 @@ def test_invalid_tensors(name, tensor, said, state, tmp_path):
     assert said in refusal(tmp_path / "a.pth")
 
 
+def test_too_many_blocks(state, tmp_path):
+    more = {f"blocks.{i}.attn.q_bias": torch.zeros(32) for i in range(1001)}
+    torch.save({"model": {**state, **more}}, tmp_path / "a.pth")
+    assert "has 1001 blocks; 1000 at most" in refusal(tmp_path / "a.pth")
+
+
 def test_zero_k_bias_is_accepted(state, tmp_path):
     torch.save({"model": {**state, "blocks.0.attn.k_bias": torch.zeros(32)}}, tmp_path / "a.pth")
     assert load_pretrained(tmp_path / "a.pth", "classify")

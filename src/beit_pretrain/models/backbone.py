@@ -19,8 +19,8 @@ from timm.models.beit import Beit
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.blocks import Attention, Mlp, PatchEmbed, block_outputs
-from beit_pretrain.models.cpu_kernels import Linear, use_linear
+from beit_pretrain.models.blocks import block_outputs, use_our_forward
+from beit_pretrain.models.cpu_kernels import Linear
 
 # Base and large as in the release's modeling_pretrain.py, with the layer scale of its commands; tiny, small as in DeiT.
 SIZES: dict[str, dict] = {
@@ -93,11 +93,7 @@ class Backbone(Beit):
             norm_layer=cast(type[nn.Module], partial(LayerNorm, eps=config["norm_eps"])),
             **{name: value for name, value in config.items() if name not in own},
         )
-        block: Any
-        for block in self.blocks:
-            block.attn.__class__, block.mlp.__class__ = Attention, Mlp  # timm's parameters, our forward
-        self.patch_embed.__class__ = PatchEmbed
-        use_linear(self)
+        use_our_forward(self)
         self.config = config
         # Metadata of a checkpoint: mean, std, classes, ...
         self.about: dict[str, Any] = {}

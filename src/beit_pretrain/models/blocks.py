@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from beit_pretrain.models import cpu_kernels
-from beit_pretrain.models.cpu_kernels import linear
+from beit_pretrain.models.cpu_kernels import Linear, linear
 
 # Without cuDNN's: torch would prefer it without gradients, and it makes a new plan for every shape. Not measured yet.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -110,6 +110,13 @@ class Attention(beit.Attention):
                 bias = bias_rows(bias, token_BK)
             out_BKHd = biased_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias).transpose(1, 2)
         return scaled_linear(self.proj, out_BKHd.flatten(2), gamma_D)
+
+
+def use_our_forward(network: nn.Module) -> None:
+    """Turn the layers of timm and torch in a network into ours, in place; parameters and their names stay."""
+    ours = {beit.Attention: Attention, layers.Mlp: Mlp, layers.PatchEmbed: PatchEmbed, nn.Linear: Linear}
+    for layer in network.modules():
+        layer.__class__ = ours.get(type(layer), type(layer))
 
 
 def attentions(network: nn.Module) -> list[Attention]:

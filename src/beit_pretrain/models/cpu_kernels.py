@@ -12,6 +12,7 @@ Shapes: M rows, K inputs and N outputs of a linear layer; in attention and resid
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -65,13 +66,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def use_linear(module: nn.Module) -> None:
-    """Turn every `nn.Linear` in a module into a `Linear`."""
-    for layer in module.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = Linear
-
-
 def product(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x W^T + b by oneDNN, (M, N)."""
     out: Tensor = ONEDNN(x_MK, weight_NK, bias_N, "none", [], "")  # type: ignore[misc]
@@ -114,11 +108,8 @@ def weight_gradient(grad_MN: Tensor, x_MK: Tensor) -> Tensor:
 @cache
 def mkl_is_narrow() -> bool:
     """Whether MKL uses half of the vector width: on AMD it runs AVX2 code, which fills Zen 4 but not Zen 5."""
-    facts: dict[str, str] = {}
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            facts.setdefault(name.strip(), value.strip())
+        facts = dict(re.findall(r"(?m)^(vendor_id|cpu family)\s*:\s*(\w+)", Path("/proc/cpuinfo").read_text()))
         return facts.get("vendor_id") == "AuthenticAMD" and int(facts["cpu family"]) >= ZEN_5
     except (OSError, ValueError, KeyError):  # not Linux, or another format
         return False

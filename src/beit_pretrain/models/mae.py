@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Architecture, Backbone, embed
-from beit_pretrain.models.blocks import Attention, Mlp, block_outputs, gather_tokens, run_blocks
-from beit_pretrain.models.cpu_kernels import Linear, use_linear
+from beit_pretrain.models.blocks import block_outputs, gather_tokens, run_blocks, use_our_forward
 from beit_pretrain.models.drop_path import uniforms
 
 # Fixed values of `backbone.DEFAULTS`: a plain ViT with sine-cosine positions (section 3; appendix A.1).
@@ -113,19 +112,16 @@ class MaskedAutoencoder(Backbone):
             if self.config[name] % divisor:  # 4: sines and cosines of rows and columns
                 raise UserError(f"model.{name}={self.config[name]} is not divisible by {divisor}")
         norm_layer: Any = partial(LayerNorm, eps=self.config["norm_eps"])
-        self.decoder_embed = Linear(self.embed_dim, decoder_embed_dim)
+        self.decoder_embed = nn.Linear(self.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], decoder_embed_dim))
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, True, self.config["mlp_ratio"], norm_layer=norm_layer)
             for _ in range(decoder_depth)
         )
-        block: Any
-        for block in self.decoder_blocks:
-            block.attn.__class__, block.mlp.__class__ = Attention, Mlp  # timm's parameters, our forward
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        self.decoder_pred = Linear(decoder_embed_dim, self.config["patch_size"] ** 2 * self.config["in_chans"])
-        use_linear(self)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.config["patch_size"] ** 2 * self.config["in_chans"])
+        use_our_forward(self)
         init_autoencoder(self)
 
     def forward(self, image_BCHW: Tensor, masking: Masking) -> Tensor:  # type: ignore[override]

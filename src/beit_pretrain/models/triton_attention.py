@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 from triton.runtime.jit import JITFunction
 
 from beit_pretrain.models.triton_gradients import backward_kernel, bias_kernel, delta_kernel
-from beit_pretrain.models.triton_kernels import forward_kernel
+from beit_pretrain.models.triton_kernels import Call, forward_kernel
 
 WIDTHS = (16, 32, 64, 128)  # of a head
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -123,26 +123,31 @@ def rest(count: int, block: int) -> int:
     return max(16, triton.next_power_of_2(left)) if left else 0
 
 
-def constants(name: str, shape: Shape, packed: bool, rows: bool, tiles: Tiles) -> dict[str, Any]:
+def call(shape: Shape, packed: bool, rows: bool, tiles: Tiles) -> Call:
     """What a kernel is compiled for."""
     _, queries, keys, heads, width, lines = shape
-    block, step = tiles.block, tiles.step
-    cut: dict[str, dict[str, int]] = {
-        "forward": {"STEP": step, "TAIL_M": rest(queries, block), "REST_N": rest(keys, step)},
-        "backward": {
-            **{"STEP": step, "TAIL_M": rest(queries, block), "TAIL_N": rest(keys, block)},
-            **{"REST_M": rest(queries, step), "REST_N": rest(keys, step)},
-        },
-        "bias": {
-            **{"COLUMNS": step, "TAIL_L": rest(lines, block), "TAIL_N": rest(keys, step)},
-            "REST_M": rest(queries, block),
-        },
-    }
-    return {
-        **{"M": queries, "N": keys, "HEADS": heads, "WIDTH": width, "PACKED": packed, "ROWS": rows},
-        **{"PRECISION": "interpreter" if INTERPRETED else "ieee", "BLOCK": block},
-        **cut[name],
-    }
+    block, step, row = tiles.block, tiles.step, heads * width
+    return Call(
+        M=queries,
+        N=keys,
+        HEADS=heads,
+        WIDTH=width,
+        PACKED=packed,
+        ROWS=rows,
+        PRECISION="interpreter" if INTERPRETED else "ieee",
+        LINES=lines,
+        D=row,
+        STRIDE_Q=3 * row if packed else row,
+        STRIDE_KV=3 * row if packed else 2 * row,
+        SCALE=width**-0.5,
+        BLOCK=block,
+        STEP=step,
+        TAIL_M=rest(queries, block),
+        TAIL_N=rest(keys, block),
+        TAIL_L=rest(lines, block),
+        REST_M=rest(queries, step),
+        REST_N=rest(keys, step),
+    )
 
 
 def parts(shape: Shape, tiles: Tiles, per_image: bool) -> tuple[int, int]:
@@ -176,10 +181,10 @@ def attention(q: Tensor, kv: Tensor | None, bias: Tensor, row: Tensor | None) ->
     shape, (out, lse) = _shape(q, kv, row), _outputs(q, kv, bias, row)
     if out.numel():
         tiles = TILES["forward", q.element_size(), shape.width]
-        fixed = constants("forward", shape, kv is None, row is not None, tiles)
         (q_, kv_, row_), (bias, strides) = _readable(q, kv, row), _lines(bias)
         programs = shape.images * shape.heads * -(-shape.queries // tiles.block)
-        _launch(forward_kernel, programs, q, tiles, q_, kv_, bias, row_, out, lse, *strides, **fixed)
+        fixed = call(shape, kv is None, row is not None, tiles)
+        _launch(forward_kernel, programs, q, tiles, q_, kv_, bias, row_, out, lse, *strides, CALL=fixed)
     return out, lse
 
 
@@ -207,46 +212,31 @@ def attention_backward(
         return [tensor.zero_() for tensor in found]
     size, packed, rows, delta = q.element_size(), kv is None, row is not None, torch.empty_like(lse)
     (grad_, out_, q_, kv_, row_), (bias_, strides) = _readable(grad, out, q, kv, row), _lines(bias)
-    tiles = Tiles(DELTA_ROWS, 0, 4, 1)
-    number, fixed = lse.numel(), {"M": shape.queries, "HEADS": shape.heads, "WIDTH": shape.width}
-    _launch(delta_kernel, -(-number // DELTA_ROWS), q, tiles, out_, grad_, delta, number, **fixed, BLOCK=DELTA_ROWS)
+    tiles = Tiles(DELTA_ROWS, DELTA_ROWS, 4, 1)
+    programs, fixed = -(-lse.numel() // DELTA_ROWS), call(shape, packed, rows, tiles)
+    _launch(delta_kernel, programs, q, tiles, out_, grad_, delta, lse.numel(), CALL=fixed)
     given = (q_, kv_, bias_, row_, grad_, lse, delta)
     if of_inputs:
         tiles = TILES["backward", size, shape.width]
-        fixed = constants("backward", shape, packed, rows, tiles)
         programs = shape.images * shape.heads * (-(-shape.queries // tiles.block) + -(-shape.keys // tiles.block))
         grad_kv = None if packed else found[1]
-        _launch(backward_kernel, programs, q, tiles, *given, found[0], grad_kv, *strides, **fixed)
+        fixed = call(shape, packed, rows, tiles)
+        _launch(backward_kernel, programs, q, tiles, *given, found[0], grad_kv, *strides, CALL=fixed)
     if of_bias:
         tiles = TILES["bias_rows" if rows else "bias", size, shape.width]
-        found[-1] = _bias_gradient(given, strides, shape, packed, rows, tiles, bias)
+        number, share = parts(shape, tiles, per_image=bias.shape[0] > 1)
+        one = number == bias.shape[0]
+        sums = found[-1] if one else bias.new_empty(number, *bias.shape[1:], dtype=torch.float32)
+        programs = number * shape.heads * -(-shape.lines // tiles.block) * -(-shape.keys // tiles.step)
+        fixed = call(shape, packed, rows, tiles)
+        _launch(bias_kernel, programs, q, tiles, *given, sums, shape.images, *strides, CALL=fixed, SHARE=share)
+        if not one:
+            found[-1] = sums.sum(0, keepdim=True).to(bias.dtype)
     return found
 
 
-def _bias_gradient(
-    given: tuple, strides: tuple[int, ...], shape: Shape, packed: bool, rows: bool, tiles: Tiles, bias: Tensor
-) -> Tensor:
-    number, share = parts(shape, tiles, per_image=bias.shape[0] > 1)
-    one = number == bias.shape[0]
-    sums = bias.new_empty(number, *bias.shape[1:], dtype=bias.dtype if one else torch.float32)
-    fixed = constants("bias", shape, packed, rows, tiles)
-    programs = number * shape.heads * -(-shape.lines // tiles.block) * -(-shape.keys // tiles.step)
-    _launch(bias_kernel, programs, bias, tiles, *given, sums, shape.images, *strides, **fixed, SHARE=share)
-    return sums if one else sums.sum(0, keepdim=True).to(bias.dtype)
-
-
 @attention_backward.register_fake
-def _gradients(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    kv: Tensor | None,
-    bias: Tensor,
-    row: Tensor | None,
-    of_inputs: bool,
-    of_bias: bool,
-) -> list[Tensor]:
+def _gradients(grad, out, lse, q, kv, bias, row, of_inputs, of_bias) -> list[Tensor]:
     like = [t for t, needed in ((q, of_inputs), (kv, of_inputs), (bias, of_bias)) if t is not None and needed]
     return [tensor.new_empty(tensor.shape) for tensor in like]
 

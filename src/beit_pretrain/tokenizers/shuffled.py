@@ -6,8 +6,6 @@ come from the method.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -16,14 +14,7 @@ from beit_pretrain.tokenizers.dvae import DVAETokenizer
 
 
 class ShuffledTokenizer(DVAETokenizer):
-    """A `DVAETokenizer` that gives every image the tokens of the next one in its batch.
-
-    Args:
-        path: `.ckpt` of a run of `fit +experiment=tokenizer`.
-    """
-
-    def __init__(self, path: str | Path):
-        super().__init__(path)
+    """A `DVAETokenizer` that gives every image the tokens of the next one in its batch."""
 
     def digest(self) -> str:
         return f"shuffled-{super().digest()}"

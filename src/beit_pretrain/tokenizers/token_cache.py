@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -135,28 +135,20 @@ class CachedTokens:
             for file, shard in zip(folder.shards, of.shards):
                 _check_file(folder.path / tokens_name(shard.name), file)
         self.folders, self.views, self.patches = list(folders), views, grid[0] * grid[1]
-        self._sizes = np.asarray(reader.sizes)
-        self._first = np.cumsum([0] + [len(folder.shards) for folder in folders])
-        self._checked: set[int] = set()
-        self._file = lru_cache(maxsize=256)(self._open)
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_file"}
-
-    def __setstate__(self, state: dict) -> None:  # open files cannot be sent to a worker
-        self.__dict__.update(state)
-        self._file = lru_cache(maxsize=256)(self._open)
+        self._shards = [(folder, shard) for folder in folders for shard in folder.shards]  # as the reader counts them
+        self._sizes = reader.sizes
 
     def view(self, sample: Sample, epoch: int, data: bytes) -> Callable[[], dict[str, np.ndarray]]:
         """Return a function that makes `image`, its jitter and `tokens` (N,) of a sample; `data` is its image file.
 
         Raises UserError if the token file is missing or damaged.
         """
-        folder = self.folders[int(np.searchsorted(self._first, sample.shard, side="right")) - 1]
-        file = self._file(sample.shard)
-        record = file.read(sample.row * folder.count + epoch % folder.count)
+        folder, shard = self._shards[sample.shard]
+        path = folder.path / shard.name
+        records = _verified(path, shard.sha256, (self._sizes[sample.shard], folder.count), self.patches)
+        record = records[sample.row, epoch % folder.count]
         if int(record["tokens"].max()) >= folder.vocab_size:
-            raise UserError(f"{file.path} is damaged: it has a token beyond the {folder.vocab_size} of its tokenizer")
+            raise UserError(f"{path} is damaged: it has a token beyond the {folder.vocab_size} of its tokenizer")
         return lambda: self._replayed(data, record)
 
     def _replayed(self, data: bytes, record: np.void) -> dict[str, np.ndarray]:
@@ -166,16 +158,6 @@ class CachedTokens:
         jitter = Jitter(record["jitter_factors"].copy(), record["jitter_order"].astype(np.int64))
         arrays = self.views.seen_bytes(data, AugmentParams(jitter, bool(record["flip"]), crop), names=("image",))
         return {**arrays, "tokens": record["tokens"].astype(np.int64)}
-
-    def _open(self, shard: int) -> _TokenFile:
-        number = int(np.searchsorted(self._first, shard, side="right")) - 1
-        folder = self.folders[number]
-        entry = folder.shards[shard - int(self._first[number])]
-        path = folder.path / entry.name
-        if shard not in self._checked:  # once per process: it takes half a millisecond
-            _check_content(path, entry)
-            self._checked.add(shard)
-        return _TokenFile(path, (int(self._sizes[shard]), folder.count), record_dtype(self.patches))
 
 
 def same_tokenizer(folders: Sequence[TokenFolder], name: str = "", sha256: str | None = None) -> None:
@@ -213,42 +195,29 @@ def _check_file(path: Path, entry: Shard) -> None:
         raise UserError(f"{path} is missing or not as {TOKENS} says; make the tokens again")
 
 
-def _check_content(path: Path, entry: Shard) -> None:
+@cache  # once per process: it takes half a millisecond
+def _check_content(path: Path, sha256: str) -> None:
     try:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if digest != entry.sha256:
+    if digest != sha256:
         raise UserError(f"{path} has changed (another SHA-256 than in {TOKENS}); make the tokens again")
 
 
-class _TokenFile:
-    """An open file of records (samples, views). Raises UserError if it does not have this shape and dtype."""
+@lru_cache(maxsize=256)
+def _verified(path: Path, sha256: str, shape: tuple[int, int], patches: int) -> np.memmap:
+    _check_content(path, sha256)
+    return open_records(path, shape, patches)
 
-    def __init__(self, path: Path, shape: tuple[int, int], dtype: np.dtype):
-        self.path, self.dtype = path, dtype
-        try:
-            with open(path, "rb") as file:
-                if np.lib.format.read_magic(file) != (1, 0):
-                    raise ValueError("an unknown version")
-                header = np.lib.format.read_array_header_1_0(file, HEADER)
-                self._start = file.tell()
-            if header != (shape, False, dtype):
-                raise ValueError(f"{header[0]} records")
-            self.fd = os.open(path, os.O_RDONLY)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is missing or damaged: {error}") from None
 
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-    def read(self, number: int) -> np.void:
-        """The record at index `number`."""
-        size = self.dtype.itemsize
-        data = os.pread(self.fd, size, self._start + number * size)
-        if len(data) < size:
-            raise UserError(f"{self.path} is shorter than its header says; make the tokens again")
-        record: np.void = np.frombuffer(data, self.dtype)[0]
-        return record
+def open_records(path: Path, shape: tuple[int, int], patches: int) -> np.memmap:
+    """The records (samples, views) of a token file, mapped. Raises UserError if it has another shape or dtype."""
+    try:
+        records = np.lib.format.open_memmap(path, mode="r", max_header_size=HEADER)
+        if records.shape != shape or records.dtype != record_dtype(patches):
+            raise ValueError(f"{records.shape} records")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from None
+    return records

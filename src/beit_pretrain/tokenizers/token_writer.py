@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +24,7 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.staging import check_same, publish, show
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import renamed
-from beit_pretrain.tokenizers.token_cache import HEADER, TOKENS, TokenFolder, record_dtype, tokens_name
+from beit_pretrain.tokenizers.token_cache import TOKENS, TokenFolder, open_records, tokens_name
 
 
 @contextmanager
@@ -95,28 +95,24 @@ def is_finished(out: Path, plan: dict[str, Any]) -> bool:
 
 def save(path: Path, records: np.ndarray) -> None:
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, records, version=(1, 0), allow_pickle=False)
+    np.save(buffer, records, allow_pickle=False)
     fileio.atomic_write(path, buffer.getvalue(), durable=True, unique=True)
 
 
-def is_whole(path: Path, shape: tuple[int, int], dtype: np.dtype) -> bool:
-    """Whether a file of an unfinished set is complete and has this shape and dtype."""
+def is_whole(path: Path, shape: tuple[int, int], patches: int) -> bool:
+    """Whether a file of an unfinished set is complete and has this shape."""
     try:
-        with open(path, "rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                return False
-            header = np.lib.format.read_array_header_1_0(file, HEADER)
-            rest = os.fstat(file.fileno()).st_size - file.tell()
-    except (OSError, ValueError):
+        records = open_records(path, shape, patches)
+    except UserError:
         return False
-    return header == (shape, False, dtype) and rest == shape[0] * shape[1] * dtype.itemsize
+    return path.stat().st_size == records.offset + records.nbytes
 
 
 def finish(work: Path, out: Path, plan: dict[str, Any], reader: ShardReader) -> bool:
     """Write the manifest of a complete set and publish it. Returns False if shards are missing."""
-    folder, dtype = work / out.name, record_dtype(plan["grid"][0] * plan["grid"][1])
+    folder, patches = work / out.name, math.prod(plan["grid"])
     files = [folder / tokens_name(shard.name) for shard in reader.shards]
-    missing = [file for file, size in zip(files, reader.sizes) if not is_whole(file, (size, plan["views"]), dtype)]
+    missing = [file for file, size in zip(files, reader.sizes) if not is_whole(file, (size, plan["views"]), patches)]
     if missing:
         print(
             f"this part is done; {len(missing):,} of {len(files):,} shards are left to other parts, or to the same "

@@ -7,8 +7,6 @@ machines can work on parts of a set, in any order and with restarts (token_write
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +76,11 @@ def tokenize(cfg: TokenizeSettings) -> None:
         views, grid = make_views(cfg, tokenizer)
         device = device_of(cfg.accelerator)
         tokenizer.to(device)
+    number, parts = (int(word) for word in (cfg.part or "0/1").split("/"))
+    if number >= parts:
+        raise UserError(f"part={cfg.part}: parts of {parts} are 0/{parts} to {parts - 1}/{parts}")
     num_workers = cores() if cfg.num_workers is None else cfg.num_workers
-    how = TokenizeOptions(read_part(cfg.part), cfg.batch_size, num_workers, device)
+    how = TokenizeOptions((number, parts), cfg.batch_size, num_workers, device)
     for source in sources:
         reader = ShardReader(source, cfg)
         out = Path(cfg.out or Path(source) / "tokens").expanduser()
@@ -102,16 +103,6 @@ def device_of(accelerator: str) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def read_part(text: str | None) -> tuple[int, int]:
-    """Parse "k/n" (shards k, k + n, ...) into (k, n); None is (0, 1), all shards. Raises UserError."""
-    if text is None:
-        return 0, 1
-    number, parts = (int(word) for word in text.split("/"))
-    if not number < parts:
-        raise UserError(f"part={text}: parts of {parts} are 0/{parts} to {parts - 1}/{parts}")
-    return number, parts
-
-
 def make_tokens(
     reader: ShardReader,
     out: Path,
@@ -132,7 +123,11 @@ def make_tokens(
     plan = {
         "format": FORMAT,
         "images": {"samples": reader.samples, "sha256": images_digest(reader.shards)},
-        "tokenizer": _identity(tokenizer),
+        "tokenizer": {
+            "name": type(tokenizer).__name__,
+            "sha256": tokenizer.digest(),
+            "vocab_size": tokenizer.vocab_size,
+        },
         "views": count,
         "seed": seed,
         "grid": list(grid),
@@ -146,7 +141,7 @@ def make_tokens(
             return True
         begin(work, plan)
         try:
-            _write_part(work / out.name, reader, tokenizer, TokenViews(reader, views, count, seed), grid, how)
+            _write_part(work / out.name, tokenizer, TokenViews(reader, views, count, seed, grid[0] * grid[1]), how)
         except FileNotFoundError:  # meanwhile another process has finished the set
             if not is_finished(out, plan):
                 raise
@@ -154,23 +149,19 @@ def make_tokens(
         return finish(work, out, plan, reader)
 
 
-def _identity(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"name": type(tokenizer).__name__, "sha256": tokenizer.digest(), "vocab_size": tokenizer.vocab_size}
-
-
 class TokenViews(Dataset):
     """Item `Chunk`: views of its samples for the tokenizer, and the records that their tokens go into."""
 
-    def __init__(self, reader: ShardReader, views: TwoViewTransform, count: int, seed: int):
-        self.reader, self.views, self.count, self.seed = reader, views, count, seed
+    def __init__(self, reader: ShardReader, views: TwoViewTransform, count: int, seed: int, patches: int):
+        self.reader, self.views, self.count, self.seed, self.patches = reader, views, count, seed, patches
         self.first = np.cumsum([0, *reader.sizes])
 
     def __getitem__(self, chunk: Chunk) -> dict[str, Any]:
-        """`token_image` (n, C, h, w) uint8, `jitter_factors` and `jitter_order` (n, 3), `records` (n,) without tokens,
+        """`token_image` (n, C, h, w) uint8, `jitter_factors` and `jitter_order` (n, 3), `records` (n,), tokens 0,
         `bad`: (key, reason) of the images that cannot be decoded. n is samples times views."""
         if chunk.start == 0:  # the set records the manifest's digests: check each shard once
             self.reader.check_content(chunk.shard)
-        records = np.zeros((chunk.stop - chunk.start) * self.count, record_dtype(0))
+        records = np.zeros((chunk.stop - chunk.start) * self.count, record_dtype(self.patches))
         arrays, bad = [], []
         for row in range(chunk.start, chunk.stop):
             sample, here = Sample(chunk.shard, row), (row - chunk.start) * self.count
@@ -209,71 +200,51 @@ class TokenViews(Dataset):
         }
 
 
-def _as_it_is(item: dict[str, Any]) -> dict[str, Any]:
-    return item
-
-
-def _write_part(
-    folder: Path,
-    reader: ShardReader,
-    tokenizer: Tokenizer,
-    views: TokenViews,
-    grid: tuple[int, int],
-    how: TokenizeOptions,
-) -> None:
+def _write_part(folder: Path, tokenizer: Tokenizer, views: TokenViews, how: TokenizeOptions) -> None:
     """Write the missing files of a part. Raises UserError or OSError."""
-    dtype = record_dtype(grid[0] * grid[1])
+    reader = views.reader
     shards = range(how.part[0], len(reader.sizes), how.part[1])
     files = {shard: folder / tokens_name(reader.shards[shard].name) for shard in shards}
-    missing = [s for s in shards if not is_whole(files[s], (reader.sizes[s], views.count), dtype)]
+    missing = [s for s in shards if not is_whole(files[s], (reader.sizes[s], views.count), views.patches)]
     step = max(1, how.batch_size // views.count)
     chunks = [Chunk(s, i, min(i + step, reader.sizes[s])) for s in missing for i in range(0, reader.sizes[s], step)]
     for shard in missing:
         if not reader.sizes[shard]:
-            save(files[shard], np.zeros((0, views.count), dtype))
+            save(files[shard], np.zeros((0, views.count), record_dtype(views.patches)))
     total, left = (sum(reader.sizes[s] for s in some) for some in (shards, missing))
     loader = DataLoader(
         views,
         batch_size=None,
         sampler=chunks,
         num_workers=min(how.num_workers, len(chunks)),
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        collate_fn=dict,  # by default arrays would become tensors
         worker_init_fn=end_with_parent,
     )
     records: list[np.ndarray] = []
     bad: list[tuple[str, str]] = []
-    with tqdm(total=total, initial=total - left, unit=" images", desc="tokenize") as bar, _failing(how.device):
-        for chunk, batch in zip(chunks, loader):
-            records.append(encoded(tokenizer, batch, dtype, how.device))
-            bad += batch["bad"]
-            if chunk.stop == reader.sizes[chunk.shard]:
-                save(files[chunk.shard], np.concatenate(records).reshape(-1, views.count))
-                records = []
-            bar.update(chunk.stop - chunk.start)
+    try:
+        with tqdm(total=total, initial=total - left, unit=" images", desc="tokenize") as bar:
+            for chunk, batch in zip(chunks, loader):
+                records.append(encoded(tokenizer, batch, how.device))
+                bad += batch["bad"]
+                if chunk.stop == reader.sizes[chunk.shard]:
+                    save(files[chunk.shard], np.concatenate(records).reshape(-1, views.count))
+                    records = []
+                bar.update(chunk.stop - chunk.start)
+    except RuntimeError as error:  # torch's, where memory is short on the device or in a worker
+        raise UserError(
+            f"tokenizing on {how.device} failed: {first_line(error)}; finished shards are kept; rerun the same command "
+            "to resume, with a smaller batch_size= or fewer num_workers= if memory is short"
+        ) from error
     for key, why in bad[:SHOWN]:
         print(f"warning: {key} cannot be decoded ({why}); it has no tokens, a neighbour will stand in for it")
     if len(bad) > SHOWN:
         print(f"warning: and {len(bad) - SHOWN:,} more images")
 
 
-@contextmanager
-def _failing(device: torch.device) -> Iterator[None]:
-    """Turn torch's errors (memory is short on the device or in a worker) into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(
-            f"tokenizing on {device} failed: {first_line(error)}; finished shards are kept; rerun the same command to "
-            "resume, with a smaller batch_size= or fewer num_workers= if memory is short"
-        ) from error
-
-
-def encoded(tokenizer: Tokenizer, batch: dict[str, Any], dtype: np.dtype, device: torch.device) -> np.ndarray:
+def encoded(tokenizer: Tokenizer, batch: dict[str, Any], device: torch.device) -> np.ndarray:
     """The records (n,) of a batch of `TokenViews`, filled with their tokens."""
-    records = np.zeros(len(batch["records"]), dtype)
-    for name in batch["records"].dtype.names:
-        if name != "tokens":
-            records[name] = batch["records"][name]
+    records: np.ndarray = batch["records"]
     views = ("token_image", "jitter_factors", "jitter_order", "jitter_tiles")
     on_device = {name: torch.from_numpy(batch[name]).to(device) for name in views}
     records["tokens"] = tokenizer.encode(jittered_view(on_device, "token_image")).cpu().numpy()

@@ -35,19 +35,15 @@ class Tokenizer(Protocol):
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         """Ids (B, N) int64 of float32 images in [0, 1]."""
-        ...
 
     def decode(self, ids_BN: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] of square id grids (B, N)."""
-        ...
 
     def to(self, device: torch.device) -> Tokenizer:
         """Move the weights; returns itself."""
-        ...
 
     def digest(self) -> str:
         """SHA-256 of what the ids depend on: equal for equal weights, from any file."""
-        ...
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -115,29 +111,25 @@ class OpenAITokenizer:
 
     Args:
         path: folder with the encoder and, for decoding to images, the decoder.
+        encoder: in the place of the folder's, in memory.
     """
 
     downsample = 8
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, encoder: nn.Module | None = None):
         self.path = Path(path).expanduser()
-        self._take(read_module(self.path, "encoder"))
-
-    @classmethod
-    def of(cls, encoder: nn.Module) -> OpenAITokenizer:
-        """A tokenizer from an encoder of the `dall_e` package in memory; it cannot decode."""
-        tokenizer = cls.__new__(cls)
-        tokenizer.path = Path("(in memory)")
-        tokenizer._take(encoder)
-        return tokenizer
-
-    def _take(self, encoder: nn.Module) -> None:
+        encoder = read_module(self.path, "encoder") if encoder is None else encoder
         self.encoder = encoder
         self.vocab_size = int(encoder.get_parameter("blocks.output.conv.w").shape[0])
         self.in_chans = int(encoder.get_parameter("blocks.input.w").shape[1])
         self._fused: FusedEncoder | None = None
         self._decoder: nn.Module | None = None
         self.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, encoder: nn.Module) -> OpenAITokenizer:
+        """A tokenizer from an encoder of the `dall_e` package in memory; it cannot decode."""
+        return cls("(in memory)", encoder)
 
     def to(self, device: torch.device) -> OpenAITokenizer:
         """Prepare the encoder's weights for a device. This must not happen inside a compiled step or a CUDA graph."""
@@ -222,21 +214,15 @@ def recorded(folder: Path) -> dict[str, dict[str, Any]]:
 def read_verified(file: Path) -> bytes:
     """The bytes of a file. Raises UserError if they do not match the folder's record; without an entry, no check."""
     entry = recorded(file.parent).get(file.name)
-    size = file.stat().st_size
-    if entry and size != entry["bytes"]:
-        raise UserError(f"{_changed(file)}: {size} bytes, not {entry['bytes']}; {_mend(file)}")
     data = file.read_bytes()  # check and use the same bytes, even if the file changes
-    if entry and hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise UserError(f"{_changed(file)}: another SHA-256; {_mend(file)}")
+    if entry and (len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]):
+        same_size = len(data) == entry["bytes"]
+        found = "another SHA-256" if same_size else f"{len(data)} bytes, not {entry['bytes']}"
+        raise UserError(
+            f"{file} has changed since it was recorded in {RECORD}: {found}; delete it and run: "
+            f"python -m beit_pretrain download out={file.parent}"
+        )
     return data
-
-
-def _changed(file: Path) -> str:
-    return f"{file} has changed since it was recorded in {RECORD}"
-
-
-def _mend(file: Path) -> str:
-    return f"delete it and run: python -m beit_pretrain download out={file.parent}"
 
 
 def safe_tensors(data: bytes, kind: str, source: Path | str) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Checkpoints in other formats: the authors' .pth, timm, Hugging Face, ONNX.
 
 Each export is written under a temporary name, opened again by the software it is for, and succeeds only if that
-software computes our numbers. The authors' format is read back by `load_pretrained`, tensor by tensor.
+software computes our numbers. The authors' format is read back by our own readers, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
 from beit_pretrain.models.checkpoints.infer_architecture import TABLE
 from beit_pretrain.models.checkpoints.model_card import MARK, card
-from beit_pretrain.models.checkpoints.pretrained import classifier, encoder, load_pretrained, mim, segmenter
+from beit_pretrain.models.checkpoints.pretrained import classifier, encoder, mim, segmenter
 from beit_pretrain.models.settings import ExportSettings
 from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.transforms.jitter import HALF, per_channel
@@ -37,13 +37,13 @@ from beit_pretrain.transforms.views import shorter_side
 
 SUFFIXES = {"unilm": ".pth", "timm": ".safetensors", "onnx": ".onnx", "hf": ""}
 TOLERANCE = 1e-4  # of the largest output: other software sums in another order
-HEAD_OF = {
-    "backbone": "features",
-    "mim": "mim",
-    "classifier": "classify",
-    "segmenter": "segment",
-}  # kind -> `head` of `load_pretrained`
 Model = Backbone | MaskedImageModel | Classifier | Segmenter
+BUILDERS: dict[str, Callable[..., Model]] = {
+    "backbone": encoder,
+    "mim": mim,
+    "classifier": classifier,
+    "segmenter": segmenter,
+}
 
 
 def export(cfg: ExportSettings) -> Path:
@@ -66,13 +66,13 @@ def export(cfg: ExportSettings) -> Path:
         what = "a segmentation model" if source.kind == "segmenter" else "a backbone without a head"
         raise UserError(f"{cfg.init_from} is {what}; it can be written with to=hf alone")
     drop = source.architecture.get("drop_path_rate", 0.0)  # idle here, but part of what the files say
-    builders: dict[str, Callable[..., Model]] = {"mim": mim, "classifier": classifier, "segmenter": segmenter}
-    model = {**builders, "backbone": encoder}[source.kind](source, cfg.image_size, drop_path_rate=drop)
+    model = BUILDERS[source.kind](source, cfg.image_size, drop_path_rate=drop)
     write: Callable[[Model, Path], str] = {"unilm": to_unilm, "timm": to_timm, "onnx": to_onnx, "hf": to_hf}[cfg.to]
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_path(out, suffix=suffix, last="config.json") as temporary:  # which makes a folder a model
-            with quiet():
+            # Without the warnings, banners and progress bars of other libraries.
+            with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 how_to_open = write(model, temporary)
                 if cfg.to == "hf":
                     (temporary / "README.md").write_text(card(model, source))
@@ -91,14 +91,6 @@ def set_permissions(written: Path) -> None:
     os.umask(umask)
     for file in [written] if written.is_file() else written.iterdir():
         file.chmod(0o666 & ~umask)
-
-
-@contextmanager
-def quiet():
-    """Silence the warnings, banners and progress bars of other libraries; exceptions pass."""
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def label(model: Model) -> dict[str, Any]:
@@ -304,10 +296,10 @@ def sample_inputs(model: Model) -> tuple[Tensor, Tensor]:
 
 
 def same_network(model: Model, path: Path) -> None:
-    """Raise UserError unless `load_pretrained` reads every tensor back, bit by bit."""
-    theirs = load_pretrained(path, HEAD_OF[model.kind]).state_dict()
-    for name, tensor in theirs.items():  # features lack the final LayerNorm of a backbone
-        if not torch.equal(model.state_dict()[name], tensor):
+    """Raise UserError unless we read every tensor back, bit by bit."""
+    theirs = BUILDERS[model.kind](read_checkpoint(path)).state_dict()
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(theirs[name], tensor):
             raise UserError(f"the export does not read back: {name} differs")
 
 

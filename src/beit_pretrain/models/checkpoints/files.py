@@ -34,8 +34,8 @@ def read(path: str | Path) -> dict:
     path = existing(path)
     try:
         # Training checkpoints of the authors' scripts hold their arguments: a Namespace is data and runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols, when a file is refused anyway
+        # Without warnings about pickle protocols, when a file is refused anyway.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged, foreign and hostile files raise many things
         raise UserError(f"{path} cannot be read as a checkpoint: {_why(path, error)}") from error
@@ -103,7 +103,9 @@ def read_own(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor], dict
     content = read(path)
     about = content.get("beit_pretrain")
     if not isinstance(about, dict) or "state_dict" not in content:
-        raise UserError(f"{path} was not written by beit_pretrain fit ({_looks_like(content)})")
+        entry = next((name for name in ("model", "module", "state_dict") if isinstance(content.get(name), dict)), None)
+        what = f"a torch checkpoint with the entry '{entry}'" if entry else listed_keys(content)
+        raise UserError(f"{path} was not written by beit_pretrain fit ({what})")
     if about.get("kind") != kind:
         raise UserError(f"{path} holds {_described(about.get('kind'))}; {_described(kind)} is needed here")
     if not isinstance(about.get("model"), dict):
@@ -131,11 +133,6 @@ def rebuild(
     state |= {name: model.state_dict()[name] for name in computed}
     load_exactly(model, state, path)
     return model.eval().requires_grad_(False), about
-
-
-def _looks_like(content: dict) -> str:
-    entry = next((name for name in ("model", "module", "state_dict") if isinstance(content.get(name), dict)), None)
-    return f"a torch checkpoint with the entry '{entry}'" if entry else listed_keys(content)
 
 
 def listed_keys(content: dict) -> str:

@@ -94,8 +94,9 @@ def translate(
         raise UserError(f"{folder}/config.json is of a {config.get('model_type', 'nameless')} model, not of a beit")
     if config.get("hidden_act", "gelu") != "gelu":
         raise UserError(f"{folder}/config.json: hidden_act={config['hidden_act']}, BEiT has gelu")
-    if any(name.startswith("decode_head.") for name in state):
-        refuse_other_segmenters(config, folder)
+    for option in ("auxiliary_concat_input", "add_fpn"):  # of segmentation heads; no released BEiT has them
+        if config.get(option) and any(name.startswith("decode_head.") for name in state):
+            raise UserError(f"{folder}/config.json: {option}=true is not supported")
     kind = "mim" if "lm_head.weight" in state else "classifier"
     if not any(name.startswith("beit.") for name in state):  # a BeitModel by itself
         state = {name if name.startswith(("lm_head", "classifier")) else f"beit.{name}": t for name, t in state.items()}
@@ -119,32 +120,20 @@ def translate(
 
 
 def architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of the architecture that tensors do not determine, from config.json."""
+    """The part of the architecture that tensors do not determine, from config.json.
+
+    transformers counts the embeddings as 1: layer i of its segmentation head is the output of block i - 1.
+    """
+    indices = config.get("out_indices") or config.get("segmentation_indices")  # that of transformers below 4.37
+    layers = [int(i) - 1 for i in indices] if isinstance(indices, list) and len(indices) == 4 else None
     return {
         "image_size": config.get("image_size", 224),
         "num_heads": config.get("num_attention_heads"),
         "init_values": config.get("layer_scale_init_value"),
         "drop_path_rate": config.get("drop_path_rate", 0.1),
         "norm_eps": config.get("layer_norm_eps", 1e-12),
-        "decoder": decoder(config),
+        "decoder": {"layers": layers, "pool_scales": config.get("pool_scales")},
     }
-
-
-def decoder(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a segmentation head that tensors do not determine, from config.json.
-
-    transformers counts the embeddings as 1: its layer i is the output of block i - 1.
-    """
-    indices = config.get("out_indices") or config.get("segmentation_indices")  # that of transformers below 4.37
-    layers = [int(i) - 1 for i in indices] if isinstance(indices, list) and len(indices) == 4 else None
-    return {"layers": layers, "pool_scales": list(config.get("pool_scales") or (1, 2, 3, 6))}
-
-
-def refuse_other_segmenters(config: dict[str, Any], folder: Path) -> None:
-    """Raise UserError for a segmentation head with options that no released BEiT has."""
-    for option in ("auxiliary_concat_input", "add_fpn"):
-        if config.get(option):
-            raise UserError(f"{folder}/config.json: {option}=true is not supported")
 
 
 def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:

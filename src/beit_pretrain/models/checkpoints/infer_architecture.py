@@ -154,11 +154,12 @@ def decoder(state: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[
 
 def number_of_blocks(state: dict[str, Tensor], path: Path) -> int:
     """The number of blocks. Raises UserError unless they are numbered from 0 without a gap."""
-    numbers_found = {found[1] for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
-    count = len(numbers_found)
-    if count > MOST_BLOCKS or numbers_found != {str(i) for i in range(count)}:
-        odd = sorted(numbers_found - {str(i) for i in range(count)}, key=len)[:1]
+    numbers = {found[1] for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
+    count = len(numbers)
+    if odd := sorted(numbers - {str(i) for i in range(count)}, key=len):
         raise UserError(f"{path} has {count} blocks, but they are not numbered 0 to {count - 1}: {odd[0][:20]}")
+    if count > MOST_BLOCKS:
+        raise UserError(f"{path} has {count} blocks; {MOST_BLOCKS} at most")
     return count
 
 
