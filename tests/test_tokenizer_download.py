@@ -1,4 +1,4 @@
-"""The verb download: OpenAI's files from the network, recorded, converted to the bit, and nothing executed on the way."""
+"""The verb download: OpenAI's files from the network, recorded, converted to the bit; nothing in them is executed."""
 
 from __future__ import annotations
 
