@@ -155,7 +155,7 @@ def test_errors_repeat_the_value_as_it_was_given():
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_old_names_are_told_the_new_ones(old, new, run_cli):
-    words = ["fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x"]
+    words = ["fit", "+experiment=base_1k", *PLACES, "tokenizer.path=x"]
     if old in ("exact", "workers", "per_class"):
         words = {"exact": ["tokenize", *NEEDED["tokenize"]], "per_class": ["demo"]}.get(old, ["shards", "src=x"])
     for sign in ("", "+"):
@@ -170,6 +170,52 @@ def test_unknown_settings_are_told_the_nearest(word, guess, run_cli):
     code, _, stderr = run_cli("fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", word)
     assert code == 2
     assert stderr.endswith(f"did you mean {guess}?\n")
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"fit"}))
+def test_experiments_are_for_training_alone(verb, run_cli):
+    code, _, stderr = run_cli(verb, *NEEDED.get(verb, []), "+experiment=base_22k")
+    assert (code, stderr) == (2, f"error: {verb} takes no experiment; +experiment= is for fit and bench step\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fit", "+experiment=base_22k", "name=${nope}"], "name: Interpolation key 'nope' not found"),
+        (["fit", "+experiment=base_22k", "task=${nope}"], "task: Interpolation key 'nope' not found"),
+        (["fit", "-m", "+experiment=base_22k", "seed=1,2", "name=${nope}"], "name: Interpolation key 'nope' not found"),
+        (
+            ["predict", "src=${oc.env:NOT_SET}"],
+            "src: KeyError raised while resolving interpolation: \"Environment variable 'NOT_SET' not found\"",
+        ),
+        (["demo", "run_dir=${run_dir}"], "run_dir: Recursive interpolation detected"),
+    ],
+)
+def test_interpolations_that_fail_name_their_key(words, message, run_cli):
+    code, _, stderr = run_cli(*words)
+    assert (code, stderr) == (2, f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task=null"], "choose what to train: +experiment=NAME, one of base_1k,"),
+        (["+experiment=null"], "+experiment=null: choose one of base_1k,"),
+        (["+experiment=base_22k", "logger=null"], "logger=null: choose one of csv, wandb"),
+        (["+experiment=base_22k", "=3"], "settings are given as key=value, not '=3'"),
+        (
+            ["+experiment=base_22k", "hydra/launcher=submitit_slurm"],
+            "hydra/launcher=submitit_slurm is for sweeps: fit -m",
+        ),
+        (["+experiment=base_22k", "model.depth=2"], "model.depth has no default; add it with a plus: +model.depth=..."),
+        (["+experiment=base_22k", "optim.learning_rate=1"], "unknown key 'optim.learning_rate' for fit; python -m"),
+        (["+experiment=mae_base_1k", "mask.max_patches=3"], "unknown key 'mask.max_patches' for fit; python -m"),
+    ],
+)
+def test_settings_of_another_kind_are_explained(words, message, run_cli):
+    code, _, stderr = run_cli("fit", *words)
+    assert code == 2
+    assert stderr.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from beit_pretrain.config import compose, experiments, help_of, show_config, unknown_name
+from beit_pretrain.config import compose, experiments, help_of, key_of, show_config, unknown_name
 from beit_pretrain.engine.dist_env import local_rank, rank, speaker
 from beit_pretrain.engine.preemption import early_signals
 from beit_pretrain.errors import AllRanksError, UserError
@@ -108,9 +108,11 @@ def run(argv: list[str]) -> None:
     if "--cfg" in rest:
         print(show_config(config, [word for word in rest if word not in ("--cfg", "job")]))
         return
-    wrong = [word for word in rest if "=" not in word and not word.startswith("~")]
+    wrong = [word for word in rest if word.startswith("=") or ("=" not in word and not word.startswith("~"))]
     if wrong:
         raise UserError(f"settings are given as key=value, not {wrong[0]!r}")
+    if not multirun and (own := [word for word in rest if key_of(word).startswith(("sweep.", "hydra.", "hydra/"))]):
+        raise UserError(f"{own[0]} is for sweeps: fit -m ...")
     if multirun:
         importlib.import_module("beit_pretrain.engine.sweep").sweep(rest)
         return

@@ -14,6 +14,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
+
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import Settings, config_dir, description, help_text, unknown
 
@@ -50,6 +52,8 @@ def compose_raw(verb: str, overrides: list[str]):
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    if verb not in TRAINING and any(key_of(word) == "experiment" for word in overrides):
+        raise UserError(f"{typed(verb, overrides)} takes no experiment; +experiment= is for fit and bench step")
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra_compose(verb, overrides=[readable(word) for word in overrides])
@@ -79,11 +83,25 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
     Missing settings become null if `spared` names them. Raises UserError, with one line, if the config does not compose
     or a setting is missing, unknown or invalid.
     """
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    cfg = compose_raw(verb, overrides)
-    if OmegaConf.is_missing(cfg, "task"):
+    try:
+        given, absent = _completed(compose_raw(verb, overrides), verb, spared)
+    except OmegaConfBaseException as error:  # such as an interpolation of a key that does not exist
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise UserError(f"{key}{first_line(error)}") from error
+    settings = model_of(verb, given.get("task")).validated(given)
+    for key in absent:
+        *groups, name = key.split(".")
+        setattr(reduce(getattr, groups, settings), name, None)
+    return settings
+
+
+def _completed(cfg: Any, verb: str, spared: tuple[str, ...]) -> tuple[dict[str, Any], set[str]]:
+    """The resolved config as a dictionary, and the missing settings that `spared` allows."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_missing(cfg, "task") or ("task" in cfg and cfg.task is None):
         raise UserError(f"choose what to train: +experiment=NAME, one of {', '.join(experiments())}")
     if OmegaConf.is_missing(cfg, "init_from") and cfg.get("from_scratch"):
         cfg.init_from = None
@@ -98,17 +116,10 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
         if "init_from" in hints and "from_scratch" in cfg:
             hints["init_from"] += " (or from_scratch=true)"
         raise UserError("; ".join(f"{key} is missing: {hint}" for key, hint in hints.items()))
-    try:
-        given = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    except OmegaConfBaseException as error:
-        raise UserError(first_line(error)) from error
-    settings = model_of(verb, given.get("task")).validated(given)
-    for key in absent:
-        *groups, name = key.split(".")
-        setattr(reduce(getattr, groups, settings), name, None)
-    return settings
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), absent
 
 
+TRAINING = ("fit", "bench_step", "bench_gpu")  # configs with the settings of a task, which an experiment chooses
 # Config name -> "module:class" of its settings. Strings, since some modules take seconds to import.
 MODELS = {
     "download": "tokenizers.settings:DownloadSettings",
@@ -133,7 +144,7 @@ def model_of(verb: str, task: str | None = None) -> type[Settings]:
     """The settings class of a verb; for `fit`, and benchmarks with its settings, that of the task."""
     module, name = MODELS[verb].split(":")
     model: type[Settings] = getattr(importlib.import_module(f"beit_pretrain.{module}"), name)
-    if task is None or verb not in ("fit", "bench_step", "bench_gpu"):
+    if task is None or verb not in TRAINING:
         return model
     own: type[Settings] = importlib.import_module("beit_pretrain.engine.task").find_task(task).settings
     return own if verb == "fit" else type(name, (model, own), {"defaults": own.defaults})
@@ -143,6 +154,11 @@ def typed(verb: str, overrides: list[str]) -> str:
     """The verb as typed on the command line: some actions of `bench` have separate configs."""
     action = next((word.partition("=")[2] for word in overrides if word.startswith("action=")), "step")
     return f"bench {action}" if verb in ("bench_step", "bench_gpu") else verb
+
+
+def key_of(word: str) -> str:
+    """The key of a word such as +experiment=base_1k, without Hydra's + and ~."""
+    return word.partition("=")[0].lstrip("+~")
 
 
 def readable(word: str) -> str:
@@ -178,12 +194,20 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
     if found := re.search(r"Could not find 'experiment/([^']*)'", text):
         return unknown_name("experiment", found[1], experiments())
     if "is not in struct" in text or "Could not override" in text:
-        key = line.split("'")[1].split("=")[0].lstrip("+~") if "'" in line else line
+        key = key_of(line.split("'")[1]) if "'" in line else line
         if key == "experiment":
             return "experiments are added with a plus: +experiment=NAME"
         command = typed(verb, overrides)
-        known = keys_of(compose_plain(verb, [word for word in overrides if word.startswith("+experiment=")]))
-        return unknown(key, known, command, f"python -m beit_pretrain {command} --help lists the settings")
+        composed = compose_plain(verb, [word for word in overrides if word.startswith("+experiment=")])
+        task = composed.get("task", "???")
+        if description(model_of(verb, None if task == "???" else task), key):
+            return f"{key} has no default; add it with a plus: +{key}=..."
+        return unknown(key, keys_of(composed), command, f"python -m beit_pretrain {command} --help lists the settings")
+    if line.startswith("Config group override must be"):
+        for word in overrides:
+            names = [file.stem for file in sorted((config_dir() / key_of(word)).glob("*.yaml"))]
+            if names and not isinstance(yaml.safe_load(word.partition("=")[2]), str):
+                return f"{word}: choose one of {', '.join(names)}"
     return line
 
 

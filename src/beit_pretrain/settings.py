@@ -233,13 +233,14 @@ def explain(error: ValidationError, model: type[Settings], given: Mapping[str, A
 
 def unknown(key: str, keys: list[str], verb: str = "", otherwise: str = "") -> str:
     """The message for an unknown setting: with its new name, the most similar known name, or `otherwise`."""
-    if key in RENAMED:
-        return f"{key} was renamed to {RENAMED[key]}"
-    close = difflib.get_close_matches(key, keys, 1)
+    group, _, name = key.rpartition(".")
+    new = next((new.rpartition(".")[2] for old, new in RENAMED.items() if old.rpartition(".")[2] == name), None)
+    if names := [known for known in keys if new and known.rpartition(".")[2] == new]:
+        return f"{key} was renamed to {f'{group}.{new}' if f'{group}.{new}' in names else names[0]}"
+    close = difflib.get_close_matches(key, keys, 1, cutoff=0.8)
     if not close:  # compare without the group
-        last = key.rpartition(".")[2]
         leaves = {known.rpartition(".")[2]: known for known in reversed(keys)}
-        close = [leaves[leaf] for leaf in difflib.get_close_matches(last, leaves, 1)]
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, 1, cutoff=0.7)]
     hint = f"did you mean {close[0]}?" if close else otherwise
     return f"unknown key {key!r}{f' for {verb}' if verb else ''}" + (f"; {hint}" if hint else "")
 

@@ -104,7 +104,7 @@ def check_settings(cfg: Any) -> None:
     """Raise UserError for other tasks than pre-training and for settings that `bench` would ignore."""
     given, on_gpu = cfg.trainer, wanted_gpu(cfg.trainer.accelerator)
     for wrong, message in (
-        (cfg.task != "pretrain", f"pre-training; +experiment= is one of task {cfg.task}"),
+        (cfg.task != "pretrain", f"the task pretrain; this experiment is of task {cfg.task}"),
         (given.precision not in PRECISIONS, f"trainer.precision={', '.join(PRECISIONS)}, not {given.precision}"),
         (given.accelerator not in ("auto", "cpu", *GPUS), f"trainer.accelerator=cpu or gpu, not {given.accelerator}"),
         (given.accelerator in GPUS and not on_gpu, f"trainer.accelerator={given.accelerator}: this machine has no GPU"),

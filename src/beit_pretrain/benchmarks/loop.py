@@ -77,8 +77,8 @@ def run_in_turn(cfg: Any, bench: Bench, folder: Path, steps: int) -> tuple[Inter
     module = make_bench(cfg).module  # a network of its own, from the same seed
     module.log_every = cfg.log_every if steps >= cfg.log_every else min(cfg.log_every, LOG_EVERY)
     never = 2 * len(batches)  # a checkpoint is measured by itself
-    without_saves = cfg.changed(save_every=never, save_minutes=None, keep_every=None, val_minutes=None)
-    module.keeper = CheckpointManager(folder, without_saves)
+    no_saves = {"save_every": never, "save_minutes": None, "keep_every": None, "val_minutes": None}
+    module.keeper = CheckpointManager(folder, cfg.model_copy(update=no_saves))
     module.guard = NonFiniteGuard(folder / SKIPPED, cfg.max_nonfinite_steps, cfg.batch_size)
     settings: dict[str, Any] = {"global_batch_size": cfg.batch_size, "run_dir": str(folder), "val_every": len(batches)}
     # To Lightning, auto would be all GPUs.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beit_pretrain import fileio
-from beit_pretrain.config import compose, quoted, readable
+from beit_pretrain.config import compose, key_of, quoted, readable
 from beit_pretrain.engine.dist_env import launched
 from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config, resume_config
 from beit_pretrain.engine.sweep_launchers import launcher, run_all
@@ -78,11 +78,6 @@ def sort_words(words: list[str]) -> tuple[list[str], list[str], list[str]]:
         else:
             settings.append(word)
     return own, launcher_words, settings
-
-
-def key_of(word: str) -> str:
-    """The key of a word such as +experiment=base_1k, without Hydra's + and ~."""
-    return word.partition("=")[0].lstrip("+~")
 
 
 def members_of(words: list[str]) -> tuple[Path, list[SweepRun]]:
