@@ -470,7 +470,7 @@ def test_memory_of_a_cpu_that_has_a_gpu_beside_it(words, run_cli, monkeypatch):
         (["step", *TINY, "init_from=runs/x"], "init_from="),
         (["step", *TINY, "ema=.9"], "python -m beit_pretrain bench step --help"),
         (["loop", *TINY, "ema=.9"], "python -m beit_pretrain bench loop --help"),
-        (["step", "+experiment=tokenizer"], "bench measures pre-training"),
+        (["step", "+experiment=tokenizer"], "bench measures the task pretrain"),
         (["step", *TINY, "bench.variants=[theirs]"], "bench.variants must be"),
         (["step", *TINY, "bench.rounds=0"], "bench.rounds must be"),
         (["memory", *TINY], "bench.memory_gb="),
