@@ -14,8 +14,14 @@ from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO, load_exac
 
 class TestRead:
     def test_folder_instead_of_file(self, tmp_path, mim_checkpoint):
-        assert "is a folder, a checkpoint file is needed" in refusal(read, tmp_path)
+        assert refusal(read, tmp_path).endswith("is a folder, a checkpoint file is needed")
         assert f"did you mean {mim_checkpoint}?" in refusal(read, mim_checkpoint.parent)
+
+    def test_a_run_stands_for_its_last_checkpoint(self, tmp_path):
+        (tmp_path / "checkpoints").mkdir()
+        for name in ("best.ckpt", "last.ckpt", "previous.ckpt"):
+            (tmp_path / "checkpoints" / name).touch()
+        assert refusal(read, tmp_path).endswith(f"did you mean {tmp_path / 'checkpoints/last.ckpt'}?")
 
     def test_missing_file(self, tmp_path):
         assert "does not exist" in refusal(read, tmp_path / "nowhere.ckpt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -119,6 +120,21 @@ class TestFineTuning:
         error = refused("fit", "+experiment=finetune_base_1k", *words, f"init_from={authors_file}")
         assert "has 2 blocks of width 32" in error
         assert f"model.size=base asks for embed_dim={SIZES['base']['embed_dim']}" in error
+
+    @pytest.mark.parametrize(
+        ("setting", "advice"),
+        [
+            ("model.rel_pos_bias=none", "model.rel_pos_bias=null keeps the checkpoint's"),
+            ("model.abs_pos_emb=true", "model.abs_pos_emb=null keeps the checkpoint's"),
+            ("+model.init_values=null", "set model.init_values=0.1"),
+        ],
+    )
+    def test_advice_is_right(self, setting, advice, finetune_words, authors_file, refused, run_cli):
+        assert refused(*finetune_words, f"init_from={authors_file}", setting).rstrip().endswith(advice)
+        followed = re.findall(r"model\.\w+=[\w.]+", advice)[0]
+        plus = "+" * setting.startswith("+")
+        code, _, stderr = run_cli(*finetune_words, f"init_from={authors_file}", plus + followed)
+        assert code == 0, stderr
 
     @pytest.mark.parametrize(
         ("setting", "fits"),

@@ -369,6 +369,8 @@ class TestRefusals:
             ({"drop_path_rate": 0.1}, "a masked autoencoder has drop_path_rate=0.0"),
             ({"embed_dim": 30, "num_heads": 3}, "model.embed_dim=30 is not divisible by 4"),
             ({"decoder_embed_dim": 30}, "model.decoder_embed_dim=30 is not divisible by 4"),
+            ({"decoder_num_heads": 0}, "model.decoder_num_heads must be at least 1, got 0"),
+            ({"decoder_depth": 0}, "model.decoder_depth must be at least 1, got 0"),
             ({"decoder_num_heads": 5}, "model.decoder_embed_dim=24 is not divisible by 5"),
         ],
     )

@@ -137,6 +137,15 @@ def test_a_classifier_of_one_image_and_of_a_list(classifier):
     assert all(sum(p.probability for p in found) == pytest.approx(1, abs=1e-5) for found in many)
 
 
+def test_predictors_take_pil_images(classifier):
+    predictor = Predictor(classifier)
+    for wrong in ("photo.jpg", [torch.zeros(3, 8, 8)]):
+        with pytest.raises(TypeError, match="a PIL image is needed, not a"):
+            predictor(wrong)
+    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
+        predictor(Image.new("RGB", (9, 9)), top=0)
+
+
 def test_a_segmenter_answers_at_the_size_of_the_image(segmenter_checkpoint):
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((30, 50), (64, 33), (20, 90))]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README_FILE = Path(__file__).parents[1] / "README.md"
+README = README_FILE.read_text()
 BLOCK = re.search(r"<!-- commands:.*?```sh\n(.*?)```", README, re.DOTALL)
 SMALL = {
     "tokenizer": "image_size=32 model.vocab_size=16 model.width=8 model.blocks=1 model.code_dim=8",
@@ -55,6 +56,14 @@ def test_files_written_by_readme_commands(place):
     for name in ("masked", "attention", "tokens", "curves", "curves-small_own-finetune_own"):
         assert (place / "runs/small_own/pictures" / f"{name}.png").is_file()
     assert (place / "runs/small_own/checkpoints/probe/layers.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("page", ["README.md", "data/README.md", "docs"])
+def test_relative_links_lead_to_files(page):
+    place = README_FILE.parent / page
+    for file in place.glob("*.md") if place.is_dir() else [place]:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", file.read_text()):
+            assert ":" in link or (file.parent / link).exists(), f"{file.name}: {link}"
 
 
 def test_module_tree_is_complete():

@@ -11,6 +11,7 @@ from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import RENAMED, Settings, group_of
+from beit_pretrain.transforms.views import ClassificationTransform
 
 PLACES = ["data.train=x", "data.val=x"]
 NEEDED = {
@@ -151,6 +152,22 @@ def test_python_callers_get_the_defaults_of_the_yaml():
 def test_errors_repeat_the_value_as_it_was_given():
     with pytest.raises(UserError, match="warmup_steps must be a whole number of at least 0, got 'many'"):
         OptimSettings.validated({"lr": 1.0, "warmup_steps": "many"})
+
+
+def test_settings_of_a_wrong_form_are_told_apart():
+    with pytest.raises(TypeError, match=r"settings of OptimSettings are a dictionary, not \[1\]"):
+        OptimSettings.validated([1])
+    with pytest.raises(TypeError, match="ClassificationTransform takes at most 2 positional arguments, got 3"):
+        ClassificationTransform(32, True, 0.5)
+
+
+@pytest.mark.parametrize("policy", ["foo", "rand-x9", "rand-m9x"])
+def test_augmentation_that_timm_does_not_know(policy, run_cli):
+    code, _, stderr = run_cli("fit", "+experiment=finetune_own", *PLACES, "init_from=x", f"data.auto_augment={policy}")
+    assert code == 2
+    assert stderr.startswith(
+        "error: data.auto_augment must be null or timm's name of a RandAugment policy, such as rand"
+    )
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())

@@ -38,6 +38,7 @@ def atomic_path(
 
     Args:
         durable: flush the file and its name to the disk: `path` never holds half a file, even after a power cut.
+            A folder's files are not flushed.
         unique: the temporary name is this process's own.
         suffix: of the temporary name, for libraries that go by it.
     """

@@ -77,6 +77,9 @@ class Settings(BaseModel):
     positional: ClassVar[tuple[str, ...]] = ()  # settings that Python callers may pass as positional arguments
 
     def __init__(self, *values: Any, **named: Any):
+        if len(values) > len(self.positional):
+            most = len(self.positional)
+            raise TypeError(f"{type(self).__name__} takes at most {most} positional arguments, got {len(values)}")
         super().__init__(**dict(zip(self.positional, values, strict=False)), **named)
 
     @model_validator(mode="before")
@@ -91,6 +94,8 @@ class Settings(BaseModel):
     @classmethod
     def validated(cls, given: Mapping[str, Any]) -> Self:
         """Validate the settings. Raises UserError, with one line, for the first wrong, missing or unknown setting."""
+        if not isinstance(given, Mapping):
+            raise TypeError(f"settings of {cls.__name__} are a dictionary, not {given!r}")
         try:
             return cls.model_validate(given)
         except ValidationError as error:

@@ -7,7 +7,8 @@ messages never show the query or password of an address.
 
 Transient failures (a dropped or stalled connection, a truncated file, HTTP 408, 425, 429, 5xx) are retried with growing
 pauses. A retry resumes in the middle of the file if the server still has the same version. A transfer has stalled if it
-gets no byte for `timeout` seconds, or less than 1 kB/s, or if an HTTP header is incomplete after that time.
+gets no byte for `timeout` seconds, or less than 1 kB/s, or if an HTTP header is incomplete after that time. While
+s3://, gs:// and file:// wait for a first answer, and while hf:// looks up an address, their libraries' timeouts apply.
 """
 
 from __future__ import annotations

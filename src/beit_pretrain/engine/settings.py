@@ -120,7 +120,7 @@ class FitSettings(Settings):
     save_minutes: Positive | None = about("also save after this many minutes", True)
     keep_every: Count | None = about("steps between checkpoints kept besides last, previous and best", True)
     max_nonfinite_steps: Count = about("stop after this many steps in a row with a non-finite gradient", True)
-    preflight: Literal[True, "only"] = about("only: check data, tokenizer, disk and precision, and do not start", True)
+    preflight: Literal[True, "only"] = about("only: check data, tokenizer, disk and precision without starting", True)
 
     threads: Count | None = about("of torch on a CPU; null = torch's choice", True)
     compile: Compile = about("torch.compile; auto = on a GPU | reduce-overhead: CUDA graphs | max-autotune", True)

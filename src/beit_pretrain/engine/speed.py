@@ -18,7 +18,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.models.blocks import attentions
 
 WARM_UP, PROFILED = 10, 5  # steps before the profile (compilation, first allocations); steps in the profile
-DEAREST = 10  # rows in the table of the slowest operations
+SLOWEST = 10  # rows in the table of the slowest operations
 
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile that record CUDA graphs
@@ -162,7 +162,7 @@ class Profile(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / "trace.json.gz"
         profiler.export_chrome_trace(str(trace))  # compressed, by its name
-        table = kernels(profiler.key_averages(), DEAREST)
+        table = kernels(profiler.key_averages(), SLOWEST)
         (self.folder / "kernels.txt").write_text(table + "\n")
         print(f"\n{table}\nwrote {trace}", flush=True)
 

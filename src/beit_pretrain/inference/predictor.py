@@ -150,6 +150,7 @@ class Predictor:
 
         A classifier returns the `top` Predictions (name, probability, number), most likely first. A segmenter returns
         classes (H, W) int64 at the image's size, or at the given `sizes`, (height, width) for each image.
+        Raises TypeError for anything but PIL images (open files with PIL.Image.open), ValueError for `top` below 1.
         """
         if isinstance(images, Image.Image):
             return self._answers([images], top, sizes)[0]
@@ -162,6 +163,10 @@ class Predictor:
     def _answers(
         self, images: Sequence[Image.Image], top: int, sizes: Sequence[tuple[int, int]] | None
     ) -> Sequence[Answer]:
+        if wrong := [image for image in images if not isinstance(image, Image.Image)]:
+            raise TypeError(f"a PIL image is needed, not a {type(wrong[0]).__name__}; open files with PIL.Image.open")
+        if top < 1:
+            raise ValueError(f"top must be at least 1, got {top}")
         views = [self._network.views(image) for image in images]
         if isinstance(self._network, ImageClassifier):
             return self._network.classify(torch.stack([view for (view,) in views]), top)

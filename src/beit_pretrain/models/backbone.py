@@ -68,6 +68,13 @@ DEFAULTS: Architecture = {
 BIASES = ("shared", "per_layer", "none")
 
 
+def check_counts(config: dict[str, Any], *names: str) -> None:
+    """Raise UserError if one of these sizes of a network is below 1."""
+    for name in names:
+        if config[name] < 1:
+            raise UserError(f"model.{name} must be at least 1, got {config[name]}")
+
+
 class Backbone(Beit):
     """timm's Beit with the options of every BEiT checkpoint; `config` holds the arguments that build it again."""
 
@@ -77,6 +84,7 @@ class Backbone(Beit):
         if unknown := sorted(architecture.keys() - DEFAULTS.keys()):
             raise TypeError(f"unknown arguments of the network: {', '.join(unknown)}")
         config = {**DEFAULTS, **architecture}
+        check_counts(config, "embed_dim", "depth", "num_heads", "in_chans")
         self.grid = patch_grid(config["image_size"], config["patch_size"])
         if config["rel_pos_bias"] not in BIASES:
             raise UserError(f"model.rel_pos_bias={config['rel_pos_bias']} is not one of {', '.join(BIASES)}")
@@ -163,6 +171,7 @@ class Classifier(Backbone):
     def __init__(self, num_classes: int, pool: str = "avg", **architecture: Any):
         if pool not in ("avg", "token"):
             raise UserError(f"model.pool={pool} is not one of avg, token")
+        check_counts({"num_classes": num_classes}, "num_classes")
         architecture.setdefault("rel_pos_bias", "per_layer")
         super().__init__(pool, num_classes, **architecture)
         self.config |= {"num_classes": num_classes, "pool": pool}

@@ -21,7 +21,7 @@ from timm.models.beit import Block
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.models.backbone import Architecture, Backbone, embed
+from beit_pretrain.models.backbone import Architecture, Backbone, check_counts, embed
 from beit_pretrain.models.blocks import block_outputs, gather_tokens, run_blocks, use_our_forward
 from beit_pretrain.models.drop_path import uniforms
 
@@ -108,6 +108,7 @@ class MaskedAutoencoder(Backbone):
         self.norm_pix_loss = norm_pix_loss
         decoder = {"decoder_embed_dim": decoder_embed_dim, "decoder_depth": decoder_depth}
         self.config |= {**decoder, "decoder_num_heads": decoder_num_heads, "norm_pix_loss": norm_pix_loss}
+        check_counts(self.config, "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
         for name, divisor in (("embed_dim", 4), ("decoder_embed_dim", 4), ("decoder_embed_dim", decoder_num_heads)):
             if self.config[name] % divisor:  # 4: sines and cosines of rows and columns
                 raise UserError(f"model.{name}={self.config[name]} is not divisible by {divisor}")

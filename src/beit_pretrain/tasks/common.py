@@ -15,7 +15,7 @@ from beit_pretrain.engine.settings import FitSettings, OptimSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import BelowOne, Name, Number, Positive, Settings, ShareAboveZero, Side, Switch, Text, about
 from beit_pretrain.transforms.jitter import HALF, normalise
-from beit_pretrain.transforms.settings import CropSettings
+from beit_pretrain.transforms.settings import AutoAugment, CropSettings
 from beit_pretrain.transforms.views import ClassificationTransform
 
 Width = Annotated[int, Strict(), Field(ge=1, le=2**20 - 1)]
@@ -53,7 +53,7 @@ class ClassificationDataSettings(DataSettings, CropSettings):
 
     defaults = "data/shards.yaml tasks/finetune.yaml:data"
 
-    auto_augment: Text | None = about("timm's name of a RandAugment policy, such as rand-m9-mstd0.5-inc1; null = none")
+    auto_augment: AutoAugment | None = about("RandAugment policy of timm, such as rand-m9-mstd0.5-inc1; null = none")
     crop_ratio: ShareAboveZero | None = about(
         "validation resizes the shorter side to image_size / crop_ratio; null = .875 below 384 pixels, 1 from there"
     )

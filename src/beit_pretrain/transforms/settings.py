@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from beit_pretrain.settings import Channels, Jitter, Range, Scale, Settings, Share, Side, Switch, about
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from beit_pretrain.settings import Channels, Jitter, Range, Rule, Scale, Settings, Share, Side, Switch, Text, about
+
+
+def _is_policy(name: str) -> str:
+    from timm.data.auto_augment import rand_augment_transform
+
+    rand_augment_transform(name, {})  # AssertionError and ValueError are pydantic's
+    return name
+
+
+AutoAugment = Annotated[
+    Text, AfterValidator(_is_policy), Rule("timm's name of a RandAugment policy, such as rand-m9-mstd0.5-inc1")
+]
 
 
 class CropSettings(Settings):

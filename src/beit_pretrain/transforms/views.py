@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 from pydantic import ConfigDict
 
-from beit_pretrain.settings import Channels, ShareAboveZero, Side, Text, about
+from beit_pretrain.settings import Channels, ShareAboveZero, Side, about
 from beit_pretrain.transforms.image_io import open_image, to_channels
 from beit_pretrain.transforms.jitter import HALF, Jitter, draw_jitter, jitter_arrays, pil_jitter
 from beit_pretrain.transforms.mean_color_grid import SIDE
 from beit_pretrain.transforms.scaled_decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
-from beit_pretrain.transforms.settings import CropSettings, ViewSettings
+from beit_pretrain.transforms.settings import AutoAugment, CropSettings, ViewSettings
 
 THIN = 16  # times as long as wide: from there on an image is never enlarged as a whole
 
@@ -156,7 +156,7 @@ class ClassificationTransform(CropSettings):
 
     image_size: Side = about("pixels")
     train: bool = True
-    auto_augment: Text | None = about("timm's name of a RandAugment policy, such as rand-m9-mstd0.5-inc1; None = none")
+    auto_augment: AutoAugment | None = about("RandAugment policy of timm; None = none")
     fill: tuple[float, ...] = HALF  # colour in [0, 1] that RandAugment moves in from outside: the normalisation's mean
     crop_ratio: ShareAboveZero | None = about(
         "the shorter side becomes image_size / this for evaluation; see `shorter_side`"

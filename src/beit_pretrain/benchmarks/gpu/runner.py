@@ -33,7 +33,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 class Runner:
     """Runs stages, within so many `seconds`, and writes their lines.
 
-    `job` is what every stage is told: words, device, tiny, out, scratch. Stages that were `chosen` may have the time of
+    `job` is what every stage gets: words, device, tiny, out, scratch. Stages that were `chosen` may have the time of
     the others.
     """
 

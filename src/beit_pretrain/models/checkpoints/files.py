@@ -68,8 +68,10 @@ def existing(path: str | Path) -> Path:
     """The path of an existing file. Raises UserError, with a guess of what was meant."""
     path = Path(path)
     if path.is_dir():
-        found = next((file for part in (".", "checkpoints") if (file := path / part / "last.ckpt").is_file()), None)
-        hint = f"; did you mean {found}?" if found else ""
+        found = sorted(
+            [*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")], key=lambda file: file.name != "last.ckpt"
+        )
+        hint = f"; did you mean {found[0]}?" if found else ""
         raise UserError(f"{path} is a folder, a checkpoint file is needed{hint}")
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")

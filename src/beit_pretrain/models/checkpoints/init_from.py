@@ -7,7 +7,7 @@ from typing import Any
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.build import named_size
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint, sizes
-from beit_pretrain.settings import to_dict
+from beit_pretrain.settings import shown, to_dict
 from beit_pretrain.transforms.jitter import HALF, per_channel
 
 
@@ -25,13 +25,15 @@ def read_source(cfg: Any, expands_bias: bool = False) -> Checkpoint | None:
     check_channels(cfg, source)
     refusal = f"init_from={cfg.init_from} has {sizes(own)}, but"
     if "init_values" in model and (model["init_values"] is None) != (own["init_values"] is None):
-        value = "null" if model["init_values"] is None else model["init_values"]
-        raise UserError(f"{refusal} the experiment asks for model.init_values={value}")
+        value, kept = (shown(settings["init_values"]) for settings in (model, own))
+        raise UserError(f"{refusal} the experiment asks for model.init_values={value}; set model.init_values={kept}")
     spread = own["rel_pos_bias"] == "shared" and expands_bias
-    if model.get("rel_pos_bias") not in (None, own["rel_pos_bias"], "per_layer" if spread else None):
-        raise UserError(f"{refusal} the experiment asks for model.rel_pos_bias={model['rel_pos_bias']}")
-    if model.get("abs_pos_emb") not in (None, own["abs_pos_emb"]):
-        raise UserError(f"{refusal} the experiment asks for model.abs_pos_emb={model['abs_pos_emb']}")
+    for name, also in (("rel_pos_bias", "per_layer" if spread else None), ("abs_pos_emb", None)):
+        if (value := model.get(name)) not in (None, own[name], also):
+            setting = f"model.{name}"
+            raise UserError(
+                f"{refusal} the experiment asks for {setting}={shown(value)}; {setting}=null keeps the checkpoint's"
+            )
     for name in ("embed_dim", "depth", "num_heads", "patch_size"):
         if asked.get(name) not in (None, own[name]):
             patch = name == "patch_size"
