@@ -29,10 +29,10 @@ def read_source(cfg: Any, expands_bias: bool = False) -> Checkpoint | None:
         raise UserError(f"{refusal} the experiment asks for model.init_values={value}; set model.init_values={kept}")
     spread = own["rel_pos_bias"] == "shared" and expands_bias
     for name, also in (("rel_pos_bias", "per_layer" if spread else None), ("abs_pos_emb", None)):
-        if (value := model.get(name)) not in (None, own[name], also):
+        if (asks := model.get(name)) not in (None, own[name], also):
             setting = f"model.{name}"
             raise UserError(
-                f"{refusal} the experiment asks for {setting}={shown(value)}; {setting}=null keeps the checkpoint's"
+                f"{refusal} the experiment asks for {setting}={shown(asks)}; {setting}=null keeps the checkpoint's"
             )
     for name in ("embed_dim", "depth", "num_heads", "patch_size"):
         if asked.get(name) not in (None, own[name]):
