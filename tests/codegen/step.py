@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--save", metavar="FOLDER", help="keep the generated programs there")
     ask = parser.parse_args()
     if ask.deterministic:
-        make_deterministic("pretrain", on_gpu=True)
+        make_deterministic(on_gpu=True)
     fewer = None
     if ask.per_layer:
         fewer = report.figures(programs(ask.depth - 1, ask.bias, ask.batch, ask.checkpoint, ask.attention))

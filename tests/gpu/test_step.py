@@ -178,7 +178,7 @@ def test_cuda_graphs_give_same_losses(cuda):
 
 
 def test_deterministic_steps_are_bit_identical(device):
-    make_deterministic("pretrain", device.type == "cuda")
+    make_deterministic(device.type == "cuda")
     found = []
     for _ in range(2):
         module = pretraining(device, drop_path_rate=0.1)
@@ -189,7 +189,7 @@ def test_deterministic_steps_are_bit_identical(device):
 
 
 def test_deterministic_compiled_steps_are_bit_identical(device):
-    make_deterministic("pretrain", device.type == "cuda")
+    make_deterministic(device.type == "cuda")
     found = []
     for _ in range(2):
         module = pretraining(device)
