@@ -35,10 +35,10 @@ class Steps(Callback):
     """Counts the steps that a run has begun."""
 
     def __init__(self) -> None:
-        self.prepare_view = 0
+        self.begun_steps = 0
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx: int) -> None:
-        self.prepare_view = trainer.global_step + 1
+        self.begun_steps = trainer.global_step + 1
 
 
 @pytest.fixture
@@ -98,9 +98,9 @@ def test_checkpoint_is_snapshot_of_its_step(short, run_cli, tmp_path, monkeypatc
 
     def late(self, checkpoint, path, storage_options=None) -> None:
         step, deadline = int(checkpoint["global_step"]), time.monotonic() + 20
-        while steps.prepare_view < min(step + 3, 8) and time.monotonic() < deadline:
+        while steps.begun_steps < min(step + 3, 8) and time.monotonic() < deadline:
             time.sleep(0.01)
-        begun[step] = steps.prepare_view
+        begun[step] = steps.begun_steps
         WRITE(self, checkpoint, path)
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", late)
@@ -120,7 +120,7 @@ def test_failed_write_ends_run_at_next_step(short, run_cli, tmp_path, monkeypatc
     code, _, stderr = run_cli(*short)
     assert (code, stderr.count("error:"), "Traceback" in stderr) == (2, 1, False), stderr
     assert "disk full of step 8" in stderr
-    assert 8 <= steps.prepare_view <= 10
+    assert 8 <= steps.begun_steps <= 10
     assert last_checkpoint(tmp_path / "run")["global_step"] == 4
 
 
@@ -143,7 +143,7 @@ def test_failed_best_checkpoint_before_first_last(words, run_cli, monkeypatch, w
     code, _, stderr = run_cli(*in_process(words), "save_every=1000", "val_every=2", "steps=12")
     assert (code, stderr.count("error:")) == (2, 1), stderr
     assert "disk full of step 2" in stderr
-    assert 2 <= steps.prepare_view <= 4
+    assert 2 <= steps.begun_steps <= 4
 
 
 def test_exit_waits_for_best_checkpoint(words, run_cli, tmp_path, slow, with_callback):  # noqa: F811

@@ -192,7 +192,9 @@ def test_unknown_settings_are_told_the_nearest(word, guess, run_cli):
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"fit"}))
 def test_experiments_are_for_training_alone(verb, run_cli):
     code, _, stderr = run_cli(verb, *NEEDED.get(verb, []), "+experiment=base_22k")
-    assert (code, stderr) == (2, f"error: {verb} takes no experiment; +experiment= is for fit and bench step\n")
+    assert code == 2
+    assert stderr.startswith(f"error: {verb}")
+    assert stderr.endswith(" takes no experiment (+experiment=)\n")
 
 
 @pytest.mark.parametrize(

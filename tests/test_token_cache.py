@@ -14,7 +14,7 @@ from test_pretraining import module as network
 from tiny import spoil
 
 from beit_pretrain.data.dataset import BatchSchedule
-from beit_pretrain.data.order import CACHED_VIEW, generator
+from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError
 from beit_pretrain.tasks.pretrain import PretrainData
@@ -270,6 +270,15 @@ class TestErrors:
         (folder / "tokens.json").write_text(json.dumps(about))
         with pytest.raises(UserError, match=r"is damaged|has format"):
             TokenFolder(folder)
+
+    def test_a_file_that_shrinks_while_it_is_open(self, shards, cached, tmp_path):
+        folder = TokenFolder(shutil.copytree(cached / "train", tmp_path / "tokens"))
+        tokens = CachedTokens([folder], ShardReader([shards / "train"]), VIEWS, GRID)
+        tokens.view(Sample(0, 0), 0, b"")
+        with (folder.path / "shard-000000.tokens.npy").open("r+b") as file:
+            file.truncate(200)
+        with pytest.raises(UserError, match="shorter than its header says"):
+            tokens.view(Sample(0, 3), 0, b"")
 
     def test_damaged_files(self, shards, cached, tmp_path):
         folder = Path(shutil.copytree(cached / "train", tmp_path / "tokens"))

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
@@ -33,6 +33,7 @@ from beit_pretrain.transforms.views import (
     TwoViewTransform,
     centre_view,
     draw_crop,
+    posterize,
     shorter_side,
     to_array,
 )
@@ -337,6 +338,16 @@ class TestClassificationViews:
             expected = torchvision_crop(picture(), crop, 32, InterpolationMode.BICUBIC)
             expected = expected[:, :, ::-1] if numbers.random() < views.flip else expected
             assert np.array_equal(views(picture(), rng(position))["image"], expected)
+
+    def test_posterize_keeps_the_highest_bits_down_to_none(self):
+        """timm draws 0 bits, which newer Pillows refuse; the older ones answered with a black image."""
+        for bits in range(1, 9):
+            assert posterize(picture(), bits).tobytes() == ImageOps.posterize(picture(), bits).tobytes()
+        assert not np.asarray(posterize(picture(), 0)).any()
+        views = ClassificationTransform(16, auto_augment="rand-m10-p1-inc1")
+        for position in range(40):
+            views(picture(), rng(position))
+        assert any(operation.aug_fn is posterize for operation in views._randaugment.ops)
 
     def test_randaugment_depends_only_on_position(self):
         policy = "rand-m9-mstd0.5-inc1"

@@ -53,7 +53,7 @@ def compose_raw(verb: str, overrides: list[str]):
     from omegaconf.errors import OmegaConfBaseException
 
     if verb not in TRAINING and any(key_of(word) == "experiment" for word in overrides):
-        raise UserError(f"{typed(verb, overrides)} takes no experiment; +experiment= is for fit and bench step")
+        raise UserError(f"{typed(verb, overrides)} takes no experiment (+experiment=)")
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return hydra_compose(verb, overrides=[readable(word) for word in overrides])
@@ -152,8 +152,9 @@ def model_of(verb: str, task: str | None = None) -> type[Settings]:
 
 def typed(verb: str, overrides: list[str]) -> str:
     """The verb as typed on the command line: some actions of `bench` have separate configs."""
-    action = next((word.partition("=")[2] for word in overrides if word.startswith("action=")), "step")
-    return f"bench {action}" if verb in ("bench_step", "bench_gpu") else verb
+    verb = verb.partition("_")[0]
+    action = next((word.partition("=")[2] for word in overrides if word.startswith("action=")), "")
+    return f"{verb} {action}".rstrip()
 
 
 def key_of(word: str) -> str:

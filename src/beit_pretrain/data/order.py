@@ -40,7 +40,7 @@ def permutation(count: int, seed: int, position: int, purpose: int) -> np.ndarra
 
 
 class MethodCache:
-    """`lru_cache` of an object's method or of a class, as an attribute; pickled with the object, it starts empty."""
+    """`lru_cache` of a method or function, as an attribute; pickled with its object, it starts empty."""
 
     def __init__(self, function: Callable, maxsize: int):
         self.function, self.maxsize = function, maxsize
@@ -49,7 +49,7 @@ class MethodCache:
     def __call__(self, *arguments: Any) -> Any:
         return self._cached(*arguments)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple:  # the cached results are not pickled
         return MethodCache, (self.function, self.maxsize)
 
 

@@ -12,9 +12,9 @@ class ExportSettings(Settings):
 
     defaults = "export.yaml"
 
-    init_from: Name = about("any checkpoint that init_from= takes elsewhere")
+    init_from: Name = about("a checkpoint, such as runs/base_22k/checkpoints/last.ckpt, of fit or of others")
     to: Literal["unilm", "timm", "onnx", "hf"] = about(
         "unilm: the authors' .pth | timm: .safetensors | hf: a folder for from_pretrained | onnx: .onnx"
     )
-    out: Name = about("file or folder")
+    out: Name = about("the file to write, for hf the folder")
     image_size: Side | None = about("resize the position tables for images of this side, pixels; null = as it is")

@@ -45,7 +45,10 @@ class BackboneSettings(FitSettings):
     patch_size: Side | None = about("side of a patch, pixels; null = that of init_from, else 16")
     mean: Colours | None = about("mean of the normalisation; null = that of init_from, else .5")
     std: Deviations | None = about("standard deviation of the normalisation; null = that of init_from, else .5")
-    init_from: Name | None = about("a checkpoint of fit, the authors' .pth, a timm file or a Hugging Face folder")
+    init_from: Name | None = about(
+        "a checkpoint of fit, such as runs/base_22k/checkpoints/last.ckpt, the authors' .pth, a timm file or a "
+        "Hugging Face folder"
+    )
 
 
 class ClassificationDataSettings(DataSettings, CropSettings):

@@ -28,7 +28,7 @@ KINDS = ("encoder", "decoder")
 def download(cfg: DownloadSettings) -> None:
     """Download the encoder and the decoder if missing, and convert them if not yet converted."""
     out = Path(cfg.out).expanduser()
-    addresses = _addresses(cfg, out)
+    addresses = _addresses(cfg)
     ready = [_is_ready(out, kind) for kind in KINDS]  # check both, even if the first is not ready
     if not all(ready):
         out.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def download(cfg: DownloadSettings) -> None:
     print(f"use them with tokenizer.path={out}")
 
 
-def _addresses(cfg: DownloadSettings, out: Path) -> dict[str, str]:
+def _addresses(cfg: DownloadSettings) -> dict[str, str]:
     """The address of each kind's pickle, from `src` or from the settings `encoder` and `decoder`."""
     if cfg.src == "openai":
         return {kind: getattr(cfg, kind) for kind in KINDS}

@@ -145,8 +145,8 @@ class CachedTokens:
         """
         folder, shard = self._shards[sample.shard]
         path = folder.path / shard.name
-        records = _verified(path, shard.sha256, (self._sizes[sample.shard], folder.count), self.patches)
-        record = records[sample.row, epoch % folder.count]
+        file = _verified(path, shard.sha256, (self._sizes[sample.shard], folder.count), self.patches)
+        record = file.read(sample.row * folder.count + epoch % folder.count)
         if int(record["tokens"].max()) >= folder.vocab_size:
             raise UserError(f"{path} is damaged: it has a token beyond the {folder.vocab_size} of its tokenizer")
         return lambda: self._replayed(data, record)
@@ -207,9 +207,27 @@ def _check_content(path: Path, sha256: str) -> None:
 
 
 @lru_cache(maxsize=256)
-def _verified(path: Path, sha256: str, shape: tuple[int, int], patches: int) -> np.memmap:
+def _verified(path: Path, sha256: str, shape: tuple[int, int], patches: int) -> _TokenFile:
     _check_content(path, sha256)
-    return open_records(path, shape, patches)
+    return _TokenFile(path, shape, patches)
+
+
+class _TokenFile:
+    """An open token file, read and not mapped: a mapped file that shrinks or cannot be read kills the process."""
+
+    def __init__(self, path: Path, shape: tuple[int, int], patches: int):
+        records = open_records(path, shape, patches)
+        self.path, self.start, self.dtype = path, records.offset, records.dtype
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+
+    def read(self, number: int) -> np.void:
+        """The record at index `number`. Raises UserError if the file ends before it."""
+        size = self.dtype.itemsize
+        data = os.pread(self.file.fileno(), size, self.start + number * size)
+        if len(data) < size:
+            raise UserError(f"{self.path} is shorter than its header says; make the tokens again")
+        record: np.void = np.frombuffer(data, self.dtype)[0]
+        return record
 
 
 def open_records(path: Path, shape: tuple[int, int], patches: int) -> np.memmap:

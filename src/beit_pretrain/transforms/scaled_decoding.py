@@ -66,14 +66,14 @@ def scaled_decode(image: Image.Image, crop: Crop, size: int, channels: int = 3) 
     Returns the image and the crop in its pixels.
     """
     width, height = image.size
-    if image.format in ("JPEG", "MPO") and (scale := decoding_scale(image.size, crop, size)) > 1:
+    if image.format in ("JPEG", "MPO") and (scale := decoding_scale(crop, size)) > 1:
         image.draft(None, (max(1, width // scale), max(1, height // scale)))
         crop = crop_in(crop, (width, height), image.size)
     return to_channels(image, channels), crop
 
 
-def decoding_scale(image_size: tuple[int, int], crop: Crop, size: int) -> int:
-    """1, 2, 4 or 8: the factor by which an image (width, height) may be decoded smaller for a view of `size`."""
+def decoding_scale(crop: Crop, size: int) -> int:
+    """1, 2, 4 or 8: the factor by which an image may be decoded smaller for a view of `size`."""
     factor = min(crop.height, crop.width) / size
     return next((scale for scale in (8, 4, 2) if factor >= scale), 1)
 
@@ -115,7 +115,7 @@ def turbo_jpeg(data: bytes) -> TurboJpeg | None:
 
 def turbo_crop(image: TurboJpeg, crop: Crop, size: int) -> Cropped | None:
     """`cropped_array` by simplejpeg; None if it fails: for damaged files Pillow decides."""
-    data, first, scale = image.data, 0, decoding_scale(image.size, crop, size)
+    data, first, scale = image.data, 0, decoding_scale(crop, size)
     try:
         if scale > 1:
             width, height = (math.ceil(side / scale) for side in image.size)

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -187,7 +187,17 @@ class ClassificationTransform(CropSettings):
         levels = tuple(round(255 * m) for m in self.fill)
         fill = levels if self.channels == 3 else levels[0]
         settings = {"translate_const": int(self.image_size * 0.45), "img_mean": fill}
-        return rand_augment_transform(self.auto_augment, {**settings, "interpolation": Image.Resampling.BICUBIC})
+        augment = rand_augment_transform(self.auto_augment, {**settings, "interpolation": Image.Resampling.BICUBIC})
+        for operation in augment.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
+        return augment
+
+
+def posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    """Keep the `bits` highest bits of every value: none, which timm draws too, is black (newer Pillows refuse 0)."""
+    kept = 256 - (256 >> max(0, bits))
+    return image.point(lambda value: value & kept)
 
 
 def shorter_side(size: int, crop_ratio: float | None = None) -> int:

@@ -95,6 +95,7 @@ def two_settings(setup: Setup, report: Report, size: str, usual: str, other: str
     with report.part("numbers"):
         compare_numbers(report, numbers, usual, other)
     numbers.clear()
+    # Any of the benches serves: they have the same batches and clock.
     pairs = [(name, usual) for name in variants if name != usual]
     steps.measure_rounds(bench, variants, report, setup.sizes.rounds, pairs=pairs, left=setup.left)
 

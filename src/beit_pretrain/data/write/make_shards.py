@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from beit_pretrain.data.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
 from beit_pretrain.data.write import argument_checks as checks
-from beit_pretrain.data.write import staging as workfolder
-from beit_pretrain.data.write import synthetic
+from beit_pretrain.data.write import staging, synthetic
 from beit_pretrain.data.write.file_index import Listing, build_listing, opened_listing
 from beit_pretrain.data.write.labels import segmentation_names
 from beit_pretrain.data.write.settings import EncodeSettings
@@ -64,10 +63,10 @@ def make_shards(
     checks.check_sources(sources, out)
     num_workers = num_workers or cores()
     opened_listing.cache_clear()  # this process may have made others in the same folder
-    with workfolder.work_folder(out) as work:
+    with staging.work_folder(out) as work:
         now = _plan(sources, split, labels, chosen)
-        if before := workfolder.read_plan(work):
-            workfolder.check_same(work, before["settings"], now)
+        if before := staging.read_plan(work):
+            staging.check_same(work, before["settings"], now)
         # A split that was published already is the half-done run's own.
         missing = [n for n in names if not before or (work / n).exists() or not (out / n / MANIFEST).is_file()]
         finished = checks.check_targets(out, missing, chosen, sources, half_done=before is not None)
@@ -95,8 +94,8 @@ def make_shards(
             # Files of a source that disappeared meanwhile must not count as broken images.
             checks.check_unchanged(work, sources, split, chosen.images)
             for name in missing:
-                workfolder.publish(work, name, out)
-        workfolder.close(work)
+                staging.publish(work, name, out)
+        staging.close(work)
     return [out / name for name in names]
 
 

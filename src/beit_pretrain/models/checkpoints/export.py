@@ -299,7 +299,7 @@ def same_network(model: Model, path: Path) -> None:
     """Raise UserError unless we read every tensor back, bit by bit."""
     theirs = BUILDERS[model.kind](read_checkpoint(path)).state_dict()
     for name, tensor in model.state_dict().items():
-        if not torch.equal(theirs[name], tensor):
+        if name not in theirs or not torch.equal(theirs[name], tensor):
             raise UserError(f"the export does not read back: {name} differs")
 
 
