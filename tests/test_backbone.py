@@ -281,13 +281,13 @@ def test_an_image_that_does_not_divide_into_patches(image, patch, near):
 
 @pytest.mark.parametrize("name", ["depth", "embed_dim", "num_heads", "in_chans", "num_classes"])
 @pytest.mark.parametrize("value", [0, -1])
-def test_networks_of_nothing(name, value):
+def test_sizes_below_one_are_refused(name, value):
     with pytest.raises(UserError, match=f"model.{name} must be at least 1, got {value}"):
         Classifier(**{"num_classes": 7, **TINY, name: value})
 
 
 @pytest.mark.parametrize(("image", "patch"), [(0, 8), (-8, 8), (8, 0), (8, -8)])
-def test_sizes_that_are_none(image, patch):
+def test_image_and_patch_sizes_below_one_are_refused(image, patch):
     with pytest.raises(UserError):
         patch_grid(image, patch)
 

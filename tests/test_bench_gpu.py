@@ -118,7 +118,7 @@ def test_no_stage_gets_more_time_than_is_left(run_stages, tmp_path):
     assert line["seconds"] < 8
 
 
-def test_it_is_an_error_if_none_ran(run_stages):
+def test_no_stage_that_ran_is_an_error(run_stages):
     code, _, stderr = run_stages([stage("fine", least=50)], "bench.seconds=10")
     assert code == 2
     assert stderr.splitlines()[-1].startswith("error: no stage ran: fine: ")
@@ -296,7 +296,7 @@ def test_a_page_needs_lines(run_cli, tmp_path):
         assert "gpu.jsonl" in stderr.splitlines()[-1]
 
 
-def test_what_is_no_number_is_shown_as_such(run_cli, tmp_path):
+def test_nan_and_infinity_are_shown(run_cli, tmp_path):
     """The table that has it is the one that matters."""
     report, wrong = Report(tmp_path / "parity.partial.jsonl"), float("nan")
     report(attention={"bfloat16 197": {"sdpa": {"out": 2e-3}, "triton": {"out": wrong}}})

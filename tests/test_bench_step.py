@@ -320,7 +320,7 @@ def counting_backend(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_what_is_measured_as_compiled_is_compiled(words, run_cli, counting_backend, monkeypatch):
+def test_compiled_variants_are_compiled(words, run_cli, counting_backend, monkeypatch):
     """Operations are counted by hooks into the dispatcher, under which Dynamo would give a function up for good."""
     monkeypatch.setattr(measure, "measured_peak", lambda *given: 1e9)  # it takes two seconds
     before = compile_counts()

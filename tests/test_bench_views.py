@@ -57,7 +57,7 @@ def test_both_orders_show_the_same_box():
     assert 0 < flips < 12
 
 
-def test_what_is_exact_has_no_distance(found):
+def test_exact_views_have_no_difference(found):
     for name in (EXACT, PLAIN):
         for key in ("image_difference", "token_image_difference", "mean_ks", "std_ks"):
             assert found[name][key] == 0

@@ -56,7 +56,7 @@ def occupied(folder: Path) -> int:
     return total
 
 
-def test_what_goes_in_comes_out(tmp_path):
+def test_stored_shards_are_read_back(tmp_path):
     store = ShardCache(tmp_path / "new/cache", 10**6)
     entry, data = shard(3)
     assert get(store, 3) == data
@@ -142,7 +142,7 @@ def test_a_failed_fetch_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_tar_that_is_none(tmp_path):
+def test_a_file_that_is_no_tar_is_refused(tmp_path):
     """Its manifest may be in order and the shard still be rubbish."""
     data = b"x" * SIZE
     entry = Shard("a.tar", 1, SIZE, hashlib.sha256(data).hexdigest())
@@ -166,7 +166,7 @@ def test_a_shard_that_was_cut_is_fetched_again(tmp_path):
     assert get(store, 0) == shard(0)[1]
 
 
-def test_a_folder_that_cannot_be(tmp_path):
+def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.cache_dir=.*file/cache cannot be written"):
         ShardCache(tmp_path / "file/cache", 10**6)
@@ -273,7 +273,7 @@ def test_a_killed_fetch_is_cleared_away(tmp_path):
     assert get(store, 0) == shard(0)[1]
 
 
-def test_whoever_waits_for_room_gets_it(tmp_path):
+def test_freed_room_goes_to_a_waiting_reader(tmp_path):
     store, (entry, data) = ShardCache(tmp_path, SIZE + INDEX), shard(0)
     started = threading.Event()
 

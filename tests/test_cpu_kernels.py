@@ -46,7 +46,7 @@ def test_output_and_gradients_are_torchs(narrow, shape, width, with_bias, always
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_no_gradient_that_nobody_wants(always):
+def test_no_gradient_for_frozen_weights(always):
     layer = Linear(12, 20).requires_grad_(False)
     x = torch.randn(3, 12, requires_grad=True)
     layer(x).sum().backward()

@@ -81,7 +81,7 @@ def test_a_file_arrives_and_nothing_else(server, path):
     assert ranges(server) == [None]
 
 
-def test_what_is_there_is_not_asked_for(server, path):
+def test_existing_files_are_not_downloaded(server, path):
     path.write_bytes(b"mine")
     download(f"{server.url}/f.bin", path)
     assert path.read_bytes() == b"mine"
@@ -258,7 +258,7 @@ def test_a_chunked_answer(server, path):
     assert ranges(server) == [None, "bytes=5000-"]
 
 
-def test_what_the_check_refuses_is_not_kept(server, path):
+def test_a_file_that_fails_its_check_is_deleted(server, path):
     def check(file: Path) -> None:
         assert file.read_bytes() == DATA
         raise UserError("not this")
@@ -307,7 +307,7 @@ def test_a_server_that_says_nothing(path):
     assert "stalled" in said
 
 
-def test_what_is_no_http(path):
+def test_answers_that_are_not_http_are_refused(path):
     def answer() -> None:
         connection, _ = strange.accept()
         with connection:

@@ -33,7 +33,7 @@ def test_the_numbers(seed):
     assert drawn.tolist() == [reference(seed, p, 24) for p in positions]
 
 
-def test_they_are_uniform_and_independent():
+def test_random_numbers_are_uniform_and_independent():
     drawn = uniforms(3, torch.arange(20_000), 24).double().numpy()
     assert drawn.min() >= 0
     assert drawn.max() < 1

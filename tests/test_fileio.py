@@ -35,7 +35,7 @@ class TestWriting:
         assert (tmp_path / "a").read_text() == "before"
         assert names(tmp_path) == ["a"]
 
-    def test_what_a_killed_process_left_does_not_matter(self, tmp_path):
+    def test_leftovers_of_a_killed_process_are_replaced(self, tmp_path):
         fileio.partial_path(tmp_path / "a").mkdir()
         (fileio.partial_path(tmp_path / "a") / "b").touch()
         atomic_write(tmp_path / "a", "after")

@@ -97,7 +97,7 @@ def test_a_private_repository_needs_the_token_of_the_environment(hub, monkeypatc
     assert hub.store.authorizations == [None]  # other servers do not see it
 
 
-def test_what_cannot_be_had_is_one_line(hub, monkeypatch):
+def test_failures_of_the_hub_are_one_line(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to dataset owner/name is restricted."}
     for location, answers, said in (

@@ -171,7 +171,7 @@ class TestPositions:
             found = table[0, 1 + row * grid[1] + column]
             torch.testing.assert_close(found, torch.cat(parts).float(), rtol=0, atol=2e-6)
 
-    def test_they_do_not_learn(self):
+    def test_positions_are_not_trained(self):
         model = seeded(MaskedAutoencoder, **SIZE, **DECODER)
         assert torch.equal(model.pos_embed, sincos_positions((4, 4), 32))
         assert torch.equal(model.decoder_pos_embed, sincos_positions((4, 4), 24))
@@ -374,7 +374,7 @@ class TestRefusals:
             ({"decoder_num_heads": 5}, "model.decoder_embed_dim=24 is not divisible by 5"),
         ],
     )
-    def test_networks_that_cannot_be(self, settings, said):
+    def test_impossible_networks_are_refused(self, settings, said):
         with pytest.raises(UserError, match=said):
             MaskedAutoencoder(**{**SIZE, **DECODER, **settings})
 

@@ -336,7 +336,7 @@ class TestHeads:
         one, other = (load_pretrained(mim_checkpoint, "mim", image_size=size).state_dict() for size in (None, 32))
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
-    def test_what_is_not_there(self, tmp_path, mim_checkpoint, dvae_checkpoint):
+    def test_missing_heads_and_wrong_arguments_are_refused(self, tmp_path, mim_checkpoint, dvae_checkpoint):
         torch.save({"model": timm_beit().state_dict()}, tmp_path / "a.pth")
         assert "without a token head" in refusal(tmp_path / "a.pth", head="mim")
         assert "num_classes is needed" in refusal(mim_checkpoint, head="classify")

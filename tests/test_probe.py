@@ -129,7 +129,7 @@ def test_probes_are_never_put_on_another_backbone(words, mim_checkpoint, run_cli
 
 
 @pytest.mark.parametrize("verb", ["predict", "export"])
-def test_what_probes_are_no_good_for(verb, words, run_cli, tmp_path, photos):
+def test_probes_are_refused_by_predict_and_export(verb, words, run_cli, tmp_path, photos):
     assert run_cli(*words)[0] == 0
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     more = {

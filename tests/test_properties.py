@@ -286,7 +286,7 @@ class TestTars:
         assert {name for name, (_, size) in found.items() if size in REFUSED} == others
 
     @given(MEMBERS, FORMATS, st.floats(0, 1))
-    def test_a_tar_that_was_cut_has_nothing_wrong(self, members, format, share):
+    def test_members_of_a_truncated_tar_are_right(self, members, format, share):
         data = archive(members, format)
         cut = round(share * len(data))
         try:
@@ -318,7 +318,7 @@ class TestOverrides:
         assert (type(found), found) == (type(value), value)
 
     @given(TEXTS)
-    def test_what_is_readable_stays_as_it_is(self, value):
+    def test_readable_words_stay_unchanged(self, value):
         word = readable(f"key={value}")
         assert readable(word) == word
 

@@ -55,7 +55,7 @@ def test_which_sources_are_remote(tmp_path):
 
 @pytest.mark.parametrize("ranges", [True, False])
 @pytest.mark.parametrize("trouble", [None, "drop", "half", "stall", "drip", "header", "long", 503, 500, 429, 408])
-def test_what_passes_is_tried_again(server, trouble, ranges):
+def test_transient_failures_are_retried(server, trouble, ranges):
     server.ranges = ranges
     server.trouble = lambda name, number: trouble if number < 2 and trouble != "long" else None
     assert fetched(Remote(server.url, retries=2, timeout=0.3)) == CONTENT
@@ -76,7 +76,7 @@ def test_what_passes_is_tried_again(server, trouble, ranges):
         ("long", "has more than 512,000 bytes"),
     ],
 )
-def test_what_does_not_pass_is_one_line(server, trouble, said):
+def test_lasting_failures_are_one_line(server, trouble, said):
     server.trouble, server.ranges = lambda name, number: trouble, False
     start = time.monotonic()
     with pytest.raises(UserError, match=rf"^a\.tar of {server.url} cannot be fetched.*{said}") as caught:
@@ -105,7 +105,7 @@ def test_half_of_the_rest_again_and_again(server):
         fetched(Remote(server.url, retries=4))
 
 
-def test_what_fails_its_check_is_fetched_again(server):
+def test_a_file_that_fails_its_check_is_downloaded_again(server):
     answers = iter([OSError("another SHA-256"), None])
 
     def check():
@@ -145,7 +145,7 @@ def test_nobody_there():
 
 
 @pytest.mark.parametrize("location", ["http://[broken", "http://h:port/x", "https://"])
-def test_locations_that_are_none(location):
+def test_invalid_locations_are_refused(location):
     with pytest.raises((UserError, ValueError)):  # a ValueError, too, is one line for whoever builds a run
         fetched(Remote(location, retries=0))
 
@@ -188,7 +188,7 @@ class TestPipes:
         assert "\n" not in str(caught.value)
         assert time.monotonic() - start < 5
 
-    def test_what_it_started_ends_with_it(self, tmp_path):
+    def test_children_of_the_command_are_ended(self, tmp_path):
         """A shell whose child keeps the pipe open."""
         mark = tmp_path / "mark"
         with pytest.raises(UserError, match="stalled"):
@@ -200,7 +200,7 @@ class TestPipes:
         place = Remote("pipe:printf %s {name}", retries=0)
         assert place.read("$(touch x); `touch y`.tar", 100) == b"$(touch x); `touch y`.tar"
 
-    def test_it_must_say_where_the_name_goes(self):
+    def test_a_command_without_the_name_is_refused(self):
         with pytest.raises(UserError, match=r"\{name\}"):
             Remote("pipe:cat shard.tar")
 

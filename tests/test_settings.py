@@ -154,7 +154,7 @@ def test_errors_repeat_the_value_as_it_was_given():
         OptimSettings.validated({"lr": 1.0, "warmup_steps": "many"})
 
 
-def test_settings_of_a_wrong_form_are_told_apart():
+def test_settings_of_a_wrong_form_are_refused():
     with pytest.raises(TypeError, match=r"settings of OptimSettings are a dictionary, not \[1\]"):
         OptimSettings.validated([1])
     with pytest.raises(TypeError, match="ClassificationTransform takes at most 2 positional arguments, got 3"):
@@ -171,7 +171,7 @@ def test_augmentation_that_timm_does_not_know(policy, run_cli):
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_old_names_are_told_the_new_ones(old, new, run_cli):
+def test_errors_of_old_names_give_the_new_ones(old, new, run_cli):
     words = ["fit", "+experiment=base_1k", *PLACES, "tokenizer.path=x"]
     if old in ("exact", "workers", "per_class"):
         words = {"exact": ["tokenize", *NEEDED["tokenize"]], "per_class": ["demo"]}.get(old, ["shards", "src=x"])
@@ -183,7 +183,7 @@ def test_old_names_are_told_the_new_ones(old, new, run_cli):
 @pytest.mark.parametrize(
     ("word", "guess"), [("optim.lrr=1", "optim.lr"), ("+optim.lrr=1", "optim.lr"), ("max_patch=3", "mask.max_patches")]
 )
-def test_unknown_settings_are_told_the_nearest(word, guess, run_cli):
+def test_errors_of_unknown_settings_give_the_nearest(word, guess, run_cli):
     code, _, stderr = run_cli("fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", word)
     assert code == 2
     assert stderr.endswith(f"did you mean {guess}?\n")

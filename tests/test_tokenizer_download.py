@@ -131,14 +131,14 @@ class TestFetch:
         assert server.asked[0] == ("/encoder.pkl", f"bytes={size // 2}-", '"1"')
         assert sorted(os.listdir(out)) == WHOLE
 
-    def test_what_had_come_goes_when_the_file_is_put_there(self, server, openai_files, out, run_cli):
+    def test_partial_files_are_removed_when_the_whole_file_is_present(self, server, openai_files, out, run_cli):
         server.next = [Answer(cut=1000), Answer(status=403)]
         one_line(run_cli("download", f"out={out}", *addresses(server)))
         shutil.copytree(openai_files, out, dirs_exist_ok=True)
         assert run_cli("download", f"out={out}", *addresses(server))[0] == 0
         assert sorted(os.listdir(out)) == WHOLE
 
-    def test_what_a_killed_process_left_is_swept_up(self, openai_files, out, run_cli):
+    def test_leftovers_of_a_killed_process_are_removed(self, openai_files, out, run_cli):
         out.mkdir()
         for name in ("fetch.lock", "encoder.pkl.lock", "encoder.pkl.partial", "encoder.pkl.partial.json"):
             (out / f".{name}").write_text("left over")
@@ -147,7 +147,7 @@ class TestFetch:
         assert run_cli("download", f"out={out}", f"src={openai_files}")[0] == 0
         assert sorted(os.listdir(out)) == WHOLE
 
-    def test_what_is_in_the_way(self, openai_files, out, run_cli, tmp_path):
+    def test_a_file_or_folder_in_the_way_is_refused(self, openai_files, out, run_cli, tmp_path):
         (tmp_path / "file").write_text("")
         one_line(run_cli("download", f"out={tmp_path / 'file'}", f"src={openai_files}"))
         (out / "encoder.pkl").mkdir(parents=True)
@@ -172,7 +172,7 @@ class TestFetch:
         assert sorted(asked[0] for asked in server.asked) == ["/decoder.pkl", "/encoder.pkl"]
         assert sorted(os.listdir(out)) == WHOLE
 
-    def test_a_folder_that_cannot_be_written_serves_what_it_has(self, copy, run_cli, monkeypatch):
+    def test_a_read_only_folder_still_serves_its_files(self, copy, run_cli, monkeypatch):
         def refuse(*words, **settings):
             raise PermissionError(13, "Permission denied", str(copy))
 
@@ -211,7 +211,9 @@ class TestRefusals:
         ],
     )
     @pytest.mark.parametrize("way", ["http", "folder", "by hand"])
-    def test_a_file_that_is_none(self, way, what, said, server, openai_files, out, run_cli, tmp_path):
+    def test_files_that_are_not_the_encoder_are_refused(
+        self, way, what, said, server, openai_files, out, run_cli, tmp_path
+    ):
         data = bad_file(what, openai_files, tmp_path)
         (tmp_path / "src").mkdir()
         (tmp_path / "src/encoder.pkl").write_bytes(data)
@@ -258,7 +260,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "text", ["", "[]", "[1]", "{", '{"encoder.safetensors": 1}', '{"x": {"bytes": 1}}', "null"]
     )
-    def test_a_record_that_is_none(self, text, copy, run_cli):
+    def test_damaged_records_are_refused(self, text, copy, run_cli):
         (copy / "weights.json").write_text(text)
         assert "weights.json is no record of weights" in one_line(run_cli("download", f"out={copy}"))
         with pytest.raises(UserError, match="is no record of weights"):
