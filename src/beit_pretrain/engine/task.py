@@ -70,7 +70,7 @@ class Task:
         """(name, picture) of held-out images after a validation, in eval mode; the main one has no name."""
         yield "", cast(Image.Image, self.masked(VisualizeSettings(images=self.cfg.num_visualizations)))
 
-    # Pictures for `visualize`; None = this task has no such picture.
+    # Pictures for `visualize`, which sets eval mode before; None = this task has no such picture.
 
     def masked(self, options: Any) -> Image.Image | None:
         """The outputs of the model on held-out images."""
