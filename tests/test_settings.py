@@ -219,6 +219,7 @@ def test_interpolations_that_fail_name_their_key(words, message, run_cli):
     ("words", "message"),
     [
         (["task=null"], "choose what to train: +experiment=NAME, one of base_1k,"),
+        (["data.train=x"], "choose what to train: +experiment=NAME, one of base_1k,"),
         (["+experiment=null"], "+experiment=null: choose one of base_1k,"),
         (["+experiment=base_22k", "logger=null"], "logger=null: choose one of csv, wandb"),
         (["+experiment=base_22k", "=3"], "settings are given as key=value, not '=3'"),

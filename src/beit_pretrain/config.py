@@ -39,6 +39,11 @@ def experiments() -> dict[str, str]:
     }
 
 
+def choose() -> str:
+    """The message for a training without a task."""
+    return f"choose what to train: +experiment=NAME, one of {', '.join(experiments())}"
+
+
 def unknown_name(kind: str, name: str, known: Mapping[str, Any]) -> str:
     """The message for a verb or an experiment that does not exist: with the most similar one."""
     close = difflib.get_close_matches(name, known, 1)
@@ -102,7 +107,7 @@ def _completed(cfg: Any, verb: str, spared: tuple[str, ...]) -> tuple[dict[str, 
     from omegaconf import OmegaConf
 
     if OmegaConf.is_missing(cfg, "task") or ("task" in cfg and cfg.task is None):
-        raise UserError(f"choose what to train: +experiment=NAME, one of {', '.join(experiments())}")
+        raise UserError(choose())
     if OmegaConf.is_missing(cfg, "init_from") and cfg.get("from_scratch"):
         cfg.init_from = None
     if "tokenizer.path" in OmegaConf.missing_keys(cfg) and OmegaConf.select(cfg, "data.tokens") is not None:
@@ -200,8 +205,10 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
             return "experiments are added with a plus: +experiment=NAME"
         command = typed(verb, overrides)
         composed = compose_plain(verb, [word for word in overrides if word.startswith("+experiment=")])
-        task = composed.get("task", "???")
-        if description(model_of(verb, None if task == "???" else task), key):
+        task = composed.get("task")
+        if task == "???":  # without a task, most settings are unknown
+            return choose()
+        if description(model_of(verb, task), key):
             return f"{key} has no default; add it with a plus: +{key}=..."
         return unknown(key, keys_of(composed), command, f"python -m beit_pretrain {command} --help lists the settings")
     if line.startswith("Config group override must be"):

@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,22 +40,6 @@ def undisturbed(made, words) -> Path:
     return made.folder / "runs/undisturbed"
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(MB)`: a folder on its own disk."""
-    place = tmp_path / "disk"
-
-    def mount(megabytes: int) -> Path:
-        place.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"no disk of its own can be mounted here: {done.stderr.decode().strip()}")
-        return place
-
-    yield mount
-    subprocess.run(["umount", "--lazy", place], capture_output=True)
-
-
 def ended(process: subprocess.Popen, log: Path, code: int) -> str:
     """Wait for a run to exit with a code and without traceback; returns its error line."""
     assert process.wait(300) == code, log.read_text()[-3000:]
@@ -67,9 +50,9 @@ def ended(process: subprocess.Popen, log: Path, code: int) -> str:
     return said
 
 
-def test_disk_fills_during_checkpoint(words, undisturbed, small_disk, tmp_path, measured):
+def test_disk_fills_during_checkpoint(words, undisturbed, full_disk, tmp_path, measured):
     """A disk that fills during a checkpoint: the earlier one is intact, the message says so, the exit code is not 0."""
-    disk, log = small_disk(48), tmp_path / "log"
+    disk, log = full_disk(48 << 20), tmp_path / "log"
     run, filler = disk / "run", disk / "filler"
     process = start([*words, "name=full", f"run_dir={run}"], tmp_path, log)
     assert wait_until(process, (run / "checkpoints/previous.ckpt").is_file)
@@ -91,9 +74,9 @@ def test_disk_fills_during_checkpoint(words, undisturbed, small_disk, tmp_path, 
     measured(f"last.ckpt is that of step {at}; with room again the run ends bit-identical")
 
 
-def test_disk_full_from_start(words, undisturbed, small_disk, tmp_path, measured):
+def test_disk_full_from_start(words, undisturbed, full_disk, tmp_path, measured):
     """A disk without room for a line of metrics: the run ends with a clear message and resumes once there is room."""
-    disk, log = small_disk(48), tmp_path / "log"
+    disk, log = full_disk(48 << 20), tmp_path / "log"
     run, filler = disk / "run", disk / "filler"
     process = start([*words, "name=full", f"run_dir={run}"], tmp_path, log)
     assert wait_until(process, (run / "checkpoints/last.ckpt").is_file)
@@ -125,9 +108,9 @@ def test_file_size_limit(words, undisturbed, tmp_path, measured):
     measured(f"exit code 2; ...{said[-62:]}; afterwards bit-identical")
 
 
-def test_read_only_folder(words, small_disk, tmp_path, measured):
+def test_read_only_folder(words, full_disk, tmp_path, measured):
     """A read-only folder is reported before the first step."""
-    disk, log = small_disk(16), tmp_path / "log"
+    disk, log = full_disk(16 << 20), tmp_path / "log"
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     said = ended(start([*words, "name=ro", f"run_dir={disk / 'run'}"], tmp_path, log), log, 2)
     assert f"{disk} is not a writable folder" in said

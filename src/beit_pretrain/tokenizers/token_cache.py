@@ -135,7 +135,10 @@ class CachedTokens:
             for file, shard in zip(folder.shards, of.shards):
                 _check_file(folder.path / tokens_name(shard.name), file)
         self.folders, self.views, self.patches = list(folders), views, grid[0] * grid[1]
-        self._shards = [(folder, shard) for folder in folders for shard in folder.shards]  # as the reader counts them
+        # As the reader counts shards.
+        self._files = [
+            (folder, folder.path / shard.name, shard.sha256) for folder in folders for shard in folder.shards
+        ]
         self._sizes = reader.sizes
 
     def view(self, sample: Sample, epoch: int, data: bytes) -> Callable[[], dict[str, np.ndarray]]:
@@ -143,9 +146,8 @@ class CachedTokens:
 
         Raises UserError if the token file is missing or damaged.
         """
-        folder, shard = self._shards[sample.shard]
-        path = folder.path / shard.name
-        file = _verified(path, shard.sha256, (self._sizes[sample.shard], folder.count), self.patches)
+        folder, path, sha256 = self._files[sample.shard]
+        file = _verified(path, sha256, (self._sizes[sample.shard], folder.count), self.patches)
         record = file.read(sample.row * folder.count + epoch % folder.count)
         if int(record["tokens"].max()) >= folder.vocab_size:
             raise UserError(f"{path} is damaged: it has a token beyond the {folder.vocab_size} of its tokenizer")
