@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from test_image_io import encoded
 
-from beit_pretrain.data.sources import Candidate, candidate_of, list_images, read_candidate, rows, units
+from beit_pretrain.data.left_out import LeftOut
+from beit_pretrain.data.sources import Candidate, Choice, candidate_of, list_images, read_candidate, rows, units
+from beit_pretrain.data.write.folder_classes import classes_of
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import open_image
 
@@ -36,10 +38,20 @@ def tar_bytes(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def list_candidates(sources: list[Path], split: str = "train") -> list[Candidate]:
-    """The candidates of all units of the sources, by key."""
-    listed = (unit for source in sources for unit in units(source, split=split))
-    return sorted(candidate_of(unit, row) for unit in listed for row in rows(unit))
+def list_candidates(
+    sources: list[Path], split: str | None = "train", image_key: tuple[str, ...] = (), left_out: LeftOut | None = None
+) -> list[Candidate]:
+    """The candidates of all units of the sources with their classes, by key; prints the warnings."""
+    left_out, choice = left_out or LeftOut(), Choice(split, image_key)
+    listed = [unit for source in sources for unit in units(source, choice=choice, left_out=left_out)]
+    found = [candidate_of(unit, row) for unit in listed for row in rows(unit, choice, left_out)]
+    folders = sorted({c.class_name for c in found if c.class_name is not None})
+    names, notes = classes_of(folders)
+    for note in notes:
+        left_out.note("classes", note)
+    left_out.warn()
+    of = dict(zip(folders, names, strict=True))
+    return sorted((c._replace(class_name=of.get(c.class_name)) for c in found), key=lambda c: c.key)
 
 
 def damaged_tar() -> bytes:

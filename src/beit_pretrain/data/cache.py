@@ -21,7 +21,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -83,8 +83,10 @@ class ShardCache:
         if descriptor is not None:
             os.close(descriptor)
 
-    def index(self, shard: Shard, descriptor: int) -> np.ndarray:
-        """INDEX_DTYPE rows of an open shard."""
+    def index(self, shard: Shard, descriptor: int, image_key: Sequence[str] = ()) -> np.ndarray:
+        """INDEX_DTYPE rows of an open shard. `image_key`: as of `manifest.scan_shard`; such indices are not cached."""
+        if image_key:
+            return index_shard(f"/dev/fd/{descriptor}", image_key)
         with suppress(OSError, ValueError, EOFError):
             rows = np.load(self._path(shard, "index.npy"), allow_pickle=False)
             if rows.dtype == INDEX_DTYPE and len(rows) == shard.samples:

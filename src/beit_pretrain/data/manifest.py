@@ -4,6 +4,7 @@ A split is one folder:
 
     manifest.json           counts, class names, settings, size and SHA-256 of every shard; written last
     rejected.jsonl          {"key", "reason"} of every source file that is not a usable image
+    left_out.jsonl          {"key", "reason", "files"}: what was not read, by folder and reason (`key` is the first)
     shard-000000.tar        a plain WebDataset tar
     shard-000000.index.npy  one INDEX_DTYPE row per sample: offsets and sizes of its members in the tar
 """
@@ -14,6 +15,7 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from beit_pretrain.data.layout import BY_PRODUCT, FURTHER, NO_IMAGE, image_rank, is_by_product, why_no_image
+from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.left_out import summary as summary_of_left_out
 from beit_pretrain.data.sources import read_bytes
-from beit_pretrain.data.tars import scan_tar
+from beit_pretrain.data.tars import REFUSED, scan_tar
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write
 from beit_pretrain.processes import cores, in_order
-from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
+from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, starts_as_image
 
 FORMAT = "beit_pretrain-shards/1"
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = frozenset(("rejected", "classes", "class_counts", "segmentation", "seed", "source", "settings"))
 REJECTED = "rejected.jsonl"
+EMPTY = "an empty image"
+NO_IMAGE_IN_SAMPLE = "a sample without an image"
+NUMBERS = re.compile(r"((?:\d[^.]*\.)*\d[^.]*)\.")  # parts of an extension that begin with a digit
 # A plain file name: a manifest is untrusted and must not lead out of its folder or to another host.
 SHARD_NAME = re.compile(r"\w[^/\\:\x00-\x1f\x7f]*\.tar")
 MOST_CLASSES = 1_000_000  # largest number of classes; each has a name in the manifest
@@ -43,46 +51,100 @@ INDEX_DTYPE = np.dtype(
 )
 
 
-def index_shard(path: str | Path) -> np.ndarray:
+def index_shard(path: str | Path, image_key: Sequence[str] = ()) -> np.ndarray:
     """The index of a WebDataset tar: INDEX_DTYPE rows of the samples with an image, in the tar's order.
 
-    Raises UserError if the tar cannot be read or a `.cls` does not hold a class number.
+    `image_key`: as of `scan_shard`. Raises UserError if the tar cannot be read or a `.cls` holds no class number.
     """
-    return scan_shard(Path(path))[0]
+    return scan_shard(Path(path), image_key, LeftOut())
 
 
-def scan_shard(path: Path) -> tuple[np.ndarray, int]:
-    """`index_shard`, and the number of images left out: empty ones, and further ones of a sample.
+def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut) -> np.ndarray:
+    """`index_shard`; what is left out goes into `left_out`.
 
-    As in WebDataset, a sample's key is the path up to the first dot of the file name. The last part of the extension
-    gives the member's kind (`k.input.jpg` is an image, `k.target.cls` a class), but a plain extension (`k.jpg`) has
-    priority. A repeated member of a key starts a new sample.
+    As in WebDataset, a sample's key is the path up to the first dot of the file name, but numbers after it belong to
+    the key if no member has the bare one (`scan.0001.jpg`, `scan.0002.jpg`). The last part of the extension gives the
+    member's kind (`k.input.jpg` is an image, `k.target.cls` a class), but a plain extension (`k.jpg`) has priority. Of
+    several images `layout.image_rank` chooses, by `image_key` (extensions) if it is given. A repeated member of a key
+    starts a new sample.
     """
-    rows: list[list[int]] = []
-    of_key: dict[str, tuple[list[int], set[str]]] = {}  # the last sample of a key, and its members so far
-    images = 0
-    for name, offset, size in scan_tar(path):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key, extension = f"{folder}/{stem}", extension.lower()
-        last = "seg.png" if extension.endswith("seg.png") else extension.rpartition(".")[2]
-        kind = "image" if last in IMAGE_EXTENSIONS else last if last in ("seg.png", "cls") else None
-        if kind is None or size < 0:  # negative: a link or a device
+    notes: list[str] = []
+    members = [(*_split(name), name, offset, size) for name, offset, size in scan_tar(path, notes=notes)]
+    for text in notes:
+        left_out.note(path.name, text)
+    bare = {key for key, extension, *_ in members if "." not in extension}
+    samples: list[_Sample] = []
+    of_key: dict[str, _Sample] = {}  # the last sample of a key
+    for key, extension, name, offset, size in members:
+        if key not in bare and (number := NUMBERS.match(extension)):
+            key, extension = f"{key}.{number[1]}", extension[number.end() :]
+        kind = _kind(path, name, extension, offset, size)
+        if kind not in ("image", "seg.png", "cls"):
+            left_out.add(f"{path.name}/{name}", kind, folder=path.name)
             continue
-        if key not in of_key or f".{extension}" in of_key[key][1]:
-            rows.append([0, 0, -1, 0, 0])
-            of_key[key] = rows[-1], set()
-        row, has = of_key[key]
-        images += kind == "image"
-        if extension == last or kind not in has:
+        if key not in of_key or extension in of_key[key].extensions:
+            of_key[key] = _Sample(f"{path.name}/{name}")
+            samples.append(of_key[key])
+        sample = of_key[key]
+        rank = image_rank(extension, image_key) if kind == "image" else (extension != kind,)
+        if kind == "image":
+            sample.images += 1
+        if rank is not None and (kind not in sample.ranks or rank < sample.ranks[kind]):
+            sample.ranks[kind] = rank
             if kind == "cls":
-                row[2] = _class_number(path, name, read_bytes(path, offset, min(size, 100)))
+                sample.row[2] = _class_number(path, name, read_bytes(path, offset, min(size, 100)))
             else:
                 start = 0 if kind == "image" else 3
-                row[start : start + 2] = offset, size
-        has |= {f".{extension}", kind}
-    index = np.array([tuple(row) for row in rows if row[1]], INDEX_DTYPE)
-    return index, images - len(index)
+                sample.row[start : start + 2] = offset, size
+        sample.extensions.add(extension)
+    for sample in samples:
+        further = sample.images - ("image" in sample.ranks)
+        if further:
+            left_out.add(sample.first, FURTHER, further, path.name)
+        if not sample.row[1]:
+            left_out.add(sample.first, EMPTY if "image" in sample.ranks else NO_IMAGE_IN_SAMPLE, folder=path.name)
+    return np.array([tuple(sample.row) for sample in samples if sample.row[1]], INDEX_DTYPE)
+
+
+class _Sample:
+    """A sample of a foreign tar while its members are found."""
+
+    def __init__(self, first: str):
+        self.first = first  # name of its first member
+        self.row = [0, 0, -1, 0, 0]
+        self.ranks: dict[str, tuple[int, ...]] = {}  # of the member taken so far, by kind
+        self.extensions: set[str] = set()
+        self.images = 0
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Path up to the first dot of the file name, and the rest in small letters."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}", extension.lower()
+
+
+def key_of(name: str) -> str:
+    """The key of a sample by the name of its image: without the extension, with numbers after the first dot."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    number = NUMBERS.match(extension)
+    return f"{folder}{slash}{stem}" + (f".{number[1]}" if number else "")
+
+
+def _kind(path: Path, name: str, extension: str, offset: int, size: int) -> str:
+    """What a member is: "image", "seg.png", "cls", or the reason why it is left out."""
+    if any(map(is_by_product, name.split("/"))):
+        return BY_PRODUCT
+    last = "seg.png" if extension.endswith("seg.png") else extension.rpartition(".")[2]
+    kind = "image" if last in IMAGE_EXTENSIONS else last if last in ("seg.png", "cls") else ""
+    if not kind and (why := why_no_image(name)):
+        return why
+    if size < 0:  # a link, a device, or a name that leads outside
+        return REFUSED[size]
+    if not kind:  # an unknown extension, or none
+        return "image" if starts_as_image(read_bytes(path, offset, min(size, 32))) else NO_IMAGE
+    return kind
 
 
 def _class_number(path: Path, name: str, text: bytes) -> int:
@@ -126,10 +188,12 @@ def write_manifest(
         labels: class index of every sample, -1 = none.
         about: `segmentation`: whether there are label maps; `segmentation_classes`: names of their values 1, 2, ...;
             `deep_colours`: number of images with 16 bits a channel, of which readers use the upper 8; `seed`, `source`,
-            `settings`: how the shards were made; `listing_sha256`: over keys, sizes and classes of all files read,
+            `settings`: how the shards were made; `left_out`: files of the source that are not among the samples, by
+            reason; `listing_sha256`: over keys, sizes and classes of all files read,
             including rejected ones.
     """
     defaults = {"segmentation": False, "segmentation_classes": [], "deep_colours": 0, "seed": 0, "source": ""}
+    defaults |= {"left_out": {}}
     manifest = {
         "format": FORMAT,
         "samples": len(labels),
@@ -205,7 +269,7 @@ def verify_shards(folder: str | Path, progress: bool = True, num_workers: int | 
     problems: list[str] = []
     counts = np.zeros(len(manifest["classes"]), np.int64)
     with in_order(min(num_workers or cores(), len(shards))) as run:
-        checked = run(partial(_class_counts, folder, len(counts)), shards)
+        checked = run(partial(_class_counts, folder, len(counts), image_key_of(manifest)), shards)
         for found in tqdm(checked, total=len(shards), unit=" shards", desc="verify", disable=not progress):
             if isinstance(found, str):
                 problems.append(found)
@@ -213,11 +277,18 @@ def verify_shards(folder: str | Path, progress: bool = True, num_workers: int | 
                 counts += found
     if not problems and counts.tolist() != manifest["class_counts"]:
         problems.append(f"{MANIFEST}: its class_counts differ from the labels in the shards")
-    extra = {path.name for path in folder.glob("*.tar")} - {entry["name"] for entry in shards}
+    known = {entry["name"] for entry in shards} | {key for key, _ in LeftOut.read(folder / LEFT_OUT).examples()}
+    extra = {path.name for path in folder.glob("*.tar")} - known
     return problems + [f"{name}: not in {MANIFEST}" for name in sorted(extra)]
 
 
-def _class_counts(folder: Path, classes: int, entry: dict[str, Any]) -> np.ndarray | str:
+def image_key_of(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """The extensions that `shards index` was given as `image_key`."""
+    found = manifest["settings"].get("image_key") or ()
+    return tuple(map(str, found)) if isinstance(found, list | tuple) else (str(found),)
+
+
+def _class_counts(folder: Path, classes: int, image_key: tuple[str, ...], entry: dict[str, Any]) -> np.ndarray | str:
     """Samples of each class in a shard, or a line that says how the shard differs from its entry."""
     path = folder / entry["name"]
     index_file = index_path(path)
@@ -230,7 +301,7 @@ def _class_counts(folder: Path, classes: int, entry: dict[str, Any]) -> np.ndarr
             raise UserError("its content has changed (another SHA-256 than in the manifest)")
         if not index_file.is_file():
             raise UserError(f"its index {index_file.name} is missing")
-        index = index_shard(path)
+        index = index_shard(path, image_key)
         if not np.array_equal(np.load(index_file, allow_pickle=False), index):
             raise UserError(f"its index {index_file.name} does not fit it")
         if len(index) != entry["samples"]:
@@ -257,4 +328,6 @@ def summary(folder: str | Path) -> str:
         lines[-1] += f": most {classes[most]} ({counts[most]:,}), least {classes[least]} ({counts[least]:,})"
     if deep := manifest.get("deep_colours", 0):
         lines.append(f"{deep:,} images have 16 bits a colour, of which the upper 8 are read")
+    if left_out := manifest.get("left_out"):
+        lines.append(summary_of_left_out(left_out))
     return "\n".join([*lines, "with segmentation masks"] if manifest["segmentation"] else lines)

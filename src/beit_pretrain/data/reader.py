@@ -18,10 +18,19 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
-from beit_pretrain.data.manifest import INDEX_DTYPE, MANIFEST, index_path, parse_manifest, read_manifest
+from beit_pretrain.data.manifest import (
+    INDEX_DTYPE,
+    MANIFEST,
+    image_key_of,
+    index_path,
+    key_of,
+    parse_manifest,
+    read_manifest,
+)
 from beit_pretrain.data.order import MethodCache, Sample
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.data.storage import Remote, is_remote
+from beit_pretrain.data.tars import LONGEST_HEADERS, member_name
 from beit_pretrain.errors import UserError
 
 MANIFEST_LIMIT = 1 << 30  # bytes of a remote manifest
@@ -98,8 +107,9 @@ class ShardReader:
     def key(self, sample: Sample) -> str:
         """The key of a sample: the name of its image in the tar, without the extension."""
         row = self._index(sample.shard)[sample.row]
-        header = self._bytes(sample.shard, int(row["image_offset"]) - 512, 512)
-        return header[:100].rstrip(b"\0").decode(errors="replace").partition(".")[0]
+        offset = int(row["image_offset"])
+        before = self._bytes(sample.shard, max(0, offset - LONGEST_HEADERS), min(offset, LONGEST_HEADERS))
+        return key_of(member_name(before))
 
     def check_content(self, shard: int) -> None:
         """Raise UserError if a local shard does not have its manifest's SHA-256. Downloads check remote ones."""
@@ -196,7 +206,7 @@ class RemoteFolder:
 
     def index(self, shard: Shard) -> np.ndarray:
         file = self.opened(shard)
-        return self.cache.index(shard, file.descriptor)
+        return self.cache.index(shard, file.descriptor, image_key_of(self.about))
 
     def fetch_ahead(self, shard: Shard) -> None:
         self.cache.fetch_ahead(shard, partial(self._fetch, shard))

@@ -10,28 +10,21 @@ import hashlib
 import math
 import os
 import stat
-import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from beit_pretrain.data import cifar
+from beit_pretrain.data import cifar, layout
+from beit_pretrain.data.left_out import EXPECTED, LeftOut
+from beit_pretrain.data.source_tree import DiskTree, NamesTree, walk
 from beit_pretrain.data.tars import OUTSIDE, REFUSED, inside, scan_tar
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import MAX_PIXELS
 
-NOT_IMAGES = tuple(
-    ".txt .json .jsonl .csv .tsv .xml .yaml .yml .toml .ini .md .rst .htm .html .pdf .log .db .py .sh .cls .lst .idx "
-    ".npy .npz .mat .h5 .hdf5 .pkl .pt .pth .safetensors .parquet .zip .7z .rar .gz .bz2 .xz .zst .mp3 .mp4 .wav .avi "
-    ".mov .mkv".split()
-)
-COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-COMPRESSED = "is compressed, which allows no random access; decompress it first"
-# Usual folder names of held-out parts. `split=` picks a part of a source that has parts.
-HELD_OUT = ("val", "validation", "valid", "test")
-PARTS = {"train": ("train", "training"), **{name: (name, *HELD_OUT) for name in HELD_OUT}}
 ADVICE = "give a folder of class folders, a tar, or synthetic"
-Row = tuple[str, str | None, int, int]  # of a unit: name (after top and prefix), class name, offset and size in bytes
+# Of a unit: name (after top and prefix), folder that may name the class (see folder_classes.py), offset, size in bytes.
+Row = tuple[str, str | None, int, int]
 
 
 class Candidate(NamedTuple):
@@ -52,57 +45,96 @@ class SourceGroup(NamedTuple):
     kind: str  # "files" of one folder, "tar", "cifar" or "synthetic"
     path: str  # folder, or file
     top: str  # start of its keys: the source's name if there are several, and the part that `split` picked
-    prefix: str  # next part of its keys; contains the class name
+    prefix: str  # next part of its keys
     stamp: str  # changes when the files change
     files: tuple[tuple[str, int], ...] = ()  # names and sizes of "files"; the split of "cifar"
     span: tuple[int, float] = (0, math.inf)  # the bytes of a tar in `path`
     masks: str = ""  # folder of the label maps; images then have no class
+    classes: str = ""  # folders that may name the class, with a slash: the prefix without the names of parts
 
 
-def units(source: Path, top: str = "", split: str = "train", as_class: bool = False) -> Iterator[SourceGroup]:
-    """The units of a folder or file, in an order that depends only on names.
+class Choice(NamedTuple):
+    """Which files of a source are read."""
 
-    `split` picks a part of a source with parts (folders train/ and val/, ADE20K, CIFAR-100).
+    split: str | None = "train"  # part of a source with parts; None = everything
+    image_key: tuple[str, ...] = ()  # extensions of the image, where files differ by their extension alone
+
+
+TRAIN, EVERYTHING = Choice(), Choice(None)
+
+
+def units(
+    source: Path,
+    top: str = "",
+    choice: Choice = TRAIN,
+    as_class: bool = False,
+    left_out: LeftOut | None = None,
+) -> Iterator[SourceGroup]:
+    """The units of a folder or file, in an order that depends only on names. What is left out goes into `left_out`.
+
+    `choice.split` picks a part of a source with parts (folders train/ and val/, ADE20K, CIFAR-100).
     `as_class`: treat a tar as one in a folder of tars: its name is a class.
     Raises UserError if the source does not exist or cannot be read.
     """
     _check_kind(source, ADVICE)
+    left_out = LeftOut() if left_out is None else left_out
     if cifar.recognised(source):
-        file = cifar.part_of(source, split)
-        yield SourceGroup("cifar", str(file), top, "", _stat(file)[1], ((split, 0),))
+        split = choice.split or "train"
+        yield SourceGroup("cifar", str(cifar.part_of(source, split)), top, "", _stat(source)[1], ((split, 0),))
     elif not source.is_dir():
         top = top.removesuffix(f"{source.name}/") if as_class else top  # then the prefix contains the name
         yield from _file_units(source, source.name, top, alone=not as_class)
     elif (source / "manifest.json").is_file() and any(source.glob("*.index.npy")):
         raise UserError(f"src={source} is a shard folder already; shards index lists foreign shards, fit reads ours")
-    elif (source / "images").is_dir() and (source / "annotations").is_dir():
-        images, masks = (_part(source / name, split) or (source / name, "") for name in ("images", "annotations"))
-        for unit in _folder_units(images[0], f"{top}images/{images[1]}"):
+    elif _has_label_maps(source):
+        images, masks = (_part(source / name, choice.split) for name in ("images", "annotations"))
+        for unit in _folder_units(images[0], f"{top}images/{images[1]}", choice, left_out):
             folder = os.path.join(masks[0], unit.prefix)
             masks_of = (Path(folder, name).with_suffix(".png") for name, _ in unit.files)
             stamps = [unit.stamp, *(_stat(mask, may_lack=True)[1] for mask in masks_of)]
-            yield unit._replace(masks=folder, stamp=hashlib.sha256(" ".join(stamps).encode()).hexdigest())
+            stamp = hashlib.sha256(" ".join(stamps).encode()).hexdigest()
+            yield unit._replace(masks=folder, stamp=stamp, classes="")
     else:
-        root, part = _part(source, split, nested=True) or (source, "")
-        for unit in _folder_units(root, top + part):
-            _refuse_label_maps(source, root, unit)
+        for unit in _folder_units(source, top, choice, left_out):
+            _refuse_label_maps(source, unit)
             yield unit
 
 
-def rows(unit: SourceGroup) -> list[Row]:
+def rows(unit: SourceGroup, choice: Choice = TRAIN, left_out: LeftOut | None = None) -> list[Row]:
     """The rows of a unit of kind "files" or "tar", sorted by name. Raises UserError for a damaged tar."""
-    found: dict[str, tuple[int, int]] = {}  # of several members of one name the last counts, as in unpacking
     if unit.kind == "files":
-        found = {name: (0, size) for name, size in unit.files}
-    else:
-        for name, offset, size in _tar_members(Path(unit.path), *unit.span):
-            key = PurePosixPath(name).as_posix() if "./" in name or "//" in name else name
-            if size == OUTSIDE or not (_ignored(key) or key.lower().endswith(NOT_IMAGES)):
-                found[key] = offset, size
-    return [(name, _class_of(unit, name), *place) for name, place in sorted(found.items())]
+        return [(name, unit.classes, 0, size) for name, size in unit.files]
+    left_out = LeftOut() if left_out is None else left_out
+    found: dict[str, tuple[int, int]] = {}  # of several members of one name the last counts, as in unpacking
+    refused: list[Row] = []
+    notes: list[str] = []
+    for name, offset, size in _tar_members(Path(unit.path), *unit.span, notes):
+        if size == OUTSIDE:
+            refused.append((name, None, offset, size))
+        else:
+            found[PurePosixPath(name).as_posix() if "./" in name or "//" in name else name] = offset, size
+    for text in notes:
+        left_out.note((unit.top + unit.prefix).removesuffix("/") or os.path.basename(unit.path), text)
+    inside_tar = LeftOut()
+    folders = [*walk(NamesTree(found), choice.split, inside_tar, "", choice.image_key, unit.path)]
+    companions = sum(inside_tar.counts().get(why, 0) for why in (layout.NO_IMAGE, layout.CLASS_NUMBER))
+    # A shard of WebDataset, where every image has companions: its name is no class.
+    shard = 2 * companions >= sum(len(folder.names) for folder in folders)
+    listed = [
+        (folder.path + name, ("" if shard else unit.classes) + folder.classes, *found[folder.path + name])
+        for folder in folders
+        for name in folder.names
+    ]
+    start = unit.top + unit.prefix
+    for (_, why), (example, count) in inside_tar.found.items():
+        left_out.add(start + example, why, count, start)
+    for text, (example, count) in inside_tar.notes.items():
+        left_out.note(start + example, text, count)
+    return sorted(listed + refused, key=lambda row: row[0])
 
 
 def candidate_of(unit: SourceGroup, row: Row) -> Candidate:
+    """The candidate of a row; its class is that of the row."""
     name, class_name, offset, size = row
     path = os.path.join(unit.path, name) if unit.kind == "files" else unit.path
     kind = unit.kind if unit.kind in ("cifar", "synthetic") else "file"
@@ -113,19 +145,37 @@ def candidate_of(unit: SourceGroup, row: Row) -> Candidate:
 def check_sources(sources: Sequence[str | Path]) -> None:
     """Raise UserError for a source that does not exist or has no possible image."""
     for source in (Path(source).expanduser() for source in sources if source != "synthetic"):
-        if next(units(source), None) is None:
-            raise UserError(f"src={source} holds no image; {ADVICE}")
+        left_out = LeftOut()
+        if next(units(source, left_out=left_out), None) is None:
+            raise nothing_in(source, ADVICE, left_out)
 
 
-def list_images(src: str | Path) -> list[Candidate]:
+def nothing_in(source: str | Path, advice: str, left_out: LeftOut) -> UserError:
+    """The error for a source without a possible image; names what was left out."""
+    why = next((f"{key}: {why}" for key, why in left_out.examples() if why not in EXPECTED), advice)
+    return UserError(f"src={source} holds no image; {why}")
+
+
+def list_images(src: str | Path, choice: Choice = EVERYTHING, left_out: LeftOut | None = None) -> list[Candidate]:
     """The possible images in `src`, an image file, a folder of any depth or a tar, sorted by name. Raises UserError."""
     source, advice = Path(src).expanduser(), "give an image, a folder of images, or a tar"
+    left_out = LeftOut() if left_out is None else left_out
     _check_kind(source, advice)
-    listed = _folder_units(source, "") if source.is_dir() else _file_units(source, source.name, "", alone=True)
-    found = [candidate_of(unit, row) for unit in listed for row in rows(unit)]
+    if source.is_dir():
+        listed = _folder_units(source, "", choice, left_out)
+    else:
+        listed = _file_units(source, source.name, "", alone=True)
+    found = [candidate_of(unit, row) for unit in listed for row in rows(unit, choice, left_out)]
     if not found:
-        raise UserError(f"src={source} holds no image; {advice}")
+        raise nothing_in(source, advice, left_out)
     return sorted(found, key=lambda candidate: candidate.key)
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of every path, or as many of its last parts as tell it from the others."""
+    count = Counter(path.parts[-n:] for path in paths for n in range(1, len(path.parts) + 1))
+    endings = [next((n for n in range(1, len(p.parts)) if count[p.parts[-n:]] == 1), len(p.parts)) for p in paths]
+    return ["/".join(path.parts[-n:]) for path, n in zip(paths, endings, strict=True)]
 
 
 def read_candidate(candidate: Candidate, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -158,97 +208,70 @@ def _check_kind(source: Path, advice: str) -> None:
         raise UserError(f"src={source} {fault}; {advice}")
 
 
-def _refuse_label_maps(source: Path, root: Path, unit: SourceGroup) -> None:
-    """Raise UserError for label maps in ADE20K's layout somewhere below the source: they would count as photos."""
-    above, found, _ = f"/{unit.prefix}".partition("/annotations/")
-    folder = Path(root, above[1:])
-    if found and (folder / "images").is_dir() and any(name.lower().endswith(".png") for name, _ in unit.files):
+def _refuse_label_maps(source: Path, unit: SourceGroup) -> None:
+    """Raise UserError for label maps in ADE20K's layout somewhere below the source: they would be lost."""
+    above, found, _ = f"/{unit.prefix}".partition("/images/")
+    folder = Path(source, above[1:])
+    if found and _has_label_maps(folder):
         said = f"give src={folder}, or for the photos alone src={folder / 'images'}"
         raise UserError(f"src={source}: {folder / 'annotations'} holds label maps, no photos; {said}")
 
 
-def _part(root: Path, split: str, nested: bool = False) -> tuple[Path, str] | None:
-    """The part of a folder that `split` picks, and its key prefix; None if the folder has no parts.
-
-    A folder has parts if it holds `train` (or `training`) and a name of `HELD_OUT`. With `nested`, `train` must also
-    hold folders or tars, since train and test may be class names. Raises UserError if there is no part `split`.
-    """
-    train = next((name for name in PARTS["train"] if (root / name).is_dir()), None)
-    held_out = [name for name in HELD_OUT if (root / name).is_dir()]
-    if train is None or not held_out:
-        return None
-    if nested and not any(e.is_dir() or e.name.endswith(".tar") for e in os.scandir(root / train)):
-        return None
-    for name in PARTS.get(split, (split,)):
-        if (root / name).is_dir():
-            return root / name, f"{name}/"
-    raise UserError(f"src={root} has the parts {', '.join([train, *held_out])}; split={split} is none of them")
+def _has_label_maps(folder: Path) -> bool:
+    """Whether a folder is in ADE20K's layout: `annotations` has PNGs of the names in `images`, folder by folder."""
+    images, annotations = folder / "images", folder / "annotations"
+    if not (images.is_dir() and annotations.is_dir()):
+        return False
+    for inner in ("", *sorted(entry.name for entry in os.scandir(images) if entry.is_dir())):
+        maps = {Path(n).stem for n in _names(annotations / inner) if n.lower().endswith(".png")}
+        if maps and any(Path(name).stem in maps for name in _names(images / inner)):
+            return True
+    return False
 
 
-def _folder_units(root: Path, top: str) -> Iterator[SourceGroup]:
-    """The units of a folder tree. Compressed tars (such as ImageNet's devkit) are left out with a warning.
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
-    Raises UserError if there are only compressed tars.
-    """
-    compressed: list[Path] = []
+
+def _part(root: Path, split: str | None) -> tuple[Path, str]:
+    """The part of a folder that `split` picks, and its key prefix; the folder itself if it has no parts."""
+    parts = layout.parts_of(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not parts or split is None:
+        return root, ""
+    try:
+        (name, *_) = sorted(layout.of_split(parts, split))
+    except UserError as error:
+        raise UserError(f"src={root} {error}") from None
+    return root / name, f"{name}/"
+
+
+def _folder_units(root: Path, top: str, choice: Choice, left_out: LeftOut) -> Iterator[SourceGroup]:
+    """The units of a folder tree. Raises UserError if there are only compressed tars."""
     some = False
-    for folder, prefix, names in _folders(root):
+    for folder in walk(DiskTree(root), choice.split, left_out, top, choice.image_key, str(root)):
         files: list[tuple[str, int]] = []
         digest = hashlib.sha256()
-        for name in names:
-            packed = name.lower().endswith(COMPRESSED_TARS)
-            if name.lower().endswith(NOT_IMAGES) and not packed:
-                continue
-            path = Path(folder, name)
+        prefix, start = folder.path.removeprefix(folder.part), top + folder.part
+        for name in folder.names:
+            path = root / folder.path / name
             size, stamp = _stat(path)
-            if not stamp:  # a pipe or a device
-                continue
-            if packed:
-                compressed.append(path)
+            if not stamp:
+                left_out.add(top + folder.path + name, layout.DEVICE)
             elif path.suffix.lower() == ".tar":
                 some = True
-                yield from _file_units(path, prefix + name, top)
+                yield from _file_units(path, prefix + name, start, classes=folder.classes)
             else:
                 files.append((name, size))
                 digest.update(f"{name}\0{stamp}\0".encode(errors="surrogateescape"))
         if files:
             some = True
-            yield SourceGroup("files", folder, top, prefix, digest.hexdigest(), tuple(files))
-    if not some and compressed:
-        raise UserError(f"{min(compressed)} {COMPRESSED}, or move it away")
-    if compressed:
-        more = f" and {len(compressed) - 1} more" if len(compressed) > 1 else ""
-        said = f"left out {min(compressed)}{more}: compressed tars; decompress what holds images"
-        print(f"warning: {said}", file=sys.stderr)
-
-
-def _folders(root: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Yield path, key prefix and sorted file names of every folder in a tree that is not hidden.
-
-    Linked folders come after real ones, and no folder is read twice, so that loops of links end.
-    """
-    seen: set[tuple[int, int]] = set()
-    folders, links = [(str(root), "")], list[tuple[str, str]]()
-    while folders or links:
-        folder, prefix = folders.pop() if folders else links.pop(0)
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            # scandir needs no call per file to tell files from folders, which is faster on network file systems.
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
-        names, inner = list[str](), list[tuple[str, str]]()
-        for entry in (entry for entry in entries if not _ignored(entry.name)):
-            linked = entry.is_symlink()
-            if os.path.isdir(entry.path) if linked else entry.is_dir():
-                (links if linked else inner).append((entry.path, f"{prefix}{entry.name}/"))
-            else:
-                names.append(entry.name)
-        yield folder, prefix, names
-        folders += reversed(inner)
+            where = os.path.join(root, folder.path.rstrip("/"))
+            yield SourceGroup("files", where, start, prefix, digest.hexdigest(), tuple(files), classes=folder.classes)
+    if not some and (compressed := [key for key, why in left_out.examples() if why == layout.COMPRESSED]):
+        raise UserError(f"{root / min(compressed).removeprefix(top)} is {layout.COMPRESSED}, or move it away")
 
 
 def _stat(path: Path, may_lack: bool = False) -> tuple[int, str]:
@@ -265,16 +288,21 @@ def _stat(path: Path, may_lack: bool = False) -> tuple[int, str]:
     return status.st_size, f"{status.st_size}:{status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else ""
 
 
-def _file_units(path: Path, key: str, top: str, alone: bool = False) -> Iterator[SourceGroup]:
+def _file_units(
+    path: Path, key: str, top: str, alone: bool = False, classes: str | None = None
+) -> Iterator[SourceGroup]:
     """The units of one file. `key` is its path in the source folder, or its name if it is the source (`alone`)."""
-    if path.name.lower().endswith(COMPRESSED_TARS):
-        raise UserError(f"{path} {COMPRESSED}, or move it away")
+    if path.name.lower().endswith(layout.COMPRESSED_TARS):
+        raise UserError(f"{path} is {layout.COMPRESSED}, or move it away")
     size, stamp = _stat(path)
+    classes = key.removesuffix(path.name) if classes is None else classes
     if path.suffix.lower() == ".tar":
-        unit = SourceGroup("tar", str(path), top, "" if alone else f"{key}/", stamp)
+        prefix, classes = ("", "") if alone else (f"{key}/", f"{classes}{path.name}/")
+        unit = SourceGroup("tar", str(path), top, prefix, stamp, classes=classes)
         yield from _inner_tars(unit) or (unit,)
-    elif not path.name.lower().endswith(NOT_IMAGES):
-        yield SourceGroup("files", str(path.parent), top, key.removesuffix(path.name), stamp, ((path.name, size),))
+    elif layout.why_no_image(path.name) != layout.NO_IMAGE:
+        folder = key.removesuffix(path.name)
+        yield SourceGroup("files", str(path.parent), top, folder, stamp, ((path.name, size),), classes=classes)
 
 
 def _inner_tars(unit: SourceGroup) -> list[SourceGroup]:
@@ -286,29 +314,18 @@ def _inner_tars(unit: SourceGroup) -> list[SourceGroup]:
     for name, offset, size in scan_tar(Path(unit.path)):
         if not name.lower().endswith(".tar") or not inside(name):
             return []
-        if size >= 0 and not _ignored(name):
-            key = f"{unit.prefix}{PurePosixPath(name).as_posix()}/"
-            inner.append(unit._replace(prefix=key, span=(offset, offset + size)))
+        if size >= 0 and not any(map(layout.is_by_product, name.split("/"))):
+            below = f"{PurePosixPath(name).as_posix()}/"
+            span = offset, offset + size
+            inner.append(unit._replace(prefix=unit.prefix + below, classes=unit.classes + below, span=span))
     return inner
 
 
-def _tar_members(path: Path, start: float, stop: float) -> Iterator[tuple[str, int, int]]:
+def _tar_members(path: Path, start: float, stop: float, notes: list[str]) -> Iterator[tuple[str, int, int]]:
     """Members of a tar and of the tars inside it."""
-    for name, offset, size in scan_tar(path, int(start), stop):
+    for name, offset, size in scan_tar(path, int(start), stop, notes):
         if not name.lower().endswith(".tar") or size < 0:
             yield name, offset, size
-        elif not _ignored(name):
-            for inner, inner_offset, inner_size in scan_tar(path, offset, offset + size):
+        elif not any(map(layout.is_by_product, name.split("/"))):
+            for inner, inner_offset, inner_size in scan_tar(path, offset, offset + size, notes):
                 yield f"{name}/{inner}" if inside(inner) else inner, inner_offset, inner_size
-
-
-def _ignored(key: str) -> bool:
-    """Whether a file or one of its folders is hidden, or created by macOS (`._x`, `__MACOSX`)."""
-    return any((part[:1] == "." and part != ".") or part == "__MACOSX" for part in key.split("/"))
-
-
-def _class_of(unit: SourceGroup, name: str) -> str | None:
-    """The name of the folder that holds the file, or of the tar in a folder (or tar) of tars."""
-    if unit.masks or not inside(name):
-        return None
-    return (unit.prefix + name).rpartition("/")[0].rpartition("/")[2].removesuffix(".tar") or None

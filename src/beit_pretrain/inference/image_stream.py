@@ -6,6 +6,7 @@ Unreadable images are listed with the reason and do not stop the prediction.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from beit_pretrain.data.left_out import LEFT_OUT, LeftOut, summary
 from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.data.sources import list_images, read_candidate
+from beit_pretrain.data.sources import distinct_names, list_images, read_candidate
 from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.processes import cores, end_with_parent
@@ -43,24 +45,30 @@ class Item(NamedTuple):
 
 
 class ShardSource:
-    """The samples of local or remote shard folders, named by shard and key."""
+    """The samples of local or remote shard folders, named by shard and key; of several folders by their names too."""
 
     def __init__(self, src: Sequence[str]):
         self.reader = ShardReader(list(src))
         self.order = Order(self.reader.sizes, shuffle=False)
+        several = len(src) > 1
+        starts = [f"{name}/" if several else "" for name in distinct_names([Path(source) for source in src])]
+        # By shard: the start of its names.
+        self.start = [start for start, part in zip(starts, self.reader.parts(), strict=True) for _ in part]
 
     def __len__(self) -> int:
         return self.reader.samples
 
     def __getitem__(self, number: int) -> NamedImage:
         sample = self.order.sample_at(number)
-        name = f"{Path(self.reader.where(sample.shard)).stem}/{self.reader.key(sample)}"
-        return name, lambda: self.reader.read(sample).data
+        shard = self.start[sample.shard] + Path(self.reader.where(sample.shard)).stem
+        return f"{shard}/{self.reader.key(sample)}", lambda: self.reader.read(sample).data
 
 
-def source_of(src: str | Sequence[str]) -> list[NamedImage] | ShardSource:
+def source_of(src: str | Sequence[str], left_out: LeftOut | None = None) -> list[NamedImage] | ShardSource:
     """The images of `src`: shards if a folder has a manifest or is remote, else files, folders and tars.
 
+    An image's name is its path in the source; of several sources it begins with as much of the source's path as tells
+    them apart. What is left out goes into `left_out`.
     Raises UserError for a source that does not exist or has no image, and for shards mixed with files.
     """
     sources = [src] if isinstance(src, str) else list(src)
@@ -70,9 +78,13 @@ def source_of(src: str | Sequence[str]) -> list[NamedImage] | ShardSource:
     if all(shards):
         return ShardSource(sources)
     images: list[NamedImage] = []
-    for source in sources:
-        prefix = f"{source}/" if len(sources) > 1 and Path(source).is_dir() else ""  # two folders may share names
-        images += [(f"{prefix}{image.key}", partial(read_candidate, image)) for image in list_images(source)]
+    paths = [Path(os.path.abspath(Path(source).expanduser())) for source in sources]
+    for source, path, name in zip(sources, paths, distinct_names(paths), strict=True):
+        listed = list_images(source, left_out=left_out)
+        alone = not path.is_dir() and path.suffix.lower() != ".tar"
+        for image in listed:
+            key = image.key if len(sources) == 1 else name if alone else f"{name}/{image.key}"
+            images.append((key, partial(read_candidate, image)))
     return images
 
 
@@ -116,17 +128,22 @@ def stream(
             bar.update(len(items))
 
 
-def report(out: Path, done: str, bad: Sequence[tuple[str, str]], list_of_bad: Path) -> None:
+def report(out: Path, done: str, bad: Sequence[tuple[str, str]], list_of_bad: Path, left_out: LeftOut) -> None:
     """Print what was written and the first unreadable files; list all of these with reasons in `list_of_bad` (JSONL).
 
-    Removes the list of an earlier prediction if all files could be read.
+    What was left out is listed beside it. Removes the lists of an earlier prediction if all files could be read.
     """
+    list_of_others = list_of_bad.with_name(list_of_bad.name.replace("bad.jsonl", LEFT_OUT))
+    left_out.write(list_of_others)
+    left_out.warn(f"all in {list_of_others}")
     list_of_bad.unlink(missing_ok=True)
     if bad:
         list_of_bad.write_text("".join(json.dumps({"file": name, "reason": why}) + "\n" for name, why in bad))
     print(f"wrote {out}: {done}" + (f", {len(bad)} could not be read (all in {list_of_bad}):" if bad else ""))
     for name, why in bad[:BAD_SHOWN]:
         print(f"{name}: {why}")
+    if counts := left_out.counts():
+        print(f"{summary(counts)}; all in {list_of_others}")
 
 
 def nothing(src: Any, bad: Sequence[tuple[str, str]]) -> UserError:

@@ -7,6 +7,7 @@ Label maps use the ids of the training annotations: 1, 2, ... with `reduce_label
 from __future__ import annotations
 
 import errno
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, count
@@ -15,13 +16,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from beit_pretrain.data.layout import stem_of
+from beit_pretrain.data.left_out import LeftOut
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path
 from beit_pretrain.inference.image_stream import ImageDataset, Item, nothing, report, source_of, stream
 from beit_pretrain.inference.predictor import ImageSegmenter
 from beit_pretrain.inference.settings import PredictSettings
 from beit_pretrain.tables import write_csv
-from beit_pretrain.transforms.image_io import to_rgb
+from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, to_rgb
 from beit_pretrain.transforms.views import to_array
 from beit_pretrain.visualization.overlays import comparison, palette
 
@@ -35,7 +38,8 @@ def predict_maps(cfg: PredictSettings, segmenter: ImageSegmenter) -> None:
     out = Path(cfg.out or "predictions")
     if out.is_file() or out.suffix in (".csv", ".json", ".jsonl"):
         raise UserError(f"out={out}: a segmentation model writes a folder of label maps, such as out=predictions")
-    dataset = ImageDataset(source_of(cfg.src), partial(with_picture, segmenter.apply))
+    left_out = LeftOut()
+    dataset = ImageDataset(source_of(cfg.src, left_out), partial(with_picture, segmenter.apply))
     bad: list[tuple[str, str]] = []
     taken, written = set[Path](), 0
     for items in stream(dataset, cfg.map_batch_size, cfg.num_workers, "segmenting", bad):
@@ -52,7 +56,7 @@ def predict_maps(cfg: PredictSettings, segmenter: ImageSegmenter) -> None:
     if not written:
         raise nothing(cfg.src, bad)
     write_classes(out / "classes.csv", segmenter)
-    report(out, f"{written} label maps", bad, out / "bad.jsonl")
+    report(out, f"{written} label maps", bad, out / "bad.jsonl", left_out)
 
 
 def with_picture(apply: Callable[[Image.Image], list[np.ndarray]], image: Image.Image) -> list[np.ndarray]:
@@ -75,16 +79,21 @@ def free_name(key: str, taken: set[Path]) -> Path:
     folder = Path(*(f"{part}_" if part.lower().endswith(".png") else part for part in map(shortened, folders)))
     whole = shortened(last)
     # The second name is for a.jpg and a.png of one folder.
-    names = chain((shortened(PurePosixPath(last).stem), whole), (f"{whole}-{number}" for number in count(2)))
+    stem, extension = stem_of(last)
+    names = chain(
+        (shortened(stem if extension in IMAGE_EXTENSIONS else last), whole), (f"{whole}-{n}" for n in count(2))
+    )
     name = next(path for stem in names if (path := folder / f"{stem}.png") not in taken)
     taken.add(name)
     return name
 
 
 def shortened(part: str) -> str:
-    """A part of a path, cut to the length that file systems allow."""
+    """A part of a path, cut to the length that file systems allow, and then marked so that no two are the same."""
     data = part.encode("utf-8", "surrogateescape")
-    return part if len(data) <= LONGEST else data[:LONGEST].decode("utf-8", "ignore")
+    if len(data) <= LONGEST:
+        return part
+    return f"{data[:LONGEST].decode('utf-8', 'ignore')}-{hashlib.sha256(data).hexdigest()[:8]}"
 
 
 def label_image(found_HW: np.ndarray, segmenter: ImageSegmenter) -> Image.Image:

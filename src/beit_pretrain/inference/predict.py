@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from beit_pretrain.data.left_out import LeftOut
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_path
 from beit_pretrain.inference.image_stream import ImageDataset, nothing, report, source_of, stream
@@ -34,7 +35,8 @@ def predict(cfg: PredictSettings) -> None:
     out = Path(cfg.out or "predictions.csv")
     if out.is_dir() or out.suffix.lower() not in (".csv", *JSON_LINES):
         raise UserError(f"out={out}: a classifier writes a file, such as out=predictions.csv or out=predictions.jsonl")
-    dataset = ImageDataset(source_of(cfg.src), network.apply)
+    left_out = LeftOut()
+    dataset = ImageDataset(source_of(cfg.src, left_out), network.apply)
     done, bad = 0, list[tuple[str, str]]()
     with writing(out) as write:
         for items in stream(dataset, cfg.batch_size, cfg.num_workers, "predicting", bad):
@@ -44,7 +46,7 @@ def predict(cfg: PredictSettings) -> None:
             done += len(items)
         if not done:
             raise nothing(cfg.src, bad)
-    report(out, f"{done} images", bad, out.with_name(f"{out.stem}.bad.jsonl"))
+    report(out, f"{done} images", bad, out.with_name(f"{out.stem}.bad.jsonl"), left_out)
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
-from contextlib import redirect_stderr
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from beit_pretrain.data.manifest import MANIFEST, read_manifest
-from beit_pretrain.data.write.file_index import Listing, distinct_names, source_units
+from beit_pretrain.data.sources import Choice, distinct_names
+from beit_pretrain.data.write.file_index import Listing, source_units
 from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.staging import difference, show
 from beit_pretrain.errors import UserError
@@ -47,17 +46,16 @@ def check_sources(sources: list[str], out: Path) -> None:
             raise UserError(f"out={out} lies inside src={folder}; choose an out= elsewhere")
 
 
-def check_unchanged(work: Path, sources: list[str], split: str, images: int) -> None:
+def check_unchanged(work: Path, sources: list[str], choice: Choice, images: int) -> None:
     """Raise UserError for a source that has changed since the half-done run listed it."""
     advice = f"since the half-done run in {work} began; delete that folder to start again"
-    with redirect_stderr(io.StringIO()):  # warnings were printed when it was listed
-        for before, unit in zip_longest(Listing(work / "listing").units, source_units(sources, split, images)):
-            if unit is None or (before and before.path not in ("", unit.path) and not os.path.exists(before.path)):
-                raise UserError(f"{before.path} is missing {advice}")
-            if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
-                raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
-            if before.stamp != unit.stamp:
-                raise UserError(f"{unit.path} has changed {advice}")
+    for before, unit in zip_longest(Listing(work / "listing").units, source_units(sources, choice, images)):
+        if unit is None or (before and before.path not in ("", unit.path) and not os.path.exists(before.path)):
+            raise UserError(f"{before.path} is missing {advice}")
+        if before is None or (before.path, before.top, before.prefix) != (unit.path, unit.top, unit.prefix):
+            raise UserError(f"the files of src have changed, by {unit.path}, {advice}")
+        if before.stamp != unit.stamp:
+            raise UserError(f"{unit.path} has changed {advice}")
 
 
 def check_targets(out: Path, names: list[str], settings: EncodeSettings, sources: list[str], half_done: bool) -> bool:

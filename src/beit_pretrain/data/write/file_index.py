@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -17,8 +16,21 @@ import numpy as np
 from tqdm import tqdm
 
 from beit_pretrain.data import cifar
-from beit_pretrain.data.sources import ADVICE, Candidate, Row, SourceGroup, candidate_of, rows, units
+from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.sources import (
+    ADVICE,
+    Candidate,
+    Choice,
+    Row,
+    SourceGroup,
+    candidate_of,
+    distinct_names,
+    nothing_in,
+    rows,
+    units,
+)
 from beit_pretrain.data.write import synthetic
+from beit_pretrain.data.write.folder_classes import FolderChoice, classes_of
 from beit_pretrain.data.write.labels import read_labels, stem
 from beit_pretrain.errors import UserError
 from beit_pretrain.processes import in_order
@@ -70,7 +82,9 @@ class Listing:
 opened_listing = lru_cache(maxsize=1)(Listing)  # once per process
 
 
-def source_units(sources: list[str], split: str, images: int = 0) -> Iterator[SourceGroup]:
+def source_units(
+    sources: list[str], choice: Choice, images: int = 0, left_out: LeftOut | None = None
+) -> Iterator[SourceGroup]:
     """The units of all sources in turn; of several tars each is a class. Raises UserError as `sources.units` does."""
     if sources == ["synthetic"]:
         yield SourceGroup("synthetic", "", "", "", "", (("", images),))
@@ -78,27 +92,27 @@ def source_units(sources: list[str], split: str, images: int = 0) -> Iterator[So
     paths = [Path(source) for source in sources]
     tars = len(paths) > 1 and all(path.suffix.lower() == ".tar" and not path.is_dir() for path in paths)
     for path, name in zip(paths, distinct_names(paths), strict=True):
-        yield from units(path, f"{name}/" if len(sources) > 1 else "", split, as_class=tars)
-
-
-def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of every path, or as many of its last parts as tell it from the others."""
-    count = Counter(path.parts[-n:] for path in paths for n in range(1, len(path.parts) + 1))
-    endings = [next((n for n in range(1, len(p.parts)) if count[p.parts[-n:]] == 1), len(p.parts)) for p in paths]
-    return ["/".join(path.parts[-n:]) for path, n in zip(paths, endings, strict=True)]
+        yield from units(path, f"{name}/" if len(sources) > 1 else "", choice, tars, left_out)
 
 
 def build_listing(
-    folder: Path, sources: list[str], split: str, images: int, labels: str | Path | None, num_workers: int
+    folder: Path,
+    sources: list[str],
+    choice: Choice,
+    images: int,
+    labels: str | Path | None,
+    num_workers: int,
+    which_folder: FolderChoice = "innermost",
 ) -> None:
     """List the sources into the files of `folder`, which must be empty. Raises UserError if one holds nothing.
 
     `labels`: file of the ground truth that replaces the classes of the folders; it must know every image.
     """
     truth = None if labels is None else read_labels(labels)
-    numbers: dict[str, int] = {}
+    numbers: dict[str, int] = {}  # of classes if there is a ground truth, else of folders
     end = first = 0
     empty = set(sources)
+    left_out = LeftOut()
     with (
         open(folder / "names", "wb") as names,
         open(folder / "rows", "wb") as table,
@@ -106,7 +120,9 @@ def build_listing(
         tqdm(desc="listing", unit=" files") as bar,
         in_order(num_workers, inline=FEW) as run,
     ):
-        for unit, listed in run(partial(_rows, folder), source_units(sources, split, images)):
+        listing = source_units(sources, choice, images, left_out)
+        for unit, listed, without in run(partial(_rows, folder, choice), listing):
+            left_out.update(without)
             lines.write(json.dumps([*unit._replace(files=(), span=(0, 0)), first]) + "\n")
             records = []
             for name, class_name, offset, size in listed:
@@ -122,21 +138,42 @@ def build_listing(
                 first += len(listed)
             bar.update(len(listed))
     if empty:
-        raise UserError(f"src={min(empty)} holds no image; {ADVICE}")
-    (folder / "classes.json").write_text(json.dumps(list(numbers)), "utf-8")
+        raise nothing_in(min(empty), ADVICE, left_out)
+    if truth is None:
+        classes = _number_classes(folder, [*numbers], which_folder, left_out)
+    (folder / "classes.json").write_text(json.dumps(classes if truth is None else [*numbers]), "utf-8")
+    left_out.write(folder / LEFT_OUT)
+    left_out.warn(f"all in {LEFT_OUT}")
 
 
-def _rows(folder: Path, unit: SourceGroup) -> tuple[SourceGroup, list[Row]]:
-    """A unit with its rows; writes the pixels of CIFAR-100 into `folder`."""
+def _number_classes(folder: Path, folders: list[str], which: FolderChoice, left_out: LeftOut) -> list[str]:
+    """Turn the folders' numbers in the rows into those of classes. Returns the classes, the first found first."""
+    named, notes = classes_of(folders, which)
+    for note in notes:
+        left_out.note("classes", note)
+    numbers: dict[str, int] = {}
+    number_of = [-1 if name is None else numbers.setdefault(name, len(numbers)) for name in named]
+    if number_of != [*range(len(folders))]:
+        table = np.memmap(folder / "rows", ROW, "r+")
+        table["class"] = np.array([*number_of, -1], np.int32)[table["class"]]
+        table.flush()
+    return [*numbers]
+
+
+def _rows(folder: Path, choice: Choice, unit: SourceGroup) -> tuple[SourceGroup, list[Row], LeftOut]:
+    """A unit with its rows and what is left out of it; writes the pixels of CIFAR-100 into `folder`."""
+    left_out = LeftOut()
     if unit.kind == "synthetic":
         textures = synthetic.TEXTURES
-        return unit, [(f"synthetic/{i}", textures[i % len(textures)], i, 0) for i in range(unit.files[0][1])]
-    if unit.kind == "cifar":
+        listed: list[Row] = [(f"synthetic/{i}", textures[i % len(textures)], i, 0) for i in range(unit.files[0][1])]
+    elif unit.kind == "cifar":
         names, classes, pixels = cifar.read(Path(unit.path), unit.files[0][0])
         _pixel_file(folder, unit).write_bytes(pixels.tobytes())
         size = cifar.PIXELS
-        return unit, [(name, c, i * size, size) for i, (name, c) in enumerate(zip(names, classes, strict=True))]
-    return unit, rows(unit)
+        listed = [(name, c, i * size, size) for i, (name, c) in enumerate(zip(names, classes, strict=True))]
+    else:
+        listed = rows(unit, choice, left_out)
+    return unit, listed, left_out
 
 
 def _pixel_file(folder: Path, unit: SourceGroup) -> Path:

@@ -6,8 +6,7 @@ A sample of such a tar is an image with a `.cls` (class number) of the same key,
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -16,62 +15,85 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from beit_pretrain.data import manifest
+from beit_pretrain.data import layout, manifest
+from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.manifest import MANIFEST, REJECTED
-from beit_pretrain.data.sources import COMPRESSED, COMPRESSED_TARS
+from beit_pretrain.data.sources import nothing_in
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import discard, publish
 from beit_pretrain.processes import cores, in_order
-from beit_pretrain.transforms.image_io import MAX_PIXELS
+from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, MAX_PIXELS
+
+LOOSE = "an image beside the tars; shards make reads folders of images"
+NO_SAMPLE = "a tar without an image"
+INNER = "a folder with tars of its own; index it by itself"
 
 
 def index_shards(
-    src: str | Path, out: str | Path | None = None, classes: str | Path | None = None, num_workers: int | None = None
+    src: str | Path,
+    out: str | Path | None = None,
+    classes: str | Path | None = None,
+    num_workers: int | None = None,
+    image_key: Sequence[str] = (),
 ) -> Path:
     """Write indices and manifest for the tars in the folder `src`, and return the folder that holds them.
 
     `out`: a folder for indices, manifest and links to the tars; None = beside the tars. `classes`: file with the class
     names, a line each, in the order of their numbers; None = the numbers themselves. `num_workers`: None = all cores.
+    `image_key`: extensions of the member that is a sample's image, where it has several (`manifest.scan_shard`).
 
-    The manifest comes last: rerun the same command after a kill; a failure leaves nothing behind. Images that are left
-    out (empty, or further ones of a sample) are counted in a warning. Raises UserError for a folder that holds no such
-    tars or a manifest already, for a tar that cannot be read, named in a manifest or holds no sample, and if the folder
-    cannot be written.
+    The manifest comes last: rerun the same command after a kill; a failure leaves nothing behind. What is left out is
+    counted and listed in left_out.jsonl. Raises UserError for a folder that holds no such tars or a manifest already,
+    for a tar that cannot be read or named in a manifest, if there is no sample, and if the folder cannot be written.
     """
-    src = Path(src).expanduser()
-    tars = _tars(src)
+    src, left_out = Path(src).expanduser(), LeftOut()
+    tars = _tars(src, left_out)
     folder = src if out is None else Path(out).expanduser()
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder} has a {MANIFEST} already; see: shards verify src={folder}")
     with _staged(folder) as temporary:
         with in_order(min(num_workers or cores(), len(tars))) as run:
-            found = run(partial(_index, folder, temporary), tars)
+            found = run(partial(_index, folder, temporary, tuple(image_key)), tars)
             done = [*tqdm(found, total=len(tars), unit=" shards", desc="index")]
-        entries, each_labels, masks, left_out = zip(*done, strict=True)
-        labels = np.concatenate(each_labels)
+        for tar, (entry, _, _, without) in zip(tars, done, strict=True):
+            left_out.update(without)
+            if entry is None:
+                left_out.add(tar.name, NO_SAMPLE)
+        if not (entries := [entry for entry, *_ in done if entry is not None]):
+            raise nothing_in(src, "no member of its tars has a name that says so (.jpg, .png, ...)", left_out)
+        labels = np.concatenate([some for _, some, *_ in done])
         names = _class_names(int(labels.max()) + 1, classes)
         (temporary / REJECTED).write_text("")
-        made_from = {"source": src.resolve().name, "settings": {"max_pixels": MAX_PIXELS}}
-        manifest.write_manifest(temporary, list(entries), labels, names, segmentation=any(masks), **made_from)
-    if omitted := sum(left_out):
-        print(f"warning: left out {omitted:,} images: empty, or further ones of a sample", file=sys.stderr)
+        left_out.write(temporary / LEFT_OUT)
+        settings = {"max_pixels": MAX_PIXELS} | ({"image_key": list(image_key)} if image_key else {})
+        about = {"source": src.resolve().name, "settings": settings, "left_out": left_out.counts()}
+        manifest.write_manifest(temporary, entries, labels, names, segmentation=any(m for _, _, m, _ in done), **about)
+    left_out.warn(f"all in {LEFT_OUT}")
     return folder
 
 
-def _tars(src: Path) -> list[Path]:
+def _tars(src: Path, left_out: LeftOut) -> list[Path]:
     """The tars in a folder, by name. Raises UserError if there are none, or one whose name no manifest may have."""
-    files = [path for path in sorted(src.iterdir()) if not path.name.startswith(".")] if src.is_dir() else []
-    tars = [path for path in files if path.suffix == ".tar" and path.is_file()]
+    files = [path for path in sorted(src.iterdir()) if not layout.is_by_product(path.name)] if src.is_dir() else []
+    tars = [path for path in files if path.suffix.lower() == ".tar" and path.is_file()]
     if not tars:
         said = "give the folder of the WebDataset shards"
-        if compressed := [path for path in files if path.name.lower().endswith(COMPRESSED_TARS)]:
-            said = f"{compressed[0].name} {COMPRESSED}"
+        if compressed := [path for path in files if path.name.lower().endswith(layout.COMPRESSED_TARS)]:
+            said = f"{compressed[0].name} is {layout.COMPRESSED}"
         elif inner := [path for path in files if path.is_dir() and any(path.glob("*.tar"))]:
             said = f"its folder {inner[0].name} does: give src={inner[0]}"
         raise UserError(f"src={src} holds no tars; {said}")
     if wrong := [path for path in tars if not manifest.SHARD_NAME.fullmatch(path.name)]:
-        rule = "begins with a letter, a digit or _ and has no colon, backslash or control character"
+        rule = "begins with a letter, a digit or _, has no colon, backslash or control character, and ends with .tar"
         raise UserError(f"{str(wrong[0])!r} must be renamed: the name of a shard {rule}")
+    for path in files:
+        if path.is_dir():
+            if any(path.glob("*.tar")):
+                left_out.add(f"{path.name}/", INNER)
+        elif path not in tars:
+            image = path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
+            why = LOOSE if image else layout.why_no_image(path.name)
+            left_out.add(path.name, why if why in (LOOSE, layout.COMPRESSED) else layout.NO_IMAGE)
     return tars
 
 
@@ -97,17 +119,20 @@ def _staged(folder: Path) -> Iterator[Path]:
                 path.rmdir()  # unless it holds the files
 
 
-def _index(folder: Path, temporary: Path, tar: Path) -> tuple[dict[str, Any], np.ndarray, bool, int]:
-    """Link (if `folder` is another) and index a tar: its entry, labels, whether it has masks, images left out."""
-    shard = folder / tar.name
+def _index(
+    folder: Path, temporary: Path, image_key: tuple[str, ...], tar: Path
+) -> tuple[dict[str, Any] | None, np.ndarray, bool, LeftOut]:
+    """Link (if `folder` is another) and index a tar: its entry (None = it has no sample), labels, whether it has masks,
+    what is left out."""
+    shard, left_out = folder / tar.name, LeftOut()
+    rows = manifest.scan_shard(tar, image_key, left_out)
+    if not len(rows):
+        return None, np.empty(0, np.int64), False, left_out
     if folder.resolve() != tar.parent.resolve():
         ours = shard.is_symlink() and shard.resolve() == tar.resolve()
         if not ours and (shard.is_symlink() or shard.exists()):
             raise UserError(f"{shard} exists already; choose another out=")
         (temporary / tar.name).symlink_to(tar.resolve())
-    rows, left_out = manifest.scan_shard(tar)
-    if not len(rows):
-        raise UserError(f"{tar} holds no image with a name that says so (.jpg, .png, ...)")
     manifest.write_index(temporary / tar.name, rows)
     masks = bool(rows["segmentation_size"].any())
     return manifest.shard_entry(tar, len(rows)), rows["label"].copy(), masks, left_out

@@ -19,7 +19,9 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
+from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
+from beit_pretrain.data.sources import Choice
 from beit_pretrain.data.write import argument_checks as checks
 from beit_pretrain.data.write import staging, synthetic
 from beit_pretrain.data.write.file_index import Listing, build_listing, opened_listing
@@ -30,7 +32,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write
 from beit_pretrain.processes import cores, in_order
 
-FORMAT = 2  # of the work folder
+FORMAT = 3  # of the work folder
 MUCH = 0.01  # share of rejected files above which a warning is printed
 
 
@@ -59,6 +61,7 @@ def make_shards(
     given = [src] if isinstance(src, str | Path) else list(src)
     sources = [str(g) if g == "synthetic" else str(Path(g).expanduser().absolute()) for g in given]
     out, names = Path(out).expanduser(), ["train", "val"] if chosen.val > 0 else [split]
+    choice = Choice(split, tuple(chosen.image_key or ()))
     checks.check_arguments(sources, split, num_workers, chosen)
     checks.check_sources(sources, out)
     num_workers = num_workers or cores()
@@ -72,11 +75,11 @@ def make_shards(
         finished = checks.check_targets(out, missing, chosen, sources, half_done=before is not None)
         if missing:
             if before:
-                checks.check_unchanged(work, sources, split, chosen.images)
+                checks.check_unchanged(work, sources, choice, chosen.images)
                 about = before["about"]
             else:
                 (work / "listing").mkdir()
-                build_listing(work / "listing", sources, split, chosen.images, labels, num_workers)
+                build_listing(work / "listing", sources, choice, chosen.images, labels, num_workers)
             listing = Listing(work / "listing")
             if not before:
                 classes = _class_names(listing, sources, out, split)
@@ -92,7 +95,7 @@ def make_shards(
                 _write_split(work, name, rows[name], class_index, chosen, num_workers)
                 _describe(work, name, len(rows[name]), sources, chosen, about)
             # Files of a source that disappeared meanwhile must not count as broken images.
-            checks.check_unchanged(work, sources, split, chosen.images)
+            checks.check_unchanged(work, sources, choice, chosen.images)
             for name in missing:
                 staging.publish(work, name, out)
         staging.close(work)
@@ -202,6 +205,8 @@ def _describe(
         print(f"warning: {said}", file=sys.stderr)
     folder, segmentation = work / name, any(report["segmentation"] for report in reports)
     (folder / REJECTED).write_text("".join(json.dumps(refused) + "\n" for refused in rejected), "utf-8")
+    left_out = LeftOut.read(work / "listing" / LEFT_OUT)
+    left_out.write(folder / LEFT_OUT)
     write_manifest(
         folder,
         entries,
@@ -209,6 +214,7 @@ def _describe(
         segmentation=segmentation,
         segmentation_classes=_segmentation_classes(sources) if segmentation else [],
         deep_colours=sum(report["deep_colours"] for report in reports),
+        left_out=left_out.counts(),
         **checks.provenance(sources, settings),
         **about,
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from beit_pretrain.settings import BelowOne, Count, Name, Paths, Rule, Seed, Settings, Text, Whole, Window, about
 from beit_pretrain.transforms.image_io import MAX_PIXELS
@@ -20,6 +20,13 @@ def _ascending(pair: list[float]) -> list[float]:
     return pair
 
 
+def _extensions(given: Any) -> Any:
+    """A text or a list of texts as a list; WebDataset separates extensions by semicolons."""
+    given = given.split(";") if isinstance(given, str) else given
+    return [e.strip().lower().removeprefix(".") if isinstance(e, str) else e for e in given] if given else given
+
+
+ImageKey = Annotated[list[Text] | None, BeforeValidator(_extensions), Rule("an extension, or a list of extensions")]
 Percentiles = Annotated[
     list[Percentile],
     Field(min_length=2, max_length=2),
@@ -42,6 +49,7 @@ class EncodeSettings(Settings):
     window: Window | None = about("[low, high]: the values of grey images that become black and white")
     percentiles: Percentiles = about("the same by each image's own values, for grey images of more than 8 bits")
     max_pixels: Count = Field(MAX_PIXELS, description="images of more pixels are refused before they are decoded")
+    image_key: ImageKey = about("extensions of the image, such as jpg or rgb.png, where files or members share a name")
     images: Count = about("of the synthetic set")
     size: Side = about("of the synthetic images, pixels")
 

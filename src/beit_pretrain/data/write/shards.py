@@ -12,7 +12,8 @@ from beit_pretrain.settings import to_dict
 def shards(cfg: ShardsSettings) -> None:
     """make: write shards; index: take over existing ones; verify: check them, exit code 2 if anything is wrong; show:
     summary and contact sheet."""
-    from beit_pretrain.data.manifest import summary, verify_shards
+    from beit_pretrain.data.left_out import summary as left_out_summary
+    from beit_pretrain.data.manifest import read_manifest, summary, verify_shards
     from beit_pretrain.data.write.contact_sheet import contact_sheet
     from beit_pretrain.data.write.index_existing import index_shards
     from beit_pretrain.data.write.make_shards import make_shards
@@ -29,7 +30,7 @@ def shards(cfg: ShardsSettings) -> None:
     if not isinstance(cfg.src, str):
         raise UserError(f"shards {cfg.action} takes one folder as src=, not a list; give one after the other")
     if cfg.action == "index":
-        folder = index_shards(cfg.src, cfg.out, cfg.labels, cfg.num_workers)
+        folder = index_shards(cfg.src, cfg.out, cfg.labels, cfg.num_workers, cfg.image_key or ())
         print(f"indexed {folder}\n{summary(folder)}")
     elif cfg.action == "verify":
         problems = verify_shards(cfg.src, num_workers=cfg.num_workers)
@@ -37,6 +38,8 @@ def shards(cfg: ShardsSettings) -> None:
             print("\n".join(problems))
             raise UserError(f"{cfg.src}: {len(problems)} problem(s)")
         print(f"{cfg.src}: fine")
+        if left_out := read_manifest(cfg.src).get("left_out"):
+            print(left_out_summary(left_out))
     else:
         print(summary(cfg.src))
         sheet = Path(cfg.out or Path(cfg.src) / "contact-sheet.png")

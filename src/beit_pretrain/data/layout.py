@@ -1,0 +1,249 @@
+"""What the names of files and folders say: by-products, parts such as train/, label maps beside photos.
+
+The rules see names alone, so that they are the same for folders and for tars. Words are compared without regard to
+case, and are separated by anything but letters, and where a capital follows a small letter (`SegmentationClass`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
+
+# --- files that are no images ------------------------------------------------------------------------------------
+
+BY_PRODUCT = "a by-product of a system or program: hidden, a thumbnail, a recycle bin"
+NO_IMAGE = "no image, by its extension"
+ARCHIVE = "an archive or data file, which may hold images; unpack it"
+DEVICE = "a pipe or a device"
+CLASS_NUMBER = "a class number of WebDataset, which shards index reads; here classes are names of folders"
+COMPRESSED = "compressed, which allows no random access; decompress it first"
+_FOLDERS = frozenset(
+    "__macosx @eadir #recycle @recycle $recycle.bin recycler #snapshot @tmp thumbnails _thumbs @sharebin "
+    "@recently-snapshot lost+found".split()
+) | {"system volume information"}
+_FILES = re.compile(
+    r"thumbs\.db.*|ehthumbs.*\.db|desktop\.ini|synophoto_.*|.*:zone\.identifier|.*\.thm|~\$.*|.*~", re.IGNORECASE
+)
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+ARCHIVES = tuple(
+    ".zip .7z .rar .gz .bz2 .xz .zst .lz4 .iso .parquet .arrow .feather .tfrecord .tfrecords .h5 .hdf5 .lmdb .mdb "
+    ".npy .npz .rec .beton".split()
+)
+NOT_IMAGES = tuple(
+    ".txt .json .jsonl .csv .tsv .xml .yaml .yml .toml .ini .md .rst .htm .html .pdf .log .db .py .sh .lst .idx "
+    ".caption .md5 .sha1 .sha256 .mat .pkl .pickle .pt .pth .safetensors .mp3 .mp4 .wav .avi .mov .mkv".split()
+)
+
+
+@lru_cache(2**16)
+def is_by_product(key: str) -> bool:
+    """Whether a path's last part was made by a system or program and not by the user, as far as its name says."""
+    return (key[:1] == "." and key not in (".", "..")) or key.lower() in _FOLDERS or bool(_FILES.fullmatch(key))
+
+
+def why_no_image(name: str) -> str | None:
+    """The reason why a file is left out by its name alone; None if it may be an image."""
+    if is_by_product(name):
+        return BY_PRODUCT
+    lower = name.lower()
+    if lower.endswith(COMPRESSED_TARS):
+        return COMPRESSED
+    if lower.endswith(ARCHIVES) or re.search(r"\.tfrecords?-\d", lower):
+        return ARCHIVE
+    if lower.endswith(".cls"):
+        return CLASS_NUMBER
+    return NO_IMAGE if lower.endswith(NOT_IMAGES) else None
+
+
+# --- words -------------------------------------------------------------------------------------------------------
+
+# Folders that hold the photos of what their parent folder names.
+PHOTOS = frozenset("images image imgs img photos photo pictures pics jpegimages jpg jpeg jpegs png pngs rgb".split())
+_COLOUR = PHOTOS | frozenset("input inputs leftimg original originals color colour".split())
+_MAPS = frozenset(
+    "mask masks label labels seg segs segmentation segmentations semantic instance instances annotation annotations "
+    "annot annots anno annos trimap trimaps gt gts groundtruth gtfine gtcoarse manual depth depths disparity normals "
+    "matte mattes alpha heatmap heatmaps saliency labelids instanceids trainids target targets".split()
+)
+_THUMBS = frozenset("thumb thumbs thumbnail preview previews".split())
+_LOSSY = frozenset("jpg jpeg jpe jfif webp avif jp2 j2k".split())
+_ROLES = {
+    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "eval", "evaluation", "holdout"), "val"),
+    **dict.fromkeys(("test", "testing", "tst"), "test"),
+}
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+")
+
+
+@lru_cache(2**16)
+def _words(name: str) -> tuple[str, ...]:
+    if name.isupper():
+        name = name.lower()
+    words = [word.casefold() for word in _WORD.findall(name)]
+    joined = "".join(words)
+    return (joined,) if joined in PHOTOS | _MAPS else tuple(words)
+
+
+# --- parts of a set ----------------------------------------------------------------------------------------------
+
+BESIDE = "beside folders of parts, which alone are read; give it as src= by itself"
+OTHER_PART = "of another part; split= picks the part"
+
+
+def _role(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """The part that a folder's name says ("train", "val", "test"), and its other words; None if not exactly one."""
+    words = _words(name)
+    roles = [word for word in words if word in _ROLES]
+    return (_ROLES[roles[0]], tuple(word for word in words if word not in _ROLES)) if len(roles) == 1 else None
+
+
+def is_part(name: str) -> bool:
+    """Whether a folder's name says that it is a part of a set, such as `train2017`."""
+    return _role(name) is not None
+
+
+def parts_of(names: Iterable[str]) -> dict[str, str]:
+    """The folders among `names` that are parts, with what they are: "train", "val" or "test".
+
+    Folders are parts if one says train and one, with the same other words (`seg_train`, `seg_test`), says val or test.
+    """
+    groups: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in names:
+        if found := _role(name):
+            groups.setdefault(found[1], {})[name] = found[0]
+    whole = {
+        words: parts for words, parts in groups.items() if "train" in parts.values() and len({*parts.values()}) > 1
+    }
+    photos = [parts for words, parts in whole.items() if not {*words} & _MAPS]  # not train_masks, test_masks
+    return {name: role for parts in photos or whole.values() for name, role in parts.items()}
+
+
+def of_split(parts: dict[str, str], split: str) -> list[str]:
+    """The folders of a split: of this name, else of this part; val and test stand for each other.
+
+    Raises UserError if there are none.
+    """
+    if exact := [name for name in parts if name.casefold() == split.casefold()]:
+        return exact
+    role = (_role(split) or ("", ()))[0]
+    for wanted in {"train": ("train",), "val": ("val", "test"), "test": ("test", "val")}.get(role, ()):
+        if found := [name for name, part in parts.items() if part == wanted]:
+            return found
+    raise UserError(f"has the parts {', '.join(sorted(parts))}; split={split} is none of them")
+
+
+# --- label maps beside photos ------------------------------------------------------------------------------------
+
+MAP = "a label map, mask, depth map or thumbnail of a photo, by its name"
+FURTHER = "a further image of the same name in a tar; image_key= chooses"
+BOTH_READ = "has the name of another image but for its extension; both are read (image_key= chooses one)"
+
+
+class Subject(NamedTuple):
+    """What an image shows, and which kind of picture of it the words at the end of the name say."""
+
+    name: str
+    kind: str  # "photo" (x, x_rgb), "map" (x_mask, x.depth, x_gtFine_labelIds) or "thumbnail"
+
+
+@lru_cache(2**16)
+def subject(stem: str) -> Subject:
+    """The subject of an image by its name without extension."""
+    kind, rest = "photo", stem.replace("leftImg8bit", "rgb")  # Cityscapes
+    while found := re.fullmatch(r"(.+?)[._ -]+([^\W\d_]+)(?:[._ -]?\d{1,2})?", rest):
+        words = set(_words(found[2]))
+        said = "map" if words <= _MAPS else "thumbnail" if words <= _THUMBS else "photo" if words <= _COLOUR else ""
+        if not said:
+            break
+        kind, rest = said if kind == "photo" else kind, found[1]
+    return Subject(rest, kind)
+
+
+def stem_of(name: str) -> tuple[str, str]:
+    """A file name without its extension, and the extension in small letters."""
+    stem, dot, extension = name.rpartition(".")
+    return (stem, extension.lower()) if dot else (name, "")
+
+
+def is_map_folder(name: str, siblings: Iterable[str], names_in: Callable[[str], tuple[str, Sequence[str]]]) -> bool:
+    """Whether a folder holds label maps or thumbnails of the photos in a sibling or in the folder above.
+
+    That is: its name says so (`masks`, `SegmentationClass`, `train_masks`, `thumbs`), a sibling's name says photos
+    (`images`), a part (`train`) or the same without the word (`x_masks` of `x`), and both hold files of one subject.
+    `names_in`: path and file names of the first folder with images, from a child folder ("" = the folder above) on.
+    """
+    words = _words(name)
+    if words and (tail := next((tail for tail in ("annot", "masks", "mask") if words[-1].endswith(tail)), "")):
+        words = (*words[:-1], words[-1].removesuffix(tail), tail)  # such as `trainannot`
+    maps = {word for word in words if word in _MAPS | _THUMBS}
+    if not maps:
+        return False
+    rest = tuple(word for word in words if word and word not in maps | {"class", "object"})
+    partners = [
+        s for s in siblings if s != name and ({*_words(s)} & _COLOUR or (rest and _words(s) == rest) or _role(s))
+    ]
+    inner, files = names_in(name)
+    mine = {subject(stem_of(file)[0]).name for file in files}
+    places = ["", *(place for s in partners for place in (s + inner.removeprefix(name), s))]
+    for place in dict.fromkeys(places):
+        if any(subject(stem_of(file)[0]).name in mine for file in names_in(place)[1]):
+            return True
+    return False
+
+
+def maps_among(names: Iterable[str]) -> list[str]:
+    """The files of one folder that are label maps or thumbnails of others in it, by the words at their ends."""
+    of: dict[str, list[tuple[str, str]]] = {}
+    marked = False
+    for name in names:
+        found = subject(stem_of(name)[0])
+        marked |= found.kind != "photo"
+        of.setdefault(found.name, []).append((found.kind, name))
+    if not marked:
+        return []
+    groups = (group for group in of.values() if any(kind == "photo" for kind, _ in group))
+    return [name for group in groups for kind, name in group if kind != "photo"]
+
+
+def image_rank(extension: str, image_key: Sequence[str] = ()) -> tuple[int, ...] | None:
+    """The order in which members of one sample count as its image, the smallest first; None: it is no image.
+
+    `extension`: all that follows the key, such as `jpg` or `mask.png`. With `image_key` (extensions) only these count,
+    in this order. Else photos come before label maps and thumbnails (`mask.png`, `depth.png`, `thumb.jpg`), plain
+    extensions before dotted ones, and lossy formats before lossless ones, in which label maps are stored.
+    """
+    if image_key:
+        return (image_key.index(extension),) if extension in image_key else None
+    *words, last = extension.split(".")
+    kind = subject(".".join(["x", *words])).kind
+    return (kind != "photo", bool(words), last not in _LOSSY)
+
+
+def twins(names: Iterable[str], image_key: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Files of one folder that differ by their image extensions alone: the one that is the image -> the others."""
+    of: dict[str, list[str]] = {}
+    for name in names:
+        stem, extension = stem_of(name)
+        if extension in IMAGE_EXTENSIONS:
+            of.setdefault(stem, []).append(name)
+    found: dict[str, list[str]] = {}
+    for group in of.values():
+        if len(group) > 1:
+            first, *others = sorted(group, key=lambda name: (image_rank(stem_of(name)[1], image_key) or (9,), name))
+            found[first] = others
+    return found
+
+
+def is_lossy(name: str) -> bool:
+    """Whether a file's format is one of photos, in which no label map is stored."""
+    return stem_of(name)[1] in _LOSSY
+
+
+def is_grey_png(head: bytes) -> bool:
+    """Whether a file that begins so is a PNG of grey values or a palette, of at most 8 bits, as label maps are."""
+    return head[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" and head[24] <= 8 and head[25] in (0, 3)

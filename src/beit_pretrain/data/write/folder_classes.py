@@ -1,0 +1,98 @@
+"""Classes from the folders that hold the images: which folder's name is the class.
+
+By default it is the innermost one (`labels.folder=innermost`), after two kinds of folders are passed over: those whose
+name says only that photos follow (`images`, `JPEGImages`: Tiny ImageNet's `n01443537/images`), and a last folder that
+has the same name everywhere. Names are compared in Unicode's composed form (NFC), since macOS stores them decomposed.
+Where something else may be meant, a note says so.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Literal
+
+from beit_pretrain.data.layout import PHOTOS, is_part
+
+FolderChoice = Literal["innermost", "outermost", "path"]
+SHOWN = 3  # folders in a note
+
+
+def classes_of(folders: Sequence[str], which: FolderChoice = "innermost") -> tuple[list[str | None], list[str]]:
+    """The class of every folder (a path that ends with a slash; "" = no folder) and notes on what is doubtful.
+
+    Folders may end with .tar. None: the images in it have no class.
+    """
+    whole = [tuple(_plain(part) for part in folder.split("/") if part) for folder in folders]
+    notes: list[str] = []
+    paths = _without_photo_folders(whole, notes)
+    if which == "path":
+        return ["/".join(path) or None for path in paths], notes
+    if which == "outermost":
+        return [path[0] if path else None for path in _without_common_start(paths)], notes
+    return [path[-1] if path else None for path in paths], notes + _doubts(paths)
+
+
+def _without_common_start(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The paths without first folders that hold all classes."""
+    while len({path[0] for path in paths if path}) == 1 and all(len(path) > 1 for path in paths if path):
+        paths = [path[1:] for path in paths]
+    return paths
+
+
+def _plain(part: str) -> str:
+    part = part.removesuffix(".tar") or part
+    try:
+        return unicodedata.normalize("NFC", part)
+    except ValueError:  # no valid text
+        return part
+
+
+def _without_photo_folders(paths: list[tuple[str, ...]], notes: list[str]) -> list[tuple[str, ...]]:
+    """The paths without last folders that name no class."""
+    while True:
+        last = {path[-1].casefold() for path in paths if path}
+        deep = {path for path in paths if path}
+        # All end alike: cats/originals, dogs/originals; or there is only `images`.
+        generic = all(word in PHOTOS or is_part(word) for word in last)
+        alike = len(last) == 1 and (generic or (len(deep) > 1 and all(len(path) > 1 for path in deep)))
+        if alike and not generic:
+            notes.append(
+                f"every class folder holds its images in a folder {min(last)!r}; the class is the folder above"
+            )
+        taken = set(paths)
+        shorter = [path[:-1] if alike or _names_photos(path, taken) else path for path in paths]
+        if shorter == paths:
+            return paths
+        paths = shorter
+
+
+def _names_photos(path: tuple[str, ...], taken: set[tuple[str, ...]]) -> bool:
+    """Whether the last folder says only that photos follow, and the one above is free to be their class."""
+    return len(path) > 1 and path[-1].casefold() in PHOTOS and path[:-1] not in taken
+
+
+def _doubts(paths: list[tuple[str, ...]]) -> list[str]:
+    """Where the innermost folder may not be the class."""
+    notes: list[str] = []
+    above: dict[str, set[tuple[str, ...]]] = {}
+    for path in paths:
+        if path:
+            above.setdefault(path[-1], set()).add(path)
+    if several := [places for places in above.values() if len(places) > 1]:
+        first = sorted("/".join(path) for path in several[0])[:SHOWN]
+        others = {path[0] for path in paths if path}, {path for path in paths if path}
+        notes.append(
+            f"{len(several):,} of {len(above):,} gather folders of the same name ({', '.join(first)}); "
+            f"labels.folder=outermost would make {len(others[0]):,} classes, labels.folder=path {len(others[1]):,}"
+        )
+    taken = set(paths)
+    if nested := sorted("/".join(path) for path in taken if any(path[:n] in taken for n in range(1, len(path)))):
+        parent = nested[0].rpartition("/")[0]
+        notes.append(f"{parent} holds images and class folders ({nested[0]}); both are classes; see labels.folder=")
+    by_look: dict[str, list[str]] = {}
+    for name in above:
+        by_look.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    if alike := next((names for names in by_look.values() if len(names) > 1), None):
+        notes.append(f"classes that read alike are kept apart: {', '.join(map(repr, sorted(alike)))}")
+    return notes
