@@ -13,6 +13,7 @@ from beit_pretrain.data.manifest import read_manifest, verify_shards
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.index_existing import index_shards
+from beit_pretrain.data.write.labels import read_class_names
 from beit_pretrain.errors import UserError
 
 
@@ -93,6 +94,42 @@ def test_class_names(foreign, tmp_path):
     (tmp_path / "names").write_text("ant\n")
     with pytest.raises(UserError, match="names 1 classes, but the shards have the number 2"):
         index_shards(foreign, tmp_path / "other", tmp_path / "names", 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbfant\r\nbee\r\ncat\r\n",
+        b"ant\nbee\ncat\n\n \n",
+        b"ant  \n\tbee\ncat\t",
+        "ant\nbee\ncat\n".encode("utf-16"),
+        b"ant\rbee\rcat\r",
+    ],
+)
+def test_class_names_of_other_systems(text, tmp_path):
+    (tmp_path / "names").write_bytes(text)
+    assert read_class_names(tmp_path / "names") == ["ant", "bee", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"ant\n\nbee\n", "line 2 is blank"),
+        (b"\nant\n", "line 1 is blank"),
+        (b"crane\nbee\ncrane \n", "'crane' is the name of two classes, in lines 1 and 3"),
+        (b"K\xe4fer\n", r"is not UTF-8 text \(byte 1\)"),
+        (b"", "line 1 is blank"),
+    ],
+)
+def test_refuses_class_names(text, words, tmp_path):
+    (tmp_path / "names").write_bytes(text)
+    with pytest.raises(UserError, match=words):
+        read_class_names(tmp_path / "names")
+
+
+def test_names_keep_the_whole_line(tmp_path):
+    (tmp_path / "names").write_text("0 tench, Tinca\nn02 great white shark\n")
+    assert read_class_names(tmp_path / "names") == ["0 tench, Tinca", "n02 great white shark"]
 
 
 def test_refuses_bad_shards(foreign, tmp_path):

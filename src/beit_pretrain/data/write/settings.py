@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from beit_pretrain.settings import BelowOne, Count, Name, Paths, Rule, Seed, Settings, Text, Whole, Window, about
 from beit_pretrain.transforms.image_io import MAX_PIXELS
@@ -28,6 +29,32 @@ Percentiles = Annotated[
 ]
 
 
+def _as_group(given: Any) -> Any:
+    """`labels=FILE` is short for `labels.path=FILE`."""
+    return given if isinstance(given, Mapping | Settings) else {"path": given}
+
+
+class LabelSettings(Settings):
+    """Classes that are not the names of folders."""
+
+    defaults = "shards.yaml:labels"
+
+    path: Name | None = about(
+        "make: ImageNet's devkit, or a list with a row per image (short: labels=FILE); index: class names, a line each"
+    )
+    file_column: Name | None = about("of a list: name or number (from 1) of the column of file names; null = found")
+    class_column: Name | None = about("the same for the classes")
+    unlisted: Literal["error", "skip"] = about("images that the list does not name: stop, or leave them out")
+
+
+class ClassSettings(Settings):
+    """Where the classes come from."""
+
+    defaults = "shards.yaml"
+
+    labels: Annotated[LabelSettings, BeforeValidator(_as_group)] = about("classes that are not the names of folders")
+
+
 class EncodeSettings(Settings):
     """The settings on which the bytes of the shards depend, besides the source."""
 
@@ -46,7 +73,7 @@ class EncodeSettings(Settings):
     size: Side = about("of the synthetic images, pixels")
 
 
-class ShardsSettings(EncodeSettings):
+class ShardsSettings(EncodeSettings, ClassSettings):
     """Settings of `shards make`, `shards index`, `shards verify` and `shards show`."""
 
     action: Text = about("make, index (existing WebDataset tars), verify or show")
@@ -58,7 +85,4 @@ class ShardsSettings(EncodeSettings):
         "make: folder for train/ and val/; index: for index and links, null = src; show: the picture"
     )
     split: Name | None = about("folder name when val=0; of a source with parts of its own also the part to read")
-    labels: Name | None = about(
-        "make: ground truth, ImageNet's devkit or a list of `filename class`; index: class names, a line each"
-    )
     num_workers: Whole | None = about("processes; null = all cores")
