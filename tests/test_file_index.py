@@ -13,8 +13,10 @@ from test_sources import class_files, tar_bytes, write_folder
 
 from beit_pretrain import processes
 from beit_pretrain.data.manifest import read_manifest, verify_shards
+from beit_pretrain.data.sources import TRAIN
 from beit_pretrain.data.write import file_index as listing
 from beit_pretrain.data.write.file_index import Listing, build_listing
+from beit_pretrain.data.write.settings import LabelSettings
 from beit_pretrain.errors import UserError
 
 
@@ -78,8 +80,9 @@ def test_parts_of_a_source(tmp_path):
     assert {s["about"]["source"][:7] for s in read_back(make(src, tmp_path / "new", split="val"))} == {"val/bee"}
     with pytest.raises(UserError, match="has the parts train, val; split=mine is none"):
         make(src, tmp_path / "new", split="mine")
-    classes = write_folder(tmp_path / "classes", {"train/a.jpg": encoded(0), "test/b.jpg": encoded(1)})
-    assert read_manifest(make(classes, tmp_path / "two"))["classes"] == ["test", "train"]
+    loose = write_folder(tmp_path / "loose", {"train/a.jpg": encoded(0), "test/b.jpg": encoded(1)})
+    (only,) = read_back(make(loose, tmp_path / "two"))
+    assert (only["about"]["source"], read_manifest(tmp_path / "two/train")["classes"]) == ("train/a.jpg", [])
 
 
 def test_refuses_a_shard_folder_as_source(tmp_path):
@@ -94,7 +97,7 @@ def test_processes_list_many_tars_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "FEW", 3)
     for num_workers in (1, 2):
         (tmp_path / str(num_workers)).mkdir()
-        build_listing(tmp_path / str(num_workers), [str(src)], "train", 0, None, num_workers)
+        build_listing(tmp_path / str(num_workers), [str(src)], TRAIN, 0, LabelSettings(), num_workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     found = Listing(tmp_path / "2")
     keys = [found.candidate(row).key for row in range(len(found))]

@@ -9,10 +9,14 @@ import pytest
 from test_image_io import encoded
 from test_sources import tar_bytes, write_folder
 
-from beit_pretrain.data.manifest import read_manifest, verify_shards
+from beit_pretrain.data import layout
+from beit_pretrain.data.layout import FURTHER
+from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.manifest import EMPTY, read_manifest, verify_shards
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.index_existing import index_shards
+from beit_pretrain.data.write.labels import read_class_names
 from beit_pretrain.errors import UserError
 
 
@@ -28,7 +32,9 @@ def test_index(foreign, elsewhere, tmp_path):
     before = {path.name: path.read_bytes() for path in foreign.iterdir()}
     folder = index_shards(foreign, tmp_path / "out" if elsewhere else None, num_workers=1)
     assert {name: (foreign / name).read_bytes() for name in before} == before
-    assert len(os.listdir(foreign)) == (2 if elsewhere else 6)
+    assert len(os.listdir(foreign)) == (2 if elsewhere else 7)
+    (caption,) = LeftOut.read(folder / LEFT_OUT).examples()
+    assert caption == ("x-0.tar/b.txt", layout.NO_IMAGE)
     manifest = read_manifest(folder)
     assert (manifest["samples"], manifest["classes"], manifest["class_counts"]) == (3, ["0", "1", "2"], [1, 0, 1])
     assert verify_shards(folder, progress=False) == []
@@ -58,23 +64,24 @@ def index_of(files: list[tuple[str, bytes]], folder: Path) -> list[tuple[bytes, 
     ("files", "expected", "left_out"),
     [
         # WebDataset's dotted extensions: the last part says what a member is.
-        ([("k.input.jpg", b"in"), ("k.target.cls", b"3"), ("k.depth.png", b"of")], [(b"in", 3)], 1),
-        ([("k.thumb.jpg", b"th"), ("k.top.cls", b"1"), ("k.jpg", b"im"), ("k.cls", b"2")], [(b"im", 2)], 1),
-        ([("k.jpg", b"im"), ("k.cls", b"2"), ("k.thumb.jpg", b"th"), ("k.top.cls", b"1")], [(b"im", 2)], 1),
+        ([("k.input.jpg", b"in"), ("k.target.cls", b"3"), ("k.depth.png", b"of")], [(b"in", 3)], {FURTHER: 1}),
+        ([("k.thumb.jpg", b"th"), ("k.top.cls", b"1"), ("k.jpg", b"im"), ("k.cls", b"2")], [(b"im", 2)], {FURTHER: 1}),
+        ([("k.jpg", b"im"), ("k.cls", b"2"), ("k.thumb.jpg", b"th"), ("k.top.cls", b"1")], [(b"im", 2)], {FURTHER: 1}),
         # A key that comes again is another sample, with members of its own.
         (
             [("a.jpg", b"1"), ("a.cls", b"5"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.cls", b"6")],
             [(b"1", 5), (b"2", -1), (b"3", 6)],
-            0,
+            {},
         ),
-        ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"5")], [(b"1", 5), (b"2", -1)], 0),
-        ([("a.jpg", b""), ("b.jpg", b"2"), ("c.png", b"")], [(b"2", -1)], 2),
+        ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"5")], [(b"1", 5), (b"2", -1)], {}),
+        ([("a.jpg", b""), ("b.jpg", b"2"), ("c.png", b"")], [(b"2", -1)], {EMPTY: 2}),
     ],
 )
 def test_samples_of_foreign_tars(files, expected, left_out, tmp_path, capsys):
     assert index_of(files, tmp_path / "src") == expected
-    said = f"warning: left out {left_out} images: empty, or further ones of a sample"
-    assert (said in capsys.readouterr().err) == bool(left_out)
+    counts = read_manifest(tmp_path / "src")["left_out"]
+    assert counts == left_out
+    assert capsys.readouterr().err.count("warning: left out") == len(left_out)
 
 
 def test_a_full_disk_is_reported_and_left_empty(full_disk, foreign):
@@ -93,6 +100,42 @@ def test_class_names(foreign, tmp_path):
     (tmp_path / "names").write_text("ant\n")
     with pytest.raises(UserError, match="names 1 classes, but the shards have the number 2"):
         index_shards(foreign, tmp_path / "other", tmp_path / "names", 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbfant\r\nbee\r\ncat\r\n",
+        b"ant\nbee\ncat\n\n \n",
+        b"ant  \n\tbee\ncat\t",
+        "ant\nbee\ncat\n".encode("utf-16"),
+        b"ant\rbee\rcat\r",
+    ],
+)
+def test_class_names_of_other_systems(text, tmp_path):
+    (tmp_path / "names").write_bytes(text)
+    assert read_class_names(tmp_path / "names") == ["ant", "bee", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"ant\n\nbee\n", "line 2 is blank"),
+        (b"\nant\n", "line 1 is blank"),
+        (b"crane\nbee\ncrane \n", "'crane' is the name of two classes, in lines 1 and 3"),
+        (b"K\xe4fer\n", r"is not UTF-8 text \(byte 1\)"),
+        (b"", "line 1 is blank"),
+    ],
+)
+def test_refuses_class_names(text, words, tmp_path):
+    (tmp_path / "names").write_bytes(text)
+    with pytest.raises(UserError, match=words):
+        read_class_names(tmp_path / "names")
+
+
+def test_names_keep_the_whole_line(tmp_path):
+    (tmp_path / "names").write_text("0 tench, Tinca\nn02 great white shark\n")
+    assert read_class_names(tmp_path / "names") == ["0 tench, Tinca", "n02 great white shark"]
 
 
 def test_refuses_bad_shards(foreign, tmp_path):

@@ -592,7 +592,7 @@ def test_refuses_pipes(tmp_path):
         with pytest.raises(UserError, match="is a pipe or a device; give an image"):
             list_images(tmp_path / name)
     images = write_folder(tmp_path / "src", {"a.jpg": encoded(0)})
-    with pytest.raises(UserError, match="it is a pipe or a device"):
+    with pytest.raises(UserError, match="pipe is a pipe or a device"):
         make(images, tmp_path / "out", labels=tmp_path / "pipe")
 
 

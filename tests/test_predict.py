@@ -52,6 +52,16 @@ def test_json_lines_equal_csv(classifier, photos, run_cli, tmp_path):
     assert {ABOUT["classes"][int(row["index"])] == row["class"] for row in rows} == {True}
 
 
+@pytest.mark.parametrize("names", [["ant", "", "ant"], ["", "", ""]])
+def test_empty_and_repeated_class_names_can_be_read(names, photos, run_cli, tmp_path):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(path, "classifier", seeded(Classifier, 3, **SIZE), **ABOUT | {"classes": names})
+    code, _, stderr = run_cli("predict", f"init_from={path}", f"src={photos}", "out=p.jsonl", "top=3")
+    assert code == 0, stderr
+    assert all([names[best["index"]] for best in line["top"]] == [best["class"] for best in line["top"]]
+               for line in lines(tmp_path / "p.jsonl"))  # fmt: skip
+
+
 def test_a_tar_and_files_are_sources_too(classifier, photos, run_cli, tmp_path):
     with tarfile.open(tmp_path / "cats.tar", "w") as tar:
         for path in sorted((photos / "cats").iterdir()):

@@ -111,7 +111,7 @@ def test_compressed_tars_beside_images_are_left_out_with_a_warning(others, words
     assert [c.key for c in list_candidates([src])] == [f"all.tar/{name}" for name in class_files(1)]
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"warning: left out {src / 'devkit.tar.gz'}")
+    assert err.startswith("warning: left out devkit.tar.gz")
     assert words in err
     assert err.count("\n") == 1
 

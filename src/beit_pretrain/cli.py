@@ -102,6 +102,8 @@ def run(argv: list[str]) -> None:
     rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a Hydra group cannot be null
     if verb == "tokenize":  # for Hydra, `data` is a config group
         rest = [f"src={word[5:]}" if word.startswith("data=") else word for word in rest]
+    if verb == "shards":  # for Hydra, `labels` is a group of settings
+        rest = [f"labels.path={word[7:]}" if word.startswith("labels=") and word[7:8] != "{" else word for word in rest]
     config = config_of(verb, rest)
     if config == "bench_gpu" and not any(word.startswith("+experiment=") for word in rest):
         rest.append(f"+experiment={EXPERIMENT}")

@@ -95,8 +95,9 @@ def units(
             stamp = hashlib.sha256(" ".join(stamps).encode()).hexdigest()
             yield unit._replace(masks=folder, stamp=stamp, classes="")
     else:
+        checked = set[Path]()
         for unit in _folder_units(source, top, choice, left_out):
-            _refuse_label_maps(source, unit)
+            _refuse_label_maps(source, unit, checked)
             yield unit
 
 
@@ -208,11 +209,14 @@ def _check_kind(source: Path, advice: str) -> None:
         raise UserError(f"src={source} {fault}; {advice}")
 
 
-def _refuse_label_maps(source: Path, unit: SourceGroup) -> None:
+def _refuse_label_maps(source: Path, unit: SourceGroup, checked: set[Path]) -> None:
     """Raise UserError for label maps in ADE20K's layout somewhere below the source: they would be lost."""
-    above, found, _ = f"/{unit.prefix}".partition("/images/")
-    folder = Path(source, above[1:])
-    if found and _has_label_maps(folder):
+    above, found, _ = f"{unit.path}/".removeprefix(str(source)).partition("/images/")
+    folder = Path(source, above.removeprefix("/"))
+    if not found or folder in checked:
+        return
+    checked.add(folder)
+    if _has_label_maps(folder):
         said = f"give src={folder}, or for the photos alone src={folder / 'images'}"
         raise UserError(f"src={source}: {folder / 'annotations'} holds label maps, no photos; {said}")
 
@@ -268,7 +272,7 @@ def _folder_units(root: Path, top: str, choice: Choice, left_out: LeftOut) -> It
                 digest.update(f"{name}\0{stamp}\0".encode(errors="surrogateescape"))
         if files:
             some = True
-            where = os.path.join(root, folder.path.rstrip("/"))
+            where = str(root / folder.path)
             yield SourceGroup("files", where, start, prefix, digest.hexdigest(), tuple(files), classes=folder.classes)
     if not some and (compressed := [key for key, why in left_out.examples() if why == layout.COMPRESSED]):
         raise UserError(f"{root / min(compressed).removeprefix(top)} is {layout.COMPRESSED}, or move it away")
@@ -300,7 +304,7 @@ def _file_units(
         prefix, classes = ("", "") if alone else (f"{key}/", f"{classes}{path.name}/")
         unit = SourceGroup("tar", str(path), top, prefix, stamp, classes=classes)
         yield from _inner_tars(unit) or (unit,)
-    elif layout.why_no_image(path.name) != layout.NO_IMAGE:
+    elif layout.why_no_image(path.name) in (None, layout.BY_PRODUCT):  # a hidden file that is named was meant
         folder = key.removesuffix(path.name)
         yield SourceGroup("files", str(path.parent), top, folder, stamp, ((path.name, size),), classes=classes)
 

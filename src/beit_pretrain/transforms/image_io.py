@@ -18,20 +18,6 @@ EXTENSIONS |= {"JPEG2000": "jp2", "AVIF": "avif", "PPM": "ppm", "ICO": "ico", "T
 IMAGE_EXTENSIONS = frozenset(EXTENSIONS.values()) | frozenset(
     "jpeg jpe jfif jif mpo tif apng dib j2k jpf jpx j2c jpc avifs pgm pbm pnm pfm icb vda vst rgba".split()
 )
-# First bytes of the formats that have them; of AVIF and JPEG 2000 those after the length of the first box.
-STARTS: tuple[bytes, ...] = (
-    b"\xff\xd8\xff",
-    b"\x89PNG\r\n",
-    b"GIF8",
-    b"BM",
-    b"II*\0",
-    b"MM\0*",
-    b"II+\0",
-    b"MM\0+",
-    b"\xff\x4f\xff\x51",
-)
-STARTS += tuple(b"P%d%c" % (kind, space) for kind in range(1, 7) for space in b" \n\r\t")
-BOXES = (b"ftypavif", b"ftypavis", b"jP  \r\n\x87\n")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
 MAX_PIXELS = 179_000_000  # of an image; about where Pillow, too, refuses one as a decompression bomb
 
@@ -170,5 +156,6 @@ def reason(error: Exception) -> str:
 
 
 def starts_as_image(head: bytes) -> bool:
-    """Whether a file that begins so (32 bytes) is in one of the accepted formats that can be told by their start."""
-    return head.startswith(STARTS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] in BOXES
+    """Whether a file that begins so (32 bytes) looks like one of the accepted formats, as far as they have a mark."""
+    tests = (Image.OPEN[name][1] for name in _formats())
+    return any(test(head) for test in tests if test is not None)

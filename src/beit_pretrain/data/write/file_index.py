@@ -30,13 +30,14 @@ from beit_pretrain.data.sources import (
     units,
 )
 from beit_pretrain.data.write import synthetic
-from beit_pretrain.data.write.folder_classes import FolderChoice, classes_of
-from beit_pretrain.data.write.labels import read_labels, stem
-from beit_pretrain.errors import UserError
+from beit_pretrain.data.write.folder_classes import classes_of
+from beit_pretrain.data.write.labels import Labeller
+from beit_pretrain.data.write.settings import FolderChoice, LabelSettings
 from beit_pretrain.processes import in_order
 
-# `end`: of the row's name in the file of names; `class`: number of its class, -1 = none.
+# `end`: of the row's name in the file of names; `class`: number of its class, -1 = none, or UNLISTED.
 ROW = np.dtype([("end", "<u8"), ("offset", "<i8"), ("size", "<i8"), ("class", "<i4")])
+UNLISTED = -2  # class of an image to leave out: labels= does not name it
 FEW = 16  # units that are not worth starting processes
 
 
@@ -65,10 +66,10 @@ class Listing:
         return candidate._replace(path=str(_pixel_file(self.folder, unit))) if unit.kind == "cifar" else candidate
 
     def labels(self, classes: list[str]) -> np.ndarray:
-        """Index in `classes` of every row's class, -1 where there is none. Raises KeyError for a class not in it."""
+        """Index in `classes` of every row's class, -1 where there is none, or UNLISTED. Raises KeyError."""
         number = {name: index for index, name in enumerate(classes)}
-        index = np.array([number[name] for name in self.classes] + [-1], np.int32)
-        return index[self.rows["class"]]
+        index = np.array([number[name] for name in self.classes] + [UNLISTED, -1], np.int32)
+        return index[self.rows["class"]]  # the two last are at -2 and -1
 
     def digest(self) -> str:
         """SHA-256 over keys, sizes and classes: the same for the same files, wherever they lie."""
@@ -100,16 +101,15 @@ def build_listing(
     sources: list[str],
     choice: Choice,
     images: int,
-    labels: str | Path | None,
+    labels: LabelSettings,
     num_workers: int,
-    which_folder: FolderChoice = "innermost",
 ) -> None:
     """List the sources into the files of `folder`, which must be empty. Raises UserError if one holds nothing.
 
-    `labels`: file of the ground truth that replaces the classes of the folders; it must know every image.
+    `labels`: the list whose classes replace those of the folders (labels.py).
     """
-    truth = None if labels is None else read_labels(labels)
-    numbers: dict[str, int] = {}  # of classes if there is a ground truth, else of folders
+    labeller = Labeller(labels) if labels.path is not None else None
+    numbers: dict[str, int] = {}  # of classes if there is a list, else of folders
     end = first = 0
     empty = set(sources)
     left_out = LeftOut()
@@ -125,10 +125,15 @@ def build_listing(
             left_out.update(without)
             lines.write(json.dumps([*unit._replace(files=(), span=(0, 0)), first]) + "\n")
             records = []
-            for name, class_name, offset, size in listed:
-                if truth is not None and (class_name := truth.get(stem(name))) is None:
-                    raise UserError(f"labels={labels} has no class for {name!r}")
-                number = -1 if class_name is None else numbers.setdefault(class_name, len(numbers))
+            for row in listed:
+                name, class_name, offset, size = row
+                number = -1
+                if labeller is not None:
+                    candidate = candidate_of(unit, row)
+                    if (class_name := labeller.class_of(candidate)) is None and labeller.skips(candidate):
+                        number = UNLISTED
+                if class_name is not None:
+                    number = numbers.setdefault(class_name, len(numbers))
                 end += names.write(name.encode("utf-8", "surrogateescape"))
                 records.append((end, offset, size, number))
             table.write(np.array(records, ROW).tobytes())
@@ -139,9 +144,12 @@ def build_listing(
             bar.update(len(listed))
     if empty:
         raise nothing_in(min(empty), ADVICE, left_out)
-    if truth is None:
-        classes = _number_classes(folder, [*numbers], which_folder, left_out)
-    (folder / "classes.json").write_text(json.dumps(classes if truth is None else [*numbers]), "utf-8")
+    if labeller is not None:
+        labeller.check(first)
+        classes = [*numbers]
+    else:
+        classes = _number_classes(folder, [*numbers], labels.folder, left_out)
+    (folder / "classes.json").write_text(json.dumps(classes), "utf-8")
     left_out.write(folder / LEFT_OUT)
     left_out.warn(f"all in {LEFT_OUT}")
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Literal
 
 from beit_pretrain.data.layout import PHOTOS, is_part
+from beit_pretrain.data.write.settings import FolderChoice
 
-FolderChoice = Literal["innermost", "outermost", "path"]
 SHOWN = 3  # folders in a note
 
 

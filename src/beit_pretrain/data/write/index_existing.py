@@ -19,6 +19,7 @@ from beit_pretrain.data import layout, manifest
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.manifest import MANIFEST, REJECTED
 from beit_pretrain.data.sources import nothing_in
+from beit_pretrain.data.write.labels import read_class_names
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import discard, publish
 from beit_pretrain.processes import cores, in_order
@@ -139,13 +140,10 @@ def _index(
 
 
 def _class_names(count: int, file: str | Path | None) -> list[str]:
-    """Names of the classes 0, 1, ... Raises UserError if the file has too few."""
+    """Names of the classes 0, 1, ... Raises UserError as `read_class_names` does, and for too few."""
     if file is None:
         return [str(number) for number in range(count)]
-    try:
-        names = Path(file).expanduser().read_text("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"labels={file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    names = read_class_names(file)
     if len(names) < count:
         raise UserError(f"labels={file} names {len(names)} classes, but the shards have the number {count - 1}")
     return names

@@ -1,62 +1,156 @@
 """Classes that are not folder names: the ground truth of a validation set, names of segmentation classes.
 
-`labels=` takes ImageNet's devkit (`ILSVRC2012_devkit_t12.tar.gz`, or unpacked), or a text or CSV file with a line
-`filename class` or `filename,class` per image (Kaggle's LOC_val_solution.csv, ADE20K's sceneCategories.txt).
+`labels.path` takes ImageNet's devkit (`ILSVRC2012_devkit_t12.tar.gz`, or unpacked), or a list with a row per image:
+text, CSV or JSON lines (label_text.py, label_columns.py), such as Kaggle's LOC_val_solution.csv, ADE20K's
+sceneCategories.txt, Tiny ImageNet's val_annotations.txt, Hugging Face's metadata.csv, ISIC's one-hot CSVs.
+label_matching.py says which name an image has.
+
+An image that the list does not name is an error, or with `labels.unlisted=skip` is rejected with that reason. Any other
+file is no reason to stop: it is rejected like those of a source without a list. Names without an image are a warning.
 """
 
 from __future__ import annotations
 
-import csv
 import io
-from pathlib import Path, PurePosixPath
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 
+from beit_pretrain.data.sources import Candidate
 from beit_pretrain.data.tars import read_named
+from beit_pretrain.data.write.label_columns import read_rows
+from beit_pretrain.data.write.label_matching import LabelList
+from beit_pretrain.data.write.label_text import lines_of, read_text
+from beit_pretrain.data.write.settings import LabelSettings
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.transforms.image_io import starts_as_image
 
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 LARGEST = 2**28  # bytes of a file of labels
+START = 32  # bytes of a file that tell its format
 
 
-def read_labels(path: str | Path) -> dict[str, str]:
-    """Name of an image without folder and extension -> its class. Raises UserError for any other file."""
+class Labeller:
+    """Gives the files of a source the classes of `settings.path`. Raises UserError for a list that cannot be read."""
+
+    def __init__(self, settings: LabelSettings):
+        assert settings.path is not None
+        self.settings = settings
+        self.listed = read_labels(settings.path, settings.file_column, settings.class_column)
+        self.files = self.images = 0  # not listed; `images` are the images among them
+        self.examples: list[str] = []  # the first of each that is not listed
+
+    def class_of(self, candidate: Candidate) -> str | None:
+        """The class of a file; None if it is not listed. Raises UserError if it has several."""
+        return self.listed.class_of(candidate.key, _whole_path(candidate))
+
+    def skips(self, candidate: Candidate) -> bool:
+        """Whether a file that is not listed is an image, to be left out. Raises UserError if it cannot be read."""
+        image = _is_image(candidate)
+        if not self.files or (image and not self.images):
+            self.examples = [candidate.key]
+        self.files += 1
+        self.images += image
+        return image
+
+    def check(self, files: int) -> None:
+        """Raise UserError unless all of `files` files are as listed; warn of what looks like a mistake."""
+        where = self.listed.where
+        if files and self.files == files:
+            example = self.examples[0]
+            said = f"it lists {self.listed.like(example)!r}, src holds {example!r}"
+            raise UserError(f"{where} names none of the {files:,} files of src: {said}; {ADVICE}")
+        if self.images and self.settings.unlisted == "error":
+            more = f" and {self.images - 1:,} more images" if self.images > 1 else ""
+            said = "add them to it, or leave them out with labels.unlisted=skip"
+            raise UserError(f"{where} has no class for {self.examples[0]!r}{more}; {said}")
+        count, example = self.listed.unused()
+        if count:
+            print(f"warning: {where} names {count:,} images that src lacks, such as {example!r}", file=sys.stderr)
+        if self.listed.twice:
+            row, key = self.listed.twice
+            said = f"{self.listed.name(row)!r} names several images, {key!r} too: they get the same class"
+            print(f"warning: {where}: {said}", file=sys.stderr)
+
+
+ADVICE = "see labels.file_column=, or list paths below src"
+
+
+def read_labels(path: str | Path, file_column: str | None = None, class_column: str | None = None) -> LabelList:
+    """The classes in a devkit or a list. Raises UserError for any other file."""
     path = Path(path).expanduser()
+    where = f"labels={path}"
+    found = LabelList(where)
     try:
         if path.is_dir() or path.name.endswith((".tar.gz", ".tgz", ".tar")):
-            return _devkit_labels(read_named(path, {GROUND_TRUTH, META}, LARGEST))
+            for name, class_name in _devkit_labels(read_named(path, {GROUND_TRUTH, META}, LARGEST)).items():
+                found.add(name, class_name)
+            return found
         if path.exists() and not path.is_file():  # reading it would never end
-            raise ValueError("it is a pipe or a device")
+            raise UserError(f"{where} is a pipe or a device")
         if path.stat().st_size > LARGEST:
-            raise ValueError(f"it has more than {LARGEST} bytes")
-        return _text_labels(path.read_text("utf-8-sig"))
+            raise UserError(f"{where} has more than {LARGEST} bytes")
+        text = read_text(path, "labels")
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # scipy raises nearly anything on a file that is no .mat
+        raise UserError(f"{where} is neither ImageNet's devkit nor a list of names: {first_line(error)}") from None
+    try:
+        for line, name, class_name in read_rows(text, file_column, class_column):
+            found.add(name, class_name, line)
+    except ValueError as error:
+        raise UserError(f"{where}: {first_line(error)}") from None
+    return found
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """The names in a file of class names, a line each, without what blanks and lines end it.
+
+    Raises UserError for a line between them that is blank, and for a name that comes twice.
+    """
+    try:
+        lines = lines_of(read_text(Path(path).expanduser(), "labels").rstrip())
     except OSError as error:
         raise UserError(f"labels={path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # scipy raises nearly anything on a file that is no .mat
-        said = f"is neither ImageNet's devkit nor a list of names: {first_line(error)}"
-        raise UserError(f"labels={path} {said}") from None
+    first: dict[str, int] = {}
+    for number, name in enumerate(map(str.strip, lines), 1):
+        if not name:
+            raise UserError(f"labels={path}: line {number} is blank; give every class a name")
+        if (before := first.setdefault(name, number)) != number:
+            raise UserError(f"labels={path}: {name!r} is the name of two classes, in lines {before} and {number}")
+    return list(first)
 
 
-def stem(key: str) -> str:
-    """The name by which labels know an image: without folder and extension."""
-    return PurePosixPath(key).stem
+def _whole_path(candidate: Candidate) -> str:
+    """The absolute path of a file; of a member of a tar, with its path in the tar."""
+    if candidate.kind != "file":
+        return candidate.key
+    tar = os.path.basename(candidate.path)
+    if not tar.lower().endswith(".tar"):
+        return candidate.path
+    inner = candidate.key.rpartition(f"{tar}/")[2]
+    return f"{candidate.path.removesuffix('.tar')}/{inner}"
 
 
-def _text_labels(text: str) -> dict[str, str]:
-    lines = [line for line in text.splitlines() if line.strip()]
-    kaggle = bool(lines) and lines[0].replace(" ", "") == "ImageId,PredictionString"
-    found: dict[str, str] = {}
-    commas = any("," in line for line in lines)
-    for fields in csv.reader(lines[kaggle:]) if commas else (line.split(None, 1) for line in lines):
-        if len(fields) < 2 or not fields[0].strip() or not fields[1].strip():
-            raise ValueError(f"the line {' '.join(fields)[:60]!r} has no class")
-        name, class_name = stem(fields[0].strip()), fields[1].strip()
-        class_name = class_name.split()[0] if kaggle else class_name  # boxes follow
-        if found.setdefault(name, class_name) != class_name:
-            raise ValueError(f"{name!r} has two classes, {found[name]!r} and {class_name!r}")
-    if not found:
-        raise ValueError("it is empty")
-    return found
+def _is_image(candidate: Candidate) -> bool:
+    """Whether a file begins like an image that can be read. Raises UserError if it cannot be read at all."""
+    if candidate.kind != "file":
+        return True
+    if candidate.size <= 0:
+        return False
+    if candidate.key.lower().endswith(".tga"):  # has no mark
+        return True
+    try:
+        with open(candidate.path, "rb", buffering=0) as file:
+            file.seek(candidate.offset)
+            start = file.read(min(START, candidate.size))
+    except OSError as error:
+        raise UserError(f"{candidate.path} cannot be read: {error.strerror or error}") from None
+    return starts_as_image(start)
 
 
 def _devkit_labels(files: dict[str, bytes]) -> dict[str, str]:

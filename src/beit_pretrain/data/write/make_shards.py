@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from beit_pretrain.data.write import argument_checks as checks
 from beit_pretrain.data.write import staging, synthetic
 from beit_pretrain.data.write.file_index import Listing, build_listing, opened_listing
 from beit_pretrain.data.write.labels import segmentation_names
-from beit_pretrain.data.write.settings import EncodeSettings
+from beit_pretrain.data.write.settings import ClassSettings, EncodeSettings, LabelSettings
 from beit_pretrain.data.write.shard_writer import Job, read_report, write_shard
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write
@@ -41,7 +41,7 @@ def make_shards(
     out: str | Path,
     *,
     split: str = "train",
-    labels: str | Path | None = None,
+    labels: str | Path | Mapping[str, Any] | LabelSettings | None = None,
     num_workers: int | None = None,
     **settings: Any,
 ) -> list[Path]:
@@ -49,7 +49,8 @@ def make_shards(
 
     `src`: "synthetic", a folder (of class folders, tars, or images), a tar, or a list of folders and tars; the class is
     the name of the folder (or inner tar, or tar of a list of tars) that holds the image. `split`: name of the folder,
-    and the part of a source that has parts. `labels`: see labels.py. `workers`: None = all cores. `settings`: those of
+    and the part of a source that has parts. `labels`: a file (labels.py), or the settings of
+    `LabelSettings`. `num_workers`: None = all cores. `settings`: those of
     `EncodeSettings`.
 
     A half-done run of the same call in `out` is resumed; a finished one is left as it is.
@@ -57,6 +58,7 @@ def make_shards(
     memory, or if no image can be decoded.
     """
     chosen = EncodeSettings.validated(settings)
+    listed = ClassSettings.validated({"labels": labels}).labels
     # Absolute paths, so that a run can be resumed from another folder.
     given = [src] if isinstance(src, str | Path) else list(src)
     sources = [str(g) if g == "synthetic" else str(Path(g).expanduser().absolute()) for g in given]
@@ -67,7 +69,7 @@ def make_shards(
     num_workers = num_workers or cores()
     opened_listing.cache_clear()  # this process may have made others in the same folder
     with staging.work_folder(out) as work:
-        now = _plan(sources, split, labels, chosen)
+        now = _plan(sources, split, listed, chosen)
         if before := staging.read_plan(work):
             staging.check_same(work, before["settings"], now)
         # A split that was published already is the half-done run's own.
@@ -79,11 +81,14 @@ def make_shards(
                 about = before["about"]
             else:
                 (work / "listing").mkdir()
-                build_listing(work / "listing", sources, choice, chosen.images, labels, num_workers)
+                build_listing(work / "listing", sources, choice, chosen.images, listed, num_workers)
             listing = Listing(work / "listing")
             if not before:
                 classes = _class_names(listing, sources, out, split)
                 about = {"classes": classes, "listing_sha256": listing.digest()}
+            made = checks.provenance(sources, chosen)
+            if listed.path is not None:
+                made["settings"]["labels"] = _labels_file(listed)
             if finished:
                 checks.check_same_listing(out, names, about)
                 return [out / name for name in names]
@@ -93,7 +98,7 @@ def make_shards(
             atomic_write(work / "plan.json", json.dumps({"settings": now, "about": about}), durable=True)
             for name in missing:
                 _write_split(work, name, rows[name], class_index, chosen, num_workers)
-                _describe(work, name, len(rows[name]), sources, chosen, about)
+                _describe(work, name, len(rows[name]), sources, chosen, made | about)
             # Files of a source that disappeared meanwhile must not count as broken images.
             checks.check_unchanged(work, sources, choice, chosen.images)
             for name in missing:
@@ -102,16 +107,30 @@ def make_shards(
     return [out / name for name in names]
 
 
-def _plan(sources: list[str], split: str, labels: str | Path | None, settings: EncodeSettings) -> dict[str, Any]:
+def _plan(sources: list[str], split: str, labels: LabelSettings, settings: EncodeSettings) -> dict[str, Any]:
     """Everything in which a run must agree with a half-done one to resume it. Raises OSError for unreadable labels."""
     plan: dict[str, Any] = {"src": sources, "split": split, "labels": None, "format": FORMAT, "Pillow": PIL.__version__}
-    if labels is not None:
-        file = Path(labels).expanduser()
+    if labels.path is not None:
+        file = Path(labels.path).expanduser()
         plan["labels"] = f"{file.absolute()}"
         if file.is_file():
-            with open(file, "rb") as opened:
-                plan["labels"] += f" (SHA-256 {hashlib.file_digest(opened, 'sha256').hexdigest()[:16]})"
+            plan["labels"] += f" (SHA-256 {_checksum(file)})"
+    # Only what differs from the defaults: runs of earlier versions can be resumed.
+    usual = LabelSettings()
+    plan |= {f"labels.{name}": v for name, v in labels if name != "path" and v != getattr(usual, name)}
     return {**plan, **settings.model_dump()}
+
+
+def _labels_file(labels: LabelSettings) -> dict[str, Any]:
+    """The settings of the labels for the manifest: the file's name alone, as paths differ between machines."""
+    file = Path(str(labels.path)).expanduser()
+    checksum = {"sha256": _checksum(file)} if file.is_file() else {}
+    return {**labels.model_dump(), "path": file.name, **checksum}
+
+
+def _checksum(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _class_names(listing: Listing, sources: list[str], out: Path, split: str) -> list[str]:
@@ -215,7 +234,6 @@ def _describe(
         segmentation_classes=_segmentation_classes(sources) if segmentation else [],
         deep_colours=sum(report["deep_colours"] for report in reports),
         left_out=left_out.counts(),
-        **checks.provenance(sources, settings),
         **about,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
@@ -35,6 +36,38 @@ Percentiles = Annotated[
 ]
 
 
+def _as_group(given: Any) -> Any:
+    """`labels=FILE` is short for `labels.path=FILE`."""
+    return given if isinstance(given, Mapping | Settings) else {"path": given}
+
+
+FolderChoice = Literal["innermost", "outermost", "path"]
+
+
+class LabelSettings(Settings):
+    """Classes that are not the names of folders."""
+
+    defaults = "shards.yaml:labels"
+
+    path: Name | None = about(
+        "make: ImageNet's devkit, or a list with a row per image (short: labels=FILE); index: class names, a line each"
+    )
+    file_column: Name | None = about("of a list: name or number (from 1) of the column of file names; null = found")
+    class_column: Name | None = about("the same for the classes")
+    folder: FolderChoice = about(
+        "without a list: which of an image's folders is its class, innermost, outermost or path"
+    )
+    unlisted: Literal["error", "skip"] = about("images that the list does not name: stop, or leave them out")
+
+
+class ClassSettings(Settings):
+    """Where the classes come from."""
+
+    defaults = "shards.yaml"
+
+    labels: Annotated[LabelSettings, BeforeValidator(_as_group)] = about("classes that are not the names of folders")
+
+
 class EncodeSettings(Settings):
     """The settings on which the bytes of the shards depend, besides the source."""
 
@@ -54,7 +87,7 @@ class EncodeSettings(Settings):
     size: Side = about("of the synthetic images, pixels")
 
 
-class ShardsSettings(EncodeSettings):
+class ShardsSettings(EncodeSettings, ClassSettings):
     """Settings of `shards make`, `shards index`, `shards verify` and `shards show`."""
 
     action: Text = about("make, index (existing WebDataset tars), verify or show")
@@ -66,7 +99,4 @@ class ShardsSettings(EncodeSettings):
         "make: folder for train/ and val/; index: for index and links, null = src; show: the picture"
     )
     split: Name | None = about("folder name when val=0; of a source with parts of its own also the part to read")
-    labels: Name | None = about(
-        "make: ground truth, ImageNet's devkit or a list of `filename class`; index: class names, a line each"
-    )
     num_workers: Whole | None = about("processes; null = all cores")

@@ -21,7 +21,7 @@ import numpy as np
 
 from beit_pretrain.data.manifest import INDEX_DTYPE, index_path, shard_entry, write_index
 from beit_pretrain.data.sources import Candidate
-from beit_pretrain.data.write.file_index import opened_listing
+from beit_pretrain.data.write.file_index import UNLISTED, opened_listing
 from beit_pretrain.data.write.sample_encoder import sample_members
 from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
@@ -37,7 +37,7 @@ class Job(NamedTuple):
     first: int  # number of its first sample
     listing: Path  # folder of the listing
     rows: np.ndarray  # of the listing, in the order of the samples
-    labels: np.ndarray  # class index of each, -1 = none
+    labels: np.ndarray  # class index of each, -1 = none, or UNLISTED
     settings: EncodeSettings
 
 
@@ -70,6 +70,9 @@ def write_shard(job: Job) -> int:
         # By tarfile, as WebDataset's own writer imports torch (seconds in every process); the layout is the same.
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for position, (candidate, label) in enumerate(zip(candidates, job.labels.tolist(), strict=True), job.first):
+                if label == UNLISTED:
+                    rejected.append({"key": candidate.key, "reason": "labels= does not name it"})
+                    continue
                 try:
                     members = sample_members(candidate, label, job.settings)
                 except UserError:

@@ -30,7 +30,9 @@ def shards(cfg: ShardsSettings) -> None:
     if not isinstance(cfg.src, str):
         raise UserError(f"shards {cfg.action} takes one folder as src=, not a list; give one after the other")
     if cfg.action == "index":
-        folder = index_shards(cfg.src, cfg.out, cfg.labels, cfg.num_workers, cfg.image_key or ())
+        if cfg.labels.file_column or cfg.labels.class_column:
+            raise UserError("shards index takes a file of class names, a line each: labels.path= alone")
+        folder = index_shards(cfg.src, cfg.out, cfg.labels.path, cfg.num_workers, cfg.image_key or ())
         print(f"indexed {folder}\n{summary(folder)}")
     elif cfg.action == "verify":
         problems = verify_shards(cfg.src, num_workers=cfg.num_workers)

