@@ -91,7 +91,7 @@ def read_labels(path: str | Path, file_column: str | None = None, class_column: 
                 found.add(name, class_name)
             return found
         if path.exists() and not path.is_file():  # reading it would never end
-            raise UserError(f"{where} is a pipe or a device")
+            raise UserError(f"{where}: it is a pipe or a device")
         if path.stat().st_size > LARGEST:
             raise UserError(f"{where} has more than {LARGEST} bytes")
         text = read_text(path, "labels")
@@ -152,6 +152,9 @@ def _is_image(candidate: Candidate) -> bool:
             start = file.read(min(START, candidate.size))
     except OSError as error:
         raise UserError(f"{candidate.path} cannot be read: {error.strerror or error}") from None
+    # Pillow's tests of these two accept texts such as BMW or Python.
+    if (start[:2] == b"BM" and any(start[6:10])) or (start[:1] == b"P" and not start[2:3].isspace()):
+        return False
     return any(accept(start) for accept in _marks())
 
 
