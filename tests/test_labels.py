@@ -316,6 +316,13 @@ def test_one_name_for_several_images_is_a_warning(tmp_path, capsys):
     assert "'1.jpg' names several images, 'y/1.jpg' too: they get the same class" in capsys.readouterr().err
 
 
+def test_a_class_for_every_image_is_a_warning(tmp_path, capsys):
+    src = write_folder(tmp_path / "src", {f"{i}.jpg": encoded(0) for i in range(20)})
+    (tmp_path / "l.csv").write_text("file_name,text\n" + "".join(f"{i}.jpg,photo {i}\n" for i in range(20)))
+    make(src, tmp_path / "out", labels=tmp_path / "l.csv")
+    assert "all 20 images have a class of their own; labels.class_column=" in capsys.readouterr().err
+
+
 def test_the_settings_of_labels_belong_to_a_half_done_run(tmp_path, monkeypatch):
     src = write_folder(tmp_path / "src", {"a.jpg": encoded(0), "b.jpg": encoded(1)})
     (tmp_path / "l.csv").write_text("id,kind,label\na,1,cat\nb,2,dog\n")

@@ -131,7 +131,7 @@ def build_listing(
     if empty:
         raise UserError(f"src={min(empty)} holds no image; {ADVICE}")
     if labeller is not None:
-        labeller.check(first)
+        labeller.check(first, len(numbers))
     (folder / "classes.json").write_text(json.dumps(list(numbers)), "utf-8")
 
 

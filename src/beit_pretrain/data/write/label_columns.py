@@ -184,7 +184,7 @@ def _are_numbers(table: Table, start: int) -> bool:
 
 
 def _is_boxes(table: Table) -> bool:
-    """Whether a box follows the class in every row, where tabs or blanks separate; flags of several classes are none."""
+    """Whether a box follows the class in every row, where tabs or blanks separate; rows of flags are no boxes."""
     if table.separator not in ("\t", BLANKS):
         return False
     flags = True
