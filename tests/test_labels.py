@@ -316,6 +316,13 @@ def test_one_name_for_several_images_is_a_warning(tmp_path, capsys):
     assert "'1.jpg' names several images, 'y/1.jpg' too: they get the same class" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", [{"class_column": "dx"}, {"file_column": 1}, {"unlisted": "skip"}])
+def test_settings_of_a_list_need_the_list(setting, tmp_path):
+    src = write_folder(tmp_path / "src", {"a.jpg": encoded(0)})
+    with pytest.raises(UserError, match=rf"labels.{next(iter(setting))} is for a list of labels; give it"):
+        make(src, tmp_path / "out", labels=setting)
+
+
 def test_a_class_for_every_image_is_a_warning(tmp_path, capsys):
     src = write_folder(tmp_path / "src", {f"{i}.jpg": encoded(0) for i in range(20)})
     (tmp_path / "l.csv").write_text("file_name,text\n" + "".join(f"{i}.jpg,photo {i}\n" for i in range(20)))
