@@ -87,6 +87,7 @@ BOXES = "filename,width,height,class,xmin,ymin\na.jpg,9,9,cat,1,1\na.jpg,9,9,cat
         ("a.jpg cat\nb.jpg polar bear, white\n", {"a.jpg": "cat", "b.jpg": "polar bear, white"}),
         ("a\x85b.jpg,cat\n", {"a\x85b.jpg": "cat"}),
         # Which columns.
+        ("image,A,B\na,True,False\nb,False,True\n", {"a": "A", "b": "B"}),
         (HOT, {"I_0": "MEL", "I_1": "NV"}),
         (BOXES, AB),
         ("image_id,width,label\na,48,cat\nb,40,dog\n", {"a": "cat", "b": "dog"}),
@@ -104,6 +105,8 @@ BOXES = "filename,width,height,class,xmin,ymin\na.jpg,9,9,cat,1,1\na.jpg,9,9,cat
         ("a.jpg\tcat\t0.93\nb.jpg\tdog\t1\n", AB),
         ("a.jpg Boeing 707\nb.jpg Airbus 320\n", {"a.jpg": "Boeing 707", "b.jpg": "Airbus 320"}),
         ("a first class\nb second class\n", {"a": "first class", "b": "second class"}),
+        ("a.jpg , cat\nb.jpg ,dog\n", AB),
+        (",image,label\n0,a.jpg,cat\n1,b.jpg,dog\n", AB),
         # JSON lines, paths of other systems.
         ('{"file_name": "a.jpg", "label": "cat", "box": [1]}\n\n{"label": "dog", "file_name": "b.jpg"}\n', AB),
         ('{"file_name": "a.jpg", "label": 3}\n', {"a.jpg": "3"}),
@@ -189,6 +192,10 @@ def test_refuses_files_without_ground_truth(tmp_path):
             "line 3: 'a.jpg' has two classes, 'cat' and 'dog'",
         ),
         "cub.txt": (b"1 001.Albatross/a.jpg\n2 002.Auk/b.jpg\n", "column 2 holds file names, no classes"),
+        "masks.csv": (b"image,mask\na.jpg,a.png\n", "column 2 holds file names, no classes.*labels.file_column=1 "),
+        "flags.txt": (b"a.jpg 1 0 0 1 -1\nb.jpg 0 0 1 1 1\n", "which column holds the classes"),
+        "again.csv": (b"image,label,label\na,x,y\n", "which column .* label or label.*labels.class_column="),
+        "cards.txt": (b"a.jpg|cat\n", r"'a.jpg\|cat' has no class"),
         "coco.json": (b'{\n"images": [], "annotations": []}\n', "line 1 is no object of JSON lines.*COCO"),
         "array.json": (b'[{"file_name": "a.jpg", "label": 1}]\n', "line 1 is no object of JSON lines"),
         "list.jsonl": (b'{"file_name": "a.jpg", "label": [1, 2]}\n', r"'a.jpg' has \[1, 2\], not one class"),
@@ -230,6 +237,9 @@ def test_an_image_without_a_label(tmp_path):
         # A folder above the source tells them apart: the source lies in /data/src.
         ({"src/1.jpg": "cat", "test/1.jpg": "dog"}, ["1.jpg"], ["cat"]),
         ({"/k/src/1.jpg": "cat", "/k/test/1.jpg": "dog"}, ["1.jpg"], ["cat"]),
+        ({"src/2.jpg": "cat", "test/1.jpg": "dog"}, ["2.jpg", "1.jpg"], ["cat", None]),
+        ({"src/a/2.jpg": "cat", "test/a/1.jpg": "dog"}, ["a/2.jpg", "a/1.jpg"], ["cat", None]),
+        ({"old/2.jpg": "cat", "other/1.jpg": "dog"}, ["2.jpg", "1.jpg"], ["cat", "dog"]),
         # Extensions, ids, ids with dots.
         ({"1.jpg": "cat"}, ["1.jpg", "1.png", "1.jpg.png", "1"], ["cat", None, None, None]),
         ({"1": "cat"}, ["1.jpg", "x/1.PNG", "1", "1.2.jpg"], ["cat", "cat", "cat", None]),
@@ -253,6 +263,8 @@ def test_which_name_an_image_has(listed, images, expected):
 
 JUNK = {
     "LICENSE": b"MIT",
+    "README": b"Python 3 of BMW",
+    "NOTES": b"BMW and Python",
     "checksums.md5": b"0 a",
     "a.jpg:Zone.Identifier": b"[Zone]",
     "part.crdownload": b"",
@@ -304,6 +316,20 @@ def test_one_name_for_several_images_is_a_warning(tmp_path, capsys):
     (tmp_path / "l.csv").write_text("1.jpg,cat\n")
     assert set(classes_of(make(src, tmp_path / "out", labels=tmp_path / "l.csv")).values()) == {"cat"}
     assert "'1.jpg' names several images, 'y/1.jpg' too: they get the same class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", [{"class_column": "dx"}, {"file_column": 1}, {"unlisted": "skip"}])
+def test_settings_of_a_list_need_the_list(setting, tmp_path):
+    src = write_folder(tmp_path / "src", {"a.jpg": encoded(0)})
+    with pytest.raises(UserError, match=rf"labels.{next(iter(setting))} is for a list of labels; give it"):
+        make(src, tmp_path / "out", labels=setting)
+
+
+def test_a_class_for_every_image_is_a_warning(tmp_path, capsys):
+    src = write_folder(tmp_path / "src", {f"{i}.jpg": encoded(0) for i in range(20)})
+    (tmp_path / "l.csv").write_text("file_name,text\n" + "".join(f"{i}.jpg,photo {i}\n" for i in range(20)))
+    make(src, tmp_path / "out", labels=tmp_path / "l.csv")
+    assert "all 20 images have a class of their own; labels.class_column=" in capsys.readouterr().err
 
 
 def test_the_settings_of_labels_belong_to_a_half_done_run(tmp_path, monkeypatch):

@@ -157,5 +157,8 @@ def reason(error: Exception) -> str:
 
 def starts_as_image(head: bytes) -> bool:
     """Whether a file that begins so (32 bytes) looks like one of the accepted formats, as far as they have a mark."""
+    # Pillow's tests of these two accept texts such as BMW or Python.
+    if (head[:2] == b"BM" and any(head[6:10])) or (head[:1] == b"P" and not head[2:3].isspace()):
+        return False
     tests = (Image.OPEN[name][1] for name in _formats())
     return any(test(head) for test in tests if test is not None)

@@ -10,7 +10,7 @@ from typing import Any
 from beit_pretrain.data.manifest import MANIFEST, read_manifest
 from beit_pretrain.data.sources import Choice, distinct_names
 from beit_pretrain.data.write.file_index import Listing, source_units
-from beit_pretrain.data.write.settings import EncodeSettings
+from beit_pretrain.data.write.settings import EncodeSettings, LabelSettings
 from beit_pretrain.data.write.staging import difference, show
 from beit_pretrain.errors import UserError
 
@@ -31,6 +31,14 @@ def check_arguments(sources: list[str], split: str, num_workers: int | None, set
     for message, holds in wrong.items():
         if holds:
             raise UserError(message)
+
+
+def check_labels(labels: LabelSettings) -> None:
+    """Raise UserError for settings of a list of labels without the list."""
+    chosen = {"file_column": labels.file_column, "class_column": labels.class_column}
+    chosen |= {"unlisted": "skip" if labels.unlisted == "skip" else None}
+    if labels.path is None and (names := [name for name, value in chosen.items() if value is not None]):
+        raise UserError(f"labels.{names[0]} is for a list of labels; give it with labels=FILE")
 
 
 def check_sources(sources: list[str], out: Path) -> None:

@@ -145,7 +145,7 @@ def build_listing(
     if empty:
         raise nothing_in(min(empty), ADVICE, left_out)
     if labeller is not None:
-        labeller.check(first)
+        labeller.check(first, len(numbers))
         classes = [*numbers]
     else:
         classes = _number_classes(folder, [*numbers], labels.folder, left_out)

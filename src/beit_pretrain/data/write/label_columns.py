@@ -117,8 +117,8 @@ def _columns(
         return file, kind
     kind = _class_column(table, first, header, file, shown)
     values = next(islice(table.rows(), int(header), None), (0, []))[1]
-    if kind is not None and values and IMAGE_NAME.fullmatch(values[kind]) and not IMAGE_NAME.fullmatch(values[file]):
-        order = f"labels.file_column={kind + 1} and labels.class_column="
+    if kind is not None and values and IMAGE_NAME.fullmatch(values[kind]):
+        order = f"labels.file_column={(file if IMAGE_NAME.fullmatch(values[file]) else kind) + 1} labels.class_column="
         raise ValueError(f"its column {kind + 1} holds file names, no classes ({values[kind][:60]!r}); give {order}")
     return file, kind
 
@@ -146,19 +146,27 @@ def _class_column(table: Table, first: list[str], header: bool, file: int, shown
                 return found[0]
             several = " or ".join(first[number] for number in found)
             raise ValueError(f"which column holds the classes, {several}? Give labels.class_column=; {shown}")
-    hot = {"0", "1", "0.0", "1.0"}
-    if all(fields[n] in hot for _, fields in islice(table.rows(), 1, None) for n in range(len(first)) if n != file):
+    if all(
+        _flag(f) is not None for _, fields in islice(table.rows(), 1, None) for n, f in enumerate(fields) if n != file
+    ):
         return None
     raise ValueError(f"which column holds the classes? Give labels.class_column=; {shown}")
 
 
 def _hot(columns: list[str], fields: list[str], file: int, line: int) -> str:
     """The name of the column with the 1. Raises ValueError if there are several, or none."""
-    ones = [columns[n] for n in range(len(columns)) if n != file and fields[n] in ("1", "1.0")]
+    ones = [columns[n] for n in range(len(columns)) if n != file and _flag(fields[n])]
     if len(ones) != 1:
         found = f"the classes {', '.join(ones[:5])}" if ones else "a 1 in no column"
         raise ValueError(f"line {line}: {fields[file]!r} has {found}; an image has one class (multi-label is not read)")
     return ones[0]
+
+
+def _flag(text: str) -> bool | None:
+    """A number 0 or 1, or false or true, as a flag; None for anything else."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return bool(float(text)) if NUMBER.fullmatch(text) and float(text) in (0, 1) else None
 
 
 def _refuse_several_numbers(table: Table, kind: int) -> None:
@@ -176,15 +184,20 @@ def _are_numbers(table: Table, start: int) -> bool:
 
 
 def _is_boxes(table: Table) -> bool:
-    """Whether a box follows the class in every row, where tabs or blanks separate."""
-    return table.separator in ("\t", BLANKS) and all(
-        len(fields) == 2 + BOX and all(map(NUMBER.fullmatch, fields[2:])) for _, fields in table.rows()
-    )
+    """Whether a box follows the class in every row, where tabs or blanks separate; rows of flags are no boxes."""
+    if table.separator not in ("\t", BLANKS):
+        return False
+    flags = True
+    for _, fields in table.rows():
+        if len(fields) != 2 + BOX or not all(map(NUMBER.fullmatch, fields[2:])):
+            return False
+        flags = flags and {*fields[1:]} <= {"0", "1", "-1"}
+    return not flags
 
 
 def _index(name: str, columns: list[str]) -> int | None:
     """The column of a name, as it stands or without case, blanks, _ and -; None if there is none, or several."""
-    if name in columns:
+    if columns.count(name) == 1:
         return columns.index(name)
     alike = [number for number, column in enumerate(columns) if _plain(column) == _plain(name)]
     return alike[0] if len(alike) == 1 else None

@@ -35,7 +35,7 @@ class LabelList:
         self._class = array("i")  # of every row, in `_classes`
         self._uses = bytearray()  # images of every row; 2 = several
         self._depths: list[int] = []  # numbers of parts that listed names have, descending
-        self._ends: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
+        self._ends: dict[int, tuple[dict[str, int], dict[str, int], set[str]]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,30 +96,36 @@ class LabelList:
         return self._longer(parts, key, own)
 
     def _longer(self, parts: list[str], key: str, own: int) -> int | None:
-        """The row whose name ends with the last `own` parts of a path, and has more."""
+        """The row whose name ends with the last `own` parts of a path, and has more.
+
+        If the folder above is one of the list's folders there, names in other folders are not meant.
+        """
         if self._depths[0] <= own:
             return None
         if own not in self._ends:
             self._ends[own] = self._ends_with(own)
-        ends, others = self._ends[own]
+        ends, others, above = self._ends[own]
+        if own < len(parts) and parts[-own - 1] in above:
+            return self._longer(parts, key, own + 1)
         name = "/".join(parts[-own:])
         for end in (name, _without_extension(name)):
-            if end in others:  # do folders above the source decide?
-                row = self._longer(parts, key, own + 1) if own < len(parts) else None
-                if row is None:
-                    self._refuse(key, ends[end], others[end])
-                return row
+            if end in others:
+                self._refuse(key, ends[end], others[end])
         return self._lookup(ends, name, key)
 
-    def _ends_with(self, own: int) -> tuple[dict[str, int], dict[str, int]]:
-        """The last `own` parts of the longer names -> row; and, of those with several classes, one of another class."""
+    def _ends_with(self, own: int) -> tuple[dict[str, int], dict[str, int], set[str]]:
+        """Of the longer names the last `own` parts -> row; of those with several classes, one of another class; the
+        folders before these parts."""
         ends: dict[str, int] = {}
         others: dict[str, int] = {}
+        above: set[str] = set()
         for name, row in self.rows.items():
             parts = name.rsplit("/", own)
-            if len(parts) > own and self._class[ends.setdefault(end := "/".join(parts[1:]), row)] != self._class[row]:
-                others[end] = row
-        return ends, others
+            if len(parts) > own:
+                above.add(parts[0].rpartition("/")[2])
+                if self._class[ends.setdefault(end := "/".join(parts[1:]), row)] != self._class[row]:
+                    others[end] = row
+        return ends, others, above
 
     def _lookup(self, rows: dict[str, int], name: str, key: str) -> int | None:
         """The row of a name, or of it without its extension. Raises UserError if both are listed with two classes."""

@@ -36,7 +36,7 @@ BLANK, BLANKS = " ", "  "  # a blank ends the name alone; blanks separate all fi
 LINE_END = re.compile(r"\r\n|\r|\n")
 _EXTENSIONS = "|".join(sorted(IMAGE_EXTENSIONS))
 IMAGE_NAME = re.compile(rf".*\.({_EXTENSIONS})", re.IGNORECASE | re.DOTALL)
-NAME_AND_BLANK = re.compile(rf"[^\s,;\"]+\.({_EXTENSIONS}) +\S", re.IGNORECASE)
+NAME_AND_BLANK = re.compile(rf"[^\s,;\"]+\.({_EXTENSIONS}) +[^\s,;]", re.IGNORECASE)
 Row = tuple[int, list[str]]  # line number and fields
 
 

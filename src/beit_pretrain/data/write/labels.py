@@ -55,8 +55,11 @@ class Labeller:
         self.images += image
         return image
 
-    def check(self, files: int) -> None:
-        """Raise UserError unless all of `files` files are as listed; warn of what looks like a mistake."""
+    def check(self, files: int, classes: int) -> None:
+        """Raise UserError unless all of `files` files are as listed; warn of what looks like a mistake.
+
+        `classes`: how many the listed files have.
+        """
         where = self.listed.where
         if files and self.files == files:
             example = self.examples[0]
@@ -69,13 +72,17 @@ class Labeller:
         count, example = self.listed.unused()
         if count:
             print(f"warning: {where} names {count:,} images that src lacks, such as {example!r}", file=sys.stderr)
+        if classes == files - self.files >= MANY:
+            said = f"all {classes:,} images have a class of their own; labels.class_column= chooses another column"
+            print(f"warning: {where}: {said}", file=sys.stderr)
         if self.listed.twice:
             row, key = self.listed.twice
             said = f"{self.listed.name(row)!r} names several images, {key!r} too: they get the same class"
             print(f"warning: {where}: {said}", file=sys.stderr)
 
 
-ADVICE = "see labels.file_column=, or list paths below src"
+ADVICE = "names count with case and extension; labels.file_column= chooses another column"
+MANY = 20  # images with a class each that are probably a mistake
 
 
 def read_labels(path: str | Path, file_column: str | None = None, class_column: str | None = None) -> LabelList:
@@ -89,7 +96,7 @@ def read_labels(path: str | Path, file_column: str | None = None, class_column: 
                 found.add(name, class_name)
             return found
         if path.exists() and not path.is_file():  # reading it would never end
-            raise UserError(f"{where} is a pipe or a device")
+            raise UserError(f"{where}: it is a pipe or a device")
         if path.stat().st_size > LARGEST:
             raise UserError(f"{where} has more than {LARGEST} bytes")
         text = read_text(path, "labels")

@@ -59,6 +59,7 @@ def make_shards(
     """
     chosen = EncodeSettings.validated(settings)
     listed = ClassSettings.validated({"labels": labels}).labels
+    checks.check_labels(listed)
     # Absolute paths, so that a run can be resumed from another folder.
     given = [src] if isinstance(src, str | Path) else list(src)
     sources = [str(g) if g == "synthetic" else str(Path(g).expanduser().absolute()) for g in given]
