@@ -48,6 +48,29 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Imag
         Image.MAX_IMAGE_PIXELS = before
 
 
+def reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A JPEG opened anew, to be decoded at 1/2, 1/4 or 1/8 of its side but not below `size`; else the image itself.
+
+    That is, an image of another format, one that was decoded already, or one whose file cannot be read again. The given
+    image stays as it is: Pillow's `draft` would leave its owner with one of another size.
+    """
+    file = getattr(image, "fp", None)
+    if image.format not in ("JPEG", "MPO") or not getattr(image, "tile", None) or file is None or image.tell() != 0:
+        return image
+    try:
+        place = file.tell()
+        file.seek(0)
+        data = file.read()
+        file.seek(place)
+    except (OSError, ValueError):
+        return image
+    again = Image.open(io.BytesIO(data), formats=("JPEG", "MPO"))
+    if again.size != image.size:  # its owner has called `draft`
+        return image
+    again.draft(None, size)
+    return again
+
+
 def is_deep(image: Image.Image) -> bool:
     """Whether an image is grey with more than 8 bits a pixel (12 and 16 bits, integer or float)."""
     return image.mode == "F" or image.mode.startswith("I")
