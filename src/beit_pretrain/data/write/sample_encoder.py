@@ -22,7 +22,8 @@ from beit_pretrain.data.write.staging import KEPT
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms import image_io as reading
 from beit_pretrain.transforms import mean_color_grid as tiles
-from beit_pretrain.transforms.image_io import is_deep, open_image, to_grey8, to_rgb
+from beit_pretrain.transforms.grey_values import is_deep, notes, to_grey8
+from beit_pretrain.transforms.image_io import open_image, to_rgb
 
 LARGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 
@@ -88,24 +89,31 @@ def _unreadable(path: str, error: OSError) -> UserError:
 def _decoded(data: bytes, settings: EncodeSettings, about: dict[str, Any]) -> tuple[Image.Image, str]:
     """An image decoded in full, L or RGB, with A if it is not opaque and the file's bytes are not kept; the extension
     under which they can be kept, "" = they cannot. Adds to `about` the values that became 0 and 255, or its 16 bits."""
-    if (both := reading.deep_grey_and_alpha(data, settings.max_pixels)) is not None:
-        grey, about["window"] = to_grey8(both[0], settings.window, settings.percentiles)
-        return Image.merge("LA", (grey, both[1])), ""
     with open_image(data, settings.max_pixels) as image:
-        if reading.has_deep_colours(image):
-            about["bits"] = 16
+        about |= _noted(image)
         image.load()
         extension, deep = reading.EXTENSIONS[image.format or ""], is_deep(image)
         if deep or (settings.window and reading.is_grey(image)):
             grey = image if deep else image.convert("L")
             stored, about["window"] = to_grey8(grey, settings.window, settings.percentiles)
+            about |= {"nodata": stored.info["nodata"]} if "nodata" in stored.info else {}
             extension = ""
         else:  # conversion may fail, too; readers convert in the same way
             stored = image.convert("L") if image.mode in ("L", "LA") else to_rgb(image)
         shrunk = settings.resize is not None and min(image.size) > settings.resize
-        if (shrunk or not extension) and not deep and (alpha := reading.alpha_of(image)) is not None:
+        if (shrunk or not extension) and (alpha := reading.alpha_of(image)) is not None:
             stored = Image.merge(f"{stored.mode}A", (*stored.split(), alpha))
     return stored, extension
+
+
+def _noted(image: Image.Image) -> dict[str, Any]:
+    """What of an image, not yet decoded, is not read or not where one would look for it."""
+    noted: dict[str, Any] = {"bits": 16} if reading.has_deep_colours(image) else {}
+    if (page := notes(image).page) > 1:
+        noted["page"] = page
+    if left_out := notes(image).left_out:
+        noted["bands_left_out"] = left_out
+    return noted
 
 
 def _mask(file: str, full: tuple[int, int], size: tuple[int, int], max_pixels: int) -> bytes:
