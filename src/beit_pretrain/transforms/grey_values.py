@@ -135,7 +135,7 @@ def _without_data(values: np.ndarray, nodata: float | None) -> tuple[np.ndarray,
     empty = np.isnan(values)
     missing: list[float | str] = ["nan"] if empty.any() else []
     if nodata is not None and not np.isnan(nodata):  # the file has it as a text, maybe shortened
-        declared = np.abs(values - nodata) <= 1e-6 * abs(nodata)
+        declared = np.abs(values - nodata) <= abs(nodata) * (1e-5 if abs(nodata) >= HUGE else 1e-6)
         missing += [nodata] if declared.any() else []
         empty |= declared
     huge = (np.abs(values) >= HUGE) & np.isfinite(values) & ~empty
