@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from beit_pretrain.transforms.grey_values import is_deep, note, notes, to_grey8
 from beit_pretrain.transforms.tiff import open_tiff
@@ -26,6 +26,9 @@ EXTENSIONS |= {"JPEG2000": "jp2", "AVIF": "avif", "PPM": "ppm", "ICO": "ico", "T
 IMAGE_EXTENSIONS = frozenset(EXTENSIONS.values()) | {"jpeg", "tif", "pgm", "pbm"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's mode by number of channels
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_Turn = Image.Transpose
+TURNS = {2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE}  # to upright
+TURNS |= {6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90}
 MAX_PIXELS = 179_000_000  # of an image; about where Pillow, too, refuses one as a decompression bomb
 
 
@@ -158,6 +161,28 @@ def _deep_grey_and_alpha(data: bytes) -> Image.Image:
     grey = note(Image.fromarray(grey_HW), alpha=Image.fromarray(np.ascontiguousarray(values_HW4[..., 2])))
     grey.format = "PNG"
     return grey
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """How a photo was stored, 1 ... 8 (EXIF); 1, upright, if its file does not say so. Pillow turns TIFFs itself."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF raises nearly everything, and leaves a photo that can be read
+        return 1
+    return found if found in TURNS else 1
+
+
+def turned_to_fit(photo: Image.Image, orientation: int, size: tuple[int, int]) -> tuple[Image.Image, bool]:
+    """A photo turned upright if a label map of `size` (width, height) fits it then, and whether it was.
+
+    Annotation tools show photos upright: a map that fits both the upright and the stored photo is one of the former.
+    """
+    upright = photo.size[::-1] if orientation > 4 else photo.size
+    if orientation == 1 or upright != size:
+        return photo, False
+    return photo.transpose(TURNS[orientation]), True
 
 
 def to_channels(image: Image.Image, channels: int = 3) -> Image.Image:
