@@ -14,7 +14,9 @@ import pytest
 import webdataset
 from PIL import Image
 from test_image_io import bomb, encoded
+from test_image_io import png as png_of
 from test_sources import CLASSES, class_files, damaged_tar, tar_bytes, write_folder
+from test_tiff import DEEP, RAMP, SENSOR, THUMBNAIL, WHOLE, page, tiff
 
 from beit_pretrain.data.manifest import read_manifest, summary, verify_shards
 from beit_pretrain.data.order import Sample
@@ -24,7 +26,9 @@ from beit_pretrain.data.write import make_shards as shards
 from beit_pretrain.data.write import sample_encoder as members
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError
-from beit_pretrain.transforms.image_io import EXTENSIONS, open_image, to_channels, to_rgb
+from beit_pretrain.transforms.grey_values import label_ids
+from beit_pretrain.transforms.image_io import EXTENSIONS, TURNS, open_image, to_channels, to_rgb
+from beit_pretrain.transforms.segmentation import SegmentationEvalTransform
 from beit_pretrain.transforms.views import TwoViewTransform
 
 
@@ -632,3 +636,146 @@ def test_a_failed_run_publishes_nothing_and_can_be_resumed(failure, source, tmp_
     monkeypatch.setattr(shards, "write_shard", None)  # all are there
     make(source, tmp_path / "out", val=0.5)
     assert sorted(os.listdir(tmp_path / "out")) == ["train", "val"]
+
+
+BACK = {turn: TURNS[{6: 8, 8: 6}.get(turn, turn)] for turn in TURNS}  # from upright to stored
+
+
+def annotated(orientation: int, size: tuple[int, int], kind: str = "JPEG", map_is_upright: bool = True) -> dict:
+    """A photo stored in an EXIF orientation, its label map: the top half of the upright photo is red and class 1."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[: size[1] // 2] = 250, 10, 10
+    ids = np.full(size[::-1], 2, np.uint8)
+    ids[: size[1] // 2] = 1
+    photo, label_map, exif, buffer = Image.fromarray(pixels), Image.fromarray(ids), Image.Exif(), io.BytesIO()
+    exif[274] = orientation
+    if orientation > 1:
+        photo = photo.transpose(BACK[orientation])
+        label_map = label_map if map_is_upright else label_map.transpose(BACK[orientation])
+    photo.save(buffer, kind, exif=exif, quality=95)
+    drawn = io.BytesIO()
+    label_map.save(drawn, "PNG")
+    return {"photo": buffer.getvalue(), "map": drawn.getvalue()}
+
+
+@pytest.mark.parametrize("resize", [None, 24])
+def test_photos_agree_with_their_label_maps(resize, tmp_path):
+    """All orientations; maps of the upright photo and, where only that fits, of the stored one."""
+    made = {f"{o}_{w}": annotated(o, (w, 40)) for o in range(1, 9) for w in (40, 48)}
+    made |= {f"stored_{o}": annotated(o, (48, 40), map_is_upright=False) for o in (5, 6, 7, 8)}
+    made |= {"png": annotated(6, (48, 40), "PNG"), "webp": annotated(3, (48, 40), "WEBP")}
+    kinds = {"png": "png", "webp": "webp"}
+    files = {f"images/{name}.{kinds.get(name, 'jpg')}": both["photo"] for name, both in made.items()}
+    files |= {f"annotations/{name}.png": both["map"] for name, both in made.items()}
+    folder = make(write_folder(tmp_path / "src", files), tmp_path / "out", resize=resize)
+    samples = read_back(folder)
+    assert len(samples) == len(made)
+    view = SegmentationEvalTransform(24, 2)
+    for sample in samples:
+        name = Path(sample["about"]["source"]).stem
+        data = next(sample[kind] for kind in ("jpg", "png", "webp") if kind in sample)
+        with open_image(data) as image, open_image(sample["seg.png"]) as label_map:
+            turned = sample["about"].get("turned", 1)
+            assert turned == (
+                1 if name.startswith(("1", "stored")) else {"png": 6, "webp": 3}.get(name) or int(name[0])
+            )
+            assert image.getexif().get(274, 1) == 1 or name.startswith("stored")
+            red, top = np.asarray(to_rgb(image))[..., 0] > 120, label_ids(label_map) == 1
+            assert (red == top).mean() > 0.95, name
+            seen = view(image, None, label_map)
+        assert seen["target"].shape == image.size[::-1] or name.startswith("stored")
+        if turned == 1 and resize is None:
+            assert data in [both["photo"] for both in made.values()]
+
+
+def test_readers_turn_photos_of_other_shards_too():
+    for orientation in TURNS:
+        both = annotated(orientation, (48, 40))
+        with open_image(both["photo"]) as photo, open_image(both["map"]) as label_map:
+            seen = SegmentationEvalTransform(40, 2)(photo, None, label_map)
+        assert ((seen["scale_0"][0] > 120) == (seen["target"] == 0)).mean() > 0.95
+    both = annotated(6, (48, 30))
+    other = Image.new("L", (31, 48))
+    with open_image(both["photo"]) as photo, pytest.raises(ValueError, match="31 x 48 pixels, not 30 x 48"):
+        SegmentationEvalTransform(40, 2)(photo, None, other)
+
+
+@pytest.mark.parametrize("resize", [None, 16])
+def test_label_maps_keep_their_ids(resize, tmp_path):
+    """PNGs of 1, 2, 4, 8 and 16 bits, with a palette or without, and TIFFs."""
+    ids = np.kron(np.arange(8 * 10).reshape(8, 10), np.ones((4, 4), int))
+    maps = {f"grey{bits}.png": (png_of(ids % 2**bits, bits), ids % 2**bits) for bits in (1, 2, 4, 8, 16)}
+    maps |= {f"palette{bits}.png": (png_of(ids % 2**bits, bits, 3), ids % 2**bits) for bits in (1, 2, 4, 8)}
+    few = (ids % 4).astype(np.uint8)
+    maps |= {f"tiff{bits}.tif": (tiff(page(few, bits=bits)), few) for bits in (2, 4, 8)}
+    maps["white.tif"] = tiff(page(few, 0)), few
+    maps["signed.tif"] = tiff(page((ids * 100).astype(np.int32))), ids * 100
+    holes = np.where(ids == 7, -9999, ids)
+    maps["nodata.tif"] = tiff(page(holes.astype(np.int16), t42113=(2, b"-9999\0"))), np.where(ids == 7, 255, ids)
+    files = {f"annotations/{name}": data for name, (data, _) in maps.items()}
+    files |= {f"images/{Path(name).stem}.png": encoded(0, (40, 32), "PNG") for name in maps}
+    files |= {f"annotations/{Path(name).stem}.png": files.pop(f"annotations/{name}") for name in maps}
+    folder = make(write_folder(tmp_path / "src", files), tmp_path / "out", resize=resize)
+    samples = {Path(sample["about"]["source"]).stem: sample for sample in read_back(folder)}
+    assert rejected(folder) == {}
+    for name, (_, expected) in maps.items():
+        with open_image(samples[Path(name).stem]["seg.png"]) as label_map:
+            found = label_ids(label_map)
+        wanted = expected if resize is None else expected[1::2, 1::2]
+        np.testing.assert_array_equal(found, wanted, err_msg=name)
+
+
+def test_label_maps_of_other_numbers_are_refused(tmp_path):
+    below, beyond = np.full((8, 8), -1, np.int16), np.full((8, 8), 70000, np.int32)
+    maps = {"below": tiff(page(below)), "beyond": tiff(page(beyond)), "colours": encoded(0, (8, 8), "PNG")}
+    maps["fine"] = png_of(np.zeros((8, 8), int), 1)
+    files = {f"annotations/{name}.png": data for name, data in maps.items()}
+    files |= {f"images/{name}.png": encoded(1, (8, 8), "PNG") for name in maps}
+    reasons = rejected(make(write_folder(tmp_path / "src", files), tmp_path / "out"))
+    assert {Path(key).stem: reason.partition("label map ")[2] for key, reason in reasons.items()} == {
+        "below": "has ids from -1 to -1, not from 0 to 65535",
+        "beyond": "has ids from 70000 to 70000, not from 0 to 65535",
+        "colours": "is of mode RGB, not one number per pixel",
+    }
+
+
+@pytest.mark.parametrize("resize", [None, 20])
+def test_samples_say_what_of_a_tiff_is_not_read(resize, tmp_path):
+    holes = (RAMP * 3).astype(np.float32)
+    holes[:5, :9] = -9999
+    five = np.rint(np.stack([RAMP] * 5, axis=2) * 65535).astype(np.uint16)
+    files = {
+        "pages.tif": tiff(THUMBNAIL, WHOLE),
+        "deep_page.tif": tiff(THUMBNAIL, DEEP),
+        "camera.nef": tiff(THUMBNAIL, SENSOR),
+        "satellite.tif": tiff(page(five, 1, t338=(3, [0] * 4))),
+        "five.tif": tiff(page(five, 2, planar=2, t338=(3, [0, 0]))),
+        "heights.tif": tiff(page(holes, t42113=(2, b"-9999\0"))),
+        "film.tif": tiff(page(np.rint(RAMP * 4095).astype(np.uint16), 0)),
+    }
+    folder = make(write_folder(tmp_path / "src", files), tmp_path / "out", resize=resize)
+    about = {s["about"]["source"]: s["about"] for s in read_back(folder)}
+    assert sorted(rejected(folder)) == ["camera.nef", "satellite.tif"]
+    assert about["pages.tif"]["page"] == about["deep_page.tif"]["page"] == 2
+    assert (about["five.tif"]["bits"], about["five.tif"]["bands_left_out"]) == (16, 2)
+    assert about["heights.tif"]["nodata"] == [-9999]
+    assert about["heights.tif"]["window"][0] > 0
+    assert about["film.tif"]["window"][0] > about["film.tif"]["window"][1]
+    assert np.asarray(pictures(folder)["film.tif"])[0, 0] > 250
+    stored = {s["about"]["source"]: s for s in read_back(folder)}["pages.tif"]
+    with open_image(stored["tiff" if resize is None else "jpg"]) as image:
+        assert image.size == ((40, 30) if resize is None else (27, 20))
+
+
+def test_predictions_see_the_pixels_of_shards(tmp_path):
+    """What readers see of a file is what they see of the sample made of it."""
+    white, two = np.rint(RAMP * 60000).astype(np.uint16), np.rint(RAMP * 2**31).astype(np.uint32)
+    five = np.rint(np.stack([RAMP] * 5, axis=2) * 65535).astype(np.uint16)
+    files = {"white.tif": tiff(page(white, 0)), "unsigned.tif": tiff(page(two)), "pages.tif": tiff(THUMBNAIL, WHOLE)}
+    files |= {"five.tif": tiff(page(five, 2, t338=(3, [0, 2])))}
+    files |= {"deep.png": png_of(np.stack([white, white[::-1]], axis=2).astype(int), 16, 4)}
+    folder = make(write_folder(tmp_path / "src", files), tmp_path / "out")
+    for sample in read_back(folder):
+        stored = next(sample[kind] for kind in ("png", "tiff") if kind in sample)
+        with open_image(stored) as made, open_image(files[sample["about"]["source"]]) as file:
+            np.testing.assert_array_equal(to_channels(made, 4), to_channels(file, 4))

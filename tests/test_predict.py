@@ -156,6 +156,16 @@ def test_predictors_take_pil_images(classifier):
         predictor(Image.new("RGB", (9, 9)), top=0)
 
 
+def test_a_predictor_does_not_change_the_images(classifier, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)).save(tmp_path / "photo.jpg")
+    predictor = Predictor(classifier)
+    with Image.open(tmp_path / "photo.jpg") as image:
+        first, second = predictor(image), predictor([image, image])
+        assert image.size == (400, 300)
+        assert second == [first, first]
+        assert np.asarray(image).shape == (300, 400, 3)
+
+
 def test_a_segmenter_answers_at_the_size_of_the_image(segmenter_checkpoint):
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((30, 50), (64, 33), (20, 90))]

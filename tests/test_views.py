@@ -26,7 +26,7 @@ from beit_pretrain.transforms.jitter import (
     normalise,
     per_channel,
 )
-from beit_pretrain.transforms.scaled_decoding import Crop
+from beit_pretrain.transforms.scaled_decoding import Crop, cropped_array, scaled_decode
 from beit_pretrain.transforms.views import (
     AugmentParams,
     ClassificationTransform,
@@ -362,3 +362,39 @@ class TestClassificationViews:
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
         plain = [ClassificationTransform(32)(picture(), rng(position))["image"] for position in range(6)]
         assert sum(not np.array_equal(a, b) for a, b in zip(first, plain, strict=True)) >= 4
+
+
+USES = {
+    "centre_view": lambda image: np.asarray(centre_view(image, 16)),
+    "training": lambda image: ClassificationTransform(16, True)(image, rng(0))["image"],
+    "evaluation": lambda image: ClassificationTransform(16, False)(image, rng(0))["image"],
+    "two views": lambda image: TwoViewTransform(32, 16, scale=(0.9, 1.0))(image, rng(0))["image"],
+    "scaled_decode": lambda image: np.asarray(scaled_decode(image, Crop(0, 0, 256, 256), 32)[0]),
+    "cropped_array": lambda image: cropped_array(image, Crop(0, 0, 256, 256), 32).array,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_callers_image_stays_as_it_is(use, tmp_path):
+    picture(320, 256).save(tmp_path / "photo.jpg", quality=95)
+    with Image.open(tmp_path / "photo.jpg") as from_file:
+        for image in (as_jpeg(picture(320, 256)), from_file):
+            before = image.size, image.mode, image.tell(), len(image.tile)
+            first, second = USES[use](image), USES[use](image)
+            np.testing.assert_array_equal(first, second)
+            assert (image.size, image.mode, image.tell(), len(image.tile)) == before
+            assert not np.array_equal(first, USES[use](as_jpeg(picture(320, 256)).convert("RGB")))  # decoded smaller
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(as_jpeg(picture(320, 256))))
+
+
+def test_images_at_a_later_frame_and_drafted_ones_are_used_as_they_are():
+    frames, buffer = [Image.new("RGB", (96, 96), colour) for colour in ("red", "lime")], io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    animation = Image.open(buffer)
+    animation.seek(1)
+    assert centre_view(animation, 16).getpixel((8, 8)) == (0, 255, 0)
+    assert animation.tell() == 1
+    drafted = as_jpeg(picture(640, 512))
+    drafted.draft(None, (320, 256))
+    centre_view(drafted, 16)
+    assert drafted.size == (320, 256)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from beit_pretrain.transforms.image_io import MAX_PIXELS, open_image, to_channels
+from beit_pretrain.transforms.image_io import MAX_PIXELS, open_image, reduced, to_channels
 from beit_pretrain.transforms.jpeg_rows import cut_rows
 from beit_pretrain.transforms.mean_color_grid import in_comment, in_jpeg, of_image
 
@@ -63,11 +63,11 @@ def cropped_array(image: Image.Image | TurboJpeg, crop: Crop, size: int, channel
 def scaled_decode(image: Image.Image, crop: Crop, size: int, channels: int = 3) -> tuple[Image.Image, Crop]:
     """Decode to `channels`, JPEGs at 1/2, 1/4 or 1/8 of their size where the crop still keeps `size` pixels a side.
 
-    Returns the image and the crop in its pixels.
+    Returns the image and the crop in its pixels. The given image keeps its size.
     """
     width, height = image.size
     if image.format in ("JPEG", "MPO") and (scale := decoding_scale(crop, size)) > 1:
-        image.draft(None, (max(1, width // scale), max(1, height // scale)))
+        image = reduced(image, (max(1, width // scale), max(1, height // scale)))
         crop = crop_in(crop, (width, height), image.size)
     return to_channels(image, channels), crop
 

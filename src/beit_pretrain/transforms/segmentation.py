@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from beit_pretrain.transforms.image_io import to_channels
+from beit_pretrain.transforms.grey_values import IGNORE, label_ids
+from beit_pretrain.transforms.image_io import exif_orientation, to_channels, turned_to_fit
 from beit_pretrain.transforms.jitter import HALF
 from beit_pretrain.transforms.views import to_array
 
-IGNORE = 255
 LONGEST = 4  # largest ratio of a resized image's longer side to the requested shorter side
 CROPS = 10  # tries for a crop that is not mostly of one class
 SHIFT, FACTORS, HUE = 32.0, (0.5, 1.5), 18 / 180  # photometric distortion; hue in turns
@@ -30,9 +30,7 @@ def read_labels(label_map: Image.Image, classes: int, reduce_labels: bool, size:
     """
     if label_map.size != size:
         raise ValueError(f"its label map has {label_map.width} x {label_map.height} pixels, not {size[0]} x {size[1]}")
-    if label_map.mode not in ("L", "P", "1", "I", "I;16"):
-        raise ValueError(f"its label map is of mode {label_map.mode}, not one number per pixel")
-    ids = np.asarray(label_map).astype(np.int32)
+    ids = label_ids(label_map)
     if reduce_labels:
         ids = np.where((ids == 0) | (ids == IGNORE), IGNORE, ids - 1)
     beyond = (ids != IGNORE) & ((ids < 0) | (ids >= classes))
@@ -40,6 +38,12 @@ def read_labels(label_map: Image.Image, classes: int, reduce_labels: bool, size:
         found = int(ids[beyond][0]) + reduce_labels
         raise ValueError(f"its label map has the id {found}, beyond the {classes} classes")
     return ids.astype(np.uint8)
+
+
+def fitting(image: Image.Image, label_map: Image.Image, channels: int) -> Image.Image:
+    """An image decoded to `channels`, and turned upright if its label map fits it then."""
+    orientation = exif_orientation(image)
+    return turned_to_fit(to_channels(image, channels), orientation, label_map.size)[0]
 
 
 def fitted(size: tuple[int, int], shorter: float) -> tuple[int, int]:
@@ -64,7 +68,7 @@ class SegmentationTrainTransform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator, label_map: Image.Image) -> dict[str, np.ndarray]:
         """`image` (C, S, S) uint8 and `target` (S, S) uint8, IGNORE where nothing counts."""
-        image = to_channels(image, self.channels)
+        image = fitting(image, label_map, self.channels)
         labels = read_labels(label_map, self.classes, self.reduce_labels, image.size)
         width, height = fitted(image.size, self.size * rng.uniform(*self.ratio))
         resized = np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
@@ -113,7 +117,7 @@ class SegmentationEvalTransform:
         self, image: Image.Image, rng: np.random.Generator | None, label_map: Image.Image
     ) -> dict[str, np.ndarray]:
         """`scale_0`, `scale_1`, ... (C, h, w) uint8, one for each scale, and `target` (H, W) uint8."""
-        image = to_channels(image, self.channels)
+        image = fitting(image, label_map, self.channels)
         labels = read_labels(label_map, self.classes, self.reduce_labels, image.size)
         return {**self.scaled(image), "target": labels}
 

@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import ConfigDict
 
 from beit_pretrain.settings import Channels, ShareAboveZero, Side, about
-from beit_pretrain.transforms.image_io import open_image, to_channels
+from beit_pretrain.transforms.image_io import open_image, reduced, to_channels
 from beit_pretrain.transforms.jitter import HALF, Jitter, draw_jitter, jitter_arrays, pil_jitter
 from beit_pretrain.transforms.mean_color_grid import SIDE
 from beit_pretrain.transforms.scaled_decoding import Crop, TurboJpeg, cropped_array, resized, scaled_decode, turbo_jpeg
@@ -216,7 +216,7 @@ def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None, 
     shorter = shorter_side(size, crop_ratio)
     # JPEGs are decoded at twice the needed size, which loses no detail that the bicubic filter would keep.
     if image.format == "JPEG" and min(image.size) > shorter * 2:
-        image.draft(None, (shorter * 2, shorter * 2))
+        image = reduced(image, (shorter * 2, shorter * 2))
     image = to_channels(image, channels)
     width, height = image.size
     short = min(width, height)

@@ -22,8 +22,10 @@ from beit_pretrain.data.write.staging import KEPT
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms import image_io as reading
 from beit_pretrain.transforms import mean_color_grid as tiles
-from beit_pretrain.transforms.image_io import is_deep, open_image, to_grey8, to_rgb
+from beit_pretrain.transforms.grey_values import is_deep, label_ids, notes, to_grey8
+from beit_pretrain.transforms.image_io import open_image, to_rgb
 
+LARGEST_ID = 65_535  # of a label map as a PNG
 LARGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 
 
@@ -50,11 +52,15 @@ def sample_members(candidate: Candidate, label: int, settings: EncodeSettings) -
 def _image_members(candidate: Candidate, settings: EncodeSettings, about: dict[str, Any]) -> dict[str, bytes]:
     """Image and label map to store for a file, once both have been decoded in full. Adds to `about` what was done."""
     data = _read(candidate, settings.max_pixels)
+    label_map, map_file = _label_map(candidate.mask, settings.max_pixels) if candidate.mask else (None, b"")
     if candidate.kind == "cifar":
         planes = np.frombuffer(data, np.uint8).reshape(3, cifar.SIDE, cifar.SIDE)
         image, extension = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0))), ""
     else:
-        image, extension = _decoded(data, settings, about)
+        image, extension = _decoded(data, settings, about, label_map.size if label_map else None)
+    if label_map is not None and label_map.size != image.size:
+        sizes = f"{label_map.width} x {label_map.height} pixels, the image {image.width} x {image.height}"
+        raise ValueError(f"its label map has {sizes}")
     full, shorter = image.size, min(image.size)
     if settings.resize is not None and shorter > settings.resize:
         width, height = (round(side * settings.resize / shorter) for side in full)
@@ -67,8 +73,10 @@ def _image_members(candidate: Candidate, settings: EncodeSettings, about: dict[s
         image.info.pop("transparency", None)  # a colour that new pixels may have by chance
         extension, data = "png", _saved(image, "PNG")
     members = {extension: data}
-    if candidate.mask:
-        members["seg.png"] = _mask(candidate.mask, full, image.size, settings.max_pixels)
+    if label_map is not None:
+        if not map_file or image.size != full:
+            map_file = _saved(label_map.resize(image.size, Image.Resampling.NEAREST), "PNG")
+        members["seg.png"] = map_file
     return members
 
 
@@ -85,33 +93,50 @@ def _unreadable(path: str, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read: {error.strerror or error}; {KEPT}")
 
 
-def _decoded(data: bytes, settings: EncodeSettings, about: dict[str, Any]) -> tuple[Image.Image, str]:
+def _decoded(
+    data: bytes, settings: EncodeSettings, about: dict[str, Any], map_size: tuple[int, int] | None
+) -> tuple[Image.Image, str]:
     """An image decoded in full, L or RGB, with A if it is not opaque and the file's bytes are not kept; the extension
-    under which they can be kept, "" = they cannot. Adds to `about` the values that became 0 and 255, or its 16 bits."""
-    if (both := reading.deep_grey_and_alpha(data, settings.max_pixels)) is not None:
-        grey, about["window"] = to_grey8(both[0], settings.window, settings.percentiles)
-        return Image.merge("LA", (grey, both[1])), ""
+    under which they can be kept, "" = they cannot. It is upright if it has a label map, of `map_size`, that fits it so.
+
+    Adds to `about` the values that became 0 and 255, and what else a reader would not expect.
+    """
     with open_image(data, settings.max_pixels) as image:
-        if reading.has_deep_colours(image):
-            about["bits"] = 16
+        about |= _noted(image)
+        orientation = reading.exif_orientation(image) if map_size else 1
         image.load()
         extension, deep = reading.EXTENSIONS[image.format or ""], is_deep(image)
         if deep or (settings.window and reading.is_grey(image)):
             grey = image if deep else image.convert("L")
             stored, about["window"] = to_grey8(grey, settings.window, settings.percentiles)
+            about |= {"nodata": stored.info["nodata"]} if "nodata" in stored.info else {}
             extension = ""
         else:  # conversion may fail, too; readers convert in the same way
             stored = image.convert("L") if image.mode in ("L", "LA") else to_rgb(image)
         shrunk = settings.resize is not None and min(image.size) > settings.resize
-        if (shrunk or not extension) and not deep and (alpha := reading.alpha_of(image)) is not None:
+        if (shrunk or not extension or orientation > 1) and (alpha := reading.alpha_of(image)) is not None:
             stored = Image.merge(f"{stored.mode}A", (*stored.split(), alpha))
+    if map_size is not None:
+        stored, turned = reading.turned_to_fit(stored, orientation, map_size)
+        if turned:
+            about["turned"], extension = orientation, ""
     return stored, extension
 
 
-def _mask(file: str, full: tuple[int, int], size: tuple[int, int], max_pixels: int) -> bytes:
-    """A label map as PNG bytes, its values untouched, brought to `size`. Raises OSError or ValueError if it is none.
+def _noted(image: Image.Image) -> dict[str, Any]:
+    """What of an image, not yet decoded, is not read or not where one would look for it."""
+    noted: dict[str, Any] = {"bits": 16} if reading.has_deep_colours(image) else {}
+    if (page := notes(image).page) > 1:
+        noted["page"] = page
+    if left_out := notes(image).left_out:
+        noted["bands_left_out"] = left_out
+    return noted
 
-    Raises UserError if there is one that cannot be read.
+
+def _label_map(file: str, max_pixels: int) -> tuple[Image.Image, bytes]:
+    """A label map of the ids in a file (L or I;16), and the file's bytes if they are a PNG, else none.
+
+    Raises OSError or ValueError if it is none, UserError if there is one that cannot be read.
     """
     try:
         data = Path(file).read_bytes()
@@ -119,15 +144,11 @@ def _mask(file: str, full: tuple[int, int], size: tuple[int, int], max_pixels: i
         raise OSError(f"its label map {Path(file).name}: {error.strerror}") from None
     except OSError as error:
         raise _unreadable(file, error) from None
-    with open_image(data, max_pixels) as mask:
-        mask.load()
-        if mask.size != full:
-            raise ValueError(f"its label map has {mask.width} x {mask.height} pixels, the image {full[0]} x {full[1]}")
-        if mask.mode not in ("L", "P", "I", "I;16"):
-            raise ValueError(f"its label map is of mode {mask.mode}, not one number per pixel")
-        if mask.format == "PNG" and size == full:
-            return data
-        return _saved(mask.resize(size, Image.Resampling.NEAREST), "PNG")
+    with open_image(data, max_pixels) as label_map:
+        ids, is_png = label_ids(label_map), label_map.format == "PNG"
+    if ids.min() < 0 or ids.max() > LARGEST_ID:
+        raise ValueError(f"its label map has ids from {ids.min()} to {ids.max()}, not from 0 to {LARGEST_ID}")
+    return Image.fromarray(ids.astype(np.uint8 if ids.max() < 256 else np.uint16)), data if is_png else b""
 
 
 def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
