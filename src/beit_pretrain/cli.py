@@ -11,10 +11,11 @@ import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from beit_pretrain.config import compose, experiments, help_of, key_of, show_config, unknown_name
+from beit_pretrain.config import compose, experiments, help_of, show_config, unknown_name
 from beit_pretrain.engine.dist_env import local_rank, rank, speaker
 from beit_pretrain.engine.preemption import early_signals
 from beit_pretrain.errors import AllRanksError, UserError
+from beit_pretrain.overrides import key_of
 
 
 class Verb(NamedTuple):

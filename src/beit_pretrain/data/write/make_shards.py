@@ -27,7 +27,7 @@ from beit_pretrain.data.write.labels import segmentation_names
 from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.shard_writer import Job, read_report, write_shard
 from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import atomic_write
+from beit_pretrain.fileio import atomic_write, expand_home
 from beit_pretrain.processes import cores, in_order
 
 FORMAT = 2  # of the work folder
@@ -57,8 +57,8 @@ def make_shards(
     chosen = EncodeSettings.validated(settings)
     # Absolute paths, so that a run can be resumed from another folder.
     given = [src] if isinstance(src, str | Path) else list(src)
-    sources = [str(g) if g == "synthetic" else str(Path(g).expanduser().absolute()) for g in given]
-    out, names = Path(out).expanduser(), ["train", "val"] if chosen.val > 0 else [split]
+    sources = [str(g) if g == "synthetic" else str(expand_home(g).absolute()) for g in given]
+    out, names = expand_home(out), ["train", "val"] if chosen.val > 0 else [split]
     checks.check_arguments(sources, split, num_workers, chosen)
     checks.check_sources(sources, out)
     num_workers = num_workers or cores()

@@ -6,7 +6,20 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, Strict
 
-from beit_pretrain.settings import BelowOne, Count, Name, Paths, Rule, Seed, Settings, Text, Whole, Window, about
+from beit_pretrain.settings import (
+    BelowOne,
+    Count,
+    Name,
+    Paths,
+    PathStr,
+    Rule,
+    Seed,
+    Settings,
+    Text,
+    Whole,
+    Window,
+    about,
+)
 from beit_pretrain.transforms.image_io import MAX_PIXELS
 
 Quality = Annotated[int, Strict(), Field(ge=1, le=100)]
@@ -54,7 +67,7 @@ class ShardsSettings(EncodeSettings):
         "make: a folder of class folders, a tar, a folder of tars, CIFAR-100's archive, or synthetic; else a "
         "shard folder"
     )
-    out: Name | None = about(
+    out: PathStr | None = about(
         "make: folder for train/ and val/; index: for index and links, null = src; show: the picture"
     )
     split: Name | None = about("folder name when val=0; of a source with parts of its own also the part to read")
