@@ -29,6 +29,8 @@ HINTS = {
     "run": "the folder of a run, such as runs/base_22k",
     "action": "what to measure: bench views, loader, step, loop, attention, memory, all, gpu or page",
 }
+# For error messages.
+INTERPOLATION = "${KEY} is the value of a setting, ${oc.env:NAME} an environment variable; a plain ${ is written \\${"
 
 
 def experiments() -> dict[str, str]:
@@ -98,8 +100,7 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
     try:
         given, absent = _completed(compose_raw(verb, overrides), verb, spared)
     except OmegaConfBaseException as error:  # such as an interpolation of a key that does not exist
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{key}{first_line(error)}") from error
+        raise UserError(_unresolved(error)) from error
     settings = model_of(verb, given.get("task")).validated(given)
     for key in absent:
         *groups, name = key.split(".")
@@ -179,6 +180,8 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
     """A one-line message for an error of Hydra or OmegaConf."""
     text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
     line = first_line(error)
+    if "Error merging override" in text and "${" in line:
+        return f"{line.removeprefix('Error merging override ')} is no interpolation that is complete; {INTERPOLATION}"
     if override := getattr(error, "override", None):
         return f"cannot read the setting {override!r}: {line}"
     if found := re.search(r"Could not find 'experiment/([^']*)'", text):
@@ -201,6 +204,22 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
             if names and not isinstance(yaml.safe_load(word.partition("=")[2]), str):
                 return f"{word}: choose one of {', '.join(names)}"
     return line
+
+
+def _unresolved(error: Exception) -> str:
+    """The message for an interpolation that fails: what is wrong with it, and what may have been meant."""
+    key, line = getattr(error, "full_key", None), first_line(error)
+    if found := re.search(r"Environment variable '(.*)' not found", line):
+        name = found[1]
+        line = f"the environment variable {name} is not set; set it, or give a default: ${{oc.env:{name},DEFAULT}}"
+    elif found := re.search(r"Interpolation key '(.*)' not found|Unsupported interpolation type (.*)", line):
+        name = found[1] or found[2]
+        line = f"${{{name}{'' if found[1] else ':...'}}} is no setting; {INTERPOLATION}"
+    elif "Recursive interpolation" in line:
+        line = "the value refers to itself by ${...}"
+    else:
+        line = f"{line}; {INTERPOLATION}"
+    return f"{key}: {line}" if key else line
 
 
 def keys_of(group: dict[str, Any], prefix: str = "") -> list[str]:
