@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
 import time
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import fit_words
 
-from beit_pretrain.cli import VERBS
+from beit_pretrain.cli import VERBS, main
 from beit_pretrain.config import HINTS, experiments
 
 ROOT = Path(__file__).parents[1]
@@ -192,3 +194,45 @@ def test_paths_with_special_characters(name, photos, run_cli, tmp_path):
     )
     assert code == 0, stderr
     assert (tmp_path / "out" / name / "train/manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors"), [("utf-8", "strict"), ("ascii", "strict"), ("ascii", "surrogateescape")]
+)
+def test_names_that_cannot_be_encoded_are_printed_as_escapes(
+    encoding, errors, photos, mim_checkpoint, tmp_path, monkeypatch
+):
+    """Python's streams are strict in every UTF-8 locale but C.UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / os.fsdecode(b"ph\xc3\xb6tos/caf\xe9")
+    shutil.copytree(photos / "cats", folder)
+    (folder / os.fsdecode(b"br\xfcn.jpg")).write_text("no image")
+
+    def printed(*words) -> tuple[int, str]:
+        streams = [TextIOWrapper(BytesIO(), encoding, errors) for _ in range(2)]
+        monkeypatch.setattr("sys.stdout", streams[0])
+        monkeypatch.setattr("sys.stderr", streams[1])
+        monkeypatch.setattr("sys.argv", ["beit_pretrain", *map(str, words)])
+        code = main()
+        for stream in streams:
+            stream.flush()
+        return code, "".join(stream.buffer.getvalue().decode(encoding) for stream in streams)
+
+    code, said = printed("shards", "make", f"src={folder.parent}", "out=out", "num_workers=1")
+    assert code == 0
+    assert "caf\\udce9 (6)" in said
+    code, said = printed("shards", "show", "src=out/train")
+    assert code == 0
+    assert "caf\\udce9 (6)" in said
+    for words in (
+        ["shards", "make", "out=o2", f"src={folder}/none"],
+        ["predict", "init_from=x", "src=x", f"out={folder}"],
+    ):
+        code, said = printed(*words)
+        assert code == 2
+        assert "\nerror: " in "\n" + said
+    code, said = printed("predict", f"init_from={folder}/none.ckpt", "src=x")
+    assert code == 2
+    assert "caf\\udce9/none.ckpt does not exist" in said
+    code, said = printed("nothing" + os.fsdecode(b"\xe9"))
+    assert (code, said.startswith("error: unknown verb")) == (2, True)

@@ -127,6 +127,25 @@ def test_the_switch_leaves_plain_torch(bias, always, request):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [16, 17], ids=["whole", "padded"])
+@pytest.mark.parametrize("biases", [1, 2], ids=["one bias", "a bias for each image"])
+@pytest.mark.parametrize(("batch", "heads"), [(2, 1), (1, 1), (1, 3), (2, 3)])
+@pytest.mark.parametrize("half", [False, True])
+def test_attention_of_any_number_of_heads_is_torchs(half, batch, heads, biases, tokens):
+    """Also of one head, where the bias of all images is the same memory; the bias itself stays as it is."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, batch, heads, tokens, 4, dtype=torch.bfloat16 if half else torch.float32)
+    bias = torch.randn(min(batch, biases), heads, tokens, tokens, dtype=q.dtype, requires_grad=True)
+    grown, before = bias * 1, bias.detach().clone()  # no leaf, as the bias of a table
+    found = ours.attention(q, k, v, grown)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    tolerance = 0.05 if half else 1e-5
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(grown, before)
+    gradients = [torch.autograd.grad(out.float().sin().sum(), bias)[0] for out in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=tolerance, rtol=tolerance)
+
+
 def test_the_switch_is_that_of_the_tokenizer_too(monkeypatch):
     from dall_e.encoder import Encoder
 

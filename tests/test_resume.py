@@ -12,7 +12,7 @@ from tiny import last_checkpoint, rows_of, tiny_words
 
 from beit_pretrain.config import compose
 from beit_pretrain.engine import resume
-from beit_pretrain.engine.run_folder import mark_finished, read_config
+from beit_pretrain.engine.run_folder import differences, mark_finished, read_config
 from beit_pretrain.engine.sweep import SweepRun, is_finished
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import to_dict
@@ -37,6 +37,18 @@ def test_finished_run_can_be_extended(words, run_cli, tmp_path):
     assert "after step 4" in stdout
     assert set(rows_of(run)) == {1, 2, 3, 4, 5, 6}
     assert last_checkpoint(run)["global_step"] == 6
+
+
+def test_home_folder_of_an_earlier_version_is_no_other_setting(monkeypatch):
+    """config.yaml of versions that kept a leading ~."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    old = {"tokenizer": {"path": "~/dvae"}, "data": {"tokens": ["~/a", "b"]}, "init_from": "~/c"}
+    new = {
+        "tokenizer": {"path": "/home/someone/dvae"},
+        "data": {"tokens": ["/home/someone/a", "b"]},
+        "init_from": "~/d",
+    }
+    assert differences(old, new) == ["init_from: ~/c -> ~/d"]
 
 
 DAMAGED = {"unfinished": b"a: [1, ", "binary": bytes(range(256)), "list": b"[1, 2]", "number": b"5", "empty": b""}

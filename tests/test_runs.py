@@ -72,6 +72,32 @@ def test_every_task_in_every_precision(task, precision, shards, dvae_checkpoint,
     assert all(0 < loss < 10 for loss in curve(tmp_path / "run/metrics.csv", "train/loss")[1])
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        *(f"precision={name}" for name in ("transformer-engine", "transformer-engine-float16", "fp16", "half", "1e3")),
+        *(f"strategy={name}" for name in ("xla", "deepspeed", "dp", "fsdp_cpu_offload")),
+        *(f"accelerator={name}" for name in ("tpu", "hpu", "foo")),
+    ],
+)
+def test_trainer_values_that_cannot_be_used_are_one_line(word, shards, refused, tmp_path):
+    words = fit_words("finetune", shards, "from_scratch=true", "steps=2", f"run_dir={tmp_path / 'run'}")
+    if word.endswith(("engine", "float16", "xla", "tpu")):
+        assert f"trainer.{word}" in refused(*words, f"trainer.{word}")
+    else:
+        refused(*words, f"trainer.{word}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bias", ["shared", "per_layer", "none"])
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_network_of_one_head(task, bias, shards, dvae_checkpoint, run_cli, tmp_path):
+    more = {"pretrain": f"tokenizer.path={dvae_checkpoint}", "finetune": "from_scratch=true"}[task]
+    words = fit_words(task, shards, "steps=2", "val_every=2", more, f"+model.rel_pos_bias={bias}", "model.num_heads=1")
+    code, _, stderr = run_cli(*words, f"run_dir={tmp_path / 'run'}")
+    assert code == 0, stderr
+
+
 def test_gradient_norm_excludes_loss_scale(words, run_cli, tmp_path, monkeypatch):
     """trainer.precision=16-mixed, which Lightning allows only on a GPU: norm and clip are of the unscaled gradient."""
     words = [*words, "steps=4", "val_every=4", "optim.warmup_steps=1"]

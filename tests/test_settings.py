@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
+
 import pytest
 from omegaconf import OmegaConf
 
 from beit_pretrain.cli import VERBS
-from beit_pretrain.config import compose_raw, experiments, model_of
+from beit_pretrain.config import compose, compose_raw, experiments, model_of
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.errors import UserError
+from beit_pretrain.models.checkpoints.pretrained import load_pretrained
 from beit_pretrain.settings import RENAMED, Settings, group_of
 from beit_pretrain.transforms.views import ClassificationTransform
 
@@ -161,6 +165,79 @@ def test_settings_of_a_wrong_form_are_refused():
         ClassificationTransform(32, True, 0.5)
 
 
+PATH_SETTINGS = {
+    "download": "out src",
+    "shards": "src out",
+    "tokenize": "src out tokenizer.path cache_dir",
+    "probe": "init_from out data.train data.val data.cache_dir",
+    "validate": "run data.val",
+    "predict": "init_from src out",
+    "export": "init_from out",
+    "visualize": "run runs out photos",
+    "bench": "src",
+    "compare": "src held_out run_dir",
+    "demo": "src run_dir",
+    "base_22k": "run_dir init_from data.train data.val data.tokens data.cache_dir tokenizer.path",
+    "mae_base_1k": "run_dir init_from data.train data.val data.cache_dir",
+    "finetune_own": "run_dir init_from data.train data.val",
+    "probe_1k": "run_dir init_from data.train data.val",
+    "segment_ade20k_base": "run_dir init_from data.train data.val",
+    "tokenizer": "run_dir data.train data.val",
+}
+
+
+@cache
+def model_and_settings(name: str) -> tuple[type[Settings], dict]:
+    verb, words = ("fit", [f"+experiment={name}"]) if name in experiments() else (name, [])
+    given = placeholders(compose_raw(verb, words))
+    return model_of(verb, given.get("task")), given
+
+
+@pytest.mark.parametrize(("name", "key"), [(n, key) for n, keys in PATH_SETTINGS.items() for key in keys.split()])
+def test_every_path_setting_expands_the_home_folder(name, key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    model, given = model_and_settings(name)
+    group, _, leaf = key.rpartition(".")
+
+    def read(value):
+        written = {**given, group: {**(given[group] or {}), leaf: value}} if group else {**given, leaf: value}
+        settings = model.validated(written)
+        return getattr(getattr(settings, group) if group else settings, leaf)
+
+    assert read("~/x y") == "/home/someone/x y"
+    with pytest.raises(UserError, match=r"there is no user 'nobody_here'; .* is written ./~nobody_here/x"):
+        read("~nobody_here/x")
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ("~", "/home/someone"),
+        ("~/", "/home/someone/"),
+        ("~root/x", os.path.expanduser("~root/x")),
+        ("./~x", "./~x"),
+        ("a/~/b~", "a/~/b~"),
+        ("hf://~x/y", "hf://~x/y"),
+        ("pipe:cat ~/x", "pipe:cat ~/x"),
+        ("${oc.env:DATA}/x", "/home/someone/data/x"),
+        (["~/a", "b", "~"], ["/home/someone/a", "b", "/home/someone"]),
+    ],
+)
+def test_only_a_leading_tilde_is_the_home_folder(given, path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("DATA", "~/data")
+    word = f"[{','.join(given)}]" if isinstance(given, list) else given
+    assert compose("shards", ["action=make", f"src={word}", "out=x"]).src == path
+    assert compose("shards", ["action=make", "src=x", "out=~/y"]).out == "/home/someone/y"
+
+
+def test_python_callers_may_write_a_tilde(mim_checkpoint, monkeypatch):
+    monkeypatch.setenv("HOME", str(mim_checkpoint.parent))
+    assert load_pretrained(f"~/{mim_checkpoint.name}", "mim").about["tokenizer"]
+    with pytest.raises(UserError, match="there is no user"):
+        load_pretrained("~nobody_here/last.ckpt")
+
+
 @pytest.mark.parametrize("policy", ["foo", "rand-x9", "rand-m9x"])
 def test_augmentation_that_timm_does_not_know(policy, run_cli):
     code, _, stderr = run_cli("fit", "+experiment=finetune_own", *PLACES, "init_from=x", f"data.auto_augment={policy}")
@@ -197,22 +274,39 @@ def test_experiments_are_for_training_alone(verb, run_cli):
     assert stderr.endswith(" takes no experiment (+experiment=)\n")
 
 
+UNSET = ["+experiment=small_own", "tokenizer.path=t"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["fit", "+experiment=base_22k", "name=${nope}"], "name: Interpolation key 'nope' not found"),
-        (["fit", "+experiment=base_22k", "task=${nope}"], "task: Interpolation key 'nope' not found"),
-        (["fit", "-m", "+experiment=base_22k", "seed=1,2", "name=${nope}"], "name: Interpolation key 'nope' not found"),
+        (["fit", "+experiment=base_22k", "name=${nope}"], "name: ${nope} is no setting; "),
+        (["fit", "+experiment=base_22k", "task=${nope}"], "task: ${nope} is no setting; "),
+        (["fit", "-m", "+experiment=base_22k", "seed=1,2", "name=${nope}"], "name: ${nope} is no setting; "),
+        (["fit", *UNSET, "data.train=${DATA}/train"], "data.train: ${DATA} is no setting; "),
+        (
+            ["fit", *UNSET, "data.train=${oc.env:NOT_SET}/train"],
+            "data.train: the environment variable NOT_SET is not set; ",
+        ),
+        (["fit", *UNSET, "data.train=${data.val}", "data.val=${data.train}"], "data."),
+        (["fit", *UNSET, "data.train=a${b"], "data.train='a${b' is no interpolation that is complete; "),
+        (["fit", *UNSET, "data.train=d", "steps=${nope}"], "steps: ${nope} is no setting; "),
+        (["predict", "src=${env:HOME}"], "src: ${env:...} is no setting; "),
+        (["predict", "src=[a=1,${nope}]"], "src[1]: ${nope} is no setting; "),
+        (["predict", "src=${"], "src='${' is no interpolation that is complete; "),
+        (["predict", "src=${..src}"], "src: ConfigKeyError while resolving"),
         (
             ["predict", "src=${oc.env:NOT_SET}"],
-            "src: KeyError raised while resolving interpolation: \"Environment variable 'NOT_SET' not found\"",
+            "src: the environment variable NOT_SET is not set; set it, or give a default: ${oc.env:NOT_SET,DEFAULT}",
         ),
-        (["demo", "run_dir=${run_dir}"], "run_dir: Recursive interpolation detected"),
+        (["demo", "run_dir=${run_dir}"], "run_dir: the value refers to itself by ${...}"),
     ],
 )
-def test_interpolations_that_fail_name_their_key(words, message, run_cli):
-    code, _, stderr = run_cli(*words)
-    assert (code, stderr) == (2, f"error: {message}\n")
+def test_interpolations_that_fail_name_their_key(words, message, run_cli, tmp_path):
+    code, _, stderr = run_cli(*words, *(["init_from=x"] if words[0] == "predict" else []))
+    assert (code, stderr.count("\n")) == (2, 1), stderr
+    assert stderr.startswith(f"error: {message}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

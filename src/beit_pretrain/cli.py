@@ -11,10 +11,12 @@ import sys
 from contextlib import nullcontext
 from typing import NamedTuple
 
-from beit_pretrain.config import compose, experiments, help_of, key_of, show_config, unknown_name
+from beit_pretrain.config import compose, experiments, help_of, show_config, unknown_name
 from beit_pretrain.engine.dist_env import local_rank, rank, speaker
 from beit_pretrain.engine.preemption import early_signals
 from beit_pretrain.errors import AllRanksError, UserError
+from beit_pretrain.overrides import key_of
+from beit_pretrain.processes import print_any_name
 
 
 class Verb(NamedTuple):
@@ -131,6 +133,7 @@ def run(argv: list[str]) -> None:
 def main() -> int:
     """Entry point. Returns exit code 0, 2 for user errors, 130 after Ctrl-C; other codes raise SystemExit."""
     words = sys.argv[1:]
+    print_any_name()
     try:
         with early_signals("fit") if words[:1] == ["fit"] and not {"-m", "--multirun"} & {*words} else nullcontext():
             run(words)

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.overrides import key_of, parsed, readable
 from beit_pretrain.settings import Settings, config_dir, description, help_text, unknown
 
 # How to get the value of a missing setting, for error messages, where its description does not say so.
@@ -29,6 +29,8 @@ HINTS = {
     "run": "the folder of a run, such as runs/base_22k",
     "action": "what to measure: bench views, loader, step, loop, attention, memory, all, gpu or page",
 }
+# For error messages.
+INTERPOLATION = "${KEY} is the value of a setting, ${oc.env:NAME} an environment variable; a plain ${ is written \\${"
 
 
 def experiments() -> dict[str, str]:
@@ -61,7 +63,12 @@ def compose_raw(verb: str, overrides: list[str]):
         raise UserError(f"{typed(verb, overrides)} takes no experiment (+experiment=)")
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return hydra_compose(verb, overrides=[readable(word) for word in overrides])
+            # First without what may be no syntax of Hydra's: that finds the task, and so which settings are texts.
+            plain = [readable(word) for word in overrides if parsed(word.partition("=")[2])[0] != "wrong"]
+            plain = [word for word in plain if "${" not in word]
+            cfg = hydra_compose(verb, overrides=plain)
+            words = [readable(word, _model_of(verb, cfg)) for word in overrides]
+            return cfg if words == plain else hydra_compose(verb, overrides=words)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, verb, overrides)) from error
 
@@ -93,8 +100,7 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
     try:
         given, absent = _completed(compose_raw(verb, overrides), verb, spared)
     except OmegaConfBaseException as error:  # such as an interpolation of a key that does not exist
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise UserError(f"{key}{first_line(error)}") from error
+        raise UserError(_unresolved(error)) from error
     settings = model_of(verb, given.get("task")).validated(given)
     for key in absent:
         *groups, name = key.split(".")
@@ -155,6 +161,14 @@ def model_of(verb: str, task: str | None = None) -> type[Settings]:
     return own if verb == "fit" else type(name, (model, own), {"defaults": own.defaults})
 
 
+def _model_of(verb: str, cfg: Any) -> type[Settings] | None:
+    """`model_of` for a composed config; None if it has no task, or an unknown one."""
+    try:
+        return model_of(verb, cfg.task if verb in TRAINING else None)
+    except Exception:  # the task is missing, unknown, or an interpolation that fails: `_completed` reports it
+        return None
+
+
 def typed(verb: str, overrides: list[str]) -> str:
     """The verb as typed on the command line: some actions of `bench` have separate configs."""
     verb = verb.partition("_")[0]
@@ -162,39 +176,12 @@ def typed(verb: str, overrides: list[str]) -> str:
     return f"{verb} {action}".rstrip()
 
 
-def key_of(word: str) -> str:
-    """The key of a word such as +experiment=base_1k, without Hydra's + and ~."""
-    return word.partition("=")[0].lstrip("+~")
-
-
-def readable(word: str) -> str:
-    """The setting in Hydra's grammar: quotes values that it would not read as they are, such as paths with commas."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    key, _, value = word.partition("=")
-    try:
-        plain = not OverridesParser.create().parse_override(word).is_sweep_override()
-    except HydraException:
-        plain = value[:1] in ("", "[", "{", "'", '"')  # probably meant as Hydra syntax: let Hydra report the error
-    return word if plain else f"{key}={quoted(value)}"
-
-
-def quoted(value: object) -> str:
-    """A value quoted so that Hydra's grammar reads it back unchanged."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if not isinstance(value, (str, Path)):
-        return str(value)
-    # Inside quotes, backslashes are doubled only directly before a quote (also the closing one).
-    escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(value))
-    return f"'{escaped}'"
-
-
 def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
     """A one-line message for an error of Hydra or OmegaConf."""
     text = str(error) if error.__cause__ is None else f"{error}\n{error.__cause__}"
     line = first_line(error)
+    if "Error merging override" in text and "${" in line:
+        return f"{line.removeprefix('Error merging override ')} is no interpolation that is complete; {INTERPOLATION}"
     if override := getattr(error, "override", None):
         return f"cannot read the setting {override!r}: {line}"
     if found := re.search(r"Could not find 'experiment/([^']*)'", text):
@@ -217,6 +204,22 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
             if names and not isinstance(yaml.safe_load(word.partition("=")[2]), str):
                 return f"{word}: choose one of {', '.join(names)}"
     return line
+
+
+def _unresolved(error: Exception) -> str:
+    """The message for an interpolation that fails: what is wrong with it, and what may have been meant."""
+    key, line = getattr(error, "full_key", None), first_line(error)
+    if found := re.search(r"Environment variable '(.*)' not found", line):
+        name = found[1]
+        line = f"the environment variable {name} is not set; set it, or give a default: ${{oc.env:{name},DEFAULT}}"
+    elif found := re.search(r"Interpolation key '(.*)' not found|Unsupported interpolation type (.*)", line):
+        name = found[1] or found[2]
+        line = f"${{{name}{'' if found[1] else ':...'}}} is no setting; {INTERPOLATION}"
+    elif "Recursive interpolation" in line:
+        line = "the value refers to itself by ${...}"
+    else:
+        line = f"{line}; {INTERPOLATION}"
+    return f"{key}: {line}" if key else line
 
 
 def keys_of(group: dict[str, Any], prefix: str = "") -> list[str]:

@@ -22,6 +22,22 @@ class LockedError(UserError):
     """Another process (or thread) holds the lock."""
 
 
+def expand_home(path: str | Path) -> Path:
+    """A path with the home folder in place of a leading `~` or `~user`. Raises UserError if there is no such user."""
+    return Path(expanded(os.fspath(path)))
+
+
+def expanded(text: str) -> str:
+    """The same for a text, which may also be a remote location: those never begin with `~`."""
+    if not text.startswith("~"):
+        return text
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        user = text.partition("/")[0]
+        raise UserError(f"{text}: there is no user {user[1:]!r}; a file or folder called {user} is written ./{text}")
+    return found
+
+
 def partial_path(path: Path, unique: bool = False) -> Path:
     """The temporary name beside `path`. `unique`: one for each process, where several may write the same file."""
     return path.with_name(f".{path.name}{f'.{os.getpid()}' if unique else ''}{PARTIAL}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from io import TextIOWrapper
 from itertools import islice
 from typing import TypeVar
 
@@ -19,6 +22,16 @@ from beit_pretrain.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+
+def print_any_name() -> None:
+    """Let stdout and stderr print characters that they cannot encode, such as names that are no UTF-8, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        escapes = (
+            getattr(stream, "errors", None) == "surrogateescape" and codecs.lookup(stream.encoding).name == "utf-8"
+        )
+        if isinstance(stream, TextIOWrapper) and not escapes:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def cores() -> int:
@@ -62,6 +75,7 @@ def in_order(
 
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and end with it if it is killed: workers would wait forever."""
+    print_any_name()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if (parent := multiprocessing.parent_process()) is not None:
         _end_after(parent.join)

@@ -24,8 +24,10 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import expanded
 
 # Settings of version 0.0 -> new names.
 RENAMED = {
@@ -164,6 +166,12 @@ def _as_text(value: Any) -> Any:
     return str(value) if type(value) in (int, float) or isinstance(value, Path) else value
 
 
+def _as_path(value: Any) -> Any:
+    """`_as_text`, with the home folder in place of a leading `~`. Raises UserError for an unknown user."""
+    text = _as_text(value)
+    return expanded(text) if isinstance(text, str) else text
+
+
 Count = Annotated[int, Strict(), Field(ge=1, lt=LARGEST)]
 Whole = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
 Seed = Annotated[int, Strict(), Field(ge=0, le=2**32 - 1)]
@@ -179,7 +187,9 @@ Gigabytes = Annotated[float, Strict(), Field(gt=0, le=1e9)]
 Switch = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 Name = Annotated[str, BeforeValidator(_as_text), Strict(), Field(min_length=1)]
-Paths = Annotated[Name | Annotated[list[Name], Field(min_length=1)], Rule("a path, or a list of paths")]
+# A file, a folder or a remote location; `Paths`: one or several.
+PathStr = Annotated[str, BeforeValidator(_as_path), Strict(), Field(min_length=1)]
+Paths = Annotated[PathStr | Annotated[list[PathStr], Field(min_length=1)], Rule("a path, or a list of paths")]
 Scale = Annotated[
     list[ShareAboveZero],
     Field(min_length=2, max_length=2),
@@ -258,14 +268,35 @@ def group_of(annotation: Any) -> type[Settings] | None:
     return None
 
 
-def description(model: type[Settings], key: str) -> str | None:
-    """The description of a setting, such as data.train; None if there is none."""
+def field_of(model: type[Settings], key: str) -> FieldInfo | None:
+    """The field of a setting, such as data.train; None if there is none."""
     first, _, rest = key.partition(".")
     field = next((field for name, field in model.model_fields.items() if first in (field.alias, name)), None)
-    group = group_of(field.annotation) if field else None
-    if rest:
-        return description(group, rest) if group else None
+    if not rest or field is None:
+        return field
+    group = group_of(field.annotation)
+    return field_of(group, rest) if group else None
+
+
+def description(model: type[Settings], key: str) -> str | None:
+    """The description of a setting; None if there is none."""
+    field = field_of(model, key)
     return field.description if field else None
+
+
+def forms(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> set[str]:
+    """What the values of a type are: "text", "texts" (a list), "path" (these are paths), "null", "other"."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return forms(arguments[0], [*arguments[1:], *metadata])
+    if origin in (Union, types.UnionType):
+        return set().union(*(forms(kind) for kind in arguments))
+    if origin is list and "text" in (inner := forms(arguments[0])):
+        return {"texts"} | inner - {"text"}
+    if annotation is str:
+        path = any(getattr(item, "func", None) is _as_path for item in metadata)
+        return {"text", "path"} if path else {"text"}
+    return {"null" if annotation is types.NoneType else "other"}
 
 
 def rule(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:

@@ -46,6 +46,7 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.sources import list_images, read_candidate
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.models.backbone import patch_grid
 from beit_pretrain.tokenizers.token_cache import CachedTokens, TokenFolder
 from beit_pretrain.tokenizers.tokenize import make_tokens
@@ -76,7 +77,7 @@ def read_photos(src: str | Path, limit: int) -> tuple[list[bytes], int]:
     """
     read: Callable[[Any], bytes] = read_candidate
     places: list[Any]
-    if (Path(src).expanduser() / MANIFEST).is_file():
+    if (expand_home(src) / MANIFEST).is_file():
         reader = ShardReader(src)
         order = Order(reader.sizes, shuffle=False)  # shards stand in random order already
         places, read = [order.sample_at(i) for i in range(min(limit, reader.samples))], lambda s: reader.read(s).data

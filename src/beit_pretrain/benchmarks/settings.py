@@ -6,7 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from beit_pretrain.settings import Count, Name, Paths, Positive, Rule, Seed, Settings, Side, Switch, Text, Whole, about
+from beit_pretrain.settings import (
+    Count,
+    Paths,
+    PathStr,
+    Positive,
+    Rule,
+    Seed,
+    Settings,
+    Side,
+    Switch,
+    Text,
+    Whole,
+    about,
+)
 from beit_pretrain.tokenizers.settings import TokenizerSettings
 
 VARIANTS = (
@@ -47,8 +60,8 @@ class StepGroup(Settings):
         "what is measured"
     )
     memory_gb: Positive | None = about("memory: of the device, in 2^30 bytes; null = that of this GPU")
-    src: Name | None = about("all: photos for bench loader; null = without it")
-    out: Name = about("all: folder of the page")
+    src: PathStr | None = about("all: photos for bench loader; null = without it")
+    out: PathStr = about("all: folder of the page")
 
 
 class StepBenchSettings(Settings):
@@ -68,7 +81,7 @@ class GpuGroup(StepGroup):
         "prefetch,wide,wider,graphs,autotune"
     )
     tiny: Switch = about("tiny networks and few images, to try whether every stage runs")
-    scratch: Name | None = about("folder of compiled code, images and runs; null = kept in the temporary folder")
+    scratch: PathStr | None = about("folder of compiled code, images and runs; null = kept in the temporary folder")
 
 
 class GpuBenchSettings(Settings):

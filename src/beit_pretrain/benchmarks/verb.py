@@ -14,8 +14,9 @@ from pkgutil import resolve_name
 from typing import Any
 
 from beit_pretrain.benchmarks.blocks import BARS, Block, Results, as_markdown, bars
-from beit_pretrain.config import compose, quoted
+from beit_pretrain.config import compose
 from beit_pretrain.errors import UserError
+from beit_pretrain.overrides import quoted
 
 ACTIONS = {  # action -> module:function, taking the composed config
     "views": "beit_pretrain.benchmarks.views:bench_views",

@@ -52,7 +52,7 @@ class ShardCache:
     """The cache in `folder`, on a local disk; its files have at most `limit` bytes together."""
 
     def __init__(self, folder: str | Path, limit: int):
-        self.folder, self.limit = Path(folder).expanduser(), limit
+        self.folder, self.limit = fileio.expand_home(folder), limit
         self._touched: dict[str, float] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from beit_pretrain.data.left_out import summary as summary_of_left_out
 from beit_pretrain.data.sources import read_bytes
 from beit_pretrain.data.tars import REFUSED, scan_tar
 from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import atomic_write
+from beit_pretrain.fileio import atomic_write, expand_home
 from beit_pretrain.processes import cores, in_order
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, starts_as_image
 
@@ -209,7 +209,7 @@ def write_manifest(
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a split. Raises UserError if it is missing or this version cannot read it."""
-    folder = Path(folder).expanduser()
+    folder = expand_home(folder)
     path = folder / MANIFEST
     advice = "make shards with: python -m beit_pretrain shards make src=FOLDER out=FOLDER"
     if (folder / "train" / MANIFEST).is_file() and not path.is_file():
@@ -264,7 +264,7 @@ def verify_shards(folder: str | Path, progress: bool = True, num_workers: int | 
 
     `num_workers`: None = all cores. Raises UserError if there is no usable manifest.
     """
-    manifest, folder = read_manifest(folder), Path(folder).expanduser()
+    manifest, folder = read_manifest(folder), expand_home(folder)
     shards = manifest["shards"]
     problems: list[str] = []
     counts = np.zeros(len(manifest["classes"]), np.int64)

@@ -32,6 +32,7 @@ from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.data.storage import Remote, is_remote
 from beit_pretrain.data.tars import LONGEST_HEADERS, member_name
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import expand_home
 
 MANIFEST_LIMIT = 1 << 30  # bytes of a remote manifest
 INDEX_MEMORY = 64 << 20  # bytes of indices that a process keeps
@@ -161,7 +162,7 @@ class LocalFolder:
     """A local shard folder. Raises UserError if one of its shards is missing or has another size."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = expand_home(path)
         self.about = read_manifest(self.path)
         self.shards = _shards(self.about)
         for shard in self.shards:

@@ -10,8 +10,8 @@ from beit_pretrain.settings import (
     Channels,
     Count,
     Gigabytes,
-    Name,
     Paths,
+    PathStr,
     Positive,
     Seconds,
     Settings,
@@ -30,7 +30,9 @@ class RemoteOptions(Settings):
     defaults = "data/shards.yaml"
     positional = ("cache_dir",)
 
-    cache_dir: Name | None = about("cache of remote shards on a local disk; null = ~/.cache/beit_pretrain/shards", True)
+    cache_dir: PathStr | None = about(
+        "cache of remote shards on a local disk; null = ~/.cache/beit_pretrain/shards", True
+    )
     cache_gb: Gigabytes = about("largest size of the cache, GB", True)
     retries: Retries = about("retries of a transfer, with growing pauses", True)
     timeout: Seconds = about("seconds without a byte after which a transfer has failed", True)

@@ -20,6 +20,7 @@ from beit_pretrain.data.left_out import EXPECTED, LeftOut
 from beit_pretrain.data.source_tree import DiskTree, NamesTree, walk
 from beit_pretrain.data.tars import OUTSIDE, REFUSED, inside, scan_tar
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.transforms.image_io import MAX_PIXELS
 
 ADVICE = "give a folder of class folders, a tar, or synthetic"
@@ -145,7 +146,7 @@ def candidate_of(unit: SourceGroup, row: Row) -> Candidate:
 
 def check_sources(sources: Sequence[str | Path]) -> None:
     """Raise UserError for a source that does not exist or has no possible image."""
-    for source in (Path(source).expanduser() for source in sources if source != "synthetic"):
+    for source in (expand_home(source) for source in sources if source != "synthetic"):
         left_out = LeftOut()
         if next(units(source, left_out=left_out), None) is None:
             raise nothing_in(source, ADVICE, left_out)
@@ -159,7 +160,7 @@ def nothing_in(source: str | Path, advice: str, left_out: LeftOut) -> UserError:
 
 def list_images(src: str | Path, choice: Choice = EVERYTHING, left_out: LeftOut | None = None) -> list[Candidate]:
     """The possible images in `src`, an image file, a folder of any depth or a tar, sorted by name. Raises UserError."""
-    source, advice = Path(src).expanduser(), "give an image, a folder of images, or a tar"
+    source, advice = expand_home(src), "give an image, a folder of images, or a tar"
     left_out = LeftOut() if left_out is None else left_out
     _check_kind(source, advice)
     if source.is_dir():

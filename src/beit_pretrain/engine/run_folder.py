@@ -51,11 +51,18 @@ def resume_config(settings: dict[str, Any], model: type[Settings] | None) -> dic
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Settings that differ, as "key: old -> new"."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{path}: {old} -> {new}"]
+        return [] if new in (old, at_home(old)) else [f"{path}: {old} -> {new}"]
     found = []
     for key in sorted(old.keys() | new.keys()):
         found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     return found
+
+
+def at_home(value: Any) -> Any:
+    """A path with the home folder in place of `~`, which earlier versions wrote into config.yaml."""
+    if isinstance(value, list):
+        return [at_home(item) for item in value]
+    return fileio.expanded(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def mark_finished(folder: Path, step: int) -> None:

@@ -13,6 +13,7 @@ from beit_pretrain.settings import (
     Name,
     NonNegative,
     Paths,
+    PathStr,
     Positive,
     Rule,
     Seed,
@@ -101,7 +102,7 @@ class FitSettings(Settings):
 
     task: Text = about("what to train; set by the experiment")
     name: Name = about("of the run; its folder is run_dir")
-    run_dir: Name = about("folder of the run", may_change=True)
+    run_dir: PathStr = about("folder of the run", may_change=True)
     seed: Seed = about("of all random numbers")
     resume: Literal["auto", "never"] = about("auto: resume from the folder's last checkpoint | never: start over", True)
 
@@ -162,7 +163,7 @@ class ValidateSettings(Settings):
 
     defaults = "validate.yaml"
 
-    run: Name = about("folder of the run")
+    run: PathStr = about("folder of the run")
     data: ValidationDataSettings
     test: TestSettings
     trainer: TrainerSettings
@@ -176,12 +177,12 @@ class VisualizeSettings(Settings):
     what: Literal["masked", "attention", "tokens", "curves", "layers"] | None = about(
         "masked | predicted | original; attention maps; token maps; curves; probes by layer; null = all available"
     )
-    run: Name | None = about("folder of the run")
+    run: PathStr | None = about("folder of the run")
     runs: Paths | None = about("curves of several runs in one picture: runs=[runs/A,runs/B]")
-    out: Name | None = about("picture file; null = in pictures/ of the run's folder (of the first of runs)")
+    out: PathStr | None = about("picture file; null = in pictures/ of the run's folder (of the first of runs)")
     images: Count = about("rows; attention: at most 2 of the run's images")
     split: Name = about("val or train")
-    photos: Name | None = about("attention: your images instead: a file, a folder or a tar")
+    photos: PathStr | None = about("attention: your images instead: a file, a folder or a tar")
     layers: Annotated[list[Count], Field(min_length=1)] | None = about("attention: blocks from 1; null = three of them")
     heads: Annotated[list[Count], Field(min_length=1)] | None = about("attention: heads from 1; null = all")
     patches: Annotated[list[PatchPlace], Field(min_length=1)] | None = about(

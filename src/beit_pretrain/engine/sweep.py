@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from beit_pretrain import fileio
-from beit_pretrain.config import compose, key_of, quoted, readable
+from beit_pretrain.config import compose
 from beit_pretrain.engine.dist_env import launched
 from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config, resume_config
 from beit_pretrain.engine.sweep_launchers import launcher, run_all
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.overrides import key_of, quoted
 from beit_pretrain.settings import config_dir, to_dict
 from beit_pretrain.tables import read_rows, table, write_csv
 
@@ -119,7 +120,7 @@ def combine(words: list[str]) -> list[tuple[dict[str, str], list[str]]]:
             try:
                 (override,) = parser.parse_overrides([word])
             except HydraException:  # a path, or wrong syntax, which the run itself reports
-                choices[word.partition("=")[0]] = [readable(word)]
+                choices[word.partition("=")[0]] = [word]
                 continue
             key = override.get_key_element()
             swept.discard(key)

@@ -13,7 +13,7 @@ from beit_pretrain.engine import distributed as cluster
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
 from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.task import find_task
-from beit_pretrain.errors import AllRanksError
+from beit_pretrain.errors import AllRanksError, first_line
 from beit_pretrain.settings import to_dict
 
 
@@ -44,6 +44,7 @@ def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback]) -> Tra
     """Lightning's Trainer. It runs the loop; this package handles gradients, batches, metrics and signals itself.
 
     `steps`: optimiser steps; 0 = validation only.
+    Raises AllRanksError if they need a package that is not installed; other wrong values raise Lightning's errors.
     """
     compression = cfg.gradient_compression if steps else None  # validation has no gradients
     settings = cluster.resolve_trainer_args(to_dict(cfg.trainer), cfg.timeout_minutes, compression)
@@ -53,20 +54,26 @@ def make_trainer(cfg: FitSettings, steps: int, callbacks: list[Callback]) -> Tra
         settings["precision"] = "bf16-mixed" if gpu else "32-true"
     # torch has no synchronised batch norm on CPUs.
     settings["sync_batchnorm"] = find_task(cfg.task).sync_batchnorm and wanted_gpu(settings["accelerator"])
-    trainer = Trainer(
-        **settings,
-        max_steps=steps,
-        logger=False,
-        callbacks=callbacks,
-        # True without a ModelCheckpoint in `callbacks` makes Lightning add one, which saves at the end.
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        default_root_dir=cfg.run_dir,
-        use_distributed_sampler=False,  # the data module assigns batches to processes by position
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-        log_every_n_steps=1,  # avoids a warning; `log_every` sets when metrics are written
-    )
+    try:
+        trainer = Trainer(
+            **settings,
+            max_steps=steps,
+            logger=False,
+            callbacks=callbacks,
+            # True without a ModelCheckpoint in `callbacks` makes Lightning add one, which saves at the end.
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+            default_root_dir=cfg.run_dir,
+            use_distributed_sampler=False,  # the data module assigns batches to processes by position
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            log_every_n_steps=1,  # avoids a warning; `log_every` sets when metrics are written
+        )
+    except ImportError as error:  # a precision, strategy or accelerator of a package that is not installed
+        chosen = ", ".join(
+            f"trainer.{key}={getattr(cfg.trainer, key)}" for key in ("precision", "strategy", "accelerator")
+        )
+        raise AllRanksError(f"{chosen}: {first_line(error)}") from error
     # Lightning's signal handler would exit with code 0 or, with several processes, block while it waits for the others.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     # Without it, Lightning's broadcast of SIGTERM, which blocks before every micro-batch, is not needed either.

@@ -9,9 +9,9 @@ from pydantic import Field
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.settings import (
     Count,
-    Name,
     NonNegative,
     Number,
+    PathStr,
     Pool,
     Positive,
     Seed,
@@ -61,8 +61,8 @@ class ProbeSettings(Settings):
 
     defaults = "probe.yaml"
 
-    init_from: Name = about("a checkpoint of fit, the authors' .pth, a timm file or a Hugging Face folder")
-    out: Name | None = about("folder for layers.csv, knn.csv, layers.png; null = probe beside the checkpoint")
+    init_from: PathStr = about("a checkpoint of fit, the authors' .pth, a timm file or a Hugging Face folder")
+    out: PathStr | None = about("folder for layers.csv, knn.csv, layers.png; null = probe beside the checkpoint")
     keep_features: Switch = about("keep the stored features for the next call (images x layers x 2 x width x 2 bytes)")
     image_size: Side | None = about("null = that of init_from")
     mean: Annotated[list[Number], Field(min_length=1)] | None = about("null = that of init_from, else .5")

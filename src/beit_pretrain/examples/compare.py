@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from beit_pretrain.config import compose, quoted
+from beit_pretrain.config import compose
 from beit_pretrain.data.manifest import read_manifest
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.engine.fit import fit
@@ -30,6 +30,7 @@ from beit_pretrain.examples.compare_results import KINDS, report
 from beit_pretrain.examples.settings import CompareSettings
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.checkpoints.files import AtomicCheckpointIO, read_own
+from beit_pretrain.overrides import quoted
 from beit_pretrain.settings import renamed, to_dict
 
 MARK = "compare.yaml"  # its config; says that the folder is a comparison's

@@ -35,7 +35,7 @@ def report(cfg: CompareSettings, run_dir: Path, seeds: Sequence[int]) -> dict[st
     files = {f"{kind} {seeds[0]}": run_dir / f"seed-{seeds[0]}/finetune-{kind}/metrics.csv" for kind in KINDS}
     curves_plot(files, run_dir / "curves.png")
     text = tables(numbers)
-    (run_dir / "RESULTS.md").write_text(text)
+    (run_dir / "RESULTS.md").write_text(text, "utf-8", "backslashreplace")
     print(f"\n{text}\nwrote {run_dir}: RESULTS.md, results.json, accuracy.png, layers.png, curves.png", flush=True)
     return numbers
 

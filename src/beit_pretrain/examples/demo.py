@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from beit_pretrain.config import compose, quoted
+from beit_pretrain.config import compose
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.sources import check_sources
 from beit_pretrain.data.write.contact_sheet import contact_sheet
@@ -25,6 +25,7 @@ from beit_pretrain.engine.visualize import visualize
 from beit_pretrain.errors import UserError
 from beit_pretrain.examples import report
 from beit_pretrain.examples.settings import DemoSettings
+from beit_pretrain.overrides import quoted
 from beit_pretrain.settings import to_dict
 
 MARK = "demo.yaml"  # its config; says that the folder is a demo's

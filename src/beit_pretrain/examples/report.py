@@ -87,7 +87,7 @@ def write(numbers: dict, run_dir: Path) -> Path:
     """Write `report.json` and `report.html` into the run folder; returns the page's path."""
     (run_dir / "report.json").write_text(json.dumps(numbers, indent=2) + "\n")
     page = run_dir / "report.html"
-    page.write_text(render(numbers, run_dir))
+    page.write_text(render(numbers, run_dir), "utf-8", "backslashreplace")  # names may be no UTF-8
     return page
 
 

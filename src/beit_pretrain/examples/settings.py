@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from beit_pretrain.settings import Count, Name, Paths, Seed, Settings, Text, Whole, about
+from beit_pretrain.settings import Count, Name, Paths, PathStr, Seed, Settings, Text, Whole, about
 
 
 class Steps(Settings):
@@ -20,7 +20,7 @@ class DemoSettings(Settings):
 
     src: Paths = about("synthetic, a folder of class folders, or a tar of images")
     name: Name = about("the run folder is runs/NAME")
-    run_dir: Name = about("folder of the run")
+    run_dir: PathStr = about("folder of the run")
     seed: Seed = about("seed of all random numbers")
     images: Count = about("training images of the synthetic set")
     val_images: Count = about("held-out images, at most")
@@ -41,7 +41,7 @@ class CompareSettings(Settings):
     src: Paths = about("labelled images: a folder of class folders, a tar, CIFAR-100's official archive")
     held_out: Paths | None = about("held-out images of the same classes; null = the held-out part of src")
     name: Name = about("the run folder is runs/NAME; rerun the same command to resume")
-    run_dir: Name = about("folder of the run")
+    run_dir: PathStr = about("folder of the run")
     seed: Seed = about("the first of the seeds")
     seeds: Count = about("number of seeds; each has a pre-training, a control and three classifiers")
     labels_per_class: Count = about("labelled images a class for fine-tuning")

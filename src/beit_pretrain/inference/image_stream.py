@@ -26,6 +26,7 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.sources import distinct_names, list_images, read_candidate
 from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.processes import cores, end_with_parent
 from beit_pretrain.transforms.image_io import open_image, reason
 
@@ -72,13 +73,13 @@ def source_of(src: str | Sequence[str], left_out: LeftOut | None = None) -> list
     Raises UserError for a source that does not exist or has no image, and for shards mixed with files.
     """
     sources = [src] if isinstance(src, str) else list(src)
-    shards = [is_remote(s) or (Path(s).expanduser() / MANIFEST).is_file() for s in sources]
+    shards = [is_remote(s) or (expand_home(s) / MANIFEST).is_file() for s in sources]
     if any(shards) and not all(shards):
         raise UserError(f"src={list(sources)} mixes shard folders with files; predict them one after the other")
     if all(shards):
         return ShardSource(sources)
     images: list[NamedImage] = []
-    paths = [Path(os.path.abspath(Path(source).expanduser())) for source in sources]
+    paths = [Path(os.path.abspath(expand_home(source))) for source in sources]
     for source, path, name in zip(sources, paths, distinct_names(paths), strict=True):
         listed = list_images(source, left_out=left_out)
         alone = not path.is_dir() and path.suffix.lower() != ".tar"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from beit_pretrain.inference.sliding_window import SlidingWindow
-from beit_pretrain.settings import Count, Name, Paths, Settings, Whole, about
+from beit_pretrain.settings import Count, Paths, PathStr, Settings, Whole, about
 
 
 class PredictSettings(Settings):
@@ -11,9 +11,9 @@ class PredictSettings(Settings):
 
     defaults = "predict.yaml"
 
-    init_from: Name = about("checkpoint of a fine-tuned classifier or of a segmentation model")
+    init_from: PathStr = about("checkpoint of a fine-tuned classifier or of a segmentation model")
     src: Paths = about("an image, a folder of images (any depth), a tar, a shard folder, or a list of these")
-    out: Name | None = about(
+    out: PathStr | None = about(
         "predictions.csv (null) or predictions.jsonl; for segmentation a folder (null = predictions)"
     )
     top: Count = about("classes per image")

@@ -123,7 +123,8 @@ def attention(q_BHKd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, bias: Tensor) -> T
         k_BHNd, v_BHNd = (F.pad(t, (0, 0, 0, missing)) for t in (k_BHNd, v_BHNd))
     shape = (*q_BHKd.shape[:3], k_BHNd.shape[2])
     scores = bias.expand(shape).reshape(-1, *shape[2:])
-    if scores.dtype != q_BHKd.dtype or (bias.shape[0] == shape[0] and not missing):  # in place only on a copy
+    # In place only on a copy: with one head, or with a bias for each image, this is still the bias's memory.
+    if scores.dtype != q_BHKd.dtype or shape[1] == 1 or (bias.shape[0] == shape[0] and not missing):
         scores = scores.to(q_BHKd.dtype, copy=True)
     q, k, v = (t.flatten(0, 1) for t in (q_BHKd, k_BHNd, v_BHNd))
     scores = scores.baddbmm_(q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)

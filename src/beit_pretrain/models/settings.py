@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from beit_pretrain.settings import Name, Settings, Side, about
+from beit_pretrain.settings import PathStr, Settings, Side, about
 
 
 class ExportSettings(Settings):
@@ -12,9 +12,9 @@ class ExportSettings(Settings):
 
     defaults = "export.yaml"
 
-    init_from: Name = about("a checkpoint, such as runs/base_22k/checkpoints/last.ckpt, of fit or of others")
+    init_from: PathStr = about("a checkpoint, such as runs/base_22k/checkpoints/last.ckpt, of fit or of others")
     to: Literal["unilm", "timm", "onnx", "hf"] = about(
         "unilm: the authors' .pth | timm: .safetensors | hf: a folder for from_pretrained | onnx: .onnx"
     )
-    out: Name = about("the file to write, for hf the folder")
+    out: PathStr = about("the file to write, for hf the folder")
     image_size: Side | None = about("resize the position tables for images of this side, pixels; null = as it is")

@@ -13,7 +13,18 @@ from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.engine.module import TrainedModule
 from beit_pretrain.engine.settings import FitSettings, OptimSettings
 from beit_pretrain.errors import UserError
-from beit_pretrain.settings import BelowOne, Name, Number, Positive, Settings, ShareAboveZero, Side, Switch, Text, about
+from beit_pretrain.settings import (
+    BelowOne,
+    Number,
+    PathStr,
+    Positive,
+    Settings,
+    ShareAboveZero,
+    Side,
+    Switch,
+    Text,
+    about,
+)
 from beit_pretrain.transforms.jitter import HALF, normalise
 from beit_pretrain.transforms.settings import AutoAugment, CropSettings
 from beit_pretrain.transforms.views import ClassificationTransform
@@ -45,7 +56,7 @@ class BackboneSettings(FitSettings):
     patch_size: Side | None = about("side of a patch, pixels; null = that of init_from, else 16")
     mean: Colours | None = about("mean of the normalisation; null = that of init_from, else .5")
     std: Deviations | None = about("standard deviation of the normalisation; null = that of init_from, else .5")
-    init_from: Name | None = about(
+    init_from: PathStr | None = about(
         "a checkpoint of fit, such as runs/base_22k/checkpoints/last.ckpt, the authors' .pth, a timm file or a "
         "Hugging Face folder"
     )

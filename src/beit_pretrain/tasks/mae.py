@@ -22,7 +22,7 @@ from beit_pretrain.models.build import named_size, network
 from beit_pretrain.models.checkpoints.files import rebuild
 from beit_pretrain.models.checkpoints.init_from import normalisation
 from beit_pretrain.models.mae import MaskedAutoencoder, Masking, random_masking
-from beit_pretrain.settings import Name, Settings, Switch, Whole, about, to_dict
+from beit_pretrain.settings import PathStr, Settings, Switch, Whole, about, to_dict
 from beit_pretrain.tasks.common import BackboneModule, BackboneSettings, NetworkSettings, Width, classification_data
 from beit_pretrain.transforms.settings import CropSettings
 from beit_pretrain.visualization import grids
@@ -59,7 +59,7 @@ class MAESettings(BackboneSettings):
     activation_checkpointing: Switch = about("saves most activation memory; a third slower", True)
     data: MAEDataSettings
     mask: MAEMaskSettings
-    init_from: Name | None = about("a checkpoint of this task, to train it on, at any image_size")
+    init_from: PathStr | None = about("a checkpoint of this task, to train it on, at any image_size")
     num_visualizations: Whole = about("masked | predicted | original rows after each validation; 0 = none", True)
     knn: KNNSettings = about("online kNN accuracy, if there are labels", True)
 

@@ -27,7 +27,7 @@ KINDS = ("encoder", "decoder")
 
 def download(cfg: DownloadSettings) -> None:
     """Download the encoder and the decoder if missing, and convert them if not yet converted."""
-    out = Path(cfg.out).expanduser()
+    out = Path(cfg.out)
     addresses = _addresses(cfg)
     ready = [_is_ready(out, kind) for kind in KINDS]  # check both, even if the first is not ready
     if not all(ready):
@@ -49,7 +49,7 @@ def _addresses(cfg: DownloadSettings) -> dict[str, str]:
         return {kind: getattr(cfg, kind) for kind in KINDS}
     if re.match(r"[a-z0-9]+://", cfg.src):
         return {kind: f"{cfg.src.rstrip('/')}/{kind}.pkl" for kind in KINDS}
-    folder = Path(cfg.src).expanduser()
+    folder = Path(cfg.src)
     lacking = [f"{kind}.pkl" for kind in KINDS if not (folder / f"{kind}.pkl").is_file()]
     if lacking:
         raise UserError(f"src={cfg.src} holds no {' and no '.join(lacking)}")

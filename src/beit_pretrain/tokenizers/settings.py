@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, Strict
 
 from beit_pretrain.data.settings import RemoteOptions
-from beit_pretrain.settings import Count, Name, Paths, Rule, Seconds, Seed, Settings, Side, Text, Whole, about
+from beit_pretrain.settings import Count, Paths, PathStr, Rule, Seconds, Seed, Settings, Side, Text, Whole, about
 from beit_pretrain.transforms.settings import ViewSettings
 
 Views = Annotated[int, Strict(), Field(ge=1, le=1024)]
@@ -26,7 +26,7 @@ class TokenizerSettings(Settings):
     model_config = ConfigDict(extra="allow")
 
     target: Text | None = Field(alias="_target_", description="the class; tokenizer=NAME sets it")
-    path: Name | None = about("folder of OpenAI's dVAE, or checkpoint of a tokenizer run")
+    path: PathStr | None = about("folder of OpenAI's dVAE, or checkpoint of a tokenizer run")
 
 
 class TokenizeSettings(ViewSettings, RemoteOptions):
@@ -35,7 +35,7 @@ class TokenizeSettings(ViewSettings, RemoteOptions):
     defaults = "tokenize.yaml"
 
     src: Paths = about("shard folder or location, or a list of them; data=SHARDS is the same")
-    out: Name | None = about("folder for the tokens; null = the folder tokens in the shard folder")
+    out: PathStr | None = about("folder for the tokens; null = the folder tokens in the shard folder")
     tokenizer: TokenizerSettings | None = about("tokenizer=openai, or dvae for your own; with tokenizer.path=")
     views: Views = about("views of every image; a run uses them in turn, one per epoch")
     part: Part | None = about("K/N: only shards K, K + N, ..., with K from 0, for N machines; null = all missing ones")
@@ -53,8 +53,8 @@ class DownloadSettings(Settings):
 
     defaults = "download.yaml"
 
-    out: Name = about("folder for the files; an encoder.pkl or decoder.pkl in it is not downloaded again")
-    src: Name = about(
+    out: PathStr = about("folder for the files; an encoder.pkl or decoder.pkl in it is not downloaded again")
+    src: PathStr = about(
         "openai; or a folder that has both files, or the start of an address (https://MIRROR/FOLDER, hf://OWNER/NAME)"
     )
     encoder: Address = about("address of the encoder")

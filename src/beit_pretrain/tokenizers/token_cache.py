@@ -26,6 +26,7 @@ from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.settings import renamed, to_dict
 from beit_pretrain.transforms.jitter import Jitter
 from beit_pretrain.transforms.scaled_decoding import Crop
@@ -73,7 +74,7 @@ class TokenFolder:
     def __init__(self, path: str | Path):
         if is_remote(path):
             raise UserError(f"{path}: tokens are read from a local folder; copy them to this machine")
-        self.path = Path(path).expanduser()
+        self.path = expand_home(path)
         file = self.path / TOKENS
         if not file.is_file():
             if (self.path / "tokens" / TOKENS).is_file():

@@ -83,7 +83,7 @@ def tokenize(cfg: TokenizeSettings) -> None:
     how = TokenizeOptions((number, parts), cfg.batch_size, num_workers, device)
     for source in sources:
         reader = ShardReader(source, cfg)
-        out = Path(cfg.out or Path(source) / "tokens").expanduser()
+        out = Path(cfg.out or Path(source) / "tokens")
         if make_tokens(reader, out, tokenizer, views, grid, cfg.views, cfg.seed, how):
             print(f"made {out}\n{summary(out)}\nuse them with data.tokens={out}")
 

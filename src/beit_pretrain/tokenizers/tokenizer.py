@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.tokenizers.dalle_encoder import FusedEncoder
 
 RECORD = "weights.json"  # size and SHA-256 of the files in its folder, recorded by `download`
@@ -117,7 +118,7 @@ class OpenAITokenizer:
     downsample = 8
 
     def __init__(self, path: str | Path, encoder: nn.Module | None = None):
-        self.path = Path(path).expanduser()
+        self.path = expand_home(path)
         encoder = read_module(self.path, "encoder") if encoder is None else encoder
         self.encoder = encoder
         self.vocab_size = int(encoder.get_parameter("blocks.output.conv.w").shape[0])

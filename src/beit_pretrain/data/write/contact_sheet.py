@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from beit_pretrain.data.manifest import index_path, read_manifest
 from beit_pretrain.data.sources import read_bytes
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.transforms.image_io import MAX_PIXELS, open_image, to_rgb
 
 
@@ -22,7 +23,7 @@ def contact_sheet(folder: str | Path, path: str | Path, columns: int = 8, rows: 
     if min(columns, rows, cell) < 1:
         raise UserError(f"columns, rows and cell must be 1 or more, got {columns}, {rows} and {cell}")
     manifest = read_manifest(folder)
-    folder, path, text = Path(folder).expanduser(), Path(path).expanduser(), 14
+    folder, path, text = expand_home(folder), expand_home(path), 14
     shards = manifest["shards"]
     sheet = Image.new("RGB", (columns * cell, rows * (cell + text)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)

@@ -21,7 +21,7 @@ from beit_pretrain.data.manifest import MANIFEST, REJECTED
 from beit_pretrain.data.sources import nothing_in
 from beit_pretrain.data.write.labels import read_class_names
 from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import discard, publish
+from beit_pretrain.fileio import discard, expand_home, publish
 from beit_pretrain.processes import cores, in_order
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, MAX_PIXELS
 
@@ -47,9 +47,9 @@ def index_shards(
     counted and listed in left_out.jsonl. Raises UserError for a folder that holds no such tars or a manifest already,
     for a tar that cannot be read or named in a manifest, if there is no sample, and if the folder cannot be written.
     """
-    src, left_out = Path(src).expanduser(), LeftOut()
+    src, left_out = expand_home(src), LeftOut()
     tars = _tars(src, left_out)
-    folder = src if out is None else Path(out).expanduser()
+    folder = src if out is None else expand_home(out)
     if (folder / MANIFEST).exists():
         raise UserError(f"{folder} has a {MANIFEST} already; see: shards verify src={folder}")
     with _staged(folder) as temporary:

@@ -25,6 +25,7 @@ from beit_pretrain.data.write.label_matching import LabelList
 from beit_pretrain.data.write.label_text import lines_of, read_text
 from beit_pretrain.data.write.settings import LabelSettings
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.transforms.image_io import starts_as_image
 
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
@@ -87,7 +88,7 @@ MANY = 20  # images with a class each that are probably a mistake
 
 def read_labels(path: str | Path, file_column: str | None = None, class_column: str | None = None) -> LabelList:
     """The classes in a devkit or a list. Raises UserError for any other file."""
-    path = Path(path).expanduser()
+    path = expand_home(path)
     where = f"labels={path}"
     found = LabelList(where)
     try:
@@ -120,7 +121,7 @@ def read_class_names(path: str | Path) -> list[str]:
     Raises UserError for a line between them that is blank, and for a name that comes twice.
     """
     try:
-        lines = lines_of(read_text(Path(path).expanduser(), "labels").rstrip())
+        lines = lines_of(read_text(expand_home(path), "labels").rstrip())
     except OSError as error:
         raise UserError(f"labels={path} cannot be read: {error.strerror or error}") from None
     first: dict[str, int] = {}

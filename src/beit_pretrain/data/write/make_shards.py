@@ -29,7 +29,7 @@ from beit_pretrain.data.write.labels import segmentation_names
 from beit_pretrain.data.write.settings import ClassSettings, EncodeSettings, LabelSettings
 from beit_pretrain.data.write.shard_writer import Job, read_report, write_shard
 from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import atomic_write
+from beit_pretrain.fileio import atomic_write, expand_home
 from beit_pretrain.processes import cores, in_order
 
 FORMAT = 3  # of the work folder
@@ -62,8 +62,8 @@ def make_shards(
     checks.check_labels(listed)
     # Absolute paths, so that a run can be resumed from another folder.
     given = [src] if isinstance(src, str | Path) else list(src)
-    sources = [str(g) if g == "synthetic" else str(Path(g).expanduser().absolute()) for g in given]
-    out, names = Path(out).expanduser(), ["train", "val"] if chosen.val > 0 else [split]
+    sources = [str(g) if g == "synthetic" else str(expand_home(g).absolute()) for g in given]
+    out, names = expand_home(out), ["train", "val"] if chosen.val > 0 else [split]
     choice = Choice(split, tuple(chosen.image_key or ()))
     checks.check_arguments(sources, split, num_workers, chosen)
     checks.check_sources(sources, out)
@@ -112,7 +112,7 @@ def _plan(sources: list[str], split: str, labels: LabelSettings, settings: Encod
     """Everything in which a run must agree with a half-done one to resume it. Raises OSError for unreadable labels."""
     plan: dict[str, Any] = {"src": sources, "split": split, "labels": None, "format": FORMAT, "Pillow": PIL.__version__}
     if labels.path is not None:
-        file = Path(labels.path).expanduser()
+        file = expand_home(labels.path)
         plan["labels"] = f"{file.absolute()}"
         if file.is_file():
             plan["labels"] += f" (SHA-256 {_checksum(file)})"
@@ -124,7 +124,8 @@ def _plan(sources: list[str], split: str, labels: LabelSettings, settings: Encod
 
 def _labels_file(labels: LabelSettings) -> dict[str, Any]:
     """The settings of the labels for the manifest: the file's name alone, as paths differ between machines."""
-    file = Path(str(labels.path)).expanduser()
+    assert labels.path is not None
+    file = expand_home(labels.path)
     checksum = {"sha256": _checksum(file)} if file.is_file() else {}
     return {**labels.model_dump(), "path": file.name, **checksum}
 

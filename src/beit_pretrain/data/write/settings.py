@@ -7,7 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
-from beit_pretrain.settings import BelowOne, Count, Name, Paths, Rule, Seed, Settings, Text, Whole, Window, about
+from beit_pretrain.settings import (
+    BelowOne,
+    Count,
+    Name,
+    Paths,
+    PathStr,
+    Rule,
+    Seed,
+    Settings,
+    Text,
+    Whole,
+    Window,
+    about,
+)
 from beit_pretrain.transforms.image_io import MAX_PIXELS
 
 Quality = Annotated[int, Strict(), Field(ge=1, le=100)]
@@ -49,7 +62,7 @@ class LabelSettings(Settings):
 
     defaults = "shards.yaml:labels"
 
-    path: Name | None = about(
+    path: PathStr | None = about(
         "make: ImageNet's devkit, or a list with a row per image (short: labels=FILE); index: class names, a line each"
     )
     file_column: Name | None = about("of a list: name or number (from 1) of the column of file names; null = found")
@@ -95,7 +108,7 @@ class ShardsSettings(EncodeSettings, ClassSettings):
         "make: a folder of class folders, a tar, a folder of tars, CIFAR-100's archive, or synthetic; else a "
         "shard folder"
     )
-    out: Name | None = about(
+    out: PathStr | None = about(
         "make: folder for train/ and val/; index: for index and links, null = src; show: the picture"
     )
     split: Name | None = about("folder name when val=0; of a source with parts of its own also the part to read")

@@ -75,7 +75,7 @@ def export(cfg: ExportSettings) -> Path:
             with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 how_to_open = write(model, temporary)
                 if cfg.to == "hf":
-                    (temporary / "README.md").write_text(card(model, source))
+                    (temporary / "README.md").write_text(card(model, source), "utf-8", "backslashreplace")
             set_permissions(temporary)
     except (RuntimeError, ValueError, SafetensorError) as error:  # a full disk, in the words of torch and safetensors
         if isinstance(error, UserError):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.files import KINDS, listed_keys, read_tensors
 from beit_pretrain.models.checkpoints.infer_architecture import HEADS, checked_facts, floats, infer
@@ -73,7 +74,7 @@ def read_checkpoint(path: str | Path, image_size: Sequence[int] | None = None) -
 
     `image_size`, (height, width), is needed where position tables are of a grid that is not square.
     """
-    path = Path(path)
+    path = expand_home(path)
     folder = path if path.is_dir() else path.parent
     in_folder = path.is_dir() and (path / "config.json").is_file()
     content, said = read_folder(path) if in_folder else read_tensors(path)
