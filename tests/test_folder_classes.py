@@ -17,7 +17,7 @@ from beit_pretrain.data.write.folder_classes import classes_of
         (["train2017/"], [None], [None], [None]),
         (["", "cats/"], [None, "cats"], [None, "cats"], [None, "cats"]),
         (["a/ant.tar/", "a/bee.tar/"], "ant bee", "ant bee", "a/ant a/bee"),
-        (["pets/cats/", "pets/dogs/", "cars/vans/"], "cats dogs vans", "pets pets cars", "pets/cats pets/dogs cars/vans"),
+        (["pets/cat/", "pets/dog/", "cars/van/"], "cat dog van", "pets pets cars", "pets/cat pets/dog cars/van"),
         (["images/", "cats/"], "images cats", "images cats", "images cats"),  # beside others it may be a class
     ],
 )  # fmt: skip

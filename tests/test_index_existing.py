@@ -12,10 +12,11 @@ from test_sources import tar_bytes, write_folder
 from beit_pretrain.data import layout
 from beit_pretrain.data.layout import FURTHER
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
-from beit_pretrain.data.manifest import EMPTY, read_manifest, verify_shards
+from beit_pretrain.data.manifest import EMPTY, NO_IMAGE_IN_SAMPLE, read_manifest, verify_shards
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.data.write.index_existing import index_shards
+from beit_pretrain.data.tars import LINK, OUTSIDE, REFUSED
+from beit_pretrain.data.write.index_existing import INNER, LOOSE, NO_SAMPLE, index_shards
 from beit_pretrain.data.write.labels import read_class_names
 from beit_pretrain.errors import UserError
 
@@ -82,6 +83,90 @@ def test_samples_of_foreign_tars(files, expected, left_out, tmp_path, capsys):
     counts = read_manifest(tmp_path / "src")["left_out"]
     assert counts == left_out
     assert capsys.readouterr().err.count("warning: left out") == len(left_out)
+
+
+APPLE = b"\0\5\26\7\0\2\0\0Mac OS X"
+
+
+@pytest.mark.parametrize(
+    ("files", "image_key", "images", "left_out"),
+    [
+        # By-products of macOS beside every member.
+        ({"._a.jpg": APPLE, "a.jpg": b"a", "._a.cls": APPLE, "a.cls": b"1"}, (), [b"a"], {layout.BY_PRODUCT: 2}),
+        ({"__MACOSX/a.jpg": APPLE, "@eaDir/a.jpg/T.jpg": b"t", "a.jpg": b"a"}, (), [b"a"], {layout.BY_PRODUCT: 2}),
+        # Label maps and depth maps beside the photo.
+        ({"a.jpg": b"a", "a.png": b"m"}, (), [b"a"], {FURTHER: 1}),
+        ({"a.png": b"m", "a.jpg": b"a"}, (), [b"a"], {FURTHER: 1}),
+        ({"a.depth.png": b"m", "a.image.jpg": b"a"}, (), [b"a"], {FURTHER: 1}),
+        ({"a.webp": b"a", "a.label.tif": b"m", "a.thumb.jpg": b"t"}, (), [b"a"], {FURTHER: 2}),
+        ({"a.jpg": b"a", "a.png": b"m"}, ("png",), [b"m"], {FURTHER: 1}),
+        ({"a.rgb.png": b"a", "b.jpg": b"b"}, ("rgb.png",), [b"a"], {FURTHER: 1, NO_IMAGE_IN_SAMPLE: 1}),
+        # Extensions: known ones, and images without any that is known.
+        (dict.fromkeys([f"{i}.{e}" for i, e in enumerate(("jfif", "jpe", "pnm", "j2k", "JPEG", "TIF", "apng"))], b"a"),
+         (), [b"a"] * 7, {}),
+        ({"a.img": encoded(0), "b": encoded(1, kind="PNG"), "c.bin": b"no image"}, (),
+         [encoded(0), encoded(1, kind="PNG")], {layout.NO_IMAGE: 1}),
+        # Names that lead outside, and samples that lack an image.
+        ({"a.jpg": b"a", "/data/b.jpg": b"b", "../c.jpg": b"c"}, (), [b"a"], {REFUSED[OUTSIDE]: 2}),
+        ({"a.jpg": b"a", "b.cls": b"1", "c.txt": b"x"}, (), [b"a"], {NO_IMAGE_IN_SAMPLE: 1, layout.NO_IMAGE: 1}),
+        # Dots in names: numbers belong to the key, unless something has the bare key.
+        ({"s.01.jpg": b"a", "s.01.cls": b"0", "s.02.jpg": b"b", "s.02.cls": b"1"}, (), [b"a", b"b"], {}),
+        ({"v1.0/a.jpg": b"a", "x.2.5.jpg": b"b", "x.2.6.jpg": b"c"}, (), [b"a", b"b", b"c"], {}),
+        ({"s.01.jpg": b"a", "s.02.jpg": b"b", "s.cls": b"0"}, (), [b"a"], {FURTHER: 1}),
+    ],
+)  # fmt: skip
+def test_the_image_of_a_sample(files, image_key, images, left_out, tmp_path, capsys):
+    write_folder(tmp_path / "src", {"x.tar": tar_bytes(files)})
+    folder = index_shards(tmp_path / "src", num_workers=1, image_key=image_key)
+    reader = ShardReader(folder)
+    assert [reader.read(Sample(0, row)).data for row in range(reader.samples)] == images
+    assert read_manifest(folder)["left_out"] == left_out
+    unexpected = left_out.keys() - {layout.BY_PRODUCT, layout.NO_IMAGE}
+    assert capsys.readouterr().err.count("warning: left out") == len(unexpected)
+    assert verify_shards(folder, progress=False) == []
+
+
+def test_links_are_counted(tmp_path):
+    (tmp_path / "src").mkdir()
+    with tarfile.open(tmp_path / "src/x.tar", "w") as tar:
+        for name, link in (("a.jpg", ""), ("b.jpg", "a.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.size = (tarfile.SYMTYPE, link, 0) if link else (tarfile.REGTYPE, "", 1)
+            tar.addfile(info, io.BytesIO(b"a"))
+    folder = index_shards(tmp_path / "src", num_workers=1)
+    assert read_manifest(folder)["left_out"] == {REFUSED[LINK]: 1}
+
+
+def test_what_lies_beside_the_tars(tmp_path, capsys):
+    """Tars without an image are no reason to stop; other files that may hold images are named."""
+    files = {"0.tar": tar_bytes({"a.jpg": b"a"}), "1.tar": tar_bytes({}), "2.tar.gz": b"x", "loose.jpg": b"x"}
+    write_folder(tmp_path / "src", files | {"more/3.tar": tar_bytes({"b.jpg": b"b"}), "0_stats.json": b"{}"})
+    folder = index_shards(tmp_path / "src", num_workers=1)
+    assert read_manifest(folder)["left_out"] == {
+        layout.COMPRESSED: 1, LOOSE: 1, INNER: 1, NO_SAMPLE: 1, layout.NO_IMAGE: 1
+    }  # fmt: skip
+    said = capsys.readouterr().err
+    for name in ("1.tar", "2.tar.gz", "loose.jpg", "more/"):
+        assert f"warning: left out {name}: " in said
+    assert verify_shards(folder, progress=False) == []
+
+
+def test_members_behind_an_end_mark(tmp_path, capsys):
+    both = tar_bytes({"a.jpg": b"a", "a.cls": b"0"}) + tar_bytes({"b.jpg": b"b", "b.cls": b"1"})
+    folder = index_shards(write_folder(tmp_path / "src", {"x.tar": both}), num_workers=1)
+    reader = ShardReader(folder)
+    assert [reader.read(Sample(0, row)) for row in range(2)] == [(b"a", 0), (b"b", 1)]
+    assert "warning: x.tar: has an end mark with more files behind it" in capsys.readouterr().err
+    assert verify_shards(folder, progress=False) == []
+
+
+def test_refuses_tars_whose_images_are_all_left_out(tmp_path):
+    write_folder(tmp_path / "src", {"x.tar": tar_bytes({"/data/a.jpg": b"a"})})
+    with pytest.raises(UserError, match=r"holds no image; x\.tar//data/a\.jpg: its name leads outside the archive"):
+        index_shards(tmp_path / "src", num_workers=1)
+    write_folder(tmp_path / "large", {"x.TAR": tar_bytes({"a.jpg": b"a"})})
+    with pytest.raises(UserError, match=r"must be renamed.*ends with \.tar"):
+        index_shards(tmp_path / "large", num_workers=1)
 
 
 def test_a_full_disk_is_reported_and_left_empty(full_disk, foreign):

@@ -3,14 +3,32 @@
 import pytest
 
 from beit_pretrain.data import layout
-from beit_pretrain.data.layout import Subject, is_by_product, maps_among, of_split, parts_of, subject, twins, why_no_image
+from beit_pretrain.data.layout import (
+    Subject,
+    is_by_product,
+    maps_among,
+    of_split,
+    parts_of,
+    subject,
+    twins,
+    why_no_image,
+)
 from beit_pretrain.errors import UserError
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        *("._IMG_1.jpg", ".DS_Store", ".Trashes", ".ipynb_checkpoints", ".thumbnails", "__MACOSX", "@eaDir", "#recycle"),
+        *(
+            "._IMG_1.jpg",
+            ".DS_Store",
+            ".Trashes",
+            ".ipynb_checkpoints",
+            ".thumbnails",
+            "__MACOSX",
+            "@eaDir",
+            "#recycle",
+        ),
         *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "lost+found", "@tmp", "thumbnails", "#snapshot"),
         *("Thumbs.db", "ehthumbs_vista.db", "SYNOPHOTO_THUMB_M.jpg", "cat.jpg:Zone.Identifier", "MVI_1.THM", "a.jpg~"),
     ],
@@ -52,7 +70,7 @@ def test_files_that_are_no_images_by_their_names(name, why):
         (["train", "train_masks", "test"], ["train"], ["test"]),
         (["images_train", "images_val", "labels_train", "labels_val"], ["images_train"], ["images_val"]),
         (["trainA", "trainB", "testA", "testB"], ["trainA", "trainB"], ["testA", "testB"]),
-        (["ISIC2018_Training_Input", "ISIC2018_Validation_Input"], ["ISIC2018_Training_Input"], ["ISIC2018_Validation_Input"]),
+        (["ISIC_Training_Input", "ISIC_Test_Input"], ["ISIC_Training_Input"], ["ISIC_Test_Input"]),
     ],
 )  # fmt: skip
 def test_parts(folders, train, val):
@@ -61,7 +79,9 @@ def test_parts(folders, train, val):
     assert of_split(parts, "val") == val
 
 
-@pytest.mark.parametrize("folders", [["train", "bus"], ["cats", "dogs"], ["toy_train", "test_tube"], ["val", "test"], ["train"]])
+@pytest.mark.parametrize(
+    "folders", [["train", "bus"], ["cats", "dogs"], ["toy_train", "test_tube"], ["val", "test"], ["train"]]
+)
 def test_no_parts(folders):
     assert parts_of(folders) == {}
 
@@ -123,7 +143,11 @@ def test_label_maps_among_photos(names, maps):
     ],
 )
 def test_folders_of_label_maps(folder, siblings, is_map):
-    files = {folder: ["1.png", "2.png"], **{s: ["1.jpg", "2.jpg"] for s in siblings}, "": ["1.jpg"] * (folder == "thumbs")}
+    files = {
+        folder: ["1.png", "2.png"],
+        **{s: ["1.jpg", "2.jpg"] for s in siblings},
+        "": ["1.jpg"] * (folder == "thumbs"),
+    }
     listed = [folder, *siblings]
     assert layout.is_map_folder(folder, listed, lambda place: (place, files.get(place, []))) == is_map
     others = {name: [f"{name}{n}.jpg" for n in range(2)] for name in listed}

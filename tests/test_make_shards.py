@@ -103,6 +103,21 @@ def test_round_trip(build, tmp_path):
     assert verify_shards(folder, progress=False) == []
 
 
+def test_what_is_left_out_is_listed_and_counted(tmp_path, capsys):
+    files = {"cat/1.jpg": encoded(0), "cat/2.jpg": encoded(1), "dog/3.jpg": encoded(2), "cat/1.txt": b"x"}
+    files |= {"dog.zip": b"x", "cat/._1.jpg": b"x", "cat/@eaDir/1.jpg/S.jpg": b"x"}
+    make_shards(write_folder(tmp_path / "src", files), tmp_path / "out", num_workers=1, val=0.4)
+    for part in ("train", "val"):
+        folder = tmp_path / "out" / part
+        lines = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
+        counts = {"dog.zip": 1, "cat/._1.jpg": 2, "cat/1.txt": 1}
+        assert {line["key"]: line["files"] for line in lines} == counts
+        assert sum(read_manifest(folder)["left_out"].values()) == 4
+        assert "left out: 2 (a by-product" in summary(folder)
+    said = capsys.readouterr().err
+    assert said.count("warning") == said.count("warning: left out dog.zip: an archive") == 1
+
+
 def test_synthetic_has_masks_and_all_classes(tmp_path):
     folder = make("synthetic", tmp_path / "out", images=7, size=32, seed=3)
     manifest = read_manifest(folder)
@@ -596,7 +611,7 @@ def test_refuses_pipes(tmp_path):
         with pytest.raises(UserError, match="is a pipe or a device; give an image"):
             list_images(tmp_path / name)
     images = write_folder(tmp_path / "src", {"a.jpg": encoded(0)})
-    with pytest.raises(UserError, match="pipe is a pipe or a device"):
+    with pytest.raises(UserError, match="pipe: it is a pipe or a device"):
         make(images, tmp_path / "out", labels=tmp_path / "pipe")
 
 

@@ -162,3 +162,91 @@ def test_refuses_files_too_large_for_an_image(tmp_path):
     assert len(read_candidate(film, max_pixels=2)) == 2**20 + 17
     with pytest.raises(ValueError, match="too many for an image of max_pixels=1"):
         read_candidate(film, max_pixels=1)
+
+
+JUNK = (
+    "cat/._1.jpg",
+    "cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg",
+    "$RECYCLE.BIN/$R1.jpg",
+    "#recycle/1.jpg",
+    ".Trashes/1.jpg",
+)
+WINDOWS = ("System Volume Information/1.jpg", "cat/Thumbs.db", "cat/.ipynb_checkpoints/1.jpg", "cat/thumbnails/1.jpg")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("files", "found", "left_out", "warnings"),
+    [
+        # By-products are no images and no classes.
+        (("cat/1.jpg", *JUNK), {"cat/1.jpg": "cat"}, len(JUNK), 0),
+        (("cat/1.jpg", *WINDOWS), {"cat/1.jpg": "cat"}, len(WINDOWS), 0),
+        # Label maps beside photos.
+        (("images/1.jpg", "masks/1.png"), {"images/1.jpg": None}, 1, 1),
+        (("JPEGImages/1.jpg", "SegmentationClass/1.png"), {"JPEGImages/1.jpg": None}, 1, 1),
+        (("images/a/1.jpg", "segmentations/a/1.png"), {"images/a/1.jpg": "a"}, 1, 1),
+        (("train/1.jpg", "train_masks/1_mask.gif"), {"train/1.jpg": None}, 1, 1),
+        (("rgb/b/1.jpg", "depth/b/1.png", "cats/2.jpg"), {"rgb/b/1.jpg": "b", "cats/2.jpg": "cats"}, 1, 1),
+        (("city/1_leftImg8bit.png", "city/1_gtFine_color.png"), {"city/1_leftImg8bit.png": "city"}, 1, 1),
+        (("mask/1.jpg", "no_mask/1.jpg"), {"mask/1.jpg": "mask", "no_mask/1.jpg": "no_mask"}, 0, 0),
+        # Archives and data files.
+        (("cat/1.jpg", "dog.zip", "train.parquet", "a/b.tfrecord"), {"cat/1.jpg": "cat"}, 3, 1),
+        # Parts at any depth, and what lies beside them.
+        (("set/Train/cat/1.jpg", "set/Test/cat/2.jpg"), {"set/Train/cat/1.jpg": "cat"}, 1, 0),
+        (("train/1.jpg", "val/2.jpg", "more/3.jpg", "labels/1.txt"), {"train/1.jpg": None}, 2, 1),
+        # Which folder is the class.
+        (("n1/images/1.jpg", "n2/images/2.jpg"), {"n1/images/1.jpg": "n1", "n2/images/2.jpg": "n2"}, 0, 0),
+        (("cat/2020/1.jpg", "dog/2020/2.jpg"), {"cat/2020/1.jpg": "cat", "dog/2020/2.jpg": "dog"}, 0, 1),
+    ],
+)  # fmt: skip
+def test_what_is_read_of_a_folder_and_of_a_tar(packed, files, found, left_out, warnings, tmp_path, capsys):
+    content = {
+        name: encoded(number, kind="PNG" if name.endswith("png") else "JPEG") for number, name in enumerate(files)
+    }
+    src = write_folder(tmp_path / "src", {"x.tar": tar_bytes(content)} if packed else content)
+    listed = LeftOut()
+    candidates = list_candidates([src / "x.tar" if packed else src], left_out=listed)
+    assert {c.key: c.class_name for c in candidates} == found
+    assert [read_candidate(c) for c in candidates] == [content[key] for key in sorted(found)]
+    assert sum(listed.counts().values()) == left_out
+    assert capsys.readouterr().err.count("warning: ") == warnings
+
+
+def test_images_that_differ_by_their_extension_alone(tmp_path, capsys):
+    """One image in a tar; in a folder a grey or palette PNG is a label map, and others are read with a warning."""
+    grey, colour = encoded(0, kind="PNG", mode="L"), encoded(1, kind="PNG")
+    files = {"1.jpg": encoded(2), "1.png": grey, "2.jpg": encoded(3), "2.png": colour, "3.png": grey}
+    src = write_folder(tmp_path / "src", files)
+    (tmp_path / "x.tar").write_bytes(tar_bytes(files))
+    for source, expected, words in (
+        (src, "1.jpg 2.jpg 2.png 3.png", "2.png: has the name of another image but for its extension; both are read"),
+        (tmp_path / "x.tar", "1.jpg 2.jpg 3.png", "left out 1.png and 1 more: a further image"),
+    ):
+        assert [c.key for c in list_candidates([source])] == expected.split()
+        assert words in capsys.readouterr().err
+        by_key = list_candidates([source], image_key=("png", "jpg"))
+        assert [c.key for c in by_key] == ["1.png", "2.png", "3.png"]
+        assert "left out 1.jpg and 1 more: a further image" in capsys.readouterr().err
+
+
+def test_classes_of_tars(tmp_path):
+    """A tar's name is the class of images without a folder, but not where it is a shard of WebDataset."""
+    shard = {"1.jpg": encoded(0), "1.json": b"{}", "1.txt": b"x", "2.jpg": encoded(1), "2.json": b"{}"}
+    src = write_folder(tmp_path, {"ant.tar": tar_bytes({"1.jpg": encoded(2)}), "00000.tar": tar_bytes(shard)})
+    found = {c.key: c.class_name for c in list_candidates([src])}
+    assert found == {"00000.tar/1.jpg": None, "00000.tar/2.jpg": None, "ant.tar/1.jpg": "ant"}
+
+
+def test_members_behind_an_end_mark_of_a_tar(tmp_path, capsys):
+    files = class_files(1)
+    parts = [tar_bytes({name: data}) for name, data in files.items()]
+    (tmp_path / "all.tar").write_bytes(b"".join(parts))
+    assert {c.key: read_candidate(c) for c in list_candidates([tmp_path / "all.tar"])} == files
+    assert "warning: all.tar and 1 more: has an end mark with more files behind it" in capsys.readouterr().err
+
+
+def test_a_source_whose_images_are_all_left_out(tmp_path):
+    for name, words in (("a.zip", "a.zip: an archive"), ("data.parquet", "data.parquet: an archive")):
+        src = write_folder(tmp_path / name / "src", {name: b"x"})
+        with pytest.raises(UserError, match=f"holds no image; {words}"):
+            list_images(src)

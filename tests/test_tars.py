@@ -55,6 +55,62 @@ def test_sparse_members(tmp_path):
     assert list(scan_tar(tmp_path / "x.tar")) == [("holes.jpg", 0, SPARSE)]
 
 
+def tar_of(*names: str, end: bool = True) -> bytes:
+    """A tar of files of a block each."""
+    headers = (member(name, data=b"x" * 512) for name in names)
+    return b"".join(info.tobuf(tarfile.GNU_FORMAT) + data for info, data in headers) + bytes(1024 * end)
+
+
+BEHIND, NO_TAR, NO_END = "more files behind it", "that are no tar", "has no end mark"
+
+
+@pytest.mark.parametrize(
+    ("data", "names", "notes"),
+    [
+        (tar_of("a", "b"), "ab", []),
+        (tar_of("a", "b") + bytes(9 * 512), "ab", []),  # filled up to a record
+        (tar_of("a", "b", end=False), "ab", [NO_END]),
+        (tar_of("a") + tar_of("b", "c"), "abc", [BEHIND]),  # cat a.tar b.tar
+        (tar_of("a") + bytes(2**21) + tar_of("b") + bytes(512) + tar_of("c"), "abc", [BEHIND, BEHIND]),
+        (tar_of("a") + b"no tar".ljust(512), "a", [NO_TAR]),
+        # Holes of a download: a whole member; from within one to within another; to the end.
+        (tar_of("a", end=False) + bytes(1024) + tar_of("c"), "ac", [BEHIND]),
+        (tar_of("a", end=False)[:512] + bytes(1024) + b"x" * 512 + tar_of("c"), "ac", [NO_TAR]),
+        (tar_of("a", end=False) + bytes(4096), "a", []),
+    ],
+)
+def test_what_lies_behind_an_end_mark(data, names, notes, tmp_path):
+    for before in (b"", b"before it".ljust(512)):
+        (tmp_path / "x.tar").write_bytes(before + data)
+        found: list[str] = []
+        assert [name for name, *_ in scan_tar(tmp_path / "x.tar", len(before), notes=found)] == list(names)
+        assert len(found) == len(notes)
+        assert all(words in text for words, text in zip(notes, found, strict=True))
+
+
+def test_a_hole_of_the_file_system(tmp_path):
+    """A download of a terabyte whose space was reserved is not read through."""
+    with open(tmp_path / "x.tar", "wb") as file:
+        file.write(tar_of("a"))
+        file.seek(2**40)
+        file.write(tar_of("b"))
+        file.truncate(2**41)
+    assert [(name, offset) for name, offset, _ in scan_tar(tmp_path / "x.tar")] == [("a", 512), ("b", 2**40 + 512)]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("name", ["a.jpg", "v1.0/" + "long" * 20 + "/" + "x" * 90 + ".jpg", "ü" * 40 + ".1.jpg"])
+def test_names_from_the_bytes_before_a_member(kind, name, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as tar:
+        for each in ("before.jpg", name):
+            info, data = member(each, data=encoded(0))
+            tar.addfile(info, io.BytesIO(data))
+    data = (tmp_path / "x.tar").read_bytes()
+    (*_, (_, offset, _)) = scan_tar(tmp_path / "x.tar")
+    assert tars.member_name(data[:offset]) == name
+    assert tars.member_name(data[max(0, offset - tars.LONGEST_HEADERS) : offset]) == name
+
+
 def huge_file() -> bytes:
     info, _ = member("big.jpg")
     info.size = 8 * 2**40

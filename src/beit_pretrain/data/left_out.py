@@ -24,7 +24,7 @@ class LeftOut:
 
     def add(self, key: str, reason: str, files: int = 1, folder: str | None = None) -> None:
         """Count `files` files. `key`: path of the first; `folder`: what they are counted under, None = its folder."""
-        place = (key.rpartition("/")[0] if folder is None else folder), reason
+        place = (key.rstrip("/").rpartition("/")[0] if folder is None else folder), reason
         example, count = self.found.get(place, (key, 0))
         self.found[place] = example, count + files
 
