@@ -224,6 +224,8 @@ def test_colours_of_more_than_8_bits_in_ppm_are_told():
         with open_image(f"P6 2 2 {largest}\n".encode() + values.tobytes()) as image:
             assert has_deep_colours(image) == deep
             assert np.asarray(to_rgb(image)).max() in (127, 128)
+        with open_image(f"P3 1 1 {largest} 1 2 3\n".encode()) as image:
+            assert has_deep_colours(image) == deep
 
 
 def test_numbers_of_jpeg_2000():

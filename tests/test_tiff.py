@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_pretrain.transforms.grey_values import label_ids, notes, to_grey8
+from beit_pretrain.transforms.grey_values import label_ids, notes, numbers, to_grey8
 from beit_pretrain.transforms.image_io import alpha_of, has_deep_colours, open_image, to_channels, to_rgb
 
 KINDS = {"u": 1, "i": 2, "f": 3}
@@ -332,10 +332,11 @@ def test_previews_do_not_stand_for_camera_raw_files(pages):
         pytest.fail("opened a preview")
 
 
-def test_compressions_of_pillow():
-    values = np.rint(RAMP * 60000).astype(np.uint16)
-    for compression in ("tiff_lzw", "packbits", "tiff_adobe_deflate"):
-        buffer = io.BytesIO()
-        Image.fromarray(values).save(buffer, "TIFF", compression=compression)
-        with open_image(buffer.getvalue()) as image:
-            np.testing.assert_array_equal(label_ids(image), values)
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "packbits", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("kind", ["u2", "i4", "f4"])
+def test_files_of_pillow(compression, kind):
+    values, buffer = np.rint(RAMP * 60000).astype(kind), io.BytesIO()
+    tags = {317: 2} if compression in ("tiff_lzw", "tiff_adobe_deflate") and kind == "u2" else {}
+    Image.fromarray(values).save(buffer, "TIFF", compression=compression, tiffinfo=tags)
+    with open_image(buffer.getvalue()) as image:
+        np.testing.assert_array_equal(numbers(image), values)

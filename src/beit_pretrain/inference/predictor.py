@@ -148,6 +148,9 @@ class Predictor:
     ) -> Answer | list[Answer]:
         """Predict for one image, or for a list of images (returns a list). Images may have any size and mode.
 
+        They are not changed. TIFFs that Pillow reads wrongly (transforms/tiff.py) must be opened by open_image of
+        transforms/image_io.py.
+
         A classifier returns the `top` Predictions (name, probability, number), most likely first. A segmenter returns
         classes (H, W) int64 at the image's size, or at the given `sizes`, (height, width) for each image.
         Raises TypeError for anything but PIL images (open files with PIL.Image.open), ValueError for `top` below 1.

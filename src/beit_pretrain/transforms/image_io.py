@@ -94,7 +94,7 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=_formats())
     if image.format == "PNG" and (clear := image.info.get("transparency")) is not None:
         _put_transparency_right(image, clear)
-    elif image.format == "JPEG2000" and image.mode in ("L", "I;16") and (start := data.find(b"\xff\x4f\xff\x51")) >= 0:
+    if image.format == "JPEG2000" and image.mode in ("L", "I;16") and (start := data.find(b"\xff\x4f\xff\x51")) >= 0:
         depth = data[start + 42]  # of the first component, in bits less one, and whether it has a sign
         bits, shift = 1 + (depth & 127), 2 ** (depth & 127) if depth > 127 else 0
         note(image, factor=2.0 ** (bits - (8 if image.mode == "L" else 16)), offset=-float(shift))
@@ -109,10 +109,12 @@ def _put_transparency_right(image: Image.Image, clear: Any) -> None:
     """The transparent colour of a PNG, not yet decoded, in Pillow's values instead of the file's."""
     tiles = getattr(image, "tile", None)
     raw = str(tiles[0][3]) if tiles else ""
-    if image.mode == "I;16":
+    if not isinstance(clear, int | tuple):  # per entry of a palette
+        return
+    if image.mode == "I;16" and isinstance(clear, int):
         note(image, nodata=float(clear))
     elif raw in ("L;2", "L;4"):
-        note(image)
+        note(image)  # its decoder's settings are gone once it is decoded
         image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw]
     elif ";16" in raw and isinstance(clear, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in clear)
@@ -123,9 +125,10 @@ def has_deep_colours(image: Image.Image) -> bool:
     if is_deep(image):
         return False
     tiles = getattr(image, "tile", None) or []
-    raw = [str(tile[3]) for tile in tiles if tile[0] != "ppm"]
+    ppm = [tile[3] for tile in tiles if tile[0] in ("ppm", "ppm_plain") and isinstance(tile[3], tuple)]
+    raw = [str(tile[3]) for tile in tiles]
     wide = any(";16" in args and not args.startswith("BGR;16") for args in raw)  # that is 5 and 6 bits a channel
-    return wide or notes(image).bits > 8 or any(tile[0] == "ppm" and tile[3][-1] > 255 for tile in tiles)
+    return wide or notes(image).bits > 8 or any(largest > 255 for _, largest in ppm)
 
 
 def is_grey(image: Image.Image) -> bool:
