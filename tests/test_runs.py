@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -87,6 +88,18 @@ def test_trainer_values_that_cannot_be_used_are_one_line(word, shards, refused, 
     else:
         refused(*words, f"trainer.{word}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 3])
+def test_progress_bar_shows_the_metrics_of_the_last_interval(log_every, words, run_cli, tmp_path):
+    """After 4 steps, whatever the interval: with 3, of the fourth step alone."""
+    code, stdout, stderr = run_cli(*words, "steps=4", "val_every=4", "save_every=4", f"log_every={log_every}")
+    assert code == 0, stderr
+    for name in ("images_per_s", "loss"):
+        steps, values = curve(tmp_path / "run/metrics.csv", f"train/{name}")
+        assert steps[-1] == 4
+        shown = re.findall(rf"[ ,]{name}=([0-9.e+]+)", stdout)
+        assert float(shown[-1]) == pytest.approx(values[-1], rel=0.01)
 
 
 @pytest.mark.parametrize("bias", ["shared", "per_layer", "none"])

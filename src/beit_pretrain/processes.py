@@ -27,10 +27,9 @@ Result = TypeVar("Result")
 def print_any_name() -> None:
     """Let stdout and stderr print characters that they cannot encode, such as names that are no UTF-8, as escapes."""
     for stream in (sys.stdout, sys.stderr):
-        escapes = (
-            getattr(stream, "errors", None) == "surrogateescape" and codecs.lookup(stream.encoding).name == "utf-8"
-        )
-        if isinstance(stream, TextIOWrapper) and not escapes:
+        if not isinstance(stream, TextIOWrapper):
+            continue
+        if stream.errors != "surrogateescape" or codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -19,6 +19,11 @@ class ProgressBar(TQDMProgressBar):
         items.pop("v_num", None)
         return {**items, **getattr(pl_module, "shown", {})}
 
+    def show_metrics(self, trainer: Trainer, pl_module) -> None:
+        """Show the metrics that were just written: the bar's own refresh of a step comes before them."""
+        if self._train_progress_bar is not None and not self._train_progress_bar.disable:
+            self._train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+
     def on_train_start(self, trainer: Trainer, pl_module) -> None:
         super().on_train_start(trainer, pl_module)
         # On resume Lightning would start the bar at 0, without a total.
@@ -60,7 +65,8 @@ class Throughput(Callback):
         self._images += len(batch["position"]) * trainer.world_size
         now = time.perf_counter()
         last_micro_batch = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if last_micro_batch and trainer.global_step % pl_module.log_every == 0:
+        step = trainer.global_step
+        if last_micro_batch and (step % pl_module.log_every == 0 or step == trainer.max_steps):
             # Lightning calls callbacks before the module's hook, so the flush of this step includes these values.
             elapsed = max(now - self._mark, 1e-9)
             pl_module.accumulate(images_per_s=self._images / elapsed, data_wait=self._waited / elapsed)

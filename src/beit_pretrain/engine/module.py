@@ -176,6 +176,8 @@ class TrainedModule(LightningModule):
         metrics = {f"train/{name}": (total / weight).item() for name, (total, weight) in totals.items()}
         # Python numbers: values logged through Lightning are device tensors, read at each refresh of the bar.
         self.shown = {n.split("/")[1]: metrics[n] for n in metrics if n.split("/")[1] in PROGRESS_BAR}
+        if (show := getattr(self.trainer.progress_bar_callback, "show_metrics", None)) is not None:
+            show(self.trainer, self)
         self.log_metrics(metrics)
         if self.guard is not None:
             vocab_size = getattr(self.model, "vocab_size", None)
