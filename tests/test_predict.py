@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_image_io import encoded
+from test_sources import tar_bytes, write_folder
 from tiny import seeded, write_checkpoint
 
 from beit_pretrain import Predictor
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.write.index_existing import index_shards
 from beit_pretrain.errors import UserError
+from beit_pretrain.inference.image_stream import source_of
+from beit_pretrain.inference.label_maps import free_name
 from beit_pretrain.inference.sliding_window import SlidingWindow, label_maps
 from beit_pretrain.models.backbone import Classifier
 from beit_pretrain.transforms.jitter import HALF
@@ -89,6 +94,54 @@ def test_shards_are_a_source(num_workers, shards, classifier, run_cli, tmp_path)
         (tmp_path / "one.png").write_bytes(reader.read(Sample(0, number)).data)
         with Image.open(tmp_path / "one.png") as image:
             assert predictor(image)[0].probability == pytest.approx(line["top"][0]["probability"], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["a/cats.tar", "a/dogs.tar"], ["cats.tar/1.jpg", "dogs.tar/1.jpg"]),
+        (["x/1.jpg", "y/1.jpg"], ["x/1.jpg", "y/1.jpg"]),
+        (["x", "deep/x"], ["top/x/1.jpg", "deep/x/1.jpg"]),
+        (["a/cats.tar", "x"], ["cats.tar/1.jpg", "x/1.jpg"]),
+        (["a/cats.tar", "b/cats.tar"], ["a/cats.tar/1.jpg", "b/cats.tar/1.jpg"]),
+        (["mine", "more"], ["mine/x.1/one.2", "mine/x.1/one.3", "more/x.1/one.2", "more/x.1/one.3"]),
+    ],
+)
+def test_images_of_several_sources_have_names_of_their_own(sources, names, tmp_path):
+    one = tar_bytes({"1.jpg": encoded(0)})
+    top = write_folder(tmp_path / "top", {f"{n}.tar": one for n in ("a/cats", "a/dogs", "b/cats")})
+    write_folder(top, {f"{folder}/1.jpg": encoded(0) for folder in ("x", "y", "deep/x")})
+    for folder in ("mine", "more"):
+        dotted = tar_bytes({"one.2.jpg": encoded(0), "one.3.jpg": encoded(1)})
+        index_shards(write_folder(top / folder, {"x.1.tar": dotted}), num_workers=1)
+    source = source_of([str(top / name) for name in sources])
+    assert [source[number][0] for number in range(len(source))] == names
+
+
+def test_label_maps_of_long_and_dotted_names():
+    taken = set[Path]()
+    long = [f"{'x' * 300}{n}.jpg" for n in (1, 2)]
+    first, second = (free_name(name, taken) for name in long)
+    assert first.stem[:200] == second.stem[:200] == "x" * 200
+    assert first != second
+    assert free_name(long[1], set()) == second  # whatever else there is
+    assert [str(free_name(name, taken)) for name in ("v1.0/scan.001", "v1.0/scan.002")] == [
+        "v1.0/scan.001.png",
+        "v1.0/scan.002.png",
+    ]
+
+
+def test_predict_lists_what_it_leaves_out(classifier, run_cli, tmp_path):
+    files = {"images/1.jpg": encoded(0), "masks/1.png": encoded(1), "images/._1.jpg": b"x", "more.zip": b"x"}
+    write_folder(tmp_path / "src", files)
+    code, stdout, stderr = run_cli("predict", f"init_from={classifier}", "src=src", "out=p.jsonl")
+    assert code == 0, stderr
+    assert [line["file"] for line in lines(tmp_path / "p.jsonl")] == ["images/1.jpg"]
+    listed = {line["key"] for line in lines(tmp_path / "p.left_out.jsonl")}
+    assert listed == {"images/._1.jpg", "masks/", "more.zip"}
+    assert "warning: left out masks/: a label map" in stderr
+    assert "warning: left out more.zip: an archive" in stderr
+    assert "left out: 1 (a by-product" in stdout
 
 
 def test_refuses_shards_mixed_with_files(shards, classifier, photos, run_cli):
