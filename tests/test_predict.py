@@ -141,7 +141,7 @@ def test_predict_lists_what_it_leaves_out(classifier, run_cli, tmp_path):
     assert listed == {"images/._1.jpg", "masks/", "more.zip"}
     assert "warning: left out masks/: a label map" in stderr
     assert "warning: left out more.zip: an archive" in stderr
-    assert "left out: 1 (a by-product" in stdout
+    assert "1 (a by-product" in stdout
 
 
 def test_refuses_shards_mixed_with_files(shards, classifier, photos, run_cli):
