@@ -40,7 +40,6 @@ NOT_IMAGES = tuple(
 )
 
 
-@lru_cache(2**16)
 def is_by_product(key: str) -> bool:
     """Whether a path's last part was made by a system or program and not by the user, as far as its name says."""
     return (key[:1] == "." and key not in (".", "..")) or key.lower() in _FOLDERS or bool(_FILES.fullmatch(key))
@@ -80,7 +79,7 @@ _ROLES = {
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+")
 
 
-@lru_cache(2**16)
+@lru_cache(2**12)
 def _words(name: str) -> tuple[str, ...]:
     if name.isupper():
         name = name.lower()
@@ -151,7 +150,6 @@ class Subject(NamedTuple):
     kind: str  # "photo" (x, x_rgb), "map" (x_mask, x.depth, x_gtFine_labelIds) or "thumbnail"
 
 
-@lru_cache(2**16)
 def subject(stem: str) -> Subject:
     """The subject of an image by its name without extension."""
     kind, rest = "photo", stem.replace("leftImg8bit", "rgb")  # Cityscapes
