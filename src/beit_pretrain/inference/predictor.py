@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from beit_pretrain.models.checkpoints.pretrained import classifier, segmenter
 from beit_pretrain.models.upernet import Segmenter
 from beit_pretrain.transforms.image_io import to_channels
 from beit_pretrain.transforms.jitter import HALF, normalise, per_channel
+from beit_pretrain.transforms.processor_view import ProcessorView
 from beit_pretrain.transforms.segmentation import SegmentationEvalTransform
 from beit_pretrain.transforms.views import centre_view, to_array
 from beit_pretrain.visualization.overlays import overlay
@@ -50,6 +52,8 @@ class ImageNetwork:
         self.model = model.requires_grad_(False).to(self.device)
         self.channels: int = model.config["in_chans"]
         self.classes: list[str] = model.about.get("classes") or [str(i) for i in range(model.num_classes)]
+        for note in model.about.get("view_differs", []):
+            warn(note)
         half = per_channel(HALF, self.channels, "mean")
         self.mean, self.std = model.about.get("mean", half), model.about.get("std", half)
 
@@ -63,7 +67,10 @@ class ImageNetwork:
 
 
 class ImageClassifier(ImageNetwork):
-    """A fine-tuned classifier; its only view of an image is the evaluation view (resize and centre crop)."""
+    """A fine-tuned classifier; its only view of an image is the evaluation view (resize and centre crop).
+
+    Of a Hugging Face checkpoint it is the view of its processor. What we do otherwise is said in a warning.
+    """
 
     model: Classifier
 
@@ -72,7 +79,14 @@ class ImageClassifier(ImageNetwork):
         size = self.model.config["image_size"]
         if not isinstance(size, int):
             raise UserError(f"{source.path} is for images of {size} pixels; square ones are needed here")
-        self.apply = partial(_centre, size=size, crop_ratio=self.model.about.get("crop_ratio"), channels=self.channels)
+        about, channels = self.model.about, self.channels
+        if (said := about.get("view")) is None:
+            self.apply = partial(_centre, size=size, crop_ratio=about.get("crop_ratio"), channels=channels)
+            return
+        view = ProcessorView.model_validate(said)
+        self.apply = partial(_processed, view=view, size=size, channels=channels)
+        if view.size() != [size, size]:
+            warn(f"{source.path}: its processor makes no images of {size} x {size} pixels; they are resized to it")
 
     @torch.no_grad()
     def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[Prediction]]:
@@ -107,6 +121,14 @@ class ImageSegmenter(ImageNetwork):
 
 def _centre(image: Image.Image, size: int, crop_ratio: float | None, channels: int) -> list[np.ndarray]:
     return [to_array(centre_view(image, size, crop_ratio, channels))]
+
+
+def _processed(image: Image.Image, view: ProcessorView, size: int, channels: int) -> list[np.ndarray]:
+    return [to_array(view(image, size, channels))]
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _scaled(transform: SegmentationEvalTransform, image: Image.Image) -> list[np.ndarray]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path
 from beit_pretrain.models.backbone import SIZES, Backbone, Classifier, MaskedImageModel
-from beit_pretrain.models.checkpoints import hf
+from beit_pretrain.models.checkpoints import hf, hf_processor
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
 from beit_pretrain.models.checkpoints.infer_architecture import TABLE
 from beit_pretrain.models.checkpoints.model_card import MARK, card
@@ -195,6 +195,8 @@ def processor_settings(model: Model) -> dict[str, Any]:
     if isinstance(model, Segmenter):
         reduce_labels = bool(model.about.get("reduce_labels", True))
         return {**levels, "size": square, "do_center_crop": False, "do_reduce_labels": reduce_labels}
+    if view := model.about.get("view"):
+        return {**levels, **hf_processor.settings_of(view, size)}
     shorter = shorter_side(size, model.about.get("crop_ratio"))
     return {**levels, "size": {"shortest_edge": shorter}, "crop_size": square, "do_center_crop": True}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.models.checkpoints.hf_processor import FILE, preprocessing
 
 TABLE = "relative_position_bias_table"
 QKV = ("query", "key", "value")  # one matrix here, three there
@@ -137,24 +137,18 @@ def architecture(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def facts(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Class names, and the normalisation of preprocessor_config.json."""
+    """Class names, and what preprocessor_config.json does to images."""
     found: dict[str, Any] = {}
     names = config.get("id2label") or {}
     if not isinstance(names, dict) or not all(re.fullmatch(r"\d{1,9}", str(key)) for key in names):
         raise UserError(f"{folder}/config.json: id2label must name classes by number")
     if names and not all(str(label).startswith("LABEL_") for label in names.values()):
         found["classes"] = [str(names[key]) for key in sorted(names, key=int)]
-    processor = read_json(folder / "preprocessor_config.json")
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if theirs in processor:
-            found[ours] = processor[theirs]
+    processor = read_json(folder / FILE)
+    channels = config.get("num_channels", 3)
+    found |= preprocessing(processor, channels if isinstance(channels, int) and 0 < channels < 2**10 else 3, folder)
     if isinstance(reduced := processor.get("do_reduce_labels", processor.get("reduce_labels")), bool):
         found["reduce_labels"] = reduced
-    size, crop = processor.get("size"), processor.get("crop_size")
-    if processor.get("do_center_crop") and isinstance(size, dict) and isinstance(crop, dict):
-        with suppress(TypeError, KeyError, ZeroDivisionError):
-            if 0 < (ratio := crop["height"] / size["shortest_edge"]) <= 1:
-                found["crop_ratio"] = ratio
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.settings import Positive
+from beit_pretrain.transforms.processor_view import ProcessorView
 
 TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
@@ -41,6 +42,8 @@ class Facts(BaseModel, strict=True):
     drop_path_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     classes: list[str] = []  # an empty or repeated name does no harm
     crop_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    view: ProcessorView | None = None
+    view_differs: list[str] = []
     mean: list[Annotated[float, Field(allow_inf_nan=False)]] = []
     std: list[Positive] = []
 
