@@ -91,6 +91,7 @@ def _words(name: str) -> tuple[str, ...]:
 # --- parts of a set ----------------------------------------------------------------------------------------------
 
 BESIDE = "beside folders of parts, which alone are read; give it as src= by itself"
+BESIDE_MAPS = "beside images/ and annotations/, which alone are read; give it as src= by itself"
 OTHER_PART = "of another part; split= picks the part"
 
 

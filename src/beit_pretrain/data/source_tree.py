@@ -177,6 +177,12 @@ def _is_map_folder(tree: Tree, path: str, name: str, inner: list[str]) -> bool:
     return layout.is_map_folder(name, inner, lambda child: _first_images(tree, path + child, path))
 
 
+def other_image_folders(tree: Tree, known: Sequence[str]) -> list[str]:
+    """Folders at the top of a tree that hold images, besides the known ones."""
+    folders = [name for name, kind in tree.entries("") if kind != FILE and not layout.is_by_product(name)]
+    return [name for name in folders if name not in known and _first_images(tree, name)[1]]
+
+
 def _first_images(tree: Tree, place: str, start: str = "") -> tuple[str, list[str]]:
     """Path and image names of the first folder with images at or below a place, but of `start` itself only those in it.
 

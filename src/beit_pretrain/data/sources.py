@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from beit_pretrain.data import cifar, layout
 from beit_pretrain.data.left_out import EXPECTED, LeftOut
-from beit_pretrain.data.source_tree import DiskTree, NamesTree, walk
+from beit_pretrain.data.source_tree import DiskTree, NamesTree, other_image_folders, walk
 from beit_pretrain.data.tars import OUTSIDE, REFUSED, inside, scan_tar
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import expand_home
@@ -89,6 +89,8 @@ def units(
         raise UserError(f"src={source} is a shard folder already; shards index lists foreign shards, fit reads ours")
     elif _has_label_maps(source):
         images, masks = (_part(source / name, choice.split) for name in ("images", "annotations"))
+        for name in other_image_folders(DiskTree(source), ("images", "annotations")):
+            left_out.add(f"{top}{name}/", layout.BESIDE_MAPS)
         for unit in _folder_units(images[0], f"{top}images/{images[1]}", choice, left_out):
             folder = os.path.join(masks[0], unit.prefix)
             masks_of = (Path(folder, name).with_suffix(".png") for name, _ in unit.files)
