@@ -70,10 +70,10 @@ def demo(cfg: DemoSettings) -> dict:
     numbers = {
         "source": shards.manifest["source"],
         "training_images": shards.samples,
-        **{name: report.last_value(pretrained, f"val/{name}") for name in (*ACCURACIES, "codebook_perplexity")},
-        "codebook_distinct": int(report.last_value(pretrained, "val/codebook_distinct") or 0),
+        **{name: report.measured(pretrained, f"val/{name}") for name in (*ACCURACIES, "codebook_perplexity")},
+        "codebook_distinct": int(report.measured(pretrained, "val/codebook_distinct")),
         "vocab_size": int(tokenizer_cfg.model.vocab_size),
-        "reconstruction_mse": report.last_value(run_dir / "tokenizer/metrics.csv", "val/reconstruction"),
+        "reconstruction_mse": report.measured(run_dir / "tokenizer/metrics.csv", "val/reconstruction"),
         "knn_accuracy": report.last_value(pretrained, "val/knn_accuracy"),
         **classes,
         "seed": int(cfg.seed),
@@ -199,7 +199,7 @@ def finetune_both_ways(cfg: DemoSettings, run_dir: Path, data: dict[str, Path]) 
         ):
             run = stage_config(cfg, "demo_finetune", f"finetune-{kind}-{seed}", seed=seed, **settings, **extra)
             fit(run)
-            accuracies[kind].append(report.last_value(run.folder / "metrics.csv", "val/accuracy") or 0.0)
+            accuracies[kind].append(report.measured(run.folder / "metrics.csv", "val/accuracy"))
     return {
         **{f"{kind}_accuracy": float(np.mean(values)) for kind, values in accuracies.items()},
         **{f"{kind}_accuracies": values for kind, values in accuracies.items()},
