@@ -29,7 +29,7 @@ from beit_pretrain.errors import UserError
             "@eaDir",
             "#recycle",
         ),
-        *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "lost+found", "@tmp", "thumbnails", "#snapshot"),
+        *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "lost+found", "@tmp", "#snapshot"),
         *("Thumbs.db", "ehthumbs_vista.db", "SYNOPHOTO_THUMB_M.jpg", "cat.jpg:Zone.Identifier", "MVI_1.THM", "a.jpg~"),
     ],
 )
@@ -122,7 +122,7 @@ def test_subjects(stem, expected):
     ],
 )
 def test_label_maps_among_photos(names, maps):
-    assert maps_among(names) == maps
+    assert maps_among(names).found == maps
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,10 @@ def test_folders_of_label_maps(folder, siblings, is_map):
         "": ["1.jpg"] * (folder == "thumbs"),
     }
     listed = [folder, *siblings]
-    assert layout.is_map_folder(folder, listed, lambda place: (place, files.get(place, []))) == is_map
-    others = {name: [f"{name}{n}.jpg" for n in range(2)] for name in listed}
-    assert not layout.is_map_folder(folder, listed, lambda place: (place, others.get(place, [])))  # of other subjects
+    assert layout.map_folders("", listed, lambda place: (place, files.get(place, []))).found == [folder] * is_map
+    others = {name: [f"{name}{n}.jpg" for n in range(2)] for name in [*listed, "more"]}
+    found = layout.map_folders("", [*others], lambda place: (place, others.get(place, [])))  # of other subjects
+    assert found.found == []
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ JUNK = (
     "#recycle/1.jpg",
     ".Trashes/1.jpg",
 )
-WINDOWS = ("System Volume Information/1.jpg", "cat/Thumbs.db", "cat/.ipynb_checkpoints/1.jpg", "cat/thumbnails/1.jpg")
+WINDOWS = ("System Volume Information/1.jpg", "cat/Thumbs.db", "cat/.ipynb_checkpoints/1.jpg")
 
 
 @pytest.mark.parametrize("packed", [False, True])

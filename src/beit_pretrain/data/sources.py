@@ -269,7 +269,7 @@ def _folder_units(root: Path, top: str, choice: Choice, left_out: LeftOut) -> It
                 left_out.add(top + folder.path + name, layout.DEVICE)
             elif path.suffix.lower() == ".tar":
                 some = True
-                yield from _file_units(path, prefix + name, start, classes=folder.classes)
+                yield from _file_units(path, prefix + name, start, classes=folder.classes, of_part=folder.of_parts)
             else:
                 files.append((name, size))
                 digest.update(f"{name}\0{stamp}\0".encode(errors="surrogateescape"))
@@ -296,15 +296,18 @@ def _stat(path: Path, may_lack: bool = False) -> tuple[int, str]:
 
 
 def _file_units(
-    path: Path, key: str, top: str, alone: bool = False, classes: str | None = None
+    path: Path, key: str, top: str, alone: bool = False, classes: str | None = None, of_part: bool = False
 ) -> Iterator[SourceGroup]:
-    """The units of one file. `key` is its path in the source folder, or its name if it is the source (`alone`)."""
+    """The units of one file. `key` is its path in the source folder, or its name if it is the source (`alone`).
+
+    `of_part`: the name of a tar is that of a part, and no class.
+    """
     if path.name.lower().endswith(layout.COMPRESSED_TARS):
         raise UserError(f"{path} is {layout.COMPRESSED}, or move it away")
     size, stamp = _stat(path)
     classes = key.removesuffix(path.name) if classes is None else classes
     if path.suffix.lower() == ".tar":
-        prefix, classes = ("", "") if alone else (f"{key}/", f"{classes}{path.name}/")
+        prefix, classes = ("", "") if alone else (f"{key}/", classes if of_part else f"{classes}{path.name}/")
         unit = SourceGroup("tar", str(path), top, prefix, stamp, classes=classes)
         yield from _inner_tars(unit) or (unit,)
     elif layout.why_no_image(path.name) in (None, layout.BY_PRODUCT):  # a hidden file that is named was meant
