@@ -18,6 +18,7 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.tars import LINK, OUTSIDE, REFUSED
 from beit_pretrain.data.write.index_existing import INNER, LOOSE, NO_SAMPLE, index_shards
 from beit_pretrain.data.write.labels import read_class_names
+from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.errors import UserError
 
 
@@ -124,6 +125,19 @@ def test_the_image_of_a_sample(files, image_key, images, left_out, tmp_path, cap
     unexpected = left_out.keys() - {layout.BY_PRODUCT, layout.NO_IMAGE}
     assert capsys.readouterr().err.count("warning: left out") == len(unexpected)
     assert verify_shards(folder, progress=False) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("jpg", ["jpg"]), (".RGB.png;jpg", ["rgb.png", "jpg"]), (["PNG"], ["png"]), (None, None)]
+)
+def test_image_key(given, read):
+    assert EncodeSettings(image_key=given).image_key == read
+
+
+@pytest.mark.parametrize("given", [5, "", [""], [3], {"a": 1}])
+def test_refuses_an_image_key_that_is_none(given):
+    with pytest.raises(UserError, match="image_key must be an extension, or a list of extensions, got"):
+        EncodeSettings.validated({"image_key": given})
 
 
 def test_links_are_counted(tmp_path):

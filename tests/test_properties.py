@@ -24,13 +24,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_sources import tar_bytes
 
-from beit_pretrain.config import compose_raw, quoted, readable
+from beit_pretrain.config import compose_raw
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.mixture import Mixture, shares
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.tars import REFUSED, inside, scan_tar
 from beit_pretrain.errors import UserError
+from beit_pretrain.overrides import quoted, readable
 
 SEEDS = st.integers(0, 2**63 - 1)
 SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=10).filter(any)

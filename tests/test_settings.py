@@ -167,7 +167,7 @@ def test_settings_of_a_wrong_form_are_refused():
 
 PATH_SETTINGS = {
     "download": "out src",
-    "shards": "src out",
+    "shards": "src out labels.path",
     "tokenize": "src out tokenizer.path cache_dir",
     "probe": "init_from out data.train data.val data.cache_dir",
     "validate": "run data.val",

@@ -14,6 +14,7 @@ import platform
 import sys
 from pathlib import Path
 
+from beit_pretrain.errors import UserError
 from beit_pretrain.tables import curve
 from beit_pretrain.visualization.plots import bars_plot, curves_plot, figure, save
 
@@ -73,6 +74,13 @@ def last_value(path: Path, metric: str) -> float | None:
     """The last value of a metric of a run, None if it was never measured."""
     values = curve(path, metric)[1] if path.is_file() else []
     return values[-1] if values else None
+
+
+def measured(path: Path, metric: str) -> float:
+    """`last_value` of a metric that the run must have. Raises UserError if it has not."""
+    if (value := last_value(path, metric)) is None:
+        raise UserError(f"{path} has no {metric}; delete the folder of this run to repeat it")
+    return value
 
 
 def machine(threads: int | None) -> dict:

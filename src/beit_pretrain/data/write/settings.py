@@ -37,7 +37,9 @@ def _ascending(pair: list[float]) -> list[float]:
 def _extensions(given: Any) -> Any:
     """A text or a list of texts as a list; WebDataset separates extensions by semicolons."""
     given = given.split(";") if isinstance(given, str) else given
-    return [e.strip().lower().removeprefix(".") if isinstance(e, str) else e for e in given] if given else given
+    if not isinstance(given, list | tuple):
+        return given
+    return [e.strip().lower().removeprefix(".") if isinstance(e, str) else e for e in given]
 
 
 ImageKey = Annotated[list[Text] | None, BeforeValidator(_extensions), Rule("an extension, or a list of extensions")]
