@@ -37,8 +37,8 @@ ARCHIVES = tuple(
 NOT_IMAGES = tuple(
     ".txt .json .jsonl .csv .tsv .xml .yaml .yml .toml .ini .md .rst .htm .html .pdf .log .db .py .sh .lst .idx "
     ".caption .md5 .sha1 .sha256 .mat .pkl .pickle .pt .pth .safetensors .cache .xmp .aae .pp3 .dop .ipynb "
-    ".doc .docx .xls .xlsx .ppt .pptx .url .lnk .srt .tfw .jgw .pgw .prj .shp .shx .dbf .geojson .kml .ply .obj .off .pcd "
-    ".crdownload .mp3 .mp4 .m4v .wav .avi .mov .mkv .mpg .webm .3gp".split()
+    ".doc .docx .xls .xlsx .ppt .pptx .url .lnk .srt .tfw .jgw .pgw .prj .shp .shx .dbf .geojson .kml .ply .obj .off "
+    ".pcd .crdownload .mp3 .mp4 .m4v .wav .avi .mov .mkv .mpg .webm .3gp".split()
 )
 
 
@@ -64,15 +64,19 @@ def why_no_image(name: str) -> str | None:
 # --- words -------------------------------------------------------------------------------------------------------
 
 # Folders that hold the photos of what their parent folder names.
-PHOTOS = frozenset("images image imgs img photos photo pictures pics jpegimages jpg jpeg jpegs png pngs rgb data".split())
+PHOTOS = frozenset(
+    "images image imgs img photos photo pictures pics jpegimages jpg jpeg jpegs png pngs rgb data".split()
+)
 _COLOUR = PHOTOS | frozenset("input inputs leftimg original originals color colors colour colours sat".split())
 _MAPS = frozenset(
     "mask masks label labels seg segs segmentation segmentations semantic instance instances annotation annotations "
     "annot annots anno annos trimap trimaps gt gts groundtruth gtfine gtcoarse manual depth depths disparity normals "
-    "matte mattes alpha heatmap heatmaps saliency labelids instanceids trainids target targets panoptic superpixels".split()
+    "matte mattes alpha heatmap heatmaps saliency labelids instanceids trainids target targets panoptic "
+    "superpixels".split()
 )
 _THUMBS = frozenset("thumb thumbs thumbnail thumbnails preview previews".split())
-_CLASSES_TOO = frozenset("label instance manual alpha target targets thumb thumbnail preview".split())
+# Of these: words that are as often names of classes.
+CLASSES_TOO = frozenset("label instance manual alpha target targets thumb thumbnail preview".split())
 _LOSSY = frozenset("jpg jpeg jpe jfif webp avif jp2 j2k".split())
 _ROLES = {
     **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
@@ -97,6 +101,12 @@ def says_photos(name: str) -> bool:
     """Whether a folder's name says only that it holds photos."""
     words = {*_words(name)}
     return bool(words) and words <= PHOTOS
+
+
+def says_maps(name: str) -> bool:
+    """Whether a folder's name says only that it holds label maps or thumbnails."""
+    words = {*_words(name)}
+    return bool(words) and words <= _MAPS | _THUMBS
 
 
 # --- parts of a set ----------------------------------------------------------------------------------------------
@@ -153,6 +163,7 @@ def of_split(parts: dict[str, str], split: str) -> list[str]:
 
 MAP = "a label map, mask, depth map or thumbnail of a photo, by its name"
 FURTHER = "a further image of the same name in a tar; image_key= chooses"
+REPLACED = "comes again later in its tar; the last one is read, as in unpacking"
 MAYBE_MAPS = "has a name of label maps, but not of photos beside it; it is read"
 MOST_PARTNERS = 64  # folders that are compared with one of label maps
 BOTH_READ = "has the name of another image but for its extension; both are read (image_key= chooses one)"
@@ -175,6 +186,13 @@ def subject(stem: str) -> Subject:
             break
         kind, rest = said if kind == "photo" else kind, found[1]
     return Subject(rest, kind)
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """The key of a member in WebDataset, its path up to the first dot of the file name, and the rest in small letters."""
+    start = name.rfind("/") + 1
+    stem, _, extension = name[start:].partition(".")
+    return name[:start] + stem, extension.lower()
 
 
 def stem_of(name: str) -> tuple[str, str]:
@@ -236,7 +254,7 @@ def map_folders(
             shown & subjects_in(place)[1]
             for place in dict.fromkeys([path, *(place for s in partners for place in (s + inner, s))])
         )
-        certain = bool(rest) or not maps <= _CLASSES_TOO
+        certain = bool(rest) or not maps <= CLASSES_TOO
         if (shares and (certain or alone)) or (alone and certain and not rest and {*plain} - {path + name}):
             result.found.append(name)
         elif shares or {*partners} & {*beside, *(path + s for s in photos)}:

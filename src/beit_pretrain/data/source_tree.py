@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -140,14 +141,15 @@ def walk(
         seen.add(identity)
         kinds = dict(tree.entries(path))
         for name in [name for name in kinds if layout.is_by_product(name)]:
-            left_out.add(f"{top}{path}{name}{'' if kinds.pop(name) == FILE else '/'}", layout.BY_PRODUCT)
+            slash = "" if kinds.pop(name) == FILE else "/"
+            left_out.add(f"{top}{path}{name}{slash}", layout.BY_PRODUCT, folder=top + path)
         inner = [name for name, kind in kinds.items() if kind != FILE]
         files = [name for name, kind in kinds.items() if kind == FILE]
         parts = _parts(inner, files) if split is not None else {}
         if parts:
             assert split is not None
             inner, files = _picked(tree, path, parts, split, inner, files, left_out, top, source)
-        maps = layout.map_folders(path, inner, lambda place, above=path: _first_images(tree, place, above), here.beside)
+        maps = layout.map_folders(path, inner, partial(_first_images, tree, start=path), here.beside)
         for name in maps.found:
             left_out.add(f"{top}{path}{name}/", layout.MAP)
         for name in maps.doubtful:
@@ -209,6 +211,20 @@ def _picked(
 def _may_be_image(tree: Tree, path: str) -> bool:
     """Whether a file is a tar or an image, by its extension or else its first bytes."""
     return layout.stem_of(path)[1] in {*IMAGE_EXTENSIONS, "tar"} or starts_as_image(tree.head(path))
+
+
+def map_folders_of(members: Iterable[str]) -> set[str]:
+    """The folders of label maps among the members of a tar, and the folders in them. Paths end with a slash."""
+    tree = NamesTree(members)
+    found: set[str] = set()
+    for path, entries in tree.folders.items():  # a folder comes before those in it
+        inner = sorted(name for name, kind in entries.items() if kind == DIRECTORY)
+        if inner and path in found:
+            found |= {f"{path}{name}/" for name in inner}
+        elif inner:
+            maps = layout.map_folders(path, inner, partial(_first_images, tree, start=path))
+            found |= {f"{path}{name}/" for name in maps.found}
+    return found
 
 
 def other_image_folders(tree: Tree, known: Sequence[str]) -> list[str]:

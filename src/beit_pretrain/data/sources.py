@@ -110,26 +110,30 @@ def rows(unit: SourceGroup, choice: Choice = TRAIN, left_out: LeftOut | None = N
         return [(name, unit.classes, 0, size) for name, size in unit.files]
     left_out = LeftOut() if left_out is None else left_out
     found: dict[str, tuple[int, int]] = {}  # of several members of one name the last counts, as in unpacking
+    start = unit.top + unit.prefix
     refused: list[Row] = []
     notes: list[str] = []
     for name, offset, size in _tar_members(Path(unit.path), *unit.span, notes):
         if size == OUTSIDE:
             refused.append((name, None, offset, size))
         else:
-            found[PurePosixPath(name).as_posix() if "./" in name or "//" in name else name] = offset, size
+            name = PurePosixPath(name).as_posix() if "./" in name or "//" in name else name
+            if name in found and layout.why_no_image(name) is None:
+                left_out.add(start + name, layout.REPLACED, folder=start)
+            found[name] = offset, size
     for text in notes:
-        left_out.note((unit.top + unit.prefix).removesuffix("/") or os.path.basename(unit.path), text)
+        left_out.note(start.removesuffix("/") or os.path.basename(unit.path), text)
     inside_tar = LeftOut()
     folders = [*walk(NamesTree(found), choice.split, inside_tar, "", choice.image_key, unit.path)]
-    companions = sum(inside_tar.counts().get(why, 0) for why in (layout.NO_IMAGE, layout.CLASS_NUMBER))
-    # A shard of WebDataset, where every image has companions: its name is no class.
-    shard = 2 * companions >= sum(len(folder.names) for folder in folders)
+    # A shard of WebDataset, where images have companions: its name is no class.
+    companions = {layout.split_key(name)[0] for name in found if name.lower().endswith((".cls", ".json", ".txt"))}
+    kept = [folder.path + name for folder in folders for name in folder.names]
+    shard = bool(companions) and 2 * sum(layout.split_key(name)[0] in companions for name in kept) >= len(kept)
     listed = [
         (folder.path + name, ("" if shard else unit.classes) + folder.classes, *found[folder.path + name])
         for folder in folders
         for name in folder.names
     ]
-    start = unit.top + unit.prefix
     for (_, why), (example, count) in inside_tar.found.items():
         left_out.add(start + example, why, count, start)
     for text, (example, count) in inside_tar.notes.items():
