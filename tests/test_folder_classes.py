@@ -18,7 +18,8 @@ from beit_pretrain.data.write.folder_classes import classes_of
         (["", "cats/"], [None, "cats"], [None, "cats"], [None, "cats"]),
         (["a/ant.tar/", "a/bee.tar/"], "ant bee", "ant bee", "a/ant a/bee"),
         (["pets/cat/", "pets/dog/", "cars/van/"], "cat dog van", "pets pets cars", "pets/cat pets/dog cars/van"),
-        (["images/", "cats/"], "images cats", "images cats", "images cats"),  # beside others it may be a class
+        (["alpha/", "photo/"], "alpha photo", "alpha photo", "alpha photo"),
+        (["mask/", "no_mask/"], "mask no_mask", "mask no_mask", "mask no_mask"),
     ],
 )  # fmt: skip
 def test_classes_of_folders(folders, innermost, outermost, path):
@@ -36,6 +37,10 @@ def test_classes_of_folders(folders, innermost, outermost, path):
         (["dogs/", "dogs/poodle/"], "dogs poodle", "dogs holds images and class folders"),
         (["bottle/good/", "cable/good/"], "bottle cable", "in a folder 'good'; the class is the folder above"),
         (["Cat/", "cat/"], "Cat cat", "read alike"),
+        (["images/", "cats/"], "images cats", "'images' among the classes: a name of folders of photos"),
+        (["A/", "B/", "label/"], "A B label", "'label' among the classes: a name of folders of photos"),
+        (["train.tar/", "val.tar/"], "train val", "'train', 'val' among the classes: names of parts"),
+        (["cat/train/", "bird/test/", "emu/"], "train test emu", "'test', 'train' among the classes: names of parts"),
     ],
 )
 def test_doubts_are_said(folders, classes, words):

@@ -12,7 +12,7 @@ from test_sources import tar_bytes, write_folder
 from beit_pretrain.data import layout
 from beit_pretrain.data.layout import FURTHER
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
-from beit_pretrain.data.manifest import EMPTY, NO_IMAGE_IN_SAMPLE, read_manifest, verify_shards
+from beit_pretrain.data.manifest import EMPTY, INNER_TAR, NO_IMAGE_IN_SAMPLE, read_manifest, verify_shards
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.tars import LINK, OUTSIDE, REFUSED
@@ -107,6 +107,9 @@ APPLE = b"\0\5\26\7\0\2\0\0Mac OS X"
          (), [b"a"] * 7, {}),
         ({"a.img": encoded(0), "b": encoded(1, kind="PNG"), "c.bin": b"no image"}, (),
          [encoded(0), encoded(1, kind="PNG")], {layout.NO_IMAGE: 1}),
+        # Folders of label maps, and tars in the tar.
+        ({"images/a.jpg": b"a", "masks/a.png": b"m", "masks/x/b.png": b"m"}, (), [b"a"], {layout.MAP: 2}),
+        ({"a.jpg": b"a", "more.tar": b"t", "b.zip": b"z"}, (), [b"a"], {INNER_TAR: 1, layout.ARCHIVE: 1}),
         # Names that lead outside, and samples that lack an image.
         ({"a.jpg": b"a", "/data/b.jpg": b"b", "../c.jpg": b"c"}, (), [b"a"], {REFUSED[OUTSIDE]: 2}),
         ({"a.jpg": b"a", "b.cls": b"1", "c.txt": b"x"}, (), [b"a"], {NO_IMAGE_IN_SAMPLE: 1, layout.NO_IMAGE: 1}),
@@ -154,15 +157,24 @@ def test_links_are_counted(tmp_path):
 def test_what_lies_beside_the_tars(tmp_path, capsys):
     """Tars without an image are no reason to stop; other files that may hold images are named."""
     files = {"0.tar": tar_bytes({"a.jpg": b"a"}), "1.tar": tar_bytes({}), "2.tar.gz": b"x", "loose.jpg": b"x"}
-    write_folder(tmp_path / "src", files | {"more/3.tar": tar_bytes({"b.jpg": b"b"}), "0_stats.json": b"{}"})
+    files |= {"more/3.tar": tar_bytes({"b.jpg": b"b"}), "0_stats.json": b"{}"}
+    write_folder(tmp_path / "src", files | {"z.zip": b"x", "0.parquet": b"x", "._0.tar": b"x"})
     folder = index_shards(tmp_path / "src", num_workers=1)
     assert read_manifest(folder)["left_out"] == {
-        layout.COMPRESSED: 1, LOOSE: 1, INNER: 1, NO_SAMPLE: 1, layout.NO_IMAGE: 1
+        layout.NO_IMAGE: 2, layout.BY_PRODUCT: 1, layout.COMPRESSED: 1, LOOSE: 1, INNER: 1, NO_SAMPLE: 1,
+        layout.ARCHIVE: 1,
     }  # fmt: skip
     said = capsys.readouterr().err
-    for name in ("1.tar", "2.tar.gz", "loose.jpg", "more/"):
+    for name in ("1.tar", "2.tar.gz", "loose.jpg", "more/", "z.zip"):
         assert f"warning: left out {name}: " in said
     assert verify_shards(folder, progress=False) == []
+
+
+def test_tars_of_several_parts_are_said(tmp_path, capsys):
+    tar = tar_bytes({"a.jpg": b"a"})
+    write_folder(tmp_path / "src", {f"in1k-{part}-00.tar": tar for part in ("train", "validation")})
+    index_shards(tmp_path / "src", num_workers=1)
+    assert "in1k-train-00: tars of several parts (train, val) become one set" in capsys.readouterr().err
 
 
 def test_members_behind_an_end_mark(tmp_path, capsys):

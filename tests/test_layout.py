@@ -29,7 +29,7 @@ from beit_pretrain.errors import UserError
             "@eaDir",
             "#recycle",
         ),
-        *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "lost+found", "@tmp", "thumbnails", "#snapshot"),
+        *("$RECYCLE.BIN", "RECYCLER", "System Volume Information", "lost+found", "@tmp", "#snapshot"),
         *("Thumbs.db", "ehthumbs_vista.db", "SYNOPHOTO_THUMB_M.jpg", "cat.jpg:Zone.Identifier", "MVI_1.THM", "a.jpg~"),
     ],
 )
@@ -48,7 +48,7 @@ def test_no_by_products(name):
         *((f"x{e}", layout.ARCHIVE) for e in (".zip", ".7z", ".rar", ".parquet", ".arrow", ".h5", ".TFRecord", ".npz")),
         ("train.tfrecord-00001-of-00008", layout.ARCHIVE),
         *((f"x{e}", layout.COMPRESSED) for e in (".tar.gz", ".tgz", ".TAR.XZ", ".tar.zst")),
-        *((f"x{e}", layout.NO_IMAGE) for e in (".txt", ".json", ".CSV", ".mp4", ".md5")),
+        *((f"x{e}", layout.NO_IMAGE) for e in (".txt", ".json", ".CSV", ".mp4", ".md5", ".cache", ".AAE", ".xmp")),
         ("0001.cls", layout.CLASS_NUMBER),
         *((name, None) for name in ("x.jpg", "x", "x.tar", "x.heic", "LICENSE", "x.dng")),
     ],
@@ -70,6 +70,8 @@ def test_files_that_are_no_images_by_their_names(name, why):
         (["train", "train_masks", "test"], ["train"], ["test"]),
         (["images_train", "images_val", "labels_train", "labels_val"], ["images_train"], ["images_val"]),
         (["trainA", "trainB", "testA", "testB"], ["trainA", "trainB"], ["testA", "testB"]),
+        (["trainval", "test"], ["trainval"], ["test"]),
+        (["train_val_images", "test_images"], ["train_val_images"], ["test_images"]),
         (["ISIC_Training_Input", "ISIC_Test_Input"], ["ISIC_Training_Input"], ["ISIC_Test_Input"]),
     ],
 )  # fmt: skip
@@ -119,10 +121,17 @@ def test_subjects(stem, expected):
         (["1_rgb.png", "1_depth.png", "1_normals.png"], ["1_depth.png", "1_normals.png"]),
         (["a.jpg", "a.thumb.jpg", "b.thumb.jpg"], ["a.thumb.jpg"]),  # b has no photo
         (["cat_mask.jpg", "dog_mask.jpg"], []),  # photos of masks
+        (["1_sat.jpg", "1_mask.png"], ["1_mask.png"]),
+        (["0_colors.png", "0_depth.png"], ["0_depth.png"]),
     ],
 )
 def test_label_maps_among_photos(names, maps):
-    assert maps_among(names) == maps
+    assert maps_among(names).found == maps
+
+
+def test_label_maps_without_a_photo_are_doubtful():
+    assert maps_among(["a1.jpg", "b_mask.png", "c_mask.jpg"]) == ([], ["b_mask.png"])
+    assert maps_among(["b_mask.png", "c_mask.png"]) == ([], [])  # a folder of maps alone was meant
 
 
 @pytest.mark.parametrize(
@@ -149,9 +158,48 @@ def test_folders_of_label_maps(folder, siblings, is_map):
         "": ["1.jpg"] * (folder == "thumbs"),
     }
     listed = [folder, *siblings]
-    assert layout.is_map_folder(folder, listed, lambda place: (place, files.get(place, []))) == is_map
-    others = {name: [f"{name}{n}.jpg" for n in range(2)] for name in listed}
-    assert not layout.is_map_folder(folder, listed, lambda place: (place, others.get(place, [])))  # of other subjects
+    assert layout.map_folders("", listed, lambda place: (place, files.get(place, []))).found == [folder] * is_map
+    others = {name: [f"{name}{n}.jpg" for n in range(2)] for name in [*listed, "more"]}
+    found = layout.map_folders("", [*others], lambda place: (place, others.get(place, [])))  # of other subjects
+    assert found.found == []
+
+
+@pytest.mark.parametrize(
+    ("files", "beside", "found", "doubtful"),
+    [
+        # Masks with names of their own: plain names are enough, but not where other folders hold images.
+        ({"images": ["ab.png"], "masks": ["0c.png", "1d.png"]}, {}, ["masks"], []),
+        ({"photos": ["ab.png"], "masks": ["0c.png"], "textiles": ["e.png"]}, {}, [], ["masks"]),
+        ({"images": ["1.png"], "masks": ["1.png"], "edges": ["1.png"]}, {}, ["masks"], []),
+        ({"images": ["1.jpg"], "annotations": []}, {}, [], []),  # no images, nothing to leave out
+        # Words that are classes too: kinds of documents, of hands.
+        ({"photo": ["1.jpg"], "label": ["1.jpg"], "letter": ["1.jpg"]}, {}, [], ["label"]),
+        ({"images": ["1.jpg"], "thumb": ["1.jpg"], "fist": ["1.jpg"]}, {}, [], ["thumb"]),
+        ({"image": ["1.jpg"], "label": ["1.jpg"]}, {}, ["label"], []),
+        # Mapillary, ISIC, DRIVE.
+        ({"labels": ["1.png"], "instances": ["1.png"]}, {"../images": ["1.jpg"]}, ["labels", "instances"], []),
+        ({"ISIC_Training_Data": ["I1.jpg"], "ISIC_Training_GroundTruth": ["I1_segmentation.png"]}, {},
+         ["ISIC_Training_GroundTruth"], []),
+        ({"images": ["21_training.tif"], "1st_manual": ["21_manual1.gif"]}, {}, ["1st_manual"], []),
+        ({"thumbnails": ["1.jpg"], "banners": ["2.jpg"]}, {}, [], []),
+    ],
+)  # fmt: skip
+def test_folders_of_label_maps_by_what_lies_beside_them(files, beside, found, doubtful):
+    everything = files | beside
+    maps = layout.map_folders("", [*files], lambda place: (place, everything.get(place, [])), [*beside])
+    assert maps == (found, doubtful)
+
+
+def test_many_folders_are_compared_with_few():
+    names = [f"item {word} {n}" for n in range(3000) for word in ("mask", "photo")]
+    asked: list[str] = []
+
+    def images_in(place: str) -> tuple[str, list[str]]:
+        asked.append(place)
+        return place, [f"{place} x.jpg"]
+
+    assert layout.map_folders("", names, images_in).found == []
+    assert len(asked) < 10_000
 
 
 @pytest.mark.parametrize(

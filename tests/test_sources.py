@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from test_image_io import encoded
 
-from beit_pretrain.data.left_out import LeftOut
-from beit_pretrain.data.sources import Candidate, Choice, candidate_of, list_images, read_candidate, rows, units
+from beit_pretrain.data import layout
+from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.sources import TRAIN, Candidate, Choice, candidate_of, list_images, read_candidate, rows, units
+from beit_pretrain.data.write.file_index import build_listing
 from beit_pretrain.data.write.folder_classes import classes_of
+from beit_pretrain.data.write.settings import LabelSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import open_image
 
@@ -171,7 +174,7 @@ JUNK = (
     "#recycle/1.jpg",
     ".Trashes/1.jpg",
 )
-WINDOWS = ("System Volume Information/1.jpg", "cat/Thumbs.db", "cat/.ipynb_checkpoints/1.jpg", "cat/thumbnails/1.jpg")
+WINDOWS = ("System Volume Information/1.jpg", "cat/Thumbs.db", "cat/.ipynb_checkpoints/1.jpg")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -189,11 +192,18 @@ WINDOWS = ("System Volume Information/1.jpg", "cat/Thumbs.db", "cat/.ipynb_check
         (("rgb/b/1.jpg", "depth/b/1.png", "cats/2.jpg"), {"rgb/b/1.jpg": "b", "cats/2.jpg": "cats"}, 1, 1),
         (("city/1_leftImg8bit.png", "city/1_gtFine_color.png"), {"city/1_leftImg8bit.png": "city"}, 1, 1),
         (("mask/1.jpg", "no_mask/1.jpg"), {"mask/1.jpg": "mask", "no_mask/1.jpg": "no_mask"}, 0, 0),
+        (("a/images/1.png", "a/masks/2.png"), {"a/images/1.png": "a"}, 1, 1),
+        (("images/1.jpg", "v1.2/labels/1.png", "v1.2/panoptic/1.png"), {"images/1.jpg": None}, 2, 1),
+        (("cat/1.jpg", "cat/thumbnails/1.jpg"), {"cat/1.jpg": "cat"}, 1, 1),
+        (("thumbnails/1.jpg", "banners/2.jpg"), {"thumbnails/1.jpg": "thumbnails", "banners/2.jpg": "banners"}, 0, 1),
+        (("1.jpg", "cat_mask.png"), {"1.jpg": None, "cat_mask.png": None}, 0, 1),
         # Archives and data files.
         (("cat/1.jpg", "dog.zip", "train.parquet", "a/b.tfrecord"), {"cat/1.jpg": "cat"}, 3, 1),
         # Parts at any depth, and what lies beside them.
         (("set/Train/cat/1.jpg", "set/Test/cat/2.jpg"), {"set/Train/cat/1.jpg": "cat"}, 1, 0),
         (("train/1.jpg", "val/2.jpg", "more/3.jpg", "labels/1.txt"), {"train/1.jpg": None}, 2, 1),
+        (("train/1.jpg", "test/2.jpg", "a.zip", "b.jpg", "c.txt", "LICENSE"), {"train/1.jpg": None}, 5, 2),
+        (("train/1.jpg", "train2/1.jpg", "val/1.jpg"), {"train/1.jpg": None}, 2, 1),
         # Which folder is the class.
         (("n1/images/1.jpg", "n2/images/2.jpg"), {"n1/images/1.jpg": "n1", "n2/images/2.jpg": "n2"}, 0, 0),
         (("cat/2020/1.jpg", "dog/2020/2.jpg"), {"cat/2020/1.jpg": "cat", "dog/2020/2.jpg": "dog"}, 0, 1),
@@ -227,6 +237,43 @@ def test_images_that_differ_by_their_extension_alone(tmp_path, capsys):
         by_key = list_candidates([source], image_key=("png", "jpg"))
         assert [c.key for c in by_key] == ["1.png", "2.png", "3.png"]
         assert "left out 1.jpg and 1 more: a further image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("set-train-0000", "set-validation-00")])
+def test_tars_that_are_parts(names, tmp_path):
+    tars = {f"{name}.tar": tar_bytes({"cat/1.jpg": encoded(0), "2.jpg": encoded(1)}) for name in names}
+    src, left_out = write_folder(tmp_path / "src", tars | {"a.zip": b"x"}), LeftOut()
+    found = {c.key: c.class_name for c in list_candidates([src], left_out=left_out)}
+    assert found == {f"{names[0]}.tar/cat/1.jpg": "cat", f"{names[0]}.tar/2.jpg": None}
+    assert left_out.counts() == {layout.ARCHIVE: 1, layout.OTHER_PART: 1}
+    assert len(list_images(src)) == 4  # predict reads all parts
+
+
+def test_members_that_come_again_are_counted(tmp_path, capsys):
+    (tmp_path / "x.tar").write_bytes(tar_bytes({"1.jpg": encoded(0)}) + tar_bytes({"1.jpg": encoded(1), "1.txt": b""}))
+    (found,) = list_candidates([tmp_path / "x.tar"])
+    assert read_candidate(found) == encoded(1)
+    assert "left out 1.jpg: comes again later in its tar" in capsys.readouterr().err
+
+
+def test_a_tar_with_a_text_is_no_shard(tmp_path):
+    tar = tar_bytes({"1.jpg": encoded(0), "2.jpg": encoded(1), "LICENSE.txt": b"x", "url.txt": b"x"})
+    src = write_folder(tmp_path / "src", {"ant.tar": tar})
+    assert {c.class_name for c in list_candidates([src])} == {"ant"}
+
+
+def test_the_list_is_the_same_for_any_number_of_workers(tmp_path):
+    names = ("1.jpg", "1_mask.png", "x.zip", ".hidden/1.jpg")
+    files = {f"c{n:02}/{name}": encoded(n) for n in range(40) for name in names}
+    src = write_folder(tmp_path / "src", files)
+    lists = []
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        out.mkdir()
+        build_listing(out, [str(src)], TRAIN, 0, LabelSettings(), workers)
+        lists.append((out / LEFT_OUT).read_text())
+    assert lists[0] == lists[1]
+    assert lists[0].count("\n") == 120
 
 
 def test_classes_of_tars(tmp_path):

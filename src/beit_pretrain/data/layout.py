@@ -23,8 +23,8 @@ DEVICE = "a pipe or a device"
 CLASS_NUMBER = "a class number of WebDataset, which shards index reads; here classes are names of folders"
 COMPRESSED = "compressed, which allows no random access; decompress it first"
 _FOLDERS = frozenset(
-    "__macosx @eadir #recycle @recycle $recycle.bin recycler #snapshot @tmp thumbnails _thumbs @sharebin "
-    "@recently-snapshot lost+found".split()
+    "__macosx @eadir #recycle @recycle $recycle.bin recycler #snapshot @tmp @sharebin @recently-snapshot "
+    "lost+found".split()
 ) | {"system volume information"}
 _FILES = re.compile(
     r"thumbs\.db.*|ehthumbs.*\.db|desktop\.ini|synophoto_.*|.*:zone\.identifier|.*\.thm|~\$.*|.*~", re.IGNORECASE
@@ -36,7 +36,9 @@ ARCHIVES = tuple(
 )
 NOT_IMAGES = tuple(
     ".txt .json .jsonl .csv .tsv .xml .yaml .yml .toml .ini .md .rst .htm .html .pdf .log .db .py .sh .lst .idx "
-    ".caption .md5 .sha1 .sha256 .mat .pkl .pickle .pt .pth .safetensors .mp3 .mp4 .wav .avi .mov .mkv".split()
+    ".caption .md5 .sha1 .sha256 .mat .pkl .pickle .pt .pth .safetensors .cache .xmp .aae .pp3 .dop .ipynb "
+    ".doc .docx .xls .xlsx .ppt .pptx .url .lnk .srt .tfw .jgw .pgw .prj .shp .shx .dbf .geojson .kml .ply .obj .off "
+    ".pcd .crdownload .mp3 .mp4 .m4v .wav .avi .mov .mkv .mpg .webm .3gp".split()
 )
 
 
@@ -62,20 +64,26 @@ def why_no_image(name: str) -> str | None:
 # --- words -------------------------------------------------------------------------------------------------------
 
 # Folders that hold the photos of what their parent folder names.
-PHOTOS = frozenset("images image imgs img photos photo pictures pics jpegimages jpg jpeg jpegs png pngs rgb".split())
-_COLOUR = PHOTOS | frozenset("input inputs leftimg original originals color colour".split())
+PHOTOS = frozenset(
+    "images image imgs img photos photo pictures pics jpegimages jpg jpeg jpegs png pngs rgb data".split()
+)
+_COLOUR = PHOTOS | frozenset("input inputs leftimg original originals color colors colour colours sat".split())
 _MAPS = frozenset(
     "mask masks label labels seg segs segmentation segmentations semantic instance instances annotation annotations "
     "annot annots anno annos trimap trimaps gt gts groundtruth gtfine gtcoarse manual depth depths disparity normals "
-    "matte mattes alpha heatmap heatmaps saliency labelids instanceids trainids target targets".split()
+    "matte mattes alpha heatmap heatmaps saliency labelids instanceids trainids target targets panoptic "
+    "superpixels".split()
 )
-_THUMBS = frozenset("thumb thumbs thumbnail preview previews".split())
+_THUMBS = frozenset("thumb thumbs thumbnail thumbnails preview previews".split())
+# Of these: words that are as often names of classes.
+CLASSES_TOO = frozenset("label instance manual alpha target targets thumb thumbnail preview".split())
 _LOSSY = frozenset("jpg jpeg jpe jfif webp avif jp2 j2k".split())
 _ROLES = {
-    **dict.fromkeys(("train", "training", "trn"), "train"),
+    **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "devel", "eval", "evaluation", "holdout"), "val"),
     **dict.fromkeys(("test", "testing", "tst"), "test"),
 }
+_ROLE_AT_END = re.compile(rf"[._ -](?:{'|'.join(_ROLES)})$", re.IGNORECASE)
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+")
 
 
@@ -83,9 +91,22 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+")
 def _words(name: str) -> tuple[str, ...]:
     if name.isupper():
         name = name.lower()
+    name = re.sub(r"ground[\W_]*truth", "groundtruth", name, flags=re.IGNORECASE)
     words = [word.casefold() for word in _WORD.findall(name)]
     joined = "".join(words)
     return (joined,) if joined in PHOTOS | _MAPS else tuple(words)
+
+
+def says_photos(name: str) -> bool:
+    """Whether a folder's name says only that it holds photos."""
+    words = {*_words(name)}
+    return bool(words) and words <= PHOTOS
+
+
+def says_maps(name: str) -> bool:
+    """Whether a folder's name says only that it holds label maps or thumbnails."""
+    words = {*_words(name)}
+    return bool(words) and words <= _MAPS | _THUMBS
 
 
 # --- parts of a set ----------------------------------------------------------------------------------------------
@@ -99,6 +120,7 @@ def _role(name: str) -> tuple[str, tuple[str, ...]] | None:
     """The part that a folder's name says ("train", "val", "test"), and its other words; None if not exactly one."""
     words = _words(name)
     roles = [word for word in words if word in _ROLES]
+    roles = roles[:1] if [_ROLES[word] for word in roles] == ["train", "val"] else roles  # train_val_images
     return (_ROLES[roles[0]], tuple(word for word in words if word not in _ROLES)) if len(roles) == 1 else None
 
 
@@ -141,6 +163,9 @@ def of_split(parts: dict[str, str], split: str) -> list[str]:
 
 MAP = "a label map, mask, depth map or thumbnail of a photo, by its name"
 FURTHER = "a further image of the same name in a tar; image_key= chooses"
+REPLACED = "comes again later in its tar; the last one is read, as in unpacking"
+MAYBE_MAPS = "has a name of label maps, but not of photos beside it; it is read"
+MOST_PARTNERS = 64  # folders that are compared with one of label maps
 BOTH_READ = "has the name of another image but for its extension; both are read (image_key= chooses one)"
 
 
@@ -163,50 +188,111 @@ def subject(stem: str) -> Subject:
     return Subject(rest, kind)
 
 
+def split_key(name: str) -> tuple[str, str]:
+    """The key of a member in WebDataset, its path up to the first dot of the file name, and the rest in small letters."""
+    start = name.rfind("/") + 1
+    stem, _, extension = name[start:].partition(".")
+    return name[:start] + stem, extension.lower()
+
+
 def stem_of(name: str) -> tuple[str, str]:
     """A file name without its extension, and the extension in small letters."""
     stem, dot, extension = name.rpartition(".")
     return (stem, extension.lower()) if dot else (name, "")
 
 
-def is_map_folder(name: str, siblings: Iterable[str], names_in: Callable[[str], tuple[str, Sequence[str]]]) -> bool:
-    """Whether a folder holds label maps or thumbnails of the photos in a sibling or in the folder above.
+class Maps(NamedTuple):
+    """Files or folders that are label maps or thumbnails of photos by their names."""
 
-    That is: its name says so (`masks`, `SegmentationClass`, `train_masks`, `thumbs`), a sibling's name says photos
-    (`images`), a part (`train`) or the same without the word (`x_masks` of `x`), and both hold files of one subject.
-    `names_in`: path and file names of the first folder with images, from a child folder ("" = the folder above) on.
+    found: list[str]  # the photos are beside them
+    doubtful: list[str]  # the names alone say so
+
+
+def map_folders(
+    path: str, names: Sequence[str], images_in: Callable[[str], tuple[str, Sequence[str]]], beside: Sequence[str] = ()
+) -> Maps:
+    """The folders `names` of a folder `path` that hold label maps or thumbnails of the photos beside them or above.
+
+    Such a folder's name says so (`masks`, `SegmentationClass`, `train_masks`, `thumbs`), the name of a partner says
+    photos (`images`), a part (`train`) or the same without the word (`x_masks` of `x`), and both hold files of one
+    subject. Where no further folder holds images, plain names (`images`, `masks`) are enough, and only there words that
+    may be classes (`label`) count.
+
+    Args:
+        path: ends with a slash, or is empty.
+        images_in: path and file names of the first folder with images, from a path on; of `path` itself only its own.
+        beside: further partners, paths of folders of photos.
     """
-    words = _words(name)
-    if words and (tail := next((tail for tail in ("annot", "masks", "mask") if words[-1].endswith(tail)), "")):
-        words = (*words[:-1], words[-1].removesuffix(tail), tail)  # such as `trainannot`
-    maps = {word for word in words if word in _MAPS | _THUMBS}
-    if not maps:
-        return False
-    rest = tuple(word for word in words if word and word not in maps | {"class", "object"})
-    partners = [
-        s for s in siblings if s != name and ({*_words(s)} & _COLOUR or (rest and _words(s) == rest) or _role(s))
-    ]
-    inner, files = names_in(name)
-    mine = {subject(stem_of(file)[0]).name for file in files}
-    places = ["", *(place for s in partners for place in (s + inner.removeprefix(name), s))]
-    for place in dict.fromkeys(places):
-        if any(subject(stem_of(file)[0]).name in mine for file in names_in(place)[1]):
-            return True
-    return False
+    words_of = {name: _words(name) for name in names}
+    marked = [name for name, words in words_of.items() if _of_maps(words)]
+    if not marked:
+        return Maps([], [])
+
+    @lru_cache(4 * MOST_PARTNERS)
+    def subjects_in(place: str) -> tuple[str, set[str]]:
+        where, files = images_in(place)
+        # Without the part that some names end with (`21_training`).
+        return where, {_ROLE_AT_END.sub("", subject(stem_of(file)[0]).name) for file in files}
+
+    photos = [name for name, words in words_of.items() if {*words} & _COLOUR][:MOST_PARTNERS]
+    parts = [name for name in names if _role(name)][:MOST_PARTNERS]
+    plain = [*beside, *(path + name for name in photos if says_photos(name))]
+    further = [name for name in names if not _of_maps(words_of[name]) and name not in (*photos, *parts)]
+    alone = not any(subjects_in(path + name)[1] for name in further[:MOST_PARTNERS])
+    by_words = {words: name for name, words in words_of.items()}
+    result = Maps([], [])
+    for name in marked:
+        where, shown = subjects_in(path + name)
+        if not shown:
+            continue
+        maps = _of_maps(words_of[name])
+        rest = tuple(word for word in _split_ends(words_of[name]) if word not in maps | {"class", "object"})
+        same = [by_words[rest]] if rest in by_words and rest else []
+        partners = [*(path + s for s in [*same, *photos, *parts] if s != name), *beside]
+        inner = where.removeprefix(path + name)
+        shares = any(
+            shown & subjects_in(place)[1]
+            for place in dict.fromkeys([path, *(place for s in partners for place in (s + inner, s))])
+        )
+        certain = bool(rest) or not maps <= CLASSES_TOO
+        if (shares and (certain or alone)) or (alone and certain and not rest and {*plain} - {path + name}):
+            result.found.append(name)
+        elif shares or {*partners} & {*beside, *(path + s for s in photos)}:
+            result.doubtful.append(name)
+    return result
 
 
-def maps_among(names: Iterable[str]) -> list[str]:
-    """The files of one folder that are label maps or thumbnails of others in it, by the words at their ends."""
+def _split_ends(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of a folder's name, the last in two if it ends like `trainannot`."""
+    tail = next((tail for tail in ("annot", "masks", "mask") if words and words[-1].endswith(tail)), "")
+    return tuple(word for word in (*words[:-1], words[-1].removesuffix(tail), tail) if word) if tail else words
+
+
+def _of_maps(words: tuple[str, ...]) -> set[str]:
+    """Those of a folder's words that say label maps or thumbnails."""
+    return {*_split_ends(words)} & (_MAPS | _THUMBS)
+
+
+def maps_among(names: Iterable[str]) -> Maps:
+    """The files of one folder that are label maps or thumbnails of others in it, by the words at their ends.
+
+    Doubtful are files in formats of label maps that lie among photos, but have none of their own.
+    """
     of: dict[str, list[tuple[str, str]]] = {}
-    marked = False
+    kinds = set[str]()
     for name in names:
         found = subject(stem_of(name)[0])
-        marked |= found.kind != "photo"
+        kinds.add(found.kind)
         of.setdefault(found.name, []).append((found.kind, name))
-    if not marked:
-        return []
-    groups = (group for group in of.values() if any(kind == "photo" for kind, _ in group))
-    return [name for group in groups for kind, name in group if kind != "photo"]
+    result = Maps([], [])
+    if kinds <= {"photo"}:
+        return result
+    for group in of.values():
+        if any(kind == "photo" for kind, _ in group):
+            result.found.extend(name for kind, name in group if kind != "photo")
+        elif "photo" in kinds:
+            result.doubtful.extend(name for kind, name in group if kind == "map" and not is_lossy(name))
+    return result
 
 
 def image_rank(extension: str, image_key: Sequence[str] = ()) -> tuple[int, ...] | None:

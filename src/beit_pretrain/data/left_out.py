@@ -23,8 +23,11 @@ class LeftOut:
         self.notes: dict[str, tuple[str, int]] = {}  # of what is read, but deserves a look
 
     def add(self, key: str, reason: str, files: int = 1, folder: str | None = None) -> None:
-        """Count `files` files. `key`: path of the first; `folder`: what they are counted under, None = its folder."""
-        place = (key.rstrip("/").rpartition("/")[0] if folder is None else folder), reason
+        """Count `files` files. `key`: path of the first; `folder`: what they are counted under.
+
+        None = the folder of a file; a folder (it ends with a slash) by itself.
+        """
+        place = ((key if key.endswith("/") else key.rpartition("/")[0]) if folder is None else folder), reason
         example, count = self.found.get(place, (key, 0))
         self.found[place] = example, count + files
 
@@ -54,7 +57,7 @@ class LeftOut:
         """Write the list as JSON lines; removes an earlier one if nothing was left out."""
         lines = [
             json.dumps({"key": example, "reason": reason, "files": files}) + "\n"
-            for (_, reason), (example, files) in self.found.items()
+            for example, reason, files in sorted((key, why, n) for (_, why), (key, n) in self.found.items())
         ]
         if lines:
             atomic_write(path, "".join(lines))

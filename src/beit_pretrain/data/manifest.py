@@ -23,9 +23,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from beit_pretrain.data.layout import BY_PRODUCT, FURTHER, NO_IMAGE, image_rank, is_by_product, why_no_image
+from beit_pretrain.data.layout import (
+    BY_PRODUCT,
+    FURTHER,
+    MAP,
+    NO_IMAGE,
+    image_rank,
+    is_by_product,
+    split_key,
+    why_no_image,
+)
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.left_out import summary as summary_of_left_out
+from beit_pretrain.data.source_tree import map_folders_of
 from beit_pretrain.data.sources import read_bytes
 from beit_pretrain.data.tars import REFUSED, scan_tar
 from beit_pretrain.errors import UserError
@@ -38,6 +48,7 @@ MANIFEST = "manifest.json"
 MANIFEST_KEYS = frozenset(("rejected", "classes", "class_counts", "segmentation", "seed", "source", "settings"))
 REJECTED = "rejected.jsonl"
 EMPTY = "an empty image"
+INNER_TAR = "a tar in a tar, which shards make reads"
 NO_IMAGE_IN_SAMPLE = "a sample without an image"
 NUMBERS = re.compile(r"((?:\d[^.]*\.)*\d[^.]*)\.")  # parts of an extension that begin with a digit
 # A plain file name: a manifest is untrusted and must not lead out of its folder or to another host.
@@ -66,19 +77,20 @@ def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut) -> np.nd
     the key if no member has the bare one (`scan.0001.jpg`, `scan.0002.jpg`). The last part of the extension gives the
     member's kind (`k.input.jpg` is an image, `k.target.cls` a class), but a plain extension (`k.jpg`) has priority. Of
     several images `layout.image_rank` chooses, by `image_key` (extensions) if it is given. A repeated member of a key
-    starts a new sample.
+    starts a new sample. Folders of label maps are left out.
     """
     notes: list[str] = []
-    members = [(*_split(name), name, offset, size) for name, offset, size in scan_tar(path, notes=notes)]
+    members = [(*split_key(name), name, offset, size) for name, offset, size in scan_tar(path, notes=notes)]
     for text in notes:
         left_out.note(path.name, text)
+    maps = map_folders_of(name for _, _, name, *_ in members)
     bare = {key for key, extension, *_ in members if "." not in extension}
     samples: list[_Sample] = []
     of_key: dict[str, _Sample] = {}  # the last sample of a key
     for key, extension, name, offset, size in members:
         if key not in bare and (number := NUMBERS.match(extension)):
             key, extension = f"{key}.{number[1]}", extension[number.end() :]
-        kind = _kind(path, name, extension, offset, size)
+        kind = MAP if name[: name.rfind("/") + 1] in maps else _kind(path, name, extension, offset, size)
         if kind not in ("image", "seg.png", "cls"):
             left_out.add(f"{path.name}/{name}", kind, folder=path.name)
             continue
@@ -117,19 +129,11 @@ class _Sample:
         self.images = 0
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Path up to the first dot of the file name, and the rest in small letters."""
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return f"{folder}/{stem}", extension.lower()
-
-
 def key_of(name: str) -> str:
     """The key of a sample by the name of its image: without the extension, with numbers after the first dot."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
+    key, extension = split_key(name)
     number = NUMBERS.match(extension)
-    return f"{folder}{slash}{stem}" + (f".{number[1]}" if number else "")
+    return f"{key}.{number[1]}" if number else key
 
 
 def _kind(path: Path, name: str, extension: str, offset: int, size: int) -> str:
@@ -138,6 +142,8 @@ def _kind(path: Path, name: str, extension: str, offset: int, size: int) -> str:
         return BY_PRODUCT
     last = "seg.png" if extension.endswith("seg.png") else extension.rpartition(".")[2]
     kind = "image" if last in IMAGE_EXTENSIONS else last if last in ("seg.png", "cls") else ""
+    if not kind and last == "tar":
+        return INNER_TAR
     if not kind and (why := why_no_image(name)):
         return why
     if size < 0:  # a link, a device, or a name that leads outside

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from beit_pretrain.data import layout
 from beit_pretrain.data.left_out import LeftOut
 from beit_pretrain.errors import UserError
-from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
+from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, starts_as_image
 
 LOOKED_INTO = 64  # folders, to find out what a folder beside others holds
 DIRECTORY, LINKED, FILE = "directory", "linked", "file"
@@ -23,6 +24,16 @@ class Folder(NamedTuple):
     part: str  # how much of it names the part of the set that was picked at the top
     classes: str  # the path without the names of parts: folders that may name the class
     names: list[str]
+    of_parts: bool  # the names of its tars are those of parts
+
+
+class _Place(NamedTuple):
+    """A folder to walk through."""
+
+    path: str = ""
+    part: str = ""
+    classes: str = ""
+    beside: tuple[str, ...] = ()  # folders of photos next to it
 
 
 class Tree(Protocol):
@@ -121,31 +132,51 @@ def walk(
     Raises UserError if a folder cannot be read, or a source with parts does not have `split`.
     """
     seen: set[object] = set()
-    folders, links = [("", "", "")], list[tuple[str, str, str]]()
+    folders, links = [_Place()], list[_Place]()
     while folders or links:
-        path, part, classes = folders.pop() if folders else links.pop(0)
+        here = folders.pop() if folders else links.pop(0)
+        path = here.path
         if (identity := tree.identity(path)) in seen:
             continue
         seen.add(identity)
         kinds = dict(tree.entries(path))
         for name in [name for name in kinds if layout.is_by_product(name)]:
-            left_out.add(f"{top}{path}{name}{'' if kinds.pop(name) == FILE else '/'}", layout.BY_PRODUCT)
+            slash = "" if kinds.pop(name) == FILE else "/"
+            left_out.add(f"{top}{path}{name}{slash}", layout.BY_PRODUCT, folder=top + path)
         inner = [name for name, kind in kinds.items() if kind != FILE]
         files = [name for name, kind in kinds.items() if kind == FILE]
-        parts = layout.parts_of(inner) if split is not None and len(inner) > 1 else {}
+        parts = _parts(inner, files) if split is not None else {}
         if parts:
             assert split is not None
             inner, files = _picked(tree, path, parts, split, inner, files, left_out, top, source)
-        for name in [name for name in inner if _is_map_folder(tree, path, name, inner)]:
+        maps = layout.map_folders(path, inner, partial(_first_images, tree, start=path), here.beside)
+        for name in maps.found:
             left_out.add(f"{top}{path}{name}/", layout.MAP)
-            inner.remove(name)
-        yield Folder(path, part, classes, _kept(tree, path, files, left_out, top, image_key))
-        below = [
-            (f"{path}{n}/", f"{path}{n}/" if parts and not path else part, classes + f"{n}/" * (not parts))
-            for n in inner
-        ]
-        folders += [place for place, n in zip(below, inner, strict=True) if kinds[n] == DIRECTORY][::-1]
-        links += [place for place, n in zip(below, inner, strict=True) if kinds[n] == LINKED]
+        for name in maps.doubtful:
+            left_out.note(f"{top}{path}{name}/", layout.MAYBE_MAPS)
+        inner = sorted({*inner}.difference(maps.found))
+        kept = _kept(tree, path, files, left_out, top, image_key)
+        yield Folder(path, here.part, here.classes, kept, bool(parts))
+        photos = tuple(f"{path}{name}" for name in inner if layout.says_photos(name))
+        below = {
+            name: _Place(
+                f"{path}{name}/",
+                f"{path}{name}/" if parts and not path else here.part,
+                here.classes if parts else f"{here.classes}{name}/",
+                photos if name not in photos else (),
+            )
+            for name in inner
+        }
+        folders += [place for name, place in below.items() if kinds[name] == DIRECTORY][::-1]
+        links += [place for name, place in below.items() if kinds[name] == LINKED]
+
+
+def _parts(folders: list[str], files: list[str]) -> dict[str, str]:
+    """The parts among the folders, or else among the tars, with what they are."""
+    if len(folders) > 1 and (parts := layout.parts_of(folders)):
+        return parts
+    tars = {name.rpartition(".")[0]: name for name in files if name.lower().endswith(".tar")}
+    return {tars[stem]: role for stem, role in layout.parts_of(tars).items()} if len(tars) > 1 else {}
 
 
 def _picked(
@@ -159,22 +190,41 @@ def _picked(
     top: str,
     source: str,
 ) -> tuple[list[str], list[str]]:
-    """Folders and files of a folder with parts that are read: the folders of the split."""
+    """Folders and tars of a folder with parts that are read: those of the split."""
     try:
         picked = layout.of_split(parts, split)
     except UserError as error:
         raise UserError(f"src={os.path.join(source, path).rstrip('/')} {error}") from None
-    for name in inner:
-        if name not in picked and (name in parts or _first_images(tree, f"{path}{name}")[1]):
-            left_out.add(f"{top}{path}{name}/", layout.OTHER_PART if name in parts else layout.BESIDE)
-    for name in files:
-        if layout.why_no_image(name) is None:
-            left_out.add(f"{top}{path}{name}", layout.BESIDE)
-    return [name for name in inner if name in picked], []
+    read = {parts[name] for name in picked}
+    for name in [name for name in (*inner, *files) if name not in picked]:
+        if parts.get(name, next(iter(read))) not in read:
+            why: str | None = layout.OTHER_PART
+        elif name in files:
+            why = layout.why_no_image(name) or (layout.BESIDE if _may_be_image(tree, path + name) else layout.NO_IMAGE)
+        else:
+            why = layout.BESIDE if name in parts or _first_images(tree, path + name)[1] else None
+        if why is not None:
+            left_out.add(f"{top}{path}{name}{'/' if name in inner else ''}", why)
+    return [name for name in inner if name in picked], [name for name in files if name in picked]
 
 
-def _is_map_folder(tree: Tree, path: str, name: str, inner: list[str]) -> bool:
-    return layout.is_map_folder(name, inner, lambda child: _first_images(tree, path + child, path))
+def _may_be_image(tree: Tree, path: str) -> bool:
+    """Whether a file is a tar or an image, by its extension or else its first bytes."""
+    return layout.stem_of(path)[1] in {*IMAGE_EXTENSIONS, "tar"} or starts_as_image(tree.head(path))
+
+
+def map_folders_of(members: Iterable[str]) -> set[str]:
+    """The folders of label maps among the members of a tar, and the folders in them. Paths end with a slash."""
+    tree = NamesTree(members)
+    found: set[str] = set()
+    for path, entries in tree.folders.items():  # a folder comes before those in it
+        inner = sorted(name for name, kind in entries.items() if kind == DIRECTORY)
+        if inner and path in found:
+            found |= {f"{path}{name}/" for name in inner}
+        elif inner:
+            maps = layout.map_folders(path, inner, partial(_first_images, tree, start=path))
+            found |= {f"{path}{name}/" for name in maps.found}
+    return found
 
 
 def other_image_folders(tree: Tree, known: Sequence[str]) -> list[str]:
@@ -184,10 +234,7 @@ def other_image_folders(tree: Tree, known: Sequence[str]) -> list[str]:
 
 
 def _first_images(tree: Tree, place: str, start: str = "") -> tuple[str, list[str]]:
-    """Path and image names of the first folder with images at or below a place, but of `start` itself only those in it.
-
-    The path is relative to `start`.
-    """
+    """Path and image names of the first folder with images at or below a place; of `start` only those in itself."""
     waiting, seen = [f"{place}/" if place and not place.endswith("/") else place], 0
     while waiting and seen < LOOKED_INTO:
         folder = waiting.pop()
@@ -197,7 +244,7 @@ def _first_images(tree: Tree, place: str, start: str = "") -> tuple[str, list[st
         except UserError:
             return "", []
         if found := [n for n, kind in entries if kind == FILE and layout.stem_of(n)[1] in IMAGE_EXTENSIONS]:
-            return folder.removeprefix(start).removesuffix("/"), found
+            return folder.removesuffix("/"), found
         if folder != start:
             inner = [name for name, kind in entries if kind == DIRECTORY and not layout.is_by_product(name)]
             waiting += [f"{folder}{name}/" for name in inner[:LOOKED_INTO][::-1]]
@@ -216,7 +263,10 @@ def _kept(tree: Tree, path: str, files: list[str], left_out: LeftOut, top: str, 
             if not _keyed(name, image_key) and any(name.startswith(f"{stem}.") for stem in _stems(name) & chosen)
         }
     else:
-        dropped |= dict.fromkeys(layout.maps_among(rest), layout.MAP)
+        maps = layout.maps_among(rest)
+        dropped |= dict.fromkeys(maps.found, layout.MAP)
+        for name in maps.doubtful:
+            left_out.note(f"{top}{path}{name}", layout.MAYBE_MAPS)
     for first, others in layout.twins([name for name in rest if name not in dropped], image_key).items():
         for other in others:
             if tree.one_image_per_key or image_key:

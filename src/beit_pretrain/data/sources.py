@@ -110,26 +110,30 @@ def rows(unit: SourceGroup, choice: Choice = TRAIN, left_out: LeftOut | None = N
         return [(name, unit.classes, 0, size) for name, size in unit.files]
     left_out = LeftOut() if left_out is None else left_out
     found: dict[str, tuple[int, int]] = {}  # of several members of one name the last counts, as in unpacking
+    start = unit.top + unit.prefix
     refused: list[Row] = []
     notes: list[str] = []
     for name, offset, size in _tar_members(Path(unit.path), *unit.span, notes):
         if size == OUTSIDE:
             refused.append((name, None, offset, size))
         else:
-            found[PurePosixPath(name).as_posix() if "./" in name or "//" in name else name] = offset, size
+            name = PurePosixPath(name).as_posix() if "./" in name or "//" in name else name
+            if name in found and layout.why_no_image(name) is None:
+                left_out.add(start + name, layout.REPLACED, folder=start)
+            found[name] = offset, size
     for text in notes:
-        left_out.note((unit.top + unit.prefix).removesuffix("/") or os.path.basename(unit.path), text)
+        left_out.note(start.removesuffix("/") or os.path.basename(unit.path), text)
     inside_tar = LeftOut()
     folders = [*walk(NamesTree(found), choice.split, inside_tar, "", choice.image_key, unit.path)]
-    companions = sum(inside_tar.counts().get(why, 0) for why in (layout.NO_IMAGE, layout.CLASS_NUMBER))
-    # A shard of WebDataset, where every image has companions: its name is no class.
-    shard = 2 * companions >= sum(len(folder.names) for folder in folders)
+    # A shard of WebDataset, where images have companions: its name is no class.
+    companions = {layout.split_key(name)[0] for name in found if name.lower().endswith((".cls", ".json", ".txt"))}
+    kept = [folder.path + name for folder in folders for name in folder.names]
+    shard = bool(companions) and 2 * sum(layout.split_key(name)[0] in companions for name in kept) >= len(kept)
     listed = [
         (folder.path + name, ("" if shard else unit.classes) + folder.classes, *found[folder.path + name])
         for folder in folders
         for name in folder.names
     ]
-    start = unit.top + unit.prefix
     for (_, why), (example, count) in inside_tar.found.items():
         left_out.add(start + example, why, count, start)
     for text, (example, count) in inside_tar.notes.items():
@@ -269,7 +273,7 @@ def _folder_units(root: Path, top: str, choice: Choice, left_out: LeftOut) -> It
                 left_out.add(top + folder.path + name, layout.DEVICE)
             elif path.suffix.lower() == ".tar":
                 some = True
-                yield from _file_units(path, prefix + name, start, classes=folder.classes)
+                yield from _file_units(path, prefix + name, start, classes=folder.classes, of_part=folder.of_parts)
             else:
                 files.append((name, size))
                 digest.update(f"{name}\0{stamp}\0".encode(errors="surrogateescape"))
@@ -296,15 +300,18 @@ def _stat(path: Path, may_lack: bool = False) -> tuple[int, str]:
 
 
 def _file_units(
-    path: Path, key: str, top: str, alone: bool = False, classes: str | None = None
+    path: Path, key: str, top: str, alone: bool = False, classes: str | None = None, of_part: bool = False
 ) -> Iterator[SourceGroup]:
-    """The units of one file. `key` is its path in the source folder, or its name if it is the source (`alone`)."""
+    """The units of one file. `key` is its path in the source folder, or its name if it is the source (`alone`).
+
+    `of_part`: the name of a tar is that of a part, and no class.
+    """
     if path.name.lower().endswith(layout.COMPRESSED_TARS):
         raise UserError(f"{path} is {layout.COMPRESSED}, or move it away")
     size, stamp = _stat(path)
     classes = key.removesuffix(path.name) if classes is None else classes
     if path.suffix.lower() == ".tar":
-        prefix, classes = ("", "") if alone else (f"{key}/", f"{classes}{path.name}/")
+        prefix, classes = ("", "") if alone else (f"{key}/", classes if of_part else f"{classes}{path.name}/")
         unit = SourceGroup("tar", str(path), top, prefix, stamp, classes=classes)
         yield from _inner_tars(unit) or (unit,)
     elif layout.why_no_image(path.name) in (None, layout.BY_PRODUCT):  # a hidden file that is named was meant

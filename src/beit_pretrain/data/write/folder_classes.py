@@ -9,9 +9,10 @@ Where something else may be meant, a note says so.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import islice
 
-from beit_pretrain.data.layout import PHOTOS, is_part
+from beit_pretrain.data.layout import CLASSES_TOO, PHOTOS, is_part, parts_of, says_maps, says_photos
 from beit_pretrain.data.write.settings import FolderChoice
 
 SHOWN = 3  # folders in a note
@@ -71,6 +72,14 @@ def _names_photos(path: tuple[str, ...], taken: set[tuple[str, ...]]) -> bool:
     return len(path) > 1 and path[-1].casefold() in PHOTOS and path[:-1] not in taken
 
 
+def _names_no_class(name: str, classes: Collection[str]) -> bool:
+    """Whether a name says only photos or label maps, and stands beside classes that do not have it in theirs."""
+    if len(classes) < 2 or name.casefold() in ("photo", "photos", "picture", "pictures", *CLASSES_TOO - {"label"}):
+        return False
+    others = (other.casefold() for other in classes if other != name)
+    return says_photos(name) or (says_maps(name) and not any(name.casefold() in other for other in others))
+
+
 def _doubts(paths: list[tuple[str, ...]]) -> list[str]:
     """Where the innermost folder may not be the class."""
     notes: list[str] = []
@@ -85,6 +94,14 @@ def _doubts(paths: list[tuple[str, ...]]) -> list[str]:
             f"{len(several):,} of {len(above):,} gather folders of the same name ({', '.join(first)}); "
             f"labels.folder=outermost would make {len(others[0]):,} classes, labels.folder=path {len(others[1]):,}"
         )
+    if named := [*islice((name for name in above if _names_no_class(name, above)), SHOWN)]:
+        notes.append(
+            f"{', '.join(map(repr, named))} among the classes: a name of folders of photos or label maps; if it is no "
+            "class, give the folder of the photos as src="
+        )
+    if parts := sorted(parts_of(above)):
+        shown = ", ".join(map(repr, parts[:SHOWN]))
+        notes.append(f"{shown} among the classes: names of parts of a set; if they are none, give one part as src=")
     taken = set(paths)
     if nested := sorted("/".join(path) for path in taken if any(path[:n] in taken for n in range(1, len(path)))):
         parent = nested[0].rpartition("/")[0]

@@ -27,6 +27,8 @@ from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, MAX_PIXELS
 
 LOOSE = "an image beside the tars; shards make reads folders of images"
 NO_SAMPLE = "a tar without an image"
+PARTS = "tars of several parts (train, val) become one set; give each part a folder of its own, links will do"
+STAGED = ".indexing"
 INNER = "a folder with tars of its own; index it by itself"
 
 
@@ -75,7 +77,10 @@ def index_shards(
 
 def _tars(src: Path, left_out: LeftOut) -> list[Path]:
     """The tars in a folder, by name. Raises UserError if there are none, or one whose name no manifest may have."""
-    files = [path for path in sorted(src.iterdir()) if not layout.is_by_product(path.name)] if src.is_dir() else []
+    files = sorted(src.iterdir()) if src.is_dir() else []
+    for path in [path for path in files if layout.is_by_product(path.name) and path.name != STAGED]:
+        left_out.add(path.name, layout.BY_PRODUCT)
+    files = [path for path in files if not layout.is_by_product(path.name)]
     tars = [path for path in files if path.suffix.lower() == ".tar" and path.is_file()]
     if not tars:
         said = "give the folder of the WebDataset shards"
@@ -87,14 +92,19 @@ def _tars(src: Path, left_out: LeftOut) -> list[Path]:
     if wrong := [path for path in tars if not manifest.SHARD_NAME.fullmatch(path.name)]:
         rule = "begins with a letter, a digit or _, has no colon, backslash or control character, and ends with .tar"
         raise UserError(f"{str(wrong[0])!r} must be renamed: the name of a shard {rule}")
+    known_tars = {*tars}
     for path in files:
         if path.is_dir():
             if any(path.glob("*.tar")):
                 left_out.add(f"{path.name}/", INNER)
-        elif path not in tars:
+        elif path not in known_tars:
             image = path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS
             why = LOOSE if image else layout.why_no_image(path.name)
-            left_out.add(path.name, why if why in (LOOSE, layout.COMPRESSED) else layout.NO_IMAGE)
+            of_a_tar = path.with_suffix(".tar") in known_tars  # such as the parquet files of img2dataset
+            known = why in (LOOSE, layout.COMPRESSED) or (why == layout.ARCHIVE and not of_a_tar)
+            left_out.add(path.name, why if why and known else layout.NO_IMAGE)
+    if parts := layout.parts_of(path.stem for path in tars):
+        left_out.note(min(parts), PARTS)
     return tars
 
 
@@ -105,7 +115,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     If not, nothing is left, neither of folders that did not exist. An OSError becomes a UserError.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    temporary = folder / ".indexing"
+    temporary = folder / STAGED
     try:
         discard(temporary)  # left by a process that was killed
         temporary.mkdir(parents=True)
