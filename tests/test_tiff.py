@@ -172,6 +172,17 @@ def test_white_is_zero_of_8_bits_and_labels_of_it():
         np.testing.assert_array_equal(ids, values)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_label_maps_of_few_bits_hold_the_numbers_of_the_file(bits, photometric):
+    values = np.rint(RAMP * (2**bits - 1)).astype(np.uint8)
+    with open_image(tiff(page(values, photometric, bits=bits, rows=5))) as image:
+        np.testing.assert_array_equal(label_ids(image), values)
+        shown = np.asarray(to_channels(image, 1))
+    brightness = values if photometric == 1 else 2**bits - 1 - values
+    np.testing.assert_array_equal(shown, brightness * (255 // (2**bits - 1)))
+
+
 COLOURS = np.stack([RAMP, RAMP[::-1], 1 - RAMP[:, ::-1] / 2], axis=2)
 
 
