@@ -172,6 +172,7 @@ def test_refuses_files_without_ground_truth(tmp_path):
         "nomark.txt": ("a.jpg,cat\n".encode("utf-16-le"), "holds zero bytes, as UTF-16 without a byte order mark"),
         "l.csv.gz": (gzip.compress(b"a.jpg,cat\n"), "is a gzip file; unpack it"),
         "l.xlsx": (b"PK\3\4...", "is a zip or Excel file; unpack it, or save it as CSV"),
+        "imagelabels.mat": (b"MATLAB 5.0 MAT-file\0\0", "is a MATLAB file; unpack it, or save it as CSV"),
         "header.csv": (b"filename,label\n\n", "it has a header and no row below it"),
         "cell.csv": (b"filename,label\na.jpg,cat\nb.jpg,\n", "line 3: 'b.jpg' has no class"),
         "json.csv": (b'{"file_name": "a.jpg", "label": null}\n', "line 2?1?: 'a.jpg' has no class"),

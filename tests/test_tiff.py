@@ -172,6 +172,17 @@ def test_white_is_zero_of_8_bits_and_labels_of_it():
         np.testing.assert_array_equal(ids, values)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_label_maps_of_few_bits_hold_the_numbers_of_the_file(bits, photometric):
+    values = np.rint(RAMP * (2**bits - 1)).astype(np.uint8)
+    with open_image(tiff(page(values, photometric, bits=bits, rows=5))) as image:
+        np.testing.assert_array_equal(label_ids(image), values)
+        shown = np.asarray(to_channels(image, 1))
+    brightness = values if photometric == 1 else 2**bits - 1 - values
+    np.testing.assert_array_equal(shown, brightness * (255 // (2**bits - 1)))
+
+
 COLOURS = np.stack([RAMP, RAMP[::-1], 1 - RAMP[:, ::-1] / 2], axis=2)
 
 
@@ -210,6 +221,19 @@ def test_colours(kind, order, planar, layout):
             np.testing.assert_array_equal(opacity, (clear[..., 0] >> (8 * (clear.itemsize - 1))))
 
 
+@pytest.mark.parametrize("kind", ["u1", "u2"])
+def test_colours_nearly_transparent_and_of_no_stated_format(kind):
+    top = np.iinfo(kind).max
+    colours = np.rint(COLOURS * top).astype(kind)
+    with open_image(tiff(page(colours, 2, t339=(3, [4, 4, 4])))) as image:
+        np.testing.assert_array_equal(to_rgb(image), colours >> (8 * (colours.itemsize - 1)))
+    alpha = np.full((*RAMP.shape, 1), round(0.05 * top), kind)
+    stored = np.concatenate([np.rint(COLOURS * alpha).astype(kind), alpha], axis=2)
+    with open_image(tiff(page(stored, 2, t338=(3, [1])))) as image:
+        error = np.abs(np.asarray(to_rgb(image)) - COLOURS * 255).max()
+    assert error < (12 if kind == "u1" else 1)  # 255 steps of 13 are left of 8 bits
+
+
 def test_grey_with_alpha_and_a_further_band():
     values = np.rint(RAMP * 60000).astype(np.uint16)
     two = np.stack([values, values[::-1] // 2 + 2000], axis=2)
@@ -238,6 +262,7 @@ def test_grey_with_alpha_and_a_further_band():
         (np.zeros((4, 4), np.uint32), 1, {"bits": 24}, "1 bands of 24 bits"),
         (np.zeros((4, 4), np.uint16), 1, {"t339": (3, [6])}, "complex"),
         (np.zeros((4, 4), np.uint16), 1, {"t259": (3, [7])}, "compression 7"),
+        (np.zeros((4, 4, 3), np.uint16), 2, {"t259": (3, [7])}, "compression 7"),
     ],
 )
 def test_what_has_no_defined_meaning_is_refused(values, photometric, more, said):

@@ -398,3 +398,6 @@ def test_images_at_a_later_frame_and_drafted_ones_are_used_as_they_are():
     drafted.draft(None, (320, 256))
     centre_view(drafted, 16)
     assert drafted.size == (320, 256)
+    grey = as_jpeg(picture(640, 512))
+    grey.draft("L", (640, 512))
+    assert np.ptp(np.asarray(centre_view(grey, 16)), axis=2).max() == 0

@@ -48,10 +48,13 @@ def _levels(image: Image.Image) -> dict[str, Any]:
     Pillow stretches fewer than 8 bits to 0 ... 255, more than 8 that are not 16 to 0 ... 65535.
     """
     tiles: Sequence[Any] = getattr(image, "tile", None) or ()
-    if not tiles or image.mode not in ("L", "I", "I;16"):
+    if not tiles or image.mode not in ("1", "L", "I", "I;16"):
         return {}
     codec, args = tiles[0][0], tiles[0][3]
     raw, *more = args if isinstance(args, tuple) else (args,)
+    if image.mode == "1":  # of a TIFF; a PBM's 1 is black, too, but its masks are meant as they look
+        white_is_zero = image.format == "TIFF" and str(raw).rstrip("R").endswith("I")
+        return {"factor": -1.0, "offset": 1.0} if white_is_zero else {}
     if codec in ("ppm", "ppm_plain"):
         return {"factor": more[-1] / (255 if image.mode == "L" else 65535)}
     if not isinstance(raw, str) or not raw.startswith("L"):

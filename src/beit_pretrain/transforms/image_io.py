@@ -79,7 +79,7 @@ def reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     except (OSError, ValueError):
         return image
     again = Image.open(io.BytesIO(data), formats=("JPEG", "MPO"))
-    if again.size != image.size:  # its owner has called `draft`
+    if (again.size, again.mode) != (image.size, image.mode):  # its owner has called `draft`
         return image
     again.draft(None, size)
     return again

@@ -91,14 +91,17 @@ def _decoded(data: bytes, page: Page, max_pixels: int) -> Image.Image | None:
         return None
     if grey and samples > 2:
         raise ValueError(f"a TIFF of {samples} bands without stated colours; store three of them as RGB, or one")
-    ordinary = bits == 8 and page.one(Tag.FORMAT, 1) == 1 and samples <= 4 and Tag.PHOTOMETRIC in page.tags
+    lossless = page.one(Tag.COMPRESSION, 1) in LOSSLESS
+    ordinary = page.one(Tag.FORMAT, 1) == 1 and samples <= 4 and Tag.PHOTOMETRIC in page.tags
     ordinary &= samples == 1 or (not grey and page.one(Tag.PLANAR, 1) == 1)
-    if bits < 8 or (ordinary and data[:4] != b"MM\0+") or (bits == 8 and page.one(Tag.COMPRESSION, 1) not in LOSSLESS):
+    exact = ASSOCIATED not in page.tags.get(Tag.EXTRA, ())  # Pillow divides by alpha what it has shortened to 8 bits
+    ordinary &= bits == 8 or (bits == 16 and samples > 1 and lossless and exact)
+    if bits < 8 or (ordinary and data[:4] != b"MM\0+") or (bits == 8 and not lossless):
         return None
     colours, alpha = _bands(page)
     mixed = any(len(set(page.tags.get(tag, ()))) > 1 for tag in (Tag.BITS, Tag.FORMAT))
     deep = samples == 1 and (bits in (8, 16, 32, 64) or (kind == "u" and bits < 16)) and (kind, bits) != ("f", 8)
-    if mixed or not kind or samples < colours or page.one(Tag.COMPRESSION, 1) not in LOSSLESS:
+    if mixed or not kind or samples < colours or not lossless:
         raise _unsupported(page)
     if not deep and (kind != "u" or bits not in (8, 16)):
         raise _unsupported(page)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
 
-COMPRESSED = {
+NO_TEXT = {
     b"\x1f\x8b": "gzip",
     b"PK\3\4": "zip or Excel",
     b"BZh": "bzip2",
@@ -29,6 +29,9 @@ COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"PAR1": "Parquet",
     b"\x89HDF": "HDF5",
+    b"MATLAB": "MATLAB",
+    b"\x93NUMPY": "NumPy",
+    b"SQLite": "SQLite",
 }
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon"}
@@ -43,7 +46,7 @@ Row = tuple[int, list[str]]  # line number and fields
 def read_text(path: Path, setting: str) -> str:
     """The text of a file. Raises UserError if it is compressed or of another encoding; OSError."""
     data = path.read_bytes()
-    if kind := next((kind for start, kind in COMPRESSED.items() if data.startswith(start)), None):
+    if kind := next((kind for start, kind in NO_TEXT.items() if data.startswith(start)), None):
         raise UserError(f"{setting}={path} is a {kind} file; unpack it, or save it as CSV in UTF-8")
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8")
     try:
@@ -69,6 +72,7 @@ class Table(NamedTuple):
     start: int = 0  # of the first row in the text, after comments
     before: int = 0  # lines before that
     width: int | None = None  # columns; further ones are blank
+    keys: tuple[str, ...] = ()  # of JSON lines: the names of the columns
 
     def rows(self) -> Iterator[Row]:
         """All rows, a header included. Raises ValueError for one that cannot be read."""
@@ -109,31 +113,16 @@ class Table(NamedTuple):
             yield number, fields
 
     def _json_rows(self) -> Iterator[Row]:
-        columns = [*dict.fromkeys(key for _, entry in self._objects() for key in entry)]
-        yield 0, columns
-        for number, entry in self._objects():
-            texts = (entry.get(key, "") for key in columns)
+        yield 0, [*self.keys]
+        for number, entry in _objects(self.text):
+            texts = (entry.get(key, "") for key in self.keys)
             yield number, [t if isinstance(t, str) else "" if t is None else json.dumps(t) for t in texts]
-
-    def _objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Line number and object of every line of JSON. Raises ValueError for one without an object or single value."""
-        for number, line in enumerate(lines_of(self.text), 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if not isinstance(entry, dict) or all(isinstance(value, list | dict) for value in entry.values()):
-                said = "is not read; JSON lines with a file name and a class each are, and CSV"
-                raise ValueError(f"line {number} is no object of JSON lines; other JSON, such as COCO's, {said}")
-            yield number, entry
 
 
 def table_of(text: str) -> Table:
     """The table in a text. Raises ValueError if it is empty or no separator gives every row a file name and a class."""
     if re.match(r"\s*(\{|\[\s*[\[{\"])", text):
-        return Table(text, "")
+        return Table(text, "", keys=tuple(dict.fromkeys(key for _, entry in _objects(text) for key in entry)))
     start, before = _after_comments(text)
     lines = (line for line in lines_of(text[start:]) if line.strip())
     if (first := next(lines, None)) is None:
@@ -179,3 +168,18 @@ def _after_comments(text: str) -> tuple[int, int]:
             return start, lines
         start, lines = end.end(), lines + 1
     return (0, 0) if text[start:].startswith("#") or not text[start:].strip() else (start, lines)
+
+
+def _objects(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of every line of JSON. Raises ValueError for one without an object or single value."""
+    for number, line in enumerate(lines_of(text), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or all(isinstance(value, list | dict) for value in entry.values()):
+            said = "is not read; JSON lines with a file name and a class each are, and CSV"
+            raise ValueError(f"line {number} is no object of JSON lines; other JSON, such as COCO's, {said}")
+        yield number, entry
