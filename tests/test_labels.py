@@ -81,6 +81,7 @@ BOXES = "filename,width,height,class,xmin,ymin\na.jpg,9,9,cat,1,1\na.jpg,9,9,cat
         # Quotes, blanks and rare line ends in fields.
         ('file_name,caption,label\na.jpg,"one, two\nthree ""four""",cat\nb.jpg,"x;y",dog\n', AB),
         ('file,label\na.jpg,"cat, big"\n', {"a.jpg": "cat, big"}),
+        ('file, label\na.jpg, "cat, big"\nb.jpg, "dog"\n', {"a.jpg": "cat, big", "b.jpg": "dog"}),
         ('"my a.jpg" cat\nb.jpg "polar bear"\n', {"my a.jpg": "cat", "b.jpg": "polar bear"}),
         ("my a.jpg,cat\nb.jpg,dog\n", {"my a.jpg": "cat", "b.jpg": "dog"}),
         ("a.jpg tench, Tinca\nb.jpg crane, bird\n", {"a.jpg": "tench, Tinca", "b.jpg": "crane, bird"}),
@@ -100,6 +101,7 @@ BOXES = "filename,width,height,class,xmin,ymin\na.jpg,9,9,cat,1,1\na.jpg,9,9,cat
         ("id,label\n1,1\n2,01\n3,1.0\n", {"1": "1", "2": "01", "3": "1.0"}),
         ("id,is_red,label\n1,0,1\n2,1,1\n", {"1": "1", "2": "1"}),
         ("foo,class,class_id\n", None),
+        ("image,label,is_valid\na,1,0\nb,1,1\n", {"a": "1", "b": "1"}),
         ("a.jpg\tn01\t0\t32\t44\t62\nb.jpg\tn02\t1\t2\t3\t4\n", {"a.jpg": "n01", "b.jpg": "n02"}),
         ("a.jpg 7 0 32 44 62\nb.jpg 8 1 2 3 4\n", {"a.jpg": "7", "b.jpg": "8"}),
         ("a.jpg\tcat\t0.93\nb.jpg\tdog\t1\n", AB),
@@ -110,6 +112,7 @@ BOXES = "filename,width,height,class,xmin,ymin\na.jpg,9,9,cat,1,1\na.jpg,9,9,cat
         # JSON lines, paths of other systems.
         ('{"file_name": "a.jpg", "label": "cat", "box": [1]}\n\n{"label": "dog", "file_name": "b.jpg"}\n', AB),
         ('{"file_name": "a.jpg", "label": 3}\n', {"a.jpg": "3"}),
+        ('{"file": "a.jpg", "n": 1, "label": "cat"}\n{"file": "b.jpg", "label": "dog", "text": "x"}\n', AB),
         ("[1].jpg,cat\n", {"[1].jpg": "cat"}),
         ("C:\\data\\a.jpg,cat\n./b/../c//b.jpg,dog\n", {"C:/data/a.jpg": "cat", "c/b.jpg": "dog"}),
         ("Ka\u0308fer.jpg,Ka\u0308fer\nb.jpg,K\u00e4fer\n", {"K\u00e4fer.jpg": "K\u00e4fer", "b.jpg": "K\u00e4fer"}),
@@ -172,6 +175,15 @@ def test_refuses_files_without_ground_truth(tmp_path):
         "header.csv": (b"filename,label\n\n", "it has a header and no row below it"),
         "cell.csv": (b"filename,label\na.jpg,cat\nb.jpg,\n", "line 3: 'b.jpg' has no class"),
         "json.csv": (b'{"file_name": "a.jpg", "label": null}\n', "line 2?1?: 'a.jpg' has no class"),
+        "late.jsonl": (
+            b'{"file": "a.jpg", "text": "x"}\n{"file": "b.jpg", "label": "dog"}\n',
+            "line 1: 'a.jpg' has no class",
+        ),
+        "dataset.json": (b'{"labels": [["a.jpg", 5], ["b.jpg", 3]]}', "line 1 is no object of JSON lines; other JSON"),
+        "target.csv": (
+            b"image,rock,sand,target\na,1,0,0\nb,0,0,1\n",
+            "is 'target' the column of the classes, or one of",
+        ),
         "name.csv": (b"filename,label\n,cat\n", "line 2 has no file name"),
         "names.txt": (b"a.jpg\nb.jpg\n", "line 1: 'a.jpg' has no class"),
         "comma.csv": (b"a.jpg,cat\nb.jpg,big, red\n", "line 2 has 3 fields, the first row 2; put .* comma in quotes"),
@@ -199,7 +211,7 @@ def test_refuses_files_without_ground_truth(tmp_path):
         "coco.json": (b'{\n"images": [], "annotations": []}\n', "line 1 is no object of JSON lines.*COCO"),
         "array.json": (b'[{"file_name": "a.jpg", "label": 1}]\n', "line 1 is no object of JSON lines"),
         "list.jsonl": (b'{"file_name": "a.jpg", "label": [1, 2]}\n', r"'a.jpg' has \[1, 2\], not one class"),
-        "wide.jsonl": (b'{"images": [], "annotations": []}\n', "no row below it|which column"),
+        "wide.jsonl": (b'{"images": [], "annotations": []}\n', "line 1 is no object of JSON lines.*COCO"),
         "kit.tar.gz": (b"x", "neither"),
         "kit.tar": (tar_bytes({"data/meta.mat": b"x"}), "lacks the file ILSVRC2012_validation_ground_truth.txt"),
         "bad.tar": (tar_bytes({"meta.mat": b"x", "ILSVRC2012_validation_ground_truth.txt": b"1"}), "neither"),
@@ -324,6 +336,31 @@ def test_settings_of_a_list_need_the_list(setting, tmp_path):
     src = write_folder(tmp_path / "src", {"a.jpg": encoded(0)})
     with pytest.raises(UserError, match=rf"labels.{next(iter(setting))} is for a list of labels; give it"):
         make(src, tmp_path / "out", labels=setting)
+
+
+def test_folders_are_no_classes_beside_a_list(tmp_path):
+    src = write_folder(tmp_path / "src", {"a.jpg": encoded(0)})
+    (tmp_path / "l.csv").write_text("a.jpg,cat\n")
+    with pytest.raises(UserError, match=r"labels.folder=path takes folders for classes; leave it out"):
+        make(src, tmp_path / "out", labels={"path": tmp_path / "l.csv", "folder": "path"})
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [
+        (["Cat", "cat", "dog"], "classes that read alike are kept apart: 'Cat', 'cat'"),
+        (["cat", "dog", "dog|cat"], "1 classes join the names of others, such as 'dog|cat', and count as their own"),
+        (["clear", "haze", "clear haze"], "such as 'clear haze'"),
+        (["white wine", "wine", "a|b"], ""),
+    ],
+)
+def test_doubtful_names_of_classes_are_a_warning(classes, said, tmp_path, capsys):
+    src = write_folder(tmp_path / "src", {f"{i}.jpg": encoded(0) for i in range(len(classes))})
+    (tmp_path / "l.csv").write_text("file,label\n" + "".join(f"{i}.jpg,{name}\n" for i, name in enumerate(classes)))
+    make(src, tmp_path / "out", labels=tmp_path / "l.csv")
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert len(warned) == bool(said)
+    assert all(said in line for line in warned)
 
 
 def test_a_class_for_every_image_is_a_warning(tmp_path, capsys):

@@ -34,6 +34,8 @@ def readable(word: str, model: type[Settings] | None = None) -> str:
         return f"{key}={literal(value)}"
     kind, found = parsed(value)
     nested = isinstance(found, list) and any(isinstance(item, list | dict) for item in found)  # wrong: it is refused
+    if nested and "path" in form:  # but [r] may be the name of a folder
+        nested = not any(names_a_file(item.strip()) for item in value[1:-1].split(","))
     if "texts" in form and value[:1] == "[" and value[-1:] == "]" and not nested:
         items = quoted_items(value[1:-1], "path" in form)
         return f"{key}=[{','.join(items)}]" if items else word

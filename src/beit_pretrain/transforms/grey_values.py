@@ -12,8 +12,8 @@ NOTES = "beit_pretrain notes"  # key in an image's `info`
 IGNORE = 255  # of a label map: pixels that do not count
 HUGE = 1e30  # no quantity: -3.4e38, 9.97e36 and 1e31 are what programs write where there is none
 # Values that programs write where there is no data, if they lie farther from all others than these spread.
-FILLS = frozenset([-9999, -99999, -999999, -32767, -32768, -(2**31), 1 - 2**31, 65535])
-LEVELS = 16  # values that the others must have at least beside 65535, which may be white
+FILLS = (-999, -9999, -99999, -999999, -32767, -32768, -(2**31), 1 - 2**31, 32767, 65535)
+LEVELS = 16  # values that the others must have at least beside the largest, which may be white
 
 
 class Notes(NamedTuple):
@@ -146,14 +146,12 @@ def _without_data(values: np.ndarray, nodata: float | None) -> tuple[np.ndarray,
 
 def _without_fills(sample: np.ndarray) -> tuple[np.ndarray, list[float | str]]:
     """Finite values without those of FILLS that lie farther from the others than these spread, and which they are."""
-    fills: list[float | str] = []
-    for fill in (float(sample.min()), float(sample.max())) if sample.size else ():
-        rest = sample[sample != fill]
-        if fill not in FILLS or rest.size == 0:
-            continue
-        low, high = rest.min(), rest.max()
-        levels = len(np.unique(rest[:: 1 + rest.size // 2**16]))
-        if max(low - fill, fill - high) > high - low and levels >= (LEVELS if fill > 0 else 2):
-            sample = rest
-            fills.append(fill)
-    return sample, fills
+    present = [fill for fill in FILLS if (sample == fill).any()]
+    rest = sample[~np.isin(sample, present)] if present else sample
+    if not present or rest.size == 0:
+        return sample, []
+    low, high = rest.min(), rest.max()
+    levels = len(np.unique(rest[:: 1 + rest.size // 2**16]))
+    far = [fill for fill in present if max(low - fill, fill - high) > high - low]
+    fills = sorted(float(fill) for fill in far if levels >= (LEVELS if fill > 0 else 2))
+    return sample[~np.isin(sample, fills)], [*fills]

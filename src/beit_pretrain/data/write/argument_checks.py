@@ -34,11 +34,15 @@ def check_arguments(sources: list[str], split: str, num_workers: int | None, set
 
 
 def check_labels(labels: LabelSettings) -> None:
-    """Raise UserError for settings of a list of labels without the list."""
+    """Raise UserError for settings of a list of labels without the list, and for one of folders with it."""
     chosen = {"file_column": labels.file_column, "class_column": labels.class_column}
     chosen |= {"unlisted": "skip" if labels.unlisted == "skip" else None}
     if labels.path is None and (names := [name for name, value in chosen.items() if value is not None]):
         raise UserError(f"labels.{names[0]} is for a list of labels; give it with labels=FILE")
+    if labels.path is not None and labels.folder != "innermost":
+        raise UserError(
+            f"labels.folder={labels.folder} takes folders for classes; leave it out where labels= gives them"
+        )
 
 
 def check_sources(sources: list[str], out: Path) -> None:

@@ -30,7 +30,7 @@ from beit_pretrain.data.sources import (
     units,
 )
 from beit_pretrain.data.write import synthetic
-from beit_pretrain.data.write.folder_classes import classes_of
+from beit_pretrain.data.write.folder_classes import alike, classes_of
 from beit_pretrain.data.write.labels import Labeller
 from beit_pretrain.data.write.settings import FolderChoice, LabelSettings
 from beit_pretrain.processes import in_order
@@ -147,6 +147,8 @@ def build_listing(
     if labeller is not None:
         labeller.check(first, len(numbers))
         classes = [*numbers]
+        for note in alike(classes):
+            left_out.note("classes", note)
     else:
         classes = _number_classes(folder, [*numbers], labels.folder, left_out)
     (folder / "classes.json").write_text(json.dumps(classes), "utf-8")

@@ -9,7 +9,7 @@ Where something else may be meant, a note says so.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 from beit_pretrain.data.layout import CLASSES_TOO, PHOTOS, is_part, parts_of, says_maps, says_photos
@@ -106,9 +106,13 @@ def _doubts(paths: list[tuple[str, ...]]) -> list[str]:
     if nested := sorted("/".join(path) for path in taken if any(path[:n] in taken for n in range(1, len(path)))):
         parent = nested[0].rpartition("/")[0]
         notes.append(f"{parent} holds images and class folders ({nested[0]}); both are classes; see labels.folder=")
+    return notes + alike(above)
+
+
+def alike(classes: Iterable[str]) -> list[str]:
+    """A note on class names that differ by case, blanks or Unicode's form alone, if there are any."""
     by_look: dict[str, list[str]] = {}
-    for name in above:
+    for name in classes:
         by_look.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
-    if alike := next((names for names in by_look.values() if len(names) > 1), None):
-        notes.append(f"classes that read alike are kept apart: {', '.join(map(repr, sorted(alike)))}")
-    return notes
+    names = next((names for names in by_look.values() if len(names) > 1), None)
+    return [f"classes that read alike are kept apart: {', '.join(map(repr, sorted(names)))}"] if names else []

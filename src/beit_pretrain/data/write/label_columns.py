@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 
 from beit_pretrain.data.write.label_text import BLANK, BLANKS, IMAGE_NAME, Table, table_of
@@ -143,14 +144,29 @@ def _class_column(table: Table, first: list[str], header: bool, file: int, shown
     for usual in (CLASS_COLUMNS, CLASS_IDS):
         if found := [n for n, name in enumerate(first) if n != file and _plain(name) in usual]:
             if len(found) == 1:
+                _refuse_one_hot(table, first, file, found[0], shown)
                 return found[0]
             several = " or ".join(first[number] for number in found)
             raise ValueError(f"which column holds the classes, {several}? Give labels.class_column=; {shown}")
-    if all(
-        _flag(f) is not None for _, fields in islice(table.rows(), 1, None) for n, f in enumerate(fields) if n != file
-    ):
+    if _are_flags(table, file):
         return None
     raise ValueError(f"which column holds the classes? Give labels.class_column=; {shown}")
+
+
+def _are_flags(table: Table, file: int) -> bool:
+    """Whether all columns but the file's hold 0 and 1 below the header."""
+    rows = islice(table.rows(), 1, None)
+    return all(_flag(field) is not None for _, fields in rows for n, field in enumerate(fields) if n != file)
+
+
+def _refuse_one_hot(table: Table, columns: list[str], file: int, kind: int, shown: str) -> None:
+    """Raise ValueError if the class column may as well be one of one-hot columns: one 1 in each row."""
+    if _are_flags(table, file) and all(
+        sum(bool(_flag(field)) for n, field in enumerate(fields) if n != file) == 1
+        for _, fields in islice(table.rows(), 1, None)
+    ):
+        either = f"is {columns[kind]!r} the column of the classes, or one of several classes (one-hot)"
+        raise ValueError(f"{either}? Give labels.class_column=, or another name to that column; {shown}")
 
 
 def _hot(columns: list[str], fields: list[str], file: int, line: int) -> str:
@@ -162,6 +178,7 @@ def _hot(columns: list[str], fields: list[str], file: int, line: int) -> str:
     return ones[0]
 
 
+@lru_cache(1024)
 def _flag(text: str) -> bool | None:
     """A number 0 or 1, or false or true, as a flag; None for anything else."""
     if text.lower() in ("true", "false"):

@@ -60,6 +60,10 @@ class LabelList:
         """Class by listed name."""
         return {name: self._classes[self._class[row]] for name, row in self.rows.items()}
 
+    def class_names(self) -> list[str]:
+        """All different classes, in the order of the list."""
+        return [*self._classes]
+
     def class_of(self, key: str, path: str) -> str | None:
         """The class of an image; None if it is not listed. Raises UserError if the list gives it several.
 

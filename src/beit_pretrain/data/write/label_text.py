@@ -4,7 +4,7 @@
 * The separator is the one that gives every row the same number of fields. "Quoted" fields may hold separators and line
   ends. Where none fits, or a blank follows the name of an image in every line, a blank ends the name and the rest of
   the line is the class.
-* Of JSON lines the keys of the first are the columns.
+* Of JSON lines all keys are columns, those of the first line first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
@@ -88,7 +88,8 @@ class Table(NamedTuple):
     def _rows(self) -> Iterator[Row]:
         if self.separator in SEPARATORS:
             # Not split by `lines_of`: quoted fields may hold line ends.
-            reader = csv.reader(io.StringIO(self.text[self.start :], newline=""), delimiter=self.separator)
+            text = io.StringIO(self.text[self.start :], newline="")
+            reader = csv.reader(text, delimiter=self.separator, skipinitialspace=True)  # a, "b, c"
             last = 0
             try:
                 for fields in reader:
@@ -108,7 +109,14 @@ class Table(NamedTuple):
             yield number, fields
 
     def _json_rows(self) -> Iterator[Row]:
-        keys: list[str] = []
+        columns = [*dict.fromkeys(key for _, entry in self._objects() for key in entry)]
+        yield 0, columns
+        for number, entry in self._objects():
+            texts = (entry.get(key, "") for key in columns)
+            yield number, [t if isinstance(t, str) else "" if t is None else json.dumps(t) for t in texts]
+
+    def _objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Line number and object of every line of JSON. Raises ValueError for one without an object or single value."""
         for number, line in enumerate(lines_of(self.text), 1):
             if not line.strip():
                 continue
@@ -116,14 +124,10 @@ class Table(NamedTuple):
                 entry = json.loads(line)
             except ValueError:
                 entry = None
-            if not isinstance(entry, dict):
+            if not isinstance(entry, dict) or all(isinstance(value, list | dict) for value in entry.values()):
                 said = "is not read; JSON lines with a file name and a class each are, and CSV"
                 raise ValueError(f"line {number} is no object of JSON lines; other JSON, such as COCO's, {said}")
-            if not keys:
-                keys = list(entry)
-                yield number, keys
-            texts = (entry.get(key, "") for key in keys)
-            yield number, [t if isinstance(t, str) else "" if t is None else json.dumps(t) for t in texts]
+            yield number, entry
 
 
 def table_of(text: str) -> Table:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +77,20 @@ class Labeller:
         if classes == files - self.files >= MANY:
             said = f"all {classes:,} images have a class of their own; labels.class_column= chooses another column"
             print(f"warning: {where}: {said}", file=sys.stderr)
+        if joined := _joined(self.listed.class_names()):
+            said = f"{len(joined):,} classes join the names of others, such as {joined[0]!r}, and count as their own"
+            print(f"warning: {where}: {said}; an image has one class (multi-label is not read)", file=sys.stderr)
         if self.listed.twice:
             row, key = self.listed.twice
             said = f"{self.listed.name(row)!r} names several images, {key!r} too: they get the same class"
             print(f"warning: {where}: {said}", file=sys.stderr)
+
+
+def _joined(classes: Collection[str]) -> list[str]:
+    """The classes whose names join those of others (cat|dog), as where an image has several."""
+    known = {*classes}
+    parts = {name: [[part.strip() for part in name.split(mark)] for mark in "|,; "] for name in classes}
+    return [name for name, ways in parts.items() if any(len(way) > 1 and known.issuperset(way) for way in ways)]
 
 
 ADVICE = "names count with case and extension; labels.file_column= chooses another column"

@@ -64,7 +64,7 @@ def _image_members(candidate: Candidate, settings: EncodeSettings, about: dict[s
     full, shorter = image.size, min(image.size)
     if settings.resize is not None and shorter > settings.resize:
         width, height = (round(side * settings.resize / shorter) for side in full)
-        image, extension = image.resize((width, height), Image.Resampling.LANCZOS), ""
+        image, extension = _resized(image, (width, height)), ""
         if image.mode in ("L", "RGB") and max(image.size) <= LARGEST_JPEG:
             # With these marks scaled_decoding.py decodes a crop's rows alone.
             marks = {"restart_marker_rows": 1, "comment": tiles.comment(image)}
@@ -78,6 +78,14 @@ def _image_members(candidate: Candidate, settings: EncodeSettings, about: dict[s
             map_file = _saved(label_map.resize(image.size, Image.Resampling.NEAREST), "PNG")
         members["seg.png"] = map_file
     return members
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image in another size, alpha as one more channel: Pillow weighs colours by it, and those that are transparent
+    would not be what readers of RGB see of a kept file."""
+    if image.mode not in ("LA", "RGBA"):
+        return image.resize(size, Image.Resampling.LANCZOS)
+    return Image.merge(image.mode, [band.resize(size, Image.Resampling.LANCZOS) for band in image.split()])
 
 
 def _read(candidate: Candidate, max_pixels: int) -> bytes:
