@@ -18,6 +18,7 @@ from beit_pretrain.data.write.folder_classes import classes_of
         (["", "cats/"], [None, "cats"], [None, "cats"], [None, "cats"]),
         (["a/ant.tar/", "a/bee.tar/"], "ant bee", "ant bee", "a/ant a/bee"),
         (["pets/cat/", "pets/dog/", "cars/van/"], "cat dog van", "pets pets cars", "pets/cat pets/dog cars/van"),
+        (["test/", "control/"], "test control", "test control", "test control"),
         (["alpha/", "photo/"], "alpha photo", "alpha photo", "alpha photo"),
         (["mask/", "no_mask/"], "mask no_mask", "mask no_mask", "mask no_mask"),
     ],
@@ -40,6 +41,7 @@ def test_classes_of_folders(folders, innermost, outermost, path):
         (["images/", "cats/"], "images cats", "'images' among the classes: a name of folders of photos"),
         (["A/", "B/", "label/"], "A B label", "'label' among the classes: a name of folders of photos"),
         (["train.tar/", "val.tar/"], "train val", "'train', 'val' among the classes: names of parts"),
+        (["val/", "test/"], "val test", "'test', 'val' among the classes"),
         (["cat/train/", "bird/test/", "emu/"], "train test emu", "'test', 'train' among the classes: names of parts"),
     ],
 )

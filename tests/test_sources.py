@@ -249,6 +249,14 @@ def test_tars_that_are_parts(names, tmp_path):
     assert len(list_images(src)) == 4  # predict reads all parts
 
 
+def test_a_part_that_is_a_folder_beside_one_that_is_a_tar(tmp_path):
+    tar = tar_bytes({"cat/1.jpg": encoded(0)})
+    src = write_folder(tmp_path / "src", {"train/cat/1.jpg": encoded(0), "train.tar": tar, "val.tar": tar})
+    left_out = LeftOut()
+    assert [c.key for c in list_candidates([src], left_out=left_out)] == ["train/cat/1.jpg"]
+    assert left_out.counts() == {layout.BESIDE: 1, layout.OTHER_PART: 1}
+
+
 def test_members_that_come_again_are_counted(tmp_path, capsys):
     (tmp_path / "x.tar").write_bytes(tar_bytes({"1.jpg": encoded(0)}) + tar_bytes({"1.jpg": encoded(1), "1.txt": b""}))
     (found,) = list_candidates([tmp_path / "x.tar"])

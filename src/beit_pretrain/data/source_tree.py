@@ -172,11 +172,12 @@ def walk(
 
 
 def _parts(folders: list[str], files: list[str]) -> dict[str, str]:
-    """The parts among the folders, or else among the tars, with what they are."""
-    if len(folders) > 1 and (parts := layout.parts_of(folders)):
+    """The parts among the folders, or else among folders and tars, with what they are."""
+    if parts := layout.parts_of(folders):
         return parts
     tars = {name.rpartition(".")[0]: name for name in files if name.lower().endswith(".tar")}
-    return {tars[stem]: role for stem, role in layout.parts_of(tars).items()} if len(tars) > 1 else {}
+    parts = layout.parts_of([*folders, *tars]) if tars else {}
+    return {name if name in folders else tars[name]: role for name, role in parts.items()}
 
 
 def _picked(
@@ -260,7 +261,7 @@ def _kept(tree: Tree, path: str, files: list[str], left_out: LeftOut, top: str, 
         dropped |= {
             name: layout.FURTHER
             for name in rest
-            if not _keyed(name, image_key) and any(name.startswith(f"{stem}.") for stem in _stems(name) & chosen)
+            if not _keyed(name, image_key) and _stems(name) & chosen
         }
     else:
         maps = layout.maps_among(rest)

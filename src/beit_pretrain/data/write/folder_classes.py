@@ -99,7 +99,7 @@ def _doubts(paths: list[tuple[str, ...]]) -> list[str]:
             f"{', '.join(map(repr, named))} among the classes: a name of folders of photos or label maps; if it is no "
             "class, give the folder of the photos as src="
         )
-    if parts := sorted(parts_of(above)):
+    if len(parts := sorted(parts_of({*above, "train"}).keys() & above)) > 1:
         shown = ", ".join(map(repr, parts[:SHOWN]))
         notes.append(f"{shown} among the classes: names of parts of a set; if they are none, give one part as src=")
     taken = set(paths)
