@@ -12,7 +12,7 @@ from test_make_shards import contents, make, read_back, rejected
 from test_sources import class_files, tar_bytes, write_folder
 
 from beit_pretrain import processes
-from beit_pretrain.data.layout import BESIDE_MAPS
+from beit_pretrain.data.layout import BESIDE_MAPS, OTHER_PART
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.manifest import read_manifest, verify_shards
 from beit_pretrain.data.sources import TRAIN
@@ -46,7 +46,10 @@ def ade(root: Path, parts: tuple[str, str] = ("training/", "validation/")) -> Pa
 def test_ade20k(tmp_path):
     src = write_folder(ade(tmp_path), {"predictions/none.png": mask((40, 30))})
     folder = make(src, tmp_path / "out")
-    assert LeftOut.read(folder / LEFT_OUT).examples() == [("predictions/", BESIDE_MAPS)]
+    assert LeftOut.read(folder / LEFT_OUT).examples() == [
+        ("images/validation/", OTHER_PART),
+        ("predictions/", BESIDE_MAPS),
+    ]
     manifest = read_manifest(folder)
     assert (manifest["samples"], manifest["segmentation"], manifest["segmentation_classes"]) == (4, True, ["wall"])
     assert manifest["classes"] == []

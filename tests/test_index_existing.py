@@ -12,9 +12,10 @@ from test_sources import tar_bytes, write_folder
 from beit_pretrain.data import layout
 from beit_pretrain.data.layout import FURTHER
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
-from beit_pretrain.data.manifest import EMPTY, INNER_TAR, NO_IMAGE_IN_SAMPLE, read_manifest, verify_shards
+from beit_pretrain.data.manifest import read_manifest, verify_shards
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.shard_index import EMPTY, INNER_TAR, NO_IMAGE_IN_SAMPLE
 from beit_pretrain.data.tars import LINK, OUTSIDE, REFUSED
 from beit_pretrain.data.write.index_existing import INNER, LOOSE, NO_SAMPLE, index_shards
 from beit_pretrain.data.write.labels import read_class_names
@@ -109,6 +110,8 @@ APPLE = b"\0\5\26\7\0\2\0\0Mac OS X"
          [encoded(0), encoded(1, kind="PNG")], {layout.NO_IMAGE: 1}),
         # Folders of label maps, and tars in the tar.
         ({"images/a.jpg": b"a", "masks/a.png": b"m", "masks/x/b.png": b"m"}, (), [b"a"], {layout.MAP: 2}),
+        ({"a.jpg": b"a", "a_mask.png": b"m", "s.01.jpg": b"s", "s.01_depth.png": b"d"}, (), [b"a", b"s"],
+         {layout.MAP: 2}),
         ({"a.jpg": b"a", "more.tar": b"t", "b.zip": b"z"}, (), [b"a"], {INNER_TAR: 1, layout.ARCHIVE: 1}),
         # Names that lead outside, and samples that lack an image.
         ({"a.jpg": b"a", "/data/b.jpg": b"b", "../c.jpg": b"c"}, (), [b"a"], {REFUSED[OUTSIDE]: 2}),

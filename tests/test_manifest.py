@@ -11,7 +11,8 @@ from PIL import Image
 from test_sources import class_files, tar_bytes, write_folder
 from tiny import spoil
 
-from beit_pretrain.data.manifest import INDEX_DTYPE, index_shard, read_manifest, summary, verify_shards
+from beit_pretrain.data.manifest import read_manifest, summary, verify_shards
+from beit_pretrain.data.shard_index import INDEX_DTYPE, index_shard
 from beit_pretrain.data.write.contact_sheet import contact_sheet
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError

@@ -257,6 +257,16 @@ def test_a_part_that_is_a_folder_beside_one_that_is_a_tar(tmp_path):
     assert left_out.counts() == {layout.BESIDE: 1, layout.OTHER_PART: 1}
 
 
+def test_other_parts_beside_label_maps_are_counted(tmp_path):
+    parts = ("train2014", "train2017", "val2017")
+    files = {f"{kind}/{part}/1.png": encoded(0, kind="PNG") for part in parts for kind in ("images", "annotations")}
+    src, left_out = write_folder(tmp_path / "src", files), LeftOut()
+    assert [c.key for c in list_candidates([src], left_out=left_out)] == ["images/train2014/1.png"]
+    assert left_out.examples() == [
+        ("images/train2017/", layout.BESIDE), ("images/val2017/", layout.OTHER_PART)
+    ]  # fmt: skip
+
+
 def test_members_that_come_again_are_counted(tmp_path, capsys):
     (tmp_path / "x.tar").write_bytes(tar_bytes({"1.jpg": encoded(0)}) + tar_bytes({"1.jpg": encoded(1), "1.txt": b""}))
     (found,) = list_candidates([tmp_path / "x.tar"])
@@ -305,3 +315,13 @@ def test_a_source_whose_images_are_all_left_out(tmp_path):
         src = write_folder(tmp_path / name / "src", {name: b"x"})
         with pytest.raises(UserError, match=f"holds no image; {words}"):
             list_images(src)
+        with pytest.raises(UserError, match=f"{name} holds no image; an archive"):
+            list_images(src / name)
+
+
+def test_image_key_leaves_label_maps_out(tmp_path):
+    files = {name: encoded(0) for name in ("a.jpg", "a.png", "a_mask.png", "b_rgb.png", "b_depth.png")}
+    src = write_folder(tmp_path / "src", files)
+    assert [c.key for c in list_candidates([src], image_key=("jpg",))] == ["a.jpg", "b_rgb.png"]
+    (tmp_path / "x.tar").write_bytes(tar_bytes(files))
+    assert [c.key for c in list_candidates([tmp_path / "x.tar"], image_key=("jpg",))] == ["a.jpg", "b_rgb.png"]

@@ -29,7 +29,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from beit_pretrain import fileio
-from beit_pretrain.data.manifest import INDEX_DTYPE, index_shard
+from beit_pretrain.data.shard_index import INDEX_DTYPE, index_shard
 from beit_pretrain.errors import UserError
 
 RECENT = 60.0  # seconds since its last use in which a shard is not evicted for a prefetched one
@@ -84,7 +84,7 @@ class ShardCache:
             os.close(descriptor)
 
     def index(self, shard: Shard, descriptor: int, image_key: Sequence[str] = ()) -> np.ndarray:
-        """INDEX_DTYPE rows of an open shard. `image_key`: as of `manifest.scan_shard`; such indices are not cached."""
+        """INDEX_DTYPE rows of an open shard. `image_key`: as of `shard_index`; such indices are not cached."""
         if image_key:
             return index_shard(f"/dev/fd/{descriptor}", image_key)
         with suppress(OSError, ValueError, EOFError):

@@ -189,7 +189,7 @@ def subject(stem: str) -> Subject:
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """The key of a member in WebDataset, its path up to the first dot of the file name, and the rest in small letters."""
+    """The key of a member in WebDataset (its path up to the first dot of the file name), the rest in small letters."""
     start = name.rfind("/") + 1
     stem, _, extension = name[start:].partition(".")
     return name[:start] + stem, extension.lower()

@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,145 +22,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from beit_pretrain.data.layout import (
-    BY_PRODUCT,
-    FURTHER,
-    MAP,
-    NO_IMAGE,
-    image_rank,
-    is_by_product,
-    split_key,
-    why_no_image,
-)
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.left_out import summary as summary_of_left_out
-from beit_pretrain.data.source_tree import map_folders_of
-from beit_pretrain.data.sources import read_bytes
-from beit_pretrain.data.tars import REFUSED, scan_tar
+from beit_pretrain.data.shard_index import index_shard
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write, expand_home
 from beit_pretrain.processes import cores, in_order
-from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, starts_as_image
 
 FORMAT = "beit_pretrain-shards/1"
 MANIFEST = "manifest.json"
 MANIFEST_KEYS = frozenset(("rejected", "classes", "class_counts", "segmentation", "seed", "source", "settings"))
 REJECTED = "rejected.jsonl"
-EMPTY = "an empty image"
-INNER_TAR = "a tar in a tar, which shards make reads"
-NO_IMAGE_IN_SAMPLE = "a sample without an image"
-NUMBERS = re.compile(r"((?:\d[^.]*\.)*\d[^.]*)\.")  # parts of an extension that begin with a digit
 # A plain file name: a manifest is untrusted and must not lead out of its folder or to another host.
 SHARD_NAME = re.compile(r"\w[^/\\:\x00-\x1f\x7f]*\.tar")
-MOST_CLASSES = 1_000_000  # largest number of classes; each has a name in the manifest
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# Offsets and sizes in bytes, from the start of the tar to the member's data. label -1: no class; size 0: no mask.
-INDEX_DTYPE = np.dtype(
-    [("image_offset", "<u8"), ("image_size", "<u8"), ("label", "<i8")]
-    + [("segmentation_offset", "<u8"), ("segmentation_size", "<u8")]
-)
-
-
-def index_shard(path: str | Path, image_key: Sequence[str] = ()) -> np.ndarray:
-    """The index of a WebDataset tar: INDEX_DTYPE rows of the samples with an image, in the tar's order.
-
-    `image_key`: as of `scan_shard`. Raises UserError if the tar cannot be read or a `.cls` holds no class number.
-    """
-    return scan_shard(Path(path), image_key, LeftOut())
-
-
-def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut) -> np.ndarray:
-    """`index_shard`; what is left out goes into `left_out`.
-
-    As in WebDataset, a sample's key is the path up to the first dot of the file name, but numbers after it belong to
-    the key if no member has the bare one (`scan.0001.jpg`, `scan.0002.jpg`). The last part of the extension gives the
-    member's kind (`k.input.jpg` is an image, `k.target.cls` a class), but a plain extension (`k.jpg`) has priority. Of
-    several images `layout.image_rank` chooses, by `image_key` (extensions) if it is given. A repeated member of a key
-    starts a new sample. Folders of label maps are left out.
-    """
-    notes: list[str] = []
-    members = [(*split_key(name), name, offset, size) for name, offset, size in scan_tar(path, notes=notes)]
-    for text in notes:
-        left_out.note(path.name, text)
-    maps = map_folders_of(name for _, _, name, *_ in members)
-    bare = {key for key, extension, *_ in members if "." not in extension}
-    samples: list[_Sample] = []
-    of_key: dict[str, _Sample] = {}  # the last sample of a key
-    for key, extension, name, offset, size in members:
-        if key not in bare and (number := NUMBERS.match(extension)):
-            key, extension = f"{key}.{number[1]}", extension[number.end() :]
-        kind = MAP if name[: name.rfind("/") + 1] in maps else _kind(path, name, extension, offset, size)
-        if kind not in ("image", "seg.png", "cls"):
-            left_out.add(f"{path.name}/{name}", kind, folder=path.name)
-            continue
-        if key not in of_key or extension in of_key[key].extensions:
-            of_key[key] = _Sample(f"{path.name}/{name}")
-            samples.append(of_key[key])
-        sample = of_key[key]
-        rank = image_rank(extension, image_key) if kind == "image" else (extension != kind,)
-        if kind == "image":
-            sample.images += 1
-        if rank is not None and (kind not in sample.ranks or rank < sample.ranks[kind]):
-            sample.ranks[kind] = rank
-            if kind == "cls":
-                sample.row[2] = _class_number(path, name, read_bytes(path, offset, min(size, 100)))
-            else:
-                start = 0 if kind == "image" else 3
-                sample.row[start : start + 2] = offset, size
-        sample.extensions.add(extension)
-    for sample in samples:
-        further = sample.images - ("image" in sample.ranks)
-        if further:
-            left_out.add(sample.first, FURTHER, further, path.name)
-        if not sample.row[1]:
-            left_out.add(sample.first, EMPTY if "image" in sample.ranks else NO_IMAGE_IN_SAMPLE, folder=path.name)
-    return np.array([tuple(sample.row) for sample in samples if sample.row[1]], INDEX_DTYPE)
-
-
-class _Sample:
-    """A sample of a foreign tar while its members are found."""
-
-    def __init__(self, first: str):
-        self.first = first  # name of its first member
-        self.row = [0, 0, -1, 0, 0]
-        self.ranks: dict[str, tuple[int, ...]] = {}  # of the member taken so far, by kind
-        self.extensions: set[str] = set()
-        self.images = 0
-
-
-def key_of(name: str) -> str:
-    """The key of a sample by the name of its image: without the extension, with numbers after the first dot."""
-    key, extension = split_key(name)
-    number = NUMBERS.match(extension)
-    return f"{key}.{number[1]}" if number else key
-
-
-def _kind(path: Path, name: str, extension: str, offset: int, size: int) -> str:
-    """What a member is: "image", "seg.png", "cls", or the reason why it is left out."""
-    if any(map(is_by_product, name.split("/"))):
-        return BY_PRODUCT
-    last = "seg.png" if extension.endswith("seg.png") else extension.rpartition(".")[2]
-    kind = "image" if last in IMAGE_EXTENSIONS else last if last in ("seg.png", "cls") else ""
-    if not kind and last == "tar":
-        return INNER_TAR
-    if not kind and (why := why_no_image(name)):
-        return why
-    if size < 0:  # a link, a device, or a name that leads outside
-        return REFUSED[size]
-    if not kind:  # an unknown extension, or none
-        return "image" if starts_as_image(read_bytes(path, offset, min(size, 32))) else NO_IMAGE
-    return kind
-
-
-def _class_number(path: Path, name: str, text: bytes) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise UserError(f"{path}: {name} holds {text[:20]!r} where a class number is needed") from None
-    if not -1 <= number < MOST_CLASSES:
-        said = text.decode(errors="replace").strip()
-        raise UserError(f"{path}: {name} holds the class number {said[:20]}, not one of -1 to {MOST_CLASSES - 1:,}")
-    return number
 
 
 def index_path(shard: Path) -> Path:

@@ -18,17 +18,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
-from beit_pretrain.data.manifest import (
-    INDEX_DTYPE,
-    MANIFEST,
-    image_key_of,
-    index_path,
-    key_of,
-    parse_manifest,
-    read_manifest,
-)
+from beit_pretrain.data.manifest import MANIFEST, image_key_of, index_path, parse_manifest, read_manifest
 from beit_pretrain.data.order import MethodCache, Sample
 from beit_pretrain.data.settings import RemoteOptions
+from beit_pretrain.data.shard_index import INDEX_DTYPE, key_of
 from beit_pretrain.data.storage import Remote, is_remote
 from beit_pretrain.data.tars import LONGEST_HEADERS, member_name
 from beit_pretrain.errors import UserError

@@ -216,7 +216,7 @@ def _may_be_image(tree: Tree, path: str) -> bool:
 
 def map_folders_of(members: Iterable[str]) -> set[str]:
     """The folders of label maps among the members of a tar, and the folders in them. Paths end with a slash."""
-    tree = NamesTree(members)
+    tree = NamesTree(name for name in members if "/" in name)
     found: set[str] = set()
     for path, entries in tree.folders.items():  # a folder comes before those in it
         inner = sorted(name for name, kind in entries.items() if kind == DIRECTORY)
@@ -258,15 +258,11 @@ def _kept(tree: Tree, path: str, files: list[str], left_out: LeftOut, top: str, 
     rest = [name for name in files if name not in dropped]
     if image_key:  # says which files are images where some differ by extensions alone, dotted ones too
         chosen = {subject for name in rest if (subject := _keyed(name, image_key))}
-        dropped |= {
-            name: layout.FURTHER
-            for name in rest
-            if not _keyed(name, image_key) and _stems(name) & chosen
-        }
-    else:
-        maps = layout.maps_among(rest)
-        dropped |= dict.fromkeys(maps.found, layout.MAP)
-        for name in maps.doubtful:
+        dropped |= {name: layout.FURTHER for name in rest if not _keyed(name, image_key) and _stems(name) & chosen}
+    maps = layout.maps_among([name for name in rest if name not in dropped])
+    dropped |= {name: layout.MAP for name in maps.found if not _keyed(name, image_key)}
+    for name in maps.doubtful:
+        if not _keyed(name, image_key):
             left_out.note(f"{top}{path}{name}", layout.MAYBE_MAPS)
     for first, others in layout.twins([name for name in rest if name not in dropped], image_key).items():
         for other in others:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from beit_pretrain.data import cifar, layout
+from beit_pretrain.data import ade20k, cifar, layout
 from beit_pretrain.data.left_out import EXPECTED, LeftOut
 from beit_pretrain.data.source_tree import DiskTree, NamesTree, other_image_folders, walk
 from beit_pretrain.data.tars import OUTSIDE, REFUSED, inside, scan_tar
@@ -87,8 +87,9 @@ def units(
         yield from _file_units(source, source.name, top, alone=not as_class)
     elif (source / "manifest.json").is_file() and any(source.glob("*.index.npy")):
         raise UserError(f"src={source} is a shard folder already; shards index lists foreign shards, fit reads ours")
-    elif _has_label_maps(source):
-        images, masks = (_part(source / name, choice.split) for name in ("images", "annotations"))
+    elif ade20k.has_label_maps(source):
+        images = ade20k.part(source / "images", choice.split, left_out, f"{top}images/")
+        masks = ade20k.part(source / "annotations", choice.split)
         for name in other_image_folders(DiskTree(source), ("images", "annotations")):
             left_out.add(f"{top}{name}/", layout.BESIDE_MAPS)
         for unit in _folder_units(images[0], f"{top}images/{images[1]}", choice, left_out):
@@ -100,7 +101,7 @@ def units(
     else:
         checked = set[Path]()
         for unit in _folder_units(source, top, choice, left_out):
-            _refuse_label_maps(source, unit, checked)
+            ade20k.refuse_label_maps(source, unit.path, checked)
             yield unit
 
 
@@ -160,7 +161,9 @@ def check_sources(sources: Sequence[str | Path]) -> None:
 
 def nothing_in(source: str | Path, advice: str, left_out: LeftOut) -> UserError:
     """The error for a source without a possible image; names what was left out."""
-    why = next((f"{key}: {why}" for key, why in left_out.examples() if why not in EXPECTED), advice)
+    path = expand_home(source)
+    alone = layout.why_no_image(path.name) if path.is_file() else None  # such as a zip
+    why = alone or next((f"{key}: {why}" for key, why in left_out.examples() if why not in EXPECTED), advice)
     return UserError(f"src={source} holds no image; {why}")
 
 
@@ -183,7 +186,7 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
     """The last part of every path, or as many of its last parts as tell it from the others."""
     count = Counter(path.parts[-n:] for path in paths for n in range(1, len(path.parts) + 1))
     endings = [next((n for n in range(1, len(p.parts)) if count[p.parts[-n:]] == 1), len(p.parts)) for p in paths]
-    return ["/".join(path.parts[-n:]) for path, n in zip(paths, endings, strict=True)]
+    return [Path(*path.parts[-n:]).as_posix() for path, n in zip(paths, endings, strict=True)]
 
 
 def read_candidate(candidate: Candidate, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -214,49 +217,6 @@ def _check_kind(source: Path, advice: str) -> None:
     if not (source.is_dir() or source.is_file()):
         fault = "is a pipe or a device" if os.path.exists(source) else "does not exist"
         raise UserError(f"src={source} {fault}; {advice}")
-
-
-def _refuse_label_maps(source: Path, unit: SourceGroup, checked: set[Path]) -> None:
-    """Raise UserError for label maps in ADE20K's layout somewhere below the source: they would be lost."""
-    above, found, _ = f"{unit.path}/".removeprefix(str(source)).partition("/images/")
-    folder = Path(source, above.removeprefix("/"))
-    if not found or folder in checked:
-        return
-    checked.add(folder)
-    if _has_label_maps(folder):
-        said = f"give src={folder}, or for the photos alone src={folder / 'images'}"
-        raise UserError(f"src={source}: {folder / 'annotations'} holds label maps, no photos; {said}")
-
-
-def _has_label_maps(folder: Path) -> bool:
-    """Whether a folder is in ADE20K's layout: `annotations` has PNGs of the names in `images`, folder by folder."""
-    images, annotations = folder / "images", folder / "annotations"
-    if not (images.is_dir() and annotations.is_dir()):
-        return False
-    for inner in ("", *sorted(entry.name for entry in os.scandir(images) if entry.is_dir())):
-        maps = {Path(n).stem for n in _names(annotations / inner) if n.lower().endswith(".png")}
-        if maps and any(Path(name).stem in maps for name in _names(images / inner)):
-            return True
-    return False
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _part(root: Path, split: str | None) -> tuple[Path, str]:
-    """The part of a folder that `split` picks, and its key prefix; the folder itself if it has no parts."""
-    parts = layout.parts_of(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not parts or split is None:
-        return root, ""
-    try:
-        (name, *_) = sorted(layout.of_split(parts, split))
-    except UserError as error:
-        raise UserError(f"src={root} {error}") from None
-    return root / name, f"{name}/"
 
 
 def _folder_units(root: Path, top: str, choice: Choice, left_out: LeftOut) -> Iterator[SourceGroup]:

@@ -1,7 +1,7 @@
 """Indexes existing WebDataset tars: an index for each and a manifest; the tars are not copied or changed.
 
 A sample of such a tar is an image with a `.cls` (class number) of the same key, if it is labelled
-(`manifest.scan_shard`). Nothing is decoded: images that do not decode are handled in training.
+(`shard_index.scan_shard`). Nothing is decoded: images that do not decode are handled in training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from beit_pretrain.data import layout, manifest
+from beit_pretrain.data import layout, manifest, shard_index
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.manifest import MANIFEST, REJECTED
 from beit_pretrain.data.sources import nothing_in
@@ -43,7 +43,7 @@ def index_shards(
 
     `out`: a folder for indices, manifest and links to the tars; None = beside the tars. `classes`: file with the class
     names, a line each, in the order of their numbers; None = the numbers themselves. `num_workers`: None = all cores.
-    `image_key`: extensions of the member that is a sample's image, where it has several (`manifest.scan_shard`).
+    `image_key`: extensions of the member that is a sample's image, where it has several (`shard_index.scan_shard`).
 
     The manifest comes last: rerun the same command after a kill; a failure leaves nothing behind. What is left out is
     counted and listed in left_out.jsonl. Raises UserError for a folder that holds no such tars or a manifest already,
@@ -136,7 +136,7 @@ def _index(
     """Link (if `folder` is another) and index a tar: its entry (None = it has no sample), labels, whether it has masks,
     what is left out."""
     shard, left_out = folder / tar.name, LeftOut()
-    rows = manifest.scan_shard(tar, image_key, left_out)
+    rows = shard_index.scan_shard(tar, image_key, left_out)
     if not len(rows):
         return None, np.empty(0, np.int64), False, left_out
     if folder.resolve() != tar.parent.resolve():

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from beit_pretrain.data.manifest import INDEX_DTYPE, index_path, shard_entry, write_index
+from beit_pretrain.data.manifest import index_path, shard_entry, write_index
+from beit_pretrain.data.shard_index import INDEX_DTYPE
 from beit_pretrain.data.sources import Candidate
 from beit_pretrain.data.write.file_index import UNLISTED, opened_listing
 from beit_pretrain.data.write.sample_encoder import sample_members
