@@ -2,17 +2,9 @@
 
 import pytest
 
-from beit_pretrain.data import layout
-from beit_pretrain.data.layout import (
-    Subject,
-    is_by_product,
-    maps_among,
-    of_split,
-    parts_of,
-    subject,
-    twins,
-    why_no_image,
-)
+from beit_pretrain.data import label_map_names, layout
+from beit_pretrain.data.label_map_names import Subject, maps_among, subject, twins
+from beit_pretrain.data.layout import is_by_product, of_split, parts_of, why_no_image
 from beit_pretrain.errors import UserError
 
 
@@ -158,9 +150,13 @@ def test_folders_of_label_maps(folder, siblings, is_map):
         "": ["1.jpg"] * (folder == "thumbs"),
     }
     listed = [folder, *siblings]
-    assert layout.map_folders("", listed, lambda place: (place, files.get(place, []))).found == [folder] * is_map
+    assert (
+        label_map_names.map_folders("", listed, lambda place: (place, files.get(place, []))).found == [folder] * is_map
+    )
     others = {name: [f"{name}{n}.jpg" for n in range(2)] for name in [*listed, "more"]}
-    found = layout.map_folders("", [*others], lambda place: (place, others.get(place, [])))  # of other subjects
+    found = label_map_names.map_folders(
+        "", [*others], lambda place: (place, others.get(place, []))
+    )  # of other subjects
     assert found.found == []
 
 
@@ -186,7 +182,7 @@ def test_folders_of_label_maps(folder, siblings, is_map):
 )  # fmt: skip
 def test_folders_of_label_maps_by_what_lies_beside_them(files, beside, found, doubtful):
     everything = files | beside
-    maps = layout.map_folders("", [*files], lambda place: (place, everything.get(place, [])), [*beside])
+    maps = label_map_names.map_folders("", [*files], lambda place: (place, everything.get(place, [])), [*beside])
     assert maps == (found, doubtful)
 
 
@@ -198,7 +194,7 @@ def test_many_folders_are_compared_with_few():
         asked.append(place)
         return place, [f"{place} x.jpg"]
 
-    assert layout.map_folders("", names, images_in).found == []
+    assert label_map_names.map_folders("", names, images_in).found == []
     assert len(asked) < 10_000
 
 
@@ -215,7 +211,7 @@ def test_many_folders_are_compared_with_few():
     ],
 )
 def test_the_image_of_a_sample(extensions, image_key, best):
-    ranks = {extension: layout.image_rank(extension, image_key) for extension in extensions}
+    ranks = {extension: label_map_names.image_rank(extension, image_key) for extension in extensions}
     assert min((rank, extension) for extension, rank in ranks.items() if rank is not None)[1] == best
 
 

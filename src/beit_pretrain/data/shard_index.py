@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beit_pretrain.data import layout
+from beit_pretrain.data import label_map_names, layout
 from beit_pretrain.data.left_out import LeftOut
 from beit_pretrain.data.source_tree import map_folders_of
 from beit_pretrain.data.sources import read_bytes
@@ -42,8 +42,8 @@ def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut) -> np.nd
     As in WebDataset, a sample's key is the path up to the first dot of the file name, but numbers after it belong to
     the key if no member has the bare one (`scan.0001.jpg`, `scan.0002.jpg`). The last part of the extension gives the
     member's kind (`k.input.jpg` is an image, `k.target.cls` a class), but a plain extension (`k.jpg`) has priority. Of
-    several images `layout.image_rank` chooses, by `image_key` (extensions) if it is given. A repeated member of a key
-    starts a new sample. Label maps with keys of their own (`masks/k.png`, `k_mask.png`) are left out.
+    several images `label_map_names.image_rank` chooses, by `image_key` (extensions) if it is given. A repeated member
+    of a key starts a new sample. Label maps with keys of their own (`masks/k.png`, `k_mask.png`) are left out.
     """
     notes: list[str] = []
     members = [(*layout.split_key(name), name, offset, size) for name, offset, size in scan_tar(path, notes=notes)]
@@ -68,7 +68,7 @@ def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut) -> np.nd
             of_key[key] = _Sample(f"{path.name}/{name}")
             samples.append(of_key[key])
         sample = of_key[key]
-        rank = layout.image_rank(extension, image_key) if kind == "image" else (extension != kind,)
+        rank = label_map_names.image_rank(extension, image_key) if kind == "image" else (extension != kind,)
         if kind == "image":
             sample.images += 1
         if rank is not None and (kind not in sample.ranks or rank < sample.ranks[kind]):
@@ -95,7 +95,7 @@ def _keys_of_maps(members: Iterable[tuple[str, str]]) -> set[str]:
         if extension in IMAGE_EXTENSIONS:
             folder, slash, stem = key.rpartition("/")
             names.setdefault(folder + slash, {})[f"{stem}.{extension}"] = key
-    return {of[name] for of in names.values() for name in layout.maps_among(of).found}
+    return {of[name] for of in names.values() for name in label_map_names.maps_among(of).found}
 
 
 class _Sample:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from beit_pretrain.data import layout
+from beit_pretrain.data import label_map_names, layout
 from beit_pretrain.data.left_out import LeftOut
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, starts_as_image
@@ -149,7 +149,7 @@ def walk(
         if parts:
             assert split is not None
             inner, files = _picked(tree, path, parts, split, inner, files, left_out, top, source)
-        maps = layout.map_folders(path, inner, partial(_first_images, tree, start=path), here.beside)
+        maps = label_map_names.map_folders(path, inner, partial(_first_images, tree, start=path), here.beside)
         for name in maps.found:
             left_out.add(f"{top}{path}{name}/", layout.MAP)
         for name in maps.doubtful:
@@ -223,7 +223,7 @@ def map_folders_of(members: Iterable[str]) -> set[str]:
         if inner and path in found:
             found |= {f"{path}{name}/" for name in inner}
         elif inner:
-            maps = layout.map_folders(path, inner, partial(_first_images, tree, start=path))
+            maps = label_map_names.map_folders(path, inner, partial(_first_images, tree, start=path))
             found |= {f"{path}{name}/" for name in maps.found}
     return found
 
@@ -259,16 +259,16 @@ def _kept(tree: Tree, path: str, files: list[str], left_out: LeftOut, top: str, 
     if image_key:  # says which files are images where some differ by extensions alone, dotted ones too
         chosen = {subject for name in rest if (subject := _keyed(name, image_key))}
         dropped |= {name: layout.FURTHER for name in rest if not _keyed(name, image_key) and _stems(name) & chosen}
-    maps = layout.maps_among([name for name in rest if name not in dropped])
+    maps = label_map_names.maps_among([name for name in rest if name not in dropped])
     dropped |= {name: layout.MAP for name in maps.found if not _keyed(name, image_key)}
     for name in maps.doubtful:
         if not _keyed(name, image_key):
             left_out.note(f"{top}{path}{name}", layout.MAYBE_MAPS)
-    for first, others in layout.twins([name for name in rest if name not in dropped], image_key).items():
+    for first, others in label_map_names.twins([name for name in rest if name not in dropped], image_key).items():
         for other in others:
             if tree.one_image_per_key or image_key:
                 dropped[other] = layout.FURTHER
-            elif layout.is_lossy(first) and layout.is_grey_png(tree.head(path + other)):
+            elif label_map_names.is_lossy(first) and label_map_names.is_grey_png(tree.head(path + other)):
                 dropped[other] = layout.MAP
             else:
                 left_out.note(f"{top}{path}{other}", layout.BOTH_READ)
