@@ -85,6 +85,7 @@ def stopped(folder, monkeypatch, at: int, how: type[BaseException], *words) -> N
             run_demo(folder, *words)
 
 
+@pytest.mark.long
 def test_stopped_demo_goes_on(finished, tmp_path, monkeypatch, capsys):
     """Stopped at every stage, and within one: finished runs are kept; the numbers are those of a demo in one go."""
     run, fitted = tmp_path / "run", []

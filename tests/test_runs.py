@@ -102,8 +102,10 @@ def test_progress_bar_shows_the_metrics_of_the_last_interval(log_every, words, r
         assert float(shown[-1]) == pytest.approx(values[-1], rel=0.01)
 
 
-@pytest.mark.parametrize("bias", ["shared", "per_layer", "none"])
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+@pytest.mark.parametrize(
+    ("task", "bias"),
+    [("pretrain", "shared"), ("pretrain", "per_layer"), ("pretrain", "none"), ("finetune", "per_layer")],
+)
 def test_network_of_one_head(task, bias, shards, dvae_checkpoint, run_cli, tmp_path):
     more = {"pretrain": f"tokenizer.path={dvae_checkpoint}", "finetune": "from_scratch=true"}[task]
     words = fit_words(task, shards, "steps=2", "val_every=2", more, f"+model.rel_pos_bias={bias}", "model.num_heads=1")
