@@ -400,6 +400,7 @@ def test_a_sample_is_the_mean_of_several_steps(bench):
     assert len({id(batch) for batch in taken}) == 4
 
 
+@pytest.mark.long
 def test_all_on_one_page(words, run_cli, tmp_path, monkeypatch):
     monkeypatch.setattr("beit_pretrain.benchmarks.memory.SIZES", ("tiny",))
     code, stdout, stderr = run_cli(

@@ -41,6 +41,7 @@ def interpreted(marker: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_interpreter_short():
     interpreted("not long")
 
