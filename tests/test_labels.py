@@ -240,7 +240,7 @@ def test_an_image_without_a_label(tmp_path):
         # The same names in several folders.
         ({"a/1.jpg": "cat", "b/1.jpg": "dog"}, ["a/1.jpg", "b/1.jpg", "x/a/1.jpg"], ["cat", "dog", "cat"]),
         ({"a/1.jpg": "cat"}, ["b/1.jpg", "aa/1.jpg", "1.jpg"], [None, None, "cat"]),
-        ({"./a\\1.jpg": "cat", "/old/root/b/1.jpg": "dog"}, ["a/1.jpg", "b/1.jpg"], ["cat", "dog"]),
+        ({"./a\\1.jpg": "cat", "/old/top/b/1.jpg": "dog"}, ["a/1.jpg", "b/1.jpg"], ["cat", "dog"]),
         ({"D:\\old\\a\\1.jpg": "cat", "../b/1.jpg": "dog"}, ["a/1.jpg", "x/b/1.jpg"], ["cat", "dog"]),
         ({"1.jpg": "cat", "b/1.jpg": "dog"}, ["a/1.jpg", "b/1.jpg"], ["cat", "dog"]),
         ({"1.jpg": "cat", "x/b/1.jpg": "dog"}, ["a/1.jpg", "b/1.jpg"], ["cat", "dog"]),

@@ -14,7 +14,7 @@ from beit_pretrain.data.source_tree import map_folders_of
 from beit_pretrain.data.sources import read_bytes
 from beit_pretrain.data.tars import REFUSED, scan_tar
 from beit_pretrain.errors import UserError
-from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, starts_as_image
+from beit_pretrain.transforms.image_io import HEAD, IMAGE_EXTENSIONS, starts_as_image
 
 EMPTY = "an empty image"
 INNER_TAR = "a tar in a tar, which shards make reads"
@@ -129,7 +129,7 @@ def _kind(path: Path, name: str, extension: str, offset: int, size: int) -> str:
     if size < 0:  # a link, a device, or a name that leads outside
         return REFUSED[size]
     if not kind:  # an unknown extension, or none
-        return "image" if starts_as_image(read_bytes(path, offset, min(size, 32))) else layout.NO_IMAGE
+        return "image" if starts_as_image(read_bytes(path, offset, min(size, HEAD))) else layout.NO_IMAGE
     return kind
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from beit_pretrain.data import label_map_names, layout
 from beit_pretrain.data.left_out import LeftOut
 from beit_pretrain.errors import UserError
-from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS, starts_as_image
+from beit_pretrain.transforms.image_io import HEAD, IMAGE_EXTENSIONS, starts_as_image
 
 LOOKED_INTO = 64  # folders, to find out what a folder beside others holds
 DIRECTORY, LINKED, FILE = "directory", "linked", "file"
@@ -77,7 +77,7 @@ class DiskTree:
     def head(self, path: str) -> bytes:
         try:
             with open(os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                return file.read(32)
+                return file.read(HEAD)
         except OSError:
             return b""
 

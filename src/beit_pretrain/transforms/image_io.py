@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from beit_pretrain.transforms.grey_values import is_deep, note, notes, to_grey8
-from beit_pretrain.transforms.tiff import open_tiff
+from beit_pretrain.transforms.tiff import open_tiff, pixel_limit
 from beit_pretrain.transforms.tiff_pages import is_tiff
 
 # Pillow's name of a format -> extension in a shard. Not EPS: Pillow would run Ghostscript on untrusted files.
@@ -31,6 +31,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _Turn = Image.Transpose
 TURNS = {2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE}  # to upright
 TURNS |= {6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90}
+HEAD = 32  # bytes that tell a file's format
 MAX_PIXELS = 179_000_000  # of an image; about where Pillow, too, refuses one as a decompression bomb
 
 
@@ -48,18 +49,14 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Imag
     Raises ValueError, before decoding, if it has more than `max_pixels`, or is a TIFF whose pixels have no defined
     meaning here or are a camera's raw data, and whatever Pillow raises for broken files.
     """
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow checks every size it reads, that of inner images too
     try:
-        with warnings.catch_warnings():
+        with pixel_limit(max_pixels), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with _opened(data, max_pixels) as image:
                 yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"more than max_pixels={max_pixels} pixels") from None
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
 
 
 def reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -230,7 +227,7 @@ def reason(error: Exception) -> str:
 
 
 def starts_as_image(head: bytes) -> bool:
-    """Whether a file that begins so (32 bytes) looks like one of the accepted formats, as far as they have a mark."""
+    """Whether a file with these first `HEAD` bytes looks like an accepted format, as far as that has a mark."""
     # Pillow's tests of these two accept texts such as BMW or Python.
     if (head[:2] == b"BM" and any(head[6:10])) or (head[:1] == b"P" and not head[2:3].isspace()):
         return False

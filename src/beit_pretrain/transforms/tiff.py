@@ -219,7 +219,8 @@ def _unpacked(data: bytes, page: Page, plane: int, tiles: int, row: int) -> np.n
     tags |= {Tag.COMPRESSION: [compression], Tag.PHOTOMETRIC: [1], Tag.FILL_ORDER: [page.one(Tag.FILL_ORDER, 1)]}
     tags |= {Tag.TILE_WIDTH: [row], Tag.TILE_HEIGHT: [high]} if tiled else {Tag.ROWS: [high]}
     tags |= {place_tag: places, length_tag: lengths, Tag.SAMPLES: [1]}
-    with _any_size(), Image.open(io.BytesIO(_with_page(data, tags, page.order)), formats=("TIFF",)) as image:
+    # The caller has checked the size; here bytes take the place of pixels.
+    with pixel_limit(None), Image.open(io.BytesIO(_with_page(data, tags, page.order)), formats=("TIFF",)) as image:
         return np.asarray(image)
 
 
@@ -243,10 +244,10 @@ def _with_page(data: bytes, tags: dict[int, Sequence[int]], order: str) -> bytes
 
 
 @contextmanager
-def _any_size() -> Iterator[None]:
-    """No limit of pixels, since bytes take the place of pixels."""
+def pixel_limit(limit: int | None) -> Iterator[None]:
+    """The size above which Pillow refuses an image, an inner one too, within a `with` block."""
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+    Image.MAX_IMAGE_PIXELS = limit
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beit_pretrain.data.sources import Candidate
+from beit_pretrain.data.sources import Candidate, read_bytes
 from beit_pretrain.data.tars import read_named
 from beit_pretrain.data.write.label_columns import read_rows
 from beit_pretrain.data.write.label_matching import LabelList
@@ -27,11 +27,10 @@ from beit_pretrain.data.write.label_text import lines_of, read_text
 from beit_pretrain.data.write.settings import LabelSettings
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import expand_home
-from beit_pretrain.transforms.image_io import starts_as_image
+from beit_pretrain.transforms.image_io import HEAD, starts_as_image
 
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 LARGEST = 2**28  # bytes of a file of labels
-START = 32  # bytes of a file that tell its format
 
 
 class Labeller:
@@ -164,9 +163,7 @@ def _is_image(candidate: Candidate) -> bool:
     if candidate.key.lower().endswith(".tga"):  # has no mark
         return True
     try:
-        with open(candidate.path, "rb", buffering=0) as file:
-            file.seek(candidate.offset)
-            start = file.read(min(START, candidate.size))
+        start = read_bytes(candidate.path, candidate.offset, min(HEAD, candidate.size))
     except OSError as error:
         raise UserError(f"{candidate.path} cannot be read: {error.strerror or error}") from None
     return starts_as_image(start)
