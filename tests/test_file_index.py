@@ -14,11 +14,11 @@ from test_sources import class_files, tar_bytes, write_folder
 from beit_pretrain import processes
 from beit_pretrain.data.layout import BESIDE_MAPS, OTHER_PART
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.listing import file_index as listing
+from beit_pretrain.data.listing.file_index import Listing, build_listing
+from beit_pretrain.data.listing.settings import LabelSettings
 from beit_pretrain.data.manifest import read_manifest, verify_shards
 from beit_pretrain.data.sources import TRAIN
-from beit_pretrain.data.write import file_index as listing
-from beit_pretrain.data.write.file_index import Listing, build_listing
-from beit_pretrain.data.write.settings import LabelSettings
 from beit_pretrain.errors import UserError
 
 

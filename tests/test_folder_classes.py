@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from beit_pretrain.data.write.folder_classes import classes_of
+from beit_pretrain.data.listing.folder_classes import classes_of
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from test_sources import tar_bytes, write_folder
 from beit_pretrain.data import layout
 from beit_pretrain.data.layout import FURTHER
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.listing.labels import read_class_names
 from beit_pretrain.data.manifest import read_manifest, verify_shards
 from beit_pretrain.data.order import Sample
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.shard_index import EMPTY, INNER_TAR, NO_IMAGE_IN_SAMPLE
 from beit_pretrain.data.tars import LINK, OUTSIDE, REFUSED
 from beit_pretrain.data.write.index_existing import INNER, LOOSE, NO_SAMPLE, index_shards
-from beit_pretrain.data.write.labels import read_class_names
 from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.errors import UserError
 

@@ -13,10 +13,10 @@ from test_make_shards import make, read_back, rejected
 from test_sources import tar_bytes, write_folder
 
 from beit_pretrain.data import layout
+from beit_pretrain.data.listing.label_matching import LabelList
+from beit_pretrain.data.listing.labels import Labeller, read_labels, segmentation_names
+from beit_pretrain.data.listing.settings import LabelSettings
 from beit_pretrain.data.manifest import read_manifest
-from beit_pretrain.data.write.label_matching import LabelList
-from beit_pretrain.data.write.labels import Labeller, read_labels, segmentation_names
-from beit_pretrain.data.write.settings import LabelSettings
 from beit_pretrain.errors import UserError
 
 WNIDS = ["n02", "n01", "n03"]  # of ILSVRC2012_ID 1, 2, 3: not in sorted order

@@ -10,10 +10,10 @@ from test_image_io import encoded
 
 from beit_pretrain.data import layout
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.listing.file_index import build_listing
+from beit_pretrain.data.listing.folder_classes import classes_of
+from beit_pretrain.data.listing.settings import LabelSettings
 from beit_pretrain.data.sources import TRAIN, Candidate, Choice, candidate_of, list_images, read_candidate, rows, units
-from beit_pretrain.data.write.file_index import build_listing
-from beit_pretrain.data.write.folder_classes import classes_of
-from beit_pretrain.data.write.settings import LabelSettings
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import open_image
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
+from beit_pretrain.data.listing.settings import ImageKey
 from beit_pretrain.settings import (
     Channels,
     Count,
     Gigabytes,
+    Name,
     Paths,
     PathStr,
     Positive,
@@ -38,12 +40,30 @@ class RemoteOptions(Settings):
     timeout: Seconds = about("seconds without a byte after which a transfer has failed", True)
 
 
-class DataSettings(RemoteOptions):
-    """The images of a run: local or remote shard folders, as `shards make` writes them."""
+class SourceSettings(RemoteOptions):
+    """What is read of a source that is not a shard folder with a manifest."""
 
-    # A resumed run compares the images of train and val, not their paths, so the shards may move.
-    train: Paths = about("shard folder or location (https://, s3://, gs://, hf://, pipe:), or a list of them", True)
+    image_key: ImageKey = about("extension (of a tar's members) or column (of parquet) of the image; null = found")
+    label_key: Name | None = about("column of the class in parquet and Arrow files; null = found")
+    classes: Count | PathStr | None = about("number of classes, or a file of their names, where the source has none")
+
+
+class DataSettings(SourceSettings):
+    """The images of a run, from any source that data/README.md names."""
+
+    # A resumed run compares the images of train and val, not their paths, so they may move.
+    train: Paths = about(
+        "shards, tars (by braces), images in folders, parquet; local or https://, s3://, gs://, hf://, pipe:; a list",
+        True,
+    )
     val: Paths | None = about("the same for held-out images; null = no validation", True)
+    split: Name | None = about("part that train reads of a source with parts; null = train")
+    val_split: Name | None = about("the same for val; null = its validation part")
+    order: Literal["auto", "position", "stream"] = about(
+        "position: exact, by an index | stream: tars one after another, without one | auto: position where possible"
+    )
+    samples: Count | None = about("images of an epoch of a stream, where its source does not say")
+    shuffle_buffer: Count = about("images that a loader process of a stream shuffles together")
     weights: Annotated[list[Positive], Field(min_length=1)] | None = about(
         "shares of the data sets of a list, such as [0.7,0.3]; null = every image of all sets once an epoch"
     )

@@ -7,10 +7,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from beit_pretrain.data.listing.file_index import Listing, source_units
+from beit_pretrain.data.listing.settings import LabelSettings
 from beit_pretrain.data.manifest import MANIFEST, read_manifest
 from beit_pretrain.data.sources import Choice, distinct_names
-from beit_pretrain.data.write.file_index import Listing, source_units
-from beit_pretrain.data.write.settings import EncodeSettings, LabelSettings
+from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.staging import difference, show
 from beit_pretrain.errors import UserError
 

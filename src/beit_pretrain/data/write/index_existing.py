@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from beit_pretrain.data import layout, manifest, shard_index
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.listing.labels import read_class_names
 from beit_pretrain.data.manifest import MANIFEST, REJECTED
 from beit_pretrain.data.sources import nothing_in
-from beit_pretrain.data.write.labels import read_class_names
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import discard, expand_home, publish
 from beit_pretrain.processes import cores, in_order

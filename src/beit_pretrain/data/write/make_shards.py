@@ -20,13 +20,15 @@ import PIL
 from tqdm import tqdm
 
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.listing import synthetic
+from beit_pretrain.data.listing.file_index import Listing, build_listing, opened_listing
+from beit_pretrain.data.listing.labels import segmentation_names
+from beit_pretrain.data.listing.settings import ClassSettings, LabelSettings
 from beit_pretrain.data.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
 from beit_pretrain.data.sources import Choice
 from beit_pretrain.data.write import argument_checks as checks
-from beit_pretrain.data.write import staging, synthetic
-from beit_pretrain.data.write.file_index import Listing, build_listing, opened_listing
-from beit_pretrain.data.write.labels import segmentation_names
-from beit_pretrain.data.write.settings import ClassSettings, EncodeSettings, LabelSettings
+from beit_pretrain.data.write import staging
+from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.shard_writer import Job, read_report, write_shard
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write, expand_home

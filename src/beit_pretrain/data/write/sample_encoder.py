@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from beit_pretrain.data import cifar
+from beit_pretrain.data.listing import synthetic
 from beit_pretrain.data.sources import Candidate, read_candidate
-from beit_pretrain.data.write import synthetic
 from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.staging import KEPT
 from beit_pretrain.errors import UserError

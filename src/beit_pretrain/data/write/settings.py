@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, Strict
+from pydantic import AfterValidator, Field, Strict
 
+from beit_pretrain.data.listing.settings import ClassSettings, ImageKey
 from beit_pretrain.settings import (
     BelowOne,
     Count,
@@ -34,53 +34,12 @@ def _ascending(pair: list[float]) -> list[float]:
     return pair
 
 
-def _extensions(given: Any) -> Any:
-    """A text or a list of texts as a list; WebDataset separates extensions by semicolons."""
-    given = given.split(";") if isinstance(given, str) else given
-    if not isinstance(given, list | tuple):
-        return given
-    return [e.strip().lower().removeprefix(".") if isinstance(e, str) else e for e in given]
-
-
-ImageKey = Annotated[list[Text] | None, BeforeValidator(_extensions), Rule("an extension, or a list of extensions")]
 Percentiles = Annotated[
     list[Percentile],
     Field(min_length=2, max_length=2),
     AfterValidator(_ascending),
     Rule("a list of 2, each a number of at least 0 and at most 100, the second above the first"),
 ]
-
-
-def _as_group(given: Any) -> Any:
-    """`labels=FILE` is short for `labels.path=FILE`."""
-    return given if isinstance(given, Mapping | Settings) else {"path": given}
-
-
-FolderChoice = Literal["innermost", "outermost", "path"]
-
-
-class LabelSettings(Settings):
-    """Classes that are not the names of folders."""
-
-    defaults = "shards.yaml:labels"
-
-    path: PathStr | None = about(
-        "make: ImageNet's devkit, or a list with a row per image (short: labels=FILE); index: class names, a line each"
-    )
-    file_column: Name | None = about("of a list: name or number (from 1) of the column of file names; null = found")
-    class_column: Name | None = about("the same for the classes")
-    folder: FolderChoice = about(
-        "without a list: which of an image's folders is its class, innermost, outermost or path"
-    )
-    unlisted: Literal["error", "skip"] = about("images that the list does not name: stop, or leave them out")
-
-
-class ClassSettings(Settings):
-    """Where the classes come from."""
-
-    defaults = "shards.yaml"
-
-    labels: Annotated[LabelSettings, BeforeValidator(_as_group)] = about("classes that are not the names of folders")
 
 
 class EncodeSettings(Settings):

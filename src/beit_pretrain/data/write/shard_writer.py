@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from beit_pretrain.data.listing.file_index import UNLISTED, opened_listing
 from beit_pretrain.data.manifest import index_path, shard_entry, write_index
 from beit_pretrain.data.shard_index import INDEX_DTYPE
 from beit_pretrain.data.sources import Candidate
-from beit_pretrain.data.write.file_index import UNLISTED, opened_listing
 from beit_pretrain.data.write.sample_encoder import sample_members
 from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.errors import UserError, stop_if_memory_was_short

@@ -14,7 +14,7 @@ import unicodedata
 from array import array
 from itertools import islice
 
-from beit_pretrain.data.write.label_text import IMAGE_NAME
+from beit_pretrain.data.listing.label_text import IMAGE_NAME
 from beit_pretrain.errors import UserError
 
 

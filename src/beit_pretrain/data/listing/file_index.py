@@ -17,6 +17,10 @@ from tqdm import tqdm
 
 from beit_pretrain.data import cifar
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
+from beit_pretrain.data.listing import synthetic
+from beit_pretrain.data.listing.folder_classes import alike, classes_of
+from beit_pretrain.data.listing.labels import Labeller
+from beit_pretrain.data.listing.settings import FolderChoice, LabelSettings
 from beit_pretrain.data.sources import (
     ADVICE,
     Candidate,
@@ -29,10 +33,6 @@ from beit_pretrain.data.sources import (
     rows,
     units,
 )
-from beit_pretrain.data.write import synthetic
-from beit_pretrain.data.write.folder_classes import alike, classes_of
-from beit_pretrain.data.write.labels import Labeller
-from beit_pretrain.data.write.settings import FolderChoice, LabelSettings
 from beit_pretrain.processes import in_order
 
 # `end`: of the row's name in the file of names; `class`: number of its class, -1 = none, or UNLISTED.

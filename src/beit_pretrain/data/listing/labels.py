@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+from beit_pretrain.data.listing.label_columns import read_rows
+from beit_pretrain.data.listing.label_matching import LabelList
+from beit_pretrain.data.listing.label_text import lines_of, read_text
+from beit_pretrain.data.listing.settings import LabelSettings
 from beit_pretrain.data.sources import Candidate, read_bytes
 from beit_pretrain.data.tars import read_named
-from beit_pretrain.data.write.label_columns import read_rows
-from beit_pretrain.data.write.label_matching import LabelList
-from beit_pretrain.data.write.label_text import lines_of, read_text
-from beit_pretrain.data.write.settings import LabelSettings
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import expand_home
 from beit_pretrain.transforms.image_io import HEAD, starts_as_image

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 from beit_pretrain.data.layout import CLASSES_TOO, PHOTOS, is_part, parts_of, says_maps, says_photos
-from beit_pretrain.data.write.settings import FolderChoice
+from beit_pretrain.data.listing.settings import FolderChoice
 
 SHOWN = 3  # folders in a note
 

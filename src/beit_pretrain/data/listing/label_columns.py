@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 
-from beit_pretrain.data.write.label_text import BLANK, BLANKS, IMAGE_NAME, Table, table_of
+from beit_pretrain.data.listing.label_text import BLANK, BLANKS, IMAGE_NAME, Table, table_of
 
 FILE_COLUMNS = (
     "filename file filepath path imagepath imgpath imagefile imagefilename imagename imgname fname image img "

@@ -1,0 +1,1 @@
+"""Listing a source: which images it has, and the class of each."""
