@@ -112,9 +112,10 @@ class Remote:
         self._receive(name, Transfer(out, self.timeout, size), whole)
 
     def _receive(self, name: str, transfer: Transfer, check: Callable[[], object]) -> None:
-        _receive(self._address(name), transfer, self.retries + 1, check, f"{name} of {self} cannot be fetched")
+        _receive(self.address(name), transfer, self.retries + 1, check, f"{name} of {self} cannot be fetched")
 
-    def _address(self, name: str) -> str:
+    def address(self, name: str) -> str:
+        """The address of a file in the folder."""
         if self.location.startswith("pipe:"):
             return self.location.replace("{name}", shlex.quote(name))
         if not self.location.lower().startswith(("http", "file")):
