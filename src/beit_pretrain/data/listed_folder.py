@@ -46,12 +46,14 @@ class ListedFolder(ShardFolder):
     Raises UserError if it holds no image or cannot be read, or if the cache cannot be written.
     """
 
+    made_of = "files read in place"
+
     def __init__(self, path: Path, settings: SourceSettings, split: str):
         self.path = path
         self.about = cached_list(
             path, Choice(split, tuple(settings.image_key or ())), cache_folder(settings) / "indices"
         )
-        self.bytes_per_image: float = self.about["bytes"] / self.about["samples"]
+        self.index_at = f"list in {self.about['folder']}"
         counts = [min(SHARD, self.about["samples"] - first) for first in range(0, self.about["samples"], SHARD)]
         digest = self.about["listing_sha256"]
         named = (hashlib.sha256(f"{digest} {number}".encode()).hexdigest() for number in range(len(counts)))
@@ -60,6 +62,14 @@ class ListedFolder(ShardFolder):
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def total_bytes(self) -> int:
+        return int(self.about["bytes"])
+
+    @property
+    def count(self) -> int:
+        return int(self.about["samples"])
 
     def where(self, number: int) -> str:
         return str(self)

@@ -45,9 +45,12 @@ class LocalTars(FileFolder):
     Raises UserError if one cannot be read, if there is no sample, or if the cache cannot be written.
     """
 
+    made_of = "tars"
+
     def __init__(self, tars: Sequence[str], name: str, settings: SourceSettings):
         self.name, self.tars = name, [os.path.abspath(tar) for tar in tars]
         self.cached = cache_folder(settings) / "indices"
+        self.index_at = f"indices in {self.cached}"
         image_key = tuple(settings.image_key or ())
         stamps = [_stamp(tar) for tar in self.tars]
         self.files = [_digest(FORMAT, *stamp, image_key) for stamp in zip(self.tars, stamps)]  # names of the indices

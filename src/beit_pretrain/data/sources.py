@@ -23,7 +23,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import expand_home
 from beit_pretrain.transforms.image_io import MAX_PIXELS
 
-ADVICE = "give a folder of class folders, a tar, or synthetic"
+ADVICE = "give a folder of class folders, a folder of images, or a tar"
 # Of a unit: name (after top and prefix), folder that may name the class (see folder_classes.py), offset, size in bytes.
 Row = tuple[str, str | None, int, int]
 
