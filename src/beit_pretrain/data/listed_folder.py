@@ -163,7 +163,7 @@ def _make_list(path: Path, choice: Choice, folder: Path) -> dict[str, Any]:
     seen = dict(_places(str(path)))  # before it is listed: a change meanwhile is found at the next start
     build_listing(folder, [str(path)], choice, 0, LabelSettings(), cores())
     listing = Listing(folder)
-    np.save(folder / ORDER, shuffled_rows(len(listing), SEED))
+    np.save(folder / ORDER, shuffled_rows(len(listing), SEED).astype(np.min_scalar_type(len(listing))))
     classes = sorted(listing.classes)
     labels = listing.labels(classes)
     segmentation = any(unit.masks for unit in listing.units)
