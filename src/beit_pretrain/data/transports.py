@@ -175,6 +175,11 @@ def _file_system(scheme: str, process: int) -> Any:
     return fsspec.filesystem(scheme, skip_instance_cache=True)
 
 
+def hub_system() -> Any:
+    """The file system of the Hugging Face Hub of this process."""
+    return _file_system("hf", os.getpid())
+
+
 def _from_file_system(scheme: str, url: str, transfer: Transfer) -> None:
     """Download s3://, gs:// or file://; timeouts, credentials and endpoints are those of the file system."""
     try:
@@ -201,7 +206,7 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers
 
-    system = _file_system("hf", os.getpid())
+    system = hub_system()
     try:
         found = system.resolve_path(url)
     except HfHubHTTPError as error:
