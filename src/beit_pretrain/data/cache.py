@@ -12,8 +12,9 @@ A shard that is made from another file (`exact` is False, table_folder.py) is na
 and its size is an estimate until then. Other files in the folder are not counted and never touched.
 
 Space is reserved before a download: the partial file gets its final size at once, or the estimate, which is corrected
-when the shard is complete. The least recently used shards are evicted; a reader that has one open can read on, since an open file outlives its name. The time of last use is the
-file's mtime, which readers and prefetchers update (`prefetch.py`).
+when the shard is complete. The least recently used shards are evicted; a reader that has one open can read on, since an
+open file outlives its name. The time of last use is the file's mtime, which readers and prefetchers update
+(`prefetch.py`).
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class ShardCache:
     def open(self, shard: Shard, fetch: Callable[[BinaryIO], None]) -> int:
         """A file descriptor of the shard, downloaded first if missing. Raises UserError if that fails.
 
-        `fetch` writes the whole shard into the file that it gets, and leaves its position at the end; an OSError that it raises is reported as an error of
-        the local disk.
+        `fetch` writes the whole shard into the file that it gets, and leaves its position at the end; an OSError that
+        it raises is reported as an error of the local disk.
         """
         try:
             while True:

@@ -1,8 +1,8 @@
 """Which columns of a table (parquet, Arrow) hold the image and the class of a row.
 
-Hugging Face `datasets` notes the type of every column in the schema's metadata, under `huggingface`: `Image` columns are
-struct<bytes, path>, `ClassLabel` columns are integers with a list of names. Tables of other programs are judged by the
-type of their columns, by names, and by the first bytes of what they hold.
+Hugging Face `datasets` notes the type of every column in the schema's metadata, under `huggingface`: `Image` columns
+are struct<bytes, path>, `ClassLabel` columns are integers with a list of names. Tables of other programs are judged by
+the type of their columns, by names, and by the first bytes of what they hold.
 """
 
 from __future__ import annotations
@@ -102,8 +102,10 @@ def _label(
     named = [n for n in schema.names if features.get(n, {}).get("_type") == "ClassLabel"]
     named = [n for n in named if _is_integer(schema.field(n).type)]
     usual = [n for n in schema.names if n.lower() in LABELS and n != image]
-    usual = named or [n for n in usual if _is_integer(schema.field(n).type)] or (
-        [n for n in usual if _is_text(schema.field(n).type)]
+    usual = (
+        named
+        or [n for n in usual if _is_integer(schema.field(n).type)]
+        or ([n for n in usual if _is_text(schema.field(n).type)])
     )
     if len(usual) == 1:
         return usual[0]
@@ -127,8 +129,10 @@ def _is_image_struct(kind: Any) -> bool:
 
 
 def _is_list_of_images(kind: Any) -> bool:
-    return hasattr(kind, "value_type") and "list" in str(kind) and (
-        _is_image_struct(kind.value_type) or _is_binary(kind.value_type)
+    return (
+        hasattr(kind, "value_type")
+        and "list" in str(kind)
+        and (_is_image_struct(kind.value_type) or _is_binary(kind.value_type))
     )
 
 

@@ -34,7 +34,8 @@ class HubFile(NamedTuple):
 def address_and_split(source: str, split: str | None) -> tuple[str, str | None]:
     """A source without its query, and the part that it names there, which goes before `split`."""
     address, _, query = source.partition("?")
-    return address.rstrip("/"), (parse_qs(query).get("split") or [split])[0]
+    named = parse_qs(query).get("split")
+    return address.rstrip("/"), named[0] if named else split
 
 
 def hub_tables(source: str, split: str | None, retries: int, timeout: float) -> tuple[str, list[HubFile]] | None:
@@ -98,7 +99,9 @@ def _declared(readme: str, tables: Sequence[str], split: str | None, where: str)
     try:
         head = readme.split("---\n", 2)
         configs = yaml.safe_load(head[1])["configs"] if len(head) == 3 and not head[0].strip() else []
-        found = {str(config["config_name"]): (_parts(config["data_files"]), config.get("default")) for config in configs}
+        found = {
+            str(config["config_name"]): (_parts(config["data_files"]), config.get("default")) for config in configs
+        }
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         return None
     if not found:

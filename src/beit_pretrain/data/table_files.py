@@ -21,7 +21,7 @@ from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
 SUFFIXES = (".parquet", ".arrow")
 NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{6,})?$")  # at the end of a file's name
 DEPTH = 4  # folders below the source in which tables are looked for
-OTHER_FILES = 64  # images or tars without a table, after which a folder holds no tables
+OTHER_FILES = 64  # images without a table, after which a folder holds no tables
 METADATA = "metadata.parquet"  # of a folder of images
 
 
@@ -111,15 +111,15 @@ def are_tables(names: Sequence[str]) -> list[str]:
 
 
 def _walk(source: Path) -> list[str]:
-    """The tables in a folder; none as soon as it is clear that it is one of images or tars."""
-    names: list[str] = []
-    others = 0
+    """The tables in a folder; none as soon as it is clear that it is one of images."""
+    names: list[str] = []  # of tables, tars and, with a further part, of folders: see `are_tables`
+    images, tables = 0, False
     level = [""]
     for _ in range(DEPTH):
         below = []
         for folder in level:
             try:
-                entries = sorted(os.scandir(source / folder), key=lambda entry: entry.name)
+                entries = os.scandir(source / folder)
             except OSError as error:
                 raise UserError(f"cannot read the folder {source / folder}: {error.strerror}") from None
             for entry in entries:
@@ -128,15 +128,16 @@ def _walk(source: Path) -> list[str]:
                     continue
                 if suffix in (".parquet", ".tar"):
                     names.append(folder + entry.name)
+                    tables = tables or suffix == ".parquet"
                 elif suffix[1:] in IMAGE_EXTENSIONS:
-                    others += 1
+                    images += 1
                 elif entry.is_dir():
                     below.append(f"{folder}{entry.name}/")
-            if others >= OTHER_FILES and not are_tables(names):
-                return []
-        level = below
-    # A folder beside a table is one of its images, if it has the table's name.
-    return are_tables([*names, *(f"{folder}." for folder in below)]) if names else []
+                    names.append(f"{folder}{entry.name}/-")
+                if images >= OTHER_FILES and not tables:
+                    return []
+        level = sorted(below)
+    return are_tables(names)
 
 
 def _saved(folder: Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """Parquet and Arrow files, local or on the Hugging Face Hub, as shards: each file is one, its rows are the samples.
 
-A file is read through the cache (cache.py): at its first use it is fetched, if it is remote, and unpacked row by row into
-a plain tar, `00000000.jpg`, `00000000.cls`, ..., from which samples are read as from any shard. What its footer says (rows,
-columns, classes) is noted in the cache folder by the file's identity, so that a second start opens no file.
+A file is read through the cache (cache.py): at its first use it is fetched, if it is remote, and unpacked row by row
+into a plain tar, `00000000.jpg`, `00000000.cls`, ..., from which samples are read as from any shard. What its footer
+says (rows, columns, classes) is noted in the cache folder by the file's identity, so that a second start opens no file.
 """
 
 from __future__ import annotations
@@ -80,7 +80,12 @@ class TableFolder(FileFolder):
     remote = True  # local files are unpacked, ahead of need too
 
     def __init__(self, source: str, files: Sequence[TableSource], access: SourceSettings, remote: Remote | None = None):
-        self.source, self.repository, self.image_key, self.label_key = source, remote, access.image_key, access.label_key
+        self.source, self.repository, self.image_key, self.label_key = (
+            source,
+            remote,
+            access.image_key,
+            access.label_key,
+        )
         self.cache = ShardCache(cache_folder(access), int(access.cache_gb * 1e9))
         facts = self._noted(files)
         self.files = [file for file, fact in zip(files, facts, strict=True) if fact.rows]

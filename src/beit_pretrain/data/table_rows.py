@@ -89,8 +89,10 @@ class TableFile:
         if columns.label is None or not self.rows:
             return Facts(self.rows, size, columns, 0, -1, () if columns.text else None)
         if columns.text:
-            return self._text_facts(Facts(self.rows, size, columns, self.rows, -1)) if whole else (
-                Facts(self.rows, size, columns, self.rows, -1)
+            return (
+                self._text_facts(Facts(self.rows, size, columns, self.rows, -1))
+                if whole
+                else (Facts(self.rows, size, columns, self.rows, -1))
             )
         labelled, top = self._by_statistics(columns.label) or (-1, -1)
         if labelled < 0 and whole:
