@@ -72,12 +72,10 @@ def _listing(source: str, where: str) -> tuple[list[HubFile], str, str]:
         if place.repo_type != "dataset":
             return [], "", folder
         about = {"repo_type": "dataset", "revision": place.revision}
-        name = os.path.basename(folder)
-        if name.endswith(".parquet"):
-            found = system._api.get_paths_info(place.repo_id, [folder], **about)
-        else:
-            found = system._api.list_repo_tree(place.repo_id, folder or None, recursive=True, **about)
-        files = [_file(entry) for entry in found if isinstance(entry, RepoFile)]
+        one = folder.endswith(".parquet")
+        below = os.path.dirname(folder) if one else folder
+        found = system._api.list_repo_tree(place.repo_id, below or None, recursive=not one, **about)
+        files = [_file(entry) for entry in found if isinstance(entry, RepoFile) and (not one or entry.path == folder)]
     except HfHubHTTPError as error:
         raise DownloadError(f"{where} cannot be listed: {first_line(error)}") from None
     except (OSError, NotImplementedError, ValueError) as error:  # no such repository, offline mode, invalid address

@@ -245,10 +245,10 @@ class _End(io.RawIOBase):
         return self.position
 
     def read(self, size: int | None = -1) -> bytes:
-        if self.position < self.start:
-            raise OSError("its footer does not fit its size")
-        at = self.position - self.start
-        data = self.tail[at:] if size is None or size < 0 else self.tail[at : at + size]
+        stop = self.file.size if size is None or size < 0 else min(self.file.size, self.position + size)
+        # pyarrow reads more than a small footer; what is before that it does not look at.
+        before = bytes(max(0, min(stop, self.start) - self.position))
+        data = before + self.tail[max(0, self.position - self.start) : max(0, stop - self.start)]
         self.position += len(data)
         return data
 
