@@ -185,5 +185,5 @@ def test_private_gone_and_offline_are_one_line(hub, published, cached, monkeypat
         open_tables("hf://datasets/owner/none", cached())
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     transports._file_system.cache_clear()
-    with pytest.raises(UserError, match="cannot be listed: .*HF_HUB_OFFLINE"):
+    with pytest.raises(UserError, match=r"cannot be listed: .*HF_HUB_OFFLINE"):
         open_tables(NAME, cached())

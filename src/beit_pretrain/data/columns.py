@@ -53,6 +53,11 @@ def find_columns(
     return Columns(image, label, tuple(map(str, names or ())), _is_text(schema.field(label).type))
 
 
+def class_names_of(schema: Any, column: str) -> list[str]:
+    """The names of the numbers in a column of classes; none if the table does not note them."""
+    return list(map(str, _features(schema).get(column, {}).get("names") or ()))
+
+
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
     """The features that `datasets` noted, by column; of lists and groups too, {} = unknown."""
     try:

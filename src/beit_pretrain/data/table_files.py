@@ -131,7 +131,7 @@ def _walk(source: Path) -> list[str]:
                     tables = tables or suffix == ".parquet"
                 elif suffix[1:] in IMAGE_EXTENSIONS:
                     images += 1
-                elif entry.is_dir():
+                elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     below.append(f"{folder}{entry.name}/")
                     names.append(f"{folder}{entry.name}/-")
                 if images >= OTHER_FILES and not tables:

@@ -102,6 +102,12 @@ class TableFile:
             labelled, top = self._least_by_statistics(columns.label)
         return Facts(self.rows, size, columns, labelled, top)
 
+    def named_samples(self, image_key: Sequence[str] | None) -> Iterator[tuple[Any, str | None]]:
+        """Yield (bytes of the image, name of its class or None) of every row. Raises UserError as `samples` does."""
+        columns = find_columns(self.schema, lambda name: self._first(name, True), image_key, None, self.where)
+        images = (image for image, _ in self.samples(columns._replace(label=None)))
+        yield from zip(images, self.classes(columns), strict=True)
+
     def samples(self, columns: Columns, names: Sequence[str] | None = None) -> Iterator[tuple[Any, int]]:
         """Yield (bytes of the image, class number or -1) of every row; `NO_IMAGE` where it is null.
 
@@ -284,7 +290,14 @@ def extension_of(image: Any) -> str:
     return next((name for start, name in EXTENSIONS.items() if head.startswith(start)), "jpg")
 
 
-def read_row(path: str, row: int, image_key: tuple[str, ...]) -> bytes:
+def count_rows(path: str, image_key: tuple[str, ...] = ()) -> int:
+    """The number of rows of a file, as it is now. Raises UserError if it has no column of images."""
+    _opened.cache_clear()
+    _group.cache_clear()
+    return _opened(path, image_key)[0].rows
+
+
+def read_row(path: str, row: int, image_key: tuple[str, ...] = ()) -> bytes:
     """The image of one row. Keeps the row group of the last row, so rows are best read in order. Raises UserError."""
     file, column = _opened(path, image_key)
     group = int(np.searchsorted(file.ends, row, side="right"))
