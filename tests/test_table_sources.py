@@ -70,6 +70,8 @@ def test_classes_with_slashes_and_rows_that_are_no_images(tmp_path):
 def test_image_key_and_labels_of_make(tmp_path):
     table = image_table(6, names=None).append_column("second", image_table(6, 50)["image"])
     write(tmp_path / "a.parquet", table)
+    with pytest.raises(UserError, match=r"src=hf://datasets/a/b: shards make reads files of this machine"):
+        make_shards("hf://datasets/a/b?token=x", tmp_path / "out")
     with pytest.raises(UserError, match="image_key="):
         make_shards(tmp_path / "a.parquet", tmp_path / "out", num_workers=1)
     found = made(tmp_path / "a.parquet", tmp_path / "new", image_key=["second"])

@@ -299,8 +299,10 @@ def test_folders_of_images_and_tars_are_no_tables(tmp_path):
     (tmp_path / "images/train/cat/1.jpg").touch()
     for name in ("tars", "files", "images", "images/train/cat/1.jpg", "tars/00000.tar"):
         assert local_tables(tmp_path / name, "train") is None, name
-    (tmp_path / "files/train.parquet").touch()
-    assert local_tables(tmp_path / "files", "train") == [tmp_path / "files/train.parquet"]
+    other = write(tmp_path / "files/train.parquet", pa.table({"caption": ["a"]}))
+    assert local_tables(tmp_path / "files", "train") is None
+    write(other, image_table(1))  # the image beside it is one of a README
+    assert local_tables(tmp_path / "files", "train") == [other]
 
 
 # --- the cache ---------------------------------------------------------------------------------------------------

@@ -44,13 +44,21 @@ def find_columns(
         UserError: there is no such column, or there are several that hold images and `image_key` is None.
     """
     features = _features(schema)
-    image = _image(schema, features, head, image_key, where)
+    image = _image(schema, head, image_key, where)
     label = _label(schema, features, image, label_key, where)
     if label is None:
         return Columns(image)
     feature = features.get(label, {})
     names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
     return Columns(image, label, tuple(map(str, names or ())), _is_text(schema.field(label).type))
+
+
+def image_columns(schema: Any, head: Callable[[str], bytes | None]) -> list[str]:
+    """The columns that hold images: those noted as such, else those of the type of images, else of bytes of images."""
+    features = _features(schema)
+    found = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
+    found = found or [name for name in schema.names if _is_image_struct(schema.field(name).type)]
+    return found or [n for n in schema.names if _is_binary(schema.field(n).type) and _holds_images(n, head(n))]
 
 
 def class_names_of(schema: Any, column: str) -> list[str]:
@@ -67,13 +75,7 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _image(
-    schema: Any,
-    features: dict[str, dict[str, Any]],
-    head: Callable[[str], bytes | None],
-    image_key: Sequence[str] | None,
-    where: str,
-) -> str:
+def _image(schema: Any, head: Callable[[str], bytes | None], image_key: Sequence[str] | None, where: str) -> str:
     if image_key:
         lower = {name.lower(): name for name in schema.names}
         name = next((lower[key.lower()] for key in image_key if key.lower() in lower), None)
@@ -82,9 +84,7 @@ def _image(
         if not (_is_image_struct(schema.field(name).type) or _is_binary(schema.field(name).type)):
             raise UserError(f"{where}: its column {name} holds {schema.field(name).type}, not one image a row")
         return name
-    found = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
-    found = found or [name for name in schema.names if _is_image_struct(schema.field(name).type)]
-    found = found or [n for n in schema.names if _is_binary(schema.field(n).type) and _holds_images(n, head(n))]
+    found = image_columns(schema, head)
     if len(found) == 1:
         return found[0]
     if found:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from beit_pretrain.data import layout
+from beit_pretrain.data.table_rows import holds_images
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
 
@@ -111,7 +112,10 @@ def are_tables(names: Sequence[str]) -> list[str]:
 
 
 def _walk(source: Path) -> list[str]:
-    """The tables in a folder; none as soon as it is clear that it is one of images."""
+    """The tables in a folder; none as soon as it is clear that it is one of images.
+
+    Of a folder with both, the tables if they hold images: those beside them may be those of a README.
+    """
     names: list[str] = []  # of tables, tars and, with a further part, of folders: see `are_tables`
     images, tables = 0, False
     level = [""]
@@ -137,7 +141,8 @@ def _walk(source: Path) -> list[str]:
                 if images >= OTHER_FILES and not tables:
                     return []
         level = sorted(below)
-    return are_tables(names)
+    found = are_tables(names)
+    return [] if found and images and not holds_images(source / found[0]) else found
 
 
 def _saved(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from beit_pretrain.data.columns import Columns, find_columns
+from beit_pretrain.data.columns import Columns, find_columns, image_columns
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.transforms.image_io import HEAD
 
@@ -288,6 +288,15 @@ def extension_of(image: Any) -> str:
     """The extension for the name of an image by its first bytes."""
     head = bytes(memoryview(image)[:4])
     return next((name for start, name in EXTENSIONS.items() if head.startswith(start)), "jpg")
+
+
+def holds_images(path: str | os.PathLike) -> bool:
+    """Whether a file is a table that has columns of images."""
+    try:
+        file = TableFile(path, str(path))
+        return bool(image_columns(file.schema, lambda name: file._first(name, True)))
+    except UserError:
+        return False
 
 
 def count_rows(path: str, image_key: tuple[str, ...] = ()) -> int:

@@ -64,6 +64,7 @@ def make_shards(
     listed = ClassSettings.validated({"labels": labels}).labels
     # Absolute paths, so that a run can be resumed from another folder.
     given = [src] if isinstance(src, str | Path) else list(src)
+    checks.check_local(given)
     sources = [str(g) if g == "synthetic" else str(expand_home(g).absolute()) for g in given]
     out, names = expand_home(out), ["train", "val"] if chosen.val > 0 else [split]
     choice = Choice(split, tuple(chosen.image_key or ()))
