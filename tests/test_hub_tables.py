@@ -14,6 +14,7 @@ from table_makers import NAMES, image_table, write
 from test_tables import everything, opened, rows_of
 
 from beit_pretrain.data import storage, table_folder, transports
+from beit_pretrain.data.order import Sample
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.table_folder import open_tables
 from beit_pretrain.errors import UserError
@@ -186,4 +187,23 @@ def test_private_gone_and_offline_are_one_line(hub, published, cached, monkeypat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     transports._file_system.cache_clear()
     with pytest.raises(UserError, match=r"cannot be listed: .*HF_HUB_OFFLINE"):
-        open_tables(NAME, cached())
+        open_tables(f"{NAME}?split=test", cached())
+    hub.paths()
+    assert opened(NAME, cached()).sizes == [130, 20]  # as it was listed the last time
+    assert hub.paths() == []
+
+
+def test_texts_as_classes_need_their_names(hub, tmp_path, cached, capsys):
+    for number in range(2):
+        table = image_table(4, labels=[*"dcba"[number:], *"a" * number], names=None)
+        hub.tables[f"{number}.parquet"] = write(tmp_path / "a.parquet", table).read_bytes()
+    reader = opened(NAME, cached())
+    assert (reader.classes, reader.read(Sample(0, 0)).label) == ([], -1)
+    assert "is read without classes: the classes are texts in the column label" in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
+    reader = opened(NAME, cached(classes=str(tmp_path / "names.txt")))
+    assert [reader.read(Sample(1, row)).label for row in range(4)] == [2, 1, 0, 0]
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    reader = opened(NAME, cached(classes=str(tmp_path / "names.txt")))
+    with pytest.raises(UserError, match=r"0\.parquet has the class 'd', which classes= does not name"):
+        reader.read(Sample(0, 0))

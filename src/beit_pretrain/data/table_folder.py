@@ -29,7 +29,8 @@ from beit_pretrain.data.hub_repository import address_and_split, hub_tables
 from beit_pretrain.data.listing.labels import read_class_names
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import FileFolder, OpenFile, cache_folder
-from beit_pretrain.data.storage import Remote, is_remote
+from beit_pretrain.data.shard_index import MOST_CLASSES
+from beit_pretrain.data.storage import DownloadError, Remote, is_remote
 from beit_pretrain.data.table_files import local_tables
 from beit_pretrain.data.table_rows import Facts, TableFile, extension_of
 from beit_pretrain.errors import UserError
@@ -61,14 +62,33 @@ def open_tables(source: str, access: SourceSettings, split: str | None = None) -
         if not source.lower().startswith("hf://datasets/"):
             return None
         address, split = address_and_split(source, split)
-        found = hub_tables(address, split or "train", access.retries, access.timeout)
-        if found is None:
+        if (found := _listed_on_hub(address, split or "train", access)) is None:
             return None
-        files = [TableSource(file.name, file.size, file.identity, file.sha256) for file in found[1]]
-        return TableFolder(address, files, access, Remote(found[0], access.retries, access.timeout))
+        root, files = found
+        return TableFolder(address, files, access, Remote(root, access.retries, access.timeout))
     if (paths := local_tables(expand_home(source), split or "train")) is None:
         return None
     return TableFolder(source, [_local(path) for path in paths], access)
+
+
+def _listed_on_hub(address: str, split: str, access: SourceSettings) -> tuple[str, list[TableSource]] | None:
+    """The repository and the files of a part. Offline (HF_HUB_OFFLINE) those of the last time."""
+    from huggingface_hub import is_offline_mode
+
+    note = cache_folder(access) / f"hub-{_digest([address, split, VERSION])[:16]}.json"
+    try:
+        found = hub_tables(address, split, access.retries, access.timeout)
+    except DownloadError:
+        if not (is_offline_mode() and note.is_file()):
+            raise
+        root, files = json.loads(note.read_text("utf-8"))
+        return root, [TableSource(*file) for file in files]
+    if found is None:
+        return None
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(note, json.dumps(found), unique=True)
+    return found[0], [TableSource(*file) for file in found[1]]
 
 
 class TableFolder(FileFolder):
@@ -98,6 +118,8 @@ class TableFolder(FileFolder):
                 what = "classes" if fact.columns._replace(classes=self.columns.classes) == self.columns else "columns"
                 raise UserError(f"{self.name_of(file)} has other {what} than {self.name_of(self.files[0])}")
         classes = self._classes(facts, access.classes)
+        if not classes:
+            self.columns = Columns(self.columns.image)
         self.names = classes if self.columns.text else None
         self.about: dict[str, Any] = {
             "classes": classes,
@@ -156,13 +178,18 @@ class TableFolder(FileFolder):
         if self.columns.text:
             if all(fact.names is not None for fact in facts):
                 return sorted({name for fact in facts for name in fact.names or ()})
-            said = f"{self}: its classes are texts in the column {self.columns.label}, which are not read in advance"
-            print(f"warning: {said}; without classes=FILE of their names it has no classes", file=sys.stderr)
-            return []
+            said = f"the classes are texts in the column {self.columns.label}, many or not read in advance"
+            return self._no_classes(f"{said}; classes=FILE gives their names")
         top = max(fact.top for fact in facts)
+        if top >= MOST_CLASSES:
+            return self._no_classes(f"the column {self.columns.label} holds numbers up to {top:,}; label_key= chooses")
         if given is not None and top >= given:
             raise UserError(f"{self} has the class number {top}; classes={given} is too small")
         return [str(number) for number in range(given or top + 1)]
+
+    def _no_classes(self, why: str) -> list[str]:
+        print(f"warning: {self} is read without classes: {why}", file=sys.stderr)
+        return []
 
     def _noted(self, files: Sequence[TableSource]) -> list[Facts]:
         """The facts of the files; those that are not noted yet are read."""

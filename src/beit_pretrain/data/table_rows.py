@@ -18,7 +18,7 @@ from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.transforms.image_io import HEAD
 
 PIECE = 64  # rows
-LONGEST_NAMES = 100_000  # different texts in a label column, above which they are no classes
+MOST_NAMES = 100_000  # different texts in a label column, above which they are no classes
 NO_IMAGE = b"null"  # stands for the image of a row that has none: does not decode, but counts as a sample
 EXTENSIONS = {b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 
@@ -210,7 +210,7 @@ class TableFile:
         return number[text]
 
     def _text_facts(self, facts: Facts) -> Facts:
-        """With the names of the classes: none (no classes) if there are too many for classes."""
+        """With the names of the classes, unless there are too many for classes."""
         names: set[str] = set()
         labelled = 0
         assert facts.columns.label is not None
@@ -218,8 +218,8 @@ class TableFile:
             found = [text for text in self.texts(batch, facts.columns.label) if text is not None]
             labelled += len(found)
             names.update(found)
-            if len(names) > LONGEST_NAMES:
-                return facts._replace(columns=Columns(facts.columns.image), labelled=0)
+            if len(names) > MOST_NAMES:
+                return facts
         return facts._replace(labelled=labelled, names=tuple(sorted(names)))
 
     def _chunks(self, column: str) -> Iterator[Any]:
