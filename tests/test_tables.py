@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from table_makers import IMAGE, NAMES, image_table, noted, photo, save_to_disk, write
+from torch.utils.data import DataLoader
 
 from beit_pretrain.data import reader, table_folder
 from beit_pretrain.data.datamodule import ShardData
@@ -36,6 +37,10 @@ def opened(source, settings, split=None) -> ShardReader:
     folder = open_tables(str(source), settings, split)
     assert folder is not None
     return ShardReader([folder])
+
+
+def as_tables(source, settings, split):
+    return open_tables(source, settings, split) or LocalFolder(source)
 
 
 def everything(reader: ShardReader) -> list[tuple[bytes, int]]:
@@ -97,7 +102,7 @@ def test_batches_are_those_of_shards_with_the_same_rows(tmp_path, cached, monkey
         features = {"image": {"_type": "Image"}, "label": {"names": stored.classes, "_type": "ClassLabel"}}
         write(tmp_path / f"set/train-{number:05d}-of-00004.parquet", noted(table, features), row_group_size=5)
 
-    monkeypatch.setattr(reader, "open_source", lambda s, c, split: open_tables(s, c, split) or LocalFolder(s))
+    monkeypatch.setattr(reader, "open_source", as_tables)
     views = ClassificationTransform(image_size=16)
     found = []
     for source in (shards, tmp_path / "set"):
@@ -114,6 +119,21 @@ def test_batches_are_those_of_shards_with_the_same_rows(tmp_path, cached, monkey
     assert len({int(p) for batch in batches for p in batch["position"]}) == 120
 
 
+def test_loader_processes_unpack_ahead(tmp_path, monkeypatch):
+    """Forked from a process that has used pyarrow; and twice the same batches, from an empty and from a full cache."""
+    for number in range(3):
+        write(tmp_path / f"set/{number}.parquet", image_table(40, 40 * number))
+    monkeypatch.setattr(reader, "open_source", as_tables)
+    views = ClassificationTransform(image_size=16)
+    found = []
+    for _ in range(2):
+        settings = {"num_workers": 2, "cache_dir": str(tmp_path / "cache")}
+        data = ShardData(tmp_path / "set", train_views=views, val_views=views, global_batch_size=12, **settings)
+        loader = DataLoader(data.train_dataset(BatchSchedule(12)), batch_size=None, sampler=range(6), num_workers=2)
+        found.append([batch["image"] for batch in loader])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 # --- columns -----------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +143,7 @@ def test_tables_of_other_programs(tmp_path, cached):
     for name, table, classes, labels in (
         ("plain", {"img": images, "label": pa.array([0, 2, 1, 0, 4, 0])}, [*"01234"], [0, 2, 1, 0, 4, 0]),
         ("texts", {"x": images, "class": pa.array([*"babaab"])}, ["a", "b"], [1, 0, 1, 0, 0, 1]),
+        ("ids", {"jpg": images, "label": pa.array([10**7] * 6)}, [], [-1] * 6),
         ("none", {"jpg": images, "caption": pa.array([*"abcdef"])}, [], [-1] * 6),
         ("null", {"jpg": images, "label": pa.array([1, None, -1, 0, 1, 1])}, ["0", "1"], [1, -1, -1, 0, 1, 1]),
         (
