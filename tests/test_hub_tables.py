@@ -105,6 +105,9 @@ def test_footers_first_then_a_file_when_it_is_needed(hub, published, cached, ran
     assert len(ranged) == 4  # of each file its end, and then the whole footer
     files = [f"/resolve/main/data/train-0000{n}-of-00002.parquet" for n in (0, 0, 1, 1)]
     assert sorted(hub.paths()) == sorted(["/api", "/api/tree/main", "/resolve/main/README.md", *files])
+    assert [shard.spare for shard in reader.shards] == [
+        len(hub.tables[f"data/train-0000{n}-of-00002.parquet"]) for n in (0, 1)
+    ]
     reader.fetch_ahead(1)
     assert hub.paths() == [files[2]]
     assert everything(reader) == published["train-00000-of-00002"] + published["train-00001-of-00002"]
