@@ -289,6 +289,8 @@ def test_pyarrow_is_imported_at_first_use():
         ("test-00000-of-00001.parquet", "train", "test-00000-of-00001.parquet"),
         ("train.parquet test.parquet", None, "test.parquet train.parquet"),
         ("train_extra.parquet train.parquet", "train", "train.parquet"),
+        ("part-0.parquet test.parquet", "train", "part-0.parquet"),
+        ("part-0.parquet test.parquet", "val", "test.parquet"),
     ],
 )  # fmt: skip
 def test_files_of_a_part(names, split, chosen):
@@ -361,7 +363,9 @@ def test_an_estimate_that_is_too_small_is_corrected(tmp_path, cached):
 def test_a_second_start_opens_no_file(tmp_path, cached, monkeypatch):
     for number in range(3):
         write(tmp_path / f"set/{number}.parquet", image_table(10 + number))
+    write(tmp_path / "set/test.parquet", image_table(4))
     first = opened(tmp_path / "set", cached())
+    opened(tmp_path / "set", cached(), "test")
     monkeypatch.setattr(table_folder, "TableFile", lambda *of: pytest.fail("its facts are noted"))
     again = opened(tmp_path / "set", cached())
     assert (again.shards, again.classes, again.without_class) == (first.shards, first.classes, first.without_class)

@@ -71,7 +71,9 @@ def parts_of_split(parts: dict[str, list[str]], split: str | None, where: str) -
     """
     if split is None or not any(parts) or (len(parts) == 1 and _role(split) == "train" and split not in parts):
         return sorted(file for files in parts.values() for file in files)
-    roles = {name: role for name in parts if (role := _role(name))} | {name: name for name in parts if not _role(name)}
+    roles = {name: _role(name) or name for name in parts}
+    if "" in parts and "train" not in roles.values():
+        roles[""] = "train"
     try:
         return sorted(file for name in layout.of_split(roles, split) for file in parts[name])
     except UserError as error:

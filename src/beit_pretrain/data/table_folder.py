@@ -193,7 +193,8 @@ class TableFolder(FileFolder):
 
     def _noted(self, files: Sequence[TableSource]) -> list[Facts]:
         """The facts of the files; those that are not noted yet are read."""
-        note = self.cache.folder / f"tables-{_digest([str(self), self.image_key, self.label_key, VERSION])[:16]}.json"
+        of = [str(self), self.image_key, self.label_key, [file.name for file in files], VERSION]
+        note = self.cache.folder / f"tables-{_digest(of)[:16]}.json"
         known: dict[str, Any] = {}
         with suppress(OSError, ValueError):
             known = json.loads(note.read_text("utf-8"))
