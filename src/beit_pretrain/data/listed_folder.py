@@ -23,6 +23,7 @@ from beit_pretrain.data.cache import Shard
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.listing.file_index import Listing, build_listing, shuffled_rows
 from beit_pretrain.data.listing.labels import segmentation_names
+from beit_pretrain.data.listing.metadata_file import with_metadata
 from beit_pretrain.data.listing.settings import LabelSettings
 from beit_pretrain.data.order import MethodCache
 from beit_pretrain.data.settings import SourceSettings
@@ -161,17 +162,20 @@ def _unchanged(note: Path) -> dict[str, Any] | None:
 def _make_list(path: Path, choice: Choice, folder: Path) -> dict[str, Any]:
     """List a source into a folder. Raises UserError, or OSError if the folder cannot be written."""
     seen = dict(_places(str(path)))  # before it is listed: a change meanwhile is found at the next start
-    build_listing(folder, [str(path)], choice, 0, LabelSettings(), cores())
+    labels = with_metadata([str(path)], choice.split, LabelSettings())
+    if labels.path is not None:
+        seen[labels.path] = os.stat(labels.path).st_mtime_ns
+    build_listing(folder, [str(path)], choice, 0, labels, cores())
     listing = Listing(folder)
     np.save(folder / ORDER, shuffled_rows(len(listing), SEED).astype(np.min_scalar_type(len(listing))))
     classes = sorted(listing.classes)
-    labels = listing.labels(classes)
+    numbers = listing.labels(classes)
     segmentation = any(unit.masks for unit in listing.units)
     return {
         "samples": len(listing),
         "bytes": int(np.maximum(listing.rows["size"], 0).sum()),
         "classes": classes,
-        "class_counts": np.bincount(labels[labels >= 0], minlength=len(classes)).tolist(),
+        "class_counts": np.bincount(numbers[numbers >= 0], minlength=len(classes)).tolist(),
         "segmentation": segmentation,
         "segmentation_classes": segmentation_names(path) if segmentation else [],
         "settings": {},

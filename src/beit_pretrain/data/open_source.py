@@ -11,6 +11,7 @@ from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import LocalFolder, RemoteFolder, ShardFolder
 from beit_pretrain.data.storage import is_remote
+from beit_pretrain.data.table_folder import open_tables
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import expand_home
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
@@ -20,6 +21,8 @@ ADVICE = "give shards, tars, a folder of images, or parquet files (data/README.m
 
 def open_source(source: str, settings: SourceSettings, split: str) -> ShardFolder:
     """The shards of a source. `split`: its part, if it has parts. Raises UserError."""
+    if (tables := open_tables(source, settings, split)) is not None:
+        return tables
     if is_remote(source):
         return RemoteFolder(source, settings)
     path = expand_home(source)
