@@ -8,11 +8,13 @@ shards, and a changed shard is a new file:
     <sha256>.partial     a shard being downloaded; the downloading process locks it, others wait
     .lock                held while files are evicted and while a shard is renamed
 
-Other files in the folder are not counted and never touched.
+A shard that is made from another file (`exact` is False, table_folder.py) is named by a digest of what it is made from,
+and its size is an estimate until then. Other files in the folder are not counted and never touched.
 
-Space is reserved before a download: the partial file gets its final size at once. The least recently used shards are
-evicted; a reader that has one open can read on, since an open file outlives its name. The time of last use is the
-file's mtime, which readers and prefetchers update (`prefetch.py`).
+Space is reserved before a download: the partial file gets its final size at once, or the estimate, which is corrected
+when the shard is complete. The least recently used shards are evicted; a reader that has one open can read on, since
+an open file outlives its name. The time of last use is the file's mtime, which readers and prefetchers update
+(`prefetch.py`).
 """
 
 from __future__ import annotations
@@ -40,12 +42,15 @@ OURS = re.compile(r"[0-9a-f]{64}\.(tar|index\.npy|partial)")  # names of the cac
 
 
 class Shard(NamedTuple):
-    """A shard's entry in the manifest."""
+    """A shard's entry in the manifest, or a file from which a shard is made."""
 
     name: str
-    samples: int
+    samples: int  # -1: not known yet
     bytes: int
     sha256: str
+    stored: str = ""  # its name in the cache, 64 hexadecimal digits, if not `sha256`
+    exact: bool = True  # False: `bytes` is an estimate
+    spare: int = 0  # bytes of disk that making it needs for a while
 
 
 class ShardCache:
@@ -63,8 +68,8 @@ class ShardCache:
     def open(self, shard: Shard, fetch: Callable[[BinaryIO], None]) -> int:
         """A file descriptor of the shard, downloaded first if missing. Raises UserError if that fails.
 
-        `fetch` writes the whole shard into the file that it gets; an OSError that it raises is reported as an error of
-        the local disk.
+        `fetch` writes the whole shard into the file that it gets, and leaves its position at the end; an OSError that
+        it raises is reported as an error of the local disk.
         """
         try:
             while True:
@@ -89,12 +94,12 @@ class ShardCache:
             return index_shard(f"/dev/fd/{descriptor}", image_key)
         with suppress(OSError, ValueError, EOFError):
             rows = np.load(self._path(shard, "index.npy"), allow_pickle=False)
-            if rows.dtype == INDEX_DTYPE and len(rows) == shard.samples:
+            if rows.dtype == INDEX_DTYPE and (len(rows) == shard.samples or shard.samples < 0):
                 return rows
         return index_shard(f"/dev/fd/{descriptor}")  # the shard has just been evicted
 
     def _path(self, shard: Shard, kind: str) -> Path:
-        return self.folder / f"{shard.sha256}.{kind}"
+        return self.folder / f"{shard.stored or shard.sha256}.{kind}"
 
     def _opened(self, shard: Shard) -> int | None:
         path = self._path(shard, "tar")
@@ -102,13 +107,13 @@ class ShardCache:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if os.fstat(descriptor).st_size != shard.bytes:  # another program has changed it
+        if shard.exact and os.fstat(descriptor).st_size != shard.bytes:  # another program has changed it
             os.close(descriptor)
             path.unlink(missing_ok=True)
             return None
         now = time.monotonic()
-        if now - self._touched.get(shard.sha256, -TOUCH) >= TOUCH:
-            self._touched[shard.sha256] = now
+        if now - self._touched.get(path.name, -TOUCH) >= TOUCH:
+            self._touched[path.name] = now
             with suppress(OSError):
                 os.utime(path)
         return descriptor
@@ -124,22 +129,34 @@ class ShardCache:
 
     def _filled(self, file: BinaryIO, shard: Shard, fetch: Callable[[BinaryIO], None], urgent: bool) -> int | None:
         """Download the shard into its partial file, which this process has locked, and rename it."""
-        size = shard.bytes + INDEX_HEADER + INDEX_DTYPE.itemsize * shard.samples
-        if size > self.limit:
-            raise UserError(f"{shard.name} has {shard.bytes:,} bytes, more than data.cache_gb leaves room for")
-        while not self._reserved(file, size, urgent):
+        most = shard.samples if shard.samples >= 0 else shard.bytes // 1024  # a member has at least two blocks
+        about_index = INDEX_HEADER + INDEX_DTYPE.itemsize * most
+        self._check_fits(shard.name, shard.bytes + shard.spare, about_index)
+        while not self._reserved(file, shard.bytes + shard.spare + about_index, urgent):
             if not urgent:
                 return None
             time.sleep(WAIT)  # other processes' downloads hold reserved space
         fetch(file)
         file.flush()
+        final = shard.bytes if shard.exact else file.tell()
+        if final > shard.bytes + shard.spare:
+            self._check_fits(shard.name, final, about_index)
+            # Two processes could wait for each other here: what cannot be freed now, the next reservation frees.
+            self._reserved(file, final + about_index, urgent=True)
+        os.ftruncate(file.fileno(), final + about_index)
         index = index_shard(file.name)
+        if not shard.exact and shard.samples >= 0 and len(index) != shard.samples:
+            raise UserError(f"{shard.name} has {len(index):,} images and not {shard.samples:,}; it has changed")
         fileio.flush(file)
         with self._locked():  # no process may take the index's reserved space before it is written
-            os.ftruncate(file.fileno(), shard.bytes)
+            os.ftruncate(file.fileno(), final)
             np.save(self._path(shard, "index.npy"), index)
             os.rename(file.name, self._path(shard, "tar"))
         return os.dup(file.fileno())
+
+    def _check_fits(self, name: str, size: int, index: int) -> None:
+        if size + index > self.limit:
+            raise UserError(f"{name} has {size:,} bytes, more than data.cache_gb leaves room for")
 
     def _locked(self) -> AbstractContextManager:
         return fileio.exclusive_lock(self.folder / ".lock", wait=True, strict=True)
