@@ -233,7 +233,7 @@ def _sized(response: Any, method: str, url: str, without_head: set[str]) -> Remo
             refuse(status, response.reason, headers)
         size = response.content_length if status == 200 else None
     else:
-        ranged = re.fullmatch(r"bytes (?:0-0|\*)/(\d{1,18}|\*)", headers.get("Content-Range", "").strip())
+        ranged = re.fullmatch(r"bytes (?:0-\d{1,18}|\*)/(\d{1,18}|\*)", headers.get("Content-Range", "").strip())
         if status in (206, 416):
             size = int(ranged[1]) if ranged and ranged[1] != "*" else None
         elif status == 200:

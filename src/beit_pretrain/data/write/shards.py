@@ -27,14 +27,17 @@ def shards(cfg: ShardsSettings) -> None:
         return
     if cfg.action not in ("index", "verify", "show"):
         raise UserError(f"shards {cfg.action}: there are make, index, verify and show")
-    if not isinstance(cfg.src, str):
-        raise UserError(f"shards {cfg.action} takes one folder as src=, not a list; give one after the other")
     if cfg.action == "index":
         if cfg.labels.file_column or cfg.labels.class_column:
             raise UserError("shards index takes a file of class names, a line each: labels.path= alone")
-        folder = index_shards(cfg.src, cfg.out, cfg.labels.path, cfg.num_workers, cfg.image_key or ())
+        folder = index_shards(
+            cfg.src, cfg.out, cfg.labels.path, cfg.num_workers, cfg.image_key or (), cfg.split or "train"
+        )
         print(f"indexed {folder}\n{summary(folder)}")
-    elif cfg.action == "verify":
+        return
+    if not isinstance(cfg.src, str):
+        raise UserError(f"shards {cfg.action} takes one folder as src=, not a list; give one after the other")
+    if cfg.action == "verify":
         problems = verify_shards(cfg.src, num_workers=cfg.num_workers)
         if problems:
             print("\n".join(problems))
