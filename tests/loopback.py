@@ -25,7 +25,10 @@ class Answer:
 
 @dataclass
 class Server:
-    """Files by path, and the answers to the next requests; `asked` records path, Range and If-Range of past ones."""
+    """Files by path (with a query, or for any), and the answers to the next requests.
+
+    `asked` records path, Range and If-Range of past ones.
+    """
 
     files: dict[str, bytes] = field(default_factory=dict)
     etag: str | None = '"1"'
@@ -47,7 +50,7 @@ class Server:
         self.asked.append((handler.path, given["Range"], given["If-Range"]))
         self.authorizations.append(given["Authorization"])
         todo = self.next.pop(0) if self.next else Answer()
-        data = self.files.get(handler.path)
+        data = self.files.get(handler.path, self.files.get(handler.path.partition("?")[0]))
         if todo.reset:
             return
         if todo.status or data is None:

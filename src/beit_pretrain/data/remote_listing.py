@@ -219,7 +219,7 @@ async def _asked(
     except TimeoutError:
         raise TimeoutError(f"no answer for {access.timeout:g} s") from None
     except aiohttp.ClientResponseError as error:  # not HTTP
-        raise TransientError(" ".join(error.message.split())) from None
+        raise TransientError(" ".join(error.message.split())[:200]) from None
     except aiohttp.ClientError as error:
         raise broken(error) from None
 

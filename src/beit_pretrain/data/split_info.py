@@ -57,17 +57,14 @@ class StatedSplit(NamedTuple):
 def tars_of_location(location: str, split: str, access: RemoteOptions) -> TarSet | None:
     """The tars of a split at a location: by its info file, else (s3, gs, hf) by a listing. None if there are no tars.
 
-    Raises UserError if it has no such split, DownloadError if it cannot be read.
+    Raises UserError if it has no such split, DownloadError if it cannot be read, or a listable one does not exist.
     """
     scheme = location.partition(":")[0].lower()
     if scheme == "pipe":
         return None
     names: list[str] | None = None
     if scheme in LISTABLE:
-        try:
-            names = _names_at(location, access)
-        except MissingError:  # the caller says what the location is
-            return None
+        names = _names_at(location, access)
     elif scheme == "file":
         return tars_of_folder(unquote(urlsplit(location).path), split)
 

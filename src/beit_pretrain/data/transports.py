@@ -304,7 +304,7 @@ async def _http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
     except (aiohttp.NonHttpUrlClientError, ValueError):
         raise PermanentError("its address, or a redirect, is not an HTTP address") from None
     except aiohttp.ClientResponseError as error:  # not HTTP
-        raise TransientError(" ".join(error.message.split())) from None
+        raise TransientError(" ".join(error.message.split())[:200]) from None
     except aiohttp.ClientError as error:
         raise broken(error) from None
 
