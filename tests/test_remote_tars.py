@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import shlex
+import threading
 import time
 
 import fsspec
@@ -25,7 +26,7 @@ from beit_pretrain.data.remote_listing import stat_files
 from beit_pretrain.data.remote_tars import tar_digest
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.split_info import tars_of_location
-from beit_pretrain.data.tar_records import TarRecord, TarRecords, class_counts, keys_of, pack_labels
+from beit_pretrain.data.tar_records import TarRecord, TarRecords, class_counts, pack_labels
 from beit_pretrain.data.tar_specs import expand
 from beit_pretrain.data.write.index_existing import index_shards
 from beit_pretrain.errors import UserError
@@ -104,7 +105,7 @@ def test_read_once_then_known(server, settings, ranges, head, length, capsys):
     assert (tars.about["classes"], tars.about["class_counts"]) == (["0", "1", "2", "3"], [4, 3, 2, 1])
     assert images(tars) == EXPECTED
     whole = [name for name in gets(server) if name.endswith(".tar")]
-    assert sorted(whole) == sorted([*TARS] * (2 if head else 1)) if head else True  # HEAD and GET, each tar once
+    assert sorted(whole) == sorted([*TARS] * (1 + head))  # HEAD and GET, each tar once
     server.asked.clear()
     again = open_tars(urls, settings, read=False)
     assert (again.about, again.shards) == (tars.about, tars.shards)
@@ -297,6 +298,25 @@ def test_pipes(settings, tmp_path):
         open_tars(["pipe:exit 1"], settings)
 
 
+def test_processes_of_a_machine_read_once_together(server, settings):
+    found, server.head = [], False
+    threads = [threading.Thread(target=lambda: found.append(open_tars(urls_of(server), settings))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [tars.about["class_counts"] for tars in found] == [[4, 3, 2, 1]] * 4
+    assert sorted(path for path in gets(server) if path.endswith(".tar")) == sorted(TARS)
+
+
+def test_tars_without_images_are_left_out(server, settings):
+    server.files["/x-1.tar"] = tar_bytes({"a.txt": b"a"})
+    tars = open_tars(urls_of(server), settings)
+    assert [shard.samples for shard in tars.shards] == [1, 3, 4]
+    assert images(tars) == [EXPECTED[number] for number in (0, 2, 3)]
+    assert [shard.samples for shard in open_tars(urls_of(server), settings, read=False).shards] == [1, 3, 4]
+
+
 def test_image_key_has_records_of_its_own(settings):
     two = tar_bytes({"a.rgb.jpg": encoded(0), "a.nir.jpg": encoded(1)})
     with serving(Server(files={"/a.tar": two})) as server:
@@ -363,7 +383,8 @@ def assert_match(said: str, text: str) -> None:
 class TestRecords:
     def test_round_trip(self, tmp_path):
         urls = ["http://h/a/0.tar", "http://h/a/1.tar"]
-        records, (first, second) = TarRecords(tmp_path, urls, ()), keys_of(urls)
+        records = TarRecords(tmp_path, urls, ())
+        first, second = records.keys
         labels = np.array([5, 3, 5, -1, 100_000])
         records.add({first: TarRecord(10, '"1"', 10, 5, False, pack_labels(labels)), second: TarRecord(None, None)})
         loaded = TarRecords(tmp_path, urls[:1], ()).load()  # a part of the set has the same file

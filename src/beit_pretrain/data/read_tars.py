@@ -15,7 +15,7 @@ from beit_pretrain.data.remote_tars import RemoteTars
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import cache_folder
 from beit_pretrain.data.split_info import stated_lengths
-from beit_pretrain.data.tar_records import TarRecord, TarRecords, keys_of
+from beit_pretrain.data.tar_records import TarRecord, TarRecords
 
 AT_ONCE = 16  # tars that are read at a time
 Result = TypeVar("Result")
@@ -29,14 +29,16 @@ def open_tars(
     Lengths that are neither given, nor noted by an earlier run, nor stated beside the tars are found by reading every
     tar once, if `read`; else None is returned. Raises UserError if a tar is missing or cannot be read.
     """
-    records, keys = records_of(urls, settings), keys_of(urls)
+    records = records_of(urls, settings)
+    keys = records.keys
     known, note, stated = records.load(), "", "its info file says"
     unread = [key for key in keys if key not in known or known[key].samples is None]
     if unread and lengths is None:
         lengths, note, stated = stated_lengths(urls, settings) or (None, "", "")
         if lengths is None and not read:
             return None
-    known = listed(urls, settings, records)
+    if any(key not in known for key in keys):
+        known = listed(urls, settings, records)
     if lengths is not None:
         found = dict(zip(keys, lengths, strict=True))
         known |= {key: known[key]._replace(samples=found[key]) for key in unread}
@@ -51,8 +53,8 @@ def records_of(urls: Sequence[str], settings: SourceSettings) -> TarRecords:
 
 def listed(urls: list[str], settings: SourceSettings, records: TarRecords, anew: bool = False) -> dict[str, TarRecord]:
     """The records of tars by key; the servers are asked for those that have none, or for all `anew`."""
-    known, keys = records.load(), keys_of(urls)
-    wanted = {url: key for url, key in zip(urls, keys, strict=True) if anew or key not in known}
+    known = records.load()
+    wanted = {url: key for url, key in zip(urls, records.keys, strict=True) if anew or key not in known}
     if wanted:
         files = {wanted[file.url]: TarRecord(file.bytes, file.version) for file in stat_files([*wanted], settings)}
         same = {
@@ -69,10 +71,9 @@ def read_once(urls: list[str], settings: SourceSettings, records: TarRecords) ->
 
     What is read stays in the cache, as far as it has room; after a kill the same call goes on.
     """
-    keys = keys_of(urls)
     with records.reading():
         known = records.load()  # another process may have read them meanwhile
-        pairs = [(url, key) for url, key in zip(urls, keys, strict=True) if known[key].samples is None]
+        pairs = [(url, key) for url, key in zip(urls, records.keys, strict=True) if known[key].samples is None]
         if not pairs:
             return known
         missing, missing_keys = [url for url, _ in pairs], [key for _, key in pairs]

@@ -14,6 +14,7 @@ from functools import partial
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -21,7 +22,6 @@ from beit_pretrain.data.cache import Shard, ShardCache
 from beit_pretrain.data.listing.labels import read_class_names
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import FileFolder, OpenFile, cache_folder
-from beit_pretrain.data.split_info import split_address
 from beit_pretrain.data.storage import MissingError, fetch_file, without_secrets
 from beit_pretrain.data.tar_records import TarRecord, TarRecords, class_counts, pack_labels
 from beit_pretrain.data.transports import PermanentError, Transfer, without_weakness
@@ -63,6 +63,7 @@ class RemoteTars(FileFolder):
         shards = zip(plain, self.keys, self.known, strict=True)
         self.shards = [self._shard(url, key, record, estimate) for url, key, record in shards]
         self.about = _about(self.known, self.image_key, settings.classes)
+        self.known = [record._replace(labels="") for record in self.known]  # which loader workers need not get
 
     def __str__(self) -> str:
         return self.folder or "remote tars"
@@ -188,12 +189,12 @@ class _Limited:
 
 
 def tar_digest(url: str, samples: int, size: int) -> str:
-    """What a resumed run compares of a tar, so that tars may move: its file name, samples and bytes."""
-    if url.startswith("pipe:"):
-        names = re.findall(r"[^\s/'\"]+\.tar\b", url)
-        name = names[-1] if names else url
-    else:
-        name = split_address(url)[1]
+    """What a resumed run compares of a tar, so that tars may move: its file name, samples and bytes.
+
+    `url`: path, command, or address without secrets.
+    """
+    names = re.findall(r"[^\s/'\"]+\.tar\b", url) if url.startswith("pipe:") else []
+    name = names[-1] if names else unquote(url.rpartition("/")[2])
     return hashlib.sha256(f"{name}\n{samples}\n{size}".encode()).hexdigest()
 
 

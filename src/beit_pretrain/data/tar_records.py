@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 
 from beit_pretrain import fileio
-from beit_pretrain.data.split_info import split_address
 from beit_pretrain.data.storage import without_secrets
 from beit_pretrain.errors import UserError
 
@@ -42,10 +41,15 @@ class TarRecord(NamedTuple):
 
 
 class TarRecords:
-    """The records of tars in `folder`, for the readers of these addresses with one `image_key`."""
+    """The records of tars in `folder`, for the readers of these addresses with one `image_key`; `keys` of the tars."""
 
-    def __init__(self, folder: Path, urls: Iterable[str], image_key: Sequence[str]):
-        folders = sorted({without_secrets(split_address(url)[0]) for url in urls})
+    def __init__(self, folder: Path, urls: Sequence[str], image_key: Sequence[str]):
+        plain = [without_secrets(url) for url in urls]
+        count = Counter(plain)
+        # An address without its query, unless only this tells tars apart: what is signed anew is the same tar.
+        named = (url if count[bare] > 1 else bare for url, bare in zip(urls, plain, strict=True))
+        self.keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in named]
+        folders = sorted({bare.rpartition("/")[0] for bare in plain})
         name = hashlib.sha256("\n".join([FORMAT, *image_key, "", *folders]).encode()).hexdigest()[:32]
         self.path = folder / INDICES / f"{name}.jsonl"
 
@@ -92,14 +96,6 @@ class TarRecords:
             raise UserError(f"{self.path.parent} cannot be written: {error.strerror}") from None
 
 
-def keys_of(urls: Sequence[str]) -> list[str]:
-    """The keys of tars: digests of their addresses without secrets, or with them where only these tell tars apart."""
-    plain = [without_secrets(url) for url in urls]
-    count = Counter(plain)
-    named = (url if count[bare] > 1 else bare for url, bare in zip(urls, plain, strict=True))
-    return [hashlib.sha256(text.encode()).hexdigest()[:32] for text in named]
-
-
 def pack_labels(labels: np.ndarray) -> str:
     """The number of samples of each class as text; `labels` (samples,) with -1 for none."""
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
@@ -111,8 +107,13 @@ def pack_labels(labels: np.ndarray) -> str:
 
 def class_counts(packed: Iterable[str]) -> np.ndarray:
     """Samples of each class (classes,) int64 over several tars, up to the largest class number."""
-    unpacked = [np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4").reshape(2, -1) for text in packed if text]
-    if not unpacked:
-        return np.zeros(0, np.int64)
-    classes = np.concatenate([np.cumsum(steps, dtype=np.int64) for steps, _ in unpacked])
-    return np.bincount(classes, np.concatenate([counts for _, counts in unpacked])).astype(np.int64)
+    total = np.zeros(1024, np.int64)
+    most = 0
+    for text in filter(None, packed):
+        steps, counts = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4").reshape(2, -1)
+        classes = np.cumsum(steps, dtype=np.int64)
+        most = max(most, int(classes[-1]) + 1)
+        if most > len(total):
+            total = np.pad(total, (0, 2 * most - len(total)))
+        total[classes] += counts
+    return total[:most]

@@ -27,7 +27,6 @@ from beit_pretrain.data.settings import RemoteOptions, SourceSettings
 from beit_pretrain.data.sources import nothing_in
 from beit_pretrain.data.split_info import split_address, tars_of_location
 from beit_pretrain.data.storage import is_remote, without_secrets
-from beit_pretrain.data.tar_records import keys_of
 from beit_pretrain.data.tar_specs import expand, is_tar_spec
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import discard, expand_home, publish
@@ -139,7 +138,7 @@ def _scan_remote(urls: list[str], temporary: Path, image_key: tuple[str, ...]) -
     """Read every tar once, write its index, and note what is in it for readers of the same tars."""
     settings = SourceSettings(image_key=list(image_key) or None)
     records = records_of(urls, settings)
-    known, keys = listed(urls, settings, records, anew=True), keys_of(urls)
+    known, keys = listed(urls, settings, records, anew=True), records.keys
     tars = RemoteTars(urls, keys, [known[key]._replace(samples=None) for key in keys], records, settings)
 
     def scan(number: int) -> _Scanned:
