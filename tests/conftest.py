@@ -35,6 +35,12 @@ settings.register_profile("thorough", max_examples=2000, **COMMON)
 settings.load_profile("ci")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory) -> None:
+    """Lists of images go into a folder of the tests, also in child processes."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Reset the number of threads, which a test may have changed by `threads=`; tiny tensors gain nothing from more."""

@@ -93,7 +93,7 @@ def pretrain_words(shards, dvae_checkpoint, tmp_path):
     [
         ("data.train=nowhere", "nowhere does not exist"),
         ("data.val=nowhere", "nowhere does not exist"),
-        ("data.train={empty}", "shards make"),
+        ("data.train={empty}", "empty holds no image"),
         ("image_size=36", "not divisible by patch_size"),
         ("data.token_image_size=64", "one token per patch needs data.token_image_size=32"),
         ("tokenizer.path=nowhere.ckpt", "does not exist"),

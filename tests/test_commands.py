@@ -108,8 +108,8 @@ def test_shards_verify_and_show(shards, run_cli, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("shards verify src=[a,b]", "shards verify takes one folder as src=, not a list"),
-        ("shards show src=[a,b]", "shards show takes one folder as src=, not a list"),
+        ("shards verify src=[a,b]", "shards verify takes one source as src=, not a list"),
+        ("shards show src=[a,b]", "shards show takes one source as src=, not a list"),
         ("shards index src=[a,b]", "a does not exist"),
         ("shards make src=a out=b split=null", "split must be a plain folder name, got null"),
         ("bench loader src=a image_size=null", "image_size must be a whole number of at least 1"),

@@ -230,8 +230,10 @@ class TestErrors:
             pretrain_data(shards, labels_per_class=0)
         with pytest.raises(UserError, match="does not exist"):
             pretrain_data(tmp_path / "nowhere")
-        with pytest.raises(UserError, match=r"give .*train"):
-            ShardReader(shards)
+
+    def test_folder_of_splits(self, shards):
+        assert str(ShardReader(shards).folders[0]) == str(shards / "train")
+        assert str(ShardReader(shards, split="validation").folders[0]) == str(shards / "val")
 
     def test_no_labels(self, shards):
         reader = ShardReader(shards / "train")

@@ -592,7 +592,7 @@ def test_refuses_a_folder_above_images_and_label_maps(tmp_path):
     write_folder(tmp_path, {"parts/train/images/0.jpg": encoded(0), "parts/val/images/0.jpg": encoded(0)})
     write_folder(tmp_path, {"parts/train/annotations/0.png": encoded(0, kind="PNG", mode="L")})
     for src, inner in (("above", "above/ADE"), ("parts", "parts/train"), ("", "above/ADE")):
-        said = rf"{inner}/annotations holds label maps, no photos; give src={tmp_path / inner}, or for the photos alone"
+        said = rf"{inner}/annotations holds label maps, no photos; give {tmp_path / inner}, or for the photos alone"
         with pytest.raises(UserError, match=said):
             make(tmp_path / src, tmp_path.parent / "refused")
     photos = make(tmp_path / "above/ADE/images/training", tmp_path / "photos")

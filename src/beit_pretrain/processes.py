@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from io import TextIOWrapper
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from beit_pretrain.errors import UserError
 
@@ -40,11 +40,11 @@ def cores() -> int:
 
 @contextmanager
 def in_order(
-    num_workers: int, inline: int = 0
+    num_workers: int, inline: int = 0, small: Callable[[Any], bool] = lambda job: False
 ) -> Iterator[Callable[[Callable[[Job], Result], Iterable[Job]], Iterator[Result]]]:
     """Lend a `map` over `num_workers` processes: results in the order of the jobs, at most four jobs per worker ahead.
 
-    The first `inline` jobs run in this process: for a few small jobs, starting other processes takes longer.
+    The first `inline` jobs, and those that are `small`, run in this process: starting others would take longer.
     Raises UserError, from the map, if a process dies.
     """
     if num_workers < 2:
@@ -57,7 +57,14 @@ def in_order(
         yield from map(function, islice(jobs, inline))
         try:
             for job in jobs:
-                waiting.append(pool.submit(function, job))
+                if small(job):
+                    done: Future[Result] = Future()
+                    waiting.append(done)
+                    done.set_result(function(job))
+                else:
+                    waiting.append(pool.submit(function, job))
+                while waiting and waiting[0].done():
+                    yield waiting.popleft().result()
                 if len(waiting) >= 4 * num_workers:
                     yield waiting.popleft().result()
             while waiting:

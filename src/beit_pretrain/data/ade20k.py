@@ -18,8 +18,8 @@ def refuse_label_maps(source: Path, path: str, checked: set[Path]) -> None:
         return
     checked.add(folder)
     if has_label_maps(folder):
-        said = f"give src={folder}, or for the photos alone src={folder / 'images'}"
-        raise UserError(f"src={source}: {folder / 'annotations'} holds label maps, no photos; {said}")
+        said = f"give {folder}, or for the photos alone {folder / 'images'}"
+        raise UserError(f"{source}: {folder / 'annotations'} holds label maps, no photos; {said}")
 
 
 def has_label_maps(folder: Path) -> bool:
@@ -54,7 +54,7 @@ def part(root: Path, split: str | None, left_out: LeftOut | None = None, top: st
     try:
         picked = min(layout.of_split(parts, split))
     except UserError as error:
-        raise UserError(f"src={root} {error}") from None
+        raise UserError(f"{root} {error}") from None
     for name in folders:
         if left_out is not None and name != picked:
             why = layout.OTHER_PART if parts.get(name, parts[picked]) != parts[picked] else layout.BESIDE

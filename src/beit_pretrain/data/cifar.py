@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from beit_pretrain.data.tars import read_named
 from beit_pretrain.errors import UserError, first_line
@@ -36,7 +37,7 @@ def recognised(source: Path) -> bool:
 def part_of(source: Path, split: str) -> Path:
     """The file that holds a split: the archive itself, or one of the unpacked files. Raises UserError."""
     if split not in FILES:
-        raise UserError(f"src={source}: CIFAR-100 has the parts train and test; split={split} is none of them")
+        raise UserError(f"{source}: CIFAR-100 has the parts train and test; split={split} is none of them")
     return source / FILES[split] if source.is_dir() else source
 
 
@@ -103,3 +104,16 @@ def _load(data: bytes) -> dict[bytes, Any]:
 
     loaded = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     return {as_bytes(k): [*map(as_bytes, v)] if isinstance(v, list) else v for k, v in loaded.items()}
+
+
+def image_of(pixels: bytes) -> Image.Image:
+    """An image (RGB) from its `PIXELS` bytes."""
+    planes = np.frombuffer(pixels, np.uint8).reshape(3, SIDE, SIDE)
+    return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+
+
+def as_png(pixels: bytes) -> bytes:
+    """The same as a PNG file."""
+    buffer = io.BytesIO()
+    image_of(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -48,11 +48,11 @@ class ShardData(LightningDataModule):
         self.views: dict[str, Transform] = {"train": train_views, "val": val_views}
         self.settings = chosen = DataSettings(train=train, val=val, **settings)
         self.tokens: dict[str, FixedTokens] = {}  # for splits with cached tokens, whose views are fixed
-        self.readers = {"train": ShardReader(chosen.train, chosen)}
+        self.readers = {"train": ShardReader(chosen.train, chosen, chosen.split or "train")}
         if chosen.val is not None:
-            self.readers["val"] = ShardReader(chosen.val, chosen)
-            classes, known = self.readers["val"].classes, self.classes
-            if classes and classes != known and not self.readers["train"].classes_differ:
+            held_out = self.readers["val"] = ShardReader(chosen.val, chosen, chosen.val_split or "val")
+            differ = held_out.classes_differ or self.readers["train"].classes_differ
+            if held_out.classes and not differ and not held_out.number_classes_as(self.classes):
                 raise UserError(f"data.val={val} has other classes than data.train={train}; make both in one go")
         if chosen.weights is not None and chosen.labels_per_class is not None:
             raise UserError("data.weights and data.labels_per_class exclude each other")

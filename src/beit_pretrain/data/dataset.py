@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -171,7 +172,10 @@ class ShardDataset(Dataset):
         """Read an image file and its label, and draw its augmentation, without decoding. Raises UserError if the shard
         is broken."""
         sample = self._neighbour(address, neighbour)
-        data, label = self.reader.read(sample)
+        try:
+            data, label = self.reader.read(sample)
+        except OSError as error:  # of this sample's own file
+            return partial(_fail, error), -1
         if self.tokens is not None:
             return self.tokens.view(sample, self.order.epoch_of(position), data), label
         rng = generator(self.seed, position, VIEW)
@@ -201,6 +205,10 @@ class ShardDataset(Dataset):
         masked = np.flatnonzero(mask)
         index[: len(masked)] = masked
         return {"mask": mask, "mask_index": index}
+
+
+def _fail(error: Exception) -> dict[str, np.ndarray]:
+    raise error
 
 
 FIRST = "first_position"  # key of a batch

@@ -127,8 +127,8 @@ def says_maps(name: str) -> bool:
 
 # --- parts of a set ----------------------------------------------------------------------------------------------
 
-BESIDE = "beside folders of parts, which alone are read; give it as src= by itself"
-BESIDE_MAPS = "beside images/ and annotations/, which alone are read; give it as src= by itself"
+BESIDE = "beside folders of parts, which alone are read; give it by itself"
+BESIDE_MAPS = "beside images/ and annotations/, which alone are read; give it by itself"
 OTHER_PART = "of another part; split= picks the part"
 
 

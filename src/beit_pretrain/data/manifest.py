@@ -44,9 +44,13 @@ def index_path(shard: Path) -> Path:
 
 def write_index(shard: Path, rows: np.ndarray) -> None:
     """Write the index of a shard: INDEX_DTYPE rows."""
+    write_rows(index_path(shard), rows)
+
+
+def write_rows(path: Path, rows: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, rows)
-    atomic_write(index_path(shard), buffer.getvalue(), durable=True, unique=True)
+    atomic_write(path, buffer.getvalue(), durable=True, unique=True)
 
 
 def _sha256(path: Path) -> str:

@@ -12,14 +12,13 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from os.path import commonprefix
-from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
 
-from beit_pretrain.data.cache import Shard, ShardCache
-from beit_pretrain.data.listing.labels import read_class_names
+from beit_pretrain.data.cache import Shard, ShardCache, name_and_size
+from beit_pretrain.data.local_tars import named_classes
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import FileFolder, OpenFile, cache_folder
 from beit_pretrain.data.storage import MissingError, fetch_file, without_secrets
@@ -39,6 +38,7 @@ class RemoteTars(FileFolder):
     """
 
     remote = True
+    made_of = "remote tars"
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class RemoteTars(FileFolder):
         estimate = min(max([r.bytes or 0 for r in self.known], default=0) or UNKNOWN_SIZE, self.cache.limit // 4)
         shards = zip(plain, self.keys, self.known, strict=True)
         self.shards = [self._shard(url, key, record, estimate) for url, key, record in shards]
+        self.index_at = f"lengths in {records.path}"
         self.about = _about(self.known, self.image_key, settings.classes)
         self.known = [record._replace(labels="") for record in self.known]  # which loader workers need not get
 
@@ -134,7 +135,12 @@ class RemoteTars(FileFolder):
         samples = UNREAD if record.samples is None else record.samples
         stored = hashlib.sha256(f"{key}\n{record.bytes}\n{record.version}".encode()).hexdigest()
         return Shard(
-            name, samples, size or estimate, tar_digest(url, samples, size or 0), stored, record.bytes is not None
+            name,
+            samples,
+            size or estimate,
+            name_and_size(name_of(url), samples, size or 0),
+            stored,
+            record.bytes is not None,
         )
 
     def _fetch(self, number: int, file: BinaryIO) -> None:
@@ -188,25 +194,19 @@ class _Limited:
         return len(data)
 
 
-def tar_digest(url: str, samples: int, size: int) -> str:
-    """What a resumed run compares of a tar, so that tars may move: its file name, samples and bytes.
-
-    `url`: path, command, or address without secrets.
-    """
-    names = re.findall(r"[^\s/'\"]+\.tar\b", url) if url.startswith("pipe:") else []
-    name = names[-1] if names else unquote(url.rpartition("/")[2])
-    return hashlib.sha256(f"{name}\n{samples}\n{size}".encode()).hexdigest()
+def name_of(address: str) -> str:
+    """The file name of a tar at an address without secrets, or in a command."""
+    names = re.findall(r"[^\s/'\"]+\.tar\b", address) if address.startswith("pipe:") else []
+    return names[-1] if names else unquote(address.rpartition("/")[2])
 
 
-def _about(known: Sequence[TarRecord], image_key: Sequence[str], given: int | str | Path | None) -> dict[str, Any]:
+def _about(known: Sequence[TarRecord], image_key: Sequence[str], given: int | str | None) -> dict[str, Any]:
     """What a manifest would say. Raises UserError for `given` classes that are fewer than the tars have."""
     read = [record for record in known if record.size is not None]
     counts = class_counts(record.labels for record in read)
     names = [*map(str, range(len(counts)))] if len(read) == len(known) else []
     if given is not None:
-        names = [*map(str, range(given))] if isinstance(given, int) else read_class_names(given)
-        if len(names) < len(counts):
-            raise UserError(f"data.classes={given}: there are {len(names)}, but the tars have number {len(counts) - 1}")
+        names = named_classes(given, len(counts))
     counts = np.pad(counts, (0, len(names) - len(counts))) if len(names) >= len(counts) else np.zeros(0, np.int64)
     if names and len(read) < len(known):  # not counted: as if every sample had a class, and all classes as many
         samples = sum(record.samples or 0 for record in known)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
+from beit_pretrain.data.left_out import summary
 from beit_pretrain.data.manifest import MANIFEST, image_key_of, index_path, parse_manifest, read_manifest
 from beit_pretrain.data.order import MethodCache
 from beit_pretrain.data.settings import RemoteOptions
@@ -44,6 +45,8 @@ class ShardFolder(ABC):
     about: dict[str, Any]
     shards: list[Shard]
     remote = False  # whether shards are fetched before they are read
+    made_of = "shards"
+    index_at = ""  # where the index lies, for the user
 
     @abstractmethod
     def index(self, number: int) -> np.ndarray:
@@ -62,6 +65,24 @@ class ShardFolder(ABC):
 
     def label_map(self, number: int, row: int, offset: int, size: int) -> bytes:
         return self.read(number, row, offset, size)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def description(self) -> str:
+        """What was found, in one line: images, shards, classes, bytes, where the index lies, what was left out."""
+        classes, left_out = len(self.about["classes"]), self.about.get("left_out")
+        found = [f"{sum(shard.samples for shard in self.shards):,} images in {self.count:,} {self.made_of}"]
+        found += [f"{classes:,} classes" if classes else "no classes", f"{self.total_bytes / 1e9:,.3g} GB"]
+        found += [self.index_at] if self.index_at else []
+        return f"{self}: {', '.join(found)}" + (f"; {summary(left_out)}" if left_out else "")
+
+    @property
+    def count(self) -> int:
+        """Number of the files."""
+        return len(self.shards)
 
     def where(self, number: int) -> str:
         """The shard's path or location, for messages."""
@@ -161,6 +182,7 @@ class RemoteFolder(FileFolder):
     remote = True
 
     def __init__(self, location: str, access: RemoteOptions):
+        self.index_at = f"fetched into {cache_folder(access)}"
         self.source = Remote(location, access.retries, access.timeout)
         data = self.source.read(MANIFEST, MANIFEST_LIMIT, _check_end)
         text, where = data.decode("utf-8", errors="replace"), f"{MANIFEST} of {self.source}"

@@ -195,7 +195,7 @@ def _picked(
     try:
         picked = layout.of_split(parts, split)
     except UserError as error:
-        raise UserError(f"src={os.path.join(source, path).rstrip('/')} {error}") from None
+        raise UserError(f"{os.path.join(source, path).rstrip('/')} {error}") from None
     read = {parts[name] for name in picked}
     for name in [name for name in (*inner, *files) if name not in picked]:
         if parts.get(name, next(iter(read))) not in read:

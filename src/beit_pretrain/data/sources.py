@@ -23,7 +23,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import expand_home
 from beit_pretrain.transforms.image_io import MAX_PIXELS
 
-ADVICE = "give a folder of class folders, a tar, or synthetic"
+ADVICE = "give a folder of class folders, a folder of images, or a tar"
 # Of a unit: name (after top and prefix), folder that may name the class (see folder_classes.py), offset, size in bytes.
 Row = tuple[str, str | None, int, int]
 
@@ -86,7 +86,7 @@ def units(
         top = top.removesuffix(f"{source.name}/") if as_class else top  # then the prefix contains the name
         yield from _file_units(source, source.name, top, alone=not as_class)
     elif (source / "manifest.json").is_file() and any(source.glob("*.index.npy")):
-        raise UserError(f"src={source} is a shard folder already; shards index lists foreign shards, fit reads ours")
+        raise UserError(f"{source} is a shard folder already; shards index lists foreign shards, fit reads ours")
     elif ade20k.has_label_maps(source):
         images = ade20k.part(source / "images", choice.split, left_out, f"{top}images/")
         masks = ade20k.part(source / "annotations", choice.split)
@@ -164,7 +164,7 @@ def nothing_in(source: str | Path, advice: str, left_out: LeftOut) -> UserError:
     path = expand_home(source)
     alone = layout.why_no_image(path.name) if path.is_file() else None  # such as a zip
     why = alone or next((f"{key}: {why}" for key, why in left_out.examples() if why not in EXPECTED), advice)
-    return UserError(f"src={source} holds no image; {why}")
+    return UserError(f"{source} holds no image; {why}")
 
 
 def list_images(src: str | Path, choice: Choice = EVERYTHING, left_out: LeftOut | None = None) -> list[Candidate]:
@@ -216,7 +216,7 @@ def _check_kind(source: Path, advice: str) -> None:
     """Raise UserError for a source that is neither a folder nor a file: reading a pipe could block for ever."""
     if not (source.is_dir() or source.is_file()):
         fault = "is a pipe or a device" if os.path.exists(source) else "does not exist"
-        raise UserError(f"src={source} {fault}; {advice}")
+        raise UserError(f"{source} {fault}; {advice}")
 
 
 def _folder_units(root: Path, top: str, choice: Choice, left_out: LeftOut) -> Iterator[SourceGroup]:

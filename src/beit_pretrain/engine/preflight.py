@@ -13,11 +13,16 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import WeightAveraging
 
 from beit_pretrain.data.dataset import BatchSchedule
+from beit_pretrain.data.listed_folder import ListedFolder
 from beit_pretrain.engine.checkpointing import check_space, size
 from beit_pretrain.engine.optim import configure
 from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.task import Task, find_task, task_names
 from beit_pretrain.errors import UserError
+
+# ImageNet's photos with a shorter side of 288 pixels, for views of 224: 43 kB (data/README.md).
+SHRUNK_SIDE, SHRUNK_BYTES = 288, 43_000
+PAYS = 2  # times fewer bytes
 
 
 def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> list[str]:
@@ -32,7 +37,7 @@ def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> lis
     if "val" in task.data.readers:
         task.data.eval_dataset("val").sample(0)
     configure(task.module.model, task.module.optim, total_steps=1)
-    lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
+    lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes", *sources(task)]
     lines += task.preflight()
     space = check_space(
         cfg.folder / "checkpoints",
@@ -48,6 +53,27 @@ def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> lis
         raise UserError(f"trainer.precision={trainer.precision}: this GPU has no bf16; take 16-mixed or 32-true")
     lines.append(f"  precision: {trainer.precision} on {type(trainer.accelerator).__name__}")
     return lines
+
+
+def sources(task: Task) -> list[str]:
+    """What was found in each source of images, and where shards would pay."""
+    lines = []
+    for split, reader in task.data.readers.items():
+        for folder in reader.folders:
+            lines.append(f"  data.{split}: {folder.description()}")
+            side, each = task.cfg.image_size, folder.total_bytes / sum(shard.samples for shard in folder.shards)
+            if isinstance(folder, ListedFolder) and each > PAYS * shrunk_bytes(side):
+                make = f"shards make src={folder} out=FOLDER resize={round(side * SHRUNK_SIDE / 224)}"
+                lines.append(
+                    f"  note: its images have {each / 1e3:,.0f} kB on average; of shards made by {make}, "
+                    f"{each / shrunk_bytes(side):.0f} times fewer bytes would be read"
+                )
+    return lines
+
+
+def shrunk_bytes(image_size: int) -> float:
+    """Usual bytes of a photo that `shards make resize=` shrank for a view of `image_size` pixels."""
+    return SHRUNK_BYTES * (image_size / 224) ** 2
 
 
 def images_at_once(cfg: FitSettings, trainer: Trainer) -> int:

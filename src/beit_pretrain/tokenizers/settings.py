@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, Strict
 
-from beit_pretrain.data.settings import RemoteOptions
-from beit_pretrain.settings import Count, Paths, PathStr, Rule, Seconds, Seed, Settings, Side, Text, Whole, about
+from beit_pretrain.data.settings import SourceSettings
+from beit_pretrain.settings import Count, Name, Paths, PathStr, Rule, Seconds, Seed, Settings, Side, Text, Whole, about
 from beit_pretrain.transforms.settings import ViewSettings
 
 Views = Annotated[int, Strict(), Field(ge=1, le=1024)]
@@ -29,12 +29,13 @@ class TokenizerSettings(Settings):
     path: PathStr | None = about("folder of OpenAI's dVAE, or checkpoint of a tokenizer run")
 
 
-class TokenizeSettings(ViewSettings, RemoteOptions):
+class TokenizeSettings(ViewSettings, SourceSettings):
     """Settings of `tokenize`. A run that uses the tokens must have the same image_size, patch_size and views."""
 
     defaults = "tokenize.yaml"
 
-    src: Paths = about("shard folder or location, or a list of them; data=SHARDS is the same")
+    src: Paths = about("what data.train takes, such as a shard folder; data=SHARDS is the same")
+    split: Name | None = about("part that is read of a source with parts; null = train")
     out: PathStr | None = about("folder for the tokens; null = the folder tokens in the shard folder")
     tokenizer: TokenizerSettings | None = about("tokenizer=openai, or dvae for your own; with tokenizer.path=")
     views: Views = about("views of every image; a run uses them in turn, one per epoch")

@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from beit_pretrain.config import as_user_errors
+from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.order import CACHED_VIEW, Sample, generator
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.storage import is_remote
 from beit_pretrain.errors import UserError, first_line, stop_if_memory_was_short
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.models.backbone import patch_grid
 from beit_pretrain.processes import cores, end_with_parent
 from beit_pretrain.settings import to_dict
@@ -64,8 +66,9 @@ def tokenize(cfg: TokenizeSettings) -> None:
     if len(sources) > 1 and cfg.out:
         raise UserError("out= takes the tokens of one data set; those of a list lie in each one's own folder tokens")
     for source in sources:
-        if is_remote(source) and not cfg.out:
-            raise UserError(f"{source} is on another machine: out= must say where its tokens go, such as out=FOLDER")
+        path = None if is_remote(source) else expand_home(source)
+        if not cfg.out and (path is None or (path.exists() and not (path / MANIFEST).is_file())):
+            raise UserError(f"{source} is no local shard folder: out= must say where its tokens go, such as out=FOLDER")
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     if cfg.tokenizer is None or not cfg.tokenizer.target:
@@ -82,7 +85,7 @@ def tokenize(cfg: TokenizeSettings) -> None:
     num_workers = cores() if cfg.num_workers is None else cfg.num_workers
     how = TokenizeOptions((number, parts), cfg.batch_size, num_workers, device)
     for source in sources:
-        reader = ShardReader(source, cfg)
+        reader = ShardReader(source, cfg, cfg.split or "train")
         out = Path(cfg.out or Path(source) / "tokens")
         if make_tokens(reader, out, tokenizer, views, grid, cfg.views, cfg.seed, how):
             print(f"made {out}\n{summary(out)}\nuse them with data.tokens={out}")

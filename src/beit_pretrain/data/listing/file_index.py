@@ -65,11 +65,14 @@ class Listing:
         candidate = candidate_of(unit, (name, class_name, offset, size))
         return candidate._replace(path=str(_pixel_file(self.folder, unit))) if unit.kind == "cifar" else candidate
 
+    def class_numbers(self, classes: list[str]) -> np.ndarray:
+        """Index in `classes` by the number in `rows["class"]`: also at -1 (no class) and UNLISTED. Raises KeyError."""
+        number = {name: index for index, name in enumerate(classes)}
+        return np.array([number[name] for name in self.classes] + [UNLISTED, -1], np.int32)
+
     def labels(self, classes: list[str]) -> np.ndarray:
         """Index in `classes` of every row's class, -1 where there is none, or UNLISTED. Raises KeyError."""
-        number = {name: index for index, name in enumerate(classes)}
-        index = np.array([number[name] for name in self.classes] + [UNLISTED, -1], np.int32)
-        return index[self.rows["class"]]  # the two last are at -2 and -1
+        return self.class_numbers(classes)[self.rows["class"]]
 
     def digest(self) -> str:
         """SHA-256 over keys, sizes and classes: the same for the same files, wherever they lie."""
@@ -78,6 +81,12 @@ class Listing:
             for start in range(0, len(column), 2**20):
                 digest.update(column[start : start + 2**20].tobytes())
         return digest.hexdigest()
+
+
+def shuffled_rows(count: int, seed: int) -> np.ndarray:
+    """The order in which the rows of a listing become samples, int64 (count,)."""
+    # Sorts raw draws for the reason in `order.permutation`.
+    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
 
 opened_listing = lru_cache(maxsize=1)(Listing)  # once per process
@@ -118,7 +127,7 @@ def build_listing(
         open(folder / "rows", "wb") as table,
         open(folder / "units.jsonl", "w", encoding="utf-8") as lines,
         tqdm(desc="listing", unit=" files") as bar,
-        in_order(num_workers, inline=FEW) as run,
+        in_order(num_workers, FEW, lambda unit: unit.kind == "files") as run,
     ):
         listing = source_units(sources, choice, images, left_out)
         for unit, listed, without in run(partial(_rows, folder, choice), listing):

@@ -1,4 +1,4 @@
-"""Contact sheet of a shard folder: a look at the images and classes before training."""
+"""Contact sheet of a source: a look at the images and classes before training."""
 
 from __future__ import annotations
 
@@ -7,37 +7,36 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from beit_pretrain.data.manifest import index_path, read_manifest
-from beit_pretrain.data.sources import read_bytes
+from beit_pretrain.data.order import Sample
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.fileio import expand_home
 from beit_pretrain.transforms.image_io import MAX_PIXELS, open_image, to_rgb
 
 
-def contact_sheet(folder: str | Path, path: str | Path, columns: int = 8, rows: int = 6, cell: int = 96) -> None:
+def contact_sheet(
+    source: str | Path | ShardReader, path: str | Path, columns: int = 8, rows: int = 6, cell: int = 96
+) -> None:
     """Write a PNG of `columns` x `rows` first samples of evenly spaced shards, `cell` pixels a side, classes below.
 
     An image that does not decode is a cell that says so.
-    Raises UserError if there are no shards, a shard cannot be read, or the PNG cannot be written.
+    Raises UserError if there are no images, a shard cannot be read, or the PNG cannot be written.
     """
     if min(columns, rows, cell) < 1:
         raise UserError(f"columns, rows and cell must be 1 or more, got {columns}, {rows} and {cell}")
-    manifest = read_manifest(folder)
-    folder, path, text = expand_home(folder), expand_home(path), 14
-    shards = manifest["shards"]
+    reader = source if isinstance(source, ShardReader) else ShardReader(source)
+    path, text = expand_home(path), 14
     sheet = Image.new("RGB", (columns * cell, rows * (cell + text)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
-    wanted = np.arange(columns * rows) * len(shards) // (columns * rows)  # the shard of every cell
+    wanted = np.arange(columns * rows) * len(reader.shards) // (columns * rows)  # the shard of every cell
     place = 0
     try:
-        for number in np.unique(wanted):
-            shard = folder / shards[number]["name"]
-            for row in np.load(index_path(shard), allow_pickle=False)[: np.sum(wanted == number)]:
-                data = read_bytes(shard, int(row["image_offset"]), int(row["image_size"]))
-                small = _small(data, cell, manifest["settings"].get("max_pixels", MAX_PIXELS))
+        for number in np.unique(wanted).tolist():
+            for row in range(min(int(np.sum(wanted == number)), reader.sizes[number])):
+                small, label = _small(reader, Sample(number, row), cell)
                 x, y = place % columns * cell, place // columns * (cell + text)
                 sheet.paste(small, (x + (cell - small.width) // 2, y + (cell - small.height) // 2))
-                name = " ".join(manifest["classes"][row["label"]].split()) if row["label"] >= 0 else ""
+                name = " ".join(reader.classes[label].split()) if label >= 0 else ""
                 while draw.textlength(name, font) > cell - 4:
                     name = name[:-1]
                 draw.text((x + 2, y + cell), name, "black", font)
@@ -48,13 +47,17 @@ def contact_sheet(folder: str | Path, path: str | Path, columns: int = 8, rows: 
         raise UserError(f"cannot draw {path}: {error}") from None
 
 
-def _small(data: bytes, cell: int, max_pixels: int) -> Image.Image:
-    """An image file within a square of `cell` pixels, or a note that it cannot be decoded."""
+def _small(reader: ShardReader, sample: Sample, cell: int) -> tuple[Image.Image, int]:
+    """An image within a square of `cell` pixels, or a note that it cannot be decoded; and its label."""
+    label = -1
     try:
-        with open_image(data, max_pixels) as image:
-            return ImageOps.contain(to_rgb(image), (cell, cell))
+        data, label = reader.read(sample)
+        with open_image(data, reader.manifest["settings"].get("max_pixels", MAX_PIXELS)) as image:
+            return ImageOps.contain(to_rgb(image), (cell, cell)), label
+    except UserError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly everything on broken files
         stop_if_memory_was_short(error, "a sample")
         note = Image.new("RGB", (cell, cell), "lightgrey")
         ImageDraw.Draw(note).text((4, cell // 2 - 6), "not decoded", "black", ImageFont.load_default(10))
-        return note
+        return note, label

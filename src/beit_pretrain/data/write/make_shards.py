@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.listing import synthetic
-from beit_pretrain.data.listing.file_index import Listing, build_listing, opened_listing
+from beit_pretrain.data.listing.file_index import Listing, build_listing, opened_listing, shuffled_rows
 from beit_pretrain.data.listing.labels import segmentation_names
 from beit_pretrain.data.listing.settings import ClassSettings, LabelSettings
 from beit_pretrain.data.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
@@ -172,8 +172,7 @@ def _validation_part(labels: np.ndarray, val: float) -> np.ndarray:
 
 def _split_rows(labels: np.ndarray, names: list[str], val: float, seed: int) -> dict[str, np.ndarray]:
     """Rows of the listing, whose class indices are `labels`, in the order of each split. Raises UserError."""
-    # Sorts raw draws for the reason in `order.permutation`.
-    order = np.argsort(np.random.PCG64(seed).random_raw(len(labels)), kind="stable")
+    order = shuffled_rows(len(labels), seed)
     in_val = _validation_part(labels[order], val)
     return {name: order[in_val == (val > 0 and name == "val")] for name in names}
 

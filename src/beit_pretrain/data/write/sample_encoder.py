@@ -54,8 +54,7 @@ def _image_members(candidate: Candidate, settings: EncodeSettings, about: dict[s
     data = _read(candidate, settings.max_pixels)
     label_map, map_file = _label_map(candidate.mask, settings.max_pixels) if candidate.mask else (None, b"")
     if candidate.kind == "cifar":
-        planes = np.frombuffer(data, np.uint8).reshape(3, cifar.SIDE, cifar.SIDE)
-        image, extension = Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0))), ""
+        image, extension = cifar.image_of(data), ""
     else:
         image, extension = _decoded(data, settings, about, label_map.size if label_map else None)
     if label_map is not None and label_map.size != image.size:

@@ -57,6 +57,7 @@ class EncodeSettings(Settings):
     percentiles: Percentiles = about("the same by each image's own values, for grey images of more than 8 bits")
     max_pixels: Count = Field(MAX_PIXELS, description="images of more pixels are refused before they are decoded")
     image_key: ImageKey = about("extensions of the image, such as jpg or rgb.png, where files or members share a name")
+    label_key: Name | None = about("column of the class in parquet and Arrow files; null = found")
     images: Count = about("of the synthetic set")
     size: Side = about("of the synthetic images, pixels")
 
