@@ -25,7 +25,10 @@ class Answer:
 
 @dataclass
 class Server:
-    """Files by path, and the answers to the next requests; `asked` records path, Range and If-Range of past ones."""
+    """Files by path (with a query, or for any), and the answers to the next requests.
+
+    `asked` records path, Range and If-Range of past ones.
+    """
 
     files: dict[str, bytes] = field(default_factory=dict)
     etag: str | None = '"1"'
@@ -33,6 +36,8 @@ class Server:
     ranges: bool = True
     heeds_if_range: bool = True
     length: bool = True
+    head: bool = False  # whether HEAD requests are answered; otherwise with 501
+    stated: int | None = None  # a length that is sent instead of the true one
     next: list[Answer] = field(default_factory=list)
     asked: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     authorizations: list[str | None] = field(default_factory=list)
@@ -45,7 +50,7 @@ class Server:
         self.asked.append((handler.path, given["Range"], given["If-Range"]))
         self.authorizations.append(given["Authorization"])
         todo = self.next.pop(0) if self.next else Answer()
-        data = self.files.get(handler.path)
+        data = self.files.get(handler.path, self.files.get(handler.path.partition("?")[0]))
         if todo.reset:
             return
         if todo.status or data is None:
@@ -56,6 +61,8 @@ class Server:
             handler.end_headers()
             return
         body = self._head(handler, data, todo)
+        if handler.command == "HEAD":
+            return
         for start in range(0, len(body[: todo.cut]), 1024):
             part = body[start : min(start + 1024, todo.cut or len(body))]
             handler.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if todo.chunked else part)
@@ -67,17 +74,22 @@ class Server:
         """Send status and headers; returns the body."""
         given = handler.headers
         same = given["If-Range"] in (None, self.etag, self.modified) or not self.heeds_if_range
-        start = int(found[1]) if (found := re.fullmatch(r"bytes=(\d+)-", given["Range"] or "")) else 0
+        found = re.fullmatch(r"bytes=(\d+)-(\d*)", given["Range"] or "")
+        start, end = (int(found[1]), int(found[2] or len(data) - 1)) if found else (0, len(data) - 1)
         partly = self.ranges and same and given["Range"] is not None
         if partly and start >= len(data):
             handler.send_response(416)
             body = b""
         else:
             handler.send_response(206 if partly else 200)
-            body = data[start:] if partly else data
+            body = data[start : end + 1] if partly else data
             if partly:
-                handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        lengths = {"Transfer-Encoding": "chunked"} if todo.chunked else {"Content-Length": str(len(body))}
+                handler.send_header("Content-Range", f"bytes {start}-{end}/{self.stated or len(data)}")
+        lengths = (
+            {"Transfer-Encoding": "chunked"}
+            if todo.chunked
+            else {"Content-Length": str(len(body) if partly else self.stated or len(body))}
+        )
         tags = {"ETag": self.etag, "Last-Modified": self.modified}
         for name, value in {**(lengths if self.length else {}), **tags, **todo.headers}.items():
             if value is not None:
@@ -98,6 +110,12 @@ def serving(server: Server | None = None) -> Iterator[Server]:
             self.close_connection = True
             with suppress(ConnectionError):  # the client hung up
                 server.answer(self)
+
+        def do_HEAD(self):
+            if server.head:
+                self.do_GET()
+            else:
+                self.send_error(501)
 
         def end_headers(self):
             self.send_header("Connection", "close")  # or a client may ask again on the connection that is about to go

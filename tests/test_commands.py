@@ -110,7 +110,7 @@ def test_shards_verify_and_show(shards, run_cli, tmp_path):
     [
         ("shards verify src=[a,b]", "shards verify takes one source as src=, not a list"),
         ("shards show src=[a,b]", "shards show takes one source as src=, not a list"),
-        ("shards index src=[a,b]", "shards index takes one source as src=, not a list"),
+        ("shards index src=[a,b]", "a does not exist"),
         ("shards make src=a out=b split=null", "split must be a plain folder name, got null"),
         ("bench loader src=a image_size=null", "image_size must be a whole number of at least 1"),
     ],

@@ -45,7 +45,7 @@ class Shard(NamedTuple):
     """A shard's entry in the manifest, or a file from which a shard is made."""
 
     name: str
-    samples: int
+    samples: int  # -1: not known yet
     bytes: int
     sha256: str
     stored: str = ""  # its name in the cache, 64 hexadecimal digits, if not `sha256`
@@ -99,7 +99,7 @@ class ShardCache:
             return index_shard(f"/dev/fd/{descriptor}", image_key)
         with suppress(OSError, ValueError, EOFError):
             rows = np.load(self._path(shard, "index.npy"), allow_pickle=False)
-            if rows.dtype == INDEX_DTYPE and len(rows) == shard.samples:
+            if rows.dtype == INDEX_DTYPE and (len(rows) == shard.samples or shard.samples < 0):
                 return rows
         return index_shard(f"/dev/fd/{descriptor}")  # the shard has just been evicted
 
@@ -134,7 +134,8 @@ class ShardCache:
 
     def _filled(self, file: BinaryIO, shard: Shard, fetch: Callable[[BinaryIO], None], urgent: bool) -> int | None:
         """Download the shard into its partial file, which this process has locked, and rename it."""
-        about_index = INDEX_HEADER + INDEX_DTYPE.itemsize * shard.samples
+        most = shard.samples if shard.samples >= 0 else shard.bytes // 1024  # a member has at least two blocks
+        about_index = INDEX_HEADER + INDEX_DTYPE.itemsize * most
         self._check_fits(shard.name, shard.bytes + shard.spare, about_index)
         while not self._reserved(file, shard.bytes + shard.spare + about_index, urgent):
             if not urgent:
@@ -149,7 +150,7 @@ class ShardCache:
             self._reserved(file, final + about_index, urgent=True)
         os.ftruncate(file.fileno(), final + about_index)
         index = index_shard(file.name)
-        if not shard.exact and len(index) != shard.samples:
+        if not shard.exact and shard.samples >= 0 and len(index) != shard.samples:
             raise UserError(f"{shard.name} has {len(index):,} images and not {shard.samples:,}; it has changed")
         fileio.flush(file)
         with self._locked():  # no process may take the index's reserved space before it is written

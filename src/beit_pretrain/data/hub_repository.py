@@ -16,7 +16,7 @@ import yaml
 
 from beit_pretrain.data.storage import DownloadError, Remote, without_secrets
 from beit_pretrain.data.table_files import are_tables, choose, parts_of_split
-from beit_pretrain.data.transports import hub_system
+from beit_pretrain.data.transports import file_system
 from beit_pretrain.errors import UserError, first_line
 
 README_LIMIT = 1 << 24  # bytes
@@ -65,7 +65,7 @@ def _listing(source: str, where: str) -> tuple[list[HubFile], str, str]:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoFile
 
-    system = hub_system()
+    system = file_system("hf")
     try:
         place = system.resolve_path(source)
         folder = place.path_in_repo

@@ -36,8 +36,8 @@ def index_shard(path: str | Path, image_key: Sequence[str] = ()) -> np.ndarray:
     return scan_shard(Path(path), image_key, LeftOut())
 
 
-def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut) -> np.ndarray:
-    """`index_shard`; what is left out goes into `left_out`.
+def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut, tar: str | None = None) -> np.ndarray:
+    """`index_shard`; what is left out goes into `left_out`, under the name `tar`, or the path's.
 
     As in WebDataset, a sample's key is the path up to the first dot of the file name, but numbers after it belong to
     the key if no member has the bare one (`scan.0001.jpg`, `scan.0002.jpg`). The last part of the extension gives the
@@ -46,9 +46,10 @@ def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut) -> np.nd
     of a key starts a new sample. Label maps with keys of their own (`masks/k.png`, `k_mask.png`) are left out.
     """
     notes: list[str] = []
+    tar = tar or path.name
     members = [(*layout.split_key(name), name, offset, size) for name, offset, size in scan_tar(path, notes=notes)]
     for text in notes:
-        left_out.note(path.name, text)
+        left_out.note(tar, text)
     bare = {key for key, extension, *_ in members if "." not in extension}
     for place, (key, extension, name, offset, size) in enumerate(members):
         if key not in bare and (number := NUMBERS.match(extension)):
@@ -62,10 +63,10 @@ def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut) -> np.nd
         if kind == "image" and (key in maps or name[: name.rfind("/") + 1] in folders):
             kind = layout.MAP
         if kind not in ("image", "seg.png", "cls"):
-            left_out.add(f"{path.name}/{name}", kind, folder=path.name)
+            left_out.add(f"{tar}/{name}", kind, folder=tar)
             continue
         if key not in of_key or extension in of_key[key].extensions:
-            of_key[key] = _Sample(f"{path.name}/{name}")
+            of_key[key] = _Sample(f"{tar}/{name}")
             samples.append(of_key[key])
         sample = of_key[key]
         rank = label_map_names.image_rank(extension, image_key) if kind == "image" else (extension != kind,)
@@ -82,9 +83,9 @@ def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut) -> np.nd
     for sample in samples:
         further = sample.images - ("image" in sample.ranks)
         if further:
-            left_out.add(sample.first, layout.FURTHER, further, path.name)
+            left_out.add(sample.first, layout.FURTHER, further, tar)
         if not sample.row[1]:
-            left_out.add(sample.first, EMPTY if "image" in sample.ranks else NO_IMAGE_IN_SAMPLE, folder=path.name)
+            left_out.add(sample.first, EMPTY if "image" in sample.ranks else NO_IMAGE_IN_SAMPLE, folder=tar)
     return np.array([tuple(sample.row) for sample in samples if sample.row[1]], INDEX_DTYPE)
 
 

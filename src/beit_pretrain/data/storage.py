@@ -43,6 +43,10 @@ class DownloadError(UserError):
     """A download failed: no network, no such file, or repeated broken connections."""
 
 
+class MissingError(DownloadError):
+    """There is no such file, or it is refused: trying again would not help."""
+
+
 LASTING = (PermanentError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -66,6 +70,34 @@ def without_secrets(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def check_address(url: str, end: str = "") -> None:
+    """Raise UserError for a password in an address. `end`: of the path of the command that is proposed."""
+    if url.lower().startswith("http") and "@" in urlsplit(url).netloc:
+        raise UserError(
+            f"{without_secrets(url)}: names and passwords in an address are not sent; give a signed address, or a pipe "
+            f"such as 'pipe:curl -sf --netrc https://HOST/PATH{end}'"
+        )
+
+
+def read_file(url: str, limit: int, retries: int, timeout: float, check: Callable[[bytes], object] = len) -> bytes:
+    """The content of a small file at an address, of at most `limit` bytes; `check` as of `Remote.read`.
+
+    Raises MissingError if there is none, DownloadError otherwise.
+    """
+    buffer = io.BytesIO()
+    transfer = Transfer(buffer, timeout, limit, begin=lambda total, version: buffer.truncate())
+    _receive(url, transfer, retries + 1, lambda: check(buffer.getvalue()), f"{without_secrets(url)} cannot be fetched")
+    return buffer.getvalue()
+
+
+def fetch_file(url: str, transfer: Transfer, retries: int, check: Callable[[], object]) -> None:
+    """Download the file at an address into a transfer; `check` as of `Remote.fetch`.
+
+    Raises DownloadError if the download fails, OSError if the local file cannot be written.
+    """
+    _receive(url, transfer, retries + 1, check, f"{without_secrets(url)} cannot be fetched")
+
+
 @dataclass(frozen=True)
 class Remote:
     """A remote folder at a location as in the module's docstring."""
@@ -75,14 +107,9 @@ class Remote:
     timeout: float = 60.0  # seconds without a byte after which a try fails
 
     def __post_init__(self) -> None:
-        if self.location.startswith("pipe:"):
-            if "{name}" not in self.location:
-                raise UserError(f"{self.location}: a pipe needs {{name}} where the name of the file belongs")
-        elif self.location.lower().startswith("http") and "@" in urlsplit(self.location).netloc:
-            raise UserError(
-                f"{self}: names and passwords in an address are not sent; give a signed address, or a pipe such as "
-                "'pipe:curl -sf --netrc https://HOST/PATH/{name}'"
-            )
+        if self.location.startswith("pipe:") and "{name}" not in self.location:
+            raise UserError(f"{self.location}: a pipe needs {{name}} where the name of the file belongs")
+        check_address(self.location, "/{name}")
 
     def __str__(self) -> str:
         return without_secrets(self.location)
@@ -253,19 +280,24 @@ def _receive(
         except (PermanentError, OSError) as error:
             failed = 0 if progress_counts and transfer.position > furthest else failed + 1
             furthest = max(furthest, transfer.position)
-            why, asked = _reason(error), getattr(error, "pause", 0.0)
+            why, asked = reason_of(error), getattr(error, "pause", 0.0)
             if isinstance(error, LASTING):
-                raise DownloadError(f"{failure}: {why}") from None
+                raise MissingError(f"{failure}: {why}") from None
             if failed >= tries:
                 raise DownloadError(f"{failure} ({tries} {'tries' if tries > 1 else 'try'}): {why}") from None
             if transfer.limit is not None and transfer.position >= transfer.limit:  # complete, but wrong
                 transfer.restart()
         transfer.bar.set_postfix_str(why)
-        pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** min(max(failed - 1, 0), 10))
-        sleep(max(pause * _random.uniform(*JITTER), min(asked, LONGEST_PAUSE)))
+        sleep(pause_before_retry(failed, asked))
 
 
-def _reason(error: Exception) -> str:
+def pause_before_retry(failed: int, asked: float = 0.0) -> float:
+    """Seconds to wait after `failed` failures in a row. `asked`: seconds that the server asks for."""
+    pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** min(max(failed - 1, 0), 10))
+    return max(pause * _random.uniform(*JITTER), min(asked, LONGEST_PAUSE))
+
+
+def reason_of(error: Exception) -> str:
     """A failure in a few words, without the query strings of addresses."""
     said = first_line(error)
     if isinstance(error, TimeoutError):

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, BinaryIO, NoReturn
@@ -122,7 +122,7 @@ def receive_once(url: str, transfer: Transfer) -> None:
         if scheme == "pipe":
             _from_pipe(url[5:], transfer)
         elif scheme in ("http", "https", "hf"):
-            _from_http(*_hub_address(url) if scheme == "hf" else (url, {}), transfer)
+            run_async(_http(*_hub_address(url) if scheme == "hf" else (url, {}), transfer))
         else:
             _from_file_system(scheme, url, transfer)
         transfer.finish()
@@ -175,26 +175,26 @@ def _file_system(scheme: str, process: int) -> Any:
     return fsspec.filesystem(scheme, skip_instance_cache=True)
 
 
-def hub_system() -> Any:
-    """The file system of the Hugging Face Hub of this process."""
-    return _file_system("hf", os.getpid())
+def file_system(scheme: str) -> Any:
+    """fsspec's file system in this process, for s3, gs, hf and file. Raises PermanentError if a package is missing."""
+    try:
+        return _file_system(scheme, os.getpid())
+    except ImportError as error:
+        said = f"it needs more packages: pip install 'beit_pretrain[remote]' ({first_line(error)})"
+        raise PermanentError(said) from None
 
 
 def _from_file_system(scheme: str, url: str, transfer: Transfer) -> None:
     """Download s3://, gs:// or file://; timeouts, credentials and endpoints are those of the file system."""
-    try:
-        system = _file_system(scheme, os.getpid())
-        path = unquote(urlsplit(url).path) if scheme == "file" else system._strip_protocol(url)
-        with system.open(path, "rb") as file:
-            version = system.ukey(path)
-            start = transfer.position if transfer.version == version else 0
-            transfer.resume(start, file.size, version)
-            file.seek(start)
-            while chunk := file.read(CHUNK):
-                transfer.write(chunk)
-    except ImportError as error:
-        said = f"it needs more packages: pip install 'beit_pretrain[remote]' ({first_line(error)})"
-        raise PermanentError(said) from None
+    system = file_system(scheme)
+    path = unquote(urlsplit(url).path) if scheme == "file" else system._strip_protocol(url)
+    with system.open(path, "rb") as file:
+        version = system.ukey(path)
+        start = transfer.position if transfer.version == version else 0
+        transfer.resume(start, file.size, version)
+        file.seek(start)
+        while chunk := file.read(CHUNK):
+            transfer.write(chunk)
 
 
 def _hub_address(url: str) -> tuple[str, dict[str, str]]:
@@ -206,11 +206,11 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers
 
-    system = hub_system()
+    system = file_system("hf")
     try:
         found = system.resolve_path(url)
     except HfHubHTTPError as error:
-        _refuse(error.response.status_code, error.response.reason_phrase, error.response.headers)
+        refuse(error.response.status_code, error.response.reason_phrase, error.response.headers)
     except (OSError, NotImplementedError, ValueError) as error:  # no such repository, offline mode, invalid address
         raise PermanentError(first_line(error)) from None
     if not hasattr(found, "repo_id"):
@@ -227,49 +227,67 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _from_http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
-    future = asyncio.run_coroutine_threadsafe(_http(url, headers, transfer), _event_loop(os.getpid()))
+def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine, which runs in the thread of the event loop."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, _event_loop(os.getpid()))
     try:
-        future.result()
+        return future.result()
     finally:
         future.cancel()  # after a Ctrl-C
 
 
+def http_session(**connector: Any) -> Any:
+    """A session of aiohttp; `connector`: settings of its connections."""
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(**connector),
+        headers={"User-Agent": f"beit_pretrain/{__version__}", "Accept-Encoding": "identity"},
+        auto_decompress=False,
+        requote_redirect_url=False,  # signed addresses must not be changed
+    )
+
+
+def http_settings(url: str, timeout: float) -> dict[str, Any]:
+    """Settings of a request to an address."""
+    import aiohttp
+
+    parts = urlsplit(url)
+    return {
+        "timeout": aiohttp.ClientTimeout(total=None, sock_read=timeout),
+        # Not aiohttp's `trust_env`: it also sends passwords from ~/.netrc, which may be another service's.
+        "proxy": None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme),
+    }
+
+
+def http_address(url: str) -> Any:
+    """An address as aiohttp takes it, encoded as it is."""
+    from yarl import URL
+
+    return URL(quote(url, safe=string.punctuation), encoded=True)
+
+
 async def _http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
     import aiohttp
-    from yarl import URL
 
     async def once(request: Any, handler: Any) -> Any:
         try:
             return await handler(request)
         except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            raise _broken(error) from None  # otherwise aiohttp retries at once
+            raise broken(error) from None  # otherwise aiohttp retries at once
 
     if transfer.position:
         headers = {**headers, "Range": f"bytes={transfer.position}-"}
         # If-Range must not hold a weak ETag (RFC 9110, 13.1.5): then `resume` compares the answer's headers.
         if transfer.version and not transfer.version.startswith("W/"):
             headers["If-Range"] = transfer.version
-    parts = urlsplit(url)
-    settings: dict[str, Any] = {
-        "headers": headers,
-        "timeout": aiohttp.ClientTimeout(total=None, sock_read=transfer.timeout),
-        "middlewares": (once,),
-        # Not aiohttp's `trust_env`: it also sends passwords from ~/.netrc, which may be another service's.
-        "proxy": None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme),
-    }
-    session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(force_close=True),  # a server may close a connection after a redirect
-        headers={"User-Agent": f"beit_pretrain/{__version__}", "Accept-Encoding": "identity"},
-        auto_decompress=False,
-        requote_redirect_url=False,  # signed addresses must not be changed
-    )
+    settings = {**http_settings(url, transfer.timeout), "headers": headers, "middlewares": (once,)}
+    session = http_session(force_close=True)  # a server may close a connection after a redirect
     try:
         async with session:
-            address = URL(quote(url, safe=string.punctuation), encoded=True)
             try:
                 async with asyncio.timeout(transfer.timeout):
-                    response = await session.get(address, **settings)
+                    response = await session.get(http_address(url), **settings)
             except TimeoutError:
                 raise TimeoutError("the header of its answer does not end") from None
             async with response:
@@ -286,12 +304,12 @@ async def _http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
     except (aiohttp.NonHttpUrlClientError, ValueError):
         raise PermanentError("its address, or a redirect, is not an HTTP address") from None
     except aiohttp.ClientResponseError as error:  # not HTTP
-        raise TransientError(" ".join(error.message.split())) from None
+        raise TransientError(" ".join(error.message.split())[:200]) from None
     except aiohttp.ClientError as error:
-        raise _broken(error) from None
+        raise broken(error) from None
 
 
-def _broken(error: Any) -> Exception:
+def broken(error: Any) -> Exception:
     """The exception to raise for an aiohttp connection that failed or broke."""
     cause = getattr(error, "os_error", error)
     if isinstance(cause, ssl.SSLCertVerificationError):
@@ -309,7 +327,7 @@ def _accept(response: Any, transfer: Transfer) -> None:
         else:
             start = -1
     elif response.status != 200:
-        _refuse(response.status, response.reason, headers)
+        refuse(response.status, response.reason, headers)
     if total is None and response.content_length is not None:
         total = start + response.content_length
     if total is None and transfer.limit is None and "chunked" not in headers.get("Transfer-Encoding", "").lower():
@@ -317,7 +335,7 @@ def _accept(response: Any, transfer: Transfer) -> None:
     transfer.resume(start, total, headers.get("ETag") or headers.get("Last-Modified"))
 
 
-def _refuse(status: int, reason: str | None, headers: Any) -> NoReturn:
+def refuse(status: int, reason: str | None, headers: Any) -> NoReturn:
     """Raise the error for the status of an HTTP answer without a file (X-Error-*: headers of the Hugging Face Hub)."""
     said = f"HTTP {status} {headers.get('X-Error-Message') or reason or ''}".strip()
     if status in (401, 403) and "X-Error-Code" in headers:
@@ -326,3 +344,8 @@ def _refuse(status: int, reason: str | None, headers: Any) -> NoReturn:
         pause = headers.get("Retry-After", "")
         raise TransientError(said, float(pause) if re.fullmatch(r"\d{1,9}", pause) else 0.0)
     raise PermanentError(said)
+
+
+def without_weakness(version: str | None) -> str | None:
+    """A version without the mark of a weak ETag, which compression on the way adds and removes."""
+    return version and version.removeprefix("W/")

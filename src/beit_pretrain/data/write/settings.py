@@ -67,11 +67,11 @@ class ShardsSettings(EncodeSettings, ClassSettings):
 
     action: Text = about("make, index (existing WebDataset tars), verify or show")
     src: Paths = about(
-        "make: a folder of class folders, a tar, a folder of tars, CIFAR-100's archive, or synthetic; else a "
-        "shard folder"
+        "make: a folder of class folders, a tar, a folder of tars, CIFAR-100's archive, or synthetic; index: tars of "
+        "one folder, by its path or by braces, local or remote; else a shard folder"
     )
     out: PathStr | None = about(
-        "make: folder for train/ and val/; index: for index and links, null = src; show: the picture"
+        "make: folder for train/ and val/; index: for index and links, null = beside local tars; show: the picture"
     )
     split: Name | None = about("folder name when val=0; of a source with parts of its own also the part to read")
     num_workers: Whole | None = about("processes; null = all cores")

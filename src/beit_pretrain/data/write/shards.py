@@ -32,14 +32,16 @@ def shards(cfg: ShardsSettings) -> None:
         return
     if cfg.action not in ("index", "verify", "show"):
         raise UserError(f"shards {cfg.action}: there are make, index, verify and show")
-    if not isinstance(cfg.src, str):
-        raise UserError(f"shards {cfg.action} takes one source as src=, not a list; give one after the other")
     if cfg.action == "index":
         if cfg.labels.file_column or cfg.labels.class_column:
             raise UserError("shards index takes a file of class names, a line each: labels.path= alone")
-        folder = index_shards(cfg.src, cfg.out, cfg.labels.path, cfg.num_workers, cfg.image_key or ())
+        folder = index_shards(
+            cfg.src, cfg.out, cfg.labels.path, cfg.num_workers, cfg.image_key or (), cfg.split or "train"
+        )
         print(f"indexed {folder}\n{summary(folder)}")
         return
+    if not isinstance(cfg.src, str):
+        raise UserError(f"shards {cfg.action} takes one source as src=, not a list; give one after the other")
     ours = not is_remote(cfg.src) and (expand_home(cfg.src) / MANIFEST).is_file()
     if cfg.action == "verify" and ours:
         problems = verify_shards(cfg.src, num_workers=cfg.num_workers)
