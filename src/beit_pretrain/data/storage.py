@@ -112,7 +112,7 @@ class Remote:
         self._receive(name, Transfer(out, self.timeout, size), whole)
 
     def _receive(self, name: str, transfer: Transfer, check: Callable[[], object]) -> None:
-        _receive(self._address(name), transfer, self.retries + 1, check, f"{name} of {self} cannot be fetched")
+        receive(self._address(name), transfer, self.retries + 1, check, f"{name} of {self} cannot be fetched")
 
     def _address(self, name: str) -> str:
         if self.location.startswith("pipe:"):
@@ -195,15 +195,22 @@ def _resume(url: str, partial: Path, note: Path, name: str, timeout: float, atte
         if total is None or out.tell() < total:  # else complete: an earlier process ended before renaming it
             transfer = Transfer(out, timeout, None, total, version, begin, bar)
             failure = f"{without_secrets(url)} cannot be downloaded"
-            _receive(url, transfer, attempts, lambda: None, failure, progress_counts=True)
+            receive(url, transfer, attempts, lambda: None, failure, progress_counts=True)
 
 
-def _receive(
-    url: str, transfer: Transfer, tries: int, check: Callable[[], object], failure: str, progress_counts: bool = False
+def receive(
+    url: str,
+    transfer: Transfer,
+    tries: int,
+    check: Callable[[], object],
+    failure: str,
+    progress_counts: bool = False,
+    wait: Callable[[float], object] | None = None,
 ) -> None:
     """Try until the file is whole and `check` raises no OSError.
 
-    `progress_counts`: a try that gets further than any before resets the count of failures.
+    `progress_counts`: a try that gets further than any before resets the count of failures. `wait`: waits so many
+    seconds between two tries. Raises DownloadError, which begins with `failure`; OSError if it cannot be written.
     """
     failed, furthest = 0, transfer.position
     while True:
@@ -225,7 +232,7 @@ def _receive(
                 transfer.restart()
         transfer.bar.set_postfix_str(why)
         pause = min(LONGEST_PAUSE, PAUSE * 2.0 ** min(max(failed - 1, 0), 10))
-        sleep(max(pause * _random.uniform(*JITTER), min(asked, LONGEST_PAUSE)))
+        (wait or sleep)(max(pause * _random.uniform(*JITTER), min(asked, LONGEST_PAUSE)))
 
 
 def _reason(error: Exception) -> str:
