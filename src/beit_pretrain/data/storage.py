@@ -19,6 +19,7 @@ import json
 import random
 import re
 import shlex
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -205,15 +206,17 @@ def receive(
     check: Callable[[], object],
     failure: str,
     progress_counts: bool = False,
+    speed: float = 0.0,
     wait: Callable[[float], object] | None = None,
 ) -> None:
     """Try until the file is whole and `check` raises no OSError.
 
-    `progress_counts`: a try that gets further than any before resets the count of failures. `wait`: waits so many
-    seconds between two tries. Raises DownloadError, which begins with `failure`; OSError if it cannot be written.
+    `progress_counts`: a try that gets further than any before, by more than `speed` bytes/s, resets the count of
+    failures. `wait`: waits so many seconds between two tries. Raises DownloadError, which begins with `failure`; OSError if it cannot be written.
     """
     failed, furthest = 0, transfer.position
     while True:
+        begun = time.monotonic() - transfer.forgiven
         try:
             receive_once(url, transfer)
             check()
@@ -221,7 +224,9 @@ def receive(
         except LocalWriteError as error:
             raise error.args[0] from None
         except (PermanentError, OSError) as error:
-            failed = 0 if progress_counts and transfer.position > furthest else failed + 1
+            passed = time.monotonic() - transfer.forgiven - begun
+            progress = transfer.position - furthest > speed * passed
+            failed = 0 if progress_counts and progress else failed + 1
             furthest = max(furthest, transfer.position)
             why, asked = _reason(error), getattr(error, "pause", 0.0)
             if isinstance(error, LASTING):

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.data.storage import is_remote, receive, without_secrets
-from beit_pretrain.data.transports import PermanentError, Transfer
+from beit_pretrain.data.transports import SLOWEST, PermanentError, Transfer
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import expand_home
 
@@ -139,12 +139,11 @@ class _Queue:
 
 def _fill(url: str, options: RemoteOptions, queue: _Queue) -> None:
     """Receive the file into the queue; in a thread, which must not hold the file object that its owner closes."""
-    transfer = Transfer(
-        cast(Any, queue), options.timeout, begin=queue.begin, room=queue.room, ended=queue.ended
-    )
+    transfer = Transfer(cast(Any, queue), options.timeout, begin=queue.begin, room=queue.room, ended=queue.ended)
     failure = f"{without_secrets(url)} cannot be fetched"
     try:
-        receive(url, transfer, options.retries + 1, lambda: None, failure, progress_counts=True, wait=queue.ended.wait)
+        how: dict[str, Any] = {"progress_counts": True, "speed": SLOWEST, "wait": queue.ended.wait}
+        receive(url, transfer, options.retries + 1, lambda: None, failure, **how)
         queue.end()
     except UserError as error:
         queue.end(error)

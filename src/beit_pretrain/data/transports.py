@@ -70,6 +70,7 @@ class Transfer:
 
     def __post_init__(self) -> None:
         self.position = self.out.tell()
+        self.forgiven = 0.0  # seconds that `out` took
         self._mark = (time.monotonic(), self.position)
 
     def restart(self) -> None:
@@ -115,7 +116,7 @@ class Transfer:
     def forgive(self, seconds: float) -> None:
         """Leave time that `out` took out of the server's speed."""
         since, position = self._mark
-        self._mark = (since + seconds, position)
+        self.forgiven, self._mark = self.forgiven + seconds, (since + seconds, position)
 
     def check_ended(self) -> None:
         """Raise LocalWriteError if the transfer has been given up."""
