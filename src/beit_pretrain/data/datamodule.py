@@ -232,10 +232,10 @@ def open_training(settings: DataSettings) -> Any:
     if settings.order != "stream":
         return ShardReader(settings.train, settings)
     train = [settings.train] if isinstance(settings.train, str | Path) else list(settings.train)
-    if isinstance(settings.classes, str):
+    if isinstance(settings.classes, str) and not settings.classes.isdigit():
         classes = expand_home(settings.classes).read_text("utf-8").split("\n")
     else:
-        classes = [str(number) for number in range(settings.classes or 0)]
+        classes = [str(number) for number in range(int(settings.classes or 0))]
     sets = [tars_of(str(source)) for source in train]
     return StreamSource(sets, settings, settings.samples, [name for name in classes if name])
 
