@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import random
+import signal
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import refusal
+from stream_watcher import due, installed, used
+from tiny import TINY, gone, last_checkpoint, refusal, signal_group, start, steps_written, tree, wait_until
 
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.settings import DataSettings, RemoteOptions
@@ -459,3 +462,68 @@ def test_identity_is_that_of_the_names(tars, tmp_path):
     moved = [tmp_path / path.name for path in sorted(tars.glob("*.tar"))]
     assert source_of([moved]).shards == source_of(tars).shards
     assert source_of([moved[:-1]]).shards != source_of(tars).shards
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words(tars, dvae_checkpoint, tmp_path_factory) -> tuple[list[str], list[list[int]]]:
+    """`fit` of a stream of tars whose classes tell the images apart; the classes of each tar."""
+    folder, classes, number = tmp_path_factory.mktemp("counted"), [], 0
+    for tar, size in enumerate(SIZES):
+        classes.append(list(range(number, number + size)))
+        number += size
+        files = [(f"{n}.{e}", jpeg(n) if e == "jpg" else b"%d" % n) for n in classes[-1] for e in ("jpg", "cls")]
+        write_tar(folder / f"{tar}.tar", files)
+    stream = f"data.train={folder} data.order=stream data.shuffle_buffer=6 data.classes={number}"
+    small = [word for word in TINY if not word.startswith(("data.val", "val_every", "optim.warmup", "batch_size"))]
+    tokenizer = [f"tokenizer.path={dvae_checkpoint}", "batch_size=4", "save_every=2", "seed=5"]
+    return ["fit", *[word for word in small if word != "fit"], *stream.split(), *tokenizer], classes
+
+
+def test_unknown_number_of_images_is_said_only_where_it_is_used(words, refused, run_cli):
+    fit, _ = words
+    said = refused(*fit, "steps=null", "epochs=2", "optim.warmup_steps=1", "preflight=only")
+    assert "epochs=2 needs data.samples=N" in said
+    said = refused(*fit, "steps=2", "optim.warmup_epochs=1", "preflight=only")
+    assert "optim.warmup_epochs=1 needs data.samples=N" in said
+    code, out, err = run_cli(*fit, "steps=2", "optim.warmup_steps=1", "preflight=only")
+    assert code == 0, err
+    assert "a stream of training images" in out
+    known = ("data.samples=38", "steps=null", "epochs=2", "optim.warmup_epochs=1")
+    code, out, err = run_cli(*fit, *known, "preflight=only")
+    assert code == 0, err
+    assert "38 training images" in out
+    assert "4 steps of 16" in out
+
+
+@pytest.mark.long
+def test_killed_on_two_ranks_and_resumed_on_one(words, tmp_path):
+    """No image is used twice or missed when a run is killed on 2 ranks x 2 workers and resumed on 1 x 3."""
+    fit, classes = words
+    fit, record, run = [*fit, "steps=16", "optim.warmup_steps=1", "name=run"], tmp_path / "seen", tmp_path / "runs/run"
+    watched, lives = installed(tmp_path / "package", record), []
+    for more in (["trainer.devices=2", "data.num_workers=2"], ["data.num_workers=3"]):
+        lives.append(last_checkpoint(run)["global_step"] if lives else 0)
+        with record.open("a") as file:
+            file.write("--- start\n")
+        process = start([*fit, *more], tmp_path, tmp_path / "log", **watched)
+        if len(lives) == 1:
+            assert wait_until(process, lambda: steps_written(run) >= 7), (tmp_path / "log").read_text()[-3000:]
+            pids = tree(process)
+            signal_group(process, signal.SIGKILL)
+            assert all(wait_gone(pid) for pid in pids)
+        else:
+            assert process.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert lives[1] >= 4
+    seen = used(record, lives)
+    assert seen == due(last_checkpoint(run)["PretrainData"]["stream"], classes, seed=5)
+    assert seen.total() == 16 * 16
+
+
+def wait_gone(pid: int, seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not gone(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return gone(pid)

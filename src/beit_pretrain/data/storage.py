@@ -212,7 +212,8 @@ def receive(
     """Try until the file is whole and `check` raises no OSError.
 
     `progress_counts`: a try that gets further than any before, by more than `speed` bytes/s, resets the count of
-    failures. `wait`: waits so many seconds between two tries. Raises DownloadError, which begins with `failure`; OSError if it cannot be written.
+    failures. `wait`: waits so many seconds between two tries.
+    Raises DownloadError, which begins with `failure`; OSError if it cannot be written.
     """
     failed, furthest = 0, transfer.position
     while True:

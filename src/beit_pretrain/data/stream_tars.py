@@ -129,6 +129,7 @@ class _TarFile:
     """A file for webdataset: keeps the error that reading raised, and checks how the tar ended.
 
     tarfile takes zeros, the end of the file and a damaged header alike for the end, so the headers are followed here.
+    Checksums, which take longer than all else, are left to tarfile: where it stopped, at the end, they are looked at.
     """
 
     def __init__(self, file: BinaryIO, where: str):
@@ -138,6 +139,7 @@ class _TarFile:
         self.header: int | None = 0  # offset of the next header; None = not followed any more
         self.end: int | None = None  # offset of the end mark
         self.damaged: int | None = None  # offset of a damaged header
+        self.last: list[tuple[int, bytes]] = []  # offsets and blocks of the headers of the last bytes that tarfile got
         self.more = False  # whether there are headers after the end mark
 
     def read(self, size: int = -1) -> bytes:
@@ -151,37 +153,43 @@ class _TarFile:
             raise self.error from None
         if not self.size and data.startswith(COMPRESSED):
             self.header = None
-        while self.header is not None and self.header - self.size <= len(data) - BLOCKSIZE:
-            self._follow(data, self.header - self.size)
+        if self.header is not None and self.header - self.size < len(data):
+            self._follow(data)
         if self.end is not None:
             starts = range(max(0, self.end - self.size), len(data), BLOCKSIZE)
             self.more = self.more or any(data[i + 257 : i + 262] == b"ustar" for i in starts)
         self.size += len(data)
         return data
 
-    def _follow(self, data: bytes, start: int) -> None:
-        """Look at the header at `start` and find the next one."""
-        block, here = data[start : start + BLOCKSIZE], self.size + start
-        self.header = None
-        if not block.strip(b"\0"):
-            self.end = here
-            return
-        kind = block[156:157]
-        if kind == b"S" or (kind in b"xg" and b" size=" in data[start + BLOCKSIZE :][:LARGEST_HEADER]):
-            return  # what follows is not as long as this header says
-        try:
-            size, checksum = (tarfile.nti(block[i:j]) for i, j in ((124, 136), (148, 156)))  # type: ignore[attr-defined]
-        except tarfile.HeaderError:
-            size = checksum = -1
-        if size < 0 or checksum not in tarfile.calc_chksums(block):  # type: ignore[attr-defined]
-            self.damaged = here
-            return
-        data_blocks = 0 if kind in b"123456" and kind else -(-size // BLOCKSIZE)
-        self.header = here + BLOCKSIZE * (1 + data_blocks)
+    def _follow(self, data: bytes) -> None:
+        """Find the headers in the bytes that come now."""
+        self.last = []
+        while self.header is not None and (start := self.header - self.size) <= len(data) - BLOCKSIZE:
+            here, block = self.header, data[start : start + BLOCKSIZE]
+            self.header = None
+            if not any(block):
+                self.end = here
+                return
+            self.last.append((here, block))
+            kind = block[156:157]
+            if kind == b"S" or (kind in b"xg" and b" size=" in data[start + BLOCKSIZE :][:LARGEST_HEADER]):
+                return  # what follows is not as long as this header says
+            try:
+                size = int(block[124:135], 8) if block[124] < 128 else int.from_bytes(block[125:136], "big")
+            except ValueError:
+                self.damaged = here
+                return
+            self.header = here + BLOCKSIZE * (1 + (0 if kind in b"123456" and kind else -(-size // BLOCKSIZE)))
 
     def check_end(self) -> None:
         """Read the rest. Raises UserError unless the tar, which tarfile takes for ended, ended as tars do."""
-        while self.read(BLOCK):
+        for here, block in self.last:
+            try:
+                tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+            except tarfile.HeaderError:
+                self.damaged, self.header = here, None
+                break
+        while self.damaged is None and self.read(BLOCK):
             pass
         if self.damaged is not None:
             raise UserError(f"{self.where} is damaged at byte {self.damaged:,}")
