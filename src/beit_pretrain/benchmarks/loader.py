@@ -8,6 +8,7 @@ from temporary shards (by index and `pread`, from the page cache), draw masks wi
 * `reference_uint8`: the same without the conversion to float, which ours leaves to the device.
 * `exact`, `fast`: ours, from the images as they are (`data.pil_reference=true` and the default).
 * `resized`: `fast` from shards whose images' shorter side was shrunk to 288 pixels (`shards make resize=288`).
+* `stream`: `fast` from the same shards read one after another (`data.order=stream`); its ratio to `fast` is reported.
 * `cached`: as `resized`, from a folder of cached tokens: the backbone's view alone, as its record says, and the tokens
   (made for this by a stand-in for the tokenizer, through the code of the verb `tokenize`).
 
@@ -43,7 +44,9 @@ from beit_pretrain.data.dataset import BatchSchedule, ShardDataset
 from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.order import MASK, Order, generator
 from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.data.sources import list_images, read_candidate
+from beit_pretrain.data.stream import StreamDataset, StreamSource
 from beit_pretrain.data.write.make_shards import make_shards
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.fileio import expand_home
@@ -59,6 +62,7 @@ from beit_pretrain.transforms.views import TwoViewTransform
 
 RESIZE = 288  # shorter side in the shards of `resized` and `cached`, pixels
 BATCH = 32
+STREAM_BUFFER = 256  # images
 PATCH = 16  # pixels
 REFERENCE, DEVICE_PART = "reference", "device part"
 
@@ -155,7 +159,9 @@ TOKENIZER: Any = SimpleNamespace(vocab_size=256, downsample=8, in_chans=3, encod
 TOKENIZER.to = lambda device: TOKENIZER
 
 
-def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed: int) -> dict[str, ShardDataset]:
+def make_variants(
+    files: list[bytes], folder: Path, sides: tuple[int, int], seed: int
+) -> dict[str, ShardDataset | StreamDataset]:
     """Write the temporary shards and build every variant's data set over them."""
     (folder / "files").mkdir()
     for i, data in enumerate(files):
@@ -174,14 +180,26 @@ def make_variants(files: list[bytes], folder: Path, sides: tuple[int, int], seed
     masking = BlockwiseMask(grid=grid, max_patches=cap, min_block=min(16, cap))
     settings: dict[str, Any] = {"masking": masking, "seed": seed}
     fast = TwoViewTransform(image_size=sides[0], token_image_size=sides[1])
+    tars = [str(path) for path in sorted((folder / "plain").rglob("*.tar"))]
+    choice = DataSettings(train=tars, order="stream", shuffle_buffer=STREAM_BUFFER)
+    stream = StreamDataset(StreamSource([tars], choice, None, []), plain[2], fast, total=2**62, **settings)
     return {
         REFERENCE: Reference(*plain, fast, floats=True, **settings),
         "reference_uint8": Reference(*plain, fast, floats=False, **settings),
         "exact": ShardDataset(*plain, fast.model_copy(update={"pil_reference": True}), **settings),
         "fast": ShardDataset(*plain, fast, **settings),
+        "stream": stream,
         "resized": ShardDataset(*small, fast, **settings),
         "cached": ShardDataset(*small, tokens.views, tokens=tokens, **settings),
     }
+
+
+def batches_of(dataset: ShardDataset | StreamDataset) -> Callable[[int], object]:
+    """A function of the number of a batch; a stream gives its next one whatever the number."""
+    if isinstance(dataset, StreamDataset):
+        batches = iter(dataset)
+        return lambda number: next(batches)
+    return dataset.__getitem__
 
 
 def measure(work: Mapping[str, Callable[[int], object]], rounds: int, batches: int) -> dict[str, list[float]]:
@@ -215,11 +233,12 @@ def bench_loader(cfg: Any) -> Results:
     with tempfile.TemporaryDirectory(prefix="beit_pretrain-bench-") as folder:
         variants = make_variants(files, Path(folder), sides, cfg.seed)
         batches = max(1, len(files) // BATCH)
-        ready = [variants["fast"][number] for number in range(batches)]
-        work: dict[str, Callable[[int], object]] = {name: dataset.__getitem__ for name, dataset in variants.items()}
+        work = {name: batches_of(dataset) for name, dataset in variants.items()}
+        ready: list[Any] = [work["fast"](number) for number in range(batches)]
         work[DEVICE_PART] = lambda number: device_part(ready[number % batches])
         rates = measure(work, cfg.rounds, batches)
     median = {name: statistics.median(values) for name, values in rates.items()}
+    median_of_stream = statistics.median(s / f for s, f in zip(rates["stream"], rates["fast"], strict=True))
     ratio = {name: median[name] / median[REFERENCE] for name in variants}
     rows = []
     for name, values in rates.items():
@@ -230,6 +249,8 @@ def bench_loader(cfg: Any) -> Results:
     found |= {"simplejpeg": decoding.simplejpeg is not None, **sides._asdict()}
     found |= {f"{REFERENCE}_images_per_s_core": median[REFERENCE]}
     found |= {name: times for name, times in ratio.items() if name != REFERENCE}
+    found |= {"stream_to_fast": median_of_stream}
     found |= {"device_part_images_per_s_core": median[DEVICE_PART], "device_part_rounds": rates.pop(DEVICE_PART)}
+    rows.append(["stream to fast", f"{median_of_stream:.2f}", "", ""])
     head = ("variant", "images/s and core", "rounds", "times the reference")
     return [Block(head, rows)], {"bench": "loader", **found, "images_per_s_core": rates}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from beit_pretrain.data.dataset import (
@@ -17,14 +17,17 @@ from beit_pretrain.data.dataset import (
     FixedTokens,
     ShardDataset,
     StepSampler,
-    Transform,
     with_first_position,
 )
 from beit_pretrain.data.loader_workers import begin_worker
 from beit_pretrain.data.mixture import Mixture
 from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.sample_views import Transform
 from beit_pretrain.data.settings import DataSettings
+from beit_pretrain.data.stream import STATE, StreamDataset, StreamHead, StreamPlaces, StreamSource
+from beit_pretrain.data.stream_order import Place
+from beit_pretrain.data.training_source import open_training
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.masking import BlockwiseMask
 
@@ -48,12 +51,16 @@ class ShardData(LightningDataModule):
         self.views: dict[str, Transform] = {"train": train_views, "val": val_views}
         self.settings = chosen = DataSettings(train=train, val=val, **settings)
         self.tokens: dict[str, FixedTokens] = {}  # for splits with cached tokens, whose views are fixed
-        self.readers = {"train": ShardReader(chosen.train, chosen, chosen.split or "train")}
+        self.readers: dict[str, Any] = {"train": open_training(chosen)}  # ShardReaders; a StreamSource for a stream
         if chosen.val is not None:
             held_out = self.readers["val"] = ShardReader(chosen.val, chosen, chosen.val_split or "val")
             differ = held_out.classes_differ or self.readers["train"].classes_differ
             if held_out.classes and not differ and not held_out.number_classes_as(self.classes):
                 raise UserError(f"data.val={val} has other classes than data.train={train}; make both in one go")
+        source = self.readers["train"]
+        self.stream = StreamPlaces(len(source.entries)) if isinstance(source, StreamSource) else None
+        if self.stream is not None and chosen.labels_per_class is not None:
+            raise UserError("a stream (data.order=stream) has no numbered images to take data.labels_per_class from")
         if chosen.weights is not None and chosen.labels_per_class is not None:
             raise UserError("data.weights and data.labels_per_class exclude each other")
         self.global_batch_size, self.seed = global_batch_size, seed
@@ -66,19 +73,23 @@ class ShardData(LightningDataModule):
         return self.readers["train"].classes
 
     @property
-    def samples(self) -> int:
-        """Training images."""
+    def samples(self) -> int | None:
+        """Training images; None if they are streamed and not counted."""
         return self.readers["train"].samples if self.subset is None else len(self.subset)
 
     masking: BlockwiseMask | None = None
     label_maps = False
+    needs_class = False  # whether every training image must have a class
     wrapped: Callable[[DataLoader], Any] | None = None  # wraps the training loader, as `DevicePrefetcher` does
     patience: float = 0  # seconds to wait for a batch of the workers; 0 = no limit
 
     def on_before_batch_transfer(self, batch: dict, dataloader_idx: int) -> dict:
         return with_first_position(batch)
 
-    def train_dataset(self, plan: BatchSchedule) -> ShardDataset:
+    def train_dataset(self, plan: BatchSchedule, **stream: Any) -> Any:
+        """A `ShardDataset`; of a stream a `StreamDataset`, with its further arguments."""
+        if self.stream is not None:
+            return self._stream("train", plan, self.views["train"], seed=self.seed, **stream)
         how = {"subset": self.subset, "seed": self.seed, "tokens": self.tokens.get("train")}
         return self._dataset("train", self.train_order(), plan, self.views["train"], **how)
 
@@ -100,13 +111,32 @@ class ShardData(LightningDataModule):
         world: int = 1,
         views: Transform | None = None,
         images: int | None = None,
-    ) -> ShardDataset:
-        """Every image of a split (or its first `images`) once and in order, with fixed views and masks."""
+    ) -> Any:
+        """Every image of a split (or its first `images`) once and in order, with fixed views and masks.
+
+        Of a stream only the first ones can be read.
+        """
         reader = self.readers[split]
+        if isinstance(reader, StreamSource):
+            head = self._stream(split, BatchSchedule(1), views or self.views["val"], seed=self.VAL_SEED)
+            return StreamHead(
+                head, EvalSchedule(images or self.settings.val_batch, self.settings.val_batch, rank, world)
+            )
         samples = reader.samples if images is None else min(reader.samples, images)
         plan = EvalSchedule(samples, self.settings.val_batch, rank, world)
         order, tokens = Order(reader.sizes, shuffle=False), None if views else self.tokens.get(split)
         return self._dataset(split, order, plan, views or self.views["val"], tokens=tokens, seed=self.VAL_SEED)
+
+    def first_files(self, split: str, count: int) -> list[bytes]:
+        """The first image files of a split."""
+        dataset, reader = self.eval_dataset(split), self.readers[split]
+        if isinstance(dataset, StreamHead):
+            return [dataset.dataset.head(position).data for position in range(count)]
+        return [reader.read(dataset.order.sample_at(position)).data for position in range(count)]
+
+    def _stream(self, split: str, plan: BatchSchedule, views: Transform, **how: Any) -> StreamDataset:
+        maps, needs = self.label_maps, self.needs_class
+        return StreamDataset(self.readers[split], plan, views, self.masking, label_maps=maps, needs_class=needs, **how)
 
     def _dataset(self, split: str, order, plan, views: Transform, **how: Any) -> ShardDataset:
         reader = self.readers[split]
@@ -117,12 +147,40 @@ class ShardData(LightningDataModule):
         assert trainer is not None
         micro_batches = trainer.accumulate_grad_batches
         plan = BatchSchedule(self.global_batch_size, trainer.global_rank, trainer.world_size, micro_batches)
+        if self.stream is not None:
+            if trainer.global_step and not self.stream.resumed:
+                raise UserError("the checkpoint does not say where the stream stood; resume=never starts over")
+            start, total = trainer.global_step * micro_batches, int(trainer.max_steps) * micro_batches
+            places = self.stream.begin(trainer.world_size * max(1, self.settings.num_workers))
+            loader = self.loader(self.train_dataset(plan, places=places, start=start, total=total), None)
+            return loader if self.wrapped is None else self.wrapped(loader)
         if self.readers["train"].remote:
             ranks = range(trainer.node_rank * trainer.num_devices, (trainer.node_rank + 1) * trainer.num_devices)
             self.check_cache(trainer.global_step * self.global_batch_size, ranks, trainer.world_size)
         sampler = StepSampler(int(trainer.max_steps) * micro_batches, start=trainer.global_step * micro_batches)
         loader = self.loader(self.train_dataset(plan), sampler)
         return loader if self.wrapped is None else self.wrapped(loader)
+
+    def note_used(self, batch: dict) -> None:
+        """Call after every training batch: a checkpoint says where the stream stands after the batches used."""
+        if self.stream is not None and STATE in batch:
+            self.stream.note(batch[STATE])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, over all processes, which must all call this; empty for other data."""
+        if self.stream is None:
+            return {}
+        used = dict(self.stream.used)
+        if self.trainer is not None and self.trainer.world_size > 1:
+            parts: list[Any] = [None] * self.trainer.world_size
+            distributed.all_gather_object(parts, used)
+            used = {lane: states for part in parts for lane, states in part.items()}
+        return {"stream": [place.packed() for place in self.stream.now(used)]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.stream is not None and "stream" in state_dict:
+            self.stream.places = [Place.unpacked(place) for place in state_dict["stream"]]
+            self.stream.resumed = True
 
     def check_cache(self, position: int, ranks: Sequence[int], world: int) -> None:
         """Raise UserError if the cache cannot hold the shards that this node's processes read from at once."""
@@ -147,20 +205,23 @@ class ShardData(LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def loader(self, dataset: ShardDataset, sampler, kept: bool = False) -> DataLoader:
+    def loader(self, dataset: Any, sampler, kept: bool = False) -> DataLoader:
         """A DataLoader over a data set.
 
         `kept`: the batches are read once and stay on the host, so they are not pinned, and the workers end.
         """
+        workers = self.settings.num_workers
+        if isinstance(dataset, StreamHead):  # each worker would read the stream from its beginning
+            workers = min(workers, 1)
         return DataLoader(
             dataset,
             batch_size=None,
             sampler=sampler,
-            num_workers=self.settings.num_workers,
+            num_workers=workers,
             pin_memory=torch.cuda.is_available() and not kept,
-            persistent_workers=self.settings.num_workers > 0 and not kept,
+            persistent_workers=workers > 0 and not kept,
             worker_init_fn=begin_worker,
-            timeout=self.patience if self.settings.num_workers else 0,
+            timeout=self.patience if workers else 0,
         )
 
 
@@ -175,6 +236,8 @@ class SegmentationData(ShardData):
 
     def __init__(self, train, val=None, **settings):
         super().__init__(train, val, **settings)
+        if self.stream is not None:
+            raise UserError("segmentation needs shards with an index: data.order=stream cannot be used")
         for reader in self.readers.values():
             for folder in reader.folders:
                 if not folder.about["segmentation"]:
@@ -195,7 +258,8 @@ def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
     return np.asarray(chosen, np.int64)
 
 
-def first_images(dataset: ShardDataset, count: int, device: torch.device) -> dict[str, Tensor]:
+def first_images(dataset: Any, count: int, device: torch.device) -> dict[str, Tensor]:
     """The first images of a data set as a batch on `device`."""
-    samples = [dataset.sample(position) for position in range(min(count, dataset.order.samples))]
+    count = count if isinstance(dataset, StreamDataset | StreamHead) else min(count, dataset.order.samples)
+    samples = [dataset.sample(position) for position in range(count)]
     return {k: torch.stack([torch.as_tensor(s[k]) for s in samples]).to(device) for k in samples[0]}

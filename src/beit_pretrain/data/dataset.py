@@ -11,7 +11,7 @@ too depends only on the position. The batch then lists it under `bad`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -21,21 +21,13 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from beit_pretrain.data.mixture import Mixture
-from beit_pretrain.data.order import MASK, VIEW, Order, Sample, generator
+from beit_pretrain.data.order import Order, Sample
 from beit_pretrain.data.prefetch import ShardPrefetcher
 from beit_pretrain.data.reader import ShardReader
+from beit_pretrain.data.sample_views import NEIGHBOURS, PendingViews, SampleViews, collated
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
-from beit_pretrain.transforms.image_io import open_image, reason
+from beit_pretrain.transforms.image_io import reason
 from beit_pretrain.transforms.masking import BlockwiseMask
-from beit_pretrain.transforms.views import TwoViewTransform
-
-NEIGHBOURS = 16  # images that are tried before the run stops
-
-
-# (image, opened but not decoded; its position's random generator; label map, if the data have any) -> a sample's arrays
-Transform = Callable[..., dict[str, np.ndarray]]
-# Makes a sample's arrays, with its augmentation drawn already; raises any exception on broken files.
-PendingViews = Callable[[], dict[str, np.ndarray]]
 
 
 class FixedTokens(Protocol):
@@ -86,7 +78,7 @@ class EvalSchedule:
 
 
 @dataclass(eq=False, repr=False)
-class ShardDataset(Dataset):
+class ShardDataset(SampleViews, Dataset):
     """Item m is the collated micro-batch m of the plan.
 
     Keys: those of the views, stacked (a list if shapes differ; with cached tokens, `tokens` (B, N) int64 instead of the
@@ -121,12 +113,11 @@ class ShardDataset(Dataset):
         bad: list[dict[str, Any]] = []
         addresses = [Sample(*address) for address in self.order.samples_at(positions).tolist()]
         # One kind of work at a time for the whole batch: small steps take half as long while their code is in cache.
-        masks = [self._mask(position) for position in positions]
+        masks = [self.mask(position) for position in positions]
         begun = [self._begun(*of) for of in zip(positions, addresses, strict=True)]
         made = [self._made(*of, bad) for of in zip(positions, addresses, begun, strict=True)]
         samples = [{**arrays, **mask} for arrays, mask in zip(made, masks, strict=True)]
-        batch: dict[str, Any] = {key: stacked([s[key] for s in samples]) for key in samples[0]}
-        return {**batch, "bad": bad} if bad else batch
+        return collated(samples, bad)
 
     def __len__(self) -> int:
         if isinstance(self.plan, EvalSchedule):
@@ -136,7 +127,7 @@ class ShardDataset(Dataset):
     def sample(self, position: int) -> dict[str, np.ndarray]:
         """The arrays of one position; a pure function of the seed, the shards and the position."""
         address = self.order.sample_at(position)
-        return {**self._made(position, address, self._begun(position, address), []), **self._mask(position)}
+        return {**self._made(position, address, self._begun(position, address), []), **self.mask(position)}
 
     def _made(
         self, position: int, address: Sample, begun: tuple[PendingViews, int], bad: list[dict[str, Any]]
@@ -178,33 +169,13 @@ class ShardDataset(Dataset):
             return partial(_fail, error), -1
         if self.tokens is not None:
             return self.tokens.view(sample, self.order.epoch_of(position), data), label
-        rng = generator(self.seed, position, VIEW)
-        if isinstance(self.views, TwoViewTransform):
-            return self.views.prepare_view(data, rng), label
-        return lambda: self._opened_and_seen(data, sample, rng), label
-
-    def _opened_and_seen(self, data: bytes, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        with open_image(data) as image:
-            if not self.label_maps:
-                return self.views(image, rng)
-            with open_image(self.reader.label_map(sample)) as label_map:
-                return self.views(image, rng, label_map)
+        return self.pending_views(position, data, partial(self.reader.label_map, sample)), label
 
     def _neighbour(self, address: Sample, distance: int) -> Sample:
         """The sample `distance` places after an address, in the same shard (or in the subset), cyclically."""
         if self.subset is None:
             return Sample(address.shard, (address.row + distance) % self.reader.sizes[address.shard])
         return Sample(*self.subset[(address.row + distance) % len(self.subset)].tolist())
-
-    def _mask(self, position: int) -> dict[str, np.ndarray]:
-        """The arrays `mask` and `mask_index` of a position; none without masking."""
-        if self.masking is None:
-            return {}
-        mask = self.masking.draw(generator(self.seed, position, MASK)).reshape(-1)
-        index = np.full(self.masking.max_patches, -1, np.int64)
-        masked = np.flatnonzero(mask)
-        index[: len(masked)] = masked
-        return {"mask": mask, "mask_index": index}
 
 
 def _fail(error: Exception) -> dict[str, np.ndarray]:
@@ -223,18 +194,6 @@ def with_first_position(batch: dict) -> dict:
 def first_position(batch: dict) -> int:
     """Position of a batch's first image, from the host's copy if there is one."""
     return batch[FIRST] if FIRST in batch else int(batch["position"][0])
-
-
-def stacked(arrays: list[np.ndarray]) -> torch.Tensor | list[torch.Tensor]:
-    """Stack arrays of one shape into a tensor; return arrays of several shapes (whole images) as a list.
-
-    Images (C, H, W) stored channels last keep that layout (torch's `channels_last`).
-    """
-    if all(array.shape == arrays[0].shape for array in arrays):
-        if all(array.ndim == 3 and array.strides[0] == array.itemsize < array.strides[2] for array in arrays):
-            return torch.from_numpy(np.stack([array.transpose(1, 2, 0) for array in arrays])).permute(0, 3, 1, 2)
-        return torch.from_numpy(np.stack(arrays))
-    return [torch.from_numpy(array) for array in arrays]
 
 
 class StepSampler(Sampler[int]):

@@ -40,23 +40,24 @@ LOOKED_AT = 300  # members of a tar by which shards are told from tars of a clas
 
 
 class LocalTars(FileFolder):
-    """Tars as one set, in the given order. `name`: of the set, for messages.
+    """Tars as one set, in the given order. `name`: of the set, for messages; `note`: a line for the user.
 
     Raises UserError if one cannot be read, if there is no sample, or if the cache cannot be written.
     """
 
     made_of = "tars"
 
-    def __init__(self, tars: Sequence[str], name: str, settings: SourceSettings):
+    def __init__(self, tars: Sequence[str], name: str, settings: SourceSettings, note: str = ""):
+        self.note = note
         self.name, self.tars = name, [os.path.abspath(tar) for tar in tars]
         self.cached = cache_folder(settings) / "indices"
         self.index_at = f"indices in {self.cached}"
         image_key = tuple(settings.image_key or ())
         stamps = [_stamp(tar) for tar in self.tars]
         self.files = [_digest(FORMAT, *stamp, image_key) for stamp in zip(self.tars, stamps)]  # names of the indices
-        note = self.cached / f"tars-{_digest(self.files)}.json"
+        known = self.cached / f"tars-{_digest(self.files)}.json"
         try:
-            found = _read(note) or self._index(note, image_key)
+            found = _read(known) or self._index(known, image_key)
         except OSError as error:
             raise UserError(f"data.cache_dir={self.cached.parent} cannot be written: {error.strerror}") from None
         counts = found["class_counts"]

@@ -25,7 +25,7 @@ import numpy as np
 
 # Purposes of the counter-based generator. Each has its own numbers, so that an extra draw for the crop cannot change
 # the mask.
-VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW, SHUFFLE_MIXTURE, CACHED_VIEW = range(6)
+VIEW, MASK, SHUFFLE_SHARDS, SHUFFLE_WINDOW, SHUFFLE_MIXTURE, CACHED_VIEW, MIX_STREAMS = range(7)
 
 
 def generator(seed: int, position: int, purpose: int) -> np.random.Generator:

@@ -47,6 +47,7 @@ class ShardFolder(ABC):
     remote = False  # whether shards are fetched before they are read
     made_of = "shards"
     index_at = ""  # where the index lies, for the user
+    note = ""  # something else to tell the user
 
     @abstractmethod
     def index(self, number: int) -> np.ndarray:
@@ -76,7 +77,7 @@ class ShardFolder(ABC):
         classes, left_out = len(self.about["classes"]), self.about.get("left_out")
         found = [f"{sum(shard.samples for shard in self.shards):,} images in {self.count:,} {self.made_of}"]
         found += [f"{classes:,} classes" if classes else "no classes", f"{self.total_bytes / 1e9:,.3g} GB"]
-        found += [self.index_at] if self.index_at else []
+        found += [text for text in (self.index_at, self.note) if text]
         return f"{self}: {', '.join(found)}" + (f"; {summary(left_out)}" if left_out else "")
 
     @property

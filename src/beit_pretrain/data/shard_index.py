@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,27 +48,77 @@ def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut, tar: str
     of a key starts a new sample. Label maps with keys of their own (`masks/k.png`, `k_mask.png`) are left out.
     """
     notes: list[str] = []
-    tar = tar or path.name
-    members = [(*layout.split_key(name), name, offset, size) for name, offset, size in scan_tar(path, notes=notes)]
+    members = [(name, (offset, size), size) for name, offset, size in scan_tar(path, notes=notes)]
     for text in notes:
-        left_out.note(tar, text)
-    bare = {key for key, extension, *_ in members if "." not in extension}
-    for place, (key, extension, name, offset, size) in enumerate(members):
+        left_out.note(tar or path.name, text)
+    folders = map_folders_of(name for name, _, _ in members)
+    maps = _keys_of_maps(keys_of(name for name, _, _ in members))
+    samples = gather(
+        tar or str(path),
+        members,
+        lambda place, most: read_bytes(path, place[0], min(place[1], most)),
+        image_key,
+        left_out,
+        lambda key, name: key in maps or name[: name.rfind("/") + 1] in folders,
+    )
+    rows = [(*s.places.get("image", (0, 0)), s.label, *s.places.get("seg.png", (0, 0))) for s in samples]
+    return np.array([row for row in rows if row[1]], INDEX_DTYPE)
+
+
+class SampleMembers:
+    """The members of one sample that count."""
+
+    def __init__(self, key: str, first: str):
+        self.key = key
+        self.first = first  # name of its first member, in messages
+        self.label = -1
+        self.places: dict[str, Any] = {}  # of its "image", "seg.png" and "cls"
+        self.ranks: dict[str, tuple[int, ...]] = {}  # of the member taken so far, by kind
+        self.extensions: set[str] = set()
+        self.images = 0
+
+
+def keys_of(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Key and extension of members, by their names, as `scan_shard` explains."""
+    split = [layout.split_key(name) for name in names]
+    bare = {key for key, extension in split if "." not in extension}
+    for place, (key, extension) in enumerate(split):
         if key not in bare and (number := NUMBERS.match(extension)):
-            members[place] = f"{key}.{number[1]}", extension[number.end() :], name, offset, size
-    folders = map_folders_of(name for _, _, name, *_ in members)
-    maps = _keys_of_maps((key, extension) for key, extension, *_ in members)
-    samples: list[_Sample] = []
-    of_key: dict[str, _Sample] = {}  # the last sample of a key
-    for key, extension, name, offset, size in members:
-        kind = _kind(path, name, extension, offset, size)
-        if kind == "image" and (key in maps or name[: name.rfind("/") + 1] in folders):
+            split[place] = f"{key}.{number[1]}", extension[number.end() :]
+    return split
+
+
+def gather(
+    where: str,
+    members: Sequence[tuple[str, Any, int]],
+    read: Callable[[Any, int], bytes],
+    image_key: Sequence[str],
+    left_out: LeftOut,
+    is_map: Callable[[str, str], bool],
+) -> list[SampleMembers]:
+    """The samples among the members of a tar, or of a part of it; also those without an image.
+
+    Args:
+        where: the tar, for messages.
+        members: name, place and size of each; a negative size says why it must not be read (`tars.REFUSED`).
+        read: (place, most) -> the first bytes of a member, at most so many.
+        image_key, left_out: as of `scan_shard`.
+        is_map: (key, name) -> whether an image is a label map of another key.
+
+    Raises UserError if a `.cls` holds no class number.
+    """
+    tar = where.rpartition("/")[2]
+    samples: list[SampleMembers] = []
+    of_key: dict[str, SampleMembers] = {}  # the last sample of a key
+    for (key, extension), (name, place, size) in zip(keys_of(name for name, _, _ in members), members, strict=True):
+        kind = _kind(name, extension, size, partial(read, place))
+        if kind == "image" and is_map(key, name):
             kind = layout.MAP
         if kind not in ("image", "seg.png", "cls"):
             left_out.add(f"{tar}/{name}", kind, folder=tar)
             continue
         if key not in of_key or extension in of_key[key].extensions:
-            of_key[key] = _Sample(f"{tar}/{name}")
+            of_key[key] = SampleMembers(key, f"{tar}/{name}")
             samples.append(of_key[key])
         sample = of_key[key]
         rank = label_map_names.image_rank(extension, image_key) if kind == "image" else (extension != kind,)
@@ -75,18 +127,19 @@ def scan_shard(path: Path, image_key: Sequence[str], left_out: LeftOut, tar: str
         if rank is not None and (kind not in sample.ranks or rank < sample.ranks[kind]):
             sample.ranks[kind] = rank
             if kind == "cls":
-                sample.row[2] = _class_number(path, name, read_bytes(path, offset, min(size, 100)))
+                sample.label = _class_number(where, name, read(place, 100))
+            elif size:
+                sample.places[kind] = place
             else:
-                start = 0 if kind == "image" else 3
-                sample.row[start : start + 2] = offset, size
+                sample.places.pop(kind, None)
         sample.extensions.add(extension)
     for sample in samples:
         further = sample.images - ("image" in sample.ranks)
         if further:
             left_out.add(sample.first, layout.FURTHER, further, tar)
-        if not sample.row[1]:
+        if "image" not in sample.places:
             left_out.add(sample.first, EMPTY if "image" in sample.ranks else NO_IMAGE_IN_SAMPLE, folder=tar)
-    return np.array([tuple(sample.row) for sample in samples if sample.row[1]], INDEX_DTYPE)
+    return samples
 
 
 def _keys_of_maps(members: Iterable[tuple[str, str]]) -> set[str]:
@@ -99,17 +152,6 @@ def _keys_of_maps(members: Iterable[tuple[str, str]]) -> set[str]:
     return {of[name] for of in names.values() for name in label_map_names.maps_among(of).found}
 
 
-class _Sample:
-    """A sample of a foreign tar while its members are found."""
-
-    def __init__(self, first: str):
-        self.first = first  # name of its first member
-        self.row = [0, 0, -1, 0, 0]
-        self.ranks: dict[str, tuple[int, ...]] = {}  # of the member taken so far, by kind
-        self.extensions: set[str] = set()
-        self.images = 0
-
-
 def key_of(name: str) -> str:
     """The key of a sample by the name of its image: without the extension, with numbers after the first dot."""
     key, extension = layout.split_key(name)
@@ -117,7 +159,13 @@ def key_of(name: str) -> str:
     return f"{key}.{number[1]}" if number else key
 
 
-def _kind(path: Path, name: str, extension: str, offset: int, size: int) -> str:
+def wanted(name: str) -> bool:
+    """Whether a member may count, by its name: it must be read."""
+    last = layout.split_key(name)[1].rpartition(".")[2]
+    return last in IMAGE_EXTENSIONS or last == "cls" or (last != "tar" and not layout.why_no_image(name))
+
+
+def _kind(name: str, extension: str, size: int, read: Callable[[int], bytes]) -> str:
     """What a member is: "image", "seg.png", "cls", or the reason why it is left out."""
     if any(map(layout.is_by_product, name.split("/"))):
         return layout.BY_PRODUCT
@@ -130,16 +178,16 @@ def _kind(path: Path, name: str, extension: str, offset: int, size: int) -> str:
     if size < 0:  # a link, a device, or a name that leads outside
         return REFUSED[size]
     if not kind:  # an unknown extension, or none
-        return "image" if starts_as_image(read_bytes(path, offset, min(size, HEAD))) else layout.NO_IMAGE
+        return "image" if starts_as_image(read(HEAD)) else layout.NO_IMAGE
     return kind
 
 
-def _class_number(path: Path, name: str, text: bytes) -> int:
+def _class_number(where: str, name: str, text: bytes) -> int:
     try:
         number = int(text)
     except ValueError:
-        raise UserError(f"{path}: {name} holds {text[:20]!r} where a class number is needed") from None
+        raise UserError(f"{where}: {name} holds {text[:20]!r} where a class number is needed") from None
     if not -1 <= number < MOST_CLASSES:
         said = text.decode(errors="replace").strip()
-        raise UserError(f"{path}: {name} holds the class number {said[:20]}, not one of -1 to {MOST_CLASSES - 1:,}")
+        raise UserError(f"{where}: {name} holds the class number {said[:20]}, not one of -1 to {MOST_CLASSES - 1:,}")
     return number

@@ -19,6 +19,7 @@ import json
 import random
 import re
 import shlex
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def read_file(url: str, limit: int, retries: int, timeout: float, check: Callabl
     """
     buffer = io.BytesIO()
     transfer = Transfer(buffer, timeout, limit, begin=lambda total, version: buffer.truncate())
-    _receive(url, transfer, retries + 1, lambda: check(buffer.getvalue()), f"{without_secrets(url)} cannot be fetched")
+    receive(url, transfer, retries + 1, lambda: check(buffer.getvalue()), f"{without_secrets(url)} cannot be fetched")
     return buffer.getvalue()
 
 
@@ -95,7 +96,7 @@ def fetch_file(url: str, transfer: Transfer, retries: int, check: Callable[[], o
 
     Raises DownloadError if the download fails, OSError if the local file cannot be written.
     """
-    _receive(url, transfer, retries + 1, check, f"{without_secrets(url)} cannot be fetched")
+    receive(url, transfer, retries + 1, check, f"{without_secrets(url)} cannot be fetched")
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Remote:
         self._receive(name, Transfer(out, self.timeout, size), whole)
 
     def _receive(self, name: str, transfer: Transfer, check: Callable[[], object]) -> None:
-        _receive(self.address(name), transfer, self.retries + 1, check, f"{name} of {self} cannot be fetched")
+        receive(self.address(name), transfer, self.retries + 1, check, f"{name} of {self} cannot be fetched")
 
     def address(self, name: str) -> str:
         """The address of a file in the folder."""
@@ -259,18 +260,28 @@ def _resume(url: str, partial: Path, note: Path, name: str, timeout: float, atte
         if total is None or out.tell() < total:  # else complete: an earlier process ended before renaming it
             transfer = Transfer(out, timeout, None, total, version, begin, bar)
             failure = f"{without_secrets(url)} cannot be downloaded"
-            _receive(url, transfer, attempts, lambda: None, failure, progress_counts=True)
+            receive(url, transfer, attempts, lambda: None, failure, progress_counts=True)
 
 
-def _receive(
-    url: str, transfer: Transfer, tries: int, check: Callable[[], object], failure: str, progress_counts: bool = False
+def receive(
+    url: str,
+    transfer: Transfer,
+    tries: int,
+    check: Callable[[], object],
+    failure: str,
+    progress_counts: bool = False,
+    speed: float = 0.0,
+    wait: Callable[[float], object] | None = None,
 ) -> None:
     """Try until the file is whole and `check` raises no OSError.
 
-    `progress_counts`: a try that gets further than any before resets the count of failures.
+    `progress_counts`: a try that gets further than any before, by more than `speed` bytes/s, resets the count of
+    failures. `wait`: waits so many seconds between two tries.
+    Raises DownloadError, which begins with `failure`; OSError if it cannot be written.
     """
     failed, furthest = 0, transfer.position
     while True:
+        begun = time.monotonic() - transfer.forgiven
         try:
             receive_once(url, transfer)
             check()
@@ -278,7 +289,9 @@ def _receive(
         except LocalWriteError as error:
             raise error.args[0] from None
         except (PermanentError, OSError) as error:
-            failed = 0 if progress_counts and transfer.position > furthest else failed + 1
+            passed = time.monotonic() - transfer.forgiven - begun
+            progress = transfer.position - furthest > speed * passed
+            failed = 0 if progress_counts and progress else failed + 1
             furthest = max(furthest, transfer.position)
             why, asked = reason_of(error), getattr(error, "pause", 0.0)
             if isinstance(error, LASTING):
@@ -288,7 +301,7 @@ def _receive(
             if transfer.limit is not None and transfer.position >= transfer.limit:  # complete, but wrong
                 transfer.restart()
         transfer.bar.set_postfix_str(why)
-        sleep(pause_before_retry(failed, asked))
+        (wait or sleep)(pause_before_retry(failed, asked))
 
 
 def pause_before_retry(failed: int, asked: float = 0.0) -> float:

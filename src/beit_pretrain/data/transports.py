@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from concurrent import futures
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, BinaryIO, NoReturn
@@ -31,6 +32,8 @@ from beit_pretrain import __version__
 from beit_pretrain.errors import first_line
 
 CHUNK = 1 << 20  # bytes
+GLANCE = 0.2  # seconds between two looks whether a transfer has been given up
+POLL = 0.01  # seconds between two looks whether the reader of a stream has made room
 SLOWEST = 1000  # bytes per second below which a transfer counts as stalled
 PASSING = (408, 425, 429)  # HTTP statuses that are retried, as are all from 500 on
 
@@ -62,9 +65,12 @@ class Transfer:
     version: str | None = None  # ETag or date of the file, if known
     begin: Callable[[int | None, str | None], object] = lambda total, version: None  # called before the first byte
     bar: tqdm = field(default_factory=lambda: tqdm(disable=True))
+    room: Callable[[], bool] = lambda: True  # whether `out` takes a chunk now; HTTP waits for it, others in `out.write`
+    ended: threading.Event = field(default_factory=threading.Event)  # set to give the transfer up
 
     def __post_init__(self) -> None:
         self.position = self.out.tell()
+        self.forgiven = 0.0  # seconds that `out` took
         self._mark = (time.monotonic(), self.position)
 
     def restart(self) -> None:
@@ -93,10 +99,12 @@ class Transfer:
     def write(self, chunk: bytes) -> None:
         if self.limit is not None and self.position + len(chunk) > self.limit:
             raise PermanentError(f"it has more than {self.limit:,} bytes")
+        before = time.monotonic()
         try:
             self.out.write(chunk)
         except OSError as error:
             raise LocalWriteError(error) from None
+        self.forgive(time.monotonic() - before)
         self.position += len(chunk)
         self.bar.update(len(chunk))
         since, position = self._mark
@@ -104,6 +112,16 @@ class Transfer:
             if self.position - position < SLOWEST * passed:
                 raise TimeoutError(f"slower than {SLOWEST} bytes/s")
             self._mark = (time.monotonic(), self.position)
+
+    def forgive(self, seconds: float) -> None:
+        """Leave time that `out` took out of the server's speed."""
+        since, position = self._mark
+        self.forgiven, self._mark = self.forgiven + seconds, (since + seconds, position)
+
+    def check_ended(self) -> None:
+        """Raise LocalWriteError if the transfer has been given up."""
+        if self.ended.is_set():
+            raise LocalWriteError(OSError("given up"))
 
     def finish(self) -> None:
         """End the transfer. Raises TransientError if bytes are missing."""
@@ -118,11 +136,12 @@ class Transfer:
 def receive_once(url: str, transfer: Transfer) -> None:
     """Try once. Raises PermanentError, TransientError, LocalWriteError, or OSError for other failures."""
     scheme = url.partition(":")[0].lower()
+    transfer.check_ended()
     try:
         if scheme == "pipe":
             _from_pipe(url[5:], transfer)
         elif scheme in ("http", "https", "hf"):
-            run_async(_http(*_hub_address(url) if scheme == "hf" else (url, {}), transfer))
+            run_async(_http(*_hub_address(url) if scheme == "hf" else (url, {}), transfer), transfer.check_ended)
         else:
             _from_file_system(scheme, url, transfer)
         transfer.finish()
@@ -147,8 +166,11 @@ def _from_pipe(command: str, transfer: Transfer) -> None:
             poll = select.poll()
             poll.register(process.stdout, select.POLLIN | select.POLLHUP)
             while True:
-                if not poll.poll(transfer.timeout * 1000):
-                    raise TimeoutError(f"no bytes for {transfer.timeout:g} s")
+                deadline = time.monotonic() + transfer.timeout
+                while not poll.poll(max(0, min(GLANCE, deadline - time.monotonic())) * 1000):
+                    transfer.check_ended()
+                    if time.monotonic() >= deadline:
+                        raise TimeoutError(f"no bytes for {transfer.timeout:g} s")
                 if not (chunk := os.read(process.stdout.fileno(), CHUNK)):
                     break
                 transfer.write(chunk)
@@ -227,10 +249,13 @@ def _event_loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine, which runs in the thread of the event loop."""
+def run_async(coroutine: Coroutine[Any, Any, Any], check: Callable[[], object] = lambda: None) -> Any:
+    """The result of a coroutine, which runs in the thread of the event loop. `check` is called now and then, and ends
+    the wait by raising."""
     future = asyncio.run_coroutine_threadsafe(coroutine, _event_loop(os.getpid()))
     try:
+        while not futures.wait([future], GLANCE).done:
+            check()
         return future.result()
     finally:
         future.cancel()  # after a Ctrl-C
@@ -293,6 +318,10 @@ async def _http(url: str, headers: dict[str, str], transfer: Transfer) -> None:
             async with response:
                 _accept(response, transfer)
                 async for chunk in response.content.iter_any():
+                    before = time.monotonic()
+                    while not transfer.room():  # all transfers of a process share this thread: none may block it
+                        await asyncio.sleep(POLL)
+                    transfer.forgive(time.monotonic() - before)
                     transfer.write(chunk)
     except aiohttp.ServerTimeoutError:
         raise TimeoutError(f"no bytes for {transfer.timeout:g} s") from None

@@ -153,6 +153,8 @@ class TrainedModule(LightningModule):
         self._kept = []
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
+        if (data := getattr(self.trainer, "datamodule", None)) is not None:
+            data.note_used(batch)
         step = self.trainer.global_step
         last_micro_batch = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if last_micro_batch and (step % self.log_every == 0 or step == self.trainer.max_steps):

@@ -106,12 +106,14 @@ def run_summary(cfg: FitSettings, task: Task, steps: int, trainer: Trainer) -> s
     parameters = sum(p.numel() for p in task.module.model.parameters())
     settings = task.module.optim
     accumulate, share = trainer.accumulate_grad_batches, images_at_once(cfg, trainer)
+    samples = task.data.samples
+    images = "a stream of training images" if samples is None else f"{samples:,} training images"
+    epochs = "" if samples is None else f"{steps * cfg.global_batch_size / samples:.4g} epochs, "
     return "\n".join(
         (
-            f"{cfg.task} {cfg.name}: {parameters:,} parameters, {task.data.samples:,} training images",
+            f"{cfg.task} {cfg.name}: {parameters:,} parameters, {images}",
             f"  {steps:,} steps of {cfg.global_batch_size} ({trainer.world_size} processes x {share} images x "
-            f"{accumulate}), {steps * cfg.global_batch_size / task.data.samples:.4g} epochs, "
-            f"precision {trainer.precision}",
+            f"{accumulate}), {epochs}precision {trainer.precision}",
             f"  learning rate {settings.lr:g} -> {settings.min_lr:g}, warm-up {settings.warmup_steps:,} steps, "
             f"weight decay {settings.weight_decay:g}, clip {settings.clip}, layer decay {settings.layer_decay}",
             *([f"  from {task.origin}"] if task.origin else []),

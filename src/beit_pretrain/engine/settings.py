@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, Strict
 
+from beit_pretrain.errors import AllRanksError
 from beit_pretrain.settings import (
     BelowOne,
     Count,
@@ -55,10 +56,18 @@ class OptimSettings(Settings):
     )
     warmup_start: Share = about("with poly, the warm-up rises from this share of the rate")
 
-    def with_warmup_in_steps(self, samples: int, global_batch_size: int) -> OptimSettings:
-        """A copy with the warm-up in optimiser steps instead of epochs."""
+    def with_warmup_in_steps(self, samples: int | None, global_batch_size: int) -> OptimSettings:
+        """A copy with the warm-up in optimiser steps instead of epochs.
+
+        Raises AllRanksError if the number of images is needed and unknown.
+        """
         if self.warmup_epochs is None:
             return self
+        if samples is None:
+            raise AllRanksError(
+                f"optim.warmup_epochs={self.warmup_epochs:g} needs data.samples=N, the images of an epoch, which a "
+                "stream does not know; or set optim.warmup_epochs=null optim.warmup_steps=N"
+            )
         steps = round(self.warmup_epochs * samples / global_batch_size)
         return self.model_copy(update={"warmup_steps": steps, "warmup_epochs": None})
 

@@ -131,8 +131,7 @@ def chosen_images(data: ShardData, options: Any, network: Any, count: int) -> Te
     channels = network.config["in_chans"]
     if options.photos is None:
         check_split(data, options)
-        order = data.eval_dataset(options.split).order
-        files = [data.readers[options.split].read(order.sample_at(i)).data for i in range(count)]
+        files = data.first_files(options.split, count)
     else:
         files = [read_candidate(candidate) for candidate in list_images(options.photos)[: options.images]]
     arrays = []

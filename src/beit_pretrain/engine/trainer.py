@@ -17,11 +17,19 @@ from beit_pretrain.errors import AllRanksError, first_line
 from beit_pretrain.settings import to_dict
 
 
-def total_steps(cfg: FitSettings, samples: int) -> int:
-    """Optimiser steps of the run, from `steps` or `epochs`. Raises AllRanksError unless exactly one of them is set."""
+def total_steps(cfg: FitSettings, samples: int | None) -> int:
+    """Optimiser steps of the run, from `steps` or `epochs`.
+
+    Raises AllRanksError unless exactly one of them is set, and if epochs are of an unknown number of images.
+    """
     if (cfg.steps is None) == (cfg.epochs is None):
         raise AllRanksError("set the length of the run by either steps=N or epochs=N")
-    steps = cfg.steps if cfg.steps is not None else int((cfg.epochs or 0) * samples / cfg.global_batch_size)
+    if cfg.steps is None and samples is None:
+        raise AllRanksError(
+            f"epochs={cfg.epochs:g} needs data.samples=N, the images of an epoch, which a stream does not know; or set "
+            "steps=N"
+        )
+    steps = cfg.steps if cfg.steps is not None else int((cfg.epochs or 0) * (samples or 0) / cfg.global_batch_size)
     if steps < 1:
         raise AllRanksError(
             f"the run has {steps} steps: {samples} images make no global batch of {cfg.global_batch_size}"
@@ -99,6 +107,7 @@ def silence_warnings() -> None:
         "Checkpoint directory .* exists",
         "dataloader is not resumable",
         "Total length of",
+        "Your `IterableDataset` has `__len__` defined",
         "You defined a `validation_step` but have no `val_dataloader`",
     ):
         warnings.filterwarnings("ignore", f".*{message}")

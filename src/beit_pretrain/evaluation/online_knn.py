@@ -78,7 +78,7 @@ class OnlineKNN(Callback):
         dataset = self.data.eval_dataset(split, trainer.global_rank, trainer.world_size, views=views, images=count)
         dataset.masking = None
         batches = list(self.data.loader(dataset, range(len(dataset)), kept=True))
-        total = min(count, self.data.readers[split].samples)
+        total = min(count, self.data.readers[split].samples or count)
         if not batches:  # fewer images than processes
             return Labelled(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64), total)
         images, labels = (torch.cat([batch[name] for batch in batches]) for name in ("image", "label"))

@@ -46,6 +46,8 @@ def probe(cfg: ProbeSettings) -> list[LayerResult]:
         raise UserError(f"init_from={cfg.init_from} is for images of {list(size)} pixels; set image_size to one number")
     check_channels(cfg, source)
     data = evaluation_data(cfg, size)
+    if data.stream is not None:
+        raise UserError("probe_layers reads every training image: data.order=stream, without an end, cannot be used")
     out = Path(cfg.out) if cfg.out else Path(cfg.init_from).absolute().parent / "probe"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stored = stored_features(cfg, source, size, data, out / "features", device)

@@ -116,6 +116,7 @@ def labelled_data(cfg: Any, fill: tuple[float, ...]) -> ClassificationData:
         raise UserError(f"data.train={cfg.data.train}: data sets of different classes cannot be used together")
     if len(data.classes) < 2:
         raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; {cfg.task} needs at least 2")
+    data.needs_class = True
     for split, reader in data.readers.items():
         if without := reader.without_class:
             raise UserError(f"data.{split} has {without} images without a class; make shards only from class folders")

@@ -244,6 +244,8 @@ class PretrainData(ShardData):
     ):
         super().__init__(train, val, train_views=views, val_views=views, **settings)
         self.masking = masking
+        if self.stream is not None and "train" in (tokens or {}):
+            raise UserError("data.tokens belong to numbered images; a stream (data.order=stream) needs tokenizer.path=")
         for split, folders in (tokens or {}).items():
             if split in self.readers:
                 self.tokens[split] = CachedTokens(folders, self.readers[split], views, masking.grid, split)
