@@ -146,7 +146,7 @@ def test_list_images_without_any(tmp_path):
     write_folder(tmp_path, {"only/notes.txt": b"x", "a.tgz": b"x", "bad.tar": damaged_tar()})
     (tmp_path / "empty").mkdir()
     for name, words in (
-        ("missing", "does not exist; give an image, a folder of images, or a tar"),
+        ("missing", "does not exist; give an image, a folder of images, a tar, or a parquet file"),
         ("synthetic", "does not exist"),
         ("empty", "holds no image"),
         ("only", "holds no image"),
@@ -311,7 +311,7 @@ def test_members_behind_an_end_mark_of_a_tar(tmp_path, capsys):
 
 
 def test_a_source_whose_images_are_all_left_out(tmp_path):
-    for name, words in (("a.zip", "a.zip: an archive"), ("data.parquet", "data.parquet: an archive")):
+    for name, words in (("a.zip", "a.zip: an archive"), ("data.h5", "data.h5: an archive")):
         src = write_folder(tmp_path / name / "src", {name: b"x"})
         with pytest.raises(UserError, match=f"holds no image; {words}"):
             list_images(src)

@@ -167,7 +167,9 @@ def verify_shards(folder: str | Path, progress: bool = True, num_workers: int | 
 
 
 def image_key_of(manifest: dict[str, Any]) -> tuple[str, ...]:
-    """The extensions that `shards index` was given as `image_key`."""
+    """The extensions that `shards index` was given as `image_key`; shards that we wrote have one image a sample."""
+    if manifest.get("listing_sha256"):
+        return ()
     found = manifest["settings"].get("image_key") or ()
     return tuple(map(str, found)) if isinstance(found, list | tuple) else (str(found),)
 

@@ -11,13 +11,14 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from beit_pretrain.data import ade20k, cifar, layout
+from beit_pretrain.data import ade20k, cifar, layout, table_rows
 from beit_pretrain.data.left_out import EXPECTED, LeftOut
 from beit_pretrain.data.source_tree import DiskTree, NamesTree, other_image_folders, walk
+from beit_pretrain.data.table_files import local_tables
 from beit_pretrain.data.tars import OUTSIDE, REFUSED, inside, scan_tar
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import expand_home
@@ -36,14 +37,14 @@ class Candidate(NamedTuple):
     path: str  # file that holds the bytes
     offset: int = 0
     size: int = -1  # bytes; -1 = the whole file; below -1: a key of tars.REFUSED
-    kind: str = "file"  # or "synthetic" (image `offset` of the set), or "cifar" (raw pixels)
+    kind: str = "file"  # or "synthetic" (image `offset` of the set), "cifar" (raw pixels), "table" (row `offset`)
     mask: str = ""  # file of the label map
 
 
 class SourceGroup(NamedTuple):
     """A unit: a part of a source that one process lists."""
 
-    kind: str  # "files" of one folder, "tar", "cifar" or "synthetic"
+    kind: str  # "files" of one folder, "tar", "table", "cifar" or "synthetic"
     path: str  # folder, or file
     top: str  # start of its keys: the source's name if there are several, and the part that `split` picked
     prefix: str  # next part of its keys
@@ -82,6 +83,8 @@ def units(
     if cifar.recognised(source):
         split = choice.split or "train"
         yield SourceGroup("cifar", str(cifar.part_of(source, split)), top, "", _stat(source)[1], ((split, 0),))
+    elif tables := _table_units(source, top, choice.split):
+        yield from tables
     elif not source.is_dir():
         top = top.removesuffix(f"{source.name}/") if as_class else top  # then the prefix contains the name
         yield from _file_units(source, source.name, top, alone=not as_class)
@@ -106,9 +109,11 @@ def units(
 
 
 def rows(unit: SourceGroup, choice: Choice = TRAIN, left_out: LeftOut | None = None) -> list[Row]:
-    """The rows of a unit of kind "files" or "tar", sorted by name. Raises UserError for a damaged tar."""
+    """The rows of a unit of kind "files", "tar" or "table", sorted by name. Raises UserError for a damaged file."""
     if unit.kind == "files":
         return [(name, unit.classes, 0, size) for name, size in unit.files]
+    if unit.kind == "table":
+        return [(f"{row:08d}", None, row, -1) for row in range(table_rows.count_rows(unit.path, choice.image_key))]
     left_out = LeftOut() if left_out is None else left_out
     found: dict[str, tuple[int, int]] = {}  # of several members of one name the last counts, as in unpacking
     start = unit.top + unit.prefix
@@ -146,7 +151,7 @@ def candidate_of(unit: SourceGroup, row: Row) -> Candidate:
     """The candidate of a row; its class is that of the row."""
     name, class_name, offset, size = row
     path = os.path.join(unit.path, name) if unit.kind == "files" else unit.path
-    kind = unit.kind if unit.kind in ("cifar", "synthetic") else "file"
+    kind = unit.kind if unit.kind in ("cifar", "synthetic", "table") else "file"
     mask = str(Path(unit.masks, name).with_suffix(".png")) if unit.masks else ""
     return Candidate(unit.top + unit.prefix + name, class_name, path, offset, size, kind, mask)
 
@@ -168,11 +173,17 @@ def nothing_in(source: str | Path, advice: str, left_out: LeftOut) -> UserError:
 
 
 def list_images(src: str | Path, choice: Choice = EVERYTHING, left_out: LeftOut | None = None) -> list[Candidate]:
-    """The possible images in `src`, an image file, a folder of any depth or a tar, sorted by name. Raises UserError."""
-    source, advice = expand_home(src), "give an image, a folder of images, or a tar"
+    """The possible images in `src`, sorted by name: an image file, a folder of any depth, a tar, or tables.
+
+    Raises UserError.
+    """
+    source, advice = expand_home(src), "give an image, a folder of images, a tar, or a parquet file"
     left_out = LeftOut() if left_out is None else left_out
     _check_kind(source, advice)
-    if source.is_dir():
+    listed: Iterable[SourceGroup] = _table_units(source, "", choice.split)
+    if listed:
+        pass
+    elif source.is_dir():
         listed = _folder_units(source, "", choice, left_out)
     else:
         listed = _file_units(source, source.name, "", alone=True)
@@ -195,6 +206,8 @@ def read_candidate(candidate: Candidate, max_pixels: int = MAX_PIXELS) -> bytes:
     Raises OSError if they cannot be read or the file has become shorter, ValueError if the candidate is not a plain
     file or is larger than an image of `max_pixels` can be.
     """
+    if candidate.kind == "table":
+        return table_rows.read_row(candidate.path, candidate.offset)
     if candidate.size in REFUSED:
         raise ValueError(REFUSED[candidate.size])
     size = candidate.size if candidate.size >= 0 else os.path.getsize(candidate.path)
@@ -243,6 +256,17 @@ def _folder_units(root: Path, top: str, choice: Choice, left_out: LeftOut) -> It
             yield SourceGroup("files", where, start, prefix, digest.hexdigest(), tuple(files), classes=folder.classes)
     if not some and (compressed := [key for key, why in left_out.examples() if why == layout.COMPRESSED]):
         raise UserError(f"{root / min(compressed).removeprefix(top)} is {layout.COMPRESSED}, or move it away")
+
+
+def _table_units(source: Path, top: str, split: str | None) -> list[SourceGroup]:
+    """A unit for each parquet or Arrow file of a part; none if the source holds something else."""
+    if source.is_dir() and ((source / "manifest.json").is_file() or ade20k.has_label_maps(source)):
+        return []
+    units = []
+    for path in local_tables(source, split) or []:
+        prefix = "" if path == source else f"{path.relative_to(source).as_posix()}/"
+        units.append(SourceGroup("table", str(path), top, prefix, _stat(path)[1]))
+    return units
 
 
 def _stat(path: Path, may_lack: bool = False) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from tqdm import tqdm
@@ -124,6 +124,21 @@ class Remote:
         self._receive(name, transfer, lambda: check(buffer.getvalue()))
         return buffer.getvalue()
 
+    def read_end(self, name: str, size: int, start: int) -> bytes:
+        """The bytes from `start` on of a file of `size` bytes. Raises DownloadError.
+
+        From a server without ranges all bytes come, and those before `start` are dropped.
+        """
+        tail = _Tail(start)
+
+        def whole() -> None:
+            if tail.tell() != size:
+                raise OSError(f"broke off after {tail.tell():,} of {size:,} bytes")
+
+        tail.seek(start)
+        self._receive(name, Transfer(cast(BinaryIO, tail), self.timeout, size), whole)
+        return bytes(tail.kept)
+
     def fetch(self, name: str, out: BinaryIO, size: int, check: Callable[[], None]) -> None:
         """Download the file `name`, of exactly `size` bytes, to the start of `out`.
 
@@ -149,6 +164,27 @@ class Remote:
             return f"{self.location.rstrip('/')}/{name}"
         parts = urlsplit(self.location)
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
+
+
+class _Tail(io.RawIOBase):
+    """A file that keeps only its bytes from `start` on."""
+
+    def __init__(self, start: int):
+        self.start, self.position, self.kept = start, 0, bytearray()
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        self.position = position
+        del self.kept[max(0, position - self.start) :]
+        return position
+
+    def write(self, data: Any) -> int:
+        before = max(0, self.start - self.position)
+        self.kept += data[before:]
+        self.position += len(data)
+        return len(data)
 
 
 def download(

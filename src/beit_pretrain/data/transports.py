@@ -175,6 +175,11 @@ def _file_system(scheme: str, process: int) -> Any:
     return fsspec.filesystem(scheme, skip_instance_cache=True)
 
 
+def hub_system() -> Any:
+    """The file system of the Hugging Face Hub of this process."""
+    return _file_system("hf", os.getpid())
+
+
 def file_system(scheme: str) -> Any:
     """fsspec's file system in this process, for s3, gs, hf and file. Raises PermanentError if a package is missing."""
     try:
@@ -206,7 +211,7 @@ def _hub_address(url: str) -> tuple[str, dict[str, str]]:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers
 
-    system = _file_system("hf", os.getpid())
+    system = hub_system()
     try:
         found = system.resolve_path(url)
     except HfHubHTTPError as error:

@@ -25,6 +25,7 @@ from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.sources import distinct_names, list_images, read_candidate
 from beit_pretrain.data.storage import is_remote
+from beit_pretrain.data.table_files import SUFFIXES
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.fileio import expand_home
 from beit_pretrain.processes import cores, end_with_parent
@@ -82,7 +83,7 @@ def source_of(src: str | Sequence[str], left_out: LeftOut | None = None) -> list
     paths = [Path(os.path.abspath(expand_home(source))) for source in sources]
     for source, path, name in zip(sources, paths, distinct_names(paths), strict=True):
         listed = list_images(source, left_out=left_out)
-        alone = not path.is_dir() and path.suffix.lower() != ".tar"
+        alone = not path.is_dir() and path.suffix.lower() not in (".tar", *SUFFIXES)
         for image in listed:
             key = image.key if len(sources) == 1 else name if alone else f"{name}/{image.key}"
             images.append((key, partial(read_candidate, image)))

@@ -33,6 +33,7 @@ from beit_pretrain.data.sources import (
     rows,
     units,
 )
+from beit_pretrain.data.table_rows import TableFile
 from beit_pretrain.processes import in_order
 
 # `end`: of the row's name in the file of names; `class`: number of its class, -1 = none, or UNLISTED.
@@ -63,7 +64,11 @@ class Listing:
         name = self.names[start:end].tobytes().decode("utf-8", "surrogateescape")
         class_name = self.classes[number] if number >= 0 else None
         candidate = candidate_of(unit, (name, class_name, offset, size))
-        return candidate._replace(path=str(_pixel_file(self.folder, unit))) if unit.kind == "cifar" else candidate
+        if unit.kind == "cifar":
+            return candidate._replace(path=str(_unpacked(self.folder, unit)))
+        if unit.kind == "table":
+            return candidate._replace(path=str(_unpacked(self.folder, unit)), kind="file")
+        return candidate
 
     def class_numbers(self, classes: list[str]) -> np.ndarray:
         """Index in `classes` by the number in `rows["class"]`: also at -1 (no class) and UNLISTED. Raises KeyError."""
@@ -180,21 +185,34 @@ def _number_classes(folder: Path, folders: list[str], which: FolderChoice, left_
 
 
 def _rows(folder: Path, choice: Choice, unit: SourceGroup) -> tuple[SourceGroup, list[Row], LeftOut]:
-    """A unit with its rows and what is left out of it; writes the pixels of CIFAR-100 into `folder`."""
+    """A unit with its rows and what is left out of it; writes the images of CIFAR-100 and of tables into `folder`."""
     left_out = LeftOut()
     if unit.kind == "synthetic":
         textures = synthetic.TEXTURES
         listed: list[Row] = [(f"synthetic/{i}", textures[i % len(textures)], i, 0) for i in range(unit.files[0][1])]
     elif unit.kind == "cifar":
         names, classes, pixels = cifar.read(Path(unit.path), unit.files[0][0])
-        _pixel_file(folder, unit).write_bytes(pixels.tobytes())
+        _unpacked(folder, unit).write_bytes(pixels.tobytes())
         size = cifar.PIXELS
         listed = [(name, c, i * size, size) for i, (name, c) in enumerate(zip(names, classes, strict=True))]
+    elif unit.kind == "table":
+        listed = _table_rows(_unpacked(folder, unit), unit, choice)
     else:
         listed = rows(unit, choice, left_out)
     return unit, listed, left_out
 
 
-def _pixel_file(folder: Path, unit: SourceGroup) -> Path:
-    """The copy of a CIFAR-100 archive's pixels."""
+def _table_rows(out: Path, unit: SourceGroup, choice: Choice) -> list[Row]:
+    """The rows of a table, whose images are written one after another into the file `out`."""
+    listed: list[Row] = []
+    with open(out, "wb") as file:
+        for number, (image, name) in enumerate(TableFile(unit.path, unit.path).named_samples(choice.image_key)):
+            # A class is the name of a folder here, where a slash would begin another.
+            name = None if name is None else name.replace("/", "\N{DIVISION SLASH}")
+            listed.append((f"{number:08d}", name, file.tell(), file.write(image)))
+    return listed
+
+
+def _unpacked(folder: Path, unit: SourceGroup) -> Path:
+    """The copy of a CIFAR-100 archive's pixels, or of a table's images."""
     return folder / f"pixels-{hashlib.sha256(unit.path.encode(errors='surrogateescape')).hexdigest()[:16]}"

@@ -44,7 +44,7 @@ def read_rows(text: str, file_column: str | None, class_column: str | None) -> I
     """
     table, first, header = _table(text, file_column, class_column)
     file, kind = _columns(table, first, header, file_column, class_column)
-    kaggle = header and [_plain(name) for name in first] == KAGGLE
+    kaggle = header and [plain(name) for name in first] == KAGGLE
     row = None
     for row in islice(table.rows(), int(header), None):
         line, fields = row
@@ -74,7 +74,7 @@ def _table(text: str, file_column: str | None, class_column: str | None) -> tupl
 
 
 def _is_header(table: Table, first: list[str], *named: str | None) -> bool:
-    names = [_plain(field) for field in first]
+    names = [plain(field) for field in first]
     if not table.separator or any(name and not name.isdigit() and _index(name, first) is not None for name in named):
         return True
     if any(IMAGE_NAME.fullmatch(field) for field in first):
@@ -107,7 +107,7 @@ def _columns(
     elif not header:
         file = 0
     else:
-        file = _usual_file_column([_plain(name) for name in first], others)
+        file = _usual_file_column([plain(name) for name in first], others)
         if file is None and len(others) == 1:
             file = others[0]
     if file is None:
@@ -142,7 +142,7 @@ def _class_column(table: Table, first: list[str], header: bool, file: int, shown
             return 1
         raise ValueError(f"which column holds the classes? Give labels.class_column=, by number; {shown}")
     for usual in (CLASS_COLUMNS, CLASS_IDS):
-        if found := [n for n, name in enumerate(first) if n != file and _plain(name) in usual]:
+        if found := [n for n, name in enumerate(first) if n != file and plain(name) in usual]:
             if len(found) == 1:
                 _refuse_one_hot(table, first, file, found[0], shown)
                 return found[0]
@@ -216,9 +216,10 @@ def _index(name: str, columns: list[str]) -> int | None:
     """The column of a name, as it stands or without case, blanks, _ and -; None if there is none, or several."""
     if columns.count(name) == 1:
         return columns.index(name)
-    alike = [number for number, column in enumerate(columns) if _plain(column) == _plain(name)]
+    alike = [number for number, column in enumerate(columns) if plain(column) == plain(name)]
     return alike[0] if len(alike) == 1 else None
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A column's name without case, blanks, _ and -."""
     return re.sub(r"[\s_-]+", "", name).casefold()

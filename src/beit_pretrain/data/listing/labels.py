@@ -22,6 +22,7 @@ import numpy as np
 from beit_pretrain.data.listing.label_columns import read_rows
 from beit_pretrain.data.listing.label_matching import LabelList
 from beit_pretrain.data.listing.label_text import lines_of, read_text
+from beit_pretrain.data.listing.metadata_file import parquet_rows
 from beit_pretrain.data.listing.settings import LabelSettings
 from beit_pretrain.data.sources import Candidate, read_bytes
 from beit_pretrain.data.tars import read_named
@@ -108,6 +109,10 @@ def read_labels(path: str | Path, file_column: str | None = None, class_column: 
             return found
         if path.exists() and not path.is_file():  # reading it would never end
             raise UserError(f"{where}: it is a pipe or a device")
+        if path.suffix == ".parquet":
+            for name, class_name in parquet_rows(path, file_column, class_column):
+                found.add(name, class_name)
+            return found
         if path.stat().st_size > LARGEST:
             raise UserError(f"{where} has more than {LARGEST} bytes")
         text = read_text(path, "labels")

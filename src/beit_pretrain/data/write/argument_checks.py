@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from beit_pretrain.data.listing.file_index import Listing, source_units
 from beit_pretrain.data.listing.settings import LabelSettings
 from beit_pretrain.data.manifest import MANIFEST, read_manifest
 from beit_pretrain.data.sources import Choice, distinct_names
+from beit_pretrain.data.storage import is_remote, without_secrets
 from beit_pretrain.data.write.settings import EncodeSettings
 from beit_pretrain.data.write.staging import difference, show
 from beit_pretrain.errors import UserError
@@ -32,6 +34,13 @@ def check_arguments(sources: list[str], split: str, num_workers: int | None, set
     for message, holds in wrong.items():
         if holds:
             raise UserError(message)
+
+
+def check_local(sources: Sequence[str | Path]) -> None:
+    """Raise UserError for a source on another machine."""
+    if remote := [source for source in sources if isinstance(source, str) and is_remote(source)]:
+        said = "shards make reads files of this machine; fit reads such a source itself (data.train=)"
+        raise UserError(f"src={without_secrets(remote[0])}: {said}")
 
 
 def check_labels(labels: LabelSettings) -> None:

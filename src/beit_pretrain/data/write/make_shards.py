@@ -23,6 +23,7 @@ from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.listing import synthetic
 from beit_pretrain.data.listing.file_index import Listing, build_listing, opened_listing, shuffled_rows
 from beit_pretrain.data.listing.labels import segmentation_names
+from beit_pretrain.data.listing.metadata_file import with_metadata
 from beit_pretrain.data.listing.settings import ClassSettings, LabelSettings
 from beit_pretrain.data.manifest import MANIFEST, REJECTED, index_path, read_manifest, write_manifest
 from beit_pretrain.data.sources import Choice
@@ -61,14 +62,16 @@ def make_shards(
     """
     chosen = EncodeSettings.validated(settings)
     listed = ClassSettings.validated({"labels": labels}).labels
-    checks.check_labels(listed)
     # Absolute paths, so that a run can be resumed from another folder.
     given = [src] if isinstance(src, str | Path) else list(src)
+    checks.check_local(given)
     sources = [str(g) if g == "synthetic" else str(expand_home(g).absolute()) for g in given]
     out, names = expand_home(out), ["train", "val"] if chosen.val > 0 else [split]
     choice = Choice(split, tuple(chosen.image_key or ()))
     checks.check_arguments(sources, split, num_workers, chosen)
     checks.check_sources(sources, out)
+    listed = with_metadata(sources, split, listed)
+    checks.check_labels(listed)
     num_workers = num_workers or cores()
     opened_listing.cache_clear()  # this process may have made others in the same folder
     with staging.work_folder(out) as work:
