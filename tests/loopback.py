@@ -124,7 +124,10 @@ def serving(server: Server | None = None) -> Iterator[Server]:
         def log_message(self, *words):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+    class Listener(ThreadingHTTPServer):
+        request_queue_size = 128  # or connections that are opened at once wait for a second
+
+    with Listener(("127.0.0.1", 0), Handler) as http:
         threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         server.url, server.http = f"http://127.0.0.1:{http.server_port}", http
         yield server

@@ -69,7 +69,7 @@ def server():
 
 @pytest.fixture
 def settings(tmp_path):
-    return SourceSettings(cache_dir=str(tmp_path / "cache"), cache_gb=0.1, retries=1, timeout=1)
+    return SourceSettings(cache_dir=str(tmp_path / "cache"), cache_gb=0.1, retries=1, timeout=10)
 
 
 def urls_of(server: Server, query: str = "") -> list[str]:
