@@ -81,7 +81,7 @@ def loader_of(data: PretrainData, steps: int, rank: int = 0, world: int = 1, don
 class KeyOnly(StreamDataset):
     """Gives epochs and keys instead of images."""
 
-    def _made(self, position, sample, pending, following, bad):
+    def _made(self, position, sample, mask, pending, following, bad):
         tar, row = map(int, sample.key.split("-"))
         about = [sample.epoch, tar, row, position]
         return {"sample": np.array(about), "position": np.asarray(position), "label": np.asarray(sample.label)}
@@ -347,6 +347,20 @@ def test_class_numbers(tars, tmp_path):
 def test_tars_without_images_end_the_run(tmp_path):
     path = write_tar(tmp_path / "t.tar", [("a.json", b"{}")])
     assert "hold no images" in refusal(next, iter(loader_of(stream_data(path), 1)))
+
+
+def test_tars_over_http_and_one_that_is_missing(tars, serve, monkeypatch):
+    """A tar that cannot be fetched ends the run with its name, also from a loader process."""
+    monkeypatch.setattr("beit_pretrain.data.storage.PAUSE", 0.001)
+    server = serve(tars)
+    urls = [f"{server.url}/{tar}.tar?token=SECRET" for tar in range(7)]
+    (lane,), samples = lanes_of(source_of([urls]), 1, 1), []
+    while len(samples) < 2 * sum(SIZES):
+        samples += next(lane)["sample"].tolist()
+    assert of_epoch(samples, 0) == EPOCH
+    data = stream_data([*urls[:3], f"{server.url}/none.tar?token=SECRET"], num_workers=1, retries=1)
+    said = refusal(list, loader_of(data, 50))
+    assert said == f"{server.url}/none.tar cannot be fetched: HTTP 404 Not Found"
 
 
 # --- views -------------------------------------------------------------------------------------------------------

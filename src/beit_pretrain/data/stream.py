@@ -189,7 +189,7 @@ class StreamDataset(SampleViews, IterableDataset):
         sample = self.head(position)
         bad: list[dict[str, Any]] = []
         following = (self.head(position + distance) for distance in range(1, NEIGHBOURS))
-        return self._made(position, sample, self._begun(sample), following, bad)
+        return self._made(position, sample, self.mask(sample.number), self._begun(sample), following, bad)
 
     def head(self, position: int) -> StreamSample:
         """The position-th sample of the stream, without shuffling; those before it stay in memory."""
@@ -228,8 +228,10 @@ class StreamDataset(SampleViews, IterableDataset):
         bad: list[dict[str, Any]] = []
         of_set = [streams[number] for number in self._sets(positions)]
         samples = [next(stream) for stream in of_set]
+        # One kind of work at a time, as in `ShardDataset`.
+        masks = [self.mask(sample.number) for sample in samples]
         begun = [self._begun(sample) for sample in samples]
-        made = [self._made(*of, bad) for of in zip(positions, samples, begun, of_set, strict=True)]
+        made = [self._made(*of, bad) for of in zip(positions, samples, masks, begun, of_set, strict=True)]
         return collated(made, bad)
 
     def _begun(self, sample: StreamSample) -> PendingViews:
@@ -239,6 +241,7 @@ class StreamDataset(SampleViews, IterableDataset):
         self,
         position: int,
         sample: StreamSample,
+        mask: dict[str, np.ndarray],
         pending: PendingViews,
         following: Iterator[StreamSample],
         bad: list[dict[str, Any]],
@@ -259,14 +262,14 @@ class StreamDataset(SampleViews, IterableDataset):
                 (first, why), others = failures[0], f" and the {NEIGHBOURS - 1} images after it"
                 raise UserError(f"sample {first.key} of {first.tar}{others} cannot be decoded: {why}")
             sample = next(following)
-            pending = self._begun(sample)
+            mask, pending = self.mask(sample.number), self._begun(sample)
         for failed, why in failures:
             about_failed = {"shard": failed.tar, "key": failed.key, "reason": why}
             bad.append({"position": position, **about_failed, "replaced_by": sample.key})
         if self.needs_class and sample.label < 0:
             raise UserError(f"sample {sample.key} of {sample.tar} has no class (.cls); this task needs one for each")
         about = {"label": np.asarray(sample.label, np.int64), "position": np.asarray(position, np.int64)}
-        return {**arrays, **about, **self.mask(sample.number)}
+        return {**arrays, **about, **mask}
 
 
 class StreamHead(Dataset):
