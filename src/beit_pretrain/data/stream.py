@@ -114,6 +114,7 @@ class StreamSource:
             where, row = without_secrets(tars[tar]), -1
             for found in read_tar(tars[tar], self.settings, image_key):
                 if found is None:
+                    lane.without_image += 1
                     continue
                 row += 1
                 if row < part.start and row not in listed:
@@ -142,8 +143,9 @@ class StreamSource:
 class StreamDataset(SampleViews, IterableDataset):
     """The micro-batches `start` to `total` of one process, with the keys of `ShardDataset`'s batches and `stream`.
 
-    `stream`: {"lane", "sets"}: lane number and the fields of a `LaneState` for each data set, as plain numbers and
-    bytes. An image that does not decode is replaced by the next one of its data set.
+    `stream`: {"lane", "sets", "without_image"}: lane number, the fields of a `LaneState` for each data set, as plain
+    numbers and bytes, and how many groups without an image the lane has skipped since its start.
+    An image that does not decode is replaced by the next one of its data set.
 
     Args:
         places: where each data set goes on, the same on all processes.
@@ -182,7 +184,9 @@ class StreamDataset(SampleViews, IterableDataset):
         streams = [self._shuffled(i, walk) for i, walk in enumerate(walks)]
         for micro_batch in range(self.start + number, self.total, workers):
             batch = self._batch(self.plan.positions(micro_batch), streams)
-            yield {**batch, STATE: {"lane": lane, "sets": [tuple(walk.state()) for walk in walks]}}
+            skipped = sum(walk.without_image for walk in walks)
+            state = {"lane": lane, "sets": [tuple(walk.state()) for walk in walks], "without_image": skipped}
+            yield {**batch, STATE: state}
 
     def sample(self, position: int) -> dict[str, np.ndarray]:
         """The arrays of the position-th sample of the stream as it would be without shuffling and on one process."""
@@ -296,6 +300,7 @@ class StreamPlaces:
         self.places = [Place()] * sets
         self.lanes = 0
         self.resumed = False
+        self.without_image: dict[int, int] = {}  # lane -> groups skipped since the start, of this process
         self.used: dict[int, list[LaneState]] = {}  # lane -> state of each data set, of this process
 
     def begin(self, lanes: int) -> list[Place]:
@@ -305,6 +310,7 @@ class StreamPlaces:
 
     def note(self, state: Mapping[str, Any]) -> None:
         """Note that a batch with this state has been used."""
+        self.without_image[int(state["lane"])] = int(state["without_image"])
         self.used[int(state["lane"])] = [LaneState(*fields) for fields in state["sets"]]
 
     def now(self, used: Mapping[int, list[LaneState]]) -> list[Place]:
