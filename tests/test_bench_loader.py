@@ -15,7 +15,7 @@ from beit_pretrain.benchmarks.loader import REFERENCE, make_variants, mean_grey,
 from beit_pretrain.data.order import Sample
 from beit_pretrain.transforms.jitter import jittered_view
 
-NAMES = {REFERENCE, "reference_uint8", "exact", "fast", "resized", "cached"}
+NAMES = {REFERENCE, "reference_uint8", "exact", "fast", "stream", "resized", "cached"}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def variants(photos, tmp_path_factory):
 
 def test_the_batches_are_what_they_are_said_to_be(variants):
     assert variants.keys() == NAMES
-    batches = {name: dataset[0] for name, dataset in variants.items()}
+    batches = {name: bench_loader.batches_of(dataset)(0) for name, dataset in variants.items()}
     for name, batch in batches.items():
         floats = name == REFERENCE
         assert batch["image"].shape == (32, 3, 64, 64)
@@ -84,6 +84,7 @@ def test_the_command(run_cli, photos):
     assert last["reference_images_per_s_core"] > 0
     assert all(last[name] > 0 for name in NAMES - {REFERENCE})
     assert last["images_per_s_core"].keys() == NAMES
+    assert last["stream_to_fast"] == pytest.approx(last["stream"] / last["fast"])
     assert last["device_part_images_per_s_core"] == last["device_part_rounds"][0] > 0
     assert [line.split("|")[1].strip() for line in stdout.splitlines() if line.startswith("| device")] == [
         "device part"

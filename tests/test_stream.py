@@ -27,7 +27,7 @@ from beit_pretrain.data.stream_order import END, Lane, LaneState, Part, Place, T
 from beit_pretrain.data.stream_tars import read_tar
 from beit_pretrain.tasks.pretrain import PretrainData
 from beit_pretrain.transforms.masking import BlockwiseMask
-from beit_pretrain.transforms.views import TwoViewTransform
+from beit_pretrain.transforms.views import ClassificationTransform, TwoViewTransform
 
 VIEWS = TwoViewTransform(image_size=16, token_image_size=16)
 MASKING = BlockwiseMask((2, 2), max_patches=2, min_block=1)
@@ -81,7 +81,7 @@ def loader_of(data: PretrainData, steps: int, rank: int = 0, world: int = 1, don
 class KeyOnly(StreamDataset):
     """Gives epochs and keys instead of images."""
 
-    def _made(self, position, sample, pending, following, bad):
+    def _made(self, position, sample, mask, pending, following, bad):
         tar, row = map(int, sample.key.split("-"))
         about = [sample.epoch, tar, row, position]
         return {"sample": np.array(about), "position": np.asarray(position), "label": np.asarray(sample.label)}
@@ -225,6 +225,7 @@ def test_resumes_exactly_with_other_workers_through_a_checkpoint(tars, monkeypat
         state = torch.load(buffer, weights_only=True)
     for epoch in range(10):
         assert of_epoch(samples, epoch) == EPOCH
+    assert 70 < sum(data.stream.without_image.values()) < 90  # one of each tar; 424 images are 11 epochs of seven tars
 
 
 def test_checkpoint_without_a_place_is_refused(tars):
@@ -347,6 +348,20 @@ def test_class_numbers(tars, tmp_path):
 def test_tars_without_images_end_the_run(tmp_path):
     path = write_tar(tmp_path / "t.tar", [("a.json", b"{}")])
     assert "hold no images" in refusal(next, iter(loader_of(stream_data(path), 1)))
+
+
+def test_tars_over_http_and_one_that_is_missing(tars, serve, monkeypatch):
+    """A tar that cannot be fetched ends the run with its name, also from a loader process."""
+    monkeypatch.setattr("beit_pretrain.data.storage.PAUSE", 0.001)
+    server = serve(tars)
+    urls = [f"{server.url}/{tar}.tar?token=SECRET" for tar in range(7)]
+    (lane,), samples = lanes_of(source_of([urls]), 1, 1), []
+    while len(samples) < 2 * sum(SIZES):
+        samples += next(lane)["sample"].tolist()
+    assert of_epoch(samples, 0) == EPOCH
+    data = stream_data([*urls[:3], f"{server.url}/none.tar?token=SECRET"], num_workers=1, retries=1)
+    said = refusal(list, loader_of(data, 50))
+    assert said == f"{server.url}/none.tar cannot be fetched: HTTP 404 Not Found"
 
 
 # --- views -------------------------------------------------------------------------------------------------------
@@ -527,3 +542,17 @@ def wait_gone(pid: int, seconds: float = 20) -> bool:
     while not gone(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     return gone(pid)
+
+
+def test_head_of_a_stream_serves_online_knn(tars):
+    """The bank of the kNN accuracy: the first images of the stream, dealt to the ranks."""
+    views = ClassificationTransform(16, train=False)
+    shares = []
+    for rank in range(2):
+        data = stream_data(tars, classes=7)
+        dataset = data.eval_dataset("train", rank, 2, views=views, images=9)
+        shares.append(torch.cat([batch["label"] for batch in data.loader(dataset, range(len(dataset)), kept=True)]))
+    whole = data.eval_dataset("train", views=views, images=9)
+    expected = torch.cat([batch["label"] for batch in data.loader(whole, range(len(whole)), kept=True)])
+    assert expected.tolist()[::2] == shares[0].tolist()
+    assert expected.tolist()[1::2] == shares[1].tolist()

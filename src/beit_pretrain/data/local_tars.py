@@ -165,7 +165,10 @@ def _read(note: Path) -> dict[str, Any] | None:
 
 def named_classes(given: int | str, at_least: int) -> list[str]:
     """The names that data.classes gives. Raises UserError for fewer than the labels need."""
-    names = [str(number) for number in range(given)] if isinstance(given, int) else read_class_names(given)
+    if isinstance(given, int) or given.isdecimal():
+        names = [str(number) for number in range(int(given))]
+    else:
+        names = read_class_names(given)
     if len(names) < at_least:
         raise UserError(f"data.classes={given} are {len(names)} classes, but there is the class number {at_least - 1}")
     return names

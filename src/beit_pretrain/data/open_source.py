@@ -27,30 +27,46 @@ def open_source(source: str, settings: SourceSettings, split: str) -> ShardFolde
 
     Raises UserError.
     """
-    found = find_source(source, settings, split)
+    folder = indexed(find_source(source, settings, split), source, settings)
+    assert folder is not None
+    return folder
+
+
+def indexed(
+    found: ShardFolder | TarSet, source: str, settings: SourceSettings, read: bool = True
+) -> ShardFolder | None:
+    """Tars with the length of each; None if nobody knows them, and they are remote and must not be `read`."""
     if isinstance(found, ShardFolder):
         return found
-    tars = open_tars(found.urls, settings, found.lengths)
-    assert tars is not None
-    tars.note = found.note or tars.note
+    if not is_remote(found.urls[0]):
+        return LocalTars(found.urls, source, settings, found.note)
+    tars = open_tars(found.urls, settings, found.lengths, read)
+    if tars is not None:
+        tars.note = found.note or tars.note
     return tars
 
 
-def find_source(source: str, settings: SourceSettings, split: str) -> ShardFolder | TarSet:
-    """A source as `open_source` opens it, or the addresses of its tars. Raises UserError."""
+def find_source(source: str, settings: SourceSettings, split: str, stream: bool = False) -> ShardFolder | TarSet:
+    """A source as `open_source` opens it, or the paths or addresses of its tars, all local or all remote.
+
+    `stream`: tars are wanted, whatever is in them. Raises UserError.
+    """
     if is_tar_spec(source):
-        return _tars(TarSet(expand(source), None), source, settings)
+        urls = expand(source)
+        if len({is_remote(url) for url in urls}) > 1:
+            raise UserError(f"{without_secrets(source)} mixes local tars with others; give a list of two sources")
+        return TarSet(urls, None)
     if (tables := open_tables(source, settings, split)) is not None:
         return tables
-    return _at_location(source, settings, split) if is_remote(source) else _on_disk(source, settings, split)
-
-
-def _tars(tars: TarSet, source: str, settings: SourceSettings) -> ShardFolder | TarSet:
-    """Local tars with their index; others, and mixtures, as they are."""
-    remote = [is_remote(url) for url in tars.urls]
-    if any(remote) and not all(remote):
-        raise UserError(f"{without_secrets(source)} mixes local tars with others; give a list of two sources")
-    return tars if any(remote) else LocalTars(tars.urls, source, settings)
+    if is_remote(source):
+        return _at_location(source, settings, split)
+    path = expand_home(source)
+    if not (path.is_file() or path.is_dir()):
+        raise UserError(f"{source} {'is a pipe or a device' if path.exists() else 'does not exist'}; {ADVICE}")
+    if (shards := _with_manifest(path, split)) is not None:
+        return shards
+    tars = _tars_at(path, split, stream)
+    return ListedFolder(path, settings, split) if tars is None else tars
 
 
 def _at_location(source: str, settings: SourceSettings, split: str) -> ShardFolder | TarSet:
@@ -65,29 +81,23 @@ def _at_location(source: str, settings: SourceSettings, split: str) -> ShardFold
         ) from None
 
 
-def _on_disk(source: str, settings: SourceSettings, split: str) -> ShardFolder | TarSet:
-    path = expand_home(source)
-    if not (path.is_file() or path.is_dir()):
-        raise UserError(f"{source} {'is a pipe or a device' if path.exists() else 'does not exist'}; {ADVICE}")
-    if path.is_file():
-        shard = path.suffix.lower() == ".tar" and are_shards([path])
-        return LocalTars([str(path)], source, settings) if shard else ListedFolder(path, settings, split)
+def _with_manifest(path: Path, split: str) -> ShardFolder | None:
+    """The shard folder at a path, or that of a split in it; None if there is none."""
     if (path / MANIFEST).is_file():
         return LocalFolder(path)
-    parts = {found.parent.name: (layout.role_of(found.parent.name) or ("",))[0] for found in path.glob(f"*/{MANIFEST}")}
-    if parts:
-        try:
-            return LocalFolder(path / layout.of_split(parts, split)[0])
-        except UserError as error:
-            raise UserError(f"{source} {error}") from None
-    tars = _shards_in(path, split)
-    return ListedFolder(path, settings, split) if tars is None else LocalTars(tars.urls, source, settings, tars.note)
+    found = [manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}")]
+    try:
+        parts = {name: (layout.role_of(name) or ("",))[0] for name in found}
+        return LocalFolder(path / layout.of_split(parts, split)[0]) if found else None
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
 
 
-def _shards_in(folder: Path, split: str) -> TarSet | None:
-    """The WebDataset shards of a split in a folder; None if it has images, or tars that are classes."""
-    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    if any(layout.stem_of(name)[1] in IMAGE_EXTENSIONS for name in names):
-        return None
-    found = tars_of_folder(folder, split)
-    return found if found is not None and are_shards([Path(url) for url in found.urls]) else None
+def _tars_at(path: Path, split: str, stream: bool) -> TarSet | None:
+    """The WebDataset shards of a split at a path; None if it has images, or tars that are classes."""
+    if path.is_file():
+        found = TarSet([str(path)], None) if path.suffix.lower() == ".tar" else None
+    else:
+        beside = (layout.stem_of(entry.name)[1] for entry in path.iterdir() if not entry.name.startswith("."))
+        found = None if IMAGE_EXTENSIONS.intersection(beside) else tars_of_folder(path, split)
+    return found if found is not None and (stream or are_shards([Path(url) for url in found.urls])) else None

@@ -97,7 +97,7 @@ class ShardFolder(ABC):
 
     def addresses(self) -> list[str]:
         """Paths or addresses of the tars, for a stream. Raises UserError if the shards are none."""
-        raise UserError(f"{self} is not made of tars, so it cannot be streamed; leave data.order out")
+        raise UserError(f"{self} is not made of tars, so it cannot be streamed")
 
 
 class FileFolder(ShardFolder):

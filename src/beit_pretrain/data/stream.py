@@ -94,6 +94,15 @@ class StreamSource:
         names = (without_secrets(tar).rpartition("/")[2] for tars in self.entries for tar in tars)
         return [Shard(name, 0, 0, hashlib.sha256(name.encode()).hexdigest()) for name in names]
 
+    def description(self) -> str:
+        """What was found, in one line."""
+        tars, first = sum(map(len, self.entries)), without_secrets(self.entries[0][0])
+        images = "an unknown number of" if self.samples is None else f"{self.samples:,}"
+        return (
+            f"a stream of {tars:,} tars, the first {first}, with {images} images, mixed {self.settings.shuffle_buffer:,} "
+            "at a time in each loader process (data.order; shards index makes the order exact)"
+        )
+
     def _refuse(self, *_: Any) -> NoReturn:
         raise UserError(
             "a stream (data.order=stream) has no numbered images; this needs data.order=position, or shards with an "
@@ -114,6 +123,7 @@ class StreamSource:
             where, row = without_secrets(tars[tar]), -1
             for found in read_tar(tars[tar], self.settings, image_key):
                 if found is None:
+                    lane.without_image += 1
                     continue
                 row += 1
                 if row < part.start and row not in listed:
@@ -142,8 +152,9 @@ class StreamSource:
 class StreamDataset(SampleViews, IterableDataset):
     """The micro-batches `start` to `total` of one process, with the keys of `ShardDataset`'s batches and `stream`.
 
-    `stream`: {"lane", "sets"}: lane number and the fields of a `LaneState` for each data set, as plain numbers and
-    bytes. An image that does not decode is replaced by the next one of its data set.
+    `stream`: {"lane", "sets", "without_image"}: lane number, the fields of a `LaneState` for each data set, as plain
+    numbers and bytes, and how many groups without an image the lane has skipped since its start.
+    An image that does not decode is replaced by the next one of its data set.
 
     Args:
         places: where each data set goes on, the same on all processes.
@@ -182,14 +193,16 @@ class StreamDataset(SampleViews, IterableDataset):
         streams = [self._shuffled(i, walk) for i, walk in enumerate(walks)]
         for micro_batch in range(self.start + number, self.total, workers):
             batch = self._batch(self.plan.positions(micro_batch), streams)
-            yield {**batch, STATE: {"lane": lane, "sets": [tuple(walk.state()) for walk in walks]}}
+            skipped = sum(walk.without_image for walk in walks)
+            state = {"lane": lane, "sets": [tuple(walk.state()) for walk in walks], "without_image": skipped}
+            yield {**batch, STATE: state}
 
     def sample(self, position: int) -> dict[str, np.ndarray]:
         """The arrays of the position-th sample of the stream as it would be without shuffling and on one process."""
         sample = self.head(position)
         bad: list[dict[str, Any]] = []
         following = (self.head(position + distance) for distance in range(1, NEIGHBOURS))
-        return self._made(position, sample, self._begun(sample), following, bad)
+        return self._made(position, sample, self.mask(sample.number), self._begun(sample), following, bad)
 
     def head(self, position: int) -> StreamSample:
         """The position-th sample of the stream, without shuffling; those before it stay in memory."""
@@ -228,8 +241,10 @@ class StreamDataset(SampleViews, IterableDataset):
         bad: list[dict[str, Any]] = []
         of_set = [streams[number] for number in self._sets(positions)]
         samples = [next(stream) for stream in of_set]
+        # One kind of work at a time, as in `ShardDataset`.
+        masks = [self.mask(sample.number) for sample in samples]
         begun = [self._begun(sample) for sample in samples]
-        made = [self._made(*of, bad) for of in zip(positions, samples, begun, of_set, strict=True)]
+        made = [self._made(*of, bad) for of in zip(positions, samples, masks, begun, of_set, strict=True)]
         return collated(made, bad)
 
     def _begun(self, sample: StreamSample) -> PendingViews:
@@ -239,6 +254,7 @@ class StreamDataset(SampleViews, IterableDataset):
         self,
         position: int,
         sample: StreamSample,
+        mask: dict[str, np.ndarray],
         pending: PendingViews,
         following: Iterator[StreamSample],
         bad: list[dict[str, Any]],
@@ -259,14 +275,14 @@ class StreamDataset(SampleViews, IterableDataset):
                 (first, why), others = failures[0], f" and the {NEIGHBOURS - 1} images after it"
                 raise UserError(f"sample {first.key} of {first.tar}{others} cannot be decoded: {why}")
             sample = next(following)
-            pending = self._begun(sample)
+            mask, pending = self.mask(sample.number), self._begun(sample)
         for failed, why in failures:
             about_failed = {"shard": failed.tar, "key": failed.key, "reason": why}
             bad.append({"position": position, **about_failed, "replaced_by": sample.key})
         if self.needs_class and sample.label < 0:
             raise UserError(f"sample {sample.key} of {sample.tar} has no class (.cls); this task needs one for each")
         about = {"label": np.asarray(sample.label, np.int64), "position": np.asarray(position, np.int64)}
-        return {**arrays, **about, **self.mask(sample.number)}
+        return {**arrays, **about, **mask}
 
 
 class StreamHead(Dataset):
@@ -293,6 +309,7 @@ class StreamPlaces:
         self.places = [Place()] * sets
         self.lanes = 0
         self.resumed = False
+        self.without_image: dict[int, int] = {}  # lane -> groups skipped since the start, of this process
         self.used: dict[int, list[LaneState]] = {}  # lane -> state of each data set, of this process
 
     def begin(self, lanes: int) -> list[Place]:
@@ -302,6 +319,7 @@ class StreamPlaces:
 
     def note(self, state: Mapping[str, Any]) -> None:
         """Note that a batch with this state has been used."""
+        self.without_image[int(state["lane"])] = int(state["without_image"])
         self.used[int(state["lane"])] = [LaneState(*fields) for fields in state["sets"]]
 
     def now(self, used: Mapping[int, list[LaneState]]) -> list[Place]:

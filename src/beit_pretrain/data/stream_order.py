@@ -98,7 +98,7 @@ class Lane:
 
     def __init__(self, place: Place, lane: int, lanes: int):
         self.place, self.lane, self.lanes = place, lane, lanes
-        self.opened = self.read = 0
+        self.opened = self.read = self.without_image = 0
         self._waiting: dict[tuple[int, int], None] = {}  # an ordered set
 
     def open(self) -> tuple[int, Part]:

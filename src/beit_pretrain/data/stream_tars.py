@@ -52,8 +52,6 @@ def read_tar(url: str, options: RemoteOptions, image_key: Sequence[str] = ()) ->
             file.check_end()
         except UserError as error:
             raise file.error or error from None
-        except GeneratorExit:
-            raise
         except Exception as error:  # webdataset and tarfile raise nearly anything on broken tars
             if file.error is not None:
                 raise file.error from None
@@ -146,7 +144,7 @@ class _TarFile:
         try:
             data = self.file.read(size)
         except UserError as error:
-            self.error = error
+            self.error = type(error)(str(error))  # webdataset adds to the arguments of what it sees
             raise
         except OSError as error:
             self.error = UserError(f"{self.where} cannot be read: {error.strerror or error}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from beit_pretrain.data.local_tars import named_classes
-from beit_pretrain.data.open_source import find_source
-from beit_pretrain.data.read_tars import listed, open_tars, records_of
+from beit_pretrain.data.open_source import find_source, indexed
+from beit_pretrain.data.read_tars import listed, records_of
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.data.shard_folder import ShardFolder
@@ -19,9 +19,10 @@ READ_ONCE = 1e9  # bytes of a set of unknown lengths that is read once before th
 def open_training(settings: DataSettings) -> ShardReader | StreamSource:
     """Open `data.train`. Raises UserError."""
     train = [settings.train] if isinstance(settings.train, str | Path) else list(settings.train)
-    found = [find_source(str(source), settings, settings.split or "train") for source in train]
-    if settings.order != "stream":
-        folders = [_indexed(one, settings) for one in found]
+    split, stream = settings.split or "train", settings.order == "stream"
+    found = [find_source(str(source), settings, split, stream) for source in train]
+    if not stream:
+        folders = [_indexed(one, str(source), settings) for one, source in zip(found, train, strict=True)]
         if None not in folders:
             return ShardReader([folder for folder in folders if folder is not None], settings)
     sets = [one.addresses() if isinstance(one, ShardFolder) else one.urls for one in found]
@@ -30,18 +31,14 @@ def open_training(settings: DataSettings) -> ShardReader | StreamSource:
     return StreamSource(sets, settings, samples, _classes(found, settings))
 
 
-def _indexed(found: ShardFolder | TarSet, settings: DataSettings) -> ShardFolder | None:
-    """Tars with their lengths; None if nobody knows them, and reading them takes long."""
-    if isinstance(found, ShardFolder):
-        return found
-    tars = open_tars(found.urls, settings, found.lengths, read=settings.order == "position")
-    if tars is None and not any(url.startswith("pipe:") for url in found.urls):
+def _indexed(found: ShardFolder | TarSet, source: str, settings: DataSettings) -> ShardFolder | None:
+    """A source with the lengths of its shards; None if nobody knows them, and reading its tars takes long."""
+    folder = indexed(found, source, settings, read=settings.order == "position")
+    if folder is None and isinstance(found, TarSet) and not any(url.startswith("pipe:") for url in found.urls):
         sizes = [record.bytes for record in listed(found.urls, settings, records_of(found.urls, settings)).values()]
         if None not in sizes and sum(size or 0 for size in sizes) <= READ_ONCE:
-            tars = open_tars(found.urls, settings)
-    if tars is not None:
-        tars.note = found.note or tars.note
-    return tars
+            return indexed(found, source, settings)
+    return folder
 
 
 def _samples(found: ShardFolder | TarSet) -> int | None:

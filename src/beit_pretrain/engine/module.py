@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
 
+from beit_pretrain.data.stream import STATE
 from beit_pretrain.engine import distributed as cluster
 from beit_pretrain.engine import optim as optimisation
 from beit_pretrain.engine.checkpointing import CheckpointManager
@@ -153,8 +154,8 @@ class TrainedModule(LightningModule):
         self._kept = []
 
     def on_train_batch_end(self, outputs, batch, batch_idx: int) -> None:
-        if (data := getattr(self.trainer, "datamodule", None)) is not None:
-            data.note_used(batch)
+        if STATE in batch:  # before a checkpoint is saved
+            cast(Any, self.trainer).datamodule.note_used(batch)
         step = self.trainer.global_step
         last_micro_batch = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         if last_micro_batch and (step % self.log_every == 0 or step == self.trainer.max_steps):

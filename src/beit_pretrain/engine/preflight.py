@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from beit_pretrain.data.dataset import BatchSchedule
 from beit_pretrain.data.listed_folder import ListedFolder
+from beit_pretrain.data.stream import StreamSource
 from beit_pretrain.engine.checkpointing import check_space, size
 from beit_pretrain.engine.optim import configure
 from beit_pretrain.engine.settings import FitSettings
@@ -59,6 +60,9 @@ def sources(task: Task) -> list[str]:
     """What was found in each source of images, and where shards would pay."""
     lines = []
     for split, reader in task.data.readers.items():
+        if isinstance(reader, StreamSource):
+            lines.append(f"  data.{split}: {reader.description()}")
+            continue
         for folder in reader.folders:
             lines.append(f"  data.{split}: {folder.description()}")
             side, each = task.cfg.image_size, folder.total_bytes / sum(shard.samples for shard in folder.shards)
