@@ -15,7 +15,7 @@ from beit_pretrain.benchmarks.loader import REFERENCE, make_variants, mean_grey,
 from beit_pretrain.data.order import Sample
 from beit_pretrain.transforms.jitter import jittered_view
 
-NAMES = {REFERENCE, "reference_uint8", "exact", "fast", "stream", "resized", "cached"}
+NAMES = {REFERENCE, "reference_uint8", "exact", "fast", "stream", "in_place", "resized", "cached"}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from temporary shards (by index and `pread`, from the page cache), draw masks wi
 * `reference_uint8`: the same without the conversion to float, which ours leaves to the device.
 * `exact`, `fast`: ours, from the images as they are (`data.pil_reference=true` and the default).
 * `resized`: `fast` from shards whose images' shorter side was shrunk to 288 pixels (`shards make resize=288`).
-* `stream`: `fast` from the same shards read one after another (`data.order=stream`); its ratio to `fast` is reported.
+* `stream`: `fast` from the same shards read one after another (`data.order=stream`).
+* `in_place`: `fast` from the files as they lie in a folder. The ratios of these two to `fast` are reported.
 * `cached`: as `resized`, from a folder of cached tokens: the backbone's view alone, as its record says, and the tokens
   (made for this by a stand-in for the tokenizer, through the code of the verb `tokenize`).
 
@@ -44,7 +45,7 @@ from beit_pretrain.data.dataset import BatchSchedule, ShardDataset
 from beit_pretrain.data.manifest import MANIFEST
 from beit_pretrain.data.order import MASK, Order, generator
 from beit_pretrain.data.reader import ShardReader
-from beit_pretrain.data.settings import DataSettings
+from beit_pretrain.data.settings import DataSettings, SourceSettings
 from beit_pretrain.data.sources import list_images, read_candidate
 from beit_pretrain.data.stream import StreamDataset, StreamSource
 from beit_pretrain.data.write.make_shards import make_shards
@@ -180,6 +181,7 @@ def make_variants(
     masking = BlockwiseMask(grid=grid, max_patches=cap, min_block=min(16, cap))
     settings: dict[str, Any] = {"masking": masking, "seed": seed}
     fast = TwoViewTransform(image_size=sides[0], token_image_size=sides[1])
+    in_place = ShardReader(folder / "files", SourceSettings(cache_dir=str(folder / "cache")))
     tars = [str(path) for path in sorted((folder / "plain").rglob("*.tar"))]
     choice = DataSettings(train=tars, order="stream", shuffle_buffer=STREAM_BUFFER)
     stream = StreamDataset(StreamSource([tars], choice, None, []), plain[2], fast, total=2**62, **settings)
@@ -189,6 +191,7 @@ def make_variants(
         "exact": ShardDataset(*plain, fast.model_copy(update={"pil_reference": True}), **settings),
         "fast": ShardDataset(*plain, fast, **settings),
         "stream": stream,
+        "in_place": ShardDataset(in_place, Order(in_place.sizes, seed), BatchSchedule(BATCH), fast, **settings),
         "resized": ShardDataset(*small, fast, **settings),
         "cached": ShardDataset(*small, tokens.views, tokens=tokens, **settings),
     }
@@ -238,7 +241,10 @@ def bench_loader(cfg: Any) -> Results:
         work[DEVICE_PART] = lambda number: device_part(ready[number % batches])
         rates = measure(work, cfg.rounds, batches)
     median = {name: statistics.median(values) for name, values in rates.items()}
-    median_of_stream = statistics.median(s / f for s, f in zip(rates["stream"], rates["fast"], strict=True))
+    to_fast = {
+        name: statistics.median(one / fast for one, fast in zip(rates[name], rates["fast"], strict=True))
+        for name in ("stream", "in_place")
+    }
     ratio = {name: median[name] / median[REFERENCE] for name in variants}
     rows = []
     for name, values in rates.items():
@@ -249,8 +255,8 @@ def bench_loader(cfg: Any) -> Results:
     found |= {"simplejpeg": decoding.simplejpeg is not None, **sides._asdict()}
     found |= {f"{REFERENCE}_images_per_s_core": median[REFERENCE]}
     found |= {name: times for name, times in ratio.items() if name != REFERENCE}
-    found |= {"stream_to_fast": median_of_stream}
+    found |= {f"{name}_to_fast": times for name, times in to_fast.items()}
     found |= {"device_part_images_per_s_core": median[DEVICE_PART], "device_part_rounds": rates.pop(DEVICE_PART)}
-    rows.append(["stream to fast", f"{median_of_stream:.2f}", "", ""])
+    rows += [[f"{name} to fast", f"{times:.2f}", "", ""] for name, times in to_fast.items()]
     head = ("variant", "images/s and core", "rounds", "times the reference")
     return [Block(head, rows)], {"bench": "loader", **found, "images_per_s_core": rates}

@@ -25,8 +25,8 @@ from beit_pretrain.data.order import Order
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.sample_views import Transform
 from beit_pretrain.data.settings import DataSettings
-from beit_pretrain.data.stream import STATE, StreamDataset, StreamHead, StreamPlaces, StreamSource
-from beit_pretrain.data.stream_order import Place
+from beit_pretrain.data.stream import STATE, StreamDataset, StreamHead, StreamSource
+from beit_pretrain.data.stream_order import Place, StreamPlaces
 from beit_pretrain.data.training_source import open_training
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.masking import BlockwiseMask

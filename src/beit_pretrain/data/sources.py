@@ -59,7 +59,8 @@ class Choice(NamedTuple):
     """Which files of a source are read."""
 
     split: str | None = "train"  # part of a source with parts; None = everything
-    image_key: tuple[str, ...] = ()  # extensions of the image, where files differ by their extension alone
+    image_key: tuple[str, ...] = ()  # extensions of the image, where files differ by their extension alone; or a column
+    label_key: str | None = None  # column of the class in tables; None = found
 
 
 TRAIN, EVERYTHING = Choice(), Choice(None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -27,7 +27,7 @@ from beit_pretrain.data.order import MIX_STREAMS, generator
 from beit_pretrain.data.sample_views import NEIGHBOURS, PendingViews, SampleViews, collated
 from beit_pretrain.data.settings import DataSettings
 from beit_pretrain.data.storage import is_remote, without_secrets
-from beit_pretrain.data.stream_order import END, Lane, LaneState, Place, TarOrder
+from beit_pretrain.data.stream_order import END, Lane, Place, TarOrder
 from beit_pretrain.data.stream_tars import read_tar
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.transforms.image_io import reason
@@ -98,9 +98,9 @@ class StreamSource:
         """What was found, in one line."""
         tars, first = sum(map(len, self.entries)), without_secrets(self.entries[0][0])
         images = "an unknown number of" if self.samples is None else f"{self.samples:,}"
+        mixed = f"mixed {self.settings.shuffle_buffer:,} at a time in each loader process"
         return (
-            f"a stream of {tars:,} tars, the first {first}, with {images} images, mixed {self.settings.shuffle_buffer:,} "
-            "at a time in each loader process (data.order; shards index makes the order exact)"
+            f"a stream of {tars:,} tars, first {first}, with {images} images, {mixed} (shards index: exact order)"
         )
 
     def _refuse(self, *_: Any) -> NoReturn:
@@ -300,33 +300,3 @@ class StreamHead(Dataset):
 
     def __len__(self) -> int:
         return len(self.plan)
-
-
-class StreamPlaces:
-    """Where the streams of a run stand, by the batches that it has used."""
-
-    def __init__(self, sets: int):
-        self.places = [Place()] * sets
-        self.lanes = 0
-        self.resumed = False
-        self.without_image: dict[int, int] = {}  # lane -> groups skipped since the start, of this process
-        self.used: dict[int, list[LaneState]] = {}  # lane -> state of each data set, of this process
-
-    def begin(self, lanes: int) -> list[Place]:
-        """Deal what is left to `lanes` lanes."""
-        self.lanes, self.used = lanes, {}
-        return self.places
-
-    def note(self, state: Mapping[str, Any]) -> None:
-        """Note that a batch with this state has been used."""
-        self.without_image[int(state["lane"])] = int(state["without_image"])
-        self.used[int(state["lane"])] = [LaneState(*fields) for fields in state["sets"]]
-
-    def now(self, used: Mapping[int, list[LaneState]]) -> list[Place]:
-        """The places by the states of all lanes of all processes."""
-        if not used:
-            return self.places
-        return [
-            place.advanced(self.lanes, {lane: states[number] for lane, states in used.items()})
-            for number, place in enumerate(self.places)
-        ]

@@ -137,3 +137,33 @@ class TarOrder:
         """Number of the tar of an entry, and the epoch."""
         epoch, place = divmod(entry, self.tars)
         return int(self._of_epoch(self.tars, self.seed, epoch, SHUFFLE_SHARDS)[place]), epoch
+
+
+class StreamPlaces:
+    """Where the streams of a run stand, by the batches that it has used."""
+
+    def __init__(self, sets: int):
+        self.places = [Place()] * sets
+        self.lanes = 0
+        self.resumed = False
+        self.without_image: dict[int, int] = {}  # lane -> groups skipped since the start, of this process
+        self.used: dict[int, list[LaneState]] = {}  # lane -> state of each data set, of this process
+
+    def begin(self, lanes: int) -> list[Place]:
+        """Deal what is left to `lanes` lanes."""
+        self.lanes, self.used = lanes, {}
+        return self.places
+
+    def note(self, state: Mapping[str, Any]) -> None:
+        """Note that a batch with this state has been used."""
+        self.without_image[int(state["lane"])] = int(state["without_image"])
+        self.used[int(state["lane"])] = [LaneState(*fields) for fields in state["sets"]]
+
+    def now(self, used: Mapping[int, list[LaneState]]) -> list[Place]:
+        """The places by the states of all lanes of all processes."""
+        if not used:
+            return self.places
+        return [
+            place.advanced(self.lanes, {lane: states[number] for lane, states in used.items()})
+            for number, place in enumerate(self.places)
+        ]

@@ -102,9 +102,9 @@ class TableFile:
             labelled, top = self._least_by_statistics(columns.label)
         return Facts(self.rows, size, columns, labelled, top)
 
-    def named_samples(self, image_key: Sequence[str] | None) -> Iterator[tuple[Any, str | None]]:
+    def named_samples(self, image_key: Sequence[str] | None, label_key: str | None) -> Iterator[tuple[Any, str | None]]:
         """Yield (bytes of the image, name of its class or None) of every row. Raises UserError as `samples` does."""
-        columns = find_columns(self.schema, lambda name: self._first(name, True), image_key, None, self.where)
+        columns = find_columns(self.schema, lambda name: self._first(name, True), image_key, label_key, self.where)
         images = (image for image, _ in self.samples(columns._replace(label=None)))
         yield from zip(images, self.classes(columns), strict=True)
 

@@ -26,6 +26,7 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.sources import distinct_names, list_images, read_candidate
 from beit_pretrain.data.storage import is_remote
 from beit_pretrain.data.table_files import SUFFIXES
+from beit_pretrain.data.tar_specs import is_tar_spec
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.fileio import expand_home
 from beit_pretrain.processes import cores, end_with_parent
@@ -47,7 +48,7 @@ class Item(NamedTuple):
 
 
 class ShardSource:
-    """The samples of local or remote shard folders, named by shard and key; of several folders by their names too."""
+    """The samples of shards, tars or tables, named by shard and key; of several sources by their names too."""
 
     def __init__(self, src: Sequence[str]):
         self.reader = ShardReader(list(src))
@@ -67,14 +68,14 @@ class ShardSource:
 
 
 def source_of(src: str | Sequence[str], left_out: LeftOut | None = None) -> list[NamedImage] | ShardSource:
-    """The images of `src`: shards if a folder has a manifest or is remote, else files, folders and tars.
+    """The images of `src`: files, folders, tars and tables as they lie there; else what `open_source` opens.
 
     An image's name is its path in the source; of several sources it begins with as much of the source's path as tells
     them apart. What is left out goes into `left_out`.
     Raises UserError for a source that does not exist or has no image, and for shards mixed with files.
     """
     sources = [src] if isinstance(src, str) else list(src)
-    shards = [is_remote(s) or (expand_home(s) / MANIFEST).is_file() for s in sources]
+    shards = [is_remote(s) or is_tar_spec(s) or (expand_home(s) / MANIFEST).is_file() for s in sources]
     if any(shards) and not all(shards):
         raise UserError(f"src={list(sources)} mixes shard folders with files; predict them one after the other")
     if all(shards):

@@ -206,7 +206,8 @@ def _table_rows(out: Path, unit: SourceGroup, choice: Choice) -> list[Row]:
     """The rows of a table, whose images are written one after another into the file `out`."""
     listed: list[Row] = []
     with open(out, "wb") as file:
-        for number, (image, name) in enumerate(TableFile(unit.path, unit.path).named_samples(choice.image_key)):
+        samples = TableFile(unit.path, unit.path).named_samples(choice.image_key, choice.label_key)
+        for number, (image, name) in enumerate(samples):
             # A class is the name of a folder here, where a slash would begin another.
             name = None if name is None else name.replace("/", "\N{DIVISION SLASH}")
             listed.append((f"{number:08d}", name, file.tell(), file.write(image)))

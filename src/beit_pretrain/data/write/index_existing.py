@@ -59,6 +59,7 @@ def index_shards(
     num_workers: int | None = None,
     image_key: Sequence[str] = (),
     split: str = "train",
+    access: RemoteOptions | None = None,
 ) -> Path:
     """Write indices and manifest for tars of one folder, and return the folder that holds them.
 
@@ -70,13 +71,14 @@ def index_shards(
         num_workers: processes for local tars; None = all cores.
         image_key: extensions of the member that is a sample's image, where it has several (`shard_index.scan_shard`).
         split: the part of a remote location with parts.
+        access: cache and retries of remote tars.
 
     The manifest comes last: rerun the same command after a kill; a failure leaves nothing behind. What is left out is
     counted and listed in left_out.jsonl. Raises UserError for a folder that holds no such tars or a manifest already,
     for a tar that cannot be read or named in a manifest, if there is no sample, and if the folder cannot be written.
     """
-    left_out, key = LeftOut(), tuple(image_key)
-    place, tars = _find(src, split, left_out)
+    left_out, key, access = LeftOut(), tuple(image_key), access or RemoteOptions()
+    place, tars = _find(src, split, left_out, access)
     if isinstance(place, str) and out is None:
         raise UserError("shards index of remote tars needs out=FOLDER for the indices and the manifest")
     folder = expand_home(place if out is None else out)
@@ -84,7 +86,7 @@ def index_shards(
         raise UserError(f"{folder} has a {MANIFEST} already; see: shards verify src={folder}")
     with _staged(folder) as temporary:
         if isinstance(place, str):
-            done = _scan_remote(tars, temporary, key)
+            done = _scan_remote(tars, temporary, key, access)
         else:
             with in_order(min(num_workers or cores(), len(tars))) as run:
                 found = run(partial(_index, folder, temporary, key), map(Path, tars))
@@ -108,14 +110,16 @@ def index_shards(
     return folder
 
 
-def _find(src: str | Path | Sequence[str], split: str, left_out: LeftOut) -> tuple[Path | str, list[str]]:
+def _find(
+    src: str | Path | Sequence[str], split: str, left_out: LeftOut, access: RemoteOptions
+) -> tuple[Path | str, list[str]]:
     """The folder (or the address of the folder, without secrets) of the tars, and their paths (or addresses)."""
     sources = [str(src)] if isinstance(src, str | Path) else [*src]
     if len(sources) == 1 and not is_remote(sources[0]) and not is_tar_spec(sources[0]):
         local = expand_home(sources[0])
         if not local.is_file():
             return local, [*map(str, _tars(local, left_out))]
-    tars = [tar for source in sources for tar in _expand(source, split)]
+    tars = [tar for source in sources for tar in _expand(source, split, access)]
     remote = {is_remote(tar) for tar in tars}
     places = [split_address(tar) if is_remote(tar) else os.path.split(tar) for tar in tars]
     folders, names = {folder for folder, _ in places}, [name for _, name in places]
@@ -128,15 +132,17 @@ def _find(src: str | Path | Sequence[str], split: str, left_out: LeftOut) -> tup
     return (without_secrets(folder) if True in remote else Path(folder or ".")), tars
 
 
-def _expand(source: str, split: str) -> list[str]:
-    if is_remote(source) and not is_tar_spec(source) and (found := tars_of_location(source, split, RemoteOptions())):
-        return found.urls
-    return expand(source)
+def _expand(source: str, split: str, access: RemoteOptions) -> list[str]:
+    found = None
+    if is_remote(source) and not is_tar_spec(source):
+        found = tars_of_location(source, split, access)
+    return found.urls if found is not None else expand(source)
 
 
-def _scan_remote(urls: list[str], temporary: Path, image_key: tuple[str, ...]) -> list[_Scanned]:
+def _scan_remote(urls: list[str], temporary: Path, image_key: tuple[str, ...], access: RemoteOptions) -> list[_Scanned]:
     """Read every tar once, write its index, and note what is in it for readers of the same tars."""
-    settings = SourceSettings(image_key=list(image_key) or None)
+    remote = {name: getattr(access, name) for name in RemoteOptions.model_fields}
+    settings = SourceSettings(image_key=list(image_key) or None, **remote)
     records = records_of(urls, settings)
     known, keys = listed(urls, settings, records, anew=True), records.keys
     tars = RemoteTars(urls, keys, [known[key]._replace(samples=None) for key in keys], records, settings)

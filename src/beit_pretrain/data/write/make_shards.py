@@ -67,7 +67,7 @@ def make_shards(
     checks.check_local(given)
     sources = [str(g) if g == "synthetic" else str(expand_home(g).absolute()) for g in given]
     out, names = expand_home(out), ["train", "val"] if chosen.val > 0 else [split]
-    choice = Choice(split, tuple(chosen.image_key or ()))
+    choice = Choice(split, tuple(chosen.image_key or ()), chosen.label_key)
     checks.check_arguments(sources, split, num_workers, chosen)
     checks.check_sources(sources, out)
     listed = with_metadata(sources, split, listed)

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, Strict
 
 from beit_pretrain.data.listing.settings import ClassSettings, ImageKey
+from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.settings import (
     BelowOne,
     Count,
@@ -62,7 +63,7 @@ class EncodeSettings(Settings):
     size: Side = about("of the synthetic images, pixels")
 
 
-class ShardsSettings(EncodeSettings, ClassSettings):
+class ShardsSettings(EncodeSettings, ClassSettings, RemoteOptions):
     """Settings of `shards make`, `shards index`, `shards verify` and `shards show`."""
 
     action: Text = about("make, index (existing WebDataset tars), verify or show")
