@@ -41,6 +41,13 @@ def image_table(
     return noted(table, features)
 
 
+def table_of(images: Sequence[bytes], labels: Sequence[int], names: Sequence[str]) -> pa.Table:
+    """Rows of given image files and classes."""
+    column = pa.array([{"bytes": image, "path": None} for image in images], IMAGE)
+    features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+    return noted(pa.table({"image": column, "label": pa.array(labels)}), features)
+
+
 def noted(table: pa.Table, features: dict[str, Any]) -> pa.Table:
     return table.replace_schema_metadata({b"huggingface": json.dumps({"info": {"features": features}}).encode()})
 
