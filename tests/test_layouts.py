@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from table_makers import image_table, write
 from test_cifar import NAMES, archive, as_python2, batch
 from test_file_index import mask
 from test_image_io import encoded
@@ -19,6 +20,7 @@ from test_tiff import page, tiff
 
 from beit_pretrain.data.left_out import LEFT_OUT, LeftOut
 from beit_pretrain.data.manifest import read_manifest
+from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.write.index_existing import index_shards
 
 
@@ -199,7 +201,37 @@ def test_timm_webdataset(tmp_path, capsys):
     assert read_manifest(tmp_path / "out/train")["classes"] == []
 
 
-ELSEWHERE = {"CIFAR-100": test_cifar, "img2dataset": test_img2dataset, "timm's WebDataset": test_timm_webdataset}
+def test_hugging_face_imagefolder(tmp_path):
+    """Also in place."""
+    names = "file_name,label\n" + "".join(f"{i}.jpg,{'cat' if i % 2 else 'ant'}\n" for i in range(4))
+    files = {f"set/train/{i}.jpg": encoded(i) for i in range(4)} | {"set/train/metadata.csv": names.encode()}
+    write_folder(tmp_path, files)
+    made = make(tmp_path / "set", tmp_path / "out")
+    assert {s["about"]["source"]: s["class"] for s in read_back(made)} == {
+        f"train/{i}.jpg": "cat" if i % 2 else "ant" for i in range(4)
+    }
+    assert ShardReader(tmp_path / "set").labels(0).tolist() == ShardReader(made).labels(0).tolist()
+
+
+def test_hugging_face_parquet(tmp_path):
+    write(tmp_path / "set/data/train-00000-of-00001.parquet", image_table(5))
+    write(tmp_path / "set/data/validation-00000-of-00001.parquet", image_table(2))
+    assert sorted(s["class"] for s in read_back(make(tmp_path / "set", tmp_path / "out"))) == [
+        *["cat"] * 2,
+        *["dog"] * 2,
+        "emu",
+    ]
+    reader = ShardReader(tmp_path / "set")
+    assert (reader.labels(0).tolist(), reader.classes) == ([0, 1, 2, 0, 1], ["cat", "dog", "emu"])
+
+
+ELSEWHERE = {
+    "CIFAR-100": test_cifar,
+    "img2dataset": test_img2dataset,
+    "timm's WebDataset": test_timm_webdataset,
+    "Hugging Face imagefolder": test_hugging_face_imagefolder,
+    "Hugging Face parquet": test_hugging_face_parquet,
+}
 
 
 def test_every_row_of_the_table_has_a_test():

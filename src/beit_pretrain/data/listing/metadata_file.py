@@ -31,8 +31,9 @@ def with_metadata(sources: list[str], split: str | None, labels: LabelSettings) 
     if labels.path is not None or len(sources) != 1 or not Path(sources[0]).is_dir():
         return labels
     folder = Path(sources[0])
-    parts = layout.parts_of(path.name for path in folder.iterdir() if path.is_dir())
-    of_part = layout.of_split(parts, split) if parts and split else []
+    inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    parts = layout.parts_of(inner) or ({inner[0]: inner[0]} if len(inner) == 1 and layout.is_part(inner[0]) else {})
+    of_part = layout.of_split(parts, split) if len(parts) > 1 and split else [*parts]
     for path in (place / name for place in [folder, *(folder / part for part in of_part)] for name in NAMES):
         if path.is_file() and _has_classes(path, labels.class_column):
             print(f"classes are those of {path}")
