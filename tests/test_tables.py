@@ -348,6 +348,15 @@ def test_tables_share_the_bounded_cache(tmp_path, cached, monkeypatch):
         everything(opened(tmp_path / "set", cached(cache_gb=0.0001)))
 
 
+def test_index_of_a_shard_that_has_lost_it(tmp_path, cached):
+    write(tmp_path / "set.parquet", image_table(5))
+    (folder,) = opened(tmp_path / "set.parquet", cached()).folders
+    expected = folder.index(0)
+    for index in (tmp_path / "cache").glob("*.index.npy"):  # as if another process evicted the shard just now
+        index.unlink()
+    assert (folder.index(0) == expected).all()
+
+
 def test_an_estimate_that_is_too_small_is_corrected(tmp_path, cached):
     """A column that repeats values takes fewer bytes in its file than its images do."""
     images = [{"bytes": photo(0) + bytes(50_000), "path": None}] * 40

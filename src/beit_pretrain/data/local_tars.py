@@ -30,7 +30,7 @@ from beit_pretrain.data.shard_folder import FileFolder, OpenFile, cache_folder, 
 from beit_pretrain.data.shard_index import scan_shard
 from beit_pretrain.data.tars import scan_tar
 from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import atomic_write
+from beit_pretrain.fileio import atomic_write, exclusive_lock
 from beit_pretrain.processes import cores, in_order
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
 
@@ -57,7 +57,7 @@ class LocalTars(FileFolder):
         self.files = [_digest(FORMAT, *stamp, image_key) for stamp in zip(self.tars, stamps)]  # names of the indices
         known = self.cached / f"tars-{_digest(self.files)}.json"
         try:
-            found = _read(known) or self._index(known, image_key)
+            found = _read(known) or self._index_alone(known, image_key)
         except OSError as error:
             raise UserError(f"data.cache_dir={self.cached.parent} cannot be written: {error.strerror}") from None
         counts = found["class_counts"]
@@ -97,9 +97,15 @@ class LocalTars(FileFolder):
         except (OSError, ValueError, EOFError, MemoryError):
             raise UserError(f"{file} is missing or damaged; delete {self.cached}, and rerun the same command") from None
 
+    def _index_alone(self, note: Path, image_key: tuple[str, ...]) -> dict[str, Any]:
+        """`_index` in one process of a machine, since it takes all cores; the others wait for its note."""
+        self.cached.mkdir(parents=True, exist_ok=True)
+        message = f"{self.name}: waiting for another process that indexes its tars"
+        with exclusive_lock(note.with_name(f".{note.stem}.lock"), message, wait=True):
+            return _read(note) or self._index(note, image_key)
+
     def _index(self, note: Path, image_key: tuple[str, ...]) -> dict[str, Any]:
         """Index the tars that have no index yet, and note what is known of the whole set."""
-        self.cached.mkdir(parents=True, exist_ok=True)
         left_out, samples, segmentation = LeftOut(), [], False
         counts = np.zeros(0, np.int64)
         with in_order(min(cores(), len(self.tars)), inline=FEW) as run:

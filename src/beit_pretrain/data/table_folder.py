@@ -145,7 +145,8 @@ class TableFolder(FileFolder):
         return OpenFile(self.cache.open(self.shards[number], partial(self._unpack, number)))
 
     def rows(self, number: int) -> np.ndarray:
-        return self.cache.index(self.shards[number], self.opened(number).descriptor)
+        file = self.opened(number)  # kept: its descriptor closes with it
+        return self.cache.index(self.shards[number], file.descriptor)
 
     def index(self, number: int) -> np.ndarray:
         return self.rows(number)  # the tar is ours, and its size an estimate
