@@ -183,6 +183,14 @@ def test_place_of_lanes_that_drifted_apart():
     assert place.advanced(1, {0: LaneState(1, 9)}) == Place(5, (Part(1, 9), Part(3), Part(4)))
 
 
+def test_place_of_a_long_run_is_found_at_once():
+    states = {lane: LaneState(10**6, 5) for lane in range(8)}
+    begin = time.monotonic()
+    place = Place().advanced(8, states)
+    assert place == Place(8 * 10**6, tuple(Part(8 * 10**6 - 8 + lane, 5) for lane in range(8)))
+    assert time.monotonic() - begin < 1
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_stopped_anywhere_and_resumed_with_other_lanes(tars, seed):
     """No sample is seen twice or missed, over five stops at random batches."""
