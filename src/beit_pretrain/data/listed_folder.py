@@ -13,6 +13,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from beit_pretrain.processes import cores
 SHARD = 1000  # images; `samples_per_shard` and `seed` of `shards make`
 SEED = 0
 ORDER = "order.npy"
-FORMAT = 1  # of the cached list
+FORMAT = 2  # of the cached list
 CHANGED = "it has changed since it was listed"
 
 
@@ -94,6 +95,8 @@ class ListedFolder(ShardFolder):
             if self.about["places"].get(candidate.path, found.st_mtime_ns) != found.st_mtime_ns:
                 raise UserError(f"{candidate.path}: {CHANGED}; rerun the same command to list it anew")
         elif candidate.kind == "file" and candidate.size >= 0 and candidate.size != found.st_size:
+            with suppress(OSError):
+                os.unlink(self.about["note"])  # a file written in place leaves its folder's date: list anew next time
             raise OSError(CHANGED)
         try:
             data = read_candidate(candidate)
@@ -116,7 +119,7 @@ def _open_list(folder: str) -> tuple[Listing, np.ndarray]:
 def cached_list(path: Path, choice: Choice, cache: Path) -> dict[str, Any]:
     """What is known of the images of a source, from the cache if nothing has changed since, else listed now.
 
-    Keys: `folder` of the list, `samples`, `bytes`, `classes`, `class_counts`, `segmentation`, `segmentation_classes`,
+    Keys: `folder` of the list, its `note` in the cache, `samples`, `bytes`, `classes`, `class_counts`, `segmentation`, `segmentation_classes`,
     `left_out`, `listing_sha256`, and `places`: time of change of every folder and tar.
     Raises UserError as `ListedFolder` does.
     """
@@ -139,7 +142,7 @@ def cached_list(path: Path, choice: Choice, cache: Path) -> dict[str, Any]:
                 os.rename(making, folder)
             finally:
                 discard(making)
-            about["folder"] = str(folder)
+            about |= {"folder": str(folder), "note": str(note)}
             atomic_write(note, json.dumps(about))
             earlier = sorted(cache.glob(f"{name}-*"), key=lambda old: int(old.name.rpartition("-")[2]))
             for old in earlier[:-2]:  # another run may still read the last but one
@@ -161,7 +164,10 @@ def _unchanged(note: Path) -> dict[str, Any] | None:
 
 def _make_list(path: Path, choice: Choice, folder: Path) -> dict[str, Any]:
     """List a source into a folder. Raises UserError, or OSError if the folder cannot be written."""
-    seen = dict(_places(str(path)))  # before it is listed: a change meanwhile is found at the next start
+    try:
+        seen = dict(_places(str(path)))  # before it is listed: a change meanwhile is found at the next start
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from None
     labels = with_metadata([str(path)], choice.split, LabelSettings())
     if labels.path is not None:
         seen[labels.path] = os.stat(labels.path).st_mtime_ns

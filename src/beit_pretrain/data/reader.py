@@ -54,7 +54,7 @@ class ShardReader:
         self.sizes = [shard.samples for shard in self.shards]
         self.samples = sum(self.sizes)
         if not self.samples:
-            raise UserError(f"{source} holds no samples")
+            raise UserError(f"{' and '.join(map(str, self.folders))}: no samples")
         self.without_class = self.samples - sum(sum(folder.about["class_counts"]) for folder in self.folders)
         self._place = [(folder, number) for folder in self.folders for number in range(len(folder.shards))]
         self._label_of: np.ndarray | None = None  # of the class numbers of the source; None = as they are

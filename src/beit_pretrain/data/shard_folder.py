@@ -97,7 +97,9 @@ class ShardFolder(ABC):
 
     def addresses(self) -> list[str]:
         """Paths or addresses of the tars, for a stream. Raises UserError if the shards are none."""
-        raise UserError(f"{self} is not made of tars, so it cannot be streamed")
+        raise UserError(
+            f"{self} is not made of tars, so it cannot be streamed; data.order=position reads it beside tars"
+        )
 
 
 class FileFolder(ShardFolder):
