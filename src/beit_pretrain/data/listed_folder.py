@@ -119,8 +119,8 @@ def _open_list(folder: str) -> tuple[Listing, np.ndarray]:
 def cached_list(path: Path, choice: Choice, cache: Path) -> dict[str, Any]:
     """What is known of the images of a source, from the cache if nothing has changed since, else listed now.
 
-    Keys: `folder` of the list, its `note` in the cache, `samples`, `bytes`, `classes`, `class_counts`, `segmentation`, `segmentation_classes`,
-    `left_out`, `listing_sha256`, and `places`: time of change of every folder and tar.
+    Keys: `folder` of the list, its `note` in the cache, `samples`, `bytes`, `classes`, `class_counts`, `segmentation`,
+    `segmentation_classes`, `left_out`, `listing_sha256`, and `places`: time of change of every folder and tar.
     Raises UserError as `ListedFolder` does.
     """
     place = json.dumps([FORMAT, os.path.realpath(path), *choice])
