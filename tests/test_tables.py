@@ -172,7 +172,7 @@ def test_settings_choose_columns_and_name_classes(tmp_path, cached):
         open_tables(str(file), cached(image_key="kind"))
     with pytest.raises(UserError, match="no column label_key=none"):
         open_tables(str(file), cached(image_key="depth", label_key="none"))
-    with pytest.raises(UserError, match="classes=1 is too small"):
+    with pytest.raises(UserError, match="classes=1 are 1 classes, but there is the class number"):
         open_tables(str(file), cached(image_key="depth", classes=1))
     assert opened(file, cached(image_key="depth", classes=4)).classes == ["0", "1", "2", "3"]
     chosen = opened(file, cached(image_key="depth", label_key="kind"))

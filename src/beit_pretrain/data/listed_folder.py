@@ -26,6 +26,7 @@ from beit_pretrain.data.listing.file_index import Listing, build_listing, shuffl
 from beit_pretrain.data.listing.labels import segmentation_names
 from beit_pretrain.data.listing.metadata_file import with_metadata
 from beit_pretrain.data.listing.settings import LabelSettings
+from beit_pretrain.data.notes import digest, read_note
 from beit_pretrain.data.order import MethodCache
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import ShardFolder, cache_folder
@@ -57,8 +58,8 @@ class ListedFolder(ShardFolder):
         )
         self.index_at = f"list in {self.about['folder']}"
         counts = [min(SHARD, self.about["samples"] - first) for first in range(0, self.about["samples"], SHARD)]
-        digest = self.about["listing_sha256"]
-        named = (hashlib.sha256(f"{digest} {number}".encode()).hexdigest() for number in range(len(counts)))
+        listing = self.about["listing_sha256"]
+        named = (hashlib.sha256(f"{listing} {number}".encode()).hexdigest() for number in range(len(counts)))
         self.shards = [Shard(f"images-{n:06d}", count, 0, sha) for n, (count, sha) in enumerate(zip(counts, named))]
         self._opened = MethodCache(_open_list, 1)
 
@@ -123,8 +124,7 @@ def cached_list(path: Path, choice: Choice, cache: Path) -> dict[str, Any]:
     `segmentation_classes`, `left_out`, `listing_sha256`, and `places`: time of change of every folder and tar.
     Raises UserError as `ListedFolder` does.
     """
-    place = json.dumps([FORMAT, os.path.realpath(path), *choice])
-    name = f"images-{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:24]}"
+    name = f"images-{digest(FORMAT, os.path.realpath(path), *choice)[:24]}"
     note = cache / f"{name}.json"
     if (about := _unchanged(note)) is not None:
         return about
@@ -155,7 +155,7 @@ def cached_list(path: Path, choice: Choice, cache: Path) -> dict[str, Any]:
 def _unchanged(note: Path) -> dict[str, Any] | None:
     """What a note says, if the list is there and no folder or tar has changed since."""
     try:
-        about: dict[str, Any] = json.loads(note.read_text("utf-8"))
+        about = read_note(note) or {}
         same = all(os.stat(place).st_mtime_ns == changed for place, changed in about["places"].items())
         return about if same and Path(about["folder"]).is_dir() else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from beit_pretrain.data.cache import Shard, ShardCache, name_and_size
-from beit_pretrain.data.local_tars import named_classes
+from beit_pretrain.data.listing.labels import named_classes
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import FileFolder, OpenFile, cache_folder
 from beit_pretrain.data.storage import MissingError, fetch_file, without_secrets
