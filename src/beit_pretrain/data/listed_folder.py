@@ -50,6 +50,7 @@ class ListedFolder(ShardFolder):
     """
 
     made_of = "files read in place"
+    in_place = True
 
     def __init__(self, path: Path, settings: SourceSettings, split: str):
         self.path = path

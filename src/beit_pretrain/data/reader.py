@@ -65,6 +65,15 @@ class ShardReader:
         """Samples of each shard of each folder."""
         return [[shard.samples for shard in folder.shards] for folder in self.folders]
 
+    def descriptions(self) -> list[str]:
+        """What was found in each source, a line each."""
+        return [folder.description() for folder in self.folders]
+
+    @property
+    def in_place(self) -> list[ShardFolder]:
+        """The sources whose images are read as users have them."""
+        return [folder for folder in self.folders if folder.in_place]
+
     @property
     def remote(self) -> bool:
         """Whether any shard is fetched before it is read."""

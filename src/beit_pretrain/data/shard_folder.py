@@ -44,6 +44,7 @@ class ShardFolder(ABC):
     about: dict[str, Any]
     shards: list[Shard]
     remote = False  # whether shards are fetched before they are read
+    in_place = False  # whether images are read as users have them, which `shards make` could shrink
     made_of = "shards"
     index_at = ""  # where the index lies, for the user
     note = ""  # something else to tell the user
