@@ -50,10 +50,25 @@ def here(folder: Path, kind: str = ".tar") -> set[int]:
 
 def occupied(folder: Path) -> int:
     total = 0
-    for entry in os.scandir(folder):
+    for entry in filter(lambda entry: entry.name != ".lock", os.scandir(folder)):
         with suppress(FileNotFoundError):  # a failed fetch goes away when it likes
             total += entry.stat().st_size
     return total
+
+
+def test_looks_at_every_file_only_when_the_cache_may_be_full(tmp_path, monkeypatch):
+    looks, contents = [], ShardCache._contents
+    monkeypatch.setattr(ShardCache, "_contents", lambda self, mine: (looks.append(mine), contents(self, mine))[1])
+    one, other = [ShardCache(tmp_path, 10 * (SIZE + INDEX)) for _ in range(2)]
+    for number in range(0, 8, 2):
+        get(one, number)
+        get(other, number + 1)
+    assert len(looks) == 2  # the first time of each
+    (tmp_path / ".lock").write_bytes(b"cut")
+    for number in range(8, 40):
+        get(one, number)
+        assert occupied(tmp_path) <= one.limit
+    assert len(here(tmp_path)) >= 9
 
 
 def test_stored_shards_are_read_back(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,14 @@ def test_index_is_made_once_and_again_for_what_changed(tars, monkeypatch):
     assert scanned[3:] == [tar.name]
     assert [shard.samples for shard in folder.shards] == [7, 1, 4]
     assert folder.about["classes"] == ["0", "1", "2", "3", "4"]
+
+
+def test_starts_at_once_index_once(tars, monkeypatch):
+    scanned, scan = [], local_tars.scan_shard
+    monkeypatch.setattr(local_tars, "scan_shard", lambda path, *of: (scanned.append(path.name), scan(path, *of))[1])
+    with ThreadPoolExecutor(4) as pool:
+        assert [len(folder.shards) for folder in pool.map(opened, [tars] * 4)] == [3] * 4
+    assert len(scanned) == 3
 
 
 def test_tar_that_changes_under_its_index(tars):

@@ -267,6 +267,8 @@ def test_queries_that_name_files(settings):
         server.files = {f"/get?file={number}": data for number, data in enumerate(TARS.values())}
         tars = open_tars([f"{server.url}{name}" for name in server.files], settings)
         assert images(tars) == EXPECTED
+        for name, expected in zip(server.files, EXPECTED, strict=True):  # as sets of their own
+            assert images(open_tars([f"{server.url}{name}"], settings)) == [expected]
 
 
 def test_workers_get_a_copy(server, settings):
@@ -307,6 +309,7 @@ def test_processes_of_a_machine_read_once_together(server, settings):
         thread.join(20)
     assert [tars.about["class_counts"] for tars in found] == [[4, 3, 2, 1]] * 4
     assert sorted(path for path in gets(server) if path.endswith(".tar")) == sorted(TARS)
+    assert sorted(path for path, wanted, _ in server.asked if wanted == "bytes=0-0") == sorted(TARS)
 
 
 def test_tars_without_images_are_left_out(server, settings):

@@ -119,9 +119,9 @@ def test_failures_are_one_line_without_secrets(server):
 def test_stalled_server_ends_the_reading(server):
     server.next = [Answer(slow=3)] * 9  # each gives a kilobyte, and stops
     begin = time.monotonic()
-    said = refusal(read, f"{server.url}/t.tar", RemoteOptions(retries=1, timeout=1.1))
+    said = refusal(read, f"{server.url}/t.tar", RemoteOptions(retries=0, timeout=1.1))
     assert "stalled" in said
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 3
 
 
 @pytest.mark.parametrize("kind", ["http", "pipe", "file"])

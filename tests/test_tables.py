@@ -172,7 +172,7 @@ def test_settings_choose_columns_and_name_classes(tmp_path, cached):
         open_tables(str(file), cached(image_key="kind"))
     with pytest.raises(UserError, match="no column label_key=none"):
         open_tables(str(file), cached(image_key="depth", label_key="none"))
-    with pytest.raises(UserError, match="classes=1 is too small"):
+    with pytest.raises(UserError, match="classes=1 are 1 classes, but there is the class number"):
         open_tables(str(file), cached(image_key="depth", classes=1))
     assert opened(file, cached(image_key="depth", classes=4)).classes == ["0", "1", "2", "3"]
     chosen = opened(file, cached(image_key="depth", label_key="kind"))
@@ -346,6 +346,15 @@ def test_tables_share_the_bounded_cache(tmp_path, cached, monkeypatch):
     assert everything(opened(tmp_path / "set/3.parquet", cached(cache_gb=0.0006)))[0][0] == photo(3) + bytes(9000)
     with pytest.raises(UserError, match=r"0\.parquet has .* bytes, more than data.cache_gb leaves room for"):
         everything(opened(tmp_path / "set", cached(cache_gb=0.0001)))
+
+
+def test_index_of_a_shard_that_has_lost_it(tmp_path, cached):
+    write(tmp_path / "set.parquet", image_table(5))
+    (folder,) = opened(tmp_path / "set.parquet", cached()).folders
+    expected = folder.index(0)
+    for index in (tmp_path / "cache").glob("*.index.npy"):  # as if another process evicted the shard just now
+        index.unlink()
+    assert (folder.index(0) == expected).all()
 
 
 def test_an_estimate_that_is_too_small_is_corrected(tmp_path, cached):

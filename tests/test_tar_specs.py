@@ -8,7 +8,8 @@ import pytest
 from test_sources import write_folder
 from webdataset.shardlists import expand_urls
 
-from beit_pretrain.data.tar_specs import MOST, expand, is_tar_spec
+from beit_pretrain.data import tar_specs
+from beit_pretrain.data.tar_specs import expand, is_tar_spec
 from beit_pretrain.errors import UserError
 
 
@@ -96,7 +97,6 @@ def test_what_is_a_specification():
         ("http://h/x-00}.tar", "its braces do not close"),
         ("http://h/{0..1000000}.tar", "more than 1,000,000 names"),
         ("http://h/{0..999999999999999999999}.tar", "more than 1,000,000 names"),
-        ("http://h/{0..9999}/{0..999}.tar", "more than 1,000,000 names"),
         ("set/x-0{1,2}.tar::set/x-02.tar", r"names set/x-02.tar twice"),
         ("http://h/{a,a}.tar?sign=secret", r"names http://h/a.tar twice"),
         ("http://h/folder", r"http cannot list a folder; name its tars by braces, such as http://h/folder/x-"),
@@ -114,6 +114,9 @@ def test_errors_are_one_line_and_quick(folder, spec, said):
     assert time.monotonic() - start < 5
 
 
-def test_many_names():
-    names = expand(f"http://h/{{0000000..{MOST - 1}}}.tar")
-    assert (len(names), names[1]) == (MOST, "http://h/0000001.tar")
+def test_many_names(monkeypatch):
+    monkeypatch.setattr(tar_specs, "MOST", 20_000)
+    names = expand("http://h/{00000..19999}.tar")
+    assert (len(names), names[1]) == (20_000, "http://h/00001.tar")
+    with pytest.raises(UserError, match="more than 20,000 names"):
+        expand("http://h/{0..99}/{0..200}.tar")

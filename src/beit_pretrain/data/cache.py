@@ -6,7 +6,8 @@ shards, and a changed shard is a new file:
     <sha256>.tar         a complete, checked shard; renamed to this name when finished
     <sha256>.index.npy   its index
     <sha256>.partial     a shard being downloaded; the downloading process locks it, others wait
-    .lock                held while files are evicted and while a shard is renamed
+    .lock                held while files are evicted and while a shard is renamed; says how many bytes all files
+                         have together at most, so that not every reservation looks at every file
 
 A shard that is made from another file (`exact` is False, table_folder.py) is named by a digest of what it is made from,
 and its size is an estimate until then. Other files in the folder are not counted and never touched.
@@ -25,6 +26,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -64,6 +66,7 @@ class ShardCache:
     def __init__(self, folder: str | Path, limit: int):
         self.folder, self.limit = fileio.expand_home(folder), limit
         self._touched: dict[str, float] = {}
+        self._looked = False  # whether this process has looked at every file
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".lock").touch()
@@ -163,52 +166,78 @@ class ShardCache:
         if size + index > self.limit:
             raise UserError(f"{name} has {size:,} bytes, more than data.cache_gb leaves room for")
 
-    def _locked(self) -> AbstractContextManager:
+    def _locked(self) -> AbstractContextManager[FileIO]:
         return fileio.exclusive_lock(self.folder / ".lock", wait=True, strict=True)
 
     def _reserved(self, file: BinaryIO, size: int, urgent: bool) -> bool:
         """Evict shards until `size` bytes are free, and reserve them for the file. False if that is impossible now."""
-        with self._locked():
-            shards, total = self._contents(Path(file.name))
+        with self._locked() as lock:
+            most = _noted(lock) if self._looked else None
+            if most is not None and most + size <= self.limit:
+                _note(lock, most + size)
+                os.ftruncate(file.fileno(), size)
+                return True
+            self._looked = True
+            shards, total = self._contents(os.path.basename(file.name))
             now, victims = time.time(), []
-            for used, path, occupied in sorted(shards):
+            for used, name, occupied in sorted(shards):
                 if total + size <= self.limit or (not urgent and now - used < RECENT):
                     break
-                victims.append(path)
+                victims.append(name)
                 total -= occupied
             if total + size > self.limit:
+                _note(lock, None)  # a file that is larger than estimated grows nevertheless
                 return False
-            for path in victims:
-                path.unlink(missing_ok=True)
-                path.with_suffix(".index.npy").unlink(missing_ok=True)
+            for name in victims:
+                (self.folder / name).unlink(missing_ok=True)
+                (self.folder / _index_of(name)).unlink(missing_ok=True)
+            _note(lock, total + size)
             os.ftruncate(file.fileno(), size)
             return True
 
-    def _contents(self, mine: Path) -> tuple[list[tuple[float, Path, int]], int]:
-        """Last use, path and bytes (with its index) of every shard, and the total bytes without `mine`.
+    def _contents(self, mine: str) -> tuple[list[tuple[float, str, int]], int]:
+        """Last use, name and bytes (with its index) of every shard, and the total bytes without the file `mine`.
 
         Deletes partial files of dead processes and indices without a shard. Other files are ignored.
         """
         sizes, used = {}, {}
-        for entry in (entry for entry in os.scandir(self.folder) if OURS.fullmatch(entry.name)):
-            with suppress(FileNotFoundError):
-                sizes[entry.name], used[entry.name] = entry.stat().st_size, entry.stat().st_mtime
-        for name in list(sizes):
-            path = self.folder / name
-            if path == mine:
-                del sizes[name]
-            elif name.endswith(".partial"):
-                with suppress(fileio.LockedError), fileio.exclusive_lock(path, remove=True):  # its process has died
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name != mine and OURS.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):
+                        found = entry.stat()
+                        sizes[entry.name], used[entry.name] = found.st_size, found.st_mtime
+        for name in [name for name in sizes if not name.endswith(".tar")]:
+            if name.endswith(".partial"):
+                lock = fileio.exclusive_lock(self.folder / name, remove=True)
+                with suppress(fileio.LockedError), lock:  # its process has died
                     del sizes[name]
-            elif name.endswith(".index.npy") and name.replace(".index.npy", ".tar") not in sizes:
-                path.unlink(missing_ok=True)
+            elif name.replace(".index.npy", ".tar") not in sizes:
+                (self.folder / name).unlink(missing_ok=True)
                 del sizes[name]
         shards = [
-            (used[name], self.folder / name, size + sizes.get(name[:-3] + "index.npy", 0))
+            (used[name], name, size + sizes.get(_index_of(name), 0))
             for name, size in sizes.items()
             if name.endswith(".tar")
         ]
         return shards, sum(sizes.values())
+
+
+def _index_of(tar: str) -> str:
+    return tar.removesuffix("tar") + "index.npy"
+
+
+def _noted(lock: FileIO) -> int | None:
+    """The most bytes that all files of the cache have, as its lock file says; None = not known."""
+    lock.seek(0)
+    with suppress(ValueError):
+        return int(lock.read(20))
+    return None
+
+
+def _note(lock: FileIO, most: int | None) -> None:
+    lock.seek(0)
+    lock.write(f"{'' if most is None else most:20}".encode())
 
 
 def check_content(file: BinaryIO, shard: Shard) -> None:

@@ -13,6 +13,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from beit_pretrain.data.listing.file_index import Listing, build_listing, shuffl
 from beit_pretrain.data.listing.labels import segmentation_names
 from beit_pretrain.data.listing.metadata_file import with_metadata
 from beit_pretrain.data.listing.settings import LabelSettings
+from beit_pretrain.data.notes import digest, read_note
 from beit_pretrain.data.order import MethodCache
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import ShardFolder, cache_folder
@@ -37,7 +39,7 @@ from beit_pretrain.processes import cores
 SHARD = 1000  # images; `samples_per_shard` and `seed` of `shards make`
 SEED = 0
 ORDER = "order.npy"
-FORMAT = 1  # of the cached list
+FORMAT = 2  # of the cached list
 CHANGED = "it has changed since it was listed"
 
 
@@ -48,6 +50,7 @@ class ListedFolder(ShardFolder):
     """
 
     made_of = "files read in place"
+    in_place = True
 
     def __init__(self, path: Path, settings: SourceSettings, split: str):
         self.path = path
@@ -56,8 +59,8 @@ class ListedFolder(ShardFolder):
         )
         self.index_at = f"list in {self.about['folder']}"
         counts = [min(SHARD, self.about["samples"] - first) for first in range(0, self.about["samples"], SHARD)]
-        digest = self.about["listing_sha256"]
-        named = (hashlib.sha256(f"{digest} {number}".encode()).hexdigest() for number in range(len(counts)))
+        listing = self.about["listing_sha256"]
+        named = (hashlib.sha256(f"{listing} {number}".encode()).hexdigest() for number in range(len(counts)))
         self.shards = [Shard(f"images-{n:06d}", count, 0, sha) for n, (count, sha) in enumerate(zip(counts, named))]
         self._opened = MethodCache(_open_list, 1)
 
@@ -94,6 +97,8 @@ class ListedFolder(ShardFolder):
             if self.about["places"].get(candidate.path, found.st_mtime_ns) != found.st_mtime_ns:
                 raise UserError(f"{candidate.path}: {CHANGED}; rerun the same command to list it anew")
         elif candidate.kind == "file" and candidate.size >= 0 and candidate.size != found.st_size:
+            with suppress(OSError):
+                os.unlink(self.about["note"])  # a file written in place leaves its folder's date: list anew next time
             raise OSError(CHANGED)
         try:
             data = read_candidate(candidate)
@@ -116,12 +121,11 @@ def _open_list(folder: str) -> tuple[Listing, np.ndarray]:
 def cached_list(path: Path, choice: Choice, cache: Path) -> dict[str, Any]:
     """What is known of the images of a source, from the cache if nothing has changed since, else listed now.
 
-    Keys: `folder` of the list, `samples`, `bytes`, `classes`, `class_counts`, `segmentation`, `segmentation_classes`,
-    `left_out`, `listing_sha256`, and `places`: time of change of every folder and tar.
+    Keys: `folder` of the list, its `note` in the cache, `samples`, `bytes`, `classes`, `class_counts`, `segmentation`,
+    `segmentation_classes`, `left_out`, `listing_sha256`, and `places`: time of change of every folder and tar.
     Raises UserError as `ListedFolder` does.
     """
-    place = json.dumps([FORMAT, os.path.realpath(path), *choice])
-    name = f"images-{hashlib.sha256(place.encode(errors='surrogateescape')).hexdigest()[:24]}"
+    name = f"images-{digest(FORMAT, os.path.realpath(path), *choice)[:24]}"
     note = cache / f"{name}.json"
     if (about := _unchanged(note)) is not None:
         return about
@@ -139,7 +143,7 @@ def cached_list(path: Path, choice: Choice, cache: Path) -> dict[str, Any]:
                 os.rename(making, folder)
             finally:
                 discard(making)
-            about["folder"] = str(folder)
+            about |= {"folder": str(folder), "note": str(note)}
             atomic_write(note, json.dumps(about))
             earlier = sorted(cache.glob(f"{name}-*"), key=lambda old: int(old.name.rpartition("-")[2]))
             for old in earlier[:-2]:  # another run may still read the last but one
@@ -152,7 +156,7 @@ def cached_list(path: Path, choice: Choice, cache: Path) -> dict[str, Any]:
 def _unchanged(note: Path) -> dict[str, Any] | None:
     """What a note says, if the list is there and no folder or tar has changed since."""
     try:
-        about: dict[str, Any] = json.loads(note.read_text("utf-8"))
+        about = read_note(note) or {}
         same = all(os.stat(place).st_mtime_ns == changed for place, changed in about["places"].items())
         return about if same and Path(about["folder"]).is_dir() else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -161,7 +165,10 @@ def _unchanged(note: Path) -> dict[str, Any] | None:
 
 def _make_list(path: Path, choice: Choice, folder: Path) -> dict[str, Any]:
     """List a source into a folder. Raises UserError, or OSError if the folder cannot be written."""
-    seen = dict(_places(str(path)))  # before it is listed: a change meanwhile is found at the next start
+    try:
+        seen = dict(_places(str(path)))  # before it is listed: a change meanwhile is found at the next start
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from None
     labels = with_metadata([str(path)], choice.split, LabelSettings())
     if labels.path is not None:
         seen[labels.path] = os.stat(labels.path).st_mtime_ns

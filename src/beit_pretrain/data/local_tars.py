@@ -6,7 +6,6 @@ a manifest beside the tars for good.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,15 +21,16 @@ from tqdm import tqdm
 from beit_pretrain.data import layout
 from beit_pretrain.data.cache import Shard, name_and_size
 from beit_pretrain.data.left_out import LeftOut
-from beit_pretrain.data.listing.labels import read_class_names
+from beit_pretrain.data.listing.labels import named_classes
 from beit_pretrain.data.manifest import write_rows
+from beit_pretrain.data.notes import digest, read_note
 from beit_pretrain.data.order import MethodCache
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import FileFolder, OpenFile, cache_folder, open_file
 from beit_pretrain.data.shard_index import scan_shard
 from beit_pretrain.data.tars import scan_tar
 from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import atomic_write
+from beit_pretrain.fileio import atomic_write, exclusive_lock
 from beit_pretrain.processes import cores, in_order
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
 
@@ -54,10 +54,12 @@ class LocalTars(FileFolder):
         self.index_at = f"indices in {self.cached}"
         image_key = tuple(settings.image_key or ())
         stamps = [_stamp(tar) for tar in self.tars]
-        self.files = [_digest(FORMAT, *stamp, image_key) for stamp in zip(self.tars, stamps)]  # names of the indices
-        known = self.cached / f"tars-{_digest(self.files)}.json"
+        self.files = [
+            digest(FORMAT, *stamp, image_key)[:32] for stamp in zip(self.tars, stamps)
+        ]  # names of the indices
+        known = self.cached / f"tars-{digest(self.files)[:32]}.json"
         try:
-            found = _read(known) or self._index(known, image_key)
+            found = read_note(known) or self._index_alone(known, image_key)
         except OSError as error:
             raise UserError(f"data.cache_dir={self.cached.parent} cannot be written: {error.strerror}") from None
         counts = found["class_counts"]
@@ -97,9 +99,15 @@ class LocalTars(FileFolder):
         except (OSError, ValueError, EOFError, MemoryError):
             raise UserError(f"{file} is missing or damaged; delete {self.cached}, and rerun the same command") from None
 
+    def _index_alone(self, note: Path, image_key: tuple[str, ...]) -> dict[str, Any]:
+        """`_index` in one process of a machine, since it takes all cores; the others wait for its note."""
+        self.cached.mkdir(parents=True, exist_ok=True)
+        message = f"{self.name}: waiting for another process that indexes its tars"
+        with exclusive_lock(note.with_name(f".{note.stem}.lock"), message, wait=True):
+            return read_note(note) or self._index(note, image_key)
+
     def _index(self, note: Path, image_key: tuple[str, ...]) -> dict[str, Any]:
         """Index the tars that have no index yet, and note what is known of the whole set."""
-        self.cached.mkdir(parents=True, exist_ok=True)
         left_out, samples, segmentation = LeftOut(), [], False
         counts = np.zeros(0, np.int64)
         with in_order(min(cores(), len(self.tars)), inline=FEW) as run:
@@ -125,7 +133,7 @@ class LocalTars(FileFolder):
 def _index_of(cached: Path, image_key: tuple[str, ...], of: tuple[str, str]) -> dict[str, Any]:
     """What is known of a tar: from its note in the cache, or by indexing it."""
     tar, name = of
-    if (found := _read(cached / f"{name}.json")) is not None:
+    if (found := read_note(cached / f"{name}.json")) is not None:
         return found
     left_out = LeftOut()
     rows = scan_shard(Path(tar), image_key, left_out)
@@ -149,29 +157,6 @@ def _stamp(tar: str) -> tuple[int, int]:
     except OSError as error:
         raise UserError(f"{tar} cannot be read: {error.strerror}") from None
     return found.st_size, found.st_mtime_ns
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode(errors="surrogateescape")).hexdigest()[:32]
-
-
-def _read(note: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(note.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def named_classes(given: int | str, at_least: int) -> list[str]:
-    """The names that data.classes gives. Raises UserError for fewer than the labels need."""
-    if isinstance(given, int) or given.isdecimal():
-        names = [str(number) for number in range(int(given))]
-    else:
-        names = read_class_names(given)
-    if len(names) < at_least:
-        raise UserError(f"data.classes={given} are {len(names)} classes, but there is the class number {at_least - 1}")
-    return names
 
 
 def are_shards(tars: Sequence[Path]) -> bool:

@@ -56,15 +56,13 @@ def find_source(source: str, settings: SourceSettings, split: str, stream: bool 
         if len({is_remote(url) for url in urls}) > 1:
             raise UserError(f"{without_secrets(source)} mixes local tars with others; give a list of two sources")
         return TarSet(urls, None)
-    if (tables := open_tables(source, settings, split)) is not None:
-        return tables
     if is_remote(source):
-        return _at_location(source, settings, split)
+        return open_tables(source, settings, split) or _at_location(source, settings, split)
     path = expand_home(source)
     if not (path.is_file() or path.is_dir()):
         raise UserError(f"{source} {'is a pipe or a device' if path.exists() else 'does not exist'}; {ADVICE}")
-    if (shards := _with_manifest(path, split)) is not None:
-        return shards
+    if (found := _with_manifest(path, split) or open_tables(source, settings, split)) is not None:
+        return found
     tars = _tars_at(path, split, stream)
     return ListedFolder(path, settings, split) if tars is None else tars
 

@@ -54,8 +54,11 @@ def records_of(urls: Sequence[str], settings: SourceSettings) -> TarRecords:
 def listed(urls: list[str], settings: SourceSettings, records: TarRecords, anew: bool = False) -> dict[str, TarRecord]:
     """The records of tars by key; the servers are asked for those that have none, or for all `anew`."""
     known = records.load()
-    wanted = {url: key for url, key in zip(urls, records.keys, strict=True) if anew or key not in known}
-    if wanted:
+    if not anew and all(key in known for key in records.keys):
+        return known
+    with records.reading():
+        known = records.load()  # another process may have asked meanwhile
+        wanted = {url: key for url, key in zip(urls, records.keys, strict=True) if anew or key not in known}
         files = {wanted[file.url]: TarRecord(file.bytes, file.version) for file in stat_files([*wanted], settings)}
         same = {
             key for key, new in files.items() if key in known and known[key][:2] == new[:2] and new.bytes is not None

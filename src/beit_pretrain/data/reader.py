@@ -54,7 +54,7 @@ class ShardReader:
         self.sizes = [shard.samples for shard in self.shards]
         self.samples = sum(self.sizes)
         if not self.samples:
-            raise UserError(f"{source} holds no samples")
+            raise UserError(f"{' and '.join(map(str, self.folders))}: no samples")
         self.without_class = self.samples - sum(sum(folder.about["class_counts"]) for folder in self.folders)
         self._place = [(folder, number) for folder in self.folders for number in range(len(folder.shards))]
         self._label_of: np.ndarray | None = None  # of the class numbers of the source; None = as they are
@@ -64,6 +64,15 @@ class ShardReader:
     def parts(self) -> list[list[int]]:
         """Samples of each shard of each folder."""
         return [[shard.samples for shard in folder.shards] for folder in self.folders]
+
+    def descriptions(self) -> list[str]:
+        """What was found in each source, a line each."""
+        return [folder.description() for folder in self.folders]
+
+    @property
+    def in_place(self) -> list[ShardFolder]:
+        """The sources whose images are read as users have them."""
+        return [folder for folder in self.folders if folder.in_place]
 
     @property
     def remote(self) -> bool:

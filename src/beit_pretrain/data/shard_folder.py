@@ -5,7 +5,6 @@ A shard is a file, such as a tar, with an index of its images; or a part of a li
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -21,7 +20,7 @@ from beit_pretrain.data.manifest import MANIFEST, image_key_of, index_path, pars
 from beit_pretrain.data.order import MethodCache
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.data.shard_index import INDEX_DTYPE, key_of
-from beit_pretrain.data.storage import Remote
+from beit_pretrain.data.storage import Remote, check_json
 from beit_pretrain.data.tars import LONGEST_HEADERS, member_name
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import expand_home
@@ -45,6 +44,7 @@ class ShardFolder(ABC):
     about: dict[str, Any]
     shards: list[Shard]
     remote = False  # whether shards are fetched before they are read
+    in_place = False  # whether images are read as users have them, which `shards make` could shrink
     made_of = "shards"
     index_at = ""  # where the index lies, for the user
     note = ""  # something else to tell the user
@@ -97,7 +97,9 @@ class ShardFolder(ABC):
 
     def addresses(self) -> list[str]:
         """Paths or addresses of the tars, for a stream. Raises UserError if the shards are none."""
-        raise UserError(f"{self} is not made of tars, so it cannot be streamed")
+        raise UserError(
+            f"{self} is not made of tars, so it cannot be streamed; data.order=position reads it beside tars"
+        )
 
 
 class FileFolder(ShardFolder):
@@ -185,7 +187,7 @@ class RemoteFolder(FileFolder):
     def __init__(self, location: str, access: RemoteOptions):
         self.index_at = f"fetched into {cache_folder(access)}"
         self.source = Remote(location, access.retries, access.timeout)
-        data = self.source.read(MANIFEST, MANIFEST_LIMIT, _check_end)
+        data = self.source.read(MANIFEST, MANIFEST_LIMIT, check_json)
         text, where = data.decode("utf-8", errors="replace"), f"{MANIFEST} of {self.source}"
         self.about = parse_manifest(text, where, "give the location of a folder that shards make wrote")
         self.shards = _shards(self.about)
@@ -210,17 +212,6 @@ class RemoteFolder(FileFolder):
 
     def _fetch(self, shard: Shard, file: BinaryIO) -> None:
         self.source.fetch(shard.name, file, shard.bytes, check=lambda: check_content(file, shard))
-
-
-def _check_end(manifest: bytes) -> None:
-    """Raise OSError for a truncated manifest, since a server may end early without having sent a length."""
-    if manifest.lstrip().startswith(b"{"):
-        try:
-            json.loads(manifest)
-        except ValueError:
-            raise OSError(f"broke off after {len(manifest):,} bytes, or is damaged") from None
-        except RecursionError:  # not a manifest; `parse_manifest` reports it
-            pass
 
 
 def _shards(manifest: dict[str, Any]) -> list[Shard]:

@@ -21,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from beit_pretrain.data import layout
 from beit_pretrain.data.remote_listing import LISTABLE, list_folder
 from beit_pretrain.data.settings import RemoteOptions
-from beit_pretrain.data.storage import MissingError, read_file, without_secrets
+from beit_pretrain.data.storage import MissingError, check_json, join, read_file, without_secrets
 from beit_pretrain.data.tars import inside
 from beit_pretrain.errors import UserError, first_line
 
@@ -233,14 +233,6 @@ def _counts(data: bytes | None) -> tuple[int, int] | None:
 # --- places --------------------------------------------------------------------------------------------------------
 
 
-def join(location: str, name: str) -> str:
-    """The address of a file in a folder at an address; the query of the folder is the file's too."""
-    if not location.lower().startswith(("http", "file")):
-        return f"{location.rstrip('/')}/{name}"
-    parts = urlsplit(location)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
-
-
 def split_address(url: str) -> tuple[str, str]:
     """The folder of a file, with the query, and the file's name."""
     if not url.lower().startswith(("http", "file")):
@@ -258,16 +250,8 @@ def _beside(url: str, access: RemoteOptions) -> tuple[str, RemoteOptions, str]:
 
 def _read_at(location: str, access: RemoteOptions, name: str) -> bytes | None:
     """A small file at a location; None if it is missing or refused."""
-
-    def check(data: bytes) -> None:
-        if data.lstrip()[:1] == b"{":
-            try:
-                json.loads(data)
-            except ValueError:  # a server may end early without having sent a length
-                raise OSError(f"broke off after {len(data):,} bytes, or is damaged") from None
-
     try:
-        return read_file(join(location, name), LARGEST, access.retries, access.timeout, check)
+        return read_file(join(location, name), LARGEST, access.retries, access.timeout, check_json)
     except MissingError:
         return None
 

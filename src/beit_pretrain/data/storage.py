@@ -80,15 +80,43 @@ def check_address(url: str, end: str = "") -> None:
         )
 
 
-def read_file(url: str, limit: int, retries: int, timeout: float, check: Callable[[bytes], object] = len) -> bytes:
-    """The content of a small file at an address, of at most `limit` bytes; `check` as of `Remote.read`.
+def join(location: str, name: str) -> str:
+    """The address of a file in a folder at an address; the query of the folder is the file's too."""
+    if not location.lower().startswith(("http", "file")):
+        return f"{location.rstrip('/')}/{name}"
+    parts = urlsplit(location)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
 
-    Raises MissingError if there is none, DownloadError otherwise.
+
+def read_file(
+    url: str,
+    limit: int,
+    retries: int,
+    timeout: float,
+    check: Callable[[bytes], object] = len,
+    failure: str = "",
+) -> bytes:
+    """The content of a small file at an address, of at most `limit` bytes.
+
+    `check` raises OSError for incomplete content, since not every server sends the length of a file. `failure`: begins
+    the message. Raises MissingError if there is no such file, DownloadError otherwise.
     """
     buffer = io.BytesIO()
     transfer = Transfer(buffer, timeout, limit, begin=lambda total, version: buffer.truncate())
-    receive(url, transfer, retries + 1, lambda: check(buffer.getvalue()), f"{without_secrets(url)} cannot be fetched")
+    failure = failure or f"{without_secrets(url)} cannot be fetched"
+    receive(url, transfer, retries + 1, lambda: check(buffer.getvalue()), failure)
     return buffer.getvalue()
+
+
+def check_json(data: bytes) -> None:
+    """Raise OSError for a JSON object that is not whole. Anything else passes: its reader reports it."""
+    if data.lstrip()[:1] == b"{":
+        try:
+            json.loads(data)
+        except ValueError:
+            raise OSError(f"broke off after {len(data):,} bytes, or is damaged") from None
+        except RecursionError:
+            pass
 
 
 def fetch_file(url: str, transfer: Transfer, retries: int, check: Callable[[], object]) -> None:
@@ -116,14 +144,8 @@ class Remote:
         return without_secrets(self.location)
 
     def read(self, name: str, limit: int, check: Callable[[bytes], object] = len) -> bytes:
-        """The content of a small file of at most `limit` bytes. Raises DownloadError.
-
-        `check` raises OSError for incomplete content, since not every server sends the length of a file.
-        """
-        buffer = io.BytesIO()
-        transfer = Transfer(buffer, self.timeout, limit, begin=lambda total, version: buffer.truncate())
-        self._receive(name, transfer, lambda: check(buffer.getvalue()))
-        return buffer.getvalue()
+        """The content of a small file; arguments and errors as of `read_file`."""
+        return read_file(self.address(name), limit, self.retries, self.timeout, check, self._failure(name))
 
     def read_end(self, name: str, size: int, start: int) -> bytes:
         """The bytes from `start` on of a file of `size` bytes. Raises DownloadError.
@@ -155,16 +177,16 @@ class Remote:
         self._receive(name, Transfer(out, self.timeout, size), whole)
 
     def _receive(self, name: str, transfer: Transfer, check: Callable[[], object]) -> None:
-        receive(self.address(name), transfer, self.retries + 1, check, f"{name} of {self} cannot be fetched")
+        receive(self.address(name), transfer, self.retries + 1, check, self._failure(name))
+
+    def _failure(self, name: str) -> str:
+        return f"{name} of {self} cannot be fetched"
 
     def address(self, name: str) -> str:
         """The address of a file in the folder."""
         if self.location.startswith("pipe:"):
             return self.location.replace("{name}", shlex.quote(name))
-        if not self.location.lower().startswith(("http", "file")):
-            return f"{self.location.rstrip('/')}/{name}"
-        parts = urlsplit(self.location)
-        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
+        return join(self.location, name)
 
 
 class _Tail(io.RawIOBase):

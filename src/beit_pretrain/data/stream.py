@@ -94,12 +94,14 @@ class StreamSource:
         names = (without_secrets(tar).rpartition("/")[2] for tars in self.entries for tar in tars)
         return [Shard(name, 0, 0, hashlib.sha256(name.encode()).hexdigest()) for name in names]
 
-    def description(self) -> str:
+    in_place = ()  # as of a `ShardReader`
+
+    def descriptions(self) -> list[str]:
         """What was found, in one line."""
         tars, first = sum(map(len, self.entries)), without_secrets(self.entries[0][0])
         images = "an unknown number of" if self.samples is None else f"{self.samples:,}"
         mixed = f"mixed {self.settings.shuffle_buffer:,} at a time in each loader process"
-        return f"a stream of {tars:,} tars, first {first}, with {images} images, {mixed} (shards index: exact order)"
+        return [f"a stream of {tars:,} tars, first {first}, with {images} images, {mixed} (shards index: exact order)"]
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise UserError(

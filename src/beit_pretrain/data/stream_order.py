@@ -63,8 +63,13 @@ class Place(NamedTuple):
         for state in found.values():
             for number, row in np.frombuffer(state.waiting, np.int64).reshape(-1, 2).tolist():
                 waiting.setdefault(number, []).append(row)
+        # Not every part that has been opened, of which a long run has millions, but those that may have rows left.
+        left = {*range(len(self.backlog)), *waiting}
+        for lane in range(min(lanes, touched)):
+            opened = found[lane].opened if lane in found else 0
+            left.update(range(lane + max(0, opened - 1) * lanes, touched, lanes))
         backlog = []
-        for number in range(max(touched, len(self.backlog))):
+        for number in sorted(left):
             part, (turn, lane) = self.part(number), divmod(number, lanes)
             state = found.get(lane, LaneState())
             if turn < state.opened:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from beit_pretrain.data import layout
 from beit_pretrain.data.table_rows import holds_images
+from beit_pretrain.data.tars import inside
 from beit_pretrain.errors import UserError
 from beit_pretrain.transforms.image_io import IMAGE_EXTENSIONS
 
@@ -42,7 +43,7 @@ def local_tables(source: Path, split: str | None) -> list[Path] | None:
         return [source] if source.suffix.lower() in SUFFIXES else None
     if (source / "dataset_dict.json").is_file():
         parts = _json(source / "dataset_dict.json").get("splits")
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        if not isinstance(parts, list) or not all(isinstance(part, str) and part and inside(part) for part in parts):
             raise UserError(f"{source}/dataset_dict.json does not list the parts of the data set")
         chosen = parts_of_split({part: [part] for part in parts}, split, str(source))
         return [file for part in chosen for file in _saved(source / part)]

@@ -26,7 +26,8 @@ import numpy as np
 from beit_pretrain.data.cache import Shard, ShardCache
 from beit_pretrain.data.columns import Columns
 from beit_pretrain.data.hub_repository import address_and_split, hub_tables
-from beit_pretrain.data.listing.labels import read_class_names
+from beit_pretrain.data.listing.labels import named_classes, read_class_names
+from beit_pretrain.data.notes import digest, read_note
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import FileFolder, OpenFile, cache_folder
 from beit_pretrain.data.shard_index import MOST_CLASSES
@@ -75,7 +76,7 @@ def _listed_on_hub(address: str, split: str, access: SourceSettings) -> tuple[st
     """The repository and the files of a part. Offline (HF_HUB_OFFLINE) those of the last time."""
     from huggingface_hub import is_offline_mode
 
-    note = cache_folder(access) / f"hub-{_digest([address, split, VERSION])[:16]}.json"
+    note = cache_folder(access) / f"hub-{digest(address, split, VERSION)[:16]}.json"
     try:
         found = hub_tables(address, split, access.retries, access.timeout)
     except DownloadError:
@@ -145,7 +146,8 @@ class TableFolder(FileFolder):
         return OpenFile(self.cache.open(self.shards[number], partial(self._unpack, number)))
 
     def rows(self, number: int) -> np.ndarray:
-        return self.cache.index(self.shards[number], self.opened(number).descriptor)
+        file = self.opened(number)  # kept: its descriptor closes with it
+        return self.cache.index(self.shards[number], file.descriptor)
 
     def index(self, number: int) -> np.ndarray:
         return self.rows(number)  # the tar is ours, and its size an estimate
@@ -162,7 +164,7 @@ class TableFolder(FileFolder):
             samples=facts.rows,
             bytes=facts.image_bytes + ROW_BYTES * facts.rows + END_BYTES,
             sha256=hashlib.sha256(content.encode()).hexdigest(),
-            stored=_digest(stored),
+            stored=digest(*stored),
             exact=False,
             spare=file.size if self.repository else 0,
         )
@@ -173,19 +175,19 @@ class TableFolder(FileFolder):
             return []
         if self.columns.classes:
             return list(self.columns.classes)
-        if isinstance(given, str):
-            return read_class_names(given)
         if self.columns.text:
+            if isinstance(given, str):
+                return read_class_names(given)
             if all(fact.names is not None for fact in facts):
                 return sorted({name for fact in facts for name in fact.names or ()})
             said = f"the classes are texts in the column {self.columns.label}, many or not read in advance"
             return self._no_classes(f"{said}; classes=FILE gives their names")
         top = max(fact.top for fact in facts)
+        if given is not None:
+            return named_classes(given, top + 1)
         if top >= MOST_CLASSES:
             return self._no_classes(f"the column {self.columns.label} holds numbers up to {top:,}; label_key= chooses")
-        if given is not None and top >= given:
-            raise UserError(f"{self} has the class number {top}; classes={given} is too small")
-        return [str(number) for number in range(given or top + 1)]
+        return [str(number) for number in range(top + 1)]
 
     def _no_classes(self, why: str) -> list[str]:
         print(f"warning: {self} is read without classes: {why}", file=sys.stderr)
@@ -194,11 +196,9 @@ class TableFolder(FileFolder):
     def _noted(self, files: Sequence[TableSource]) -> list[Facts]:
         """The facts of the files; those that are not noted yet are read."""
         of = [str(self), self.image_key, self.label_key, [file.name for file in files], VERSION]
-        note = self.cache.folder / f"tables-{_digest(of)[:16]}.json"
-        known: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            known = json.loads(note.read_text("utf-8"))
-        keys = [_digest([self.name_of(file), file.size, file.identity]) for file in files]
+        note = self.cache.folder / f"tables-{digest(*of)[:16]}.json"
+        known = read_note(note) or {}
+        keys = [digest(self.name_of(file), file.size, file.identity) for file in files]
         missing = [file for file, key in zip(files, keys, strict=True) if key not in known]
         if missing:
             with ThreadPoolExecutor(STREAMS if self.repository else 1) as pool:
@@ -304,10 +304,6 @@ def _local(path: Path) -> TableSource:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return TableSource(os.path.abspath(path), status.st_size, str(status.st_mtime_ns))
-
-
-def _digest(of: Any) -> str:
-    return hashlib.sha256(json.dumps(of).encode(errors="surrogateescape")).hexdigest()
 
 
 def _as_facts(noted: Sequence[Any]) -> Facts:

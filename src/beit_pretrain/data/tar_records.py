@@ -46,8 +46,11 @@ class TarRecords:
     def __init__(self, folder: Path, urls: Sequence[str], image_key: Sequence[str]):
         plain = [without_secrets(url) for url in urls]
         count = Counter(plain)
-        # An address without its query, unless only this tells tars apart: what is signed anew is the same tar.
-        named = (url if count[bare] > 1 else bare for url, bare in zip(urls, plain, strict=True))
+        # What is signed anew is the same tar: an address counts without its query, unless the query names the tar.
+        named = (
+            bare if count[bare] == 1 and bare.lower().endswith(".tar") else url
+            for url, bare in zip(urls, plain, strict=True)
+        )
         self.keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in named]
         folders = sorted({bare.rpartition("/")[0] for bare in plain})
         name = hashlib.sha256("\n".join([FORMAT, *image_key, "", *folders]).encode()).hexdigest()[:32]
@@ -87,7 +90,7 @@ class TarRecords:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Hold the right to read tars of the set, so that the processes of a machine do not all read them."""
+        """Hold the right to ask for tars of the set and to read them: one process of a machine does it for all."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with fileio.exclusive_lock(self.path.with_suffix(".reading"), wait=True):

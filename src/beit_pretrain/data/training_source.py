@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from beit_pretrain.data.local_tars import named_classes
+from beit_pretrain.data.listing.labels import named_classes
 from beit_pretrain.data.open_source import find_source, indexed
 from beit_pretrain.data.read_tars import listed, records_of
 from beit_pretrain.data.reader import ShardReader

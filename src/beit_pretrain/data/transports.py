@@ -42,6 +42,10 @@ class PermanentError(Exception):
     """A failure that a retry cannot fix."""
 
 
+class TooLargeError(PermanentError):
+    """The file is larger than `Transfer.limit`."""
+
+
 class TransientError(OSError):
     """A failure that a retry may fix. `pause`: seconds that the server asks to wait."""
 
@@ -98,7 +102,7 @@ class Transfer:
 
     def write(self, chunk: bytes) -> None:
         if self.limit is not None and self.position + len(chunk) > self.limit:
-            raise PermanentError(f"it has more than {self.limit:,} bytes")
+            raise TooLargeError(f"it has more than {self.limit:,} bytes")
         before = time.monotonic()
         try:
             self.out.write(chunk)

@@ -13,8 +13,6 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import WeightAveraging
 
 from beit_pretrain.data.dataset import BatchSchedule
-from beit_pretrain.data.listed_folder import ListedFolder
-from beit_pretrain.data.stream import StreamSource
 from beit_pretrain.engine.checkpointing import check_space, size
 from beit_pretrain.engine.optim import configure
 from beit_pretrain.engine.settings import FitSettings
@@ -60,13 +58,10 @@ def sources(task: Task) -> list[str]:
     """What was found in each source of images, and where shards would pay."""
     lines = []
     for split, reader in task.data.readers.items():
-        if isinstance(reader, StreamSource):
-            lines.append(f"  data.{split}: {reader.description()}")
-            continue
-        for folder in reader.folders:
-            lines.append(f"  data.{split}: {folder.description()}")
+        lines += [f"  data.{split}: {text}" for text in reader.descriptions()]
+        for folder in reader.in_place:
             side, each = task.cfg.image_size, folder.total_bytes / sum(shard.samples for shard in folder.shards)
-            if isinstance(folder, ListedFolder) and each > PAYS * shrunk_bytes(side):
+            if each > PAYS * shrunk_bytes(side):
                 make = f"shards make src={folder} out=FOLDER resize={round(side * SHRUNK_SIDE / 224)}"
                 lines.append(
                     f"  note: its images have {each / 1e3:,.0f} kB on average; of shards made by {make}, "

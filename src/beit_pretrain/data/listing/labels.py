@@ -148,6 +148,17 @@ def read_class_names(path: str | Path) -> list[str]:
     return list(first)
 
 
+def named_classes(given: int | str, at_least: int) -> list[str]:
+    """The names that data.classes gives. Raises UserError for fewer than the labels need."""
+    if isinstance(given, int) or given.isdecimal():
+        names = [str(number) for number in range(int(given))]
+    else:
+        names = read_class_names(given)
+    if len(names) < at_least:
+        raise UserError(f"data.classes={given} are {len(names)} classes, but there is the class number {at_least - 1}")
+    return names
+
+
 def _whole_path(candidate: Candidate) -> str:
     """The absolute path of a file; of a member of a tar, with its path in the tar."""
     if candidate.kind != "file":
