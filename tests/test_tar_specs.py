@@ -117,3 +117,9 @@ def test_errors_are_one_line_and_quick(folder, spec, said):
 def test_many_names():
     names = expand(f"http://h/{{0000000..{MOST - 1}}}.tar")
     assert (len(names), names[1]) == (MOST, "http://h/0000001.tar")
+
+
+def test_a_glob_of_other_files_says_so(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no tar matches; other files and folders are given without \*"):
+        expand(f"{tmp_path}/*.parquet")

@@ -99,9 +99,7 @@ class StreamSource:
         tars, first = sum(map(len, self.entries)), without_secrets(self.entries[0][0])
         images = "an unknown number of" if self.samples is None else f"{self.samples:,}"
         mixed = f"mixed {self.settings.shuffle_buffer:,} at a time in each loader process"
-        return (
-            f"a stream of {tars:,} tars, first {first}, with {images} images, {mixed} (shards index: exact order)"
-        )
+        return f"a stream of {tars:,} tars, first {first}, with {images} images, {mixed} (shards index: exact order)"
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise UserError(
