@@ -402,6 +402,18 @@ def test_preflight_only(words, run_cli, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_start_says_what_was_found(words, shards, run_cli, tmp_path):
+    """Also that held-out images are training images."""
+    words = [*in_process(words), f"run_dir={tmp_path / 'run'}", "steps=1"]
+    code, stdout, stderr = run_cli(*words)
+    assert code == 0, stderr
+    assert f"  data.train: {shards / 'train'}: " in stdout
+    assert "warning: data.val reads" not in stdout
+    code, stdout, stderr = run_cli(*words, f"data.val={shards / 'train'}", "preflight=only", "resume=never")
+    assert code == 0, stderr
+    assert "warning: data.val reads 50 images that data.train reads too" in stdout
+
+
 def test_disk_space_check(tmp_path, monkeypatch):
     assert "GB free" in check_space(tmp_path / "not" / "yet", 1000)
     with pytest.raises(UserError, match=r"3 checkpoints need 36000000\.00 GB"):

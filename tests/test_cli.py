@@ -71,6 +71,11 @@ def test_no_verb_prints_help(run_cli):
         (["shards", "make", "src=nowhere"], "out is missing"),
         (["shards", "make", "out=x"], "src is missing"),
         (["shards", "mend", "src=x"], "make, index, verify and show"),
+        (
+            ["fit", "+experiment=base_22k", "data.train=x-0.tar", "data.train=x-1.tar"],
+            "'data.train=x-{0000..0099}.tar'",
+        ),
+        (["shards", "verify", "src=x-0.tar", "src=x-1.tar"], "put quotes around them"),
         (["validate"], "run is missing"),
         (["predict", "src=x"], "init_from is missing"),
         (["visualize", "run=nowhere"], "not the folder of a run"),

@@ -196,6 +196,16 @@ def test_private_gone_and_offline_are_one_line(hub, published, cached, monkeypat
     assert hub.paths() == []
 
 
+def test_listing_is_retried_and_an_unreachable_hub_is_one_line(hub, published, cached, monkeypatch):
+    hub.next = [Answer(status=503)]
+    assert opened(NAME, cached()).sizes == [130, 20]
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    transports._file_system.cache_clear()
+    with pytest.raises(UserError, match=r"cannot be listed \(2 tries\): ConnectError") as caught:
+        open_tables(f"{NAME}?split=test", cached())
+    assert "\n" not in str(caught.value)
+
+
 def test_texts_as_classes_need_their_names(hub, tmp_path, cached, capsys):
     for number in range(2):
         table = image_table(4, labels=[*"dcba"[number:], *"a" * number], names=None)

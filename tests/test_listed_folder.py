@@ -146,6 +146,14 @@ def test_parts_and_classes_of_held_out_images(tmp_path):
         ClassificationData(root, root, **VIEWS, global_batch_size=6)
 
 
+def test_held_out_images_may_have_classes_that_training_images_lack(tmp_path):
+    flat = write_folder(tmp_path / "flat", {"1.jpg": encoded(1), "2.jpg": encoded(2)})
+    classes = write_folder(tmp_path / "classes", class_files())
+    data = ClassificationData(flat, classes, **VIEWS, global_batch_size=2, num_workers=0)
+    assert data.classes == []
+    assert len(data.eval_dataset()[0]["label"]) == 18
+
+
 def test_label_maps_in_place(tmp_path):
     root = write_folder(tmp_path / "ade", {f"images/training/{i}.jpg": encoded(i) for i in range(3)})
     (root / "annotations/training").mkdir(parents=True)

@@ -93,7 +93,13 @@ def test_parts_by_names(tmp_path, timm):
     assert tars_of_folder(parts, "train").urls == [str(parts / "train/0.tar"), str(parts / "train/1.tar")]
     assert tars_of_folder(parts, "test").urls == [str(parts / "val/0.tar")]
     assert tars_of_folder(parts / "val", "train").urls == [str(parts / "val/0.tar")]
-    with pytest.raises(UserError, match=r"parts has the parts train/0, train/1, val/0; split=dogs is none"):
+    both = write_folder(tmp_path / "both", {"train/set-train-0.tar": b"", "val/set-val-0.tar": b""})
+    assert tars_of_folder(both, "train").urls == [str(both / "train/set-train-0.tar")]
+    assert tars_of_folder(both, "val").urls == [str(both / "val/set-val-0.tar")]
+    unlike = write_folder(tmp_path / "unlike", {"train/0.tar": b"", "valid_no_label/1.tar": b""})
+    assert tars_of_folder(unlike, "train").urls == [str(unlike / "train/0.tar")]
+    assert tars_of_folder(unlike, "val").urls == [str(unlike / "valid_no_label/1.tar")]
+    with pytest.raises(UserError, match=r"parts has the parts train, val; split=dogs is none"):
         tars_of_folder(parts, "dogs")
     assert tars_of_folder(write_folder(tmp_path / "none", {"a.jpg": b""}), "train") is None
 

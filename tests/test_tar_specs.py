@@ -120,3 +120,9 @@ def test_many_names(monkeypatch):
     assert (len(names), names[1]) == (20_000, "http://h/00001.tar")
     with pytest.raises(UserError, match="more than 20,000 names"):
         expand("http://h/{0..99}/{0..200}.tar")
+
+
+def test_a_glob_of_other_files_says_so(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no tar matches; other files and folders are given without \*"):
+        expand(f"{tmp_path}/*.parquet")

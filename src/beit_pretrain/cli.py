@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import NamedTuple
 
 from beit_pretrain.config import compose, experiments, help_of, show_config, unknown_name
@@ -67,6 +68,7 @@ TRAINED = {
     **dict.fromkeys(("gpu", "page"), "bench_gpu"),
 }
 EXPERIMENT = "base_22k"  # default experiment of `bench gpu`
+SOURCES = ("data.train", "data.val", "src")
 SPARED = ("data.train", "tokenizer.path")
 
 
@@ -75,6 +77,17 @@ def config_of(verb: str, words: list[str]) -> str:
     if verb != "bench":
         return verb
     return next((TRAINED[word[7:]] for word in words if word.startswith("action=") and word[7:] in TRAINED), verb)
+
+
+def check_braces(words: list[str]) -> None:
+    """Raise UserError where the shell has written out the braces of a source: only its last word would be read."""
+    for first, second in pairwise(words):
+        key = key_of(first)
+        if key in SOURCES and key == key_of(second) and first != second:
+            raise UserError(
+                f"{first} is followed by {second}, as if the shell had expanded braces; put quotes around them, such "
+                f"as '{key}=x-{{0000..0099}}.tar', or give a list, {key}=[A,B]"
+            )
 
 
 def run(argv: list[str]) -> None:
@@ -115,6 +128,7 @@ def run(argv: list[str]) -> None:
     wrong = [word for word in rest if word.startswith("=") or ("=" not in word and not word.startswith("~"))]
     if wrong:
         raise UserError(f"settings are given as key=value, not {wrong[0]!r}")
+    check_braces(rest)
     if not multirun and (own := [word for word in rest if key_of(word).startswith(("sweep.", "hydra.", "hydra/"))]):
         raise UserError(f"{own[0]} is for sweeps: fit -m ...")
     if multirun:

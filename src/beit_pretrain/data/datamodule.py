@@ -55,8 +55,10 @@ class ShardData(LightningDataModule):
         if chosen.val is not None:
             held_out = self.readers["val"] = ShardReader(chosen.val, chosen, chosen.val_split or "val")
             differ = held_out.classes_differ or self.readers["train"].classes_differ
-            if held_out.classes and not differ and not held_out.number_classes_as(self.classes):
-                raise UserError(f"data.val={val} has other classes than data.train={train}; make both in one go")
+            # Without classes of the training images no task compares labels.
+            compared = bool(held_out.classes and self.classes) and not differ
+            if compared and not held_out.number_classes_as(self.classes):
+                raise UserError(f"data.val={val} has other classes than data.train={train}")
         source = self.readers["train"]
         self.stream = StreamPlaces(len(source.entries)) if isinstance(source, StreamSource) else None
         if self.stream is not None and chosen.labels_per_class is not None:

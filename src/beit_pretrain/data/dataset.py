@@ -105,13 +105,14 @@ class ShardDataset(SampleViews, Dataset):
 
     def __getitem__(self, micro_batch: int) -> dict[str, Any]:
         positions = self.plan.positions(micro_batch)
+        addresses = [Sample(*address) for address in self.order.samples_at(positions).tolist()]
         if isinstance(self.plan, BatchSchedule) and self.reader.remote:
             if self._ahead is None:
+                self.reader.fetch({address.shard for address in addresses})
                 self._ahead = ShardPrefetcher(self.reader, self.order, self.plan.rank, self.plan.world, positions[0])
                 weakref.finalize(self, self._ahead.ended.set)
             self._ahead.position = positions[0]
         bad: list[dict[str, Any]] = []
-        addresses = [Sample(*address) for address in self.order.samples_at(positions).tolist()]
         # One kind of work at a time for the whole batch: small steps take half as long while their code is in cache.
         masks = [self.mask(position) for position in positions]
         begun = [self._begun(*of) for of in zip(positions, addresses, strict=True)]

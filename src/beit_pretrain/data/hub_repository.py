@@ -14,10 +14,12 @@ from urllib.parse import parse_qs
 
 import yaml
 
-from beit_pretrain.data.storage import DownloadError, Remote, without_secrets
+from beit_pretrain.data.remote_listing import tried
+from beit_pretrain.data.settings import RemoteOptions
+from beit_pretrain.data.storage import Remote, without_secrets
 from beit_pretrain.data.table_files import are_tables, choose, parts_of_split
 from beit_pretrain.data.transports import file_system
-from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.errors import UserError
 
 README_LIMIT = 1 << 24  # bytes
 
@@ -45,7 +47,7 @@ def hub_tables(source: str, split: str | None, retries: int, timeout: float) -> 
     subsets, or the Hub does not answer.
     """
     where = without_secrets(source)
-    listed, root, folder = _listing(source, where)
+    listed, root, folder = _listing(source, where, RemoteOptions(retries=retries, timeout=timeout))
     inside = {file.name: file for file in listed}
     if folder in inside:
         return root, listed
@@ -60,26 +62,24 @@ def hub_tables(source: str, split: str | None, retries: int, timeout: float) -> 
     return root, [inside[name] for name in chosen]
 
 
-def _listing(source: str, where: str) -> tuple[list[HubFile], str, str]:
+def _listing(source: str, where: str, access: RemoteOptions) -> tuple[list[HubFile], str, str]:
     """The files at an address, the address of its repository, and the path in that."""
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoFile
 
-    system = file_system("hf")
-    try:
+    def listed() -> tuple[list[HubFile], str]:
+        system = file_system("hf")
         place = system.resolve_path(source)
         folder = place.path_in_repo
         if place.repo_type != "dataset":
-            return [], "", folder
+            return [], folder
         about = {"repo_type": "dataset", "revision": place.revision}
         one = folder.endswith(".parquet")
         below = os.path.dirname(folder) if one else folder
         found = system._api.list_repo_tree(place.repo_id, below or None, recursive=not one, **about)
-        files = [_file(entry) for entry in found if isinstance(entry, RepoFile) and (not one or entry.path == folder)]
-    except HfHubHTTPError as error:
-        raise DownloadError(f"{where} cannot be listed: {first_line(error)}") from None
-    except (OSError, NotImplementedError, ValueError) as error:  # no such repository, offline mode, invalid address
-        raise DownloadError(f"{where} cannot be listed: {first_line(error)}") from None
+        files = [entry for entry in found if isinstance(entry, RepoFile) and (not one or entry.path == folder)]
+        return [_file(entry) for entry in files], folder
+
+    files, folder = tried(f"{where} cannot be listed", listed, access)
     root = source.removesuffix(f"/{folder}") if folder else source
     return files, root, folder
 

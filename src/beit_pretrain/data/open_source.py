@@ -73,6 +73,8 @@ def _at_location(source: str, settings: SourceSettings, split: str) -> ShardFold
     except MissingError as missing:
         if (tars := tars_of_location(source, split, settings)) is not None:
             return tars
+        if source.lower().partition("?")[0].endswith(".parquet"):
+            raise UserError(f"{without_secrets(source)}: parquet is read from disk and hf://; download it") from None
         raise UserError(
             f"{missing}; it has no {MANIFEST}, no _info.json and no tars that can be listed: name the tars, such as "
             f"{without_secrets(source).rstrip('/')}/x-{{0000..0099}}.tar"

@@ -7,7 +7,8 @@ which takes a few microseconds, so that the disk space of evicted files is freed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from beit_pretrain.data.shard_folder import ShardFolder
 from beit_pretrain.data.shard_index import INDEX_DTYPE
 from beit_pretrain.errors import UserError
 
+AT_ONCE = 8  # shards fetched at a time before the first batch
 INDEX_MEMORY = 64 << 20  # bytes of indices that a process keeps
 
 
@@ -133,6 +135,15 @@ class ShardReader:
         """Fetch a remote shard, or mark it as used if cached. Raises UserError if the download fails."""
         folder, number = self._place[shard]
         folder.fetch_ahead(number)
+
+    def fetch(self, shards: Iterable[int]) -> None:
+        """Fetch remote shards, several at a time; before the first batch nothing has been fetched ahead.
+
+        One that fails is left to `read`, which tries again and says so.
+        """
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for fetched in [pool.submit(self.fetch_ahead, shard) for shard in sorted(shards)]:
+                fetched.exception()
 
     def _load_index(self, shard: int) -> np.ndarray:
         folder, number = self._place[shard]

@@ -99,7 +99,7 @@ def list_folder(address: str, access: RemoteOptions) -> list[RemoteFile]:
         files = [RemoteFile(f"{scheme}://{e['name'].lstrip('/')}", e.get("size"), _version(e)) for e in files]
         return sorted(files)
 
-    return _tried(f"{without_secrets(address)} cannot be listed", listed, access)
+    return tried(f"{without_secrets(address)} cannot be listed", listed, access)
 
 
 def glob_remote(pattern: str, access: RemoteOptions | None = None) -> list[str]:
@@ -109,7 +109,7 @@ def glob_remote(pattern: str, access: RemoteOptions | None = None) -> list[str]:
     def matched() -> list[str]:
         return sorted(f"{scheme}://{name.lstrip('/')}" for name in file_system(scheme).glob(pattern))
 
-    return _tried(f"{without_secrets(pattern)} cannot be listed", matched, access or RemoteOptions())
+    return tried(f"{without_secrets(pattern)} cannot be listed", matched, access or RemoteOptions())
 
 
 def _stat_listed(scheme: str, urls: list[str], access: RemoteOptions, bar: tqdm) -> list[RemoteFile]:
@@ -135,9 +135,9 @@ def _version(entry: dict[str, Any]) -> str | None:
     return next((str(entry[key]) for key in keys if entry.get(key)), None)
 
 
-def _tried(failure: str, function: Callable[[], Result], access: RemoteOptions) -> Result:
-    """The result of `function`, tried again after failures that may pass."""
-    from huggingface_hub.errors import HfHubHTTPError
+def tried(failure: str, function: Callable[[], Result], access: RemoteOptions) -> Result:
+    """The result of `function`, tried again after failures that may pass. Raises MissingError or DownloadError."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     failed = 0
     while True:
@@ -146,7 +146,7 @@ def _tried(failure: str, function: Callable[[], Result], access: RemoteOptions) 
                 return function()
             except HfHubHTTPError as error:
                 refuse(error.response.status_code, error.response.reason_phrase, error.response.headers)
-            except (NotImplementedError, ValueError) as error:
+            except (NotImplementedError, ValueError, OfflineModeIsEnabled) as error:
                 raise PermanentError(first_line(error)) from None
         except LASTING as error:
             raise MissingError(f"{failure}: {reason_of(error)}") from None

@@ -113,6 +113,8 @@ def _find(name: str, spec: str, by_name: bool) -> list[str]:
         matches = sorted(match for match in glob.iglob(path, recursive=True) if _is_tar(match))
         if not matches:
             said = f", of which the first name is {name}" if name != spec else ""
+            if next(glob.iglob(path, recursive=True), None) is not None:
+                said += "; other files and folders are given without *: one folder, or a list"
             raise UserError(f"{spec}: no tar matches{said}")
         return matches
     raise UserError(f"{name} does not exist")

@@ -24,7 +24,7 @@ from beit_pretrain.engine.dist_env import is_child, is_restarted
 from beit_pretrain.engine.metrics import is_first_process
 from beit_pretrain.engine.nonfinite_guard import NonFiniteGuard
 from beit_pretrain.engine.preemption import PREEMPTED, Preempted, PreemptionSignals
-from beit_pretrain.engine.preflight import fit_for_fsdp, preflight, run_summary
+from beit_pretrain.engine.preflight import fit_for_fsdp, preflight, run_summary, sources
 from beit_pretrain.engine.resume import ResumeState, check_same_data, find_resume, load_run, open_folder, restore_config
 from beit_pretrain.engine.run_folder import REPLACED, SKIPPED, exclusive_lock, finished_step, mark_finished
 from beit_pretrain.engine.settings import FitSettings, ValidateSettings
@@ -90,7 +90,7 @@ def run(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
         callbacks = [agreement, *common_callbacks(cfg, folder, task), *task.callbacks]
         trainer = make_trainer(cfg, steps, callbacks)
         speed.check_cuda_graphs(cfg.compile, trainer.accumulate_grad_batches, cfg.device_prefetch, sharded)
-        introduction = run_summary(cfg, task, steps, trainer)
+        introduction = "\n".join([run_summary(cfg, task, steps, trainer), *sources(task)])
         checks = preflight(cfg, task, trainer, steps)
         if sharded:
             fit_for_fsdp(cfg, task, trainer.world_size)

@@ -36,7 +36,7 @@ def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> lis
     if "val" in task.data.readers:
         task.data.eval_dataset("val").sample(0)
     configure(task.module.model, task.module.optim, total_steps=1)
-    lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes", *sources(task)]
+    lines = [f"  data: a sample of {' and '.join(task.data.readers)} decodes"]
     lines += task.preflight()
     space = check_space(
         cfg.folder / "checkpoints",
@@ -67,7 +67,21 @@ def sources(task: Task) -> list[str]:
                     f"  note: its images have {each / 1e3:,.0f} kB on average; of shards made by {make}, "
                     f"{each / shrunk_bytes(side):.0f} times fewer bytes would be read"
                 )
+    if shared := shared_images(task):
+        lines.append(
+            f"  warning: data.val reads {shared:,} images that data.train reads too; give other images, "
+            "or hold some out: shards make val=0.1"
+        )
     return lines
+
+
+def shared_images(task: Task) -> int:
+    """Held-out images in files that are training data too, or in the same list of images; of a stream 0."""
+    train, val = task.data.readers["train"], task.data.readers.get("val")
+    if val is None or isinstance(train, StreamSource):
+        return 0
+    known = {shard.sha256 for shard in train.shards}
+    return sum(shard.samples for shard in val.shards if shard.sha256 in known)
 
 
 def shrunk_bytes(image_size: int) -> float:

@@ -115,7 +115,9 @@ def labelled_data(cfg: Any, fill: tuple[float, ...]) -> ClassificationData:
     if data.readers["train"].classes_differ:
         raise UserError(f"data.train={cfg.data.train}: data sets of different classes cannot be used together")
     if len(data.classes) < 2:
-        raise UserError(f"data.train={cfg.data.train} has {len(data.classes)} classes; {cfg.task} needs at least 2")
+        said = f"data.train={cfg.data.train} has {len(data.classes)} classes; {cfg.task} needs at least 2"
+        asked = "" if data.classes else " (of streams and unread tars data.classes= says how many)"
+        raise UserError(said + asked)
     data.needs_class = True
     for split, reader in data.readers.items():
         if without := reader.without_class:
