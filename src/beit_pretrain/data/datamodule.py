@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -184,16 +184,22 @@ class ShardData(LightningDataModule):
             self.stream.places = [Place.unpacked(place) for place in state_dict["stream"]]
             self.stream.resumed = True
 
+    def read_at_once(self, position: int, ranks: Iterable[int], world: int) -> tuple[int, int]:
+        """Shards that these of `world` processes fetch and read from at once, and their bytes; none of a stream."""
+        reader = self.readers["train"]
+        if self.subset is not None or self.stream is not None or not reader.remote:
+            return 0, 0
+        order = self.train_order()
+        here = {shard for rank in ranks for shard in order.upcoming_shards(position, rank, world, windows=1)}
+        fetched = [reader.shards[shard].bytes for shard in here if reader.is_remote(shard)]
+        return len(fetched), sum(fetched)
+
     def check_cache(self, position: int, ranks: Sequence[int], world: int) -> None:
         """Raise UserError if the cache cannot hold the shards that this node's processes read from at once."""
-        reader, order, limit = self.readers["train"], self.train_order(), self.settings.cache_gb * 1e9
-        if self.subset is not None:
-            return
-        here = {shard for rank in ranks for shard in order.upcoming_shards(position, rank, world, windows=1)}
-        needed = sum(reader.shards[shard].bytes for shard in here if reader.is_remote(shard))
-        if needed > limit:
+        shards, needed = self.read_at_once(position, ranks, world)
+        if needed > self.settings.cache_gb * 1e9:
             raise UserError(
-                f"data.cache_gb={self.settings.cache_gb:g} is too small: this node reads from {len(here):,} shards of "
+                f"data.cache_gb={self.settings.cache_gb:g} is too small: this node reads from {shards:,} shards of "
                 f"{needed / 1e9:.3g} GB at once; raise it, or lower data.shuffle_block_size or data.shuffle_streams"
             )
 

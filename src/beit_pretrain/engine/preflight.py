@@ -67,6 +67,10 @@ def sources(task: Task) -> list[str]:
                     f"  note: its images have {each / 1e3:,.0f} kB on average; of shards made by {make}, "
                     f"{each / shrunk_bytes(side):.0f} times fewer bytes would be read"
                 )
+    shards, size_of_all = task.data.read_at_once(0, range(1), 1)
+    if shards:
+        at_once = f"{shards:,} shards of {size(size_of_all)} at once"
+        lines.append(f"  data.train is read from {at_once}; fewer data.shuffle_streams need less (here: all processes)")
     if shared := shared_images(task):
         lines.append(
             f"  warning: data.val reads {shared:,} images that data.train reads too; give other images, "
@@ -77,11 +81,9 @@ def sources(task: Task) -> list[str]:
 
 def shared_images(task: Task) -> int:
     """Held-out images in files that are training data too, or in the same list of images; of a stream 0."""
-    train, val = task.data.readers["train"], task.data.readers.get("val")
-    if val is None or isinstance(train, StreamSource):
-        return 0
-    known = {shard.sha256 for shard in train.shards}
-    return sum(shard.samples for shard in val.shards if shard.sha256 in known)
+    known = {shard.sha256 for shard in task.data.readers["train"].shards}
+    held_out = task.data.readers["val"].shards if "val" in task.data.readers else []
+    return sum(shard.samples for shard in held_out if shard.sha256 in known)
 
 
 def shrunk_bytes(image_size: int) -> float:
