@@ -65,6 +65,8 @@ def test_files_that_are_no_images_by_their_names(name, why):
         (["trainval", "test"], ["trainval"], ["test"]),
         (["train_val_images", "test_images"], ["train_val_images"], ["test_images"]),
         (["ISIC_Training_Input", "ISIC_Test_Input"], ["ISIC_Training_Input"], ["ISIC_Test_Input"]),
+        (["train", "valid_no_label"], ["train"], ["valid_no_label"]),
+        (["train_set", "validation"], ["train_set"], ["validation"]),
     ],
 )  # fmt: skip
 def test_parts(folders, train, val):

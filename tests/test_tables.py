@@ -291,6 +291,8 @@ def test_pyarrow_is_imported_at_first_use():
         ("train_extra.parquet train.parquet", "train", "train.parquet"),
         ("part-0.parquet test.parquet", "train", "part-0.parquet"),
         ("part-0.parquet test.parquet", "val", "test.parquet"),
+        ("train/train-0.parquet val/val-0.parquet", "train", "train/train-0.parquet"),
+        ("train/train-0.parquet val/val-0.parquet", "val", "val/val-0.parquet"),
     ],
 )  # fmt: skip
 def test_files_of_a_part(names, split, chosen):

@@ -148,8 +148,12 @@ def is_part(name: str) -> bool:
 def parts_of(names: Iterable[str]) -> dict[str, str]:
     """The folders among `names` that are parts, with what they are: "train", "val" or "test".
 
-    Folders are parts if one says train and one, with the same other words (`seg_train`, `seg_test`), says val or test.
+    Folders are parts if one says train and one, with the same other words (`seg_train`, `seg_test`), says val or test;
+    or if all names say a part, and one nothing else (`train`, `valid_no_label`; not the classes `toy_train`, `test_tube`).
     """
+    names = [*names]
+    roles = {name: found[0] for name in names if (found := role_of(name))}
+    all_say = len(roles) == len(names) and any(role_of(name) == (role, ()) for name, role in roles.items())
     groups: dict[tuple[str, ...], dict[str, str]] = {}
     for name in names:
         if found := role_of(name):
@@ -157,6 +161,8 @@ def parts_of(names: Iterable[str]) -> dict[str, str]:
     whole = {
         words: parts for words, parts in groups.items() if "train" in parts.values() and len({*parts.values()}) > 1
     }
+    if not whole and all_say and "train" in roles.values() and len({*roles.values()}) > 1:
+        return roles
     photos = [parts for words, parts in whole.items() if not {*words} & MAPS]  # not train_masks, test_masks
     return {name: role for parts in photos or whole.values() for name, role in parts.items()}
 

@@ -186,9 +186,7 @@ def _tars_of_split(tars: list[str], read: Read, split: str, where: str) -> TarSe
     # In folders of parts the folder says the part: train/set-train-000.tar says it twice.
     says = {name: name.partition("/")[0] if "/" in name else name.rpartition(".")[0] for name in tars}
     parts = layout.parts_of(says.values())
-    if not parts and all("/" in name for name in tars):  # of folders that say parts: train/ and valid_no_label/
-        parts = {name: role[0] for name in says.values() if (role := layout.role_of(name))}
-    if len({*parts.values()}) > 1:
+    if parts:
         wanted = {*_of_split(parts, split, where)}
         tars = [name for name in tars if says[name] in wanted]
     found = _statistics(tars, lambda name: read(f"{name.removesuffix('.tar')}_stats.json"))

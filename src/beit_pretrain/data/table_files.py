@@ -92,7 +92,9 @@ def _subsets(names: Sequence[str]) -> list[Subset]:
         path = PurePosixPath(name)
         steps = [*path.parent.parts, NUMBER.sub("", path.stem)]
         at = next((i for i in reversed(range(len(steps))) if _role(steps[i])), None)
-        rest = [step for i, step in enumerate(steps[:-1]) if i != at and not layout.says_photos(step)]
+        again = "" if at is None else _role(steps[at])  # train/train-00000.parquet says it twice
+        steps_above = [step for i, step in enumerate(steps[:-1]) if i != at and layout.role_of(step) != (again, ())]
+        rest = [step for step in steps_above if not layout.says_photos(step)]
         found.setdefault("/".join(rest), {}).setdefault("" if at is None else steps[at], []).append(name)
     return [Subset(name, found[name]) for name in sorted(found)]
 
