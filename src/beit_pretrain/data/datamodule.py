@@ -56,7 +56,8 @@ class ShardData(LightningDataModule):
             held_out = self.readers["val"] = ShardReader(chosen.val, chosen, chosen.val_split or "val")
             differ = held_out.classes_differ or self.readers["train"].classes_differ
             if held_out.classes and not differ and not held_out.number_classes_as(self.classes):
-                raise UserError(f"data.val={val} has other classes than data.train={train}; make both in one go")
+                shown = " and ".join(map(str, held_out.folders))  # without secrets
+                raise UserError(f"data.val={shown} has other classes than data.train; make both in one go")
         source = self.readers["train"]
         self.stream = StreamPlaces(len(source.entries)) if isinstance(source, StreamSource) else None
         if self.stream is not None and chosen.labels_per_class is not None:
@@ -179,8 +180,13 @@ class ShardData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.stream is not None and "stream" in state_dict:
-            self.stream.places = [Place.unpacked(place) for place in state_dict["stream"]]
-            self.stream.resumed = True
+            places = [Place.unpacked(place) for place in state_dict["stream"]]
+            if len(places) != len(self.stream.places):
+                raise UserError(
+                    f"the checkpoint was made with {len(places)} streams, not {len(self.stream.places)}: keep "
+                    "data.train and data.weights as they were, or start over with resume=never"
+                )
+            self.stream.places, self.stream.resumed = places, True
 
     def check_cache(self, position: int, ranks: Sequence[int], world: int) -> None:
         """Raise UserError if the cache cannot hold the shards that this node's processes read from at once."""
