@@ -19,15 +19,15 @@ from test_hub import hub  # noqa: F401 -- a fixture
 from test_image_io import encoded
 from test_sources import tar_bytes
 
-from beit_pretrain.data import storage, transports
+from beit_pretrain.data import storage, training_source, transports
 from beit_pretrain.data.local_tars import LocalTars
 from beit_pretrain.data.manifest import read_manifest, verify_shards
 from beit_pretrain.data.order import Sample
-from beit_pretrain.data.read_tars import open_tars
+from beit_pretrain.data.read_tars import listed, open_tars, records_of
 from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.data.remote_listing import stat_files
 from beit_pretrain.data.remote_tars import name_of
-from beit_pretrain.data.settings import SourceSettings
+from beit_pretrain.data.settings import DataSettings, SourceSettings
 from beit_pretrain.data.split_info import tars_of_location
 from beit_pretrain.data.tar_records import TarRecord, TarRecords, class_counts, pack_labels
 from beit_pretrain.data.tar_specs import expand
@@ -310,6 +310,14 @@ def test_processes_of_a_machine_read_once_together(server, settings):
     assert [tars.about["class_counts"] for tars in found] == [[4, 3, 2, 1]] * 4
     assert sorted(path for path in gets(server) if path.endswith(".tar")) == sorted(TARS)
     assert sorted(path for path, wanted, _ in server.asked if wanted == "bytes=0-0") == sorted(TARS)
+
+
+def test_only_tars_of_the_set_count_against_reading_once(server, settings, monkeypatch):
+    train = urls_of(server)[0]
+    monkeypatch.setattr(training_source, "READ_ONCE", len(TARS["/x-0.tar"]))
+    listed(urls_of(server), settings, records_of(urls_of(server), settings))  # others of the folder are known too
+    chosen = DataSettings(train=train, cache_dir=settings.cache_dir)
+    assert isinstance(training_source.open_training(chosen), ShardReader)
 
 
 def test_tars_without_images_are_left_out(server, settings):

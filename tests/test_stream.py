@@ -213,6 +213,12 @@ def test_stopped_anywhere_and_resumed_with_other_lanes(tars, seed):
         assert of_epoch(samples, epoch) == EPOCH
 
 
+def test_other_sets_than_the_checkpoint_are_refused(tars):
+    state = stream_data(tars).state_dict()
+    other = stream_data([tars, tars], weights=[1, 1])
+    assert "made with 1 streams, not 2: keep data.train" in refusal(other.load_state_dict, state)
+
+
 def test_resumes_exactly_with_other_workers_through_a_checkpoint(tars, monkeypatch):
     """Real loader processes; batches that were made ahead of a stop, but not used, come again."""
     monkeypatch.setattr("beit_pretrain.data.datamodule.StreamDataset", KeyOnly)

@@ -58,7 +58,8 @@ class ShardData(LightningDataModule):
             # Without classes of the training images no task compares labels.
             compared = bool(held_out.classes and self.classes) and not differ
             if compared and not held_out.number_classes_as(self.classes):
-                raise UserError(f"data.val={val} has other classes than data.train={train}")
+                shown = " and ".join(map(str, held_out.folders))  # without secrets
+                raise UserError(f"data.val={shown} has other classes than data.train; make both in one go")
         source = self.readers["train"]
         self.stream = StreamPlaces(len(source.entries)) if isinstance(source, StreamSource) else None
         if self.stream is not None and chosen.labels_per_class is not None:
@@ -181,8 +182,13 @@ class ShardData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.stream is not None and "stream" in state_dict:
-            self.stream.places = [Place.unpacked(place) for place in state_dict["stream"]]
-            self.stream.resumed = True
+            places = [Place.unpacked(place) for place in state_dict["stream"]]
+            if len(places) != len(self.stream.places):
+                raise UserError(
+                    f"the checkpoint was made with {len(places)} streams, not {len(self.stream.places)}: keep "
+                    "data.train and data.weights as they were, or start over with resume=never"
+                )
+            self.stream.places, self.stream.resumed = places, True
 
     def read_at_once(self, position: int, ranks: Iterable[int], world: int) -> tuple[int, int]:
         """Shards that these of `world` processes fetch and read from at once, and their bytes; none of a stream."""

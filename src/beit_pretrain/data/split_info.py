@@ -89,10 +89,10 @@ def tars_of_folder(folder: str | Path, split: str) -> TarSet | None:
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read: {error.strerror}") from None
 
-    tars = _local_tars(folder)
+    tars = tars_in(folder)
     if not tars:
         parts = [path.name for path in folder.iterdir() if path.is_dir() and layout.is_part(path.name)]
-        tars = [f"{part}/{name}" for part in sorted(parts) for name in _local_tars(folder / part)]
+        tars = [f"{part}/{name}" for part in sorted(parts) for name in tars_in(folder / part)]
     found = _tars_of_split(tars, read, split, str(folder))
     return found and found._replace(urls=[str(folder / name) for name in found.urls])
 
@@ -274,7 +274,8 @@ def _names_at(location: str, access: RemoteOptions) -> list[str]:
     return names
 
 
-def _local_tars(folder: Path) -> list[str]:
+def tars_in(folder: Path) -> list[str]:
+    """The names of the tars in a local folder, sorted. Raises UserError if it cannot be read."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,13 +32,12 @@ from beit_pretrain.data.shard_folder import FileFolder, OpenFile, cache_folder
 from beit_pretrain.data.shard_index import MOST_CLASSES
 from beit_pretrain.data.storage import DownloadError, Remote, is_remote
 from beit_pretrain.data.table_files import local_tables
-from beit_pretrain.data.table_rows import Facts, TableFile, extension_of
+from beit_pretrain.data.table_rows import Facts, TableFile
+from beit_pretrain.data.table_tar import END_BYTES, ROW_BYTES, write_tar
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write, expand_home
 
 VERSION = 1  # of the tars and of the noted facts
-ROW_BYTES = 2048  # of a tar, beside the image: two headers, the class, padding
-END_BYTES = 20480  # of a tar
 FOOTER = 1 << 16  # bytes at the end of a remote file that are read first
 STREAMS = 16  # footers that are read at once
 
@@ -279,23 +277,6 @@ class _End(io.RawIOBase):
         data = before + self.tail[max(0, self.position - self.start) : max(0, stop - self.start)]
         self.position += len(data)
         return data
-
-
-def write_tar(samples: Iterable[tuple[Any, int]], out: BinaryIO) -> None:
-    """Write (bytes of an image, class number or -1) as a plain tar of WebDataset: 00000000.jpg, 00000000.cls, ..."""
-    for number, (image, label) in enumerate(samples):
-        _add(out, f"{number:08d}.{extension_of(image)}", memoryview(image))
-        if label >= 0:
-            _add(out, f"{number:08d}.cls", memoryview(str(label).encode()))
-    out.write(bytes(2 * tarfile.BLOCKSIZE))
-
-
-def _add(out: BinaryIO, name: str, data: memoryview) -> None:
-    member = tarfile.TarInfo(name)  # owner, mode and time are constants
-    member.size = data.nbytes
-    out.write(member.tobuf(tarfile.GNU_FORMAT))
-    out.write(data)
-    out.write(bytes(-data.nbytes % tarfile.BLOCKSIZE))
 
 
 def _local(path: Path) -> TableSource:

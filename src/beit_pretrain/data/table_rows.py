@@ -20,7 +20,6 @@ from beit_pretrain.transforms.image_io import HEAD
 PIECE = 64  # rows
 MOST_NAMES = 100_000  # different texts in a label column, above which they are no classes
 NO_IMAGE = b"null"  # stands for the image of a row that has none: does not decode, but counts as a sample
-EXTENSIONS = {b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 
 
 class Facts(NamedTuple):
@@ -282,12 +281,6 @@ class TableFile:
 
     def _damaged(self, error: Exception) -> UserError:
         return UserError(f"{self.where} cannot be read as parquet or Arrow: {first_line(error)[:200]}")
-
-
-def extension_of(image: Any) -> str:
-    """The extension for the name of an image by its first bytes."""
-    head = bytes(memoryview(image)[:4])
-    return next((name for start, name in EXTENSIONS.items() if head.startswith(start)), "jpg")
 
 
 def holds_images(path: str | os.PathLike) -> bool:

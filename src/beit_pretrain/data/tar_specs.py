@@ -15,10 +15,12 @@ import glob
 import os
 import re
 from itertools import islice, pairwise
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from beit_pretrain.data.layout import COMPRESSED_TARS, is_by_product
+from beit_pretrain.data.layout import COMPRESSED_TARS
 from beit_pretrain.data.remote_listing import LISTABLE, glob_remote
+from beit_pretrain.data.split_info import tars_in
 from beit_pretrain.data.storage import is_remote, without_secrets
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import expand_home, expanded
@@ -106,7 +108,9 @@ def _find(name: str, spec: str, by_name: bool) -> list[str]:
         return _find_remote(name, by_name)
     path = expanded(name)
     if os.path.isdir(path):
-        return _tars_in(path)
+        if not (names := tars_in(Path(path))):
+            raise UserError(f"{path} holds no tars")
+        return [os.path.join(path, name) for name in names]
     if os.path.exists(path):
         return [path]
     if _MAGIC.search(name):
@@ -147,14 +151,6 @@ def _find_remote(name: str, by_name: bool) -> list[str]:
     if not matches:
         raise UserError(f"{_shown(name)}: no tar matches")
     return matches
-
-
-def _tars_in(folder: str) -> list[str]:
-    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(".tar") and not is_by_product(name))
-    tars = [path for name in names if os.path.isfile(path := os.path.join(folder, name))]
-    if not tars:
-        raise UserError(f"{folder} holds no tars")
-    return tars
 
 
 def _exists(name: str) -> bool:

@@ -35,7 +35,9 @@ def _indexed(found: ShardFolder | TarSet, source: str, settings: DataSettings) -
     """A source with the lengths of its shards; None if nobody knows them, and reading its tars takes long."""
     folder = indexed(found, source, settings, read=settings.order == "position")
     if folder is None and isinstance(found, TarSet) and not any(url.startswith("pipe:") for url in found.urls):
-        sizes = [record.bytes for record in listed(found.urls, settings, records_of(found.urls, settings)).values()]
+        records = records_of(found.urls, settings)  # of other tars in these folders too
+        known = listed(found.urls, settings, records)
+        sizes = [known[key].bytes for key in records.keys]
         if None not in sizes and sum(size or 0 for size in sizes) <= READ_ONCE:
             return indexed(found, source, settings)
     return folder
