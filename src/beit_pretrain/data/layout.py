@@ -149,7 +149,7 @@ def parts_of(names: Iterable[str]) -> dict[str, str]:
     """The folders among `names` that are parts, with what they are: "train", "val" or "test".
 
     Folders are parts if one says train and one, with the same other words (`seg_train`, `seg_test`), says val or test;
-    or if all names say a part, and one nothing else (`train`, `valid_no_label`; not the classes `toy_train`, `test_tube`).
+    or if all names say a part, and one nothing else (`train`, `valid_no_label`; not classes as `toy_train`, `test_tube`).
     """
     names = [*names]
     roles = {name: found[0] for name in names if (found := role_of(name))}

@@ -110,6 +110,7 @@ def run(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
             prepare(cfg, task, start, signals)
             open_folder(cfg, trainer, task.module, start)
             agreement.facts = cluster.facts(to_dict(cfg), task.module.images, start.step)
+            agreement.facts["data.order"] = "position" if task.data.stream is None else "stream"  # auto may differ
         try:
             train(task, trainer, start.path, cfg.timeout_minutes)
             metrics = finish(cfg, task, trainer, steps)
