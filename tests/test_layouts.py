@@ -197,7 +197,7 @@ def test_timm_webdataset(tmp_path, capsys):
     manifest = read_manifest(index_shards(tmp_path / "set", tmp_path / "index", num_workers=1))
     assert (manifest["samples"], manifest["class_counts"]) == (2, [1, 1])
     make(tmp_path / "set", tmp_path / "out")  # has classes by folders alone
-    assert "a class number of WebDataset, which shards index reads" in capsys.readouterr().err
+    assert "a class number of WebDataset; for these classes give the folder" in capsys.readouterr().err
     assert read_manifest(tmp_path / "out/train")["classes"] == []
 
 

@@ -56,6 +56,7 @@ def test_same_batches_as_the_shard_folder(tars, tmp_path):
     ],
     ids=[
         "numbered",
+        "numbered classes",
         "wnids",
         "companions, but not in the first",
         "classes in .cls",

@@ -268,7 +268,9 @@ def first_of_each_class(reader: ShardReader, count: int) -> np.ndarray:
                 taken[label] += 1
                 chosen.append((shard, index))
     if not chosen:
-        raise UserError(f"{reader.folders[0]} has no labels; data.labels_per_class needs images in class folders")
+        raise UserError(
+            f"{reader.folders[0]} has no known labels, which data.labels_per_class needs (tars: data.classes=N)"
+        )
     return np.asarray(chosen, np.int64)
 
 

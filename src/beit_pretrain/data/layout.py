@@ -18,7 +18,7 @@ BY_PRODUCT = "a by-product of a system or program: hidden, a thumbnail, a recycl
 NO_IMAGE = "no image, by its extension"
 ARCHIVE = "an archive or data file, which may hold images; unpack it"
 DEVICE = "a pipe or a device"
-CLASS_NUMBER = "a class number of WebDataset, which shards index reads; here classes are names of folders"
+CLASS_NUMBER = "a class number of WebDataset; for these classes give the folder of the tars itself"
 COMPRESSED = "compressed, which allows no random access; decompress it first"
 MAP = "a label map, mask, depth map or thumbnail of a photo, by its name"
 FURTHER = "a further image of the same name in a tar; image_key= chooses"
@@ -149,7 +149,7 @@ def parts_of(names: Iterable[str]) -> dict[str, str]:
     """The folders among `names` that are parts, with what they are: "train", "val" or "test".
 
     Folders are parts if one says train and one, with the same other words (`seg_train`, `seg_test`), says val or test;
-    or if all names say a part, and one nothing else (`train`, `valid_no_label`; not classes as `toy_train`, `test_tube`).
+    or all names say a part, and one nothing else (`train`, `valid_no_label`; not the classes `toy_train`, `test_tube`).
     """
     names = [*names]
     roles = {name: found[0] for name in names if (found := role_of(name))}

@@ -160,10 +160,12 @@ def _stamp(tar: str) -> tuple[int, int]:
 
 
 def are_shards(tars: Sequence[Path]) -> bool:
-    """Whether tars are WebDataset shards, not one tar per class: their numbers follow each other, or most images of the
-    first have a `.cls`, `.json` or `.txt` of their name. Raises UserError if the first cannot be read.
+    """Whether tars are WebDataset shards, not one tar per class: their numbers, of three digits or more, follow each
+    other, or most images of the first have a `.cls`, `.json` or `.txt` of their name.
+
+    Raises UserError if the first cannot be read.
     """
-    numbers = [re.fullmatch(r"(.*?)(\d+)", tar.stem) for tar in sorted(tars)]
+    numbers = [re.fullmatch(r"(.*?)(\d{3,})", tar.stem) for tar in sorted(tars)]
     if len(tars) > 1 and all(numbers) and len({found[1] for found in numbers if found}) == 1:
         values = [int(found[2]) for found in numbers if found]
         if values == list(range(values[0], values[0] + len(values))):

@@ -97,6 +97,7 @@ class TableFolder(FileFolder):
     """
 
     remote = True  # local files are unpacked, ahead of need too
+    made_of = "tables"
 
     def __init__(self, source: str, files: Sequence[TableSource], access: SourceSettings, remote: Remote | None = None):
         self.source, self.repository, self.image_key, self.label_key = (
@@ -128,6 +129,7 @@ class TableFolder(FileFolder):
             "settings": {},
         }
         self.shards = [self._shard(*of) for of in zip(self.files, facts, strict=True)]
+        self.index_at = f"unpacked into {self.cache.folder}"
 
     def __str__(self) -> str:
         return str(self.source)
@@ -175,7 +177,7 @@ class TableFolder(FileFolder):
             return list(self.columns.classes)
         if self.columns.text:
             if isinstance(given, str):
-                return read_class_names(given)
+                return read_class_names(given, "data.classes")
             if all(fact.names is not None for fact in facts):
                 return sorted({name for fact in facts for name in fact.names or ()})
             said = f"the classes are texts in the column {self.columns.label}, many or not read in advance"

@@ -61,7 +61,7 @@ def sources(task: Task) -> list[str]:
         lines += [f"  data.{split}: {text}" for text in reader.descriptions()]
         for folder in reader.in_place:
             side, each = task.cfg.image_size, folder.total_bytes / sum(shard.samples for shard in folder.shards)
-            if each > PAYS * shrunk_bytes(side):
+            if each > max(SHRUNK_BYTES, PAYS * shrunk_bytes(side)):
                 make = f"shards make src={folder} out=FOLDER resize={round(side * SHRUNK_SIDE / 224)}"
                 lines.append(
                     f"  note: its images have {each / 1e3:,.0f} kB on average; of shards made by {make}, "

@@ -130,21 +130,21 @@ def read_labels(path: str | Path, file_column: str | None = None, class_column: 
     return found
 
 
-def read_class_names(path: str | Path) -> list[str]:
+def read_class_names(path: str | Path, setting: str = "labels") -> list[str]:
     """The names in a file of class names, a line each, without what blanks and lines end it.
 
     Raises UserError for a line between them that is blank, and for a name that comes twice.
     """
     try:
-        lines = lines_of(read_text(expand_home(path), "labels").rstrip())
+        lines = lines_of(read_text(expand_home(path), setting).rstrip())
     except OSError as error:
-        raise UserError(f"labels={path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{setting}={path} cannot be read: {error.strerror or error}") from None
     first: dict[str, int] = {}
     for number, name in enumerate(map(str.strip, lines), 1):
         if not name:
-            raise UserError(f"labels={path}: line {number} is blank; give every class a name")
+            raise UserError(f"{setting}={path}: line {number} is blank; give every class a name")
         if (before := first.setdefault(name, number)) != number:
-            raise UserError(f"labels={path}: {name!r} is the name of two classes, in lines {before} and {number}")
+            raise UserError(f"{setting}={path}: {name!r} is the name of two classes, in lines {before} and {number}")
     return list(first)
 
 
@@ -153,7 +153,7 @@ def named_classes(given: int | str, at_least: int) -> list[str]:
     if isinstance(given, int) or given.isdecimal():
         names = [str(number) for number in range(int(given))]
     else:
-        names = read_class_names(given)
+        names = read_class_names(given, "data.classes")
     if len(names) < at_least:
         raise UserError(f"data.classes={given} are {len(names)} classes, but there is the class number {at_least - 1}")
     return names
