@@ -46,13 +46,14 @@ def test_same_batches_as_the_shard_folder(tars, tmp_path):
 @pytest.mark.parametrize(
     ("files", "shards"),
     [
-        ({"x-0.tar": {"a.jpg": b""}, "x-1.tar": {"b.jpg": b""}}, True),  # numbers that follow each other
+        ({"x-000.tar": {"a.jpg": b""}, "x-001.tar": {"b.jpg": b""}}, True),  # numbers that follow each other
+        ({"c0.tar": {"a.jpg": b""}, "c1.tar": {"b.jpg": b""}}, False),
         ({"n01440764.tar": {"a.jpg": b""}, "n01443537.tar": {"b.jpg": b""}}, False),
         ({"n01440764.tar": {"a.jpg": b"", "a.json": b""}, "cat.tar": {"b.jpg": b""}}, False),
         ({"cat.tar": {"a.jpg": b"", "a.cls": b"0"}, "dog.tar": {"b.jpg": b"", "b.cls": b"1"}}, True),
         ({"one.tar": {"a/1.jpg": b"", "b/1.jpg": b""}}, False),
         ({"00000.tar": {"000.jpg": b"", "000.txt": b"a cat", "000.json": b"{}"}}, True),
-        ({"x-0.tar": {"a.jpg": b""}, "x-1.tar": {"b.jpg": b""}, "loose.jpg": None}, False),
+        ({"x-000.tar": {"a.jpg": b""}, "x-001.tar": {"b.jpg": b""}, "loose.jpg": None}, False),
     ],
     ids=[
         "numbered",
