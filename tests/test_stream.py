@@ -240,6 +240,8 @@ def test_resumes_exactly_with_other_workers_through_a_checkpoint(tars, monkeypat
     for epoch in range(10):
         assert of_epoch(samples, epoch) == EPOCH
     assert 70 < sum(data.stream.without_image.values()) < 90  # one of each tar; 424 images are 11 epochs of seven tars
+    data.teardown("fit")
+    assert "have no image and were skipped" in capsys.readouterr().err
 
 
 def test_checkpoint_without_a_place_is_refused(tars):

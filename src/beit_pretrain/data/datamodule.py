@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -168,6 +169,13 @@ class ShardData(LightningDataModule):
         """Call after every training batch: a checkpoint says where the stream stands after the batches used."""
         if self.stream is not None and STATE in batch:
             self.stream.note(batch[STATE])
+
+    def teardown(self, stage: str) -> None:
+        """Count what a stream skipped."""
+        skipped = 0 if self.stream is None else sum(self.stream.without_image.values())
+        if stage == "fit" and skipped:
+            said = f"{skipped:,} samples of the stream, as this process read it, have no image and were skipped"
+            print(f"warning: {said}", file=sys.stderr, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, over all processes, which must all call this; empty for other data."""
