@@ -219,7 +219,7 @@ def test_other_sets_than_the_checkpoint_are_refused(tars):
     assert "made with 1 streams, not 2: keep data.train" in refusal(other.load_state_dict, state)
 
 
-def test_resumes_exactly_with_other_workers_through_a_checkpoint(tars, monkeypatch):
+def test_resumes_exactly_with_other_workers_through_a_checkpoint(tars, monkeypatch, capsys):
     """Real loader processes; batches that were made ahead of a stop, but not used, come again."""
     monkeypatch.setattr("beit_pretrain.data.datamodule.StreamDataset", KeyOnly)
     samples, state = [], None
