@@ -238,7 +238,7 @@ class TestServers:
         [
             ("http://127.0.0.1:9/x", "refused"),
             ("ftp://host/x", "not ftp"),
-            ("pipe:cat x", "{name}"),
+            ("pipe:cat x", "exit code 1"),
             ("pipe:exit 3; {name}", "exit code 3"),
             ("http://[x", "Invalid IPv6"),
         ],

@@ -148,5 +148,5 @@ def test_summary_and_contact_sheet(split, tmp_path):
     contact_sheet(split, tmp_path / "odd.png", columns=4, rows=3, cell=24)
     assert Image.open(tmp_path / "odd.png").size == (96, 114)
     (split / "shard-000000.tar").unlink()
-    with pytest.raises(UserError, match="cannot draw"):
+    with pytest.raises(UserError, match="is missing or not as its manifest says"):
         contact_sheet(split, tmp_path / "sheet.png")

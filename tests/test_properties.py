@@ -148,7 +148,7 @@ def kept(folder: Path) -> set[int]:
     found = {n for n, (entry, _) in enumerate(SHARDS) if f"{entry.sha256}.tar" in names}
     assert names == {f"{SHARDS[n][0].sha256}.{kind}" for n in found for kind in ("tar", "index.npy")}
     assert all((folder / f"{SHARDS[n][0].sha256}.tar").read_bytes() == SHARDS[n][1] for n in found)
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= ROOM
+    assert sum((folder / name).stat().st_size for name in names) <= ROOM
     return found
 
 

@@ -83,7 +83,8 @@ def check_braces(words: list[str]) -> None:
     """Raise UserError where the shell has written out the braces of a source: only its last word would be read."""
     for first, second in pairwise(words):
         key = key_of(first)
-        if key in SOURCES and key == key_of(second) and first != second:
+        tars = first != second and first.endswith(".tar") and second.endswith(".tar")
+        if key in SOURCES and key == key_of(second) and tars:
             raise UserError(
                 f"{first} is followed by {second}, as if the shell had expanded braces; put quotes around them, such "
                 f"as '{key}=x-{{0000..0099}}.tar', or give a list, {key}=[A,B]"

@@ -60,10 +60,11 @@ class DataSettings(SourceSettings):
     split: Name | None = about("part that train reads of a source with parts; null = train")
     val_split: Name | None = about("the same for val; null = its validation part")
     order: Literal["auto", "position", "stream"] = about(
-        "position: exact, by an index | stream: tars one after another, without one | auto: position where possible"
+        "position: exact, by an index | stream: tars one after another, without one | auto: position where possible",
+        True,  # with the other order the data count as others, and the run is not resumed
     )
     samples: Count | None = about("images of an epoch of a stream, where its source does not say")
-    shuffle_buffer: Count = about("images that a loader process of a stream shuffles together")
+    shuffle_buffer: Count = about("images that a loader process of a stream shuffles together", True)
     weights: Annotated[list[Positive], Field(min_length=1)] | None = about(
         "shares of the data sets of a list, such as [0.7,0.3]; null = every image of all sets once an epoch"
     )
