@@ -198,3 +198,8 @@ def _release_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_release_in_child)
+
+
+def size(count: int) -> str:
+    """Bytes as text, in MB or GB."""
+    return f"{count / 1e6:.3g} MB" if count < 1e8 else f"{count / 1e9:.2f} GB"

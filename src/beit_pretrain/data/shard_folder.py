@@ -23,7 +23,7 @@ from beit_pretrain.data.shard_index import INDEX_DTYPE, key_of
 from beit_pretrain.data.storage import Remote, check_json
 from beit_pretrain.data.tars import LONGEST_HEADERS, member_name
 from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import expand_home
+from beit_pretrain.fileio import expand_home, size
 
 MANIFEST_LIMIT = 1 << 30  # bytes of a remote manifest
 
@@ -76,7 +76,7 @@ class ShardFolder(ABC):
         """What was found, in one line: images, shards, classes, bytes, where the index lies, what was left out."""
         classes, left_out = len(self.about["classes"]), self.about.get("left_out")
         found = [f"{sum(shard.samples for shard in self.shards):,} images in {self.count:,} {self.made_of}"]
-        found += [f"{classes:,} classes" if classes else "no classes", f"{self.total_bytes / 1e9:,.3g} GB"]
+        found += [f"{classes:,} classes" if classes else "no classes", size(self.total_bytes)]
         found += [text for text in (self.index_at, self.note) if text]
         return f"{self}: {', '.join(found)}" + (f"; {summary(left_out)}" if left_out else "")
 

@@ -28,6 +28,7 @@ from beit_pretrain.engine.preemption import Preempted, PreemptionSignals
 from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.step_exchange import Agreed
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.fileio import size
 from beit_pretrain.models.checkpoints import files as checkpoint
 
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
@@ -258,8 +259,3 @@ def room(folder: Path, cleared: bool) -> int:
     for file in staying:
         sizes.pop(file.stat().st_ino, None)
     return sum(sizes.values())
-
-
-def size(count: int) -> str:
-    """Bytes as text, in MB or GB."""
-    return f"{count / 1e6:.3g} MB" if count < 1e8 else f"{count / 1e9:.2f} GB"

@@ -13,11 +13,12 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import WeightAveraging
 
 from beit_pretrain.data.dataset import BatchSchedule
-from beit_pretrain.engine.checkpointing import check_space, size
+from beit_pretrain.engine.checkpointing import check_space
 from beit_pretrain.engine.optim import configure
 from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.task import Task, find_task, task_names
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import size
 
 # ImageNet's photos with a shorter side of 288 pixels, for views of 224: 43 kB (data/README.md).
 SHRUNK_SIDE, SHRUNK_BYTES = 288, 43_000
