@@ -19,6 +19,7 @@ from loopback import Answer, serving
 
 from beit_pretrain.data import storage, transports
 from beit_pretrain.data.storage import Remote, is_remote
+from beit_pretrain.data.transfer import Transfer
 from beit_pretrain.errors import UserError
 
 CONTENT = bytes(range(256)) * 2000
@@ -242,7 +243,7 @@ class TestFiles:
     def test_resumes_the_same_version_alone(self, tmp_path, changed):
         (tmp_path / "a.tar").write_bytes(CONTENT)
         out = io.BytesIO()
-        transfer = transports.Transfer(out, 1.0, len(CONTENT))
+        transfer = Transfer(out, 1.0, len(CONTENT))
         transfer.write = lambda chunk: (_ for _ in ()).throw(OSError("broke off"))
         with pytest.raises(OSError, match="broke off"):
             transports.receive_once((tmp_path / "a.tar").as_uri(), transfer)

@@ -10,7 +10,7 @@ import pytest
 from loopback import Answer, serving
 from tiny import gone, refusal
 
-from beit_pretrain.data import storage, stream_file, transports
+from beit_pretrain.data import http_transport, storage, stream_file, transports
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.data.stream_file import open_stream
 
@@ -33,7 +33,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(storage, "PAUSE", 0.001)
     monkeypatch.setattr(stream_file, "AHEAD", 10_000)
     monkeypatch.setattr(stream_file, "BLOCK", 1000)
-    monkeypatch.setattr(transports, "GLANCE", 0.01)
+    for module in (transports, http_transport):
+        monkeypatch.setattr(module, "GLANCE", 0.01)
 
 
 def read(url: str, options: RemoteOptions = FEW) -> bytes:

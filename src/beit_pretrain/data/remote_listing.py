@@ -16,6 +16,16 @@ from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
+from beit_pretrain.data.http_transport import (
+    PASSING,
+    broken,
+    http_address,
+    http_session,
+    http_settings,
+    refuse,
+    run_async,
+    without_weakness,
+)
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.data.storage import (
     LASTING,
@@ -26,19 +36,8 @@ from beit_pretrain.data.storage import (
     reason_of,
     without_secrets,
 )
-from beit_pretrain.data.transports import (
-    PASSING,
-    PermanentError,
-    TransientError,
-    broken,
-    file_system,
-    http_address,
-    http_session,
-    http_settings,
-    refuse,
-    run_async,
-    without_weakness,
-)
+from beit_pretrain.data.transfer import PermanentError, TransientError
+from beit_pretrain.data.transports import file_system
 from beit_pretrain.errors import first_line
 
 LISTABLE = ("s3", "gs", "hf")  # schemes whose folders can be listed

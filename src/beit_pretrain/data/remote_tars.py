@@ -18,12 +18,13 @@ from urllib.parse import unquote
 import numpy as np
 
 from beit_pretrain.data.cache import Shard, ShardCache, name_and_size
+from beit_pretrain.data.http_transport import without_weakness
 from beit_pretrain.data.listing.labels import named_classes
 from beit_pretrain.data.settings import SourceSettings
 from beit_pretrain.data.shard_folder import FileFolder, OpenFile, cache_folder
 from beit_pretrain.data.storage import MissingError, fetch_file, without_secrets
 from beit_pretrain.data.tar_records import TarRecord, TarRecords, class_counts, pack_labels
-from beit_pretrain.data.transports import PermanentError, TooLargeError, Transfer, without_weakness
+from beit_pretrain.data.transfer import PermanentError, TooLargeError, Transfer
 from beit_pretrain.errors import UserError
 
 UNKNOWN_SIZE = 256 << 20  # bytes that are reserved in the cache for a tar whose server does not say its size

@@ -31,7 +31,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from tqdm import tqdm
 
 from beit_pretrain import fileio
-from beit_pretrain.data.transports import LocalWriteError, PermanentError, Transfer, receive_once
+from beit_pretrain.data.transfer import LocalWriteError, PermanentError, Transfer
+from beit_pretrain.data.transports import receive_once
 from beit_pretrain.errors import UserError, first_line
 
 SCHEMES = ("http", "https", "s3", "gs", "hf", "file", "pipe")

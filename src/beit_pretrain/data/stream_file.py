@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from beit_pretrain.data.settings import RemoteOptions
 from beit_pretrain.data.storage import is_remote, receive, without_secrets
-from beit_pretrain.data.transports import SLOWEST, PermanentError, Transfer
+from beit_pretrain.data.transfer import SLOWEST, PermanentError, Transfer
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import expand_home
 
