@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from beit_pretrain.data.cache import Shard, ShardCache, check_content
-from beit_pretrain.data.left_out import summary
+from beit_pretrain.data.left_out import EXPECTED, summary
 from beit_pretrain.data.manifest import MANIFEST, image_key_of, index_path, parse_manifest, read_manifest
 from beit_pretrain.data.order import MethodCache
 from beit_pretrain.data.settings import RemoteOptions
@@ -74,7 +74,8 @@ class ShardFolder(ABC):
 
     def description(self) -> str:
         """What was found, in one line: images, shards, classes, bytes, where the index lies, what was left out."""
-        classes, left_out = len(self.about["classes"]), self.about.get("left_out")
+        classes, left_out = len(self.about["classes"]), self.about.get("left_out") or {}
+        left_out = {why: files for why, files in left_out.items() if why not in EXPECTED}
         found = [f"{sum(shard.samples for shard in self.shards):,} images in {self.count:,} {self.made_of}"]
         found += [f"{classes:,} classes" if classes else "no classes", size(self.total_bytes)]
         found += [text for text in (self.index_at, self.note) if text]
