@@ -23,6 +23,7 @@ from beit_pretrain.fileio import size
 # ImageNet's photos with a shorter side of 288 pixels, for views of 224: 43 kB (data/README.md).
 SHRUNK_SIDE, SHRUNK_BYTES = 288, 43_000
 PAYS = 2  # times fewer bytes
+MUCH = 1e9  # bytes of shards that a run fetches before it can begin
 
 
 def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> list[str]:
@@ -69,9 +70,9 @@ def sources(task: Task) -> list[str]:
                     f"{each / shrunk_bytes(side):.0f} times fewer bytes would be read"
                 )
     shards, size_of_all = task.data.read_at_once(0, range(1), 1)
-    if shards:
-        at_once = f"{shards:,} shards of {size(size_of_all)} at once"
-        lines.append(f"  data.train is read from {at_once}; fewer data.shuffle_streams need less (here: all processes)")
+    if size_of_all > MUCH:
+        at_once = f"{shards:,} shards of {size(size_of_all)} are read from at once, by all processes together"
+        lines.append(f"  note: {at_once}; fewer data.shuffle_streams need less")
     if shared := shared_images(task):
         lines.append(
             f"  warning: data.val reads {shared:,} images that data.train reads too; give other images, "
