@@ -238,7 +238,7 @@ class TestErrors:
     def test_no_labels(self, shards):
         reader = ShardReader(shards / "train")
         reader.classes, reader.labels = [], lambda shard: np.full(reader.sizes[shard], -1)
-        with pytest.raises(UserError, match="has no labels"):
+        with pytest.raises(UserError, match="has no known labels"):
             first_of_each_class(reader, 1)
 
     def test_val_with_other_classes(self, shards, tmp_path):
