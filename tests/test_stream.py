@@ -529,6 +529,18 @@ def test_unknown_number_of_images_is_said_only_where_it_is_used(words, refused, 
     assert "4 steps of 16" in out
 
 
+@pytest.mark.parametrize(("order", "other"), [("stream", "position"), ("position", "stream")])
+def test_another_order_than_the_checkpoints_is_said(words, refused, run_cli, order, other):
+    """data.order=auto chooses by whether the tars' lengths are known, which may become known after a first start."""
+    fit, _ = words
+    fit = [*fit, "steps=2", "optim.warmup_steps=1", "name=run"]
+    code, _, err = run_cli(*fit, f"data.order={order}")
+    assert code == 0, err
+    said = refused(*fit, f"data.order={other}")
+    assert f"was trained with data.order={order}" in said
+    assert f"add data.order={order} to resume it" in said
+
+
 @pytest.mark.long
 def test_killed_on_two_ranks_and_resumed_on_one(words, tmp_path):
     """No image is used twice or missed when a run is killed on 2 ranks x 2 workers and resumed on 1 x 3."""

@@ -30,6 +30,7 @@ from torch import distributed
 
 from beit_pretrain.data.datamodule import ShardData
 from beit_pretrain.data.loader_workers import worker_died
+from beit_pretrain.data.stream import StreamSource
 from beit_pretrain.engine.dist_env import DistEnv, launched
 from beit_pretrain.engine.preemption import Preempted
 from beit_pretrain.engine.subprocess_launcher import DDP, FSDP, SubprocessLauncher
@@ -173,11 +174,12 @@ def facts(cfg: dict[str, Any], images: dict[str, str], done: int) -> dict[str, s
 
 
 def contents(data: ShardData) -> dict[str, str]:
-    """{split: short SHA-256 digest of the sample counts and checksums of its shards}."""
+    """{split: short SHA-256 digest of the sample counts and checksums of its shards}; that of a stream begins so."""
     found = {}
     for split, reader in data.readers.items():
         shards = "\n".join(f"{shard.samples} {shard.sha256}" for shard in reader.shards)
-        found[split] = hashlib.sha256(shards.encode()).hexdigest()[:12]
+        kind = "stream " if isinstance(reader, StreamSource) else ""
+        found[split] = kind + hashlib.sha256(shards.encode()).hexdigest()[:12]
     return found
 
 

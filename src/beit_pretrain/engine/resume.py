@@ -183,7 +183,14 @@ def check_same_data(module: TrainedModule, start: ResumeState) -> None:
         same_backbone(module, start.about, start.path)
     images = module.images  # digests: the same shards may have moved
     for split in sorted({*images, *start.images}) if start.images else ():
-        if images.get(split) != start.images.get(split):
+        was, now = start.images.get(split, ""), images.get(split, "")
+        if was.startswith("stream") != now.startswith("stream") and was and now:  # data.order=auto may choose anew
+            order = "stream" if was.startswith("stream") else "position"
+            raise UserError(
+                f"{start.path} was trained with data.order={order}, and data.{split} is now read in another order; add "
+                f"data.order={order} to resume it, or resume=never to start over"
+            )
+        if was != now:
             raise UserError(
                 f"{start.path} was trained with other images than data.{split} holds now; give it the same shards "
                 "(they may lie elsewhere), or choose another name=, or resume=never to start over"
