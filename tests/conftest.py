@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import matplotlib.font_manager  # writes its list of fonts, which a test with a full disk could not
 import numpy as np
 import pytest
 import tiny
@@ -37,7 +38,8 @@ settings.load_profile("ci")
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory) -> None:
-    """Lists of images go into a folder of the tests, also in child processes."""
+    """Lists of images go into a folder of the tests, also in child processes; matplotlib's list of fonts stays."""
+    os.environ["MPLCONFIGDIR"] = matplotlib.get_cachedir()
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
