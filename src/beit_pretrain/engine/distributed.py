@@ -30,7 +30,6 @@ from torch import distributed
 
 from beit_pretrain.data.datamodule import ShardData
 from beit_pretrain.data.loader_workers import worker_died
-from beit_pretrain.data.stream import StreamSource
 from beit_pretrain.engine.dist_env import DistEnv, launched
 from beit_pretrain.engine.preemption import Preempted
 from beit_pretrain.engine.subprocess_launcher import DDP, FSDP, SubprocessLauncher
@@ -174,11 +173,11 @@ def facts(cfg: dict[str, Any], images: dict[str, str], done: int) -> dict[str, s
 
 
 def contents(data: ShardData) -> dict[str, str]:
-    """{split: short SHA-256 digest of the sample counts and checksums of its shards}; that of a stream begins so."""
+    """{split: short SHA-256 digest of sample counts and checksums of its shards}; of a stream, "stream DIGEST"."""
     found = {}
     for split, reader in data.readers.items():
         shards = "\n".join(f"{shard.samples} {shard.sha256}" for shard in reader.shards)
-        kind = "stream " if isinstance(reader, StreamSource) else ""
+        kind = "stream " if split == "train" and data.stream is not None else ""
         found[split] = kind + hashlib.sha256(shards.encode()).hexdigest()[:12]
     return found
 

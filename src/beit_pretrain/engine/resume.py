@@ -184,10 +184,10 @@ def check_same_data(module: TrainedModule, start: ResumeState) -> None:
     images = module.images  # digests: the same shards may have moved
     for split in sorted({*images, *start.images}) if start.images else ():
         was, now = start.images.get(split, ""), images.get(split, "")
-        if was.startswith("stream") != now.startswith("stream") and was and now:  # data.order=auto may choose anew
-            order = "stream" if was.startswith("stream") else "position"
+        order, current = ("stream" if digest.startswith("stream") else "position" for digest in (was, now))
+        if was and now and order != current:  # data.order=auto may choose anew
             raise UserError(
-                f"{start.path} was trained with data.order={order}, and data.{split} is now read in another order; add "
+                f"{start.path} was trained with data.order={order}, and data.{split} is now read with {current}; add "
                 f"data.order={order} to resume it, or resume=never to start over"
             )
         if was != now:
