@@ -21,7 +21,7 @@ demo: $(READY) ## the whole way in 15 minutes on 2 cores: shards, tokenizer, pre
 compare: $(READY) ## what pre-training is worth, over 3 seeds, on CIFAR-100: CIFAR=TAR CIFAR_TEST=TAR, or CIFAR=cifar-100-python.tar.gz CIFAR_TEST=null
 	$(BIN)/python -m beit_pretrain compare src='$(CIFAR)' held_out='$(CIFAR_TEST)' $(WORDS)
 
-test: $(READY) ## the tests, 5 to 12 minutes on 2 cores, two at a time
+test: $(READY) ## the tests, 5 to 13 minutes on 2 cores, two at a time
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 # Without a GPU its tests run on the CPU, where they can: so that they are right when there is one.
