@@ -26,7 +26,7 @@ test: $(READY) ## the tests, 5 to 13 minutes on 2 cores, two at a time
 
 # Without a GPU its tests run on the CPU, where they can: so that they are right when there is one.
 test-long: $(READY) ## the tests that `make test` leaves out: whole processes, signals, generated code
-	GPU_TESTS_ON_CPU=1 $(BIN)/python -m pytest -m "(long or gpu) and not soak"
+	GPU_TESTS_ON_CPU=1 $(BIN)/python -m pytest -m "(long or gpu) and not soak" -n 2 --dist loadfile
 
 test-gpu: $(READY) ## the tests that need a GPU; PYTHON -m pytest -m gpu where torch is installed otherwise
 	$(BIN)/python -m pytest -m gpu

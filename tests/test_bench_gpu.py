@@ -382,7 +382,12 @@ def test_some_stages_on_a_lean_machine(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_every_stage_on_a_lean_machine(tmp_path):
-    """In less than two minutes of two cores: by the processor's time, since the cores may have other work."""
+    """In the processor's time of at most 35 imports of the package: 16 stages, of which each imports it.
+
+    Seconds differ by a factor of three between CPUs, and the cores may have other work.
+    """
+    start = os.times()
+    subprocess.run([sys.executable, "-c", "import beit_pretrain.tasks.pretrain"], check=True)
     before = os.times()
     found = {line["stage"]: line for line in on_a_lean_machine(tmp_path, "bench.seconds=1000")}
     after = os.times()
@@ -400,8 +405,11 @@ def test_every_stage_on_a_lean_machine(tmp_path):
     assert found["prefetch"]["found"]["prefetch"].keys() == {"off", "on"}
     assert (tmp_path / "out/trace.json.gz").is_file()
     assert len(list((tmp_path / "out").iterdir())) <= 8
-    used = after.children_user + after.children_system - before.children_user - before.children_system
-    assert used < 240
+
+    def used(first: os.times_result, last: os.times_result) -> float:
+        return last.children_user + last.children_system - first.children_user - first.children_system
+
+    assert used(before, after) < 35 * used(start, before)
 
 
 def test_a_scratch_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):

@@ -166,10 +166,11 @@ def test_bf16_gradient_compression(words, runs, tmp_path):
     assert 1e-7 < largest_difference(runs / "2", run) < 1e-2
 
 
+@pytest.mark.timeout(900)  # on a slow CPU
 def test_compiled_ddp_step_is_split_and_reported(words, tmp_path):
     """So that communication overlaps with computation; `optimize_ddp=false` keeps one graph."""
     log, run = tmp_path / "log", tmp_path / "run"
     larger = ["model.embed_dim=192", "model.depth=4", "model.num_heads=3"]  # beyond the first bucket's 1 MB
     more = ["batch_size=4", "trainer.devices=2", f"run_dir={run}", "log_every=1", "compile=true", "data.val=null"]
-    assert start([*words, *larger, *more], tmp_path, log).wait(280) == 0, log.read_text()[-3000:]
+    assert start([*words, *larger, *more], tmp_path, log).wait(840) == 0, log.read_text()[-3000:]
     assert re.search(r"compiled: \d+ graphs? \(for DDP in \d+ pieces\)", log.read_text())
