@@ -32,8 +32,6 @@ from beit_pretrain.models.checkpoints.model_card import MARK, card
 from beit_pretrain.models.checkpoints.pretrained import classifier, encoder, mim, segmenter
 from beit_pretrain.models.settings import ExportSettings
 from beit_pretrain.models.upernet import Segmenter
-from beit_pretrain.transforms.jitter import HALF, per_channel
-from beit_pretrain.transforms.views import shorter_side
 
 SUFFIXES = {"unilm": ".pth", "timm": ".safetensors", "onnx": ".onnx", "hf": ""}
 TOLERANCE = 1e-4  # of the largest output: other software sums in another order
@@ -169,7 +167,9 @@ def to_hf(model: Model, path: Path) -> str:
         state |= {n.replace("blocks.0.", last): torch.zeros_like(t) for n, t in first.items()}
     named = hf.to_names(state, model.kind)
     save_file({n: t.contiguous() for n, t in named.items()}, path / "model.safetensors", metadata={"format": "pt"})
-    transformers.BeitImageProcessor(**processor_settings(model)).save_pretrained(path)
+    shape, segments = model.config, isinstance(model, Segmenter)
+    view = hf_processor.evaluation_settings(model.about, shape["image_size"], shape["in_chans"], segments)
+    transformers.BeitImageProcessor(**view).save_pretrained(path)
     same_network(model, path)
     theirs = getattr(transformers, architecture).from_pretrained(path).eval()
     transformers.BeitModel.from_pretrained(path)
@@ -184,21 +184,6 @@ def to_hf(model: Model, path: Path) -> str:
             ours = model(image).main if isinstance(model, Segmenter) else model(image)
             check_same_output(ours, theirs(image).logits, "transformers")
     return f"transformers.{architecture}.from_pretrained('{{out}}')"
-
-
-def processor_settings(model: Model) -> dict[str, Any]:
-    """Preprocessing: the evaluation view; for a segmenter, the whole image resized to a square."""
-    size = model.config["image_size"]
-    square = {"height": size, "width": size}
-    half = per_channel(HALF, model.config["in_chans"], "mean")
-    levels = {"image_mean": list(model.about.get("mean", half)), "image_std": list(model.about.get("std", half))}
-    if isinstance(model, Segmenter):
-        reduce_labels = bool(model.about.get("reduce_labels", True))
-        return {**levels, "size": square, "do_center_crop": False, "do_reduce_labels": reduce_labels}
-    if view := model.about.get("view"):
-        return {**levels, **hf_processor.settings_of(view, size)}
-    shorter = shorter_side(size, model.about.get("crop_ratio"))
-    return {**levels, "size": {"shortest_edge": shorter}, "crop_size": square, "do_center_crop": True}
 
 
 def hf_config(model: Model, classes: list[str] | None) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.transforms.jitter import HALF, per_channel
 from beit_pretrain.transforms.processor_view import ProcessorView
+from beit_pretrain.transforms.views import shorter_side
 
 FILE = "preprocessor_config.json"
 BICUBIC = 3
@@ -65,7 +67,10 @@ def sizes(size: Any) -> list[int] | int:
         if size.get("longest_edge") or size.get("max_height"):
             raise ValueError("a limit of the longer side")
         return size["shortest_edge"] if size.get("shortest_edge") else [size["height"], size["width"]]
-    return [size[0], size[1]] if isinstance(size, list) else [size, size]
+    if isinstance(size, list | tuple):
+        height, width = size
+        return [height, width]
+    return [size, size]
 
 
 def crop_ratio(view: ProcessorView) -> float | None:
@@ -100,17 +105,35 @@ def number(value: Any) -> bool:
 def settings_of(view: dict[str, Any], side: int) -> dict[str, Any]:
     """A view in the words of a processor, for a network of images of `side` pixels."""
     scaled = ProcessorView.model_validate(view).scaled(side)
-
-    def words(size: list[int] | int | None) -> dict[str, int]:
-        if isinstance(size, int):
-            return {"shortest_edge": size}
-        height, width = size or (side, side)
-        return {"height": height, "width": width}
-
     return {
         "do_resize": scaled.resize is not None,
-        "size": words(scaled.resize),
+        "size": words([side, side] if scaled.resize is None else scaled.resize),
         "do_center_crop": scaled.crop is not None,
-        "crop_size": words(scaled.crop),
+        "crop_size": words(scaled.crop or [side, side]),
         "resample": scaled.resample,
     }
+
+
+def words(size: list[int] | int) -> dict[str, int]:
+    """`sizes` the other way: as a processor's file has it."""
+    return {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]}
+
+
+def evaluation_settings(about: dict[str, Any], side: int, channels: int, segments: bool) -> dict[str, Any]:
+    """The evaluation view of a network of ours in the words of a processor.
+
+    Args:
+        about: the checkpoint's metadata.
+        side: of the network's images, pixels.
+        segments: whether it is a segmenter, for which the whole image is resized to a square.
+    """
+    half = per_channel(HALF, channels, "mean")
+    levels = {"image_mean": list(about.get("mean", half)), "image_std": list(about.get("std", half))}
+    square = words([side, side])
+    if segments:
+        reduce_labels = bool(about.get("reduce_labels", True))
+        return {**levels, "size": square, "do_center_crop": False, "do_reduce_labels": reduce_labels}
+    if view := about.get("view"):
+        return {**levels, **settings_of(view, side)}
+    shorter = shorter_side(side, about.get("crop_ratio"))
+    return {**levels, "size": words(shorter), "crop_size": square, "do_center_crop": True}
