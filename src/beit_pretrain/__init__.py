@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from beit_pretrain.inference.predictor import Predictor
     from beit_pretrain.library.config import BeitConfig
+    from beit_pretrain.library.image_processor import BeitFeatureExtractor, BeitImageProcessor
     from beit_pretrain.library.models import (
         BeitForImageClassification,
         BeitForMaskedImageModeling,
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BeitConfig",
+    "BeitFeatureExtractor",
     "BeitForImageClassification",
     "BeitForMaskedImageModeling",
     "BeitForSemanticSegmentation",
+    "BeitImageProcessor",
     "BeitModel",
     "BeitModelOutputWithPooling",
     "Predictor",
@@ -29,9 +32,11 @@ __all__ = [
 
 _PLACES = {
     "BeitConfig": "library.config",
+    "BeitFeatureExtractor": "library.image_processor",
     "BeitForImageClassification": "library.models",
     "BeitForMaskedImageModeling": "library.models",
     "BeitForSemanticSegmentation": "library.models",
+    "BeitImageProcessor": "library.image_processor",
     "BeitModel": "library.models",
     "BeitModelOutputWithPooling": "library.outputs",
     "Predictor": "inference.predictor",

@@ -5,7 +5,7 @@ Resize (to a size, or the shorter side to a length), then optionally a central c
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, Field
@@ -14,6 +14,18 @@ from beit_pretrain.transforms.image_io import to_channels
 
 Pixels = Annotated[int, Field(ge=1, lt=2**16)]
 Size = Annotated[list[Pixels], Field(min_length=2, max_length=2)]
+LARGEST_WHOLE = 2**24  # pixels; of a thin image only the part that is kept is resized beyond that
+
+
+class Layout(NamedTuple):
+    """Where a view lies in the resized image, in pixels; each is (vertical, horizontal).
+
+    Beyond the image, where `start` is negative or `size` too large, a view is 0.
+    """
+
+    whole: tuple[int, int]  # size of the resized image
+    start: tuple[int, int]  # upper left corner of the view in it
+    size: tuple[int, int]  # of the view
 
 
 class ProcessorView(BaseModel, strict=True, frozen=True):
@@ -48,33 +60,42 @@ class ProcessorView(BaseModel, strict=True, frozen=True):
             {"resize": times(self.resize), "crop": times(self.crop), "resample": self.resample}
         )
 
-    def __call__(self, image: Image.Image, side: int, channels: int) -> Image.Image:
-        """The view, (side, side) pixels; what comes out in another size is resized to it.
+    def layout(self, height: int, width: int) -> Layout:
+        """Where the view of an image of this size lies. The longer side is rounded down, as are halves of pixels."""
+        if isinstance(self.resize, int):
+            short = min(height, width)
+            rows, columns = int(self.resize * height / short), int(self.resize * width / short)
+        else:
+            rows, columns = self.resize or (height, width)
+        size_rows, size_columns = self.crop or (rows, columns)
+        start = (rows - size_rows) // 2, (columns - size_columns) // 2
+        return Layout((rows, columns), start, (size_rows, size_columns))
 
-        Only the part of the image that is kept is resized: the whole of a thin image could take gigabytes.
+    def applied(self, image: Image.Image) -> Image.Image:
+        """The view of a decoded image, in its mode. As transformers does, the whole image is resized, then cropped.
+
+        Not so where the whole would have more than LARGEST_WHOLE pixels, of a thin image gigabytes.
         """
+        (rows, columns), (top, left), (height, width) = self.layout(image.height, image.width)
+        resample = Image.Resampling(self.resample)
+        if rows * columns > max(LARGEST_WHOLE, image.height * image.width):
+            down, across = image.height / rows, image.width / columns
+            upper, first = max(0, top), max(0, left)
+            lower, last = min(rows, top + height), min(columns, left + width)
+            box = first * across, upper * down, min(image.width, last * across), min(image.height, lower * down)
+            image = image.resize((last - first, lower - upper), resample, box)
+            top, left = min(0, top), min(0, left)
+        elif (rows, columns) != (image.height, image.width):
+            image = image.resize((columns, rows), resample)
+        return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
+
+    def __call__(self, image: Image.Image, side: int, channels: int) -> Image.Image:
+        """The view, (side, side) pixels; what comes out in another size is resized to it."""
         image, view = to_channels(image, channels), self.scaled(side)
-        (width, height), kept = image.size, view.crop
-        if isinstance(view.resize, int) and kept is not None:
-            short = min(width, height)
-            rows, columns = int(view.resize * height / short), int(view.resize * width / short)
-        elif isinstance(view.resize, list):
-            rows, columns = view.resize
-        else:  # without a crop transformers takes only images that come out in the network's size
-            rows, columns = (height, width) if kept is not None and view.resize is None else (side, side)
-        crop_rows, crop_columns = kept or (rows, columns)
-        seen_rows, seen_columns = min(rows, crop_rows), min(columns, crop_columns)
-        top, left = (rows - seen_rows) // 2, (columns - seen_columns) // 2
-        down, across = height / rows, width / columns
-        box = (
-            left * across,
-            top * down,
-            min(width, (left + seen_columns) * across),
-            min(height, (top + seen_rows) * down),
+        if view.crop is None and not isinstance(view.resize, list):
+            # transformers takes only images that come out in the network's size
+            view = ProcessorView(resize=[side, side], resample=view.resample)
+        view_image = view.applied(image)
+        return (
+            view_image if view_image.size == (side, side) else view_image.resize((side, side), Image.Resampling.BICUBIC)
         )
-        part = image.resize((seen_columns, seen_rows), Image.Resampling(view.resample), box)
-        if (seen_rows, seen_columns) != (crop_rows, crop_columns):
-            whole = Image.new(part.mode, (crop_columns, crop_rows))
-            whole.paste(part, ((crop_columns - seen_columns) // 2, (crop_rows - seen_rows) // 2))
-            part = whole
-        return part if part.size == (side, side) else part.resize((side, side), Image.Resampling.BICUBIC)

@@ -32,12 +32,17 @@ def read_labels(label_map: Image.Image, classes: int, reduce_labels: bool, size:
         raise ValueError(f"its label map has {label_map.width} x {label_map.height} pixels, not {size[0]} x {size[1]}")
     ids = label_ids(label_map)
     if reduce_labels:
-        ids = np.where((ids == 0) | (ids == IGNORE), IGNORE, ids - 1)
+        ids = reduced_ids(ids)
     beyond = (ids != IGNORE) & ((ids < 0) | (ids >= classes))
     if beyond.any():
         found = int(ids[beyond][0]) + reduce_labels
         raise ValueError(f"its label map has the id {found}, beyond the {classes} classes")
     return ids.astype(np.uint8)
+
+
+def reduced_ids(ids: np.ndarray) -> np.ndarray:
+    """Ids of any shape less 1; 0, and IGNORE, become IGNORE."""
+    return np.where((ids == 0) | (ids == IGNORE), IGNORE, ids - 1)
 
 
 def fitting(image: Image.Image, label_map: Image.Image, channels: int) -> Image.Image:

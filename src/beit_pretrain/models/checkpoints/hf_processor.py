@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.transforms.jitter import HALF, per_channel
 from beit_pretrain.transforms.processor_view import ProcessorView
+from beit_pretrain.transforms.views import shorter_side
 
 FILE = "preprocessor_config.json"
 BICUBIC = 3
@@ -67,7 +70,10 @@ def sizes(size: Any) -> list[int] | int:
         if size.get("longest_edge") or size.get("max_height"):
             raise ValueError("a limit of the longer side")
         return size["shortest_edge"] if size.get("shortest_edge") else [size["height"], size["width"]]
-    return [size[0], size[1]] if isinstance(size, list) else [size, size]
+    if isinstance(size, list | tuple):
+        height, width = size
+        return [height, width]
+    return [size, size]
 
 
 def crop_ratio(view: ProcessorView) -> float | None:
@@ -102,17 +108,41 @@ def number(value: Any) -> bool:
 def settings_of(view: dict[str, Any], side: int) -> dict[str, Any]:
     """A view in the words of a processor, for a network of images of `side` pixels."""
     scaled = ProcessorView.model_validate(view).scaled(side)
-
-    def words(size: list[int] | int | None) -> dict[str, int]:
-        if isinstance(size, int):
-            return {"shortest_edge": size}
-        height, width = size or (side, side)
-        return {"height": height, "width": width}
-
     return {
         "do_resize": scaled.resize is not None,
-        "size": words(scaled.resize),
+        "size": words([side, side] if scaled.resize is None else scaled.resize),
         "do_center_crop": scaled.crop is not None,
-        "crop_size": words(scaled.crop),
+        "crop_size": words(scaled.crop or [side, side]),
         "resample": scaled.resample,
     }
+
+
+def words(size: list[int] | int) -> dict[str, int]:
+    """`sizes` the other way: as a processor's file has it."""
+    return {"shortest_edge": size} if isinstance(size, int) else {"height": size[0], "width": size[1]}
+
+
+def evaluation_settings(
+    about: dict[str, Any], size: int | Sequence[int], channels: int, segments: bool
+) -> dict[str, Any]:
+    """The evaluation view of a network of ours in the words of a processor.
+
+    Args:
+        about: the checkpoint's metadata.
+        size: of the network's images, pixels: their side, or height and width.
+        segments: whether it is a segmenter, for which the whole image is resized. So it is for images that are not
+            square.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    half = per_channel(HALF, channels, "mean")
+    levels = {"image_mean": list(about.get("mean", half)), "image_std": list(about.get("std", half))}
+    sides = words([height, width])
+    if segments:
+        reduce_labels = bool(about.get("reduce_labels", True))
+        return {**levels, "size": sides, "do_center_crop": False, "do_reduce_labels": reduce_labels}
+    if height != width:
+        return {**levels, "size": sides, "do_center_crop": False}
+    if view := about.get("view"):
+        return {**levels, **settings_of(view, height)}
+    shorter = shorter_side(height, about.get("crop_ratio"))
+    return {**levels, "size": words(shorter), "crop_size": sides, "do_center_crop": True}

@@ -15,8 +15,6 @@ from beit_pretrain.models.backbone import Backbone, Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints import hf, hf_processor
 from beit_pretrain.models.checkpoints.hf_config import HFConfig
 from beit_pretrain.models.upernet import Segmenter
-from beit_pretrain.transforms.jitter import HALF, per_channel
-from beit_pretrain.transforms.views import shorter_side
 
 Model = Backbone | MaskedImageModel | Classifier | Segmenter
 
@@ -38,7 +36,9 @@ def write_folder(model: Model, path: Path, config: HFConfig | None = None, proce
     named = hf.to_names(state, model.kind)
     save_file({n: t.contiguous() for n, t in named.items()}, path / "model.safetensors", metadata={"format": "pt"})
     if processor:
-        write_json(path / hf_processor.FILE, {**hf_processor.WRITTEN, **processor_settings(model)})
+        size, channels, segments = model.config["image_size"], model.config["in_chans"], isinstance(model, Segmenter)
+        view = hf_processor.evaluation_settings(model.about, size, channels, segments)
+        write_json(path / hf_processor.FILE, {**hf_processor.WRITTEN, **view})
     write_json(path / "config.json", said)
 
 
@@ -58,21 +58,3 @@ def set_permissions(written: Path) -> None:
 def knows_its_images(model: Model) -> bool:
     """Whether a network's file said how its images are prepared."""
     return bool(model.about.keys() & {"mean", "std", "view", "crop_ratio"})
-
-
-def processor_settings(model: Model) -> dict[str, Any]:
-    """Preprocessing: the evaluation view; for a segmenter, or images that are not square, the whole image resized."""
-    size = model.config["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    sides = {"height": height, "width": width}
-    half = per_channel(HALF, model.config["in_chans"], "mean")
-    levels = {"image_mean": list(model.about.get("mean", half)), "image_std": list(model.about.get("std", half))}
-    if isinstance(model, Segmenter):
-        reduce_labels = bool(model.about.get("reduce_labels", True))
-        return {**levels, "size": sides, "do_center_crop": False, "do_reduce_labels": reduce_labels}
-    if height != width:
-        return {**levels, "size": sides, "do_center_crop": False}
-    if view := model.about.get("view"):
-        return {**levels, **hf_processor.settings_of(view, height)}
-    shorter = shorter_side(height, model.about.get("crop_ratio"))
-    return {**levels, "size": {"shortest_edge": shorter}, "crop_size": sides, "do_center_crop": True}
