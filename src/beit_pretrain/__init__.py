@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from beit_pretrain.engine.training import Training, compose, fit
     from beit_pretrain.inference.predictor import Predictor
     from beit_pretrain.library.config import BeitConfig
     from beit_pretrain.library.image_processor import BeitFeatureExtractor, BeitImageProcessor
@@ -27,25 +28,31 @@ __all__ = [
     "BeitModel",
     "BeitModelOutputWithPooling",
     "Predictor",
+    "Training",
+    "compose",
+    "fit",
     "load_pretrained",
 ]
 
-_PLACES = {
-    "BeitConfig": "library.config",
-    "BeitFeatureExtractor": "library.image_processor",
-    "BeitForImageClassification": "library.models",
-    "BeitForMaskedImageModeling": "library.models",
-    "BeitForSemanticSegmentation": "library.models",
-    "BeitImageProcessor": "library.image_processor",
-    "BeitModel": "library.models",
-    "BeitModelOutputWithPooling": "library.outputs",
-    "Predictor": "inference.predictor",
-    "load_pretrained": "models.checkpoints.pretrained",
+_NAMES = {
+    "engine.training": ("Training", "compose", "fit"),
+    "inference.predictor": ("Predictor",),
+    "library.config": ("BeitConfig",),
+    "library.image_processor": ("BeitFeatureExtractor", "BeitImageProcessor"),
+    "library.models": (
+        "BeitForImageClassification",
+        "BeitForMaskedImageModeling",
+        "BeitForSemanticSegmentation",
+        "BeitModel",
+    ),
+    "library.outputs": ("BeitModelOutputWithPooling",),
+    "models.checkpoints.pretrained": ("load_pretrained",),
 }
 
 
 def __getattr__(name: str):
     """Import the public names on first use: they need torch, which would make --help slow."""
-    if name not in _PLACES:
+    module = next((module for module, names in _NAMES.items() if name in names), None)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{module}"), name)

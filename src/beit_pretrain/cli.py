@@ -16,7 +16,7 @@ from beit_pretrain.config import compose, experiments, help_of, show_config, unk
 from beit_pretrain.engine.dist_env import local_rank, rank, speaker
 from beit_pretrain.engine.preemption import early_signals
 from beit_pretrain.errors import AllRanksError, UserError
-from beit_pretrain.overrides import key_of
+from beit_pretrain.overrides import check_words, key_of
 from beit_pretrain.processes import print_any_name
 
 
@@ -115,7 +115,6 @@ def run(argv: list[str]) -> None:
     rest = [word for word in rest if word not in ("-m", "--multirun")]
     if verb in WORDS and rest and "=" not in rest[0] and not rest[0].startswith("-"):
         rest = [f"{WORDS[verb]}={rest[0]}", *rest[1:]]
-    rest = ["tokenizer=none" if word == "tokenizer=null" else word for word in rest]  # a Hydra group cannot be null
     if verb == "tokenize":  # for Hydra, `data` is a config group
         rest = [f"src={word[5:]}" if word.startswith("data=") else word for word in rest]
     if verb == "shards":  # for Hydra, `labels` is a group of settings
@@ -126,12 +125,8 @@ def run(argv: list[str]) -> None:
     if "--cfg" in rest:
         print(show_config(config, [word for word in rest if word not in ("--cfg", "job")]))
         return
-    wrong = [word for word in rest if word.startswith("=") or ("=" not in word and not word.startswith("~"))]
-    if wrong:
-        raise UserError(f"settings are given as key=value, not {wrong[0]!r}")
+    check_words(rest, multirun)
     check_braces(rest)
-    if not multirun and (own := [word for word in rest if key_of(word).startswith(("sweep.", "hydra.", "hydra/"))]):
-        raise UserError(f"{own[0]} is for sweeps: fit -m ...")
     if multirun:
         importlib.import_module("beit_pretrain.engine.sweep").sweep(rest)
         return

@@ -56,11 +56,14 @@ def compose_raw(verb: str, overrides: list[str]):
     """The verb's config with the user's overrides, unresolved. Raises UserError if it does not compose."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     if verb not in TRAINING and any(key_of(word) == "experiment" for word in overrides):
         raise UserError(f"{typed(verb, overrides)} takes no experiment (+experiment=)")
+    overrides = ["tokenizer=none" if word == "tokenizer=null" else word for word in overrides]  # a group cannot be null
+    callers, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a notebook may use Hydra itself
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             # First without what may be no syntax of Hydra's: that finds the task, and so which settings are texts.
@@ -71,6 +74,8 @@ def compose_raw(verb: str, overrides: list[str]):
             return cfg if words == plain else hydra_compose(verb, overrides=words)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_explain(error, verb, overrides)) from error
+    finally:
+        GlobalHydra.instance().hydra = callers
 
 
 def compose_plain(verb: str, overrides: list[str]) -> dict[str, Any]:
@@ -95,10 +100,15 @@ def compose(verb: str, overrides: list[str], spared: tuple[str, ...] = ()) -> An
     Missing settings become null if `spared` names them. Raises UserError, with one line, if the config does not compose
     or a setting is missing, unknown or invalid.
     """
+    return validated(compose_raw(verb, overrides), verb, spared)
+
+
+def validated(cfg: Any, verb: str, spared: tuple[str, ...] = ()) -> Any:
+    """The settings of a config of `compose_raw`, as `compose` gives them."""
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        given, absent = _completed(compose_raw(verb, overrides), verb, spared)
+        given, absent = _completed(cfg, verb, spared)
     except OmegaConfBaseException as error:  # such as an interpolation of a key that does not exist
         raise UserError(_unresolved(error)) from error
     settings = model_of(verb, given.get("task")).validated(given)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from beit_pretrain.errors import UserError
 from beit_pretrain.settings import Settings, field_of, forms
 
 # An item of a list: in quotes, or all up to the next comma that is neither escaped nor in an interpolation.
@@ -17,6 +19,16 @@ ITEM = re.compile(rf"\s*({QUOTED}|(?:\\.|\$\{{[^}}]*\}}|[^,])*)\s*(,|\Z)")
 def key_of(word: str) -> str:
     """The key of a word such as +experiment=base_1k, without Hydra's + and ~."""
     return word.partition("=")[0].lstrip("+~")
+
+
+def check_words(words: Sequence[str], sweep: bool = False) -> None:
+    """Raise UserError for a word that is no setting, or one of sweeps without a `sweep`."""
+    wrong = [word for word in words if word.startswith("=") or ("=" not in word and not word.startswith("~"))]
+    if wrong:
+        raise UserError(f"settings are given as key=value, not {wrong[0]!r}")
+    own = [word for word in words if key_of(word).startswith(("sweep.", "hydra.", "hydra/"))]
+    if own and not sweep:
+        raise UserError(f"{own[0]} is for sweeps: fit -m ...")
 
 
 def readable(word: str, model: type[Settings] | None = None) -> str:
@@ -85,7 +97,12 @@ def names_a_file(value: str) -> bool:
 
 def literal(value: str) -> str:
     """`quoted`, for a text in which ${ is no interpolation."""
-    return quoted(re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value))
+    return quoted(escaped(value))
+
+
+def escaped(text: str) -> str:
+    """A text in which OmegaConf sees no interpolation."""
+    return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", text)
 
 
 def quoted(value: object) -> str:
@@ -95,5 +112,5 @@ def quoted(value: object) -> str:
     if not isinstance(value, (str, Path)):
         return str(value)
     # Inside quotes, backslashes are doubled only directly before a quote (also the closing one).
-    escaped = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(value))
-    return f"'{escaped}'"
+    text = re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(value))
+    return f"'{text}'"

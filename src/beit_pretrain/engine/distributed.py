@@ -58,10 +58,7 @@ def resolve_trainer_args(trainer: dict[str, Any], minutes: float, compression: s
         settings["devices"] = launch.per_node
     if settings["num_nodes"] == "auto":
         settings["num_nodes"] = launch.nodes if launch else 1
-    devices, nodes = settings["devices"], settings["num_nodes"]
-    if devices in ("auto", -1):
-        devices = gpus or 1
-    per_node = len(devices) if isinstance(devices, list) else int(devices)
+    per_node, nodes = device_count(settings["devices"], gpus), settings["num_nodes"]
     check_counts(per_node, nodes, gpus, launch)
     settings["strategy"] = strategy(settings["strategy"], per_node * nodes, minutes, compression)
     settings["plugins"] = [environment(launch)]
@@ -76,6 +73,13 @@ def visible_gpus(accelerator: str) -> int:
     if not gpus and accelerator != "auto":
         raise UserError(f"trainer.accelerator={accelerator}, but torch finds no GPU on {socket.gethostname()}")
     return gpus
+
+
+def device_count(devices: Any, gpus: int) -> int:
+    """Devices of one machine that the setting `trainer.devices` means."""
+    if devices in ("auto", -1):
+        return gpus or 1
+    return len(devices) if isinstance(devices, list) else int(devices)
 
 
 def check_counts(devices: int, nodes: int, gpus: int, launch: DistEnv | None) -> None:

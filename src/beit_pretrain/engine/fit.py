@@ -7,6 +7,9 @@ images) and `skipped.jsonl` (steps with a non-finite gradient).
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,10 +38,32 @@ from beit_pretrain.processes import end_with_parent
 from beit_pretrain.settings import to_dict
 
 
+@dataclass
+class BuiltRun:
+    """What `build` makes of a config: a run that has not started."""
+
+    cfg: FitSettings
+    task: Task
+    trainer: Trainer
+    start: ResumeState
+    steps: int  # of the whole run
+    agreement: cluster.RankConsistencyCheck
+
+
 def fit(cfg: FitSettings) -> dict[str, float]:
     """Train, or resume, the run that the config describes; returns the last validation metrics.
 
     After saving, raises KeyboardInterrupt on Ctrl-C and SystemExit(75) on SIGTERM or SIGUSR1.
+    """
+    with preemptible(cfg) as signals:
+        return run(build(cfg), signals)
+
+
+@contextmanager
+def preemptible(cfg: FitSettings, exits: bool = True) -> Iterator[PreemptionSignals]:
+    """Handle signals, and hold the lock of the run's folder, in a `with` block; raises as `fit` does.
+
+    `exits`: whether the process ends with the run.
     """
     silence_warnings()
     if is_child():
@@ -59,8 +84,8 @@ def fit(cfg: FitSettings) -> dict[str, float]:
     # locked, after the preflight checks.
     locks = is_first_process() and cfg.preflight != "only" and cfg.folder.is_dir()
     try:
-        with PreemptionSignals(on_exit) as signals, exclusive_lock(cfg.folder, locks):
-            return run(cfg, signals)
+        with PreemptionSignals(on_exit, exits) as signals, exclusive_lock(cfg.folder, locks):
+            yield signals
     except Preempted as stopped:
         code = on_exit(stopped)
         if stopped.signum == signal.SIGINT and code:
@@ -68,15 +93,12 @@ def fit(cfg: FitSettings) -> dict[str, float]:
         raise SystemExit(code) from None
 
 
-def run(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
-    """Build the task and the trainer, check, resume, train and finish. Raises Preempted on a signal."""
+def build(cfg: FitSettings, callbacks: Sequence[Callback] = ()) -> BuiltRun:
+    """Build the task and the trainer, from the run's checkpoint if there is one; `callbacks`: further ones."""
     folder = cfg.folder / "checkpoints"
     with as_user_errors():
         kind = find_task(cfg.task)
-        if cfg.threads is not None:
-            torch.set_num_threads(cfg.threads)
-        if cfg.deterministic:
-            speed.make_deterministic(wanted_gpu(cfg.trainer.accelerator), kind.nondeterministic_on_gpu)
+        set_process(cfg)
         seed_everything(cfg.seed, workers=True, verbose=False)
         start = find_resume(cfg, folder)
         task = kind(kind.resumed(cfg, start.path) if start.path else cfg)
@@ -87,12 +109,28 @@ def run(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
         agreement, sharded = cluster.RankConsistencyCheck(), cfg.trainer.strategy == "fsdp"
         if sharded:  # under FSDP no process holds the whole network, which these callbacks need
             task.callbacks = [c for c in task.callbacks if not getattr(c, "needs_whole_network", False)]
-        callbacks = [agreement, *common_callbacks(cfg, folder, task), *task.callbacks]
-        trainer = make_trainer(cfg, steps, callbacks)
+        trainer = make_trainer(
+            cfg, steps, [agreement, *common_callbacks(cfg, folder, task), *task.callbacks, *callbacks]
+        )
         speed.check_cuda_graphs(cfg.compile, trainer.accumulate_grad_batches, cfg.device_prefetch, sharded)
+    return BuiltRun(cfg, task, trainer, start, steps, agreement)
+
+
+def set_process(cfg: FitSettings) -> None:
+    """Make the settings that hold for the whole process: threads, determinism."""
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if cfg.deterministic:
+        speed.make_deterministic(wanted_gpu(cfg.trainer.accelerator), find_task(cfg.task).nondeterministic_on_gpu)
+
+
+def run(built: BuiltRun, signals: PreemptionSignals) -> dict[str, float]:
+    """Check, resume, train and finish. Raises Preempted on a signal."""
+    cfg, task, trainer, start, steps = built.cfg, built.task, built.trainer, built.start, built.steps
+    with as_user_errors():
         introduction = "\n".join([run_summary(cfg, task, steps, trainer), *sources(task)])
         checks = preflight(cfg, task, trainer, steps)
-        if sharded:
+        if cfg.trainer.strategy == "fsdp":
             fit_for_fsdp(cfg, task, trainer.world_size)
     if cfg.preflight == "only":
         if is_first_process():
@@ -109,8 +147,9 @@ def run(cfg: FitSettings, signals: PreemptionSignals) -> dict[str, float]:
         with as_user_errors():
             prepare(cfg, task, start, signals)
             open_folder(cfg, trainer, task.module, start)
-            agreement.facts = cluster.facts(to_dict(cfg), task.module.images, start.step)
-            agreement.facts["data.order"] = "position" if task.data.stream is None else "stream"  # auto may differ
+            facts = cluster.facts(to_dict(cfg), task.module.images, start.step)
+            facts["data.order"] = "position" if task.data.stream is None else "stream"  # auto may differ
+            built.agreement.facts = facts
         try:
             train(task, trainer, start.path, cfg.timeout_minutes)
             metrics = finish(cfg, task, trainer, steps)

@@ -85,6 +85,16 @@ class CsvMetrics(Logger):
             writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
 
 
+def last_metrics(path: Path) -> dict[str, float]:
+    """The last value of every metric in metrics.csv, and the last step; empty if the file does not exist."""
+    if not path.is_file():
+        return {}
+    values: dict[str, float] = {}
+    for step, row in sorted(read_rows(path)[1].items()):
+        values.update(row, step=step)
+    return values
+
+
 def is_first_process() -> bool:
     """Whether this is rank 0; works also before the trainer has launched its processes."""
     return getattr(rank_zero_only, "rank", 0) == 0

@@ -38,15 +38,17 @@ class PreemptionSignals:
     Args:
         on_exit: prints the last message and returns the exit code. Called here only if the main thread does not
             handle the signal in time.
+        exits: whether the process ends with the run. If not, as in a notebook, the handlers from before are restored
+            also after a signal, and a busy main thread is waited for.
 
     `told`: the first signal received while `looping`, else 0. `saved_at`: step of the last checkpoint on disk.
     """
 
-    def __init__(self, on_exit: Callable[[Preempted], int] | None = None) -> None:
+    def __init__(self, on_exit: Callable[[Preempted], int] | None = None, exits: bool = True) -> None:
         self.told = 0
         self.looping = False
         self.saved_at: int | None = None
-        self._on_exit = on_exit or (lambda _: PREEMPTED)
+        self._on_exit, self._exits = on_exit or (lambda _: PREEMPTED), exits
         self._leaving = False  # Preempted has been raised
         self._heard = threading.Event()  # the main thread has run the handler
         self._before: dict[int, Any] = {}
@@ -55,17 +57,18 @@ class PreemptionSignals:
 
     def __enter__(self) -> PreemptionSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
-            self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=self._insist, args=self._pipe[:1], daemon=True, name="signals").start()
+            if self._exits:
+                self._pipe = os.pipe()
+                os.set_blocking(self._pipe[1], False)
+                self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+                threading.Thread(target=self._insist, args=self._pipe[:1], daemon=True, name="signals").start()
             self._before = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for signum, handler in self._before.items():
             # Schedulers may send a signal twice: the second one must not change the exit code.
-            leaving = kind is not None and issubclass(kind, Preempted) and signum != signal.SIGINT
+            leaving = self._exits and kind is not None and issubclass(kind, Preempted) and signum != signal.SIGINT
             signal.signal(signum, signal.SIG_IGN if leaving else handler)
         self._before = {}
         if self._pipe is not None:

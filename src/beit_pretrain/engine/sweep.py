@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from beit_pretrain import fileio
 from beit_pretrain.config import compose
 from beit_pretrain.engine.dist_env import launched
+from beit_pretrain.engine.metrics import last_metrics
 from beit_pretrain.engine.run_folder import CONFIG, FINISHED, differences, read_config, resume_config
 from beit_pretrain.engine.sweep_launchers import launcher, run_all
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.overrides import key_of, quoted
 from beit_pretrain.settings import config_dir, to_dict
-from beit_pretrain.tables import read_rows, table, write_csv
+from beit_pretrain.tables import table, write_csv
 
 LOG = "log.txt"  # output of a run
 LONGEST_NAME = 120
@@ -224,16 +225,6 @@ def summary(members: list[SweepRun], codes: dict[str, int]) -> tuple[tuple[str, 
         figures = [values.get(name, "") for name in ("step", *metrics)]
         rows.append((member.name, state, *(member.swept[k] for k in keys), *figures))
     return ("run", "state", *(k.lstrip("+") for k in keys), "step", *metrics), rows
-
-
-def last_metrics(path: Path) -> dict[str, float]:
-    """The last value of every metric in metrics.csv, and the last step; empty if the file does not exist."""
-    if not path.is_file():
-        return {}
-    values: dict[str, float] = {}
-    for step, row in sorted(read_rows(path)[1].items()):
-        values.update(row, step=step)
-    return values
 
 
 def overview(header: tuple[str, ...], rows: list[tuple]) -> str:
