@@ -35,6 +35,7 @@ VERBS = {
     "probe": Verb("linear probes and kNN on the frozen features of every layer", "evaluation.probe_layers:probe"),
     "validate": Verb("metrics of a run on held-out images", "engine.fit:validate"),
     "predict": Verb("class probabilities or label maps of images", "inference.predict:predict"),
+    "embed": Verb("vectors of images without labels, nearest images, patch features", "inference.embed:embed"),
     "export": Verb(
         "a checkpoint for the authors' code, timm, Hugging Face or ONNX", "models.checkpoints.export:export"
     ),

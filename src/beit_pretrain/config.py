@@ -151,6 +151,7 @@ MODELS = {
     "probe": "evaluation.settings:ProbeSettings",
     "validate": "engine.settings:ValidateSettings",
     "predict": "inference.settings:PredictSettings",
+    "embed": "inference.settings:EmbedSettings",
     "export": "models.settings:ExportSettings",
     "visualize": "engine.settings:VisualizeSettings",
     "bench": "benchmarks.settings:ImageBenchSettings",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.inference.sliding_window import SlidingWindow, segmented
-from beit_pretrain.models.backbone import Classifier
+from beit_pretrain.models.backbone import Backbone, Classifier
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
 from beit_pretrain.models.checkpoints.pretrained import classifier, segmenter
 from beit_pretrain.models.upernet import Segmenter
@@ -47,7 +47,7 @@ class ImageNetwork:
 
     apply: Callable[[Image.Image], list[np.ndarray]]
 
-    def __init__(self, model: Classifier | Segmenter):
+    def __init__(self, model: Backbone):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = model.requires_grad_(False).to(self.device)
         self.channels: int = model.config["in_chans"]
@@ -76,17 +76,7 @@ class ImageClassifier(ImageNetwork):
 
     def __init__(self, source: Checkpoint):
         super().__init__(classifier(source))
-        size = self.model.config["image_size"]
-        if not isinstance(size, int):
-            raise UserError(f"{source.path} is for images of {size} pixels; square ones are needed here")
-        about, channels = self.model.about, self.channels
-        if (said := about.get("view")) is None:
-            self.apply = partial(_centre, size=size, crop_ratio=about.get("crop_ratio"), channels=channels)
-            return
-        view = ProcessorView.model_validate(said)
-        self.apply = partial(_processed, view=view, size=size, channels=channels)
-        if view.size() != [size, size]:
-            warn(f"{source.path}: its processor makes no images of {size} x {size} pixels; they are resized to it")
+        self.apply = evaluation_view(self.model, source.path)
 
     @torch.no_grad()
     def classify(self, image_BCHW: Tensor, top: int = 5) -> list[list[Prediction]]:
@@ -117,6 +107,23 @@ class ImageSegmenter(ImageNetwork):
         """Classes (H, W) int64, on the CPU, of several images' views, at the given sizes (height, width)."""
         normalised = [[self.normalised(view[None]) for view in some] for some in views]
         return [found.cpu() for found in segmented(self.model, normalised, sizes, self.windows)]
+
+
+def evaluation_view(model: Backbone, path: Path) -> Callable[[Image.Image], list[np.ndarray]]:
+    """The evaluation view of a network's images: that of its processor, else resize and centre crop.
+
+    Raises UserError for a network whose images are not square.
+    """
+    size = model.config["image_size"]
+    if not isinstance(size, int):
+        raise UserError(f"{path} is for images of {size} pixels; square ones are needed here")
+    about, channels = model.about, model.config["in_chans"]
+    if (said := about.get("view")) is None:
+        return partial(_centre, size=size, crop_ratio=about.get("crop_ratio"), channels=channels)
+    view = ProcessorView.model_validate(said)
+    if view.size() != [size, size]:
+        warn(f"{path}: its processor makes no images of {size} x {size} pixels; they are resized to it")
+    return partial(_processed, view=view, size=size, channels=channels)
 
 
 def _centre(image: Image.Image, size: int, crop_ratio: float | None, channels: int) -> list[np.ndarray]:

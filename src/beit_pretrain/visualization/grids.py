@@ -6,13 +6,13 @@ Images are float tensors (B, C, H, W) in [0, 1]; pictures are PIL images.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 GAP, CAPTION = 4, 16
@@ -50,6 +50,34 @@ def sheet(
         for x, picture in enumerate(row):
             canvas.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (left + GAP + x * step, top))
     return canvas
+
+
+def captioned(rows: Sequence[Sequence[tuple[Image.Image, str]]], cell: int) -> Image.Image:
+    """Rows of pictures, each within a square of `cell` pixels and over its caption of one or several lines.
+
+    A line that is too long loses its beginning: of a path the end tells most.
+    """
+    lines = max(text.count("\n") + 1 for row in rows for _, text in row)
+    across, down = cell + GAP, cell + lines * CAPTION + GAP
+    canvas = Image.new("RGB", (max(map(len, rows)) * across + GAP, len(rows) * down + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for y, row in enumerate(rows):
+        for x, (picture, text) in enumerate(row):
+            left, top = GAP + x * across, GAP + y * down
+            small = ImageOps.contain(picture.convert("RGB"), (cell, cell), Image.Resampling.BICUBIC)
+            canvas.paste(small, (left + (cell - small.width) // 2, top + (cell - small.height) // 2))
+            for number, line in enumerate(text.split("\n")):
+                shown = shortened(line, lambda text: draw.textlength(text, font()) <= cell)
+                draw.text((left, top + cell + number * CAPTION), shown, fill="black", font=font())
+    return canvas
+
+
+def shortened(text: str, fits: Callable[[str], bool]) -> str:
+    """The text, or as much of its end as fits behind an ellipsis."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    if fits(text):
+        return text
+    return next((short for n in range(1, len(text)) if fits(short := f"...{text[n:]}")), "...")
 
 
 def stack(pictures: Sequence[Image.Image]) -> Image.Image:
