@@ -60,7 +60,7 @@ def flat(value: Any) -> list[Tensor]:
 
 
 def largest_difference(name: str, theirs: Any, folder: Path, size: tuple[int, int] | None = None) -> float:
-    """The largest difference of any output, absolute for numbers up to 1 and relative above; both ways agree in kind."""
+    """The largest difference of any output, absolute up to 1 and relative above; both ways agree."""
     theirs.save_pretrained(folder)
     ours = getattr(beit_pretrain, name).from_pretrained(folder)
     native = theirs.config.image_size
