@@ -75,21 +75,32 @@ def check_counts(config: dict[str, Any], *names: str) -> None:
             raise UserError(f"model.{name} must be at least 1, got {config[name]}")
 
 
+def complete(architecture: Architecture) -> Architecture:
+    """All arguments of a network: those given, and `DEFAULTS`; a square image's size is a number.
+
+    Raises UserError for values that no network has, TypeError for unknown arguments.
+    """
+    if unknown := sorted(architecture.keys() - DEFAULTS.keys()):
+        raise TypeError(f"unknown arguments of the network: {', '.join(unknown)}")
+    config = {**DEFAULTS, **architecture}
+    check_counts(config, "embed_dim", "depth", "num_heads", "in_chans")
+    patch_grid(config["image_size"], config["patch_size"])
+    if config["rel_pos_bias"] not in BIASES:
+        raise UserError(f"model.rel_pos_bias={config['rel_pos_bias']} is not one of {', '.join(BIASES)}")
+    size = config["image_size"]
+    config["image_size"] = size if isinstance(size, int) else size[0] if size[0] == size[1] else list(size)
+    return config
+
+
 class Backbone(Beit):
     """timm's Beit with the options of every BEiT checkpoint; `config` holds the arguments that build it again."""
 
     kind = "backbone"  # what a checkpoint of the network is called
 
     def __init__(self, pool: str, num_classes: int, **architecture: Any):
-        if unknown := sorted(architecture.keys() - DEFAULTS.keys()):
-            raise TypeError(f"unknown arguments of the network: {', '.join(unknown)}")
-        config = {**DEFAULTS, **architecture}
-        check_counts(config, "embed_dim", "depth", "num_heads", "in_chans")
+        config = complete(architecture)
         self.grid = patch_grid(config["image_size"], config["patch_size"])
-        if config["rel_pos_bias"] not in BIASES:
-            raise UserError(f"model.rel_pos_bias={config['rel_pos_bias']} is not one of {', '.join(BIASES)}")
         size = config["image_size"]
-        config["image_size"] = size if isinstance(size, int) else size[0] if size[0] == size[1] else list(size)
         own = ("image_size", "rel_pos_bias", "abs_pos_emb", "norm_eps")
         super().__init__(
             img_size=size if isinstance(size, int) else (size[0], size[1]),

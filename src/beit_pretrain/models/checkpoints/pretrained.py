@@ -69,13 +69,18 @@ def load_pretrained(
     }
     if head not in builders:
         raise UserError(f"head={head} is not one of {', '.join(builders)}")
+    return builders[head](read_checkpoint(path, checked_sides(image_size, num_classes)))
+
+
+def checked_sides(image_size: ImageSize, num_classes: int | None = None) -> Sequence[int] | None:
+    """(height, width) of an image size. Raises UserError for sizes and numbers of classes that cannot be."""
     sides = [image_size, image_size] if isinstance(image_size, int) else image_size
     pair = isinstance(sides, (tuple, list)) and len(sides) == 2
     if sides is not None and not (pair and all(type(side) is int and 0 < side < 2**16 for side in sides)):
         raise UserError(f"image_size={image_size!r} must be a number of pixels or (height, width)")
     if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
         raise UserError(f"num_classes={num_classes!r} must be a whole number of at least 1")
-    return builders[head](read_checkpoint(path, sides))
+    return sides
 
 
 def mim(
