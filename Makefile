@@ -10,7 +10,7 @@ CIFAR ?= cifar-100-python.tar.gz
 CIFAR_TEST ?= null
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compare test test-long test-gpu test-all soak check format clean
+.PHONY: help demo compare notebooks test test-long test-gpu test-all soak check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,6 +20,10 @@ demo: $(READY) ## the whole way in 15 minutes on 2 cores: shards, tokenizer, pre
 
 compare: $(READY) ## what pre-training is worth, over 3 seeds, on CIFAR-100: CIFAR=TAR CIFAR_TEST=TAR, or CIFAR=cifar-100-python.tar.gz CIFAR_TEST=null
 	$(BIN)/python -m beit_pretrain compare src='$(CIFAR)' held_out='$(CIFAR_TEST)' $(WORDS)
+
+notebooks: $(READY) ## run notebooks/, one after the other, into runs/notebooks/*.ipynb with their pictures
+	mkdir -p runs/notebooks
+	for name in notebooks/*.ipynb; do $(BIN)/jupyter-execute --output='../runs/notebooks/{notebook_name}' $$name || exit 1; done
 
 test: $(READY) ## the tests, 5 to 13 minutes on 2 cores, two at a time
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
