@@ -9,7 +9,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALL = {
-    "STEPS": {"1_tokens_and_masks": {"tokenizer": 2, "pretrain": 2}, "2_fine_tuning": 5, "3_inference_and_attention": 2},
+    "STEPS": {"1_tokens_and_masks": {"tokenizer": 2, "pretrain": 2}, "2_fine_tuning": 5},
     "IMAGES": {"1_tokens_and_masks": 110},
     "PER_CLASS": {"2_fine_tuning": 4},
 }
@@ -46,7 +46,8 @@ def test_notebook_says_what_it_needs(file):
 
     notebook = nbformat.read(file, as_version=4)
     first, second = notebook.cells[:2]
-    assert first.cell_type == "markdown" and "**What it needs**" in first.source
+    assert first.cell_type == "markdown"
+    assert "**What it needs**" in first.source
     assert second.metadata["tags"] == ["parameters"]
     text = file.read_text()
     assert not re.search(r"/(home|root|tmp|Users)/", text)
