@@ -140,7 +140,7 @@ class PretrainedModel(nn.Module):
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._hold(network, config or BeitConfig())
-        return model
+        return model.train(network.training)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and, where it is known, preprocessor_config.json, into a folder.
