@@ -202,6 +202,11 @@ class TestFiles:
         assert (again.config.semantic_loss_ignore_index, again.config.auxiliary_loss_weight) == (7, 0.2)
         assert again.config.num_hidden_layers == 4  # config.json says 5: transformers cannot use the last one
         assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 5
+        again.config.id2label = {0: "sky", 1: "sea"}
+        again.save_pretrained(tmp_path)
+        assert BeitForSemanticSegmentation.from_pretrained(tmp_path).config.id2label == {0: "sky", 1: "sea"}
+        again.config.num_labels = 3
+        assert "names 3 classes, the head has 2" in refusal(again.save_pretrained, tmp_path)
 
     def test_around_a_network(self):
         network = scrambled(Classifier(3, **SIZE))

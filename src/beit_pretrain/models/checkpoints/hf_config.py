@@ -162,7 +162,7 @@ class HFConfig(BaseModel):
 
     @classmethod
     def of_network(cls, model: Backbone, **more: Any) -> Self:
-        """The configuration of one of our networks; `more` has what a network does not say, such as weights of losses."""
+        """The configuration of one of our networks; `more` has what networks do not say, such as weights of losses."""
         ours = model.config
         said: dict[str, Any] = {theirs: ours[name] for name, theirs in hf.CONFIG.items()}
         said |= {

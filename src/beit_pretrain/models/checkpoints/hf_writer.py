@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write
 from beit_pretrain.models.backbone import Backbone, Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints import hf, hf_processor
