@@ -60,7 +60,11 @@ def flat(value: Any) -> list[Tensor]:
 
 
 def largest_difference(name: str, theirs: Any, folder: Path, size: tuple[int, int] | None = None) -> float:
-    """The largest difference of any output, absolute up to 1 and relative above; both ways agree."""
+    """The largest difference of any output, absolute for numbers up to 1 and relative above.
+
+    Logits of label maps, behind ten convolutions that sum thousands of numbers, are relative to the largest of them:
+    against float64, transformers' and ours differ by as much (measured: 1.3e-5 to 2.8e-5 of numbers up to 28).
+    """
     theirs.save_pretrained(folder)
     ours = getattr(beit_pretrain, name).from_pretrained(folder)
     native = theirs.config.image_size
@@ -75,5 +79,6 @@ def largest_difference(name: str, theirs: Any, folder: Path, size: tuple[int, in
     for key, value in expected.items():
         for one, other in zip(flat(found[key]), flat(value), strict=True):
             assert one.shape == other.shape, (key, one.shape, other.shape)
-            worst = max(worst, ((one - other).abs() / other.abs().clamp(min=1)).max().item())
+            scale = other.abs().max() if other.ndim == 4 and key == "logits" else other.abs()
+            worst = max(worst, ((one - other).abs() / scale.clamp(min=1)).max().item())
     return worst

@@ -140,7 +140,7 @@ class PretrainedModel(nn.Module):
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model._hold(network, config or BeitConfig())
-        return model
+        return model.train(network.training)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and, where it is known, preprocessor_config.json, into a folder.
@@ -152,10 +152,18 @@ class PretrainedModel(nn.Module):
         path = expand_home(folder).absolute()
         if path.is_file():
             raise UserError(f"{folder} is a file; save_pretrained writes a folder")
+        said = self._described()
+        if "num_classes" in self.network.config:  # a person may have named the classes since
+            if self.config.num_labels != said.num_labels:
+                raise UserError(
+                    f"config.id2label names {self.config.num_labels} classes, the head has {said.num_labels}; "
+                    "from_pretrained(..., num_labels=) makes another head"
+                )
+            said.id2label = self.config.id2label
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path, last="config.json") as temporary:
-                write_folder(self.network, temporary, self._described(), processor=knows_its_images(self.network))
+                write_folder(self.network, temporary, said, processor=knows_its_images(self.network))
                 set_permissions(temporary)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error

@@ -84,7 +84,7 @@ class BeitModel(PretrainedModel):
         )
         for name in ("norm", "fc_norm"):
             if isinstance(getattr(network, name), nn.LayerNorm) and f"{name}.weight" not in checkpoint.state:
-                warnings.warn(f"{checkpoint.path} has no {_what(name)}: it starts as ones and zeros", stacklevel=4)
+                warnings.warn(f"{checkpoint.path} has no {_what(name)}: it starts as ones and zeros", stacklevel=3)
         return network
 
     def _after_loading(self, options: dict[str, Any]) -> None:
@@ -239,7 +239,7 @@ def _warn_of_new_head(kind: type[PretrainedModel], checkpoint: Checkpoint, class
             "new one"
         )
     if classes is not None and classes != own:
-        warnings.warn(f"the head of {classes} classes is new: it has to be trained", stacklevel=5)
+        warnings.warn(f"the head of {classes} classes is new: it has to be trained", stacklevel=4)
 
 
 def _what(name: str) -> str:

@@ -97,6 +97,8 @@ class HFConfig(BaseModel):
             known["out_indices"] = values["segmentation_indices"]
         if isinstance(blocks := values.get(hf.USED), int):
             known["num_hidden_layers"] = blocks
+        if known.get("out_indices") == [known.get("num_hidden_layers")]:  # transformers' default, for a backbone
+            del known["out_indices"]
         return cls(**{name: value for name, value in known.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,10 +162,7 @@ class HFConfig(BaseModel):
 
     @classmethod
     def of_network(cls, model: Backbone, **more: Any) -> Self:
-        """The configuration of one of our networks; `more` has what a network does not say, such as weights of losses.
-
-        Raises UserError for options that transformers lacks.
-        """
+        """The configuration of one of our networks; `more` has what networks do not say, such as weights of losses."""
         ours = model.config
         said: dict[str, Any] = {theirs: ours[name] for name, theirs in hf.CONFIG.items()}
         said |= {
@@ -193,15 +192,8 @@ def numbered(count: int) -> dict[int, str]:
 
 
 def _decoder(ours: dict[str, Any]) -> dict[str, Any]:
-    """A segmenter's heads. Raises UserError for options that transformers lacks."""
+    """A segmenter's heads; their number of channels has no name there."""
     decoder = ours["decoder"]
-    if decoder["channels"] != ours["embed_dim"]:
-        raise UserError(
-            f"the decoder has {decoder['channels']} channels; transformers' has as many as the backbone is "
-            f"wide ({ours['embed_dim']})"
-        )
-    if len(set(decoder["layers"])) < 4:
-        raise UserError(f"transformers refuses decoder.layers={decoder['layers']}, with a block twice")
     return {
         "out_indices": [layer + 1 for layer in decoder["layers"]],
         "pool_scales": decoder["pool_scales"],

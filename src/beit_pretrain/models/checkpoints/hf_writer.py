@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import atomic_write
 from beit_pretrain.models.backbone import Backbone, Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints import hf, hf_processor
@@ -22,8 +23,10 @@ Model = Backbone | MaskedImageModel | Classifier | Segmenter
 def write_folder(model: Model, path: Path, config: HFConfig | None = None, processor: bool = True) -> None:
     """Write config.json, model.safetensors and, with `processor`, preprocessor_config.json into the folder `path`.
 
-    `config`: the network's, with the settings of losses that it does not know; None = their defaults.
+    `config`: the network's, with the settings of losses that it does not know; None = their defaults. Raises UserError
+    for what transformers cannot be told.
     """
+    check_decoder(model)
     path.mkdir(exist_ok=True)
     config = config or HFConfig.of_network(model)
     said = {"architectures": [hf.ARCHITECTURES[model.kind]], **config.to_dict()}
@@ -40,6 +43,21 @@ def write_folder(model: Model, path: Path, config: HFConfig | None = None, proce
         view = hf_processor.evaluation_settings(model.about, size, channels, segments)
         write_json(path / hf_processor.FILE, {**hf_processor.WRITTEN, **view})
     write_json(path / "config.json", said)
+
+
+def check_decoder(model: Model) -> None:
+    """Raise UserError for a segmenter with options that transformers lacks."""
+    if not isinstance(model, Segmenter):
+        return
+    ours = model.config
+    decoder = ours["decoder"]
+    if decoder["channels"] != ours["embed_dim"]:
+        raise UserError(
+            f"the decoder has {decoder['channels']} channels; transformers' has as many as the backbone is "
+            f"wide ({ours['embed_dim']})"
+        )
+    if len(set(decoder["layers"])) < 4:
+        raise UserError(f"transformers refuses decoder.layers={decoder['layers']}, with a block twice")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
