@@ -1,4 +1,4 @@
-"""Stub: the integrator takes the file of the branch with the models."""
+"""Models of the Hugging Face Hub, hf://OWNER/NAME[@REVISION][/FILE] or OWNER/NAME, as local files in its own cache."""
 
 from __future__ import annotations
 
