@@ -29,16 +29,16 @@ KINDS = ("image_processor_type", "feature_extractor_type", "processor_class")  #
 class BeitImageProcessor:
     """Resizes, crops, rescales and normalises images, and resizes label maps with them.
 
-    Images come out as transformers' PIL backend makes them (`BeitImageProcessorPil`), which resizes 8 bits with Pillow,
-    the way in which the published models were evaluated; the torchvision backend, transformers' default, is within one
-    level of 8 bits for images of 8 bits. Different on purpose, where transformers 5.23 (both backends) is at fault:
+    Images come out as transformers' PIL backend (`BeitImageProcessorPil`) makes them: resized by Pillow in 8 bits, as
+    in transformers 4 when the models were published. The torchvision backend, the default of transformers 5, differs
+    from both by some levels of 8 bits (docs/from_transformers.md). Different on purpose from transformers 5.23:
 
     * label maps are resized to the nearest pixel; there by the images' filter, which invents classes between others;
-    * `do_reduce_labels` never touches images (so transformers since #38042), nor the caller's array, and 0 beyond
-      the edges of a centre crop is reduced too; `reduce_labels`, its old name, is read, and there ignored;
+    * `do_reduce_labels` never touches images (#38042 of transformers, mended there), nor the caller's array, and the
+      0 beyond the edges of a centre crop is reduced too; `reduce_labels`, its old name, is read, and there ignored;
     * grey and RGBA images are converted to the channels of `image_mean`; there they end in an error about shapes;
-    * floats in [0, 1] are rounded to 8 bits, not cut off, and also if all are 0 or 1;
-    * `data_format` is heeded.
+    * floats are rounded to 8 bits, not cut off, and those in [0, 1] are never taken for levels;
+    * None is the default, in files too; `data_format` is heeded.
 
     Args (also of each call; None = the processor's own, or the default):
         do_resize, size, resample: resize to `size`: (height, width), {"height", "width"}, one number for a square, or
@@ -49,8 +49,8 @@ class BeitImageProcessor:
         do_reduce_labels: subtract 1 from the ids of label maps; 0 and 255 become 255, which is ignored. Default no.
         do_convert_rgb: None = to the channels of `image_mean`, without blending alpha; True = to RGB, alpha blended
             with white; False = channels as they are.
-        default_to_square: of the constructor alone; False = a `size` of one number is the shortest edge.
-        extra: further entries of a file; they are kept and saved.
+        extra: further entries of a file, of the constructor alone; they are kept and saved. Of these,
+            default_to_square=False makes a `size` of one number the shortest edge.
 
     Raises TypeError and ValueError for options that cannot be.
 
@@ -93,7 +93,6 @@ class BeitImageProcessor:
         do_reduce_labels: bool | None = None,
         do_convert_rgb: bool | None = None,
         reduce_labels: bool | None = None,
-        default_to_square: bool | None = None,
         **extra: Any,
     ):
         given = {
@@ -111,7 +110,7 @@ class BeitImageProcessor:
             "do_convert_rgb": do_convert_rgb,
         }
         self.extra = {name: value for name, value in extra.items() if name not in KINDS}
-        for name, value in checked(given, default_to_square is not False).items():
+        for name, value in checked(given, self._square).items():
             setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -185,10 +184,16 @@ class BeitImageProcessor:
         """Label maps from a segmenter's outputs; see `semantic_maps`."""
         return semantic_maps(outputs, target_sizes, return_segmentation_scores)
 
+    @property
+    def _square(self) -> bool:
+        return self.extra.get("default_to_square") is not False
+
     def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The processor's options with those of a call. Raises TypeError for unknown ones."""
         own = {name: getattr(self, name) for name in DEFAULTS}
-        return checked(own | {name: value for name, value in _known(options).items() if value is not None})
+        return checked(
+            own | {name: value for name, value in _known(options).items() if value is not None}, self._square
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None, **options: Any) -> Self:
@@ -214,10 +219,10 @@ class BeitImageProcessor:
             settings = evaluation_settings(found.about, side, found.architecture["in_chans"], segments)
             return cls.from_dict(settings, **options)
         path = path if path.is_file() else path / FILE
-        if not (settings := read_json(path)):
-            raise UserError(f"{path} is missing or empty; BeitImageProcessor() has the defaults of BEiT")
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; BeitImageProcessor() has the defaults of BEiT")
         try:
-            return cls.from_dict(settings, **options)
+            return cls.from_dict(read_json(path), **options)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: {first_line(error)}") from None
 

@@ -61,14 +61,14 @@ class ProcessorView(BaseModel, strict=True, frozen=True):
         )
 
     def layout(self, height: int, width: int) -> Layout:
-        """Where the view of an image of this size lies. The longer side is rounded down, as are halves of pixels."""
+        """Where the view of an image of this size lies. The longer side and halves of pixels are rounded towards 0."""
         if isinstance(self.resize, int):
             short = min(height, width)
             rows, columns = int(self.resize * height / short), int(self.resize * width / short)
         else:
             rows, columns = self.resize or (height, width)
         size_rows, size_columns = self.crop or (rows, columns)
-        start = (rows - size_rows) // 2, (columns - size_columns) // 2
+        start = int((rows - size_rows) / 2), int((columns - size_columns) / 2)
         return Layout((rows, columns), start, (size_rows, size_columns))
 
     def applied(self, image: Image.Image) -> Image.Image:
