@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from timm.models.beit import gen_relative_position_index
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit_pretrain.models.backbone import Backbone, patch_grid
 from beit_pretrain.models.resize import EXTRA_ROWS, resize_positions
@@ -28,17 +28,27 @@ def at_size(network: Network, image_size: tuple[int, int]) -> Network:
     Raises UserError if the images do not divide into patches.
     """
     grid = patch_grid(image_size, network.config["patch_size"])
-    tensors = [*network.parameters(), *network.buffers()]
-    view = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
-    old: Any = view.grid
-    view.grid = view.patch_embed.grid_size = grid
-    view.patch_embed.img_size = image_size
-    index = gen_relative_position_index(grid, device=network.cls_token.device)
-    for module in view.modules():
-        if isinstance(table := module._parameters.get("relative_position_bias_table"), Tensor):
-            _replace(module, "relative_position_bias_table", interpolate_table(table, old, grid))
-            module.relative_position_index, module.window_size = index, grid  # type: ignore[assignment]
-            module.window_area = grid[0] * grid[1]  # type: ignore[assignment]
+    view: Any = _shallow(network)
+    old, view.grid = view.grid, grid
+    view.patch_embed = _shallow(view.patch_embed)
+    view.patch_embed.img_size, view.patch_embed.grid_size = image_size, grid
+    index = gen_relative_position_index(grid, device=view.cls_token.device)
+
+    def resized(module: Any) -> Any:
+        copied = _shallow(module)
+        _replace(
+            copied, "relative_position_bias_table", interpolate_table(module.relative_position_bias_table, old, grid)
+        )
+        copied.relative_position_index, copied.window_size, copied.window_area = index, grid, grid[0] * grid[1]
+        return copied
+
+    if view.rel_pos_bias is not None:
+        view.rel_pos_bias = resized(view.rel_pos_bias)
+    if view.config["rel_pos_bias"] == "per_layer":
+        blocks = [_shallow(block) for block in view.blocks]
+        for block in blocks:
+            block.attn = resized(block.attn)
+        view.blocks = nn.ModuleList(blocks)
     if view.pos_embed is not None:
         _replace(view, "pos_embed", resize_positions(view.pos_embed, old, grid))
     return view
@@ -50,6 +60,14 @@ def interpolate_table(table_RH: Tensor, old: tuple[int, int], new: tuple[int, in
     offsets = table_RH[:-EXTRA_ROWS].unflatten(0, spans[0]).permute(2, 0, 1).unsqueeze(0)
     offsets = F.interpolate(offsets, size=spans[1], mode="bilinear", align_corners=False)
     return torch.cat([offsets[0].permute(1, 2, 0).flatten(0, 1), table_RH[-EXTRA_ROWS:]])
+
+
+def _shallow(module: Any) -> Any:
+    """A module of its own with the same parameters, buffers and submodules."""
+    copied = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        copied.__dict__[registry] = dict(module.__dict__[registry])
+    return copied
 
 
 def _replace(module: Any, name: str, tensor: Tensor) -> None:
