@@ -244,6 +244,8 @@ def test_features_move_and_convert():
     assert features.pixel_values.dtype == torch.float64
     lists = BatchFeature(some=[torch.zeros(2)], array=np.zeros(2)).to(dtype=torch.bfloat16)
     assert lists.some[0].dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"device or a dtype, got 3\.5"):
+        lists.to(3.5)
     with pytest.raises(AttributeError, match="no 'pixels' here; there are some, array"):
         _ = lists.pixels
     assert pickle.loads(pickle.dumps(copy.copy(lists))).keys() == lists.keys()
@@ -496,9 +498,11 @@ WRONG = [
     (TypeError, dict(images=[[1, 2], [3, 4]]), "got int"),
     (TypeError, dict(images=np.array(["a", "b"])), "images must hold numbers"),
     (ValueError, dict(images=np.zeros((3, 0, 8), np.uint8)), "has no pixels"),
+    (ValueError, dict(images=Image.new("RGB", (0, 8)), size={"shortest_edge": 8}), "an image of 0 x 8 has no pixels"),
     (ValueError, dict(images=np.zeros(8)), r"of shape \(8,\) is no image and no batch"),
     (ValueError, dict(images=np.zeros((2, 2, 3, 8, 8))), "is no image and no batch"),
     (ValueError, dict(images=np.zeros((8, 9, 10))), "3 channels neither first nor last; say input_data_format"),
+    (ValueError, dict(images=np.full((4, 8, 8), 2.0), do_convert_rgb=True), "RGBA with values from 2.0 to 2.0"),
     (ValueError, dict(images=X - 0.5), "values from -0.5 to -0.5 cannot be resized"),
     (ValueError, dict(images=X + np.nan), "values from nan to nan cannot be resized"),
     (ValueError, dict(images=X.astype(np.uint16) + 999), "values from 999 to 999 cannot be resized"),
@@ -559,6 +563,10 @@ def test_unreadable_images_and_places(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
     with Image.open(tmp_path / "cut.png") as opened:
         assert "of mode RGB cannot be decoded" in refusal(BeitImageProcessor(), opened)
+    Image.fromarray(noise()[0]).save(tmp_path / "map.png")
+    (tmp_path / "map.png").write_bytes((tmp_path / "map.png").read_bytes()[:1000])
+    with Image.open(tmp_path / "map.png") as opened:
+        assert "label map of mode L cannot be decoded" in refusal(BeitImageProcessor(), X, opened)
     assert "cannot be written" in refusal(BeitImageProcessor().save_pretrained, tmp_path / "text.jpg")
     with pytest.raises(TypeError, match="sise: no option"):
         BeitImageProcessor.from_pretrained(tmp_path, sise=3)

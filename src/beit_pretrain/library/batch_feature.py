@@ -27,9 +27,12 @@ class BatchFeature(dict[str, Any]):
         """Move all tensors, in lists too, to a device; `dtype` is for those of floating point alone.
 
         `to(dtype)` works as well. Changes these features and returns them. NumPy arrays stay as they are.
+        Raises TypeError.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        if not isinstance(device, torch.device | str | int | None):
+            raise TypeError(f"tensors move to a device or a dtype, got {device!r}")
 
         def moved(value: Any) -> Any:
             if isinstance(value, list | tuple):

@@ -51,8 +51,8 @@ def as_array(values: Any) -> np.ndarray:
     if not hasattr(values, "__array__"):
         raise TypeError(f"images must be {KINDS}; got {type(values).__name__}")
     array = np.asarray(values)
-    if array.dtype.kind not in "buif":
-        raise TypeError(f"images must hold numbers, got an array of {array.dtype}")
+    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
+        raise TypeError(f"images must hold numbers of up to 64 bits, got an array of {array.dtype}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
@@ -67,7 +67,7 @@ def opened(path: str) -> Image.Image:
             return image.copy() if turn is None else image.transpose(turn)
     except Exception as error:  # broken files raise nearly everything
         stop_if_memory_was_short(error, path)
-        raise UserError(f"{path[:200]} cannot be read as an image: {reason(error)}") from None
+        raise UserError(f"{path[:200] or repr(path)} cannot be read as an image: {reason(error)}") from None
 
 
 def image_values(
@@ -82,9 +82,10 @@ def image_values(
 
     Raises ValueError, and UserError for an image that cannot be decoded.
     """
+    shape = image.shape if isinstance(image, np.ndarray) else image.size
+    if 0 in shape:
+        raise ValueError(f"an image of {' x '.join(map(str, shape))} has no pixels")
     if isinstance(image, np.ndarray):
-        if not image.size:
-            raise ValueError(f"an image of shape {image.shape} has no pixels")
         return converted(channels_first(image, channels, order), channels, convert)
     try:
         if convert is None and channels in MODES:
@@ -125,9 +126,11 @@ def converted(image_CHW: np.ndarray, channels: int, convert: bool | None) -> np.
 
 
 def on_white(image_CHW: np.ndarray) -> np.ndarray:
-    """RGBA, integers up to 255 or floats up to 1, as RGB over white."""
+    """RGBA, integers up to 255 or floats up to 1, as RGB over white. Raises ValueError for larger ones."""
     integer = image_CHW.dtype.kind in "bui"
     white = 255 if integer else 1.0
+    if not (image_CHW.min() >= 0 and image_CHW.max() <= white):
+        raise ValueError(f"RGBA with values from {image_CHW.min()} to {image_CHW.max()}, not from 0 to {white}")
     alpha_HW = image_CHW[3] / white
     blended = image_CHW[:3] * alpha_HW + (1 - alpha_HW) * white
     return (np.rint(blended) if integer else blended).astype(image_CHW.dtype)
@@ -160,7 +163,7 @@ def pictures(levels_CHW: np.ndarray) -> list[Image.Image]:
 def label_maps(maps: Any) -> list[Image.Image]:
     """Label maps, as `flat` takes images, also (B, 1, H, W), as PIL images of 32 bits.
 
-    Raises ValueError for what is none.
+    Raises ValueError for what is none, UserError for what cannot be decoded.
     """
     if hasattr(maps, "ndim") and maps.ndim == 4 and maps.shape[1] == 1:
         maps = maps[:, 0]
@@ -169,7 +172,10 @@ def label_maps(maps: Any) -> list[Image.Image]:
 
 def _ids(labels: Image.Image | np.ndarray) -> np.ndarray:
     if isinstance(labels, Image.Image):
-        return label_ids(labels)
+        try:
+            return label_ids(labels)
+        except OSError as error:
+            raise UserError(f"a label map of mode {labels.mode} cannot be decoded: {reason(error)}") from None
     if not labels.size:
         raise ValueError(f"a label map of shape {labels.shape} has no pixels")
     with np.errstate(invalid="ignore"):

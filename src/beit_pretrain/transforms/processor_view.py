@@ -95,7 +95,5 @@ class ProcessorView(BaseModel, strict=True, frozen=True):
         if view.crop is None and not isinstance(view.resize, list):
             # transformers takes only images that come out in the network's size
             view = ProcessorView(resize=[side, side], resample=view.resample)
-        view_image = view.applied(image)
-        return (
-            view_image if view_image.size == (side, side) else view_image.resize((side, side), Image.Resampling.BICUBIC)
-        )
+        seen = view.applied(image)
+        return seen if seen.size == (side, side) else seen.resize((side, side), Image.Resampling.BICUBIC)
