@@ -83,8 +83,8 @@ class FlaxBeit(Backbone):
             num_labels: classes of a new head, where the file has none or another number; of a classifier alone.
             dtype: of products; parameters are float32.
             drop_path_rate: stochastic depth of the last block, in training.
-            rngs: random numbers of a new head and of drop path; None: a new head is that of `nnx.Rngs(0)`, and drop
-                path needs `dropout_rng` at every call.
+            rngs: random numbers of a new head and of drop path; None: a new head is always the same, and drop path
+                needs `dropout_rng` at every call.
 
         Raises UserError, in one line, for what cannot be read or does not fit; nothing in a file is executed.
         """

@@ -45,10 +45,8 @@ def read_source(
     source = read_checkpoint(local_copy(path, revision), sides)
     if kind == "backbone":
         return of_backbone(source, image_size, drop_path_rate)
-    # A new head is torch's, of a seed from `rngs`; torch's own random numbers are left as they are.
-    seed = (rngs or nnx.Rngs(0)).params()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(jax.random.bits(seed)))
+    with torch.random.fork_rng(devices=[]):  # a new head is torch's, of a seed from `rngs`
+        torch.manual_seed(0 if rngs is None else int(jax.random.bits(rngs.params())))
         model: Any = (
             mim(source, image_size, drop_path_rate)
             if kind == "mim"
