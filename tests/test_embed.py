@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import shutil
 import signal
@@ -159,6 +160,31 @@ def test_shards_and_tables_are_sources_too(mim_checkpoint, shards, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "alone.png")
     make(mim_checkpoint, tmp_path / "alone.png", tmp_path / "alone.npy")
     assert json.loads((tmp_path / "alone.npy.names.jsonl").read_text()) == {"file": "alone.png"}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_odd_names_survive(suffix, mim_checkpoint, tmp_path):
+    odd = ["a\nb.png", 'k,"q.png', "ü.png", os.fsdecode(b"caf\xe9.png")]
+    (tmp_path / "src").mkdir()
+    for name in odd:
+        Image.new("RGB", (9, 9)).save(tmp_path / "src" / name)
+    make(mim_checkpoint, tmp_path / "src", tmp_path / f"v{suffix}", query=str(tmp_path / "src"))
+    found, _ = read_as_documented(tmp_path / f"v{suffix}")
+    told = [name.encode(errors="backslashreplace").decode() for name in odd]  # not text: as in predict
+    assert sorted(found) == sorted(odd if suffix in (".npy", ".safetensors") else told)
+    assert "caf\\udce9.png" in (tmp_path / f"v{suffix}.nearest.csv").read_text()
+
+
+def test_a_full_disk_is_one_line_and_the_rest_follows(mim_checkpoint, photos, full_disk):
+    """37 kB of vectors and six small files, of 4 kB each, on a disk of 80 kB."""
+    folder = full_disk(80 << 10)
+    (folder / "other").write_bytes(b"x" * (36 << 10))
+    out = folder / "v.npy"
+    said = refusal(make, mim_checkpoint, photos, out, what="patches", batch_size=2)
+    assert f"cannot write {out}: No space left on device" in said
+    (folder / "other").unlink()
+    make(mim_checkpoint, photos, out, what="patches", batch_size=2)
+    assert np.load(out).shape == (18, 16, 32)
 
 
 class Killed(BaseException):
