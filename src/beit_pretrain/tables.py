@@ -41,5 +41,8 @@ def curve(path: str | Path, metric: str) -> tuple[list[int], list[float]]:
 def write_csv(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
     """Write a table atomically, and its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         csv.writer(file, lineterminator="\n").writerows([header, *rows])

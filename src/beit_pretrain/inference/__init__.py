@@ -1,1 +1,1 @@
-"""Predicts classes or label maps for images."""
+"""Predicts classes or label maps for images, and computes their vectors."""

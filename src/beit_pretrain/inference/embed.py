@@ -133,12 +133,15 @@ def write_vectors(
         }
         vectors.publish(out, about)
     report(out, done(cfg, form, vectors.images, layer, embedder, out), vectors.bad, beside(out, ".bad.jsonl"), left_out)
+    if cfg.what != "patches" and cfg.query is None:
+        print(f"nearest images: python -m beit_pretrain embed vectors={out} query=PHOTO")
 
 
 def rows_of(cfg: EmbedSettings, embedder: Embedder, items: list[Item], layer: int) -> np.ndarray:
     """The vectors (n, *shape) of a batch, in the stored precision. Raises UserError if they do not fit into it."""
     views = torch.stack([item.views[0] for item in items])
-    rows = embedder.vectors(views, cfg.what, layer, cfg.normalise).numpy().astype(cfg.dtype)
+    with np.errstate(over="ignore"):
+        rows = embedder.vectors(views, cfg.what, layer, cfg.normalise).numpy().astype(cfg.dtype)
     if not np.isfinite(rows).all():
         raise UserError(
             "vectors that are not finite, or beyond the range of float16 (dtype=float32): is this a trained BEiT?"
@@ -180,14 +183,11 @@ def anywhere(path: str) -> str:
 
 
 def done(cfg: EmbedSettings, form: VectorFormat, images: int, layer: int, embedder: Embedder, out: Path) -> str:
-    """What was written, where its names are, and what to do with it."""
+    """What was written, and where its names are."""
     shape = " x ".join(f"{side:,}" for side in (images, *form.shape))
     names = f", names in {beside(out, NAMES)}" if form.names_beside else ""
-    then = "" if cfg.what == "patches" or cfg.query else f"; nearest images: embed vectors={out} query=PHOTO"
-    return (
-        f"{shape} {cfg.dtype}, {KINDS[cfg.what]} of layer {layer} of {embedder.depth}, "
-        f"{size(out.stat().st_size)}{names}{then}"
-    )
+    kind = f"{cfg.dtype}, {KINDS[cfg.what]} of layer {layer} of {embedder.depth}"
+    return f"{shape} {kind}, {size(out.stat().st_size)}{names}"
 
 
 def draw_features(cfg: EmbedSettings, embedder: Embedder, dataset: ImageDataset, layers: list[int]) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,8 +232,21 @@ def beside(path: Path, end: str) -> Path:
 
 def read_vectors(path: Path) -> StoredVectors:
     """The names and the vectors of a finished file. Raises UserError if it is missing, damaged or another file."""
+    with reading(path):
+        stored = format_of(path, "vectors").read(path)
+
+    def pieces() -> Iterator[np.ndarray]:
+        with reading(path):
+            yield from stored.pieces()
+
+    return StoredVectors(stored.names, pieces)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise UserError for what goes wrong with a file."""
     try:
-        return format_of(path, "vectors").read(path)
+        yield
     except (OSError, ValueError, LookupError, StopIteration, TypeError) as error:
         raise UserError(f"{path} cannot be read as vectors that embed has written: {first_line(error)}") from None
 

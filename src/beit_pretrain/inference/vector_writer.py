@@ -129,9 +129,8 @@ def growing(out: Path, form: VectorFormat, plan: dict[str, Any], resume: str) ->
                 if not _size(work / "progress.json"):  # finished, or nothing was started
                     shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror or error}; what is finished is kept; rerun the same command to resume"
-        ) from None
+        kept = "; what is finished is kept; rerun the same command to resume" if _size(work / "progress.json") else ""
+        raise UserError(f"cannot write {out}: {error.strerror or error}{kept}") from None
 
 
 def _clear(work: Path) -> None:

@@ -67,7 +67,7 @@ def captioned(rows: Sequence[Sequence[tuple[Image.Image, str]]], cell: int) -> I
             small = ImageOps.contain(picture.convert("RGB"), (cell, cell), Image.Resampling.BICUBIC)
             canvas.paste(small, (left + (cell - small.width) // 2, top + (cell - small.height) // 2))
             for number, line in enumerate(text.split("\n")):
-                shown = shortened(line, lambda text: draw.textlength(text, font()) <= cell)
+                shown = shortened(line, lambda text: draw.textlength(text, font()) <= cell - GAP)
                 draw.text((left, top + cell + number * CAPTION), shown, fill="black", font=font())
     return canvas
 
