@@ -34,6 +34,7 @@ PRETRAIN = (
     COMMON
     + NETWORK
     + "+experiment=demo_pretrain mask.max_patches=6 mask.min_block=1 num_visualizations=0 data.scale=[.5,1] "
+    "collapse=null dense_knn=null "  # which the earlier version did not measure
 )
 # Name of the run folder -> the command that began it, and resumes it.
 RUNS = {

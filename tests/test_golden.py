@@ -35,7 +35,8 @@ COMMON = (
     "threads=1 trainer.accelerator=cpu optim.lr=1e-2 "
 )
 NETWORK = COMMON + "patch_size=8 model.embed_dim=32 model.num_heads=2 model.depth=2 "
-PRETRAIN = NETWORK + "+experiment=demo_pretrain mask.max_patches=6 mask.min_block=1 data.val_images=8 "
+NEWER = "collapse=null dense_knn=null "  # metrics that did not exist when the files were written
+PRETRAIN = NETWORK + "+experiment=demo_pretrain mask.max_patches=6 mask.min_block=1 data.val_images=8 " + NEWER
 # Name of the golden file -> the command. {train} and {val} are shards; {tokenizer} (which names one token only),
 # {varied_tokenizer} and {backbone} are checkpoints.
 RUNS = {
@@ -57,7 +58,8 @@ RUNS = {
     "test={{stride:.5,scales:[.75,1],flip:true}}",
     "mae": COMMON + "+experiment=mae_base_1k logger=csv epochs=null recipe=null steps=6 val_every=3 patch_size=8 "
     "model.size=null +model.embed_dim=32 +model.depth=2 +model.num_heads=2 model.decoder_embed_dim=24 "
-    "model.decoder_depth=1 model.decoder_num_heads=3 optim.warmup_epochs=null optim.warmup_steps=2 data.val_images=8",
+    "model.decoder_depth=1 model.decoder_num_heads=3 optim.warmup_epochs=null optim.warmup_steps=2 data.val_images=8 "
+    + NEWER,
 }
 
 

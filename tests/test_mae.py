@@ -472,7 +472,9 @@ class TestTask:
         assert (tmp_path / "m/pictures/step-000004.png").is_file()
         header, *rows = (tmp_path / "m/metrics.csv").read_text().splitlines()
         assert len(rows) == 4
-        assert {"train/loss", "val/loss", "val/knn_accuracy"} <= set(header.split(","))
+        assert {"train/loss", "val/loss", "val/knn_accuracy", "val/rankme", "val/dense_knn_miou"} <= set(
+            header.split(",")
+        )
         assert run_cli("visualize", "run=m")[0] == 0
         checkpoint = "init_from=m/checkpoints/last.ckpt"
         common = (

@@ -229,4 +229,6 @@ def test_notebook_cannot_start_processes(given_settings, monkeypatch):
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     assert "means 2 processes" in refusal(beit_pretrain.compose, "demo_pretrain", two, **given_settings)
     monkeypatch.delattr(sys, "ps1")
-    assert not training.is_interactive()
+    for file, interactive in ((__file__, False), ("<stdin>", True), (None, True)):
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", file, raising=False)
+        assert training.is_interactive() == interactive

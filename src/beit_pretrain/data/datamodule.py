@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,28 @@ class ShardData(LightningDataModule):
         plan = EvalSchedule(samples, self.settings.val_batch, rank, world)
         order, tokens = Order(reader.sizes, shuffle=False), None if views else self.tokens.get(split)
         return self._dataset(split, order, plan, views or self.views["val"], tokens=tokens, seed=self.VAL_SEED)
+
+    @property
+    def has_label_maps(self) -> bool:
+        """Whether training and held-out images have label maps, of the same classes; a stream has none."""
+        if self.stream is not None or "val" not in self.readers:
+            return False
+        parts = [[f.about for f in reader.folders if f.about["segmentation"]] for reader in self.readers.values()]
+        names = [about["segmentation_classes"] for part in parts for about in part]
+        return all(parts) and all(classes == names[0] for classes in names)
+
+    def label_map_dataset(
+        self, split: str, rank: int, world: int, views: Transform, images: int
+    ) -> ShardDataset | None:
+        """The first images of a split that have a label map, as `eval_dataset` gives them; None without one."""
+        reader = self.readers[split]
+        shards = ((shard, np.flatnonzero(reader.has_label_map(shard))) for shard in range(len(reader.sizes)))
+        found = list(islice(((shard, row) for shard, rows in shards for row in rows.tolist()), images))
+        if not found:
+            return None
+        plan, order = EvalSchedule(len(found), self.settings.val_batch, rank, world), Order([len(found)], shuffle=False)
+        subset = np.asarray(found, np.int64)
+        return ShardDataset(reader, order, plan, views, subset=subset, seed=self.VAL_SEED, label_maps=True)
 
     def first_files(self, split: str, count: int) -> list[bytes]:
         """The first image files of a split."""

@@ -103,6 +103,10 @@ class ShardReader:
         """Labels (samples,) int64 of one shard; -1 where there is none."""
         return self._index(shard)["label"].astype(np.int64)
 
+    def has_label_map(self, shard: int) -> np.ndarray:
+        """Whether each sample of one shard has a label map, (samples,) bool."""
+        return self._index(shard)["segmentation_size"] > 0
+
     def read(self, sample: Sample) -> Record:
         """The image file's bytes and the label of a sample.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from beit_pretrain.engine.fit import build, preemptible, run, set_process
 from beit_pretrain.engine.keywords import fit_settings
 from beit_pretrain.engine.metrics import last_metrics
 from beit_pretrain.engine.module import TrainedModule
+from beit_pretrain.engine.preflight import run_summary
 from beit_pretrain.engine.resume import find_resume
 from beit_pretrain.engine.run_folder import finished_step
 from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.engine.trainer import silence_warnings
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.checkpoints import files as checkpoint
 
@@ -44,6 +47,7 @@ class Training:
         self._build()
 
     def _build(self) -> None:
+        silence_warnings()
         with restored_process():
             self._built = build(self.settings, self._callbacks)
         self._random = torch.get_rng_state()
@@ -55,6 +59,9 @@ class Training:
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.module, self.data, self.trainer))
+
+    def __repr__(self) -> str:
+        return run_summary(self.settings, self._built.task, self._built.steps, self.trainer)
 
     def fit(self) -> Training:
         """Train, or resume, and return itself, as the verb `fit` does: with its checks, files and errors.
@@ -135,7 +142,7 @@ def check_devices(cfg: FitSettings) -> None:
 
 def is_interactive() -> bool:
     """Whether this program is no file that could be run anew: a notebook, a shell, `python -c`."""
-    return hasattr(sys, "ps1") or not hasattr(sys.modules["__main__"], "__file__")
+    return hasattr(sys, "ps1") or not Path(getattr(sys.modules["__main__"], "__file__", None) or "").is_file()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Shapes: Q queries, M images of the bank, D width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,21 +23,37 @@ def sweep(
     ks: Sequence[int],
     temperatures: Sequence[float],
 ) -> dict[tuple[int, float], float]:
-    """Top-1 accuracy of the kNN vote for every (k, temperature).
+    """Top-1 accuracy of the kNN vote for every (k, temperature); see `votes`."""
+    hits = dict.fromkeys(((k, t) for k in ks for t in temperatures), 0)
+    for some, found in votes(bank_MD, bank_labels_M, queries_QD, classes, ks, temperatures):
+        for pair, label in found.items():
+            hits[pair] += int((label == labels_Q[some]).sum())
+    return {pair: count / len(queries_QD) for pair, count in hits.items()}
+
+
+def votes(
+    bank_MD: Tensor,
+    bank_labels_M: Tensor,
+    queries_QD: Tensor,
+    classes: int,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+) -> Iterator[tuple[slice, dict[tuple[int, float], Tensor]]]:
+    """The classes of some queries after the others, for every (k, temperature).
 
     A neighbour's vote has weight exp(cosine / temperature). The bank's mean is subtracted from all features first: this
     common part would dominate the cosine. A `k` larger than the bank uses the whole bank.
     """
     centre = bank_MD.mean(0)
     bank = F.normalize(bank_MD - centre, dim=1)
-    hits = dict.fromkeys(((k, t) for k in ks for t in temperatures), 0)
     for first in range(0, len(queries_QD), QUERIES):
-        some = F.normalize(queries_QD[first : first + QUERIES] - centre, dim=1)
-        similarity, index = (some @ bank.T).topk(min(max(ks), len(bank)), dim=1)
-        label = labels_Q[first : first + QUERIES]
-        for k, temperature in hits:
+        some = slice(first, first + QUERIES)
+        query = F.normalize(queries_QD[some] - centre, dim=1)
+        similarity, index = (query @ bank.T).topk(min(max(ks), len(bank)), dim=1)
+        found = {}
+        for k, temperature in ((k, t) for k in ks for t in temperatures):
             # Relative to the nearest neighbour: exp(1 / .01) overflows float32.
             weight = ((similarity[:, :k] - similarity[:, :1]) / temperature).exp()
-            votes = weight.new_zeros(len(some), classes).scatter_add_(1, bank_labels_M[index[:, :k]], weight)
-            hits[k, temperature] += int((votes.argmax(1) == label).sum())
-    return {pair: count / len(queries_QD) for pair, count in hits.items()}
+            summed = weight.new_zeros(len(query), classes).scatter_add_(1, bank_labels_M[index[:, :k]], weight)
+            found[k, temperature] = summed.argmax(1)
+        yield some, found

@@ -17,7 +17,7 @@ from beit_pretrain.engine.callbacks import ValidationPictures
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
-from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
+from beit_pretrain.evaluation.online_evaluation import CollapseSettings, DenseKNNSettings, KNNSettings, OnlineEvaluation
 from beit_pretrain.models.build import named_size, network
 from beit_pretrain.models.checkpoints.files import rebuild
 from beit_pretrain.models.checkpoints.init_from import normalisation
@@ -62,6 +62,8 @@ class MAESettings(BackboneSettings):
     init_from: PathStr | None = about("a checkpoint of this task, to train it on, at any image_size")
     num_visualizations: Whole = about("masked | predicted | original rows after each validation; 0 = none", True)
     knn: KNNSettings = about("online kNN accuracy, if there are labels", True)
+    dense_knn: DenseKNNSettings | None = about("online kNN of patches, if there are label maps; null = none", True)
+    collapse: CollapseSettings | None = about("RankMe and deviation of held-out features; null = none", True)
 
 
 class Autoencoding(BackboneModule):
@@ -117,8 +119,7 @@ class MAE(Task):
         if "val" in self.data.readers:
             if cfg.num_visualizations:
                 self.callbacks.append(ValidationPictures(self))
-            if len(self.data.classes) > 1:
-                self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
+            self.callbacks.append(OnlineEvaluation(self.data, cfg.knn, cfg.dense_knn, cfg.collapse))
 
     @torch.no_grad()
     def masked(self, options: Any) -> Image.Image | None:

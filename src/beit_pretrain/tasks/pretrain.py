@@ -25,7 +25,7 @@ from beit_pretrain.engine.device_prefetch import DevicePrefetcher
 from beit_pretrain.engine.settings import OptimSettings, VisualizeSettings
 from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
-from beit_pretrain.evaluation.online_knn import KNNSettings, OnlineKNN
+from beit_pretrain.evaluation.online_evaluation import CollapseSettings, DenseKNNSettings, KNNSettings, OnlineEvaluation
 from beit_pretrain.models.backbone import MaskedImageModel, patch_grid
 from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.formats import Checkpoint
@@ -69,6 +69,8 @@ class PretrainSettings(BackboneSettings):
     mask: MaskSettings
     num_visualizations: Whole = about("masked | predicted | original rows after each validation; 0 = none", True)
     knn: KNNSettings = about("online kNN accuracy, if there are labels", True)
+    dense_knn: DenseKNNSettings | None = about("online kNN of patches, if there are label maps; null = none", True)
+    collapse: CollapseSettings | None = about("RankMe and deviation of held-out features; null = none", True)
 
 
 class MIMOutput(NamedTuple):
@@ -281,8 +283,7 @@ class Pretrain(Task):
         if "val" in self.data.readers:
             if cfg.num_visualizations and targets.tokenizer is not None:
                 self.callbacks.append(ValidationPictures(self))
-            if len(self.data.classes) > 1:
-                self.callbacks.append(OnlineKNN(self.data, **to_dict(cfg.knn)))
+            self.callbacks.append(OnlineEvaluation(self.data, cfg.knn, cfg.dense_knn, cfg.collapse))
 
     def preflight(self) -> list[str]:
         """Encode a few images and report how many different tokens they have."""

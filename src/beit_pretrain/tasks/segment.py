@@ -23,6 +23,7 @@ from beit_pretrain.engine.callbacks import ValidationPictures
 from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task, check_split
 from beit_pretrain.errors import UserError
+from beit_pretrain.evaluation.confusion import confusion, scores
 from beit_pretrain.inference.sliding_window import SlidingWindow, segmented, upsampled
 from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
@@ -144,26 +145,6 @@ def pixel_loss(logits_BKhw: Tensor, target_BHW: Tensor) -> Tensor:
     """
     logits = upsampled(logits_BKhw, target_BHW.shape[-2:])
     return F.cross_entropy(logits, target_BHW, ignore_index=IGNORE, reduction="sum") / target_BHW.numel()
-
-
-def confusion(found: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Pixel counts (K, K) int64: rows are true classes, columns predicted ones; ignored pixels are left out."""
-    counted = target != IGNORE
-    pairs = target[counted] * classes + found[counted]
-    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
-
-
-def scores(confusion_KK: Tensor) -> dict[str, float]:
-    """mIoU, mean class accuracy and pixel accuracy; classes that do not occur are left out of the means."""
-    counts = confusion_KK.double()
-    hits, true, found = counts.diagonal(), counts.sum(1), counts.sum(0)
-    iou, accuracy = hits / (true + found - hits), hits / true  # NaN for absent classes
-    total = float(true.sum())
-    return {
-        "miou": float(iou.nanmean()),
-        "macc": float(accuracy.nanmean()),
-        "aacc": float(hits.sum()) / total if total else float("nan"),
-    }
 
 
 class Segment(Task):

@@ -1,8 +1,8 @@
-"""Images with label maps for segmentation: training crops, and whole images for testing.
+"""Images with label maps: training crops and whole images for segmentation, and the classes of patches.
 
-Both follow the pipelines of the release's semantic_segmentation/configs. By default 0 in a label map is ignored and ids
-1 ... K are the classes 0 ... K - 1, as in ADE20K; IGNORE marks ignored pixels. Shapes: C channels, H W pixels, S the
-side of a crop.
+The first two follow the pipelines of the release's semantic_segmentation/configs. By default 0 in a label map is
+ignored and ids 1 ... K are the classes 0 ... K - 1, as in ADE20K; IGNORE marks ignored pixels. Shapes: C channels, H W
+pixels, S the side of a crop or view, N patches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 from beit_pretrain.transforms.grey_values import IGNORE, label_ids
 from beit_pretrain.transforms.image_io import exif_orientation, to_channels, turned_to_fit
 from beit_pretrain.transforms.jitter import HALF
-from beit_pretrain.transforms.views import to_array
+from beit_pretrain.transforms.views import centre_view, to_array
 
 LONGEST = 4  # largest ratio of a resized image's longer side to the requested shorter side
 CROPS = 10  # tries for a crop that is not mostly of one class
@@ -130,6 +130,35 @@ class SegmentationEvalTransform:
         """The image (already of the right channels) at every scale."""
         sizes = [fitted(image.size, self.size * scale) for scale in self.scales]
         return {f"scale_{i}": to_array(image.resize(size, Image.Resampling.BILINEAR)) for i, size in enumerate(sizes)}
+
+
+@dataclass(frozen=True)
+class PatchLabelTransform:
+    """The evaluation view of an image, and the class of each patch: the one that most of its labelled pixels have."""
+
+    size: int  # S, pixels
+    patch_size: int
+    reduce_labels: bool = True
+    channels: int = 3
+
+    def __call__(self, image: Image.Image, rng: object, label_map: Image.Image) -> dict[str, np.ndarray]:
+        """`image` (C, S, S) and `target` (N,), both uint8; IGNORE where no pixel counts.
+
+        That is so everywhere if the label map cannot be used: these classes are only to watch a training.
+        """
+        image = fitting(image, label_map, self.channels)
+        try:
+            labels = read_labels(label_map, IGNORE, self.reduce_labels, image.size)
+        except ValueError:
+            labels = np.full(image.size[::-1], IGNORE, np.uint8)
+        view = centre_view(image, self.size, channels=self.channels)
+        map_SS = np.asarray(centre_view(Image.fromarray(labels), self.size, None, 1, Image.Resampling.NEAREST))
+        side = self.size // self.patch_size
+        patches = map_SS.reshape(side, self.patch_size, side, self.patch_size).swapaxes(1, 2).reshape(side * side, -1)
+        numbered = patches + 256 * np.arange(len(patches))[:, None]  # all patches in one histogram
+        counts = np.bincount(numbered.ravel(), minlength=256 * len(patches)).reshape(-1, 256)[:, :IGNORE]
+        target = np.where(counts.any(1), counts.argmax(1), IGNORE).astype(np.uint8)
+        return {"image": to_array(view), "target": target}
 
 
 def distorted(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

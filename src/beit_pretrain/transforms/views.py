@@ -207,8 +207,14 @@ def shorter_side(size: int, crop_ratio: float | None = None) -> int:
     return math.floor(size / crop_ratio)
 
 
-def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None, channels: int = 3) -> Image.Image:
-    """Evaluation view: shorter side to size / crop_ratio (bicubic), then the central (size, size) crop.
+def centre_view(
+    image: Image.Image,
+    size: int,
+    crop_ratio: float | None = None,
+    channels: int = 3,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """Evaluation view: shorter side to size / crop_ratio, then the central (size, size) crop.
 
     Of a thin image only the central part is enlarged: 3000 x 1 pixels would take gigabytes. The result is the same but
     for the rounding between Pillow's two passes, whose order depends on the size.
@@ -226,6 +232,6 @@ def centre_view(image: Image.Image, size: int, crop_ratio: float | None = None, 
         across, down = width / whole[0], height / whole[1]
         right, bottom = min(width, (left + size) * across), min(height, (top + size) * down)
         box = (left * across, top * down, right, bottom)
-        return image.resize((size, size), Image.Resampling.BICUBIC, box)
-    image = image.resize(whole, Image.Resampling.BICUBIC)
+        return image.resize((size, size), resample, box)
+    image = image.resize(whole, resample)
     return image.crop((left, top, left + size, top + size))
