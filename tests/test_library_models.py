@@ -164,7 +164,7 @@ class TestFiles:
             for file in ("authors.pth", "own.ckpt"):
                 ours = BeitForMaskedImageModeling.from_pretrained(tmp_path / file)
                 assert torch.equal(ours(image, mask).logits[mask], model(image, mask))
-                with pytest.warns(UserWarning, match="has no pooler"):
+                with pytest.warns(UserWarning, match="has no LayerNorm of the pooler"):
                     features = BeitModel.from_pretrained(tmp_path / file)
                 assert torch.equal(features(image)[0], model.hidden_states(image)[-1])
                 assert torch.equal(features.network.mask_token, model.mask_token)
@@ -219,6 +219,7 @@ class TestFiles:
     def test_a_full_path(self, tmp_path):
         (tmp_path / "file").touch()
         assert "is a file" in refusal(built("BeitModel").save_pretrained, tmp_path / "file")
+        assert "an empty name is" in refusal(built("BeitModel").save_pretrained, "")
         assert "cannot be written" in refusal(built("BeitModel").save_pretrained, tmp_path / "file" / "x")
 
 
@@ -265,12 +266,12 @@ class TestModules:
         assert BeitModel.from_pretrained(tmp_path).dtype == torch.float32
 
     def test_training_drops_paths(self):
-        model = built("BeitForImageClassification", drop_path_rate=0.9)
-        image = torch.randn(8, 3, 32, 32)
+        model = built("BeitForImageClassification", drop_path_rate=0.5)
+        image = torch.randn(32, 3, 32, 32)
         assert torch.equal(model(image).logits, model(image).logits)
         model.train()
         assert not torch.equal(model(image).logits, model(image).logits)
-        model(image, labels=torch.zeros(8).long()).loss.backward()
+        model(image, labels=torch.zeros(32).long()).loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
 
     def test_gradients_at_another_size(self):
@@ -290,13 +291,13 @@ class TestModules:
     @pytest.mark.long
     def test_compiled(self):
         model = built("BeitForImageClassification", use_relative_position_bias=True)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
         image = torch.randn(2, 3, 32, 32)
         with torch.no_grad():
             found, expected = compiled(image, output_hidden_states=True), model(image, output_hidden_states=True)
         assert torch.allclose(found.logits, expected.logits, atol=1e-6)
         assert len(found.hidden_states) == 3
-        loose = torch.compile(model, backend="aot_eager")
+        loose = torch.compile(model, backend="eager")
         larger = torch.randn(1, 3, 48, 48)
         with torch.no_grad():
             found, expected = (m(larger, interpolate_pos_encoding=True).logits for m in (loose, model))
@@ -359,7 +360,8 @@ def test_what_cannot_be_loaded(tmp_path):
     assert "the file says that" in refusal(load, tmp_path, hidden_size=64)
     assert "not divisible" in refusal(load, tmp_path, image_size=33)
     assert "num_labels=0" in refusal(load, tmp_path, num_labels=0)
-    assert "is made from a BeitConfig, not from dict" in refusal(BeitModel, TINY)
+    assert "must be a number of pixels or (height, width)" in refusal(load, tmp_path, image_size="64")
+    assert "is made from a beit_pretrain.BeitConfig, not from a builtins.dict" in refusal(BeitModel, TINY)
     hf_classifier().save_pretrained(tmp_path / "other")
     assert "without a token head" in refusal(load, tmp_path / "other")
 

@@ -25,6 +25,7 @@ from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
 from beit_pretrain.models.checkpoints.hf_config import INITIAL_STD
 from beit_pretrain.models.checkpoints.hf_writer import knows_its_images, set_permissions, write_folder
 from beit_pretrain.models.checkpoints.hub import local_copy
+from beit_pretrain.models.checkpoints.pretrained import checked_sides
 from beit_pretrain.models.other_size import at_size
 from beit_pretrain.settings import unknown
 
@@ -68,8 +69,8 @@ class PretrainedModel(nn.Module):
         super().__init__()
         if not isinstance(config, BeitConfig):
             raise UserError(
-                f"{type(self).__name__} is made from a BeitConfig, not from {type(config).__name__}; "
-                "from_pretrained reads files"
+                f"{type(self).__name__} is made from a beit_pretrain.BeitConfig, not from a {type(config).__module__}."
+                f"{type(config).__name__}; BeitConfig.from_dict(config.to_dict()) is one of transformers' as ours"
             )
         if config.initializer_range != INITIAL_STD:
             warnings.warn(
@@ -112,7 +113,7 @@ class PretrainedModel(nn.Module):
                 )
             more = ["revision", "image_size", *known]
             raise UserError(f"from_pretrained: {unknown(name, more, otherwise='known are ' + ', '.join(more))}")
-        sides = [image_size] * 2 if isinstance(image_size, int) else image_size
+        sides = checked_sides(image_size)
         checkpoint = read_checkpoint(local_copy(source, revision), sides)
         said = _said(checkpoint)
         labels = {name: changes.pop(name) for name in LABELS if changes.get(name) is not None}
@@ -150,8 +151,8 @@ class PretrainedModel(nn.Module):
         Files of other names in the folder stay. Raises UserError if it cannot be written.
         """
         path = expand_home(folder).absolute()
-        if path.is_file():
-            raise UserError(f"{folder} is a file; save_pretrained writes a folder")
+        if path.is_file() or not str(folder):
+            raise UserError(f"{folder or 'an empty name'} is a file or none; save_pretrained writes a folder")
         said = self._described()
         if "num_classes" in self.network.config:  # a person may have named the classes since
             if self.config.num_labels != said.num_labels:

@@ -51,6 +51,7 @@ class BeitModel(PretrainedModel):
         self,
         pixel_values: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
+        *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool = False,
@@ -82,9 +83,7 @@ class BeitModel(PretrainedModel):
         network = encoder(
             checkpoint, image_size, drop, options.get("mean_pooling"), options.get("add_pooling_layer", True)
         )
-        for name in ("norm", "fc_norm"):
-            if isinstance(getattr(network, name), nn.LayerNorm) and f"{name}.weight" not in checkpoint.state:
-                warnings.warn(f"{checkpoint.path} has no {_what(name)}: it starts as ones and zeros", stacklevel=3)
+        _warn_of_new_norm(network, checkpoint)
         return network
 
     def _after_loading(self, options: dict[str, Any]) -> None:
@@ -105,6 +104,7 @@ class BeitForMaskedImageModeling(PretrainedModel):
         pixel_values: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool = False,
@@ -157,6 +157,7 @@ class BeitForImageClassification(PretrainedModel):
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool = False,
@@ -179,9 +180,12 @@ class BeitForImageClassification(PretrainedModel):
 
     @classmethod
     def _loaded(cls, checkpoint: Checkpoint, image_size: Any, drop: float, classes: int | None, **options: Any) -> Any:
-        _warn_of_new_head(cls, checkpoint, classes)
         pool = {True: "avg", False: "token", None: None}[options.get("mean_pooling")]
-        return classifier(checkpoint, image_size, classes, drop, pool)
+        new = _warn_of_new_head(cls, checkpoint, classes)
+        network = classifier(checkpoint, image_size, classes, drop, pool)
+        if not new:
+            _warn_of_new_norm(network, checkpoint)
+        return network
 
 
 class BeitForSemanticSegmentation(PretrainedModel):
@@ -193,6 +197,7 @@ class BeitForSemanticSegmentation(PretrainedModel):
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool = False,
@@ -230,17 +235,24 @@ class BeitForSemanticSegmentation(PretrainedModel):
         return segmenter(checkpoint, image_size, classes, drop)
 
 
-def _warn_of_new_head(kind: type[PretrainedModel], checkpoint: Checkpoint, classes: int | None) -> None:
-    """Warn of a head that has to be trained. Raises UserError where nothing says how many classes it has."""
+def _warn_of_new_head(kind: type[PretrainedModel], checkpoint: Checkpoint, classes: int | None) -> bool:
+    """Warn of a head that has to be trained, and say whether there is one.
+
+    Raises UserError where nothing says how many classes it has.
+    """
     own = checkpoint.architecture.get("num_classes") if checkpoint.kind == kind.network_type.kind else None
     if classes is None and own is None:
         raise UserError(
             f"{checkpoint.path} holds a {checkpoint.kind} without such a head: give num_labels= or id2label= for a "
             "new one"
         )
-    if classes is not None and classes != own:
+    if new := classes not in (None, own):
         warnings.warn(f"the head of {classes} classes is new: it has to be trained", stacklevel=4)
+    return new
 
 
-def _what(name: str) -> str:
-    return "pooler" if name == "fc_norm" else "final LayerNorm"
+def _warn_of_new_norm(network: Any, checkpoint: Checkpoint) -> None:
+    """Warn of a LayerNorm that the file does not have."""
+    for name, what in (("norm", "final LayerNorm"), ("fc_norm", "LayerNorm of the pooler")):
+        if isinstance(getattr(network, name), nn.LayerNorm) and f"{name}.weight" not in checkpoint.state:
+            warnings.warn(f"{checkpoint.path} has no {what}: it starts as ones and zeros", stacklevel=4)

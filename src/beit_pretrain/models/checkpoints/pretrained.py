@@ -48,7 +48,8 @@ def load_pretrained(
 
     Args:
         path: the authors' `.pth`, a timm `beit*` file, a Hugging Face BEiT folder, a `.ckpt` of `fit`, or what
-            `export` wrote (except ONNX). The architecture is inferred.
+            `export` wrote (except ONNX); or an address of the Hub, hf://OWNER/NAME[@REVISION][/FILE]. The architecture
+            is inferred.
         head: "mim": `model(image_BCHW, mask_BN)` returns logits (M, V) of the masked patches (True = masked);
             "classify": `model(image_BCHW)` returns logits (B, classes);
             "segment": `model(image_BCHW).main` returns logits (B, classes, 4h, 4w) over h x w patches;
