@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from foreign import hf_config, scrambled
 
+from beit_pretrain.models.attention_probabilities import probabilities
 from beit_pretrain.models.backbone import MaskedImageModel
 from beit_pretrain.models.checkpoints.pretrained import load_pretrained
-from beit_pretrain.visualization.attention_maps import attention_maps, probabilities
+from beit_pretrain.visualization.attention_maps import attention_maps
 
 SIZE = {"image_size": 32, "patch_size": 8, "vocab_size": 16, "embed_dim": 32, "depth": 3, "num_heads": 4}
 

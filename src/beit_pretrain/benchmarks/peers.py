@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from beit_pretrain.benchmarks.inputs import Batch, Bench
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import MaskedImageModel
-from beit_pretrain.models.checkpoints.export import hf_config
+from beit_pretrain.models.checkpoints.hf_config import HFConfig
 from beit_pretrain.tokenizers.tokenizer import OpenAITokenizer
 
 SAME = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "drop_path_rate")
@@ -76,7 +76,7 @@ class Transformers(nn.Module):
             raise UserError("transformers is not installed: pip install transformers, or other bench.variants=")
         from transformers import BeitConfig, BeitForMaskedImageModeling
 
-        self.model: Any = BeitForMaskedImageModeling(BeitConfig(**hf_config(ours, None)))
+        self.model: Any = BeitForMaskedImageModeling(BeitConfig.from_dict(HFConfig.of_network(ours).to_dict()))
         self.model.set_attn_implementation(attention)
 
     def forward(self, image_BCHW: Tensor, mask_BN: Tensor, token_M: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from beit_pretrain.evaluation.knn import sweep
 from beit_pretrain.evaluation.linear_probe import accuracy, train_probes
 from beit_pretrain.evaluation.settings import ProbeSettings
 from beit_pretrain.models.checkpoints.formats import Checkpoint, digest, read_checkpoint
+from beit_pretrain.models.checkpoints.hub import is_address
 from beit_pretrain.models.checkpoints.init_from import check_channels, normalisation, origin
 from beit_pretrain.models.checkpoints.pretrained import features as feature_extractor
 from beit_pretrain.settings import to_dict
@@ -48,6 +49,8 @@ def probe(cfg: ProbeSettings) -> list[LayerResult]:
     data = evaluation_data(cfg, size)
     if data.stream is not None:
         raise UserError("probe_layers reads every training image: data.order=stream, without an end, cannot be used")
+    if not cfg.out and is_address(cfg.init_from):
+        raise UserError(f"init_from={cfg.init_from} is on the Hub: say with out= where the results go")
     out = Path(cfg.out) if cfg.out else Path(cfg.init_from).absolute().parent / "probe"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stored = stored_features(cfg, source, size, data, out / "features", device)

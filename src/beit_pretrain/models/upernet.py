@@ -145,17 +145,23 @@ class Segmenter(Backbone):
         `drop_BR`: see `Backbone.hidden_states`. `keep_BF` (B, F + aux_channels), factors of the channels in front of
         the two classifiers, is their dropout; None = no dropout.
         """
-        pyramid = self.pyramid(image_BCHW, drop_BR)
-        keep = keep_BF.split([self.channels, self.aux_channels], dim=1) if keep_BF is not None else (None, None)
-        auxiliary = self.auxiliary_head(pyramid[2], keep[1]) if self.auxiliary_head else None
-        return Maps(self.decode_head(pyramid, keep[0]), auxiliary)
+        return self.decode(self.pyramid(image_BCHW, drop_BR), keep_BF)
 
     def pyramid(self, image_BCHW: Tensor, drop_BR: Tensor | None = None) -> list[Tensor]:
         """Features (B, D, ., .) of the four blocks at x4, x2, x1 and x1/2 of the patch grid."""
         embedded = embed(self, image_BCHW)
-        states = [embedded, *block_outputs(self, embedded, drop_BR, self.layers[-1])]
+        return self.rescaled([embedded, *block_outputs(self, embedded, drop_BR, self.layers[-1])])
+
+    def rescaled(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """The same from the embeddings and outputs (B, 1 + N, D) of the blocks, up to the last one that is used."""
         maps = [states[layer][:, 1:].transpose(1, 2).unflatten(2, self.grid) for layer in self.layers]
         return [self.fpn1(maps[0]), self.fpn2(maps[1]), maps[2], F.max_pool2d(maps[3], 2)]
+
+    def decode(self, pyramid: list[Tensor], keep_BF: Tensor | None = None) -> Maps:
+        """Logits of both heads."""
+        keep = keep_BF.split([self.channels, self.aux_channels], dim=1) if keep_BF is not None else (None, None)
+        auxiliary = self.auxiliary_head(pyramid[2], keep[1]) if self.auxiliary_head else None
+        return Maps(self.decode_head(pyramid, keep[0]), auxiliary)
 
 
 def init_heads(part: nn.Module) -> None:

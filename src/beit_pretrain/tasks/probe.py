@@ -18,6 +18,7 @@ from beit_pretrain.engine.task import Task
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import FeatureExtractor
 from beit_pretrain.models.checkpoints.formats import digest
+from beit_pretrain.models.checkpoints.hub import is_address
 from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import features
 from beit_pretrain.models.linear_probe import LayerProbes, losses_and_hits
@@ -127,7 +128,8 @@ class Probe(Task):
         probes = LayerProbes(layers, backbone.embed_dim, len(data.classes), cfg.probe.pool)
         optim = cfg.optim.with_warmup_in_steps(data.samples, cfg.global_batch_size)
         self.module = Probing(probes, backbone, optim, mean, std)
-        self.module.about |= {"classes": list(data.classes), "init_from": str(Path(cfg.init_from).absolute())}
+        place = cfg.init_from if is_address(cfg.init_from) else str(Path(cfg.init_from).absolute())
+        self.module.about |= {"classes": list(data.classes), "init_from": place}
         self.module.about["backbone"] = digest(source.state)
         self.origin = origin(source)
 

@@ -1,21 +1,19 @@
 """Self-attention of chosen patches, for layers and heads, as in the paper's figure (BEiT, section 3.4, figure 2).
 
-Fused kernels do not return the probabilities: here they are computed again, of every head.
 Shapes: B batch, C channels, H W pixels, A heads, h w patches, N = h w, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.models.attention_probabilities import attention_probabilities
 from beit_pretrain.models.backbone import Backbone, embed
 from beit_pretrain.visualization import grids
 
@@ -114,19 +112,4 @@ def attention_maps(
     Row i holds the attention weights of token i; token 0 is [CLS], then the patches row by row.
     """
     inputs = [embed(model, image_BCHW, mask_BN), *model.hidden_states(image_BCHW, mask_BN)]
-    shared = model.rel_pos_bias() if model.rel_pos_bias is not None else None
-    blocks: Any = model.blocks
-    return {n: probabilities(blocks[n - 1].attn, blocks[n - 1].norm1(inputs[n - 1]), shared) for n in layers}
-
-
-def probabilities(attention: Any, x_BND: Tensor, shared_bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + position bias), (B, A, N, N), of timm's attention on its normalised input."""
-    bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-    qkv = F.linear(x_BND, attention.qkv.weight, bias)
-    q, k, _ = qkv.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    logits = (q * attention.scale) @ k.transpose(-2, -1)
-    if attention.relative_position_bias_table is not None:
-        logits = logits + attention._get_rel_pos_bias()
-    if shared_bias is not None:
-        logits = logits + shared_bias
-    return logits.softmax(-1)
+    return dict(zip(layers, attention_probabilities(model, inputs, layers), strict=True))

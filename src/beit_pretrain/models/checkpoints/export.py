@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -24,20 +23,18 @@ from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path
-from beit_pretrain.models.backbone import SIZES, Backbone, Classifier, MaskedImageModel
-from beit_pretrain.models.checkpoints import hf, hf_processor
+from beit_pretrain.models.backbone import SIZES, MaskedImageModel
+from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.formats import read_checkpoint
+from beit_pretrain.models.checkpoints.hf_writer import Model, set_permissions, write_folder
 from beit_pretrain.models.checkpoints.infer_architecture import TABLE
 from beit_pretrain.models.checkpoints.model_card import MARK, card
 from beit_pretrain.models.checkpoints.pretrained import classifier, encoder, mim, segmenter
 from beit_pretrain.models.settings import ExportSettings
 from beit_pretrain.models.upernet import Segmenter
-from beit_pretrain.transforms.jitter import HALF, per_channel
-from beit_pretrain.transforms.views import shorter_side
 
 SUFFIXES = {"unilm": ".pth", "timm": ".safetensors", "onnx": ".onnx", "hf": ""}
 TOLERANCE = 1e-4  # of the largest output: other software sums in another order
-Model = Backbone | MaskedImageModel | Classifier | Segmenter
 BUILDERS: dict[str, Callable[..., Model]] = {
     "backbone": encoder,
     "mim": mim,
@@ -83,14 +80,6 @@ def export(cfg: ExportSettings) -> Path:
         raise UserError(f"{out} cannot be written: {first_line(error)}") from error
     print(f"wrote {cfg.out}; opened again and compared: the same numbers\n{how_to_open.format(out=cfg.out)}")
     return out
-
-
-def set_permissions(written: Path) -> None:
-    """Give a file, or the files of a folder, the usual permissions: only the owner can read safetensors' files."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in [written] if written.is_file() else written.iterdir():
-        file.chmod(0o666 & ~umask)
 
 
 def label(model: Model) -> dict[str, Any]:
@@ -156,20 +145,8 @@ def to_hf(model: Model, path: Path) -> str:
         raise UserError(
             "to=hf: transformers swaps height and width on grids that are not square; to=timm or unilm keeps them"
         )
-    count = 0 if model.kind in ("backbone", "mim") else model.num_classes
-    classes = (model.about.get("classes") or [f"LABEL_{i}" for i in range(count)]) if count else None
     architecture = hf.ARCHITECTURES[model.kind]
-    path.mkdir(exist_ok=True)
-    config = transformers.BeitConfig(**hf_config(model, classes), architectures=[architecture], dtype="float32")
-    config.save_pretrained(path)
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    if config.num_hidden_layers > len(model.blocks):  # see hf.USED
-        first = {n: t for n, t in state.items() if n.startswith("blocks.0.")}
-        last = f"blocks.{len(model.blocks)}."
-        state |= {n.replace("blocks.0.", last): torch.zeros_like(t) for n, t in first.items()}
-    named = hf.to_names(state, model.kind)
-    save_file({n: t.contiguous() for n, t in named.items()}, path / "model.safetensors", metadata={"format": "pt"})
-    transformers.BeitImageProcessor(**processor_settings(model)).save_pretrained(path)
+    write_folder(model, path)
     same_network(model, path)
     theirs = getattr(transformers, architecture).from_pretrained(path).eval()
     transformers.BeitModel.from_pretrained(path)
@@ -184,61 +161,6 @@ def to_hf(model: Model, path: Path) -> str:
             ours = model(image).main if isinstance(model, Segmenter) else model(image)
             check_same_output(ours, theirs(image).logits, "transformers")
     return f"transformers.{architecture}.from_pretrained('{{out}}')"
-
-
-def processor_settings(model: Model) -> dict[str, Any]:
-    """Preprocessing: the evaluation view; for a segmenter, the whole image resized to a square."""
-    size = model.config["image_size"]
-    square = {"height": size, "width": size}
-    half = per_channel(HALF, model.config["in_chans"], "mean")
-    levels = {"image_mean": list(model.about.get("mean", half)), "image_std": list(model.about.get("std", half))}
-    if isinstance(model, Segmenter):
-        reduce_labels = bool(model.about.get("reduce_labels", True))
-        return {**levels, "size": square, "do_center_crop": False, "do_reduce_labels": reduce_labels}
-    if view := model.about.get("view"):
-        return {**levels, **hf_processor.settings_of(view, size)}
-    shorter = shorter_side(size, model.about.get("crop_ratio"))
-    return {**levels, "size": {"shortest_edge": shorter}, "crop_size": square, "do_center_crop": True}
-
-
-def hf_config(model: Model, classes: list[str] | None) -> dict[str, Any]:
-    """Our architecture as arguments of `BeitConfig`."""
-    ours = model.config
-    said: dict[str, Any] = {hf.CONFIG[name]: ours[name] for name in hf.CONFIG}
-    said |= {
-        "intermediate_size": int(ours["embed_dim"] * ours["mlp_ratio"]),
-        "layer_scale_init_value": ours["init_values"] or 0.0,
-        "use_relative_position_bias": ours["rel_pos_bias"] == "per_layer",
-        "use_shared_relative_position_bias": ours["rel_pos_bias"] == "shared",
-    }
-    if model.kind == "backbone":
-        return said | {"use_mask_token": False, "use_mean_pooling": False}
-    if classes is None:
-        return said | {"use_mask_token": True, "vocab_size": ours["vocab_size"], "use_mean_pooling": True}
-    said |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
-    return said | (decoder_config(ours) if "decoder" in ours else {"use_mean_pooling": ours["pool"] == "avg"})
-
-
-def decoder_config(ours: dict[str, Any]) -> dict[str, Any]:
-    """A segmenter's heads as arguments of `BeitConfig`. Raises UserError for options that transformers lacks."""
-    decoder, depth = ours["decoder"], ours["depth"]
-    if decoder["channels"] != ours["embed_dim"]:
-        raise UserError(
-            f"to=hf: the decoder has {decoder['channels']} channels; transformers' has as many as the backbone is "
-            f"wide ({ours['embed_dim']})"
-        )
-    if len(set(decoder["layers"])) < 4:
-        raise UserError(f"to=hf: transformers refuses decoder.layers={decoder['layers']}, with a block twice")
-    return {
-        "num_hidden_layers": max(depth, decoder["layers"][-1] + 1),
-        hf.USED: depth,
-        "out_indices": [layer + 1 for layer in decoder["layers"]],
-        "pool_scales": decoder["pool_scales"],
-        "use_auxiliary_head": decoder["aux_channels"] is not None,
-        "auxiliary_channels": decoder["aux_channels"] or 256,
-        "auxiliary_num_convs": decoder["aux_convs"],
-        "use_mean_pooling": True,
-    }
 
 
 class AllTokens(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from beit_pretrain import fileio
 from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.models.checkpoints.hub import is_address, local_copy
 
 Module = TypeVar("Module", bound=nn.Module)
 KINDS = {
@@ -65,8 +66,8 @@ def read_tensors(path: str | Path) -> tuple[dict, dict]:
 
 
 def existing(path: str | Path) -> Path:
-    """The path of an existing file. Raises UserError, with a guess of what was meant."""
-    path = Path(path)
+    """The path of an existing file, or of one on the Hub. Raises UserError, with a guess of what was meant."""
+    path = local_copy(path) if is_address(path) else Path(path)
     if path.is_dir():
         found = sorted(
             [*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")], key=lambda file: file.name != "last.ckpt"

@@ -20,6 +20,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import expand_home
 from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.files import KINDS, listed_keys, read_tensors
+from beit_pretrain.models.checkpoints.hub import is_address, local_copy
 from beit_pretrain.models.checkpoints.infer_architecture import HEADS, checked_facts, floats, infer
 
 DERIVED = ("relative_position_index", "attn.k_bias", "position_ids")  # buffers that some files hold
@@ -72,9 +73,10 @@ class Checkpoint:
 def read_checkpoint(path: str | Path, image_size: Sequence[int] | None = None) -> Checkpoint:
     """Read a checkpoint of any known format. Raises UserError, in one line, for anything else.
 
-    `image_size`, (height, width), is needed where position tables are of a grid that is not square.
+    `path`: a file, a folder, or an address of the Hub, hf://OWNER/NAME[@REVISION][/FILE]. `image_size`, (height,
+    width), is needed where position tables are of a grid that is not square.
     """
-    path = expand_home(path)
+    path = local_copy(path) if is_address(path) else expand_home(path)
     folder = path if path.is_dir() else path.parent
     in_folder = path.is_dir() and (path / "config.json").is_file()
     content, said = read_folder(path) if in_folder else read_tensors(path)

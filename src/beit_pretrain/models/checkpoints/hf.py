@@ -100,9 +100,9 @@ def translate(
     kind = "mim" if "lm_head.weight" in state else "classifier"
     if not any(name.startswith("beit.") for name in state):  # a BeitModel by itself
         state = {name if name.startswith(("lm_head", "classifier")) else f"beit.{name}": t for name, t in state.items()}
-    # Leftovers of some versions: a token head does not use the pooler, a classifier not the mask token.
+    # Leftovers of some versions: a token head does not use the pooler, other heads not the mask token.
     headed = any(name.startswith(("classifier.", "decode_head.")) for name in state)
-    idle = "beit.pooler." if kind == "mim" else "beit.embeddings.mask_token" if headed else ()
+    idle = ("beit.pooler.",) if kind == "mim" else ("beit.embeddings.mask_token",) if headed else ()
     state = {name: tensor for name, tensor in state.items() if not name.startswith(idle)}
     if isinstance(used := config.get(USED), int):
         state = {n: t for n, t in state.items() if not ((found := LAYER.match(n)) and int(found[1]) >= used)}

@@ -26,6 +26,8 @@ DEFAULTS: dict[str, Any] = {
     "image_mean": None,  # .5 of every channel
     "image_std": None,
 }
+# What a file says of every processor that we write.
+WRITTEN = {**DEFAULTS, "do_reduce_labels": False, "image_processor_type": "BeitImageProcessor"}
 KINDS = ("BeitImageProcessor", "BeitImageProcessorFast", "BeitImageProcessorPil", "BeitFeatureExtractor")
 
 

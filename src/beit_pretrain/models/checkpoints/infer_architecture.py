@@ -123,7 +123,7 @@ def infer(
         "embed_dim": width,
         "depth": depth,
         "num_heads": heads,
-        "mlp_ratio": hidden.shape[0] / width if hidden is not None else 4.0,
+        "mlp_ratio": mlp_ratio(hidden.shape[0], width) if hidden is not None else 4.0,
         "init_values": (said.get("init_values") or scale) if "blocks.0.gamma_1" in state else None,
         "rel_pos_bias": "shared" if SHARED_TABLE in state else "per_layer" if tables else "none",
         "abs_pos_emb": "pos_embed" in state,
@@ -137,6 +137,12 @@ def infer(
         architecture["num_classes"] = len(state[HEADS["segmenter"]])
         architecture["decoder"] = decoder(state, said.get("decoder") or {}, path)
     return architecture
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio from which timm computes an MLP's hidden width, int(width * ratio): a quotient may be rounded down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def decoder(state: dict[str, Tensor], said: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -159,10 +159,39 @@ def features(source: Checkpoint, image_size: ImageSize = None, drop_path_rate: f
     return finished(lambda: FeatureExtractor(**architecture), state, source)
 
 
-def encoder(source: Checkpoint, image_size: ImageSize = None, drop_path_rate: float = 0.0) -> Backbone:
-    """The backbone with its final LayerNorm alone."""
-    architecture, state = prepared(source, image_size, drop_path_rate, ("norm.",))
-    return finished(lambda: Backbone("", 0, **architecture), state, source)
+def encoder(
+    source: Checkpoint,
+    image_size: ImageSize = None,
+    drop_path_rate: float = 0.0,
+    mean_pooling: bool | None = None,
+    pooler: bool | None = None,
+) -> Backbone:
+    """The backbone with its mask token, if the file has one, and without a head.
+
+    With `mean_pooling` its LayerNorm is that of the pooler, over the mean of the patches (without `pooler` there is
+    none); else it is the final one, over all tokens. One that the file lacks starts afresh. None = as in the file; of
+    a file with a token head, as transformers takes it: mean pooling.
+    """
+    names = source.state.keys()
+    if mean_pooling is None:
+        mean_pooling = source.kind == "mim" or "norm.weight" not in names
+    if pooler is None:
+        pooler = not mean_pooling or "fc_norm.weight" in names
+    norm = ("fc_norm.",) if mean_pooling and pooler else () if mean_pooling else ("norm.",)
+    mask_token = ("mask_token",) if "mask_token" in names else ()
+    new = tuple(name for name in norm if f"{name}weight" not in names)
+    architecture, state = prepared(source, image_size, drop_path_rate, norm + mask_token, new)
+    return finished(lambda: base(architecture, mean_pooling, pooler, bool(mask_token)), state, source, new)
+
+
+def base(architecture: dict[str, Any], mean_pooling: bool, pooler: bool, mask_token: bool) -> Backbone:
+    """A backbone without a head; arguments as of `encoder`."""
+    model = Backbone("avg" if mean_pooling and pooler else "", 0, **architecture)
+    if mean_pooling:
+        model.norm = nn.Identity()
+    if mask_token:
+        model.mask_token = nn.Parameter(torch.zeros(1, 1, int(model.embed_dim)))
+    return model
 
 
 def spread_table(source: Checkpoint, architecture: dict[str, Any], state: dict[str, Tensor]) -> None:

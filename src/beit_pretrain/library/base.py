@@ -1,0 +1,282 @@
+"""What the four models share: a network of ours inside, `from_pretrained`, `save_pretrained`, and the pass over blocks.
+
+Shapes: B batch, C channels, H W pixels, N patches, D width, R residual branches.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import atomic_path, expand_home
+from beit_pretrain.library.config import BeitConfig
+from beit_pretrain.library.outputs import ModelOutput
+from beit_pretrain.models.attention_probabilities import attention_probabilities
+from beit_pretrain.models.backbone import Backbone, embed
+from beit_pretrain.models.blocks import block_outputs
+from beit_pretrain.models.checkpoints import hf
+from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
+from beit_pretrain.models.checkpoints.hf_config import INITIAL_STD
+from beit_pretrain.models.checkpoints.hf_writer import knows_its_images, set_permissions, write_folder
+from beit_pretrain.models.checkpoints.hub import local_copy
+from beit_pretrain.models.other_size import at_size
+from beit_pretrain.settings import unknown
+
+Output = TypeVar("Output", bound=ModelOutput)
+LABELS = ("num_labels", "id2label", "label2id")
+# What may differ from the file's config without another network.
+CHANGES = (
+    "drop_path_rate",
+    "use_mean_pooling",
+    "auxiliary_loss_weight",
+    "semantic_loss_ignore_index",
+    "problem_type",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+)
+
+
+class Pass(NamedTuple):
+    """One pass over the blocks."""
+
+    network: Any  # of the image's size
+    states: list[Tensor]  # the embeddings, and the output of every block that ran, (B, 1 + N, D)
+    hidden_states: tuple[Tensor, ...] | None  # the same, if asked for
+    attentions: tuple[Tensor, ...] | None  # if asked for
+
+
+class PretrainedModel(nn.Module):
+    """A network of ours under the names of transformers.
+
+    Attributes:
+        network: the network; `network.about` has what its file said of images (mean, std, classes).
+        config: a `BeitConfig` of its own, not the one it was made from.
+    """
+
+    network_type: ClassVar[type[Backbone]] = Backbone
+    network: Any
+    config: BeitConfig
+
+    def __init__(self, config: BeitConfig, **options: Any):
+        super().__init__()
+        if not isinstance(config, BeitConfig):
+            raise UserError(
+                f"{type(self).__name__} is made from a BeitConfig, not from {type(config).__name__}; "
+                "from_pretrained reads files"
+            )
+        if config.initializer_range != INITIAL_STD:
+            warnings.warn(
+                f"initializer_range={config.initializer_range}: initial weights are those of the release, with a "
+                f"standard deviation of {INITIAL_STD}",
+                stacklevel=3,
+            )
+        self._hold(self._built(config, **options), config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        image_size: int | Sequence[int] | None = None,
+        ignore_mismatched_sizes: bool = True,
+        **changes: Any,
+    ) -> Self:
+        """A model in eval mode, float32, from any BEiT checkpoint.
+
+        Args:
+            source: a file or folder (the authors' `.pth`, timm's, transformers', ours), `hf://OWNER/NAME[@REVISION]`
+                or `OWNER/NAME` of the Hub.
+            revision: branch, tag or commit on the Hub.
+            image_size: side, or (height, width), pixels; position tables are resized the release's way.
+            ignore_mismatched_sizes: accepted and not needed: a head of another number of classes is a new one, and a
+                warning says so.
+            changes: num_labels, id2label or label2id, for a new head; and drop_path_rate, use_mean_pooling,
+                auxiliary_loss_weight, semantic_loss_ignore_index, problem_type, output_hidden_states,
+                output_attentions, return_dict of the config. BeitModel also takes add_pooling_layer.
+
+        Raises UserError, in one line, for what cannot be read, or does not fit.
+        """
+        known = (*CHANGES, *LABELS, *cls._options())
+        for name in changes.keys() - {*known}:
+            if name in BeitConfig.model_fields:
+                raise UserError(
+                    f"from_pretrained(..., {name}=...): the file says that; only {', '.join(known)} can change"
+                )
+            more = ["revision", "image_size", *known]
+            raise UserError(f"from_pretrained: {unknown(name, more, otherwise='known are ' + ', '.join(more))}")
+        sides = [image_size] * 2 if isinstance(image_size, int) else image_size
+        checkpoint = read_checkpoint(local_copy(source, revision), sides)
+        said = _said(checkpoint)
+        labels = {name: changes.pop(name) for name in LABELS if changes.get(name) is not None}
+        wanted = BeitConfig(**labels) if labels else None
+        count = wanted.num_labels if wanted else None
+        options = {name: changes.pop(name) for name in cls._options() if name in changes}
+        settings = BeitConfig(**{**said, **changes})
+        if "use_mean_pooling" in changes:
+            options["mean_pooling"] = settings.use_mean_pooling
+        network = cls._loaded(checkpoint, image_size, settings.drop_path_rate, count, **options)
+        if wanted is not None:
+            network.about["classes"] = list(wanted.id2label.values())
+        model = cls.from_network(network, settings)
+        model._after_loading(options)
+        return model.eval()
+
+    @classmethod
+    def from_network(cls, network: Any, config: BeitConfig | None = None) -> Self:
+        """The model around a network of ours, such as that of a training run; its weights are shared.
+
+        `config` has what a network does not say (weights of losses, problem_type); None = the defaults.
+        """
+        if getattr(network, "kind", None) != cls.network_type.kind:
+            raise UserError(f"{cls.__name__} holds a {cls.network_type.__name__}, not a {type(network).__name__}")
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._hold(network, config or BeitConfig())
+        return model.train(network.training)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and, where it is known, preprocessor_config.json, into a folder.
+
+        `from_pretrained` of transformers and of this class open it, with the same numbers. A network for images that
+        are not square is for this class alone: transformers reads position tables with height and width swapped.
+        Files of other names in the folder stay. Raises UserError if it cannot be written.
+        """
+        path = expand_home(folder).absolute()
+        if path.is_file():
+            raise UserError(f"{folder} is a file; save_pretrained writes a folder")
+        said = self._described()
+        if "num_classes" in self.network.config:  # a person may have named the classes since
+            if self.config.num_labels != said.num_labels:
+                raise UserError(
+                    f"config.id2label names {self.config.num_labels} classes, the head has {said.num_labels}; "
+                    "from_pretrained(..., num_labels=) makes another head"
+                )
+            said.id2label = self.config.id2label
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path, last="config.json") as temporary:
+                write_folder(self.network, temporary, said, processor=knows_its_images(self.network))
+                set_permissions(temporary)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.network.cls_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self.network.cls_token.dtype
+
+    @property
+    def num_labels(self) -> int:
+        """The number of classes."""
+        return self.config.num_labels
+
+    # --- what each model fills in -------------------------------------------------------------------------------------
+
+    @classmethod
+    def _options(cls) -> tuple[str, ...]:
+        """Arguments of `from_pretrained` that only this model has."""
+        return ()
+
+    def _built(self, config: BeitConfig, **options: Any) -> Backbone:
+        """A fresh network."""
+        raise NotImplementedError
+
+    @classmethod
+    def _loaded(cls, checkpoint: Checkpoint, image_size: Any, drop: float, classes: int | None, **options: Any) -> Any:
+        """The network with the file's tensors."""
+        raise NotImplementedError
+
+    def _after_loading(self, options: dict[str, Any]) -> None:
+        """Take over the options of `from_pretrained`."""
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _hold(self, network: Backbone, config: BeitConfig) -> None:
+        self.network = network
+        self.config = config
+        self.config = self._described()
+
+    def _described(self) -> BeitConfig:
+        """The config, with what the network is put right."""
+        return BeitConfig.of_network(self.network, **dict(self.config))
+
+    def _run(
+        self,
+        pixel_values: Tensor | None,
+        bool_masked_pos: Tensor | None,
+        interpolate: bool,
+        hidden_states: bool | None,
+        attentions: bool | None,
+        blocks: int | None = None,
+    ) -> Pass:
+        """Embed and run all blocks, or the first `blocks` if no output of the others is asked for."""
+        image = self._checked(pixel_values)
+        network, size = self.network, (image.shape[-2], image.shape[-1])
+        if size != tuple(network.patch_embed.img_size):
+            if not interpolate:
+                raise UserError(
+                    f"the model is for images of {tuple(network.patch_embed.img_size)} pixels, got {size}; "
+                    "interpolate_pos_encoding=True takes them, and from_pretrained(..., image_size=) is for training"
+                )
+            network = at_size(network, size)
+        mask = None if bool_masked_pos is None else self._checked_mask(bool_masked_pos, network, len(image))
+        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
+        attentions = self.config.output_attentions if attentions is None else attentions
+        embedded = embed(network, image, mask)
+        drop_BR = None
+        if self.training and self.config.drop_path_rate:
+            drop_BR = torch.rand(len(image), network.branches, device=image.device)
+        blocks = None if hidden_states or attentions else blocks
+        states = [embedded, *block_outputs(network, embedded, drop_BR, blocks)]
+        return Pass(
+            network,
+            states,
+            tuple(states) if hidden_states else None,
+            tuple(attention_probabilities(network, states)) if attentions else None,
+        )
+
+    def _checked(self, pixel_values: Tensor | None) -> Tensor:
+        """The images (B, C, H, W). Raises UserError for anything else."""
+        channels = self.config.num_channels
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point() or pixel_values.ndim != 4:
+            got = f"{tuple(pixel_values.shape)} of {pixel_values.dtype}" if isinstance(pixel_values, Tensor) else "none"
+            raise UserError(f"pixel_values must be normalised images (B, {channels}, height, width), floats; got {got}")
+        if pixel_values.shape[1] != channels:
+            raise UserError(f"the model sees {channels} channels, got images of {pixel_values.shape[1]}")
+        return pixel_values
+
+    def _checked_mask(self, mask: Tensor, network: Any, images: int) -> Tensor:
+        """The mask (B, N) as booleans. Raises UserError for one that does not fit."""
+        if not hasattr(network, "mask_token"):
+            raise UserError(
+                "bool_masked_pos needs a mask token: use_mask_token=True in the config, or a file that has one"
+            )
+        rows, columns = network.grid
+        if mask.numel() != images * rows * columns or len(mask) != images:
+            raise UserError(f"bool_masked_pos must be ({images}, {rows * columns}), got {tuple(mask.shape)}")
+        return mask.flatten(1).bool()
+
+    def _returned(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
+        """The output, or as a tuple where that is asked for."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _said(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Values of the file's own config.json, if it is Hugging Face's; of others, what the file says of training."""
+    if checkpoint.format != "hf":
+        return {"drop_path_rate": checkpoint.architecture.get("drop_path_rate", 0.0)}
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return dict(BeitConfig.from_dict(hf.read_json(folder / "config.json")))

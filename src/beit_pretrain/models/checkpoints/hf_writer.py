@@ -1,0 +1,96 @@
+"""Writes a network as the folder that `from_pretrained` opens, transformers' or ours; needs no transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import atomic_write
+from beit_pretrain.models.backbone import Backbone, Classifier, MaskedImageModel
+from beit_pretrain.models.checkpoints import hf, hf_processor
+from beit_pretrain.models.checkpoints.hf_config import HFConfig
+from beit_pretrain.models.upernet import Segmenter
+from beit_pretrain.transforms.jitter import HALF, per_channel
+from beit_pretrain.transforms.views import shorter_side
+
+Model = Backbone | MaskedImageModel | Classifier | Segmenter
+
+
+def write_folder(model: Model, path: Path, config: HFConfig | None = None, processor: bool = True) -> None:
+    """Write config.json, model.safetensors and, with `processor`, preprocessor_config.json into the folder `path`.
+
+    `config`: the network's, with the settings of losses that it does not know; None = their defaults. Raises UserError
+    for what transformers cannot be told.
+    """
+    check_decoder(model)
+    path.mkdir(exist_ok=True)
+    config = config or HFConfig.of_network(model)
+    said = {"architectures": [hf.ARCHITECTURES[model.kind]], **config.to_dict()}
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    said["dtype"] = str(model.cls_token.dtype).removeprefix("torch.")
+    if said["num_hidden_layers"] > len(model.blocks):  # see hf.USED
+        first = {n: t for n, t in state.items() if n.startswith("blocks.0.")}
+        last = f"blocks.{len(model.blocks)}."
+        state |= {n.replace("blocks.0.", last): torch.zeros_like(t) for n, t in first.items()}
+    named = hf.to_names(state, model.kind)
+    save_file({n: t.contiguous() for n, t in named.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    if processor:
+        write_json(path / hf_processor.FILE, {**hf_processor.WRITTEN, **processor_settings(model)})
+    write_json(path / "config.json", said)
+
+
+def check_decoder(model: Model) -> None:
+    """Raise UserError for a segmenter with options that transformers lacks."""
+    if not isinstance(model, Segmenter):
+        return
+    ours = model.config
+    decoder = ours["decoder"]
+    if decoder["channels"] != ours["embed_dim"]:
+        raise UserError(
+            f"the decoder has {decoder['channels']} channels; transformers' has as many as the backbone is "
+            f"wide ({ours['embed_dim']})"
+        )
+    if len(set(decoder["layers"])) < 4:
+        raise UserError(f"transformers refuses decoder.layers={decoder['layers']}, with a block twice")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write settings by name, in alphabetical order."""
+    atomic_write(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def set_permissions(written: Path) -> None:
+    """Give a file, or the files of a folder, the usual permissions: only the owner can read safetensors' files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [written] if written.is_file() else written.iterdir():
+        file.chmod(0o666 & ~umask)
+
+
+def knows_its_images(model: Model) -> bool:
+    """Whether a network's file said how its images are prepared."""
+    return bool(model.about.keys() & {"mean", "std", "view", "crop_ratio"})
+
+
+def processor_settings(model: Model) -> dict[str, Any]:
+    """Preprocessing: the evaluation view; for a segmenter, or images that are not square, the whole image resized."""
+    size = model.config["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    sides = {"height": height, "width": width}
+    half = per_channel(HALF, model.config["in_chans"], "mean")
+    levels = {"image_mean": list(model.about.get("mean", half)), "image_std": list(model.about.get("std", half))}
+    if isinstance(model, Segmenter):
+        reduce_labels = bool(model.about.get("reduce_labels", True))
+        return {**levels, "size": sides, "do_center_crop": False, "do_reduce_labels": reduce_labels}
+    if height != width:
+        return {**levels, "size": sides, "do_center_crop": False}
+    if view := model.about.get("view"):
+        return {**levels, **hf_processor.settings_of(view, height)}
+    shorter = shorter_side(height, model.about.get("crop_ratio"))
+    return {**levels, "size": {"shortest_edge": shorter}, "crop_size": sides, "do_center_crop": True}
