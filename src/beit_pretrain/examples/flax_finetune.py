@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -178,7 +177,8 @@ def finetune(given: argparse.Namespace) -> float | None:
     found = accuracy(model, data) if given.val is not None else None
     if found is not None:
         print(f"accuracy {found:.4f} on {data.readers['val'].samples} held-out images", flush=True)
-    print(f"wrote {model.save_pretrained(Path(given.out))}")
+    model.save_pretrained(given.out)
+    print(f"wrote {given.out}")
     return found
 
 

@@ -17,14 +17,15 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import atomic_path, expand_home
 from beit_pretrain.flax.backbone import CUT_NORMAL, NORMAL, Backbone, times
 from beit_pretrain.flax.outputs import (
     FlaxBeitModelOutputWithPooling,
     FlaxMaskedLMOutput,
     FlaxSequenceClassifierOutput,
 )
-from beit_pretrain.flax.pretrained import filled, read_source
-from beit_pretrain.flax.save import save_folder
+from beit_pretrain.flax.pretrained import filled, read_source, to_network
+from beit_pretrain.models.checkpoints.hf_writer import knows_its_images, set_permissions, write_folder
 
 
 class FlaxBeit(Backbone):
@@ -97,12 +98,26 @@ class FlaxBeit(Backbone):
         model.about = source.about
         return model
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a folder of Hugging Face's layout, which transformers, `load_pretrained` and `Predictor` read.
+    def to_torch(self) -> Any:
+        """The same network in torch, in eval mode: a `MaskedImageModel`, a `Classifier` or a `Backbone`."""
+        return to_network(self)
 
-        Raises UserError for images that are not square: transformers cannot compute with them.
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder of Hugging Face's layout: transformers, `load_pretrained`, `Predictor` and this class read it.
+
+        Other files in the folder stay. A network for images that are not square is for us alone: transformers reads
+        position tables with height and width swapped. Raises UserError if it cannot be written.
         """
-        return save_folder(self, Path(folder))
+        path = expand_home(folder).absolute()
+        if path.is_file():
+            raise UserError(f"{folder} is a file; save_pretrained writes a folder")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path, last="config.json") as temporary:
+                write_folder(network := self.to_torch(), temporary, processor=knows_its_images(network))
+                set_permissions(temporary)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 class FlaxBeitModel(FlaxBeit):

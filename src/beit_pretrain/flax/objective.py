@@ -1,4 +1,4 @@
-"""The loss of masked image modelling in JAX, at the masked patches alone (BEiT, equation 2).
+"""The loss of masked image modelling in JAX, at the masked patches alone (BEiT, equation 1).
 
 Shapes: B batch, N patches, V vocabulary, K masked positions of one image, padded.
 """

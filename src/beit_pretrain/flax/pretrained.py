@@ -1,4 +1,4 @@
-"""From a checkpoint of any known format to a Flax network; reading and resizing are torch's (models/checkpoints)."""
+"""From checkpoints to Flax networks, and from these to torch's, by the readers in models/checkpoints."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from flax import nnx
 from torch import Tensor
 
-from beit_pretrain.flax.weights import put, shapes
+from beit_pretrain.flax.weights import put, shapes, to_tensors
 from beit_pretrain.models.checkpoints.files import check_fit
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
 from beit_pretrain.models.checkpoints.hub import local_copy
-from beit_pretrain.models.checkpoints.pretrained import checked_sides, classifier, mim, prepared
+from beit_pretrain.models.checkpoints.pretrained import checked_sides, classifier, encoder, mim
 
 Network = TypeVar("Network", bound=nnx.Module)
+BUILDERS: dict[str, Callable[..., Any]] = {"mim": mim, "classifier": classifier, "backbone": encoder}
 
 
 @dataclass
@@ -43,32 +44,21 @@ def read_source(
     """A checkpoint for a network of a kind, with new heads where they are needed. Raises UserError."""
     sides = checked_sides(image_size, num_labels)
     source = read_checkpoint(local_copy(path, revision), sides)
-    if kind == "backbone":
-        return of_backbone(source, image_size, drop_path_rate)
+    options: dict[str, Any] = {"classifier": {"num_classes": num_labels}, "backbone": {"pooler": True}}.get(kind, {})
     with torch.random.fork_rng(devices=[]):  # a new head is torch's, of a seed from `rngs`
         torch.manual_seed(0 if rngs is None else int(jax.random.bits(rngs.params())))
-        model: Any = (
-            mim(source, image_size, drop_path_rate)
-            if kind == "mim"
-            else classifier(source, image_size, num_labels, drop_path_rate)
-        )
-    return Source(source.path, model.config, model.state_dict(), model.about)
+        model = BUILDERS[kind](source, image_size, drop_path_rate=drop_path_rate, **options)
+    config = dict(model.config)
+    if kind == "backbone":
+        config |= {"pool": model.global_pool or "token", "use_mask_token": hasattr(model, "mask_token")}
+    return Source(source.path, config, model.state_dict(), model.about)
 
 
-def of_backbone(source: Checkpoint, image_size: int | Sequence[int] | None, drop_path_rate: float) -> Source:
-    """The backbone with the LayerNorm over the mean of the patches that the file has, or with the final LayerNorm.
-
-    A network with a token head has none of its own: the LayerNorm of its head is not the backbone's. There, and in
-    files that have neither, a new one over the mean.
-    """
-    token = source.kind != "mim" and "norm.weight" in source.state and "fc_norm.weight" not in source.state
-    norm = "norm." if token else "fc_norm."
-    config, state = prepared(source, image_size, drop_path_rate, ("mask_token", norm))
-    if not token:
-        width = config["embed_dim"]
-        state = {"fc_norm.weight": torch.ones(width), "fc_norm.bias": torch.zeros(width), **state}
-    config |= {"pool": "token" if token else "avg", "use_mask_token": "mask_token" in state}
-    return Source(source.path, config, state, dict(source.about))
+def to_network(model: Any) -> Any:
+    """A Flax network as a network of torch, in eval mode, with the same weights."""
+    config, state = model.config, to_tensors(nnx.state(model, nnx.Param))
+    source = Checkpoint(Path(type(model).__name__), "Flax", model.kind, config, state, model.about)
+    return BUILDERS[model.kind](source, drop_path_rate=config["drop_path_rate"])
 
 
 def filled(build: Callable[[], Network], source: Source) -> Network:
