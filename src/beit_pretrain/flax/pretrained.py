@@ -47,8 +47,8 @@ def read_source(
     options: dict[str, Any] = {"classifier": {"num_classes": num_labels}, "backbone": {"pooler": True}}.get(kind, {})
     with torch.random.fork_rng(devices=[]):  # a new head is torch's, of a seed from `rngs`
         torch.manual_seed(0 if rngs is None else int(jax.random.bits(rngs.params())))
-        model = BUILDERS[kind](source, image_size, drop_path_rate=drop_path_rate, **options)
-    config = dict(model.config)
+        model: Any = BUILDERS[kind](source, image_size, drop_path_rate=drop_path_rate, **options)
+    config: dict[str, Any] = dict(model.config)
     if kind == "backbone":
         config |= {"pool": model.global_pool or "token", "use_mask_token": hasattr(model, "mask_token")}
     return Source(source.path, config, model.state_dict(), model.about)

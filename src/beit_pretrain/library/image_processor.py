@@ -31,7 +31,7 @@ class BeitImageProcessor:
 
     Images come out as transformers' PIL backend (`BeitImageProcessorPil`) makes them: resized by Pillow in 8 bits, as
     in transformers 4 when the models were published. The torchvision backend, the default of transformers 5, differs
-    from both by some levels of 8 bits (docs/from_transformers.md). Different on purpose from transformers 5.23:
+    from both by some levels of 8 bits (docs/transformers.md). Different on purpose from transformers 5.23:
 
     * label maps are resized to the nearest pixel; there by the images' filter, which invents classes between others;
     * `do_reduce_labels` never touches images (#38042 of transformers, mended there), nor the caller's array, and the
