@@ -346,6 +346,7 @@ def test_more_inputs_that_cannot_be():
     classifier, segmenter = built("BeitForImageClassification"), built("BeitForSemanticSegmentation")
     assert "do not fit" in refusal(classifier, IMAGE, labels=torch.zeros(2).long())
     assert "labels must be (1, height, width)" in refusal(segmenter, IMAGE, labels=torch.zeros(32, 32))
+    assert "2 x 2 patches" in refusal(segmenter, torch.zeros(1, 3, 8, 64), interpolate_pos_encoding=True)
     single = built("BeitForSemanticSegmentation", num_labels=1)
     assert "must be above 1" in refusal(single, IMAGE, labels=torch.zeros(1, 32, 32))
 
@@ -359,7 +360,11 @@ def test_what_cannot_be_loaded(tmp_path):
     assert "known are revision, image_size" in refusal(load, tmp_path, torch_dtype=torch.half)
     assert "the file says that" in refusal(load, tmp_path, hidden_size=64)
     assert "not divisible" in refusal(load, tmp_path, image_size=33)
-    assert "num_labels=0" in refusal(load, tmp_path, num_labels=0)
+    for name in ("num_labels", "use_mean_pooling"):
+        assert f"{name}=...): the file says that" in refusal(load, tmp_path, **{name: True})
+    classes = BeitForImageClassification.from_pretrained
+    assert "num_labels=0" in refusal(classes, tmp_path, num_labels=0)
+    assert "use_mean_pooling must be true or false" in refusal(classes, tmp_path, num_labels=2, use_mean_pooling="avg")
     assert "must be a number of pixels or (height, width)" in refusal(load, tmp_path, image_size="64")
     assert "is made from a beit_pretrain.BeitConfig, not from a builtins.dict" in refusal(BeitModel, TINY)
     hf_classifier().save_pretrained(tmp_path / "other")

@@ -34,7 +34,6 @@ LABELS = ("num_labels", "id2label", "label2id")
 # What may differ from the file's config without another network.
 CHANGES = (
     "drop_path_rate",
-    "use_mean_pooling",
     "auxiliary_loss_weight",
     "semantic_loss_ignore_index",
     "problem_type",
@@ -62,6 +61,7 @@ class PretrainedModel(nn.Module):
     """
 
     network_type: ClassVar[type[Backbone]] = Backbone
+    options: ClassVar[tuple[str, ...]] = ()  # arguments of `from_pretrained` that only this model has
     network: Any
     config: BeitConfig
 
@@ -99,15 +99,15 @@ class PretrainedModel(nn.Module):
             image_size: side, or (height, width), pixels; position tables are resized the release's way.
             ignore_mismatched_sizes: accepted and not needed: a head of another number of classes is a new one, and a
                 warning says so.
-            changes: num_labels, id2label or label2id, for a new head; and drop_path_rate, use_mean_pooling,
-                auxiliary_loss_weight, semantic_loss_ignore_index, problem_type, output_hidden_states,
-                output_attentions, return_dict of the config. BeitModel also takes add_pooling_layer.
+            changes: of the config: drop_path_rate, auxiliary_loss_weight, semantic_loss_ignore_index, problem_type,
+                output_hidden_states, output_attentions, return_dict. Of a model with classes: num_labels, id2label or
+                label2id. Of a model that pools: use_mean_pooling. Of BeitModel: add_pooling_layer.
 
         Raises UserError, in one line, for what cannot be read, or does not fit.
         """
-        known = (*CHANGES, *LABELS, *cls._options())
+        known = (*CHANGES, *cls.options)
         for name in changes.keys() - {*known}:
-            if name in BeitConfig.model_fields:
+            if name in (*BeitConfig.model_fields, *LABELS):
                 raise UserError(
                     f"from_pretrained(..., {name}=...): the file says that; only {', '.join(known)} can change"
                 )
@@ -119,10 +119,8 @@ class PretrainedModel(nn.Module):
         labels = {name: changes.pop(name) for name in LABELS if changes.get(name) is not None}
         wanted = BeitConfig(**labels) if labels else None
         count = wanted.num_labels if wanted else None
-        options = {name: changes.pop(name) for name in cls._options() if name in changes}
-        settings = BeitConfig(**{**said, **changes})
-        if "use_mean_pooling" in changes:
-            options["mean_pooling"] = settings.use_mean_pooling
+        settings = BeitConfig(**{**said, **{n: v for n, v in changes.items() if n in BeitConfig.model_fields}})
+        options = {name: changes[name] for name in cls.options if name in changes}
         network = cls._loaded(checkpoint, image_size, settings.drop_path_rate, count, **options)
         if wanted is not None:
             network.about["classes"] = list(wanted.id2label.values())
@@ -185,11 +183,6 @@ class PretrainedModel(nn.Module):
         return self.config.num_labels
 
     # --- what each model fills in -------------------------------------------------------------------------------------
-
-    @classmethod
-    def _options(cls) -> tuple[str, ...]:
-        """Arguments of `from_pretrained` that only this model has."""
-        return ()
 
     def _built(self, config: BeitConfig, **options: Any) -> Backbone:
         """A fresh network."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.library.base import PretrainedModel
+from beit_pretrain.library.base import LABELS, PretrainedModel
 from beit_pretrain.library.config import BeitConfig
 from beit_pretrain.library.losses import classification_loss, segmentation_loss
 from beit_pretrain.library.outputs import (
@@ -42,6 +42,8 @@ class BeitModel(PretrainedModel):
         config: the architecture; weights are initialised as in the release.
         add_pooling_layer: compute `pooler_output`.
     """
+
+    options = ("add_pooling_layer", "use_mean_pooling")
 
     def __init__(self, config: BeitConfig, add_pooling_layer: bool = True):
         super().__init__(config, pooler=add_pooling_layer)
@@ -69,10 +71,6 @@ class BeitModel(PretrainedModel):
         output = BeitModelOutputWithPooling(last, pooled, found.hidden_states, found.attentions)
         return self._returned(output, return_dict)
 
-    @classmethod
-    def _options(cls) -> tuple[str, ...]:
-        return ("add_pooling_layer",)
-
     def _built(self, config: BeitConfig, **options: Any) -> Backbone:
         network = base(config.architecture(), config.use_mean_pooling, options["pooler"], config.use_mask_token)
         init_for_finetuning(network)
@@ -81,7 +79,7 @@ class BeitModel(PretrainedModel):
     @classmethod
     def _loaded(cls, checkpoint: Checkpoint, image_size: Any, drop: float, classes: int | None, **options: Any) -> Any:
         network = encoder(
-            checkpoint, image_size, drop, options.get("mean_pooling"), options.get("add_pooling_layer", True)
+            checkpoint, image_size, drop, options.get("use_mean_pooling"), options.get("add_pooling_layer", True)
         )
         _warn_of_new_norm(network, checkpoint)
         return network
@@ -152,6 +150,7 @@ class BeitForImageClassification(PretrainedModel):
     """Classifies images by the mean of the patches, or by [CLS] where the config says use_mean_pooling=False."""
 
     network_type = Classifier
+    options = (*LABELS, "use_mean_pooling")
 
     def forward(
         self,
@@ -180,7 +179,7 @@ class BeitForImageClassification(PretrainedModel):
 
     @classmethod
     def _loaded(cls, checkpoint: Checkpoint, image_size: Any, drop: float, classes: int | None, **options: Any) -> Any:
-        pool = {True: "avg", False: "token", None: None}[options.get("mean_pooling")]
+        pool = {True: "avg", False: "token", None: None}[options.get("use_mean_pooling")]
         new = _warn_of_new_head(cls, checkpoint, classes)
         network = classifier(checkpoint, image_size, classes, drop, pool)
         if not new:
@@ -192,6 +191,7 @@ class BeitForSemanticSegmentation(PretrainedModel):
     """A class for every pixel, by UPerNet (BEiT, section 3.2)."""
 
     network_type = Segmenter
+    options = LABELS
 
     def forward(
         self,
@@ -214,6 +214,8 @@ class BeitForSemanticSegmentation(PretrainedModel):
             )
         used = self.network.layers[-1]
         found = self._run(pixel_values, None, interpolate_pos_encoding, output_hidden_states, output_attentions, used)
+        if min(found.network.grid) < 2:
+            raise UserError(f"label maps need 2 x 2 patches or more; there are {found.network.grid}")
         main, auxiliary = found.network.decode(found.network.rescaled(found.states))
         loss = None
         if labels is not None:
