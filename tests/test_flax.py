@@ -319,10 +319,11 @@ def test_masked_positions():
 @pytest.mark.long
 def test_initial_weights_are_the_recipe():
     """Pre-training: normal of std .02 cut at one sigma, residual outputs smaller with depth; fine-tuning: not cut."""
-    cut = tensors(FlaxBeitForMaskedImageModeling(**MIM, rngs=nnx.Rngs(0)))
-    free = tensors(FlaxBeitForImageClassification(5, **SIZE, rngs=nnx.Rngs(0)))
+    options = {**SIZE, "depth": 1}
+    cut = tensors(FlaxBeitForMaskedImageModeling(32, **options, rngs=nnx.Rngs(0)))
+    free = tensors(FlaxBeitForImageClassification(5, **options, rngs=nnx.Rngs(0)))
     torch.manual_seed(0)
-    for found, expected in ((cut, MaskedImageModel(**MIM)), (free, Classifier(5, **SIZE))):
+    for found, expected in ((cut, MaskedImageModel(32, **options)), (free, Classifier(5, **options))):
         expected = expected.state_dict()
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -370,7 +371,7 @@ def test_example_says_what_is_wrong(tmp_path, capsys):
     from beit_pretrain.examples.flax_finetune import main
 
     assert main([str(tmp_path / "none.ckpt"), str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: checkpoint {tmp_path / 'none.ckpt'} does not exist\n"
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none.ckpt'} does not exist here")
 
 
 @pytest.mark.soak
