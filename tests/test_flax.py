@@ -57,10 +57,16 @@ def difference(found, expected) -> float:
 
 
 def largest_gradient_difference(found: dict, model: torch.nn.Module) -> float:
-    """Over all parameters: the largest difference of a gradient, relative to its largest number."""
+    """Over all parameters: the largest difference of a gradient, relative to its largest number.
+
+    At least relative to a hundredth of the network's largest: a bias table's gradient is a sum of numbers that nearly
+    cancel, and in float32 torch's own is up to 2e-5 of it away from that in float64.
+    """
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert found.keys() == expected.keys()
-    return max(((found[n] - g).abs().max() / g.abs().max()).item() for n, g in expected.items())
+    size = {name: gradient.abs().max().item() for name, gradient in expected.items()}
+    least = max(size.values()) / 100
+    return max((found[n] - g).abs().max().item() / max(size[n], least) for n, g in expected.items())
 
 
 def compare_mim(folder, **options) -> tuple[float, float, float]:
