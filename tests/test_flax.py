@@ -57,10 +57,16 @@ def difference(found, expected) -> float:
 
 
 def largest_gradient_difference(found: dict, model: torch.nn.Module) -> float:
-    """Over all parameters: the largest difference of a gradient, relative to its largest number."""
+    """Over all parameters: the largest difference of a gradient, relative to its largest number.
+
+    At least relative to a hundredth of the network's largest: a bias table's gradient is a sum of numbers that nearly
+    cancel, and in float32 torch's own is up to 2e-5 of it away from that in float64.
+    """
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert found.keys() == expected.keys()
-    return max(((found[n] - g).abs().max() / g.abs().max()).item() for n, g in expected.items())
+    size = {name: gradient.abs().max().item() for name, gradient in expected.items()}
+    least = max(size.values()) / 100
+    return max((found[n] - g).abs().max().item() / max(size[n], least) for n, g in expected.items())
 
 
 def compare_mim(folder, **options) -> tuple[float, float, float]:
@@ -319,10 +325,11 @@ def test_masked_positions():
 @pytest.mark.long
 def test_initial_weights_are_the_recipe():
     """Pre-training: normal of std .02 cut at one sigma, residual outputs smaller with depth; fine-tuning: not cut."""
-    cut = tensors(FlaxBeitForMaskedImageModeling(**MIM, rngs=nnx.Rngs(0)))
-    free = tensors(FlaxBeitForImageClassification(5, **SIZE, rngs=nnx.Rngs(0)))
+    options = {**SIZE, "depth": 1}
+    cut = tensors(FlaxBeitForMaskedImageModeling(32, **options, rngs=nnx.Rngs(0)))
+    free = tensors(FlaxBeitForImageClassification(5, **options, rngs=nnx.Rngs(0)))
     torch.manual_seed(0)
-    for found, expected in ((cut, MaskedImageModel(**MIM)), (free, Classifier(5, **SIZE))):
+    for found, expected in ((cut, MaskedImageModel(32, **options)), (free, Classifier(5, **options))):
         expected = expected.state_dict()
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
@@ -370,7 +377,7 @@ def test_example_says_what_is_wrong(tmp_path, capsys):
     from beit_pretrain.examples.flax_finetune import main
 
     assert main([str(tmp_path / "none.ckpt"), str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: checkpoint {tmp_path / 'none.ckpt'} does not exist\n"
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none.ckpt'} does not exist here")
 
 
 @pytest.mark.soak

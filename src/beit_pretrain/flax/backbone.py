@@ -73,6 +73,10 @@ class Backbone(nnx.Module):
             raise UserError(f"embed_dim={width} is not divisible by num_heads={heads}")
         if pool not in ("avg", "token"):
             raise UserError(f"pool={pool} is not one of avg, token")
+        if not 0 <= config["drop_path_rate"] < 1:
+            raise UserError(f"drop_path_rate={config['drop_path_rate']} must be at least 0 and below 1")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise UserError(f"dtype={dtype} is no type of real numbers, such as jax.numpy.bfloat16")
         self._config, self._about = json.dumps(config), "{}"  # static parts of a network must be hashable
         self.grid = patch_grid(config["image_size"], config["patch_size"])
         self.pool, self.dtype = pool, jnp.dtype(dtype)

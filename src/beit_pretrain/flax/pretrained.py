@@ -44,11 +44,11 @@ def read_source(
     """A checkpoint for a network of a kind, with new heads where they are needed. Raises UserError."""
     sides = checked_sides(image_size, num_labels)
     source = read_checkpoint(local_copy(path, revision), sides)
-    options: dict[str, dict[str, Any]] = {"classifier": {"num_classes": num_labels}, "backbone": {"pooler": True}}
+    own: dict[str, dict[str, Any]] = {"classifier": {"num_classes": num_labels}, "backbone": {"pooler": True}}
     with torch.random.fork_rng(devices=[]):  # a new head is torch's, of a seed from `rngs`
         torch.manual_seed(0 if rngs is None else int(jax.random.bits(rngs.params())))
-        model: Any = BUILDERS[kind](source, image_size, drop_path_rate=drop_path_rate, **options.get(kind, {}))
-    config: dict[str, Any] = dict(model.config)
+        model = BUILDERS[kind](source, image_size, drop_path_rate=drop_path_rate, **own.get(kind, {}))
+    config = dict(model.config)
     if kind == "backbone":
         config |= {"pool": model.global_pool or "token", "use_mask_token": hasattr(model, "mask_token")}
     return Source(source.path, config, model.state_dict(), model.about)
@@ -57,6 +57,7 @@ def read_source(
 def to_network(model: Any) -> Any:
     """A Flax network as a network of torch, in eval mode, with the same weights."""
     config, state = model.config, to_tensors(nnx.state(model, nnx.Param))
+    config.pop("use_mask_token", None)
     source = Checkpoint(Path(type(model).__name__), "Flax", model.kind, config, state, model.about)
     return BUILDERS[model.kind](source, drop_path_rate=config["drop_path_rate"])
 
