@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from table_makers import image_table, write
 from test_make_shards import contents
-from tiny import SIZE, refusal, seeded, signal_group, wait_until, write_checkpoint
+from tiny import SIZE, refusal, seeded, write_checkpoint
 
 from beit_pretrain import load_pretrained
 from beit_pretrain.evaluation.patch_pca import middle, pca_colours
@@ -301,38 +300,35 @@ def test_another_process_at_work_is_not_disturbed(mim_checkpoint, photos, tmp_pa
         assert (tmp_path / ".v.npy.making/plan.json").is_file()
 
 
-SLOWLY = """
-import sys, time
-from beit_pretrain.cli import main
-from beit_pretrain.inference import embed, vector_writer
+def forked(seconds: float | None, progress: Path, *given) -> int:
+    """`make` in a process of its own, slowly; killed some time after it has saved more. Returns its exit status."""
+    before = progress.read_bytes() if progress.exists() else b""
+    rows_of = embedding.rows_of
+    if (child := os.fork()) == 0:
+        try:
+            vector_writer.SAVE_EVERY = 0.0
+            embedding.rows_of = lambda *args: (time.sleep(0.03), rows_of(*args))[1]
+            make(*given)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if seconds is not None:
+        while os.waitpid(child, os.WNOHANG)[0] == 0 and not (progress.exists() and progress.read_bytes() != before):
+            time.sleep(0.005)
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
 
-vector_writer.SAVE_EVERY, rows_of = 0, embed.rows_of
-embed.rows_of = lambda *args: (time.sleep(0.05), rows_of(*args))[1]
-sys.exit(main())
-"""
 
-
-@pytest.mark.long
-@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
-def test_killed_processes(suffix, mim_checkpoint, tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "src").mkdir()
-    for n in range(300):
-        Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8)).save(tmp_path / f"src/{n:03d}.png")
-    (tmp_path / "src/100.png").write_text("no image")
-    progress = tmp_path / f".b{suffix}.making/progress.json"
-    for name, kill in (("a", False), ("b", True), ("b", True), ("b", False)):
-        given = words(mim_checkpoint, "src", f"{name}{suffix}", "batch_size=8", "num_workers=1", "threads=1")
-        before = progress.read_bytes() if progress.exists() else b""
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOWLY, *given], cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
-        )
-        if kill:
-            assert wait_until(process, lambda old=before: progress.exists() and progress.read_bytes() != old)
-            time.sleep(random.Random(len(before)).random() / 2)
-            signal_group(process, signal.SIGKILL)
-        assert process.wait() == (-signal.SIGKILL if kill else 0)
-    assert files_of(tmp_path / f"a{suffix}") == files_of(tmp_path / f"b{suffix}")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_killed_processes(suffix, mim_checkpoint, mixed, whole, tmp_path):
+    progress, rng = tmp_path / f".v{suffix}.making/progress.json", random.Random(suffix)
+    given = progress, mim_checkpoint, mixed, tmp_path / f"v{suffix}"
+    for _ in range(2):
+        assert forked(rng.random() / 20, *given) == signal.SIGKILL
+        assert not (tmp_path / f"v{suffix}").exists()
+    assert forked(None, *given) == 0
+    assert files_of(tmp_path / f"v{suffix}") == whole[suffix]
 
 
 @pytest.mark.parametrize(
