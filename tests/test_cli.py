@@ -60,7 +60,7 @@ def test_no_verb_prints_help(run_cli):
         (["fit"], "+experiment=NAME, one of base_1k"),
         (["fit", "+experiment=base_22"], "did you mean base_22k?"),
         (["fit", "+experiment=base_22k", "optim.lrr=1"], "unknown key 'optim.lrr'"),
-        (["fit", "+experiment=base_22k", "logger=paper"], "logger/paper"),
+        (["fit", "+experiment=base_22k", "logger=paper"], "logger=paper: choose one of csv, tensorboard, wandb"),
         (["fit", "+experiment=base_22k", "seed=[1"], "seed=[1"),
         (["fit", "+experiment=base_22k", "verbose"], "key=value"),
         (["fit", "+experiment=base_22k"], HINTS["data.train"]),
@@ -117,7 +117,7 @@ def pretrain_words(shards, dvae_checkpoint, tmp_path):
         ("trainer.accelerator=abacus", "abacus"),
         ("resume=sometimes", "auto, never"),
         ("task=knit", "finetune, mae, pretrain"),
-        ("logger.kind=paper", "csv, wandb"),
+        ("logger.kind=paper", "csv, tensorboard, wandb"),
         ("threads=-1", "threads"),
     ],
 )

@@ -93,7 +93,7 @@ def test_every_setting_has_a_default_in_yaml_and_a_description(verb):
     "data.timeout=0 data.timeout=soon data.train=[] data.val=[1,[2]] "
     "data.pil_reference=maybe knn.bank=0 knn.k=abc num_visualizations=-1 model.depth=0 model.drop_path_rate=2 "
     "model.embed_dim=-4 mask.min_aspect=0 "
-    "logger.kind=paper resume=sometimes optim.warmup_steps=1.5 val_minutes=0 gradient_compression=fp16".split(),
+    "+logger.wandb.mode=paper resume=sometimes optim.warmup_steps=1.5 val_minutes=0 gradient_compression=fp16".split(),
 )
 def test_invalid_values_of_fit(word, refused, tmp_path):
     words = ["fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", f"run_dir={tmp_path / 'run'}"]
@@ -315,7 +315,7 @@ def test_interpolations_that_fail_name_their_key(words, message, run_cli, tmp_pa
         (["task=null"], "choose what to train: +experiment=NAME, one of base_1k,"),
         (["data.train=x"], "choose what to train: +experiment=NAME, one of base_1k,"),
         (["+experiment=null"], "+experiment=null: choose one of base_1k,"),
-        (["+experiment=base_22k", "logger=null"], "logger=null: choose one of csv, wandb"),
+        (["+experiment=base_22k", "logger=null"], "logger=null: choose one of csv, tensorboard, wandb"),
         (["+experiment=base_22k", "=3"], "settings are given as key=value, not '=3'"),
         (
             ["+experiment=base_22k", "hydra/launcher=submitit_slurm"],

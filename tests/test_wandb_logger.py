@@ -61,7 +61,9 @@ def test_failed_start_is_reported(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("wandb.init", refuse)
-    with pytest.raises(UserError, match=r"W&B does not start \(no network\); logger\.mode=offline needs no network"):
+    with pytest.raises(
+        UserError, match=r"W&B does not start \(no network\); logger\.wandb\.mode=offline needs no network"
+    ):
         made.begin({})
 
 

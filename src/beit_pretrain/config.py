@@ -29,6 +29,7 @@ HINTS = {
     "run": "the folder of a run, such as runs/base_22k",
     "action": "what to measure: bench views, loader, step, loop, attention, memory, all, gpu or page",
 }
+MOVED_KEYS = {"logger.kind": "logger", "logger.mode": "logger.wandb.mode", "logger.project": "logger.wandb.project"}
 # For error messages.
 INTERPOLATION = "${KEY} is the value of a setting, ${oc.env:NAME} an environment variable; a plain ${ is written \\${"
 
@@ -62,7 +63,7 @@ def compose_raw(verb: str, overrides: list[str]):
 
     if verb not in TRAINING and any(key_of(word) == "experiment" for word in overrides):
         raise UserError(f"{typed(verb, overrides)} takes no experiment (+experiment=)")
-    overrides = ["tokenizer=none" if word == "tokenizer=null" else word for word in overrides]  # a group cannot be null
+    overrides = [current(word) for word in overrides]
     callers, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None  # a notebook may use Hydra itself
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -76,6 +77,22 @@ def compose_raw(verb: str, overrides: list[str]):
         raise UserError(_explain(error, verb, overrides)) from error
     finally:
         GlobalHydra.instance().hydra = callers
+
+
+def current(word: str) -> str:
+    """A word as Hydra takes it: with the new one of a key that was moved; a group cannot be null.
+
+    Raises UserError for loggers that do not exist.
+    """
+    old, new = key_of(word), MOVED_KEYS.get(key_of(word))
+    word = word.replace(old, new, 1) if new else word
+    key, _, value = word.partition("=")
+    if key == "logger" and "${" not in value:
+        chosen = parsed(value)[1]
+        names = [file.stem for file in sorted((config_dir() / "logger").glob("*.yaml"))]
+        if not chosen or any(name not in names for name in (chosen if isinstance(chosen, list) else [chosen])):
+            raise UserError(f"{word}: choose one of {', '.join(names)}, or several: logger=[wandb,tensorboard]")
+    return "tokenizer=none" if word == "tokenizer=null" else word
 
 
 def compose_plain(verb: str, overrides: list[str]) -> dict[str, Any]:
@@ -206,6 +223,8 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
         task = composed.get("task")
         if task == "???":  # without a task, most settings are unknown
             return choose()
+        if key.startswith("logger.") and description(model_of(verb, task), key):
+            return f"{key} needs logger={key.split('.')[1]}, or logger=[...] with it"
         if description(model_of(verb, task), key):
             return f"{key} has no default; add it with a plus: +{key}=..."
         return unknown(key, keys_of(composed), command, f"python -m beit_pretrain {command} --help lists the settings")

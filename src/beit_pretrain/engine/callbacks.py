@@ -81,7 +81,7 @@ class Throughput(Callback):
 
 
 class ValidationPictures(Callback):
-    """Saves a task's pictures of held-out images as PNG after every validation, and sends them to W&B."""
+    """Saves a task's pictures of held-out images as PNG after every validation, and sends them to the loggers."""
 
     needs_whole_network = True
 
@@ -95,5 +95,5 @@ class ValidationPictures(Callback):
             path = self.task.cfg.folder / f"pictures/step-{trainer.global_step:06d}{f'-{name}' if name else ''}.png"
             grids.save(picture, path)
             for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):  # W&B
+                if hasattr(logger, "log_image"):  # W&B, TensorBoard
                     logger.log_image(f"pictures/{name or 'main'}", [str(path)], step=trainer.global_step)

@@ -23,7 +23,6 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from beit_pretrain import fileio
 from beit_pretrain.engine.background_checkpoint import BackgroundCheckpointIO
-from beit_pretrain.engine.metrics import CsvMetrics
 from beit_pretrain.engine.preemption import Preempted, PreemptionSignals
 from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.step_exchange import Agreed
@@ -158,7 +157,7 @@ class CheckpointManager:
         self._watch(trainer)  # `begin` is not called if no steps are left
         self.wait()  # syncing the metrics would wait for the disk anyway
         for logger in trainer.loggers:
-            if isinstance(logger, CsvMetrics):
+            if hasattr(logger, "sync"):
                 logger.sync()  # a power cut must not leave a checkpoint without its earlier metrics
         trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         self.saved_at = trainer.global_step

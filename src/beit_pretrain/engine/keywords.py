@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from beit_pretrain.config import choose, compose_raw, experiments, model_of, unknown_name, validated
+from beit_pretrain.config import MOVED_KEYS, choose, compose_raw, experiments, model_of, unknown_name, validated
 from beit_pretrain.errors import UserError
 from beit_pretrain.overrides import check_words, escaped, literal, quoted
 from beit_pretrain.settings import Settings, field_of, group_of, to_dict, unknown
@@ -65,7 +65,8 @@ def full_name(name: str, model: type[Settings]) -> str:
     known = names_of(model)
     if "." in name or name in known:
         return name
-    found = [key for key in known if key.replace(".", "_") == name]
+    flat_names = {key.replace(".", "_"): new for key, new in MOVED_KEYS.items()}
+    found = [key for key in known if key.replace(".", "_") == flat_names.get(name, name).replace(".", "_")]
     # Groups whose name it begins with, the longest last; some, such as `trainer`, take settings that are not listed.
     groups = sorted((k for k in known if name.startswith(f"{k.replace('.', '_')}_") and group_at(model, k)), key=len)
     guess = f"{groups[-1]}.{name[len(groups[-1]) + 1 :]}" if groups else name

@@ -17,6 +17,7 @@ from beit_pretrain.engine.checkpointing import check_space
 from beit_pretrain.engine.optim import configure
 from beit_pretrain.engine.settings import FitSettings
 from beit_pretrain.engine.task import Task, find_task, task_names
+from beit_pretrain.engine.tensorboard_logger import check_installed
 from beit_pretrain.errors import UserError
 from beit_pretrain.fileio import size
 
@@ -32,6 +33,8 @@ def preflight(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> lis
     Raises UserError for problems that would stop the run later.
     """
     on_gpu = isinstance(trainer.accelerator, CUDAAccelerator)
+    if cfg.logger.tensorboard:
+        check_installed()
     given = f"global_batch_size={cfg.global_batch_size} on {trainer.world_size} processes, batch_size={cfg.batch_size}"
     task.check_micro_batch(images_at_once(cfg, trainer), trainer.world_size, on_gpu, given)
     task.data.train_dataset(BatchSchedule(cfg.global_batch_size)).sample(0)

@@ -140,14 +140,20 @@ def open_folder(cfg: FitSettings, trainer: Trainer, module: TrainedModule, start
         if lost > 0:
             warn([f"{metrics.path} lacks {lost} of the {start.rows} rows that were written up to step {start.step}"])
     trainer.loggers = [metrics]
-    if cfg.logger.kind == "wandb":
+    if cfg.logger.wandb:
         from beit_pretrain.engine.wandb_logger import WeightsAndBiases, same_id
 
         run_id = start.about.get("wandb_id") or same_id(run_dir / WANDB_ID, is_first_process())
         module.about["wandb_id"] = run_id
-        logger = WeightsAndBiases(cfg, run_id)
-        trainer.loggers = [metrics, logger]
-        logger.begin(metrics.rows)
+        wandb = WeightsAndBiases(cfg, run_id)
+        trainer.loggers.append(wandb)
+        wandb.begin(metrics.rows)
+    if cfg.logger.tensorboard:
+        from beit_pretrain.engine.tensorboard_logger import TensorBoard
+
+        tensorboard = TensorBoard(cfg, start.step, start.validation_due)
+        trainer.loggers.append(tensorboard)
+        tensorboard.begin(metrics.rows)
 
 
 def load_run(run: str | Path, overrides: dict[str, Any] | None = None) -> tuple[FitSettings, Task]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, Strict
+from pydantic import ConfigDict, Field, Strict, model_validator
 
 from beit_pretrain.errors import AllRanksError
 from beit_pretrain.settings import (
@@ -17,6 +18,7 @@ from beit_pretrain.settings import (
     PathStr,
     Positive,
     Rule,
+    Seconds,
     Seed,
     Settings,
     Share,
@@ -94,14 +96,39 @@ class TrainerSettings(Settings):
     precision: Any = about("auto = bf16-mixed on a GPU that has it, else 32-true")
 
 
-class LoggerSettings(Settings):
-    """Loggers besides metrics.csv."""
+class WandbSettings(Settings):
+    """Weights & Biases."""
 
-    kind: Literal["csv", "wandb"] = about("csv: only metrics.csv | wandb: Weights & Biases too")
-    project: Text | None = Field(None, description="of Weights & Biases")
-    mode: Literal["online", "offline", "disabled", "shared"] | None = Field(
-        None, description="null = $WANDB_MODE, else online with an account, else offline"
+    defaults = "logger/wandb.yaml:wandb"
+
+    project: Text | None = about("of Weights & Biases")
+    mode: Literal["online", "offline", "disabled", "shared"] | None = about(
+        "null = $WANDB_MODE, else online with an account, else offline"
     )
+
+
+class TensorBoardSettings(Settings):
+    """TensorBoard."""
+
+    defaults = "logger/tensorboard.yaml:tensorboard"
+
+    flush_secs: Seconds = about("longest time until a metric is in its file")
+
+
+class LoggerSettings(Settings):
+    """Loggers: logger=csv, wandb, tensorboard, or several as logger=[wandb,tensorboard]."""
+
+    csv: Literal[True] = Field(True, description="metrics.csv, which every run has")
+    wandb: WandbSettings | None = Field(None, description="Weights & Biases, by logger=wandb")
+    tensorboard: TensorBoardSettings | None = Field(None, description="TensorBoard, by logger=tensorboard")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_kind(cls, given: Any) -> Any:
+        """Settings of version 0.1, whose only logger beside metrics.csv was W&B: kind, project, mode."""
+        if not isinstance(given, Mapping) or given.get("kind") not in ("csv", "wandb"):
+            return given
+        return {"wandb": {k: v for k, v in given.items() if k != "kind"}} if given["kind"] == "wandb" else {}
 
 
 class FitSettings(Settings):
@@ -143,7 +170,7 @@ class FitSettings(Settings):
     timeout_minutes: Minutes = about("longest wait for another process or a loader worker", True)
 
     trainer: TrainerSettings = about("settings of lightning.Trainer; more can be added as +trainer.KEY=VALUE", True)
-    logger: LoggerSettings = about("logger=csv or logger=wandb", True)
+    logger: LoggerSettings = about("logger=csv, wandb, tensorboard, or several: logger=[wandb,tensorboard]", True)
 
     @property
     def folder(self) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -112,9 +113,16 @@ def curves(runs: Sequence[Path], cfg: VisualizeSettings, path: Path) -> Path:
 
 
 def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
-    """Send the pictures to the run's W&B run, if it has one."""
-    cfg = read_config(run / CONFIG)
-    if cfg.get("logger", {}).get("kind") != "wandb" or not (run / CHECKPOINT).is_file():
+    """Send the pictures to the run's loggers."""
+    content = read_config(run / CONFIG)
+    cfg = find_task(content["task"]).settings.validated(content)
+    if cfg.logger.tensorboard:
+        from beit_pretrain.engine.tensorboard_logger import TensorBoard, check_installed
+
+        check_installed()
+        log_images(board := TensorBoard(cfg, part="visualize"), drawn)
+        board.finalize("finished")
+    if not cfg.logger.wandb or not (run / CHECKPOINT).is_file():
         return
     from beit_pretrain.engine.wandb_logger import WeightsAndBiases
     from beit_pretrain.models.checkpoints.files import read
@@ -122,7 +130,11 @@ def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
     about = read(run / CHECKPOINT).get("beit_pretrain", {})
     if "wandb_id" not in about:
         return
-    logger = WeightsAndBiases(find_task(cfg["task"]).settings.validated(cfg), about["wandb_id"])
+    logger = WeightsAndBiases(cfg, about["wandb_id"])
+    log_images(logger, drawn)
+    logger.experiment.finish()
+
+
+def log_images(logger: Any, drawn: Sequence[Path]) -> None:
     for path in drawn:
         logger.log_image(f"visualize/{path.stem}", [str(path)])
-    logger.experiment.finish()

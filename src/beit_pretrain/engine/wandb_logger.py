@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
 from beit_pretrain.engine.preemption import PREEMPTED, SIGNALS
-from beit_pretrain.engine.settings import FitSettings
+from beit_pretrain.engine.settings import FitSettings, WandbSettings
 from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.settings import to_dict
 
@@ -52,9 +52,10 @@ class WeightsAndBiases(WandbLogger):
     lost = False
 
     def __init__(self, cfg: FitSettings, run_id: str):
-        how = mode(cfg.logger.mode)
+        asked = cfg.logger.wandb or WandbSettings()
+        how = mode(asked.mode)
         resume = None if how == "offline" else "allow"
-        names: dict[str, Any] = {"name": cfg.name, "project": cfg.logger.project, "save_dir": cfg.run_dir}
+        names: dict[str, Any] = {"name": cfg.name, "project": asked.project, "save_dir": cfg.run_dir}
         super().__init__(**names, id=run_id, mode=how, resume=resume, config=to_dict(cfg))
         self._wandb_init.pop("anonymous", None)  # W&B would print a warning about it at each start
 
@@ -70,7 +71,7 @@ class WeightsAndBiases(WandbLogger):
                 self.experiment  # noqa: B018 (it starts W&B)
         except Exception as error:  # from W&B or the network
             raise UserError(
-                f"W&B does not start ({first_line(error)[:160]}); logger.mode=offline needs no network"
+                f"W&B does not start ({first_line(error)[:160]}); logger.wandb.mode=offline needs no network"
             ) from error
         if self._wandb_init["mode"] == "offline":
             for step, row in sorted(rows.items()):
