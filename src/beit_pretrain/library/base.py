@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path, expand_home
 from beit_pretrain.library.config import BeitConfig
 from beit_pretrain.library.outputs import ModelOutput
@@ -151,7 +152,7 @@ class PretrainedModel(nn.Module):
         path = expand_home(folder).absolute()
         if path.is_file() or not str(folder):
             raise UserError(f"{folder or 'an empty name'} is a file or none; save_pretrained writes a folder")
-        said = self._described()
+        said = BeitConfig.of_network(self.network, **dict(self.config))
         if "num_classes" in self.network.config:  # a person may have named the classes since
             if self.config.num_labels != said.num_labels:
                 raise UserError(
@@ -164,8 +165,9 @@ class PretrainedModel(nn.Module):
             with atomic_path(path, last="config.json") as temporary:
                 write_folder(self.network, temporary, said, processor=knows_its_images(self.network))
                 set_permissions(temporary)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:  # a full disk, in the words of the system or of safetensors
+            why = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"{folder} cannot be written: {why}") from error
 
     @property
     def device(self) -> torch.device:
@@ -200,12 +202,7 @@ class PretrainedModel(nn.Module):
 
     def _hold(self, network: Backbone, config: BeitConfig) -> None:
         self.network = network
-        self.config = config
-        self.config = self._described()
-
-    def _described(self) -> BeitConfig:
-        """The config, with what the network is put right."""
-        return BeitConfig.of_network(self.network, **dict(self.config))
+        self.config = BeitConfig.of_network(network, **dict(config))  # what the file says of the network is put right
 
     def _run(
         self,
