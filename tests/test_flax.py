@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +42,7 @@ def inputs(sides=(32, 32), patches=PATCHES):
     """(images, masks, visual tokens) as torch tensors."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(IMAGES, patches, generator=generator).argsort(1) < torch.tensor([[4], [6], [1]])
-    tokens = torch.randint(0, 32, (IMAGES, patches), generator=generator)
+    tokens = torch.randint(0, 32, (IMAGES, patches), generator=generator)  # fewer than any vocabulary
     return torch.randn(IMAGES, 3, *sides, generator=generator), mask, tokens
 
 
@@ -74,7 +76,7 @@ def compare_mim(folder, **options) -> tuple[float, float, float]:
     theirs = scrambled(MaskedImageModel(**{**MIM, **options}))
     ours = FlaxBeitForMaskedImageModeling.from_pretrained(write_checkpoint(folder / "mim.ckpt", "mim", theirs))
     patches = theirs.grid[0] * theirs.grid[1]
-    image, mask, tokens = inputs([side * 8 for side in theirs.grid], patches)
+    image, mask, tokens = inputs([side * theirs.config["patch_size"] for side in theirs.grid], patches)
     positions = masked_positions(mask, MOST)
 
     def objective(model, image, mask, tokens):
@@ -94,7 +96,7 @@ def compare_classifier(folder, **options) -> tuple[float, float, float]:
     """The same of a classifier."""
     theirs = scrambled(Classifier(5, **{**SIZE, **options}))
     ours = FlaxBeitForImageClassification.from_pretrained(write_checkpoint(folder / "c.ckpt", "classifier", theirs))
-    image, _, _ = inputs([side * 8 for side in theirs.grid], theirs.grid[0] * theirs.grid[1])
+    image, _, _ = inputs([side * theirs.config["patch_size"] for side in theirs.grid], theirs.grid[0] * theirs.grid[1])
     label = torch.tensor([0, 4, 2])
 
     def objective(model, image):
@@ -378,6 +380,18 @@ def test_example_says_what_is_wrong(tmp_path, capsys):
 
     assert main([str(tmp_path / "none.ckpt"), str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'none.ckpt'} does not exist here")
+
+
+@pytest.mark.long
+def test_code_of_the_docs_runs(mim_checkpoint, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/transformers.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "beit_pretrain.flax" in block]
+    monkeypatch.chdir(tmp_path)
+    made: dict = {"CHECKPOINT": mim_checkpoint}
+    exec(code, made)
+    assert made["losses"] == sorted(made["losses"], reverse=True)
+    assert [len(part) for part in made["output"]] == [2, 3]
+    assert same(load_pretrained("saved", "mim").state_dict(), tensors(made["model"]))
 
 
 @pytest.mark.soak
