@@ -89,7 +89,7 @@ def test_predict_lists_rows(tmp_path):
     assert [name for name, _ in named] == [f"{i:08d}" for i in range(4)]
     assert [read() for _, read in named] == [data for data, _ in rows_of(tables[1])]
     both = source_of([str(tmp_path / f"set/{name}.parquet") for name in ("test", "train")])
-    assert [name for name, _ in both[3:5]] == ["test.parquet/00000003", "train.parquet/00000000"]
+    assert [both[number][0] for number in (3, 4)] == ["test.parquet/00000003", "train.parquet/00000000"]
     write(tmp_path / "set/test.parquet", image_table(2, 7))  # another file of the same name
     assert [read_candidate(c) for c in list_images(tmp_path / "set/test.parquet")] == [photo(7), photo(8)]
     write(tmp_path / "text.parquet", pa.table({"a": ["b"]}))

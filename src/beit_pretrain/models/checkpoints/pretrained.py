@@ -179,7 +179,8 @@ def encoder(
     if pooler is None:
         pooler = not mean_pooling or "fc_norm.weight" in names
     norm = ("fc_norm.",) if mean_pooling and pooler else () if mean_pooling else ("norm.",)
-    mask_token = ("mask_token",) if "mask_token" in names else ()
+    decoder = any(name.startswith("decoder_") for name in names)  # MAE's, whose input the mask token is
+    mask_token = ("mask_token",) if "mask_token" in names and not decoder else ()
     new = tuple(name for name in norm if f"{name}weight" not in names)
     architecture, state = prepared(source, image_size, drop_path_rate, norm + mask_token, new)
     return finished(lambda: base(architecture, mean_pooling, pooler, bool(mask_token)), state, source, new)
