@@ -61,7 +61,9 @@ class ProbeSettings(Settings):
 
     defaults = "probe.yaml"
 
-    init_from: PathStr = about("a checkpoint of fit, the authors' .pth, a timm file or a Hugging Face folder")
+    init_from: PathStr = about(
+        "a checkpoint of fit, the authors' .pth, a timm file, a Hugging Face folder, or hf://OWNER/NAME"
+    )
     out: PathStr | None = about("folder for layers.csv, knn.csv, layers.png; null = probe beside the checkpoint")
     keep_features: Switch = about("keep the stored features for the next call (images x layers x 2 x width x 2 bytes)")
     image_size: Side | None = about("null = that of init_from")

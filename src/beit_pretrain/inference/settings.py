@@ -11,7 +11,7 @@ class PredictSettings(Settings):
 
     defaults = "predict.yaml"
 
-    init_from: PathStr = about("checkpoint of a fine-tuned classifier or of a segmentation model")
+    init_from: PathStr = about("checkpoint of a fine-tuned classifier or of a segmentation model, or hf://OWNER/NAME")
     src: Paths = about("an image, a folder of images (any depth), a tar, a shard folder, or a list of these")
     out: PathStr | None = about(
         "predictions.csv (null) or predictions.jsonl; for segmentation a folder (null = predictions)"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from beit_pretrain.errors import UserError
+from beit_pretrain.errors import UserError, first_line
 from beit_pretrain.fileio import atomic_path, expand_home
 from beit_pretrain.library.config import BeitConfig
 from beit_pretrain.library.outputs import ModelOutput
@@ -25,6 +26,7 @@ from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
 from beit_pretrain.models.checkpoints.hf_config import INITIAL_STD
 from beit_pretrain.models.checkpoints.hf_writer import knows_its_images, set_permissions, write_folder
 from beit_pretrain.models.checkpoints.hub import local_copy
+from beit_pretrain.models.checkpoints.pretrained import checked_sides
 from beit_pretrain.models.other_size import at_size
 from beit_pretrain.settings import unknown
 
@@ -33,7 +35,6 @@ LABELS = ("num_labels", "id2label", "label2id")
 # What may differ from the file's config without another network.
 CHANGES = (
     "drop_path_rate",
-    "use_mean_pooling",
     "auxiliary_loss_weight",
     "semantic_loss_ignore_index",
     "problem_type",
@@ -61,6 +62,7 @@ class PretrainedModel(nn.Module):
     """
 
     network_type: ClassVar[type[Backbone]] = Backbone
+    options: ClassVar[tuple[str, ...]] = ()  # arguments of `from_pretrained` that only this model has
     network: Any
     config: BeitConfig
 
@@ -68,8 +70,8 @@ class PretrainedModel(nn.Module):
         super().__init__()
         if not isinstance(config, BeitConfig):
             raise UserError(
-                f"{type(self).__name__} is made from a BeitConfig, not from {type(config).__name__}; "
-                "from_pretrained reads files"
+                f"{type(self).__name__} is made from a beit_pretrain.BeitConfig, not from a {type(config).__module__}."
+                f"{type(config).__name__}; BeitConfig.from_dict(config.to_dict()) is one of transformers' as ours"
             )
         if config.initializer_range != INITIAL_STD:
             warnings.warn(
@@ -98,30 +100,28 @@ class PretrainedModel(nn.Module):
             image_size: side, or (height, width), pixels; position tables are resized the release's way.
             ignore_mismatched_sizes: accepted and not needed: a head of another number of classes is a new one, and a
                 warning says so.
-            changes: num_labels, id2label or label2id, for a new head; and drop_path_rate, use_mean_pooling,
-                auxiliary_loss_weight, semantic_loss_ignore_index, problem_type, output_hidden_states,
-                output_attentions, return_dict of the config. BeitModel also takes add_pooling_layer.
+            changes: of the config: drop_path_rate, auxiliary_loss_weight, semantic_loss_ignore_index, problem_type,
+                output_hidden_states, output_attentions, return_dict. Of a model with classes: num_labels, id2label or
+                label2id. Of a model that pools: use_mean_pooling. Of BeitModel: add_pooling_layer.
 
         Raises UserError, in one line, for what cannot be read, or does not fit.
         """
-        known = (*CHANGES, *LABELS, *cls._options())
+        known = (*CHANGES, *cls.options)
         for name in changes.keys() - {*known}:
-            if name in BeitConfig.model_fields:
+            if name in (*BeitConfig.model_fields, *LABELS):
                 raise UserError(
                     f"from_pretrained(..., {name}=...): the file says that; only {', '.join(known)} can change"
                 )
             more = ["revision", "image_size", *known]
             raise UserError(f"from_pretrained: {unknown(name, more, otherwise='known are ' + ', '.join(more))}")
-        sides = [image_size] * 2 if isinstance(image_size, int) else image_size
+        sides = checked_sides(image_size)
         checkpoint = read_checkpoint(local_copy(source, revision), sides)
         said = _said(checkpoint)
         labels = {name: changes.pop(name) for name in LABELS if changes.get(name) is not None}
         wanted = BeitConfig(**labels) if labels else None
         count = wanted.num_labels if wanted else None
-        options = {name: changes.pop(name) for name in cls._options() if name in changes}
-        settings = BeitConfig(**{**said, **changes})
-        if "use_mean_pooling" in changes:
-            options["mean_pooling"] = settings.use_mean_pooling
+        settings = BeitConfig(**{**said, **{n: v for n, v in changes.items() if n in BeitConfig.model_fields}})
+        options = {name: changes[name] for name in cls.options if name in changes}
         network = cls._loaded(checkpoint, image_size, settings.drop_path_rate, count, **options)
         if wanted is not None:
             network.about["classes"] = list(wanted.id2label.values())
@@ -150,9 +150,9 @@ class PretrainedModel(nn.Module):
         Files of other names in the folder stay. Raises UserError if it cannot be written.
         """
         path = expand_home(folder).absolute()
-        if path.is_file():
-            raise UserError(f"{folder} is a file; save_pretrained writes a folder")
-        said = self._described()
+        if path.is_file() or not str(folder):
+            raise UserError(f"{folder or 'an empty name'} is a file or none; save_pretrained writes a folder")
+        said = BeitConfig.of_network(self.network, **dict(self.config))
         if "num_classes" in self.network.config:  # a person may have named the classes since
             if self.config.num_labels != said.num_labels:
                 raise UserError(
@@ -165,8 +165,9 @@ class PretrainedModel(nn.Module):
             with atomic_path(path, last="config.json") as temporary:
                 write_folder(self.network, temporary, said, processor=knows_its_images(self.network))
                 set_permissions(temporary)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:  # a full disk, in the words of the system or of safetensors
+            why = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"{folder} cannot be written: {why}") from error
 
     @property
     def device(self) -> torch.device:
@@ -185,11 +186,6 @@ class PretrainedModel(nn.Module):
 
     # --- what each model fills in -------------------------------------------------------------------------------------
 
-    @classmethod
-    def _options(cls) -> tuple[str, ...]:
-        """Arguments of `from_pretrained` that only this model has."""
-        return ()
-
     def _built(self, config: BeitConfig, **options: Any) -> Backbone:
         """A fresh network."""
         raise NotImplementedError
@@ -206,12 +202,7 @@ class PretrainedModel(nn.Module):
 
     def _hold(self, network: Backbone, config: BeitConfig) -> None:
         self.network = network
-        self.config = config
-        self.config = self._described()
-
-    def _described(self) -> BeitConfig:
-        """The config, with what the network is put right."""
-        return BeitConfig.of_network(self.network, **dict(self.config))
+        self.config = BeitConfig.of_network(network, **dict(config))  # what the file says of the network is put right
 
     def _run(
         self,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.library.base import PretrainedModel
+from beit_pretrain.library.base import LABELS, PretrainedModel
 from beit_pretrain.library.config import BeitConfig
 from beit_pretrain.library.losses import classification_loss, segmentation_loss
 from beit_pretrain.library.outputs import (
@@ -43,6 +43,8 @@ class BeitModel(PretrainedModel):
         add_pooling_layer: compute `pooler_output`.
     """
 
+    options = ("add_pooling_layer", "use_mean_pooling")
+
     def __init__(self, config: BeitConfig, add_pooling_layer: bool = True):
         super().__init__(config, pooler=add_pooling_layer)
         self.add_pooling_layer = add_pooling_layer
@@ -51,6 +53,7 @@ class BeitModel(PretrainedModel):
         self,
         pixel_values: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
+        *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool = False,
@@ -68,10 +71,6 @@ class BeitModel(PretrainedModel):
         output = BeitModelOutputWithPooling(last, pooled, found.hidden_states, found.attentions)
         return self._returned(output, return_dict)
 
-    @classmethod
-    def _options(cls) -> tuple[str, ...]:
-        return ("add_pooling_layer",)
-
     def _built(self, config: BeitConfig, **options: Any) -> Backbone:
         network = base(config.architecture(), config.use_mean_pooling, options["pooler"], config.use_mask_token)
         init_for_finetuning(network)
@@ -80,11 +79,9 @@ class BeitModel(PretrainedModel):
     @classmethod
     def _loaded(cls, checkpoint: Checkpoint, image_size: Any, drop: float, classes: int | None, **options: Any) -> Any:
         network = encoder(
-            checkpoint, image_size, drop, options.get("mean_pooling"), options.get("add_pooling_layer", True)
+            checkpoint, image_size, drop, options.get("use_mean_pooling"), options.get("add_pooling_layer", True)
         )
-        for name in ("norm", "fc_norm"):
-            if isinstance(getattr(network, name), nn.LayerNorm) and f"{name}.weight" not in checkpoint.state:
-                warnings.warn(f"{checkpoint.path} has no {_what(name)}: it starts as ones and zeros", stacklevel=3)
+        _warn_of_new_norm(network, checkpoint)
         return network
 
     def _after_loading(self, options: dict[str, Any]) -> None:
@@ -105,6 +102,7 @@ class BeitForMaskedImageModeling(PretrainedModel):
         pixel_values: Tensor | None = None,
         bool_masked_pos: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool = False,
@@ -152,11 +150,13 @@ class BeitForImageClassification(PretrainedModel):
     """Classifies images by the mean of the patches, or by [CLS] where the config says use_mean_pooling=False."""
 
     network_type = Classifier
+    options = (*LABELS, "use_mean_pooling")
 
     def forward(
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool = False,
@@ -179,20 +179,25 @@ class BeitForImageClassification(PretrainedModel):
 
     @classmethod
     def _loaded(cls, checkpoint: Checkpoint, image_size: Any, drop: float, classes: int | None, **options: Any) -> Any:
-        _warn_of_new_head(cls, checkpoint, classes)
-        pool = {True: "avg", False: "token", None: None}[options.get("mean_pooling")]
-        return classifier(checkpoint, image_size, classes, drop, pool)
+        pool = {True: "avg", False: "token", None: None}[options.get("use_mean_pooling")]
+        new = _warn_of_new_head(cls, checkpoint, classes)
+        network = classifier(checkpoint, image_size, classes, drop, pool)
+        if not new:
+            _warn_of_new_norm(network, checkpoint)
+        return network
 
 
 class BeitForSemanticSegmentation(PretrainedModel):
     """A class for every pixel, by UPerNet (BEiT, section 3.2)."""
 
     network_type = Segmenter
+    options = LABELS
 
     def forward(
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool = False,
@@ -209,6 +214,8 @@ class BeitForSemanticSegmentation(PretrainedModel):
             )
         used = self.network.layers[-1]
         found = self._run(pixel_values, None, interpolate_pos_encoding, output_hidden_states, output_attentions, used)
+        if min(found.network.grid) < 2:
+            raise UserError(f"label maps need 2 x 2 patches or more; there are {found.network.grid}")
         main, auxiliary = found.network.decode(found.network.rescaled(found.states))
         loss = None
         if labels is not None:
@@ -230,17 +237,24 @@ class BeitForSemanticSegmentation(PretrainedModel):
         return segmenter(checkpoint, image_size, classes, drop)
 
 
-def _warn_of_new_head(kind: type[PretrainedModel], checkpoint: Checkpoint, classes: int | None) -> None:
-    """Warn of a head that has to be trained. Raises UserError where nothing says how many classes it has."""
+def _warn_of_new_head(kind: type[PretrainedModel], checkpoint: Checkpoint, classes: int | None) -> bool:
+    """Warn of a head that has to be trained, and say whether there is one.
+
+    Raises UserError where nothing says how many classes it has.
+    """
     own = checkpoint.architecture.get("num_classes") if checkpoint.kind == kind.network_type.kind else None
     if classes is None and own is None:
         raise UserError(
             f"{checkpoint.path} holds a {checkpoint.kind} without such a head: give num_labels= or id2label= for a "
             "new one"
         )
-    if classes is not None and classes != own:
+    if new := classes not in (None, own):
         warnings.warn(f"the head of {classes} classes is new: it has to be trained", stacklevel=4)
+    return new
 
 
-def _what(name: str) -> str:
-    return "pooler" if name == "fc_norm" else "final LayerNorm"
+def _warn_of_new_norm(network: Any, checkpoint: Checkpoint) -> None:
+    """Warn of a LayerNorm that the file does not have."""
+    for name, what in (("norm", "final LayerNorm"), ("fc_norm", "LayerNorm of the pooler")):
+        if isinstance(getattr(network, name), nn.LayerNorm) and f"{name}.weight" not in checkpoint.state:
+            warnings.warn(f"{checkpoint.path} has no {what}: it starts as ones and zeros", stacklevel=4)

@@ -12,7 +12,9 @@ class ExportSettings(Settings):
 
     defaults = "export.yaml"
 
-    init_from: PathStr = about("a checkpoint, such as runs/base_22k/checkpoints/last.ckpt, of fit or of others")
+    init_from: PathStr = about(
+        "a checkpoint, such as runs/base_22k/checkpoints/last.ckpt, of fit or of others, or hf://OWNER/NAME"
+    )
     to: Literal["unilm", "timm", "onnx", "hf"] = about(
         "unilm: the authors' .pth | timm: .safetensors | hf: a folder for from_pretrained | onnx: .onnx"
     )

@@ -57,8 +57,8 @@ class BackboneSettings(FitSettings):
     mean: Colours | None = about("mean of the normalisation; null = that of init_from, else .5")
     std: Deviations | None = about("standard deviation of the normalisation; null = that of init_from, else .5")
     init_from: PathStr | None = about(
-        "a checkpoint of fit, such as runs/base_22k/checkpoints/last.ckpt, the authors' .pth, a timm file or a "
-        "Hugging Face folder"
+        "a checkpoint of fit, such as runs/base_22k/checkpoints/last.ckpt, the authors' .pth, a timm file, a "
+        "Hugging Face folder, or hf://OWNER/NAME"
     )
 
 

@@ -48,7 +48,8 @@ def load_pretrained(
 
     Args:
         path: the authors' `.pth`, a timm `beit*` file, a Hugging Face BEiT folder, a `.ckpt` of `fit`, or what
-            `export` wrote (except ONNX). The architecture is inferred.
+            `export` wrote (except ONNX); or an address of the Hub, hf://OWNER/NAME[@REVISION][/FILE]. The architecture
+            is inferred.
         head: "mim": `model(image_BCHW, mask_BN)` returns logits (M, V) of the masked patches (True = masked);
             "classify": `model(image_BCHW)` returns logits (B, classes);
             "segment": `model(image_BCHW).main` returns logits (B, classes, 4h, 4w) over h x w patches;
@@ -69,17 +70,18 @@ def load_pretrained(
     }
     if head not in builders:
         raise UserError(f"head={head} is not one of {', '.join(builders)}")
-    return builders[head](read_checkpoint(path, checked_sides(image_size, num_classes)))
+    sides = checked_sides(image_size)
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
+        raise UserError(f"num_classes={num_classes!r} must be a whole number of at least 1")
+    return builders[head](read_checkpoint(path, sides))
 
 
-def checked_sides(image_size: ImageSize, num_classes: int | None = None) -> Sequence[int] | None:
-    """(height, width) of an image size. Raises UserError for sizes and numbers of classes that cannot be."""
+def checked_sides(image_size: ImageSize) -> Sequence[int] | None:
+    """(height, width) of an argument `image_size`. Raises UserError for what is no size."""
     sides = [image_size, image_size] if isinstance(image_size, int) else image_size
     pair = isinstance(sides, (tuple, list)) and len(sides) == 2
     if sides is not None and not (pair and all(type(side) is int and 0 < side < 2**16 for side in sides)):
         raise UserError(f"image_size={image_size!r} must be a number of pixels or (height, width)")
-    if num_classes is not None and (type(num_classes) is not int or num_classes < 1):
-        raise UserError(f"num_classes={num_classes!r} must be a whole number of at least 1")
     return sides
 
 
