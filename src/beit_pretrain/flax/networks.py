@@ -91,6 +91,8 @@ class FlaxBeit(Backbone):
         """
         if num_labels is not None and cls.kind != "classifier":
             raise UserError(f"num_labels={num_labels} is for FlaxBeitForImageClassification, not for {cls.__name__}")
+        if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+            raise UserError(f"num_labels={num_labels!r} must be a whole number of at least 1")
         source = read_source(cls.kind, path, revision, image_size, num_labels, drop_path_rate, rngs)
         model = filled(lambda: cls(**source.config, dtype=dtype, rngs=nnx.Rngs(0)), source)
         model.rngs = nnx.data(None)

@@ -42,8 +42,7 @@ def read_source(
     rngs: nnx.Rngs | None,
 ) -> Source:
     """A checkpoint for a network of a kind, with new heads where they are needed. Raises UserError."""
-    sides = checked_sides(image_size, num_labels)
-    source = read_checkpoint(local_copy(path, revision), sides)
+    source = read_checkpoint(local_copy(path, revision), checked_sides(image_size))
     own: dict[str, dict[str, Any]] = {"classifier": {"num_classes": num_labels}, "backbone": {"pooler": True}}
     with torch.random.fork_rng(devices=[]):  # a new head is torch's, of a seed from `rngs`
         torch.manual_seed(0 if rngs is None else int(jax.random.bits(rngs.params())))
