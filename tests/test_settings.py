@@ -93,7 +93,8 @@ def test_every_setting_has_a_default_in_yaml_and_a_description(verb):
     "data.timeout=0 data.timeout=soon data.train=[] data.val=[1,[2]] "
     "data.pil_reference=maybe knn.bank=0 knn.k=abc num_visualizations=-1 model.depth=0 model.drop_path_rate=2 "
     "model.embed_dim=-4 mask.min_aspect=0 "
-    "+logger.wandb.mode=paper resume=sometimes optim.warmup_steps=1.5 val_minutes=0 gradient_compression=fp16".split(),
+    "dense_knn.k=0 dense_knn.reduce_labels=2 collapse.images=2049 "
+    "resume=sometimes optim.warmup_steps=1.5 val_minutes=0 gradient_compression=fp16".split(),
 )
 def test_invalid_values_of_fit(word, refused, tmp_path):
     words = ["fit", "+experiment=demo_pretrain", *PLACES, "tokenizer.path=x", f"run_dir={tmp_path / 'run'}"]

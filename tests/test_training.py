@@ -56,7 +56,7 @@ def test_same_run_as_the_command_line(given_settings, shards, dvae_checkpoint, r
     module, data, trainer = beit_pretrain.compose("demo_pretrain", SMALL, **given_settings | {"run_dir": "by hand"})
     torch.rand(7)
     assert (isinstance(module, LightningModule), isinstance(data, LightningDataModule)) == (True, True)
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=None)
     assert same_run(tmp_path / "words", tmp_path / "by hand") == 4
     assert "can resume" not in capsys.readouterr().err
 
@@ -86,7 +86,7 @@ def test_values_by_keyword():
     assert cfg.data.train == ["a", "b"]
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.warmup_steps) == (2e-3, 0.5, 3)
     assert (cfg.optim.betas, cfg.data.scale) == ([0.8, 0.9], [0.5, 1.0])
-    assert (cfg.batch_size, cfg.tokenizer.path, cfg.logger.mode) == (32, None, "offline")
+    assert (cfg.batch_size, cfg.tokenizer.path, cfg.logger.wandb.mode) == (32, None, "offline")
     assert (cfg.model.embed_dim, cfg.trainer.max_time, cfg.trainer.accelerator) == (48, "00:01:00:00", "cpu")
     assert (cfg.knn.k, cfg.recipe, cfg.name, cfg.run_dir) == (3, None, "7", "runs/7")
 
@@ -154,7 +154,7 @@ def test_names_of_keywords(name, expected):
         ("small_own", [], {"steps": {"a": 1}}, "steps must be null or a whole number"),
         ("small_own", [], {"optim_lr": "1e-3"}, "optim.lr must be a number above 0, got '1e-3'"),
         ("small_own", [], {"data": "photos", "tokenizer_path": "y"}, "data is a group of settings"),
-        ("small_own", [], {"logger": "paper"}, "Could not find 'logger/paper'"),
+        ("small_own", [], {"logger": "paper"}, "logger='paper': choose one of csv, tensorboard, wandb"),
         ("small_own", [], {"tokenizer": "own.ckpt"}, "Could not find 'tokenizer/own.ckpt'"),
     ],
 )
@@ -168,13 +168,13 @@ def test_interrupted_run_resumes(given_settings, tmp_path):
     given_settings |= {"overrides": SMALL}
     beit_pretrain.fit("demo_pretrain", **given_settings)
     before = [signal.getsignal(signum) for signum in SIGNALS]
-    stopping = {**given_settings, "run_dir": tmp_path / "stopped"}
+    stopping = {**given_settings, "run_dir": tmp_path / "stopped", "resume": "never"}
     run = beit_pretrain.compose("demo_pretrain", **stopping, callbacks=interrupt_at(1))
     with pytest.raises(KeyboardInterrupt):
         run.fit()
     assert torch.load(tmp_path / "stopped/checkpoints/last.ckpt")["global_step"] == 2
     with pytest.raises(SystemExit, match="75"):
-        beit_pretrain.fit("demo_pretrain", **stopping, callbacks=[interrupt_at(2, signal.SIGTERM)])
+        beit_pretrain.fit("demo_pretrain", **stopping | {"resume": "auto"}, callbacks=[interrupt_at(2, signal.SIGTERM)])
     assert [signal.getsignal(signum) for signum in SIGNALS] == before
     assert torch.load(tmp_path / "stopped/checkpoints/last.ckpt")["global_step"] == 3
     old = run.trainer

@@ -83,10 +83,13 @@ def test_steps_equal_one_process(runs):
         torch.testing.assert_close(two[name], tensor, rtol=1e-9, atol=1e-12)
 
 
-def test_knn_equals_one_process(runs):
-    """Bank and queries are split among the processes and gathered in one order."""
+def test_features_are_worth_the_same_as_on_one_process(runs):
+    """Banks and queries are split among the processes and gathered in one order."""
     rows = [rows_of(runs / name)[STEPS] for name in ("1", "2")]
-    assert rows[0]["val/knn_accuracy"] == rows[1]["val/knn_accuracy"] > 0
+    for name in ("knn_accuracy", "dense_knn_miou"):
+        assert rows[0][f"val/{name}"] == rows[1][f"val/{name}"] > 0
+    for name in ("feature_std", "rankme"):
+        assert rows[0][f"val/{name}"] == pytest.approx(rows[1][f"val/{name}"], rel=1e-4)
 
 
 def counted(record: Path) -> dict[int, list[dict]]:

@@ -50,7 +50,7 @@ class Training:
         silence_warnings()
         with restored_process():
             self._built = build(self.settings, self._callbacks)
-        self._random = torch.get_rng_state()
+        self._random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self._started = False
         self.module: TrainedModule = self._built.task.module
         self.data: ShardData = self._built.task.data
@@ -73,12 +73,15 @@ class Training:
         """
         cfg = self.settings
         if self._started:
+            if self.trainer.global_step:  # resume=never holds for the first start only
+                cfg.resume = "auto"
             self._build()
         self._started = self._running = True
         try:
             with restored_process(), preemptible(cfg, exits=False) as signals:
                 set_process(cfg)
-                torch.set_rng_state(self._random)
+                torch.set_rng_state(self._random[0])
+                torch.cuda.set_rng_state_all(self._random[1])
                 torch._dynamo.reset()  # else it compiles a function only for the first 8 runs of a process
                 start = self._built.start = find_resume(cfg, cfg.folder / "checkpoints")  # it may be newer by now
                 run(self._built, signals)
@@ -94,7 +97,7 @@ class Training:
         """`trainer.fit` of the composed trainer."""
         if self._running:
             Trainer.fit(self.trainer, *parts, **named)
-        elif [*map(id, (*parts, *named.values()))] == [id(self.module), id(self.data)]:
+        elif [id(part) for part in (*parts, *named.values()) if part is not None] == [id(self.module), id(self.data)]:
             self.fit()
         else:
             raise UserError(

@@ -19,7 +19,7 @@ from beit_pretrain.config import as_user_errors
 from beit_pretrain.engine.checkpointing import LAST
 from beit_pretrain.engine.resume import load_run
 from beit_pretrain.engine.run_folder import CONFIG, read_config
-from beit_pretrain.engine.settings import VisualizeSettings
+from beit_pretrain.engine.settings import LoggerSettings, VisualizeSettings
 from beit_pretrain.engine.task import find_task
 from beit_pretrain.errors import UserError
 from beit_pretrain.tables import read_rows
@@ -115,7 +115,10 @@ def curves(runs: Sequence[Path], cfg: VisualizeSettings, path: Path) -> Path:
 def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
     """Send the pictures to the run's loggers."""
     content = read_config(run / CONFIG)
-    cfg = find_task(content["task"]).settings.validated(content)
+    logger = LoggerSettings.validated(content.get("logger", {}))
+    if not (logger.wandb or logger.tensorboard):
+        return
+    cfg = find_task(content["task"]).settings.validated({**content, "run_dir": run})
     if cfg.logger.tensorboard:
         from beit_pretrain.engine.tensorboard_logger import TensorBoard, check_installed
 
@@ -130,9 +133,9 @@ def log_pictures(run: Path, drawn: Sequence[Path]) -> None:
     about = read(run / CHECKPOINT).get("beit_pretrain", {})
     if "wandb_id" not in about:
         return
-    logger = WeightsAndBiases(cfg, about["wandb_id"])
-    log_images(logger, drawn)
-    logger.experiment.finish()
+    wandb = WeightsAndBiases(cfg, about["wandb_id"])
+    log_images(wandb, drawn)
+    wandb.experiment.finish()
 
 
 def log_images(logger: Any, drawn: Sequence[Path]) -> None:

@@ -24,7 +24,7 @@ from beit_pretrain.transforms.jitter import normalise
 from beit_pretrain.transforms.segmentation import PatchLabelTransform
 from beit_pretrain.transforms.views import ClassificationTransform
 
-DENSE_TEMPERATURE = 0.02  # of the vote of patches, as in Balazevic et al. 2023
+DENSE_TEMPERATURE = 0.02  # of the vote of patches, as is usual for that evaluation
 MOST_PATCHES = 20_000  # of a bank, or of its queries: 82 MB of features of width 1,024
 Images = Annotated[int, Strict(), Field(ge=1, le=2048)]
 
@@ -75,8 +75,8 @@ class OnlineEvaluation(Callback):
     * `val/feature_std`, `val/rankme`: see `collapse.py`; a warning if they collapse;
     * `val/knn_accuracy`: of a kNN vote (weights exp(cosine / 0.07), Wu et al. 2018), if there are classes;
     * `val/dense_knn_miou`: mIoU of a kNN vote of patches, whose classes are those of most of their pixels, if training
-      and held-out images have label maps (as in Balazevic et al. 2023, section 3.1, but without subsampling by weight
-      and at the resolution of patches).
+      and held-out images have label maps (Hummingbird's evaluation, Balazevic et al. 2023, but with one class a patch
+      instead of shares, and scored at the resolution of patches).
 
     The feature is the mean patch token (dense: each patch token) at three quarters of the depth: in a masked image
     model the last block is specialised on token prediction, and its kNN accuracy is much lower.
