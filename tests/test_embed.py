@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_line_and_the_rest_follows(mim_checkpoint, photos, fu
     (folder / "other").write_bytes(b"x" * (36 << 10))
     out = folder / "v.npy"
     said = refusal(make, mim_checkpoint, photos, out, what="patches", batch_size=2)
-    assert f"cannot write {out}: No space left on device" in said
+    assert f"embedding into {out} failed: No space left on device" in said
     (folder / "other").unlink()
     make(mim_checkpoint, photos, out, what="patches", batch_size=2)
     assert np.load(out).shape == (18, 16, 32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -15,7 +16,7 @@ from beit_pretrain.errors import UserError
 
 PARTIAL = ".partial"  # end of the name of a file that is being written
 
-_locks: dict[FileIO, bool] = {}  # files of locks that this process waits for (False) or holds (True)
+_locks: dict[FileIO, int] = {}  # files of locks -> the thread of this process that holds it; 0 = one waits for it
 
 
 class LockedError(UserError):
@@ -142,16 +143,16 @@ def exclusive_lock(
     while True:
         # Unbuffered: a child of a fork closes it, and must not write what its parent's buffer holds.
         with open(path, "r+b", buffering=0, opener=_create) as file:
-            _locks[file] = False
+            _locks[file] = 0
             try:
                 _acquire(file, message, wait, strict)
                 if not _is_at(file, path):  # its holder has removed or renamed it
                     continue
-                _locks[file] = True
+                _locks[file] = threading.get_ident()
                 yield file
                 return
             finally:
-                if _locks.pop(file, False):  # not in a child
+                if _locks.pop(file, 0):  # not in a child
                     if remove and _is_at(file, path):  # while it is held: whoever waits finds the file gone
                         path.unlink(missing_ok=True)
                     with suppress(OSError):
@@ -174,8 +175,8 @@ def _acquire(file: FileIO, message: str, wait: bool, strict: bool) -> None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether this process holds the lock on `path`."""
-    return any(held and _is_at(file, path) for file, held in list(_locks.items()))
+    """Whether this thread holds the lock on `path`."""
+    return any(holder == threading.get_ident() and _is_at(file, path) for file, holder in list(_locks.items()))
 
 
 def _create(path: str, flags: int) -> int:

@@ -138,7 +138,7 @@ class ShardData(LightningDataModule):
         if self.stream is not None or "val" not in self.readers:
             return False
         parts = [[f.about for f in reader.folders if f.about["segmentation"]] for reader in self.readers.values()]
-        names = [about["segmentation_classes"] for part in parts for about in part]
+        names = [about.get("segmentation_classes") for part in parts for about in part]  # older manifests have none
         return all(parts) and all(classes == names[0] for classes in names)
 
     def label_map_dataset(

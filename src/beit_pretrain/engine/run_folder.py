@@ -84,7 +84,7 @@ def clear(folder: Path, another: bool) -> None:
     `another`: also remove the W&B ID, so that W&B sees a new run. False for a run killed before its first checkpoint.
     """
     ours = [f"checkpoints/{name}" for name in (LAST, PREVIOUS, BEST, "step-*.ckpt", "*.ckpt.damaged", ".*.partial")]
-    ours += [FINISHED, "pictures/step-*.png", "metrics.csv", "tensorboard/events.out.tfevents.*", REPLACED, SKIPPED]
+    ours += [FINISHED, "pictures/step-*.png", "metrics.csv", "tensorboard/**/events.out.tfevents.*", REPLACED, SKIPPED]
     ours += [WANDB_ID] if another else []
     for pattern in ours:
         for file in folder.glob(pattern):

@@ -50,7 +50,7 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def begin(self, rows: dict[int, dict[str, float]]) -> None:
-        """Log the rows of metrics.csv, {step: {metric: value}}, that are purged or that no file has yet."""
+        """Log the rows of metrics.csv, {step: {metric: value}}, that are purged; all, if there is no file yet."""
         new = not any(Path(self.log_dir).glob(EVENTS))
         for step, row in sorted(rows.items()):
             if new or step == self.repeated:

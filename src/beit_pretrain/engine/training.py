@@ -78,7 +78,7 @@ class Training:
             self._build()
         self._started = self._running = True
         try:
-            with restored_process(), preemptible(cfg, exits=False) as signals:
+            with restored_process(), preemptible(cfg, exits=bool(launched()) or is_child()) as signals:
                 set_process(cfg)
                 torch.set_rng_state(self._random[0])
                 torch.cuda.set_rng_state_all(self._random[1])
@@ -97,6 +97,8 @@ class Training:
         """`trainer.fit` of the composed trainer."""
         if self._running:
             Trainer.fit(self.trainer, *parts, **named)
+        elif self._started:  # `fit` makes new parts to resume: these would silently stay as they are
+            raise UserError("this trainer has run; compose the training again, or call its fit(), which resumes")
         elif [id(part) for part in (*parts, *named.values()) if part is not None] == [id(self.module), id(self.data)]:
             self.fit()
         else:
@@ -150,7 +152,7 @@ def is_interactive() -> bool:
 
 @contextmanager
 def restored_process() -> Iterator[None]:
-    """Restore at the end what a training sets for the whole process."""
+    """Restore at the end what a training sets for the whole process, but for random states and environment."""
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     dynamo: Any = torch._dynamo.config

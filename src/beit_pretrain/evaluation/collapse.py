@@ -28,11 +28,14 @@ def rankme(features_ND: Tensor) -> float:
     """Effective rank: exp of the entropy of the singular values, divided by their sum (Garrido et al. 2023, eq. 1).
 
     From 1 (all features on one line) to min(N, D); the features are neither centred nor normalised, as in the paper.
-    NaN if they are not finite.
+    NaN if they are not finite, or their singular values are not found.
     """
     if not features_ND.isfinite().all():
         return math.nan
-    values = torch.linalg.svdvals(features_ND.float())
+    try:
+        values = torch.linalg.svdvals(features_ND.float())
+    except torch.linalg.LinAlgError:  # it has not converged; a figure to look at must not end a training
+        return math.nan
     p = values / values.sum().clamp(min=torch.finfo(values.dtype).tiny) + EPSILON
     return float((-(p * p.log()).sum()).exp())
 

@@ -17,7 +17,6 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import atomic_path, expand_home
 from beit_pretrain.flax.backbone import CUT_NORMAL, NORMAL, Backbone, times
 from beit_pretrain.flax.outputs import (
     FlaxBeitModelOutputWithPooling,
@@ -25,7 +24,7 @@ from beit_pretrain.flax.outputs import (
     FlaxSequenceClassifierOutput,
 )
 from beit_pretrain.flax.pretrained import filled, read_source, to_network
-from beit_pretrain.models.checkpoints.hf_writer import knows_its_images, set_permissions, write_folder
+from beit_pretrain.models.checkpoints.hf_writer import save_folder
 
 
 class FlaxBeit(Backbone):
@@ -110,16 +109,7 @@ class FlaxBeit(Backbone):
         Other files in the folder stay. A network for images that are not square is for us alone: transformers reads
         position tables with height and width swapped. Raises UserError if it cannot be written.
         """
-        path = expand_home(folder).absolute()
-        if path.is_file():
-            raise UserError(f"{folder} is a file; save_pretrained writes a folder")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path, last="config.json") as temporary:
-                write_folder(network := self.to_torch(), temporary, processor=knows_its_images(network))
-                set_permissions(temporary)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        save_folder(self.to_torch(), folder)
 
 
 class FlaxBeitModel(FlaxBeit):

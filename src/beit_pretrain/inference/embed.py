@@ -64,7 +64,9 @@ def embed(cfg: EmbedSettings) -> None:
 
 
 def settled(cfg: EmbedSettings) -> tuple[EmbedSettings, dict[str, Any]]:
-    """The settings, with those of finished `vectors` in place of what is not given; and what is known of these.
+    """The settings, and what is known of finished `vectors`: how these were made replaces settings, whatever is given.
+
+    `init_from` and `src` may be given, for files that have moved.
 
     Raises UserError for settings that do not go together.
     """
@@ -165,6 +167,8 @@ def plan_of(
         "normalise": cfg.normalise,
         "dtype": cfg.dtype,
         "image_size": embedder.model.config["image_size"],
+        "num_heads": embedder.model.config["num_heads"],
+        "norm_eps": embedder.model.config["norm_eps"],
         "view": about.get("view"),
         "crop_ratio": about.get("crop_ratio"),
         "mean": list(embedder.mean),

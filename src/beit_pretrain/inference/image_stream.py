@@ -76,8 +76,9 @@ class ShardSource:
         return [names[label] for shard in range(len(self.reader.sizes)) for label in self.reader.labels(shard)]
 
     def digest(self) -> str:
-        """SHA-256 that changes with the images."""
-        shards = [(start, *shard[:4]) for start, shard in zip(self.start, self.reader.shards, strict=True)]
+        """SHA-256 that changes with the images, or with the date of a local file; a tar's size alone says little."""
+        dated = [(*shard[:5], _date(self.reader.where(n))) for n, shard in enumerate(self.reader.shards)]
+        shards = [(start, *shard) for start, shard in zip(self.start, dated, strict=True)]
         return hashlib.sha256(json.dumps(shards).encode(errors="surrogateescape")).hexdigest()
 
 

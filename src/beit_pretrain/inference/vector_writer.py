@@ -130,7 +130,7 @@ def growing(out: Path, form: VectorFormat, plan: dict[str, Any], resume: str) ->
                     shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         kept = "; what is finished is kept; rerun the same command to resume" if _size(work / "progress.json") else ""
-        raise UserError(f"cannot write {out}: {error.strerror or error}{kept}") from None
+        raise UserError(f"embedding into {out} failed: {error.strerror or error}{kept}") from None
 
 
 def _clear(work: Path) -> None:
@@ -141,7 +141,8 @@ def _clear(work: Path) -> None:
 
 def _check_plan(work: Path, plan: dict[str, Any]) -> None:
     """Note the plan. Raises UserError if the work in the folder is of another one."""
-    if (before := read_note(work / "plan.json")) is None:
+    before = read_note(work / "plan.json") if _size(work / "progress.json") else None  # without progress: of no use
+    if before is None:
         _clear(work)
         fileio.atomic_write(work / "plan.json", json.dumps(plan), durable=True)
     elif differs := difference(before, plan):

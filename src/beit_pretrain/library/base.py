@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.fileio import atomic_path, expand_home
+from beit_pretrain.errors import UserError
 from beit_pretrain.library.config import BeitConfig
 from beit_pretrain.library.outputs import ModelOutput
 from beit_pretrain.models.attention_probabilities import attention_probabilities
@@ -24,7 +22,7 @@ from beit_pretrain.models.blocks import block_outputs
 from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
 from beit_pretrain.models.checkpoints.hf_config import INITIAL_STD
-from beit_pretrain.models.checkpoints.hf_writer import knows_its_images, set_permissions, write_folder
+from beit_pretrain.models.checkpoints.hf_writer import save_folder
 from beit_pretrain.models.checkpoints.hub import local_copy
 from beit_pretrain.models.checkpoints.pretrained import checked_sides
 from beit_pretrain.models.other_size import at_size
@@ -149,9 +147,6 @@ class PretrainedModel(nn.Module):
         are not square is for this class alone: transformers reads position tables with height and width swapped.
         Files of other names in the folder stay. Raises UserError if it cannot be written.
         """
-        path = expand_home(folder).absolute()
-        if path.is_file() or not str(folder):
-            raise UserError(f"{folder or 'an empty name'} is a file or none; save_pretrained writes a folder")
         said = BeitConfig.of_network(self.network, **dict(self.config))
         if "num_classes" in self.network.config:  # a person may have named the classes since
             if self.config.num_labels != said.num_labels:
@@ -160,14 +155,7 @@ class PretrainedModel(nn.Module):
                     "from_pretrained(..., num_labels=) makes another head"
                 )
             said.id2label = self.config.id2label
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path, last="config.json") as temporary:
-                write_folder(self.network, temporary, said, processor=knows_its_images(self.network))
-                set_permissions(temporary)
-        except (OSError, SafetensorError) as error:  # a full disk, in the words of the system or of safetensors
-            why = getattr(error, "strerror", None) or first_line(error)
-            raise UserError(f"{folder} cannot be written: {why}") from error
+        save_folder(self.network, folder, said)
 
     @property
     def device(self) -> torch.device:

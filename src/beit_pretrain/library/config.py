@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.fileio import expand_home
 from beit_pretrain.models.checkpoints.hf import read_json
 from beit_pretrain.models.checkpoints.hf_config import HFConfig
 from beit_pretrain.models.checkpoints.hf_writer import write_json
@@ -42,6 +43,10 @@ class BeitConfig(HFConfig):
         return cls.from_dict({**said, **changes})
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json into a folder, which is made if there is none."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_json(Path(folder) / FILE, self.to_dict())
+        """Write config.json into a folder, which is made if there is none. Raises UserError if it cannot be written."""
+        path = expand_home(folder) / FILE
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.to_dict())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from error

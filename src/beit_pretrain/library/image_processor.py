@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from beit_pretrain.errors import UserError, first_line
-from beit_pretrain.fileio import atomic_write
+from beit_pretrain.fileio import atomic_write, expand_home
 from beit_pretrain.library.batch_feature import BatchFeature
 from beit_pretrain.library.image_inputs import FIRST, LAST, flat, image_values, label_maps
 from beit_pretrain.library.pixel_values import labels, pixel_values
@@ -244,7 +244,7 @@ class BeitImageProcessor:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write preprocessor_config.json, which transformers reads as well; returns its path."""
-        path = Path(folder).expanduser() / FILE
+        path = expand_home(folder) / FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, self.to_json_string())

@@ -8,16 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from beit_pretrain.errors import UserError
-from beit_pretrain.fileio import atomic_write
+from beit_pretrain.errors import UserError, first_line
+from beit_pretrain.fileio import atomic_path, atomic_write, expand_home
 from beit_pretrain.models.backbone import Backbone, Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints import hf, hf_processor
 from beit_pretrain.models.checkpoints.hf_config import HFConfig
 from beit_pretrain.models.upernet import Segmenter
 
 Model = Backbone | MaskedImageModel | Classifier | Segmenter
+
+
+def save_folder(model: Model, folder: str | Path, config: HFConfig | None = None) -> None:
+    """Write a network into a folder, which is made if there is none; its files of other names stay.
+
+    config.json comes last. preprocessor_config.json is written where the network's file said how images are prepared.
+    `config`: see `write_folder`. Raises UserError if the folder cannot be written.
+    """
+    path = expand_home(folder).absolute()
+    if path.is_file() or not str(folder):
+        raise UserError(f"{folder or 'an empty name'} is a file or none; save_pretrained writes a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path, last="config.json") as temporary:
+            write_folder(model, temporary, config, processor=knows_its_images(model))
+            set_permissions(temporary)
+    except (OSError, SafetensorError) as error:  # a full disk, in the words of the system or of safetensors
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{folder} cannot be written: {why}") from error
 
 
 def write_folder(model: Model, path: Path, config: HFConfig | None = None, processor: bool = True) -> None:
