@@ -171,7 +171,7 @@ def test_odd_names_survive(suffix, mim_checkpoint, tmp_path):
     found, _ = read_as_documented(tmp_path / f"v{suffix}")
     told = [name.encode(errors="backslashreplace").decode() for name in odd]  # not text: as in predict
     assert sorted(found) == sorted(odd if suffix in (".npy", ".safetensors") else told)
-    assert "caf\\udce9.png" in (tmp_path / f"v{suffix}.nearest.csv").read_text()
+    assert "caf\\udce9.png" in (tmp_path / f"v{suffix}.nearest.png.csv").read_text()
 
 
 def test_a_full_disk_is_one_line_and_the_rest_follows(mim_checkpoint, photos, full_disk):
@@ -352,6 +352,16 @@ def test_killed_processes(suffix, mim_checkpoint, mixed, whole, tmp_path):
         ("query={photo} what=patches", "one vector an image"),
         ("query={photo} sheet=p.txt", "sheet=p.txt must end with .png"),
         ("picture=p.bmp", "picture=p.bmp must end with .png"),
+        ("query={photo} sheet=v.png out=v.png.csv", "the table of sheet=v.png.csv is the same file as out=v.png.csv"),
+        ("query={photo} sheet=p.png picture=../{name}/p.png", "{name}/p.png is the same file as sheet=p.png"),
+        ("query={text} sheet={text}", "text.jpg is the same file as query="),
+        ("src={own} picture={own}/a.jpg", "a.jpg exists in the images' folder"),
+        ("query={own} sheet={own}/a.jpg", "a.jpg exists in the images' folder"),
+        ("src={text} picture={text}", "text.jpg is the same file as src="),
+        ("sheet=s.png", "sheet= needs query="),
+        ("neighbours=3", "neighbours= needs query="),
+        ("layers=[1]", "layers= needs picture="),
+        ("images=3", "images= needs picture="),
         ("vectors=v.npy", "vectors= is searched"),
         ("vectors=v.npy query={photo} out=null", "v.npy.about.json, which says how vectors=v.npy were made, is"),
         ("what=all", "what must be one of cls, mean, patches"),
@@ -361,15 +371,19 @@ def test_killed_processes(suffix, mim_checkpoint, mixed, whole, tmp_path):
 def test_errors(more, said, mim_checkpoint, dvae_checkpoint, photos, refused, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "folder.npy").mkdir()
-    before = contents(tmp_path)
     photo = next(photos.rglob("*.jpg"))
+    shutil.copytree(photos, tmp_path / "own")
+    shutil.copy(photo, tmp_path / "own/a.jpg")
+    before = contents(tmp_path)
     places = {
+        "own": tmp_path / "own",
+        "name": tmp_path.name,
         "text": tmp_path / "text.jpg",
         "dvae": dvae_checkpoint,
         "photo": photo,
         "folder": tmp_path / "folder.npy",
     }
-    assert said in refused(*words(mim_checkpoint, photos, "v.npy"), *more.format(**places).split())
+    assert said.format(**places) in refused(*words(mim_checkpoint, photos, "v.npy"), *more.format(**places).split())
     assert contents(tmp_path) == before  # nothing half-written
     assert not list(tmp_path.glob(".*"))
 
@@ -394,7 +408,7 @@ def test_nearest_images_of_finished_vectors(suffix, mim_checkpoint, mixed, run_c
     given = ["embed", f"vectors=v{suffix}", f"query=[{query[0]},{query[1]}]", "neighbours=5", "num_workers=0"]
     code, stdout, stderr = run_cli(*given)
     assert code == 0, stderr
-    with (tmp_path / f"v{suffix}.nearest.csv").open(newline="") as file:
+    with (tmp_path / f"v{suffix}.nearest.png.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     vectors = read_as_documented(tmp_path / f"v{suffix}")[1]
     vectors = vectors - vectors.mean(0)
@@ -420,13 +434,44 @@ def test_query_in_the_command_that_computes(mim_checkpoint, photos, run_cli, ref
     given = words(mim_checkpoint, photos, "v.npy", f"query={photo}", "neighbours=99", "sheet=n/s.png")
     for _ in range(2):  # then the vectors are finished
         assert run_cli(*given)[0] == 0
-        assert len((tmp_path / "n/s.csv").read_text().splitlines()) == 1 + 18
-        (tmp_path / "n/s.csv").unlink()
+        assert len((tmp_path / "n/s.png.csv").read_text().splitlines()) == 1 + 18
+        (tmp_path / "n/s.png.csv").unlink()
     other = write_checkpoint(tmp_path / "o.ckpt", "classifier", seeded(Classifier, 3, **SIZE))
     said = refused("embed", "vectors=v.npy", f"query={photo}", f"init_from={other}")
     assert "are not of init_from" in said
     (tmp_path / "v.npy").write_bytes((tmp_path / "v.npy").read_bytes()[:200])
     assert "v.npy cannot be read as vectors" in refused("embed", "vectors=v.npy", f"query={photo}")
+
+
+def test_stored_vectors_have_their_own_settings_and_source(mim_checkpoint, photos, run_cli, refused, tmp_path):
+    make(mim_checkpoint, photos, tmp_path / "v.npy", what="mean", layer=1)
+    photo = next(photos.rglob("*.jpg"))
+    given = ["embed", "vectors=v.npy", f"query={photo}", "num_workers=0", "neighbours=18"]
+    assert "v.npy were made with layer=1, not -1; leave layer= out" in refused(*given, "layer=-1")
+    for word in ("what=patches", "normalise=true", "image_size=48"):
+        assert f"v.npy were made with {word.partition('=')[0]}=" in refused(*given, word)
+    (tmp_path / "other").mkdir()
+    shutil.copy(photo, tmp_path / "other/x.jpg")
+    assert "has none of the 18 neighbours" in refused(*given, "src=other")
+    assert not list(tmp_path.glob("*.nearest*"))
+    (tmp_path / "other" / photo.parent.name).mkdir()
+    shutil.copy(photo, tmp_path / "other" / photo.parent.name)
+    code, _, stderr = run_cli(*given, "src=other", "layer=-2")
+    assert code == 0, stderr
+    assert "warning: 17 of the 18 neighbours cannot be read from src=" in stderr
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_files_are_not_finished(suffix, mim_checkpoint, photos, tmp_path):
+    given = mim_checkpoint, photos, tmp_path / f"v{suffix}"
+    make(*given)
+    with given[-1].open("ab") as file:
+        file.write(b"more")
+    assert "not those written; resume=never computes" in refusal(make, *given)
+    make(*given, resume="never")
+    if suffix in (".npy", ".safetensors"):
+        (tmp_path / f"v{suffix}.names.jsonl").unlink()
+        assert f"v{suffix}.names.jsonl is missing; resume=never" in refusal(make, *given)
 
 
 def test_nearest_subtracts_the_mean():
@@ -441,7 +486,7 @@ def test_picture_of_patch_features(mim_checkpoint, mixed, run_cli, tmp_path):
     more = ["picture=p/f.png", "images=4", "layers=[-1,1]", "out=null"]
     code, stdout, stderr = run_cli(*words(mim_checkpoint, mixed, "x.npy", *more))
     assert code == 0, stderr
-    assert "patch features of 3 images, layers 2, 1" in stdout  # one of the four cannot be read
+    assert "patch features of 3 images, layers 2, 1; 1 could not be read:\nboats/a.jpg: not an image" in stdout
     assert not list(tmp_path.glob("*.npy"))
     image = Image.open(tmp_path / "p/f.png")
     assert image.width == 3 * (224 + grids.GAP) + grids.GAP

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,22 @@ from PIL import Image
 
 from beit_pretrain.data.left_out import LeftOut
 from beit_pretrain.data.notes import read_note
+from beit_pretrain.data.write.staging import show
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.patch_pca import pca_colours
 from beit_pretrain.fileio import size
 from beit_pretrain.inference.embedder import Embedder
-from beit_pretrain.inference.image_stream import ImageDataset, Item, Source, nothing, report, source_of, stream
-from beit_pretrain.inference.nearest import nearest, picture, views_of
+from beit_pretrain.inference.image_stream import (
+    BAD_SHOWN,
+    ImageDataset,
+    Item,
+    Source,
+    nothing,
+    report,
+    source_of,
+    stream,
+)
+from beit_pretrain.inference.nearest import MISSING, nearest, picture, views_of
 from beit_pretrain.inference.settings import EmbedSettings
 from beit_pretrain.inference.vector_formats import ABOUT, NAMES, VectorFormat, beside, format_of, read_vectors
 from beit_pretrain.inference.vector_writer import growing
@@ -31,6 +43,7 @@ FORMAT = "beit_pretrain-vectors/1"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 MOST_QUERIES = 64  # of a contact sheet
 MADE_WITH = ("what", "layer", "normalise", "image_size")  # settings that a query must share with stored vectors
+NEEDS = {"sheet": "query", "neighbours": "query", "images": "picture", "layers": "picture"}  # of no use without
 KINDS = {"cls": "[CLS]", "mean": "mean of the patches", "patches": "patches"}
 
 
@@ -41,6 +54,7 @@ def embed(cfg: EmbedSettings) -> None:
     """
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    asked = cfg
     cfg, known = settled(cfg)
     assert cfg.init_from is not None
     assert cfg.src is not None
@@ -54,9 +68,11 @@ def embed(cfg: EmbedSettings) -> None:
     queries = None if cfg.query is None else readable(cfg.query, embedder)
     if known and known["checkpoint"] != digest(checkpoint.state):
         raise UserError(f"vectors={cfg.vectors} are not of init_from={cfg.init_from}: its weights are others")
+    if known:
+        check_agrees(asked, known, embedder)
     if cfg.picture is not None:
         draw_features(cfg, embedder, dataset, layers)
-    out = Path(cfg.vectors or cfg.out or "vectors.npy")
+    out = output_files(cfg)[0]
     if cfg.vectors is None and (cfg.picture is None or cfg.out is not None or queries):
         write_vectors(cfg, out, embedder, dataset, checkpoint, layer, left_out)
     if queries:
@@ -85,13 +101,61 @@ def settled(cfg: EmbedSettings) -> tuple[EmbedSettings, dict[str, Any]]:
         raise UserError("init_from is missing: a checkpoint, such as runs/small_own/checkpoints/last.ckpt")
     elif cfg.src is None:
         raise UserError("src is missing: an image, a folder of images, a tar, a shard folder, or a list of these")
+    defaults = EmbedSettings()
+    for name, needed in NEEDS.items():
+        if getattr(cfg, needed) is None and getattr(cfg, name) != getattr(defaults, name):
+            raise UserError(f"{name}= needs {needed}=")
     if cfg.query is not None and cfg.what == "patches":
         raise UserError("query= compares one vector an image: what=cls or what=mean")
     for name, path in (("picture", cfg.picture), ("sheet", cfg.sheet)):
         if path is not None and Path(path).suffix.lower() not in PICTURES:
             raise UserError(f"{name}={path} must end with .png, .jpg or .webp")
     format_of(Path(cfg.out or "vectors.npy"))
+    check_places(cfg)
     return cfg, known
+
+
+def check_agrees(asked: EmbedSettings, known: dict[str, Any], embedder: Embedder) -> None:
+    """Raise UserError for a setting, other than its default, that contradicts how stored vectors were made."""
+    defaults = EmbedSettings()
+    for name in MADE_WITH:
+        given = getattr(asked, name)
+        number = embedder.layer(given) if name == "layer" else given
+        if given != getattr(defaults, name) and number != known[name]:
+            made = f"{name}={show(known[name])}, not {show(given)}"
+            raise UserError(f"vectors={asked.vectors} were made with {made}; leave {name}= out")
+
+
+def check_places(cfg: EmbedSettings) -> None:
+    """Raise UserError if a file that is written is one that is read or another one that is written."""
+    out, sheet, table = output_files(cfg)
+    written = [("vectors" if cfg.vectors else "out", out)]
+    if cfg.query is not None:
+        written += [("sheet", sheet), ("the table of sheet", table)]
+    if cfg.picture is not None:
+        written.append(("picture", Path(cfg.picture)))
+    src, query = ([value] if isinstance(value, str) else value or [] for value in (cfg.src, cfg.query))
+    read = [("init_from", cfg.init_from or ""), *(("src", path) for path in src), *(("query", path) for path in query)]
+    taken = {os.path.realpath(path): f"{name}={path}" for name, path in read}
+    if cfg.vectors:
+        taken.pop(os.path.realpath(out), None)  # it is only read
+    for name, path in written:
+        place = os.path.realpath(path)
+        if place in taken:
+            raise UserError(f"{name}={path} is the same file as {taken[place]}; choose another name")
+        taken[place] = f"{name}={path}"
+    for name, chosen in (("picture", cfg.picture), ("sheet", cfg.sheet)):
+        if chosen is not None and os.path.exists(chosen):
+            folders = [str(folder) for folder in Path(os.path.realpath(chosen)).parents]
+            if inside := [path for path in (*src, *query) if os.path.realpath(path) in folders]:
+                raise UserError(f"{name}={chosen} exists in the images' folder {inside[0]}; choose another name")
+
+
+def output_files(cfg: EmbedSettings) -> tuple[Path, Path, Path]:
+    """The files of the vectors, of the contact sheet and of its table."""
+    out = Path(cfg.vectors or cfg.out or "vectors.npy")
+    sheet = Path(cfg.sheet) if cfg.sheet else beside(out, ".nearest.png")
+    return out, sheet, beside(sheet, ".csv")
 
 
 def thirds(depth: int) -> list[int]:
@@ -210,7 +274,10 @@ def draw_features(cfg: EmbedSettings, embedder: Embedder, dataset: ImageDataset,
             found[layer].append(state_BND[:, 1:].cpu())
     maps = {layer: pca_colours(torch.cat(parts), embedder.model.grid) for layer, parts in found.items()}
     grids.save(feature_sheet([picture(item.views[0]) for item in items], maps), Path(cfg.picture))
-    print(f"wrote {cfg.picture}: patch features of {len(items)} images, layers {', '.join(map(str, maps))}")
+    unread = f"; {len(bad)} could not be read:" if bad else ""
+    print(f"wrote {cfg.picture}: patch features of {len(items)} images, layers {', '.join(map(str, maps))}{unread}")
+    for name, why in bad[:BAD_SHOWN]:
+        print(f"{name}: {why}")
 
 
 def readable(src: str | list[str], embedder: Embedder) -> list[Item]:
@@ -227,22 +294,30 @@ def readable(src: str | list[str], embedder: Embedder) -> list[Item]:
 def draw_nearest(
     cfg: EmbedSettings, out: Path, embedder: Embedder, dataset: ImageDataset, queries: list[Item], layer: int
 ) -> None:
-    """Draw the nearest images of every query, and write them as a table."""
+    """Draw the nearest images of every query, and write them as a table.
+
+    Raises UserError if the source has none of them.
+    """
     vectors = [torch.from_numpy(rows_of(cfg, embedder, [item], layer)).float() for item in queries]
     found = nearest(read_vectors(out), torch.cat(vectors), cfg.neighbours)
-    sheet = Path(cfg.sheet) if cfg.sheet else beside(out, ".nearest.png")
+    _, sheet, written = output_files(cfg)
     rows: list[list[tuple[Image.Image, str]]] = []
+    count = missing = 0
     for item, neighbours in zip(queries, found, strict=True):
         captions = [f"{neighbour.similarity:.3f}\n{neighbour.name}" for neighbour in neighbours]
-        pictures = zip(views_of(dataset, neighbours), captions, strict=True)
+        views = views_of(dataset, neighbours)
+        count, missing = count + len(views), missing + sum(view is None for view in views)
+        pictures = zip([view or MISSING for view in views], captions, strict=True)
         rows.append([(picture(item.views[0]), f"query\n{item.name}"), *pictures])
+    if missing == count:
+        raise UserError(f"src={cfg.src} has none of the {count} neighbours: are these the images of {out}?")
+    if missing:
+        print(f"warning: {missing} of the {count} neighbours cannot be read from src={cfg.src}: grey", file=sys.stderr)
     grids.save(grids.captioned(rows, cell=128), sheet)
     table = [
         (item.name, rank, neighbour.name, f"{neighbour.similarity:.6f}")
         for item, neighbours in zip(queries, found, strict=True)
         for rank, neighbour in enumerate(neighbours, start=1)
     ]
-    write_csv(sheet.with_suffix(".csv"), ("query", "rank", "file", "similarity"), table)
-    print(
-        f"wrote {sheet} and {sheet.with_suffix('.csv').name}: the {len(rows[0]) - 1} nearest of {len(queries)} images"
-    )
+    write_csv(written, ("query", "rank", "file", "similarity"), table)
+    print(f"wrote {sheet} and {written.name}: the {len(rows[0]) - 1} nearest of {len(queries)} images")

@@ -20,7 +20,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.inference.image_stream import ImageDataset, Source
 from beit_pretrain.inference.vector_formats import StoredVectors
 
-MISSING = Image.new("RGB", (96, 96), "lightgrey")  # stands for an image that the source does not have
+MISSING = Image.new("RGB", (96, 96), "lightgrey")  # stands on the sheet for an image that cannot be read
 
 
 class Neighbour(NamedTuple):
@@ -58,13 +58,13 @@ def nearest(stored: StoredVectors, queries_QD: Tensor, count: int) -> list[list[
     ]
 
 
-def views_of(dataset: ImageDataset, found: Sequence[Neighbour]) -> list[Image.Image]:
-    """The views of neighbours, from the source of their vectors; a grey one where the source does not have it."""
-    pictures = []
+def views_of(dataset: ImageDataset, found: Sequence[Neighbour]) -> list[Image.Image | None]:
+    """The views of neighbours, from the source of their vectors; None where it does not have a readable one."""
+    pictures: list[Image.Image | None] = []
     for neighbour in found:
         number = place_of(dataset.source, neighbour)
         item = None if number is None else dataset[number]
-        pictures.append(picture(item.views[0]) if item is not None and item.problem is None else MISSING)
+        pictures.append(picture(item.views[0]) if item is not None and item.problem is None else None)
     return pictures
 
 
@@ -72,7 +72,8 @@ def place_of(source: Source, neighbour: Neighbour) -> int | None:
     """The number of a neighbour's image: that of its row, or, behind unreadable images, a little more."""
     start = min(neighbour.row, len(source))
     for number in chain(range(start, len(source)), range(start)):
-        if source[number][0] == neighbour.name:
+        name = source[number][0]
+        if neighbour.name in (name, name.encode(errors="backslashreplace").decode()):  # as .csv and .parquet have it
             return number
     return None
 

@@ -60,7 +60,9 @@ class EmbedSettings(Settings):
         "finished file that query= searches, instead of computing one; knows init_from, src"
     )
     neighbours: Count = about("nearest images per query")
-    sheet: PathStr | None = about("picture of the neighbours, with a .csv beside it; null = FILE.nearest.png")
+    sheet: PathStr | None = about(
+        "picture of the neighbours, with its table SHEET.csv beside it; null = FILE.nearest.png"
+    )
     picture: PathStr | None = about("picture to draw of the patch features' first three principal components")
     images: Count = about("images on that picture, evenly spaced in src")
     layers: Annotated[list[Layer], Field(min_length=1)] | None = about(

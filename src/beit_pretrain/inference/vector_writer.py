@@ -94,6 +94,8 @@ class GrowingVectors:
         beside(out, NAMES).unlink(missing_ok=True)
         if self.form.names_beside:
             fileio.link(self.work / OF_ROWS, beside(out, NAMES))
+        ends = {"": finished} | ({NAMES: self.work / OF_ROWS} if self.form.names_beside else {})
+        about = {**about, "bytes": {end: _size(path) for end, path in ends.items()}}
         fileio.atomic_write(beside(out, ABOUT), json.dumps(about, indent=1) + "\n")
         fileio.publish(finished, out)
 
@@ -153,7 +155,7 @@ def _check_plan(work: Path, plan: dict[str, Any]) -> None:
 
 
 def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
-    """Whether `out` is what this command writes. Raises UserError if it is something else."""
+    """Whether `out` is what this command writes. Raises UserError if it is something else, or not whole."""
     if not out.exists():
         return False
     advice = "choose another out=, or resume=never to replace it"
@@ -161,6 +163,12 @@ def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
         raise UserError(f"{out} exists and is not known to be of this command; {advice}")
     if differs := difference({key: about.get(key) for key in plan}, plan):
         raise UserError(f"{out} holds vectors with {differs}; {advice}")
+    said = about.get("bytes")
+    for end, size in (said if isinstance(said, dict) else {"": None}).items():
+        if not (file := beside(out, end)).exists():
+            raise UserError(f"{file} is missing; resume=never computes {out} again")
+        if _size(file) != size:
+            raise UserError(f"{file} has {_size(file):,} bytes, not those written; resume=never computes {out} again")
     return True
 
 
