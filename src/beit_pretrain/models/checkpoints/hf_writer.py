@@ -28,8 +28,10 @@ def save_folder(model: Model, folder: str | Path, config: HFConfig | None = None
     `config`: see `write_folder`. Raises UserError if the folder cannot be written.
     """
     path = expand_home(folder).absolute()
-    if path.is_file() or not str(folder):
-        raise UserError(f"{folder or 'an empty name'} is a file or none; save_pretrained writes a folder")
+    if path.is_file():
+        raise UserError(f"{folder} is a file; save_pretrained writes a folder")
+    if not str(folder):
+        raise UserError("save_pretrained needs the name of a folder; it is empty")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path, last="config.json") as temporary:
