@@ -43,6 +43,7 @@ def test_files_both_ways(tmp_path):
 def test_labels():
     assert BeitConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert BeitConfig(label2id={"b": 1, "a": 0}).id2label == {0: "a", 1: "b"}
+    assert BeitConfig(id2label={0: "crane", 1: "crane"}).num_labels == 2  # the released ImageNet models have two
     config = BeitConfig(id2label={"1": "b", "0": "a"})
     assert (config.num_labels, config.label2id) == (2, {"a": 0, "b": 1})
     config.num_labels = 2
@@ -65,6 +66,23 @@ def test_old_and_foreign_files(tmp_path):
     assert "does not exist" in refusal(BeitConfig.from_json_file, tmp_path / "none.json")
     (tmp_path / "empty").mkdir()
     assert "does not exist" in refusal(BeitConfig.from_pretrained, tmp_path / "empty")
+
+
+def test_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = BeitConfig(hidden_size=48)
+    config.save_pretrained("~/a")
+    assert BeitConfig.from_json_file("~/a/config.json") == BeitConfig.from_pretrained("~/a") == config
+    for name in ("a.ckpt", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"\x80")
+        assert "give a config.json, or the folder" in refusal(BeitConfig.from_pretrained, tmp_path / name)
+    assert "save_pretrained writes a folder" in refusal(config.save_pretrained, tmp_path / "a.ckpt")
+    assert "cannot be written" in refusal(config.save_pretrained, tmp_path / "a.ckpt/b")
+    assert "a path is needed, got None" in refusal(config.save_pretrained, None)
+    for source in (None, 3):
+        assert f"OWNER/NAME on the Hub, is needed; got {source}" in refusal(BeitConfig.from_pretrained, source)
+    with pytest.raises(TypeError, match="BeitConfig takes its values by name"):
+        BeitConfig(768)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from beit_pretrain import (
     BeitForSemanticSegmentation,
     BeitModel,
 )
+from beit_pretrain.library.losses import classification_loss
 from beit_pretrain.models.backbone import Classifier, MaskedImageModel
 from beit_pretrain.models.checkpoints.pretrained import load_pretrained
 from beit_pretrain.models.other_size import at_size, interpolate_table
@@ -202,6 +203,8 @@ class TestFiles:
         assert (again.config.semantic_loss_ignore_index, again.config.auxiliary_loss_weight) == (7, 0.2)
         assert again.config.num_hidden_layers == 4  # config.json says 5: transformers cannot use the last one
         assert json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"] == 5
+        counted = BeitForSemanticSegmentation.from_pretrained(tmp_path, num_labels=2)
+        assert counted.config.id2label == {0: "a", 1: "b"}
         again.config.id2label = {0: "sky", 1: "sea"}
         again.save_pretrained(tmp_path)
         assert BeitForSemanticSegmentation.from_pretrained(tmp_path).config.id2label == {0: "sky", 1: "sea"}
@@ -335,6 +338,26 @@ IMAGE = torch.zeros(1, 3, 32, 32)
             {"pixel_values": IMAGE, "bool_masked_pos": torch.ones(1, 16), "labels": torch.zeros(3)},
             "tokens of the 16 masked patches",
         ),
+        ({"pixel_values": IMAGE.numpy()}, "a tensor of floats; got an object of the type ndarray"),
+        ({"pixel_values": IMAGE, "bool_masked_pos": [[True] * 16]}, "of 0 and 1; got an object of the type list"),
+        ({"pixel_values": IMAGE, "bool_masked_pos": torch.full((1, 16), 0.5)}, "must be bools, or 0 and 1"),
+        ({"pixel_values": IMAGE, "bool_masked_pos": torch.ones(16)}, r"must be \(1, 16\), got \(16,\)"),
+        (
+            {"pixel_values": IMAGE, "bool_masked_pos": torch.zeros(1, 16), "labels": torch.zeros(1, 16).long()},
+            "no patch is masked",
+        ),
+        (
+            {"pixel_values": IMAGE, "bool_masked_pos": torch.ones(1, 16), "labels": torch.full((1, 16), 64)},
+            "from 0 to 63, or -100 for those that do not count; got 64",
+        ),
+        (
+            {"pixel_values": IMAGE, "bool_masked_pos": torch.ones(1, 16), "labels": torch.zeros(1, 16)},
+            "tensor of whole numbers, got .*float32",
+        ),
+        (
+            {"pixel_values": IMAGE, "bool_masked_pos": torch.ones(1, 16), "labels": [0] * 16},
+            "labels must be a tensor, got an object of the type list",
+        ),
     ],
 )
 def test_inputs_that_cannot_be(given, said):
@@ -349,6 +372,33 @@ def test_more_inputs_that_cannot_be():
     assert "2 x 2 patches" in refusal(segmenter, torch.zeros(1, 3, 8, 64), interpolate_pos_encoding=True)
     single = built("BeitForSemanticSegmentation", num_labels=1)
     assert "must be above 1" in refusal(single, IMAGE, labels=torch.zeros(1, 32, 32))
+    labels = torch.full((1, 32, 32), 254, dtype=torch.uint8)
+    assert "from 0 to 2, or 255 for those that do not count; got 254" in refusal(segmenter, IMAGE, labels=labels)
+    assert "whole numbers" in refusal(segmenter, IMAGE, labels=labels.bool())
+
+
+def test_which_problem_labels_are_for():
+    logits = torch.randn(2, 3)
+    expected = classification_loss(logits, torch.tensor([2, 1]))
+    for kind in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert classification_loss(logits, torch.tensor([2, 1], dtype=kind)) == expected
+    several = torch.tensor([[1, 0, 1], [0, 0, 1]])
+    expected = classification_loss(logits, several.float())
+    assert classification_loss(logits, several) == classification_loss(logits, several.bool()) == expected
+    assert "from 0 to 1" in refusal(classification_loss, logits, 2 * several)
+    assert "from 0 to 1" in refusal(classification_loss, logits, several * float("nan"))
+    assert "from 0 to 2, or -100" in refusal(classification_loss, logits, torch.tensor([0, 3]))
+    assert "must be a tensor" in refusal(classification_loss, logits, [0, 1])
+    assert "do not fit" in refusal(classification_loss, logits, torch.tensor([True, False]))
+
+
+def test_a_config_of_another_model_is_told(tmp_path):
+    built("BeitModel").save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**said, "num_hidden_layers": 3, "out_indices": [3]}))
+    with pytest.warns(UserWarning, match="says num_hidden_layers=3, the weights have 2") as caught:
+        assert BeitModel.from_pretrained(tmp_path).config.num_hidden_layers == 2
+    assert caught[0].filename == __file__
 
 
 def test_what_cannot_be_loaded(tmp_path):
@@ -360,8 +410,10 @@ def test_what_cannot_be_loaded(tmp_path):
     assert "known are revision, image_size" in refusal(load, tmp_path, torch_dtype=torch.half)
     assert "the file says that" in refusal(load, tmp_path, hidden_size=64)
     assert "not divisible" in refusal(load, tmp_path, image_size=33)
-    for name in ("num_labels", "use_mean_pooling"):
-        assert f"{name}=...): the file says that" in refusal(load, tmp_path, **{name: True})
+    assert "use_mean_pooling=...): the file says that" in refusal(load, tmp_path, use_mean_pooling=True)
+    assert "is for models with classes; BeitForMaskedImageModeling has none" in refusal(load, tmp_path, num_labels=3)
+    assert "OWNER/NAME on the Hub, is needed; got None" in refusal(load, None)
+    assert "a path is needed, got None" in refusal(built("BeitModel").save_pretrained, None)
     classes = BeitForImageClassification.from_pretrained
     assert "num_labels=0" in refusal(classes, tmp_path, num_labels=0)
     assert "use_mean_pooling must be true or false" in refusal(classes, tmp_path, num_labels=2, use_mean_pooling="avg")

@@ -24,7 +24,12 @@ class LockedError(UserError):
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path with the home folder in place of a leading `~` or `~user`. Raises UserError if there is no such user."""
+    """A path with the home folder in place of a leading `~` or `~user`.
+
+    Raises UserError if there is no such user, or if it is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"a path is needed, got {path!r:.60}")
     return Path(expanded(os.fspath(path)))
 
 

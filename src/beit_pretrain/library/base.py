@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.library.config import BeitConfig
+from beit_pretrain.library.losses import described, readable
 from beit_pretrain.library.outputs import ModelOutput
 from beit_pretrain.models.attention_probabilities import attention_probabilities
 from beit_pretrain.models.backbone import Backbone, embed
@@ -106,7 +107,9 @@ class PretrainedModel(nn.Module):
         """
         known = (*CHANGES, *cls.options)
         for name in changes.keys() - {*known}:
-            if name in (*BeitConfig.model_fields, *LABELS):
+            if name in LABELS:
+                raise UserError(f"from_pretrained(..., {name}=...) is for models with classes; {cls.__name__} has none")
+            if name in BeitConfig.model_fields:
                 raise UserError(
                     f"from_pretrained(..., {name}=...): the file says that; only {', '.join(known)} can change"
                 )
@@ -121,7 +124,9 @@ class PretrainedModel(nn.Module):
         settings = BeitConfig(**{**said, **{n: v for n, v in changes.items() if n in BeitConfig.model_fields}})
         options = {name: changes[name] for name in cls.options if name in changes}
         network = cls._loaded(checkpoint, image_size, settings.drop_path_rate, count, **options)
-        if wanted is not None:
+        # A mere number that is the file's own leaves its names of classes.
+        kept = checkpoint.kind == cls.network_type.kind and checkpoint.architecture.get("num_classes") == count
+        if wanted is not None and not (kept and labels.keys() == {"num_labels"}):
             network.about["classes"] = list(wanted.id2label.values())
         model = cls.from_network(network, settings)
         model._after_loading(options)
@@ -231,8 +236,10 @@ class PretrainedModel(nn.Module):
         """The images (B, C, H, W). Raises UserError for anything else."""
         channels = self.config.num_channels
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point() or pixel_values.ndim != 4:
-            got = f"{tuple(pixel_values.shape)} of {pixel_values.dtype}" if isinstance(pixel_values, Tensor) else "none"
-            raise UserError(f"pixel_values must be normalised images (B, {channels}, height, width), floats; got {got}")
+            raise UserError(
+                f"pixel_values must be normalised images (B, {channels}, height, width), a tensor of floats; got "
+                f"{described(pixel_values)}"
+            )
         if pixel_values.shape[1] != channels:
             raise UserError(f"the model sees {channels} channels, got images of {pixel_values.shape[1]}")
         return pixel_values
@@ -244,8 +251,12 @@ class PretrainedModel(nn.Module):
                 "bool_masked_pos needs a mask token: use_mask_token=True in the config, or a file that has one"
             )
         rows, columns = network.grid
-        if mask.numel() != images * rows * columns or len(mask) != images:
+        if not isinstance(mask, Tensor):
+            raise UserError(f"bool_masked_pos must be a tensor of bools, or of 0 and 1; got {described(mask)}")
+        if mask.ndim < 2 or mask.numel() != images * rows * columns or len(mask) != images:
             raise UserError(f"bool_masked_pos must be ({images}, {rows * columns}), got {tuple(mask.shape)}")
+        if mask.dtype != torch.bool and readable(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+            raise UserError(f"bool_masked_pos must be bools, or 0 and 1; got {described(mask)} with others")
         return mask.flatten(1).bool()
 
     def _returned(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
@@ -258,4 +269,13 @@ def _said(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.format != "hf":
         return {"drop_path_rate": checkpoint.architecture.get("drop_path_rate", 0.0)}
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    return dict(BeitConfig.from_dict(hf.read_json(folder / "config.json")))
+    file = folder / "config.json"
+    config = BeitConfig.from_dict(hf.read_json(file))
+    for name, ours in (("hidden_size", "embed_dim"), ("num_hidden_layers", "depth")):
+        if name in config.model_fields_set and getattr(config, name) != (own := checkpoint.architecture[ours]):
+            warnings.warn(
+                f"{file} says {name}={getattr(config, name)}, the weights have {own}: these are taken; is it the "
+                "config.json of another model?",
+                stacklevel=3,
+            )
+    return dict(config)

@@ -10,7 +10,7 @@ from beit_pretrain.fileio import expand_home
 from beit_pretrain.models.checkpoints.hf import read_json
 from beit_pretrain.models.checkpoints.hf_config import HFConfig
 from beit_pretrain.models.checkpoints.hf_writer import write_json
-from beit_pretrain.models.checkpoints.hub import local_copy
+from beit_pretrain.models.checkpoints.hub import FILE_ENDINGS, local_copy
 
 FILE = "config.json"
 
@@ -31,7 +31,10 @@ class BeitConfig(HFConfig):
     @classmethod
     def from_json_file(cls, file: str | Path, **changes: Any) -> Self:
         """From a config.json. Raises UserError if it is damaged, or of another kind of model."""
-        said = read_json(Path(file))
+        path = expand_home(file)
+        if path.is_file() and path.suffix != ".json" and path.suffix.lower() in FILE_ENDINGS:
+            raise UserError(f"{file} has weights: give a config.json, or the folder it is in")
+        said = read_json(path)
         if not said:
             raise UserError(f"{file} does not exist, or is empty; a config.json is needed")
         if (kind := said.get("model_type", "beit")) != "beit":
@@ -46,6 +49,8 @@ class BeitConfig(HFConfig):
         """Write config.json into a folder, which is made if there is none. Raises UserError if it cannot be written."""
         path = expand_home(folder) / FILE
         try:
+            if path.parent.is_file() or not str(folder):
+                raise UserError(f"{folder or 'an empty name'} is a file or none; save_pretrained writes a folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, self.to_dict())
         except OSError as error:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from beit_pretrain.errors import UserError
 from beit_pretrain.library.base import LABELS, PretrainedModel
 from beit_pretrain.library.config import BeitConfig
-from beit_pretrain.library.losses import classification_loss, segmentation_loss
+from beit_pretrain.library.losses import IGNORED, check_tensor, checked_ids, classification_loss, segmentation_loss
 from beit_pretrain.library.outputs import (
     BeitModelOutputWithPooling,
     ImageClassifierOutput,
@@ -113,7 +113,8 @@ class BeitForMaskedImageModeling(PretrainedModel):
 
         Args:
             bool_masked_pos: (B, N), True where a patch is masked.
-            labels: tokens (M,) of the masked patches, row by row, or (B, N) of all patches, as tokenizers give them.
+            labels: tokens (M,) of the masked patches, row by row, or (B, N) of all patches, as tokenizers give them;
+                -100 do not count.
             masked_only: logits (M, V) of the masked patches; the head is computed for these alone.
         """
         if bool_masked_pos is None and (labels is not None or masked_only):
@@ -126,14 +127,19 @@ class BeitForMaskedImageModeling(PretrainedModel):
         logits = found.network.lm_head(hidden_BND[mask] if masked_only else hidden_BND)
         loss = None
         if labels is not None and mask is not None:
+            check_tensor(labels)
             logits_MV = logits if masked_only else logits[mask]
-            tokens = labels.flatten(1)[mask] if labels.ndim > 1 and labels.numel() == mask.numel() else labels.flatten()
+            of_all = labels.ndim > 1 and labels.numel() == mask.numel()
+            tokens = labels.flatten(1)[mask.to(labels.device)] if of_all else labels.flatten()
             if len(tokens) != len(logits_MV):
                 raise UserError(
                     f"labels must be the tokens of the {len(logits_MV)} masked patches, or of all {mask.numel()}; "
                     f"got {tuple(labels.shape)}"
                 )
-            loss = F.cross_entropy(logits_MV, tokens.to(logits.device).long())
+            if not len(logits_MV):
+                raise UserError("no patch is masked in bool_masked_pos: there is no loss of none")
+            ids_M = checked_ids(tokens, logits_MV.shape[1])
+            loss = F.cross_entropy(logits_MV, ids_M.to(logits.device), ignore_index=IGNORED)
         return self._returned(MaskedLMOutput(loss, logits, found.hidden_states, found.attentions), return_dict)
 
     def _built(self, config: BeitConfig, **options: Any) -> Backbone:
@@ -164,8 +170,8 @@ class BeitForImageClassification(PretrainedModel):
     ) -> ImageClassifierOutput | tuple[Any, ...]:
         """Logits (B, K), and with `labels` the loss.
 
-        The loss is that of the config's problem_type. None = by the labels: (B,) whole numbers are classes, (B, K)
-        numbers in [0, 1] several labels an image, and with K = 1 any numbers are a regression.
+        The loss is that of the config's problem_type. None = by the labels: (B,) whole numbers of any integer type are
+        classes, (B, K) in [0, 1] of any type several labels an image, and with K = 1 any numbers are a regression.
         """
         found = self._run(pixel_values, None, interpolate_pos_encoding, output_hidden_states, output_attentions)
         logits = found.network.forward_head(found.network.norm(found.states[-1]))
@@ -220,6 +226,7 @@ class BeitForSemanticSegmentation(PretrainedModel):
         loss = None
         if labels is not None:
             config = self.config
+            check_tensor(labels)
             if labels.ndim != 3 or len(labels) != len(main):
                 raise UserError(f"labels must be ({len(main)}, height, width), got {tuple(labels.shape)}")
             ignored, weight = config.semantic_loss_ignore_index, config.auxiliary_loss_weight

@@ -66,7 +66,9 @@ class HFConfig(BaseModel):
     output_attentions: Switch = False
     return_dict: Switch = True
 
-    def __init__(self, **values: Any):
+    def __init__(self, *positional: Any, **values: Any):
+        if positional:
+            raise TypeError("BeitConfig takes its values by name: BeitConfig(hidden_size=768), BeitConfig(**settings)")
         with _one_line(values):
             super().__init__(**_labelled(values))
 
@@ -86,7 +88,7 @@ class HFConfig(BaseModel):
 
     @property
     def label2id(self) -> dict[str, int]:
-        """The number of each class."""
+        """The number of each class; of classes of the same name, as ImageNet's two cranes are, the last one's."""
         return {label: number for number, label in self.id2label.items()}
 
     @classmethod

@@ -45,6 +45,8 @@ def local_copy(source: str | Path, revision: str | None = None, names: Sequence[
     The cache, HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are those of huggingface_hub. Raises UserError, in one
     line, for what is neither here nor there, or cannot be fetched.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"a path, or OWNER/NAME on the Hub, is needed; got {source!r:.60}")
     text = os.fspath(source)
     if not is_address(text) and os.path.exists(path := expanded(text)):
         return Path(path)
