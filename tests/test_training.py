@@ -183,6 +183,7 @@ def test_interrupted_run_resumes(given_settings, tmp_path):
     assert same_run(tmp_path / "python", tmp_path / "stopped") == 4
 
 
+@pytest.mark.long
 def test_finished_run_gives_its_metrics_and_weights(given_settings, tmp_path, capsys):
     first = beit_pretrain.fit("demo_pretrain", SMALL, **given_settings)
     again = beit_pretrain.fit("demo_pretrain", SMALL, **given_settings)
@@ -194,6 +195,7 @@ def test_finished_run_gives_its_metrics_and_weights(given_settings, tmp_path, ca
     assert again.fit().metrics == first.metrics
 
 
+@pytest.mark.long
 def test_process_is_as_before(given_settings, tmp_path):
     """Threads, determinism and Hydra belong to the notebook; another thread may train."""
     from hydra import compose, initialize_config_dir

@@ -23,7 +23,7 @@ def fit_settings(experiment: str, overrides: Sequence[str], named: Mapping[str, 
         raise UserError(choose())
     if experiment not in (known := experiments()):
         raise UserError(unknown_name("experiment", experiment, known))
-    words = [overrides] if isinstance(overrides, str) else list(overrides)
+    words = [overrides] if isinstance(overrides, str) else list(overrides or ())
     if other := [word for word in words if not isinstance(word, str)]:
         raise UserError(f"overrides are texts such as 'optim.lr=1e-3', not {other[0]!r}")
     check_words(words)
