@@ -17,11 +17,12 @@ import torch
 from foreign import hf_classifier
 from PIL import Image
 from test_hf_processor import FORMS, SIZES, image, saved, seen
-from tiny import refusal
+from tiny import MIM, refusal, seeded, write_checkpoint
 
 import beit_pretrain
 from beit_pretrain import BeitImageProcessor
 from beit_pretrain.library.batch_feature import BatchFeature
+from beit_pretrain.models.backbone import MaskedImageModel
 
 H, W = 36, 54
 ROOT = Path(__file__).parents[1]
@@ -330,8 +331,9 @@ def test_ids_beyond_8_bits():
     ids = label_map().astype(np.int32) * 300
     (labels,) = BeitImageProcessor(size=12)(noise(), ids).labels
     np.testing.assert_array_equal(np.unique(labels), np.unique(ids[3::3, 3::3]))
-    (again,) = BeitImageProcessor(size=12)(noise(), ids[None, None]).labels
-    np.testing.assert_array_equal(labels, again)
+    for form in (ids[None, None], ids[..., None], ids[None, ..., None], [torch.from_numpy(ids[..., None])]):
+        (again,) = BeitImageProcessor(size=12)(noise(), form).labels
+        np.testing.assert_array_equal(labels, again)
 
 
 @pytest.mark.parametrize("sizes", [None, [(20, 31), (7, 7)], torch.tensor([[9, 12], [16, 16]])])
@@ -450,6 +452,59 @@ def test_checkpoints_have_a_processor(mim_checkpoint, segmenter_checkpoint):
     assert not processor.do_normalize
 
 
+@pytest.mark.parametrize("image_size", [32, (64, 32)])
+def test_weights_without_a_processor_have_their_evaluation_view(image_size, tmp_path):
+    """A fresh model saves none; its folder and its file, and those of a trained one, give the same."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = beit_pretrain.BeitConfig(**sizes, image_size=image_size, patch_size=8)
+    model = seeded(beit_pretrain.BeitModel, config)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    cropped = {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": 32}
+    expected = BeitImageProcessor(**cropped if image_size == 32 else {"size": image_size})
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.warns(UserWarning, match=r"has no preprocessor_config.json: the preparation .* is a guess"):
+            assert settings(BeitImageProcessor.from_pretrained(place)) == settings(expected)
+    model.network.about["mean"] = [0.1, 0.2, 0.3]
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings(action="error"):
+        found = [BeitImageProcessor.from_pretrained(place) for place in (tmp_path, tmp_path / "model.safetensors")]
+    assert settings(found[0]) == settings(found[1]) == {**settings(expected), "image_mean": [0.1, 0.2, 0.3]}
+    line = refusal(BeitImageProcessor.from_pretrained, tmp_path / "config.json")
+    assert line.endswith("config.json is of a model; its processor is preprocessor_config.json")
+
+
+def test_checkpoints_that_do_not_say_are_a_guess(tmp_path):
+    made = []
+    for size in (32, (64, 32)):
+        model = seeded(MaskedImageModel, **{**MIM, "image_size": size})
+        path = write_checkpoint(tmp_path / "a.ckpt", "mim", model)
+        with pytest.warns(UserWarning, match=r"a\.ckpt does not say how its images are prepared"):
+            made.append(BeitImageProcessor.from_pretrained(path))
+    assert [each.crop_size for each in made] == [{"height": 32, "width": 32}, {"height": 224, "width": 224}]
+    assert (made[1].size, made[1].do_center_crop) == ({"height": 64, "width": 32}, False)
+
+
+def test_misspelt_options_are_refused():
+    for name, meant in {
+        "do_normalise": "do_normalize",
+        "img_mean": "image_mean",
+        "sise": "size",
+        "do_reduce_label": "do_reduce_labels",
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name}: no option of BeitImageProcessor; did you mean {meant}"):
+            BeitImageProcessor(**{name: 1})
+    further = {"do_pad": 1, "size_divisor": 1, "pad_size": 1, "crop_pct": 1, "rescale_offset": 1, "do_flip": 1}
+    further |= {"do_reduce_zero_label": 1, "do_convert_grayscale": 1, "default_to_square": True}
+    assert BeitImageProcessor(**further).extra == further
+
+
+def test_none_is_no_place():
+    for call in (BeitImageProcessor.from_pretrained, BeitImageProcessor().save_pretrained):
+        with pytest.raises(TypeError, match="_pretrained needs the name of a folder, got None"):
+            call(None)
+
+
 def test_paths_are_opened_and_turned_upright(theirs, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -510,7 +565,11 @@ WRONG = [
     (ValueError, dict(images=X, segmentation_maps=[X[0], X[0]]), "1 images with 2 segmentation_maps"),
     (ValueError, dict(images=X, segmentation_maps=X[0] + 0.5), "a label map must hold whole numbers"),
     (ValueError, dict(images=X, segmentation_maps=X[0][:0]), "has no pixels"),
-    (ValueError, dict(images=X, segmentation_maps=X[None, None]), "is no image and no batch"),
+    (ValueError, dict(images=X, segmentation_maps=X[None, None]), "is no label map and no batch"),
+    (TypeError, dict(segmentation_maps=[X[0], None]), "segmentation_maps must be a PIL image, .* got NoneType"),
+    (TypeError, dict(segmentation_maps=[1, 2]), "segmentation_maps must be a PIL image, .* got int"),
+    (TypeError, dict(segmentation_maps=np.array([["a"]])), "segmentation_maps must hold numbers"),
+    (ValueError, dict(segmentation_maps=X[0] - np.int64(1), do_reduce_labels=True), "has the id -1: do_reduce_labels"),
     (ValueError, dict(images=X, segmentation_maps=Image.new("RGB", (8, 8))), "of mode RGB, not one number per pixel"),
 ]  # fmt: skip
 
@@ -529,6 +588,10 @@ def test_wrong_input_is_refused_in_one_line(error, given, said):
         ({"logits": torch.zeros(2, 5)}, None, TypeError, "outputs must have logits"),
         ({"logits": torch.zeros(2, 5, 4, 4)}, [(4, 4)], ValueError, "target_sizes has 1 entries for 2 images"),
         ({"logits": torch.zeros(1, 5, 4, 4)}, [(4, 0)], ValueError, "in pixels"),
+        *(
+            ({"logits": torch.zeros(2, 5, 4, 4)}, sizes, ValueError, r"^target_sizes must hold \(height, width\)")
+            for sizes in ((30, 20), 4, "ab", ["12", "34"], [(4, 4), "44"], [(4.5, 4)] * 2, [(4, float("nan"))] * 2)
+        ),
     ],
 )
 def test_wrong_outputs_are_refused(outputs, sizes, error, said):

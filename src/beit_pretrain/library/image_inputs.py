@@ -31,28 +31,31 @@ def flat(images: Any, dimensions: int) -> list[Image.Image | np.ndarray]:
     """
     if isinstance(images, list | tuple):
         return [single for some in images for single in flat(some, dimensions)]
+    name, kind = ("images", "image") if dimensions == 3 else ("segmentation_maps", "label map")
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, str | os.PathLike):
         return [opened(os.fspath(images))]
-    array = as_array(images)
+    array = as_array(images, name)
+    if dimensions == 2 and array.ndim in (3, 4) and array.shape[-1] == 1:  # (H, W, 1), (B, H, W, 1)
+        array = array[..., 0]
     if array.ndim == dimensions + 1:
         return list(array)
     if array.ndim == dimensions or (array.ndim, dimensions) == (2, 3):
         return [array]
-    raise ValueError(f"an array of shape {array.shape} is no image and no batch of them")
+    raise ValueError(f"an array of shape {array.shape} is no {kind} and no batch of them")
 
 
-def as_array(values: Any) -> np.ndarray:
-    """NumPy, torch and what else offers itself as an array. Raises TypeError."""
+def as_array(values: Any, name: str) -> np.ndarray:
+    """NumPy, torch and what else offers itself as an array. Raises TypeError, which calls it `name`."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     if not hasattr(values, "__array__"):
-        raise TypeError(f"images must be {KINDS}; got {type(values).__name__}")
+        raise TypeError(f"{name} must be {KINDS}; got {type(values).__name__}")
     array = np.asarray(values)
     if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
-        raise TypeError(f"images must hold numbers of up to 64 bits, got an array of {array.dtype}")
+        raise TypeError(f"{name} must hold numbers of up to 64 bits, got an array of {array.dtype}")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 

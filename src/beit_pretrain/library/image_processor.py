@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,14 +17,15 @@ from beit_pretrain.fileio import atomic_write, expand_home
 from beit_pretrain.library.batch_feature import BatchFeature
 from beit_pretrain.library.image_inputs import FIRST, LAST, flat, image_values, label_maps
 from beit_pretrain.library.pixel_values import labels, pixel_values
-from beit_pretrain.library.processor_options import DEFAULTS, Options, checked
+from beit_pretrain.library.processor_options import DEFAULTS, Options, checked, refuse_misspelt
 from beit_pretrain.library.semantic_maps import semantic_maps
-from beit_pretrain.models.checkpoints.formats import read_checkpoint
+from beit_pretrain.models.checkpoints.formats import WEIGHTS, read_checkpoint
 from beit_pretrain.models.checkpoints.hf import read_json
 from beit_pretrain.models.checkpoints.hf_processor import FILE, evaluation_settings
 from beit_pretrain.models.checkpoints.hub import local_copy
 
 OLD_NAME = "reduce_labels"  # of do_reduce_labels, until 2022
+PREPARATION = ("mean", "std", "view", "crop_ratio")  # what a checkpoint may say of its images
 KINDS = ("image_processor_type", "feature_extractor_type", "processor_class")  # a file's, of no meaning here
 
 
@@ -50,7 +53,8 @@ class BeitImageProcessor:
         do_convert_rgb: None = to the channels of `image_mean`, without blending alpha; True = to RGB, alpha blended
             with white; False = channels as they are.
         extra: further entries of a file, of the constructor alone; they are kept and saved. Of these,
-            default_to_square=False makes a `size` of one number the shortest edge.
+            default_to_square=False makes a `size` of one number the shortest edge. Names close to an option's are
+            refused.
 
     Raises TypeError and ValueError for options that cannot be.
 
@@ -109,6 +113,7 @@ class BeitImageProcessor:
             "do_reduce_labels": reduce_labels if do_reduce_labels is None else do_reduce_labels,
             "do_convert_rgb": do_convert_rgb,
         }
+        refuse_misspelt(extra)
         self.extra = {name: value for name, value in extra.items() if name not in KINDS}
         for name, value in checked(given, self._square).items():
             setattr(self, name, value)
@@ -140,9 +145,11 @@ class BeitImageProcessor:
 
         Args:
             images: a PIL image of any mode, a NumPy array or torch tensor (H, W), (C, H, W) or (H, W, C), a batch of
-                such in a further first dimension, the path of a file (turned upright by EXIF), or a list of all these,
-                also nested. For a resize, floats lie in [0, 1] or are levels up to 255; integers are levels.
-            segmentation_maps: a label map for every image: PIL or (H, W), a batch (B, H, W), or lists of these.
+                such in a further first dimension, the path of a file (turned upright by EXIF; PIL images are taken as
+                they are), or a list of all these, also nested. For a resize, floats lie in [0, 1] or are levels up to
+                255; integers are levels.
+            segmentation_maps: a label map for every image: PIL, (H, W) or (H, W, 1), a batch (B, H, W), or lists of
+                these.
             return_tensors: "pt" or "np" = stacked, torch or NumPy; None = lists of NumPy arrays.
             input_data_format: "channels_first" or "channels_last", of arrays; None = found from their shapes.
             data_format: of the result.
@@ -201,7 +208,8 @@ class BeitImageProcessor:
 
         Args:
             source: a folder with preprocessor_config.json, that file, a model on the Hugging Face Hub (OWNER/NAME or
-                hf://OWNER/NAME), or a checkpoint of ours or the authors', whose evaluation view it becomes.
+                hf://OWNER/NAME), or a checkpoint (a file, or a folder without preprocessor_config.json), whose
+                evaluation view it becomes. A warning says if the checkpoint does not know how images are prepared.
             revision: on the Hub.
             options: instead of the file's.
 
@@ -209,16 +217,21 @@ class BeitImageProcessor:
         TypeError for unknown `options`.
         """
         options = _known(options)
-        path = local_copy(source, revision, names=(FILE,))
-        if path.is_file() and path.suffix != ".json":
+        path = local_copy(_path("from_pretrained", source), revision, names=(FILE,))
+        if path.name == "config.json":
+            raise UserError(f"{path} is of a model; its processor is {FILE}")
+        if path.name in WEIGHTS and any((path.parent / name).is_file() for name in (FILE, "config.json")):
+            path = path.parent  # what is beside the weights says more than they do
+        if path.is_dir():
+            path = path / FILE if (path / FILE).is_file() else _weights(path) or path / FILE
+        if path.is_dir() or (path.is_file() and path.suffix != ".json"):
             found = read_checkpoint(path)
-            side = found.architecture["image_size"]
-            if not isinstance(side, int):
-                raise UserError(f"{path} is for images of {side} pixels; a processor for square ones is needed here")
-            segments = found.kind == "segmenter"
-            settings = evaluation_settings(found.about, side, found.architecture["in_chans"], segments)
+            size, segments = found.architecture["image_size"], found.kind == "segmenter"
+            settings = evaluation_settings(found.about, size, found.architecture["in_chans"], segments)
+            guess = [] if found.about.keys() & {*PREPARATION} else [_guess(path)]
+            for note in found.about.get("view_differs") or guess:
+                warnings.warn(note, stacklevel=2)
             return cls.from_dict(settings, **options)
-        path = path if path.is_file() else path / FILE
         if not path.is_file():
             raise UserError(f"{path} does not exist; BeitImageProcessor() has the defaults of BEiT")
         try:
@@ -244,7 +257,7 @@ class BeitImageProcessor:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write preprocessor_config.json, which transformers reads as well; returns its path."""
-        path = expand_home(folder) / FILE
+        path = expand_home(_path("save_pretrained", folder)) / FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, self.to_json_string())
@@ -257,6 +270,28 @@ class BeitImageProcessor:
 
 
 BeitFeatureExtractor = BeitImageProcessor  # its name until 2022
+
+
+def _path(method: str, place: Any) -> str | Path:
+    """A place as it is given. Raises TypeError for what is no path."""
+    if not isinstance(place, str | os.PathLike):
+        raise TypeError(f"{method} needs the name of a folder, got {place!r}")
+    return place if isinstance(place, str) else Path(place)
+
+
+def _weights(folder: Path) -> Path | None:
+    """What `read_checkpoint` reads of a folder with weights: itself if config.json is there, else their file."""
+    whole = (folder / "config.json").is_file()
+    files = [folder / f"{name}{end}" for name in WEIGHTS for end in (("", ".index.json") if whole else ("",))]
+    found = next((file for file in files if file.is_file()), None)
+    return folder if whole and found else found
+
+
+def _guess(path: Path) -> str:
+    """A warning in the words of `preprocessing` (hf_processor.py)."""
+    if path.is_dir():
+        return f"{path} has no {FILE}: the preparation of its images is a guess"
+    return f"{path} does not say how its images are prepared: the preparation of its images is a guess"
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,8 +79,15 @@ def cut(values_CHW: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def labels(label_map: Image.Image, options: Options) -> Tensor:
-    """A label map (H, W) int64: resized to the nearest pixel, cropped, then reduced, with the 0 beyond its edges."""
+    """A label map (H, W) int64: resized to the nearest pixel, cropped, then reduced, with the 0 beyond its edges.
+
+    Raises ValueError for an id below 0, which cannot be reduced.
+    """
     view = options.view
+    if options.reduce_labels and (lowest := int(np.min(label_map))) < 0:
+        raise ValueError(
+            f"a label map has the id {lowest}: do_reduce_labels=True takes ids from 0; those to ignore are 0 or 255"
+        )
     check_size(view, label_map.height, label_map.width)
     nearest = ProcessorView(resize=view.resize, crop=view.crop, resample=int(Image.Resampling.NEAREST))
     ids_HW = np.asarray(nearest.applied(label_map)).astype(np.int64)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -93,6 +94,15 @@ def checked(given: Mapping[str, Any], default_to_square: bool = True) -> dict[st
             value = checked_levels(name, value)
         found[name] = value
     return found
+
+
+def refuse_misspelt(names: Iterable[str]) -> None:
+    """Raise TypeError for further entries that differ from an option by a letter or so; others have other names."""
+    for name in names:
+        # above do_reduce_zero_label, an option of other processors; "size" is too short for that
+        cutoff = 0.85 if len(name) > 5 else 0.75
+        if close := difflib.get_close_matches(name, DEFAULTS, 1, cutoff):
+            raise TypeError(f"{name}: no option of BeitImageProcessor; did you mean {close[0]}?")
 
 
 def checked_size(name: str, value: Any) -> dict[str, int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from beit_pretrain.library.batch_feature import BatchFeature
+from beit_pretrain.models.checkpoints.hf_processor import number
 
 
 def semantic_maps(
@@ -29,11 +30,9 @@ def semantic_maps(
     if target_sizes is None:
         scores = list(logits_BKhw)
     else:
-        sizes = [tuple(int(side) for side in size) for size in target_sizes]
+        sizes = _sizes(target_sizes)
         if len(sizes) != len(logits_BKhw):
             raise ValueError(f"target_sizes has {len(sizes)} entries for {len(logits_BKhw)} images")
-        if any(len(size) != 2 or min(size) < 1 for size in sizes):
-            raise ValueError("target_sizes must hold (height, width) of every image, in pixels")
         scores = [
             F.interpolate(logits_Khw[None], size=size, mode="bilinear", align_corners=False)[0]
             for logits_Khw, size in zip(logits_BKhw, sizes, strict=True)
@@ -42,3 +41,15 @@ def semantic_maps(
     if not return_scores:
         return maps
     return [BatchFeature(segmentation=found, segmentation_scores=of) for found, of in zip(maps, scores, strict=True)]
+
+
+def _sizes(target_sizes: Any) -> list[tuple[int, int]]:
+    """(height, width) of each image. Raises ValueError for anything else."""
+    try:
+        sizes = [[side.item() if hasattr(side, "item") else side for side in size] for size in target_sizes]
+        right = all(number(side) and float(side).is_integer() and side >= 1 for size in sizes for side in size)
+        if right and all(len(size) == 2 for size in sizes):
+            return [(int(height), int(width)) for height, width in sizes]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise ValueError("target_sizes must hold (height, width) of every image, in pixels")
