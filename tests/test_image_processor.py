@@ -491,7 +491,6 @@ def test_misspelt_options_are_refused():
         "img_mean": "image_mean",
         "sise": "size",
         "do_reduce_label": "do_reduce_labels",
-        "resampling": "resample",
     }.items():
         with pytest.raises(TypeError, match=f"^{name}: no option of BeitImageProcessor; did you mean {meant}"):
             BeitImageProcessor(**{name: 1})
