@@ -84,7 +84,7 @@ def labels(label_map: Image.Image, options: Options) -> Tensor:
     Raises ValueError for an id below 0, which cannot be reduced.
     """
     view = options.view
-    if options.reduce_labels and (lowest := int(np.min(label_map))) < 0:
+    if options.reduce_labels and (lowest := int(np.asarray(label_map).min())) < 0:
         raise ValueError(
             f"a label map has the id {lowest}: do_reduce_labels=True takes ids from 0; those to ignore are 0 or 255"
         )
