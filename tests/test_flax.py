@@ -168,6 +168,9 @@ def test_features_equal_transformers(pool, tmp_path):
         ours(image.numpy(), np.zeros((IMAGES, PATCHES)))
     with pytest.raises(ValueError, match=r"of shape \(B, 3, 32, 32\), got \(3, 32, 32, 3\)"):
         ours(image.numpy().transpose(0, 2, 3, 1))
+    with pytest.raises(ValueError, match="normalised images, not numbers of uint8"):
+        ours(image.numpy().astype(np.uint8))
+    assert jax.eval_shape(ours, image[:0].numpy()).pooler_output.shape == (0, 32)
 
 
 class TestReading:

@@ -44,7 +44,8 @@ class PatchEmbed(nnx.Module):
     def __call__(self, image_BCHW: Array) -> Array:
         """Embeddings (B, N, D), row-major over the grid."""
         found = self.proj(image_BCHW.transpose(0, 2, 3, 1))
-        return found.reshape(found.shape[0], -1, found.shape[-1])
+        batch, rows, columns, width = found.shape
+        return found.reshape(batch, rows * columns, width)
 
 
 class Backbone(nnx.Module):
@@ -143,15 +144,17 @@ class Backbone(nnx.Module):
     def embed(self, pixel_values: ArrayLike, bool_masked_pos: ArrayLike | None = None) -> Array:
         """Embeddings (B, T, D) of images (B, C, H, W), [CLS] first. A masked patch's embedding IS the mask token.
 
-        Raises ValueError for images or masks (B, N) of another shape.
+        Raises ValueError for images or masks (B, N) of another shape, and for images of whole numbers.
         """
         config = self.config
-        image_BCHW = jnp.asarray(pixel_values, jnp.float32)
+        image_BCHW = jnp.asarray(pixel_values)
+        if not jnp.issubdtype(image_BCHW.dtype, jnp.floating):
+            raise ValueError(f"pixel_values must be normalised images, not numbers of {image_BCHW.dtype}")
         sides = tuple(side * config["patch_size"] for side in self.grid)
         if image_BCHW.ndim != 4 or image_BCHW.shape[1:] != (config["in_chans"], *sides):
             shape = ", ".join(map(str, ("B", config["in_chans"], *sides)))
             raise ValueError(f"the network takes pixel_values of shape ({shape}), got {image_BCHW.shape}")
-        x_BND = self.patch_embed(image_BCHW).astype(jnp.float32)
+        x_BND = self.patch_embed(image_BCHW.astype(jnp.float32)).astype(jnp.float32)
         if bool_masked_pos is not None:
             mask_BN = jnp.asarray(bool_masked_pos).astype(bool)
             if self.mask_token is None:

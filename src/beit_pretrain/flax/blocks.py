@@ -83,12 +83,12 @@ class Attention(nnx.Module):
         if token_BK is not None:
             q = at_tokens(q, token_BK)
             bias_BHKN = None if bias_HNN is None else bias_HNN.astype(self.dtype)[:, token_BK].swapaxes(0, 1)
-        q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in (q, k, v))
+        q, k, v = (part.reshape(*part.shape[:2], self.heads, x_BND.shape[-1] // self.heads) for part in (q, k, v))
         if weights:
             out_BKHd, weights_BHKN = attention_with_weights(q, k, v, bias_BHKN)
         else:
             out_BKHd, weights_BHKN = jax.nn.dot_product_attention(q, k, v, bias_BHKN), None
-        return self.proj(out_BKHd.reshape(*out_BKHd.shape[:2], -1)), weights_BHKN
+        return self.proj(out_BKHd.reshape(*out_BKHd.shape[:2], x_BND.shape[-1])), weights_BHKN
 
 
 def attention_with_weights(q_BKHd: Array, k_BNHd: Array, v_BNHd: Array, bias_BHKN: Array | None) -> tuple[Array, Array]:
