@@ -51,7 +51,7 @@ format: $(READY) ## format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and what runs wrote
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs notebooks/runs .pytest_cache .mypy_cache .ruff_cache
 
 # uv installs in a fifth of pip's time, but is not required.
 $(READY): pyproject.toml constraints.txt

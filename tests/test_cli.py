@@ -33,6 +33,20 @@ def test_help_is_fast_and_lists_verbs_and_experiments():
         assert word in result.stdout
 
 
+def test_help_of_no_verb_imports_torch():
+    """It takes seconds to import, which nobody should wait for to read a line."""
+    script = f"""
+import contextlib, sys
+from beit_pretrain.cli import main
+for verb in {list(VERBS)}:
+    sys.argv[1:] = [verb, "--help"]
+    with contextlib.suppress(SystemExit):
+        main()
+    assert "torch" not in sys.modules, verb
+"""
+    subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_a_function_and_settings(verb, run_cli):
     code, stdout, _ = run_cli(verb, "--help")

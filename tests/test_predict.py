@@ -23,7 +23,8 @@ from beit_pretrain.data.write.index_existing import index_shards
 from beit_pretrain.errors import UserError
 from beit_pretrain.inference.image_stream import source_of
 from beit_pretrain.inference.label_maps import free_name
-from beit_pretrain.inference.sliding_window import SlidingWindow, label_maps
+from beit_pretrain.inference.settings import SlidingWindow
+from beit_pretrain.inference.sliding_window import label_maps
 from beit_pretrain.models.backbone import Classifier
 from beit_pretrain.transforms.jitter import HALF
 

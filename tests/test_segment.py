@@ -24,7 +24,8 @@ from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.inference import label_maps as maps
 from beit_pretrain.inference.label_maps import free_name
 from beit_pretrain.inference.predictor import Predictor
-from beit_pretrain.inference.sliding_window import SlidingWindow, best_classes, segmented, slide, starts
+from beit_pretrain.inference.settings import SlidingWindow
+from beit_pretrain.inference.sliding_window import best_classes, segmented, slide, starts
 from beit_pretrain.models.upernet import Maps, Segmenter
 from beit_pretrain.tables import curve
 from beit_pretrain.tasks.segment import Segmentation, confusion, pixel_loss, scores

@@ -57,6 +57,8 @@ def test_same_run_as_the_command_line(given_settings, shards, dvae_checkpoint, r
     torch.rand(7)
     assert (isinstance(module, LightningModule), isinstance(data, LightningDataModule)) == (True, True)
     trainer.fit(module, datamodule=data, ckpt_path=None)
+    [metrics] = trainer.validate(module, data, verbose=False)
+    assert metrics["val/loss"] == pytest.approx(done.metrics["val/loss"], rel=1e-6)
     assert same_run(tmp_path / "words", tmp_path / "by hand") == 4
     assert "can resume" not in capsys.readouterr().err
 
@@ -155,6 +157,8 @@ def test_names_of_keywords(name, expected):
         ("small_own", [], {"optim_lr": "1e-3"}, "optim.lr must be a number above 0, got '1e-3'"),
         ("small_own", [], {"data": "photos", "tokenizer_path": "y"}, "data is a group of settings"),
         ("small_own", [], {"logger": "paper"}, "logger='paper': choose one of csv, tensorboard, wandb"),
+        ("small_own", [], {"logger_wandb_mode": "offline"}, "logger.wandb.mode needs logger=wandb, or logger=[...]"),
+        ("small_own", [], {"logger_tensorboard": {"flush_secs": 3}}, "logger.tensorboard needs logger=tensorboard"),
         ("small_own", [], {"tokenizer": "own.ckpt"}, "Could not find 'tokenizer/own.ckpt'"),
     ],
 )

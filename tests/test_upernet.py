@@ -186,6 +186,12 @@ class TestFromOtherCheckpoints:
         changed = {name for name in old if old[name].shape != new[name].shape or not torch.equal(old[name], new[name])}
         assert {name.rpartition(".")[0] for name in changed} == {"decode_head.classifier", "auxiliary_head.classifier"}
 
+    def test_new_heads_do_not_keep_names_of_classes(self, tmp_path):
+        path = write_checkpoint(tmp_path / "a.ckpt", "segmenter", ours(), **ABOUT)
+        assert load_pretrained(path, "segment").about["classes"] == ABOUT["classes"]
+        for head in ("segment", "classify"):
+            assert "classes" not in load_pretrained(path, head, num_classes=9).about
+
     def test_other_heads_on_segmenter(self, tmp_path):
         path = write_checkpoint(tmp_path / "a.ckpt", "segmenter", ours(), **ABOUT)
         assert isinstance(load_pretrained(path), FeatureExtractor)

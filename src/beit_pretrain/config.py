@@ -224,7 +224,7 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
         if task == "???":  # without a task, most settings are unknown
             return choose()
         if key.startswith("logger.") and description(model_of(verb, task), key):
-            return f"{key} needs logger={key.split('.')[1]}, or logger=[...] with it"
+            return needs_logger(key)
         if description(model_of(verb, task), key):
             return f"{key} has no default; add it with a plus: +{key}=..."
         return unknown(key, keys_of(composed), command, f"python -m beit_pretrain {command} --help lists the settings")
@@ -234,6 +234,11 @@ def _explain(error: Exception, verb: str, overrides: list[str]) -> str:
             if names and not isinstance(yaml.safe_load(word.partition("=")[2]), str):
                 return f"{word}: choose one of {', '.join(names)}"
     return line
+
+
+def needs_logger(key: str) -> str:
+    """The message for a setting, logger.NAME.*, of a logger that was not chosen."""
+    return f"{key} needs logger={key.split('.')[1]}, or logger=[...] with it"
 
 
 def _unresolved(error: Exception) -> str:

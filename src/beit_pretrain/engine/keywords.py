@@ -6,7 +6,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from beit_pretrain.config import MOVED_KEYS, choose, compose_raw, experiments, model_of, unknown_name, validated
+from beit_pretrain.config import (
+    MOVED_KEYS,
+    choose,
+    compose_raw,
+    experiments,
+    model_of,
+    needs_logger,
+    unknown_name,
+    validated,
+)
 from beit_pretrain.errors import UserError
 from beit_pretrain.overrides import check_words, escaped, literal, quoted
 from beit_pretrain.settings import Settings, field_of, group_of, to_dict, unknown
@@ -45,12 +54,18 @@ def choice(value: Any) -> str:
 
 
 def place(raw: Any, model: type[Settings], named: Mapping[str, Any]) -> None:
-    """Set `named` settings in a composed config. Raises UserError for unknown names and values of other types."""
+    """Set `named` settings in a composed config.
+
+    Raises UserError for unknown names, values of other types, and settings of a logger that was not chosen.
+    """
     from omegaconf import OmegaConf
 
     seen: set[str] = set()
     for name, value in named.items():
-        for key, single in flat(full_name(name, model), value, model):
+        full = full_name(name, model)
+        if full.startswith("logger.") and full.split(".")[1] not in raw.logger:
+            raise UserError(needs_logger(full))  # else a mere setting would switch its logger on
+        for key, single in flat(full, value, model):
             if key in seen:
                 raise UserError(f"{key} is given twice")
             seen.add(key)

@@ -56,6 +56,7 @@ class Training:
         self.data: ShardData = self._built.task.data
         self.trainer: Trainer = self._built.trainer
         self.trainer.fit = self._by_hand  # type: ignore[method-assign]
+        self.trainer.validate = self._validate  # type: ignore[method-assign, assignment]
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.module, self.data, self.trainer))
@@ -106,6 +107,11 @@ class Training:
                 "this trainer trains what was composed with it: trainer.fit(module, data); for other parts make a "
                 "lightning.Trainer"
             )
+
+    def _validate(self, *parts: Any, **named: Any) -> list[dict[str, float]]:
+        """`trainer.validate` with the metrics: Lightning returns only what it sends to loggers itself."""
+        Trainer.validate(self.trainer, *parts, **named)
+        return [{name: float(value) for name, value in self.trainer.callback_metrics.items()}]
 
 
 def compose(

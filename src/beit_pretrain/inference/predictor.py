@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.inference.sliding_window import SlidingWindow, segmented
+from beit_pretrain.inference.settings import SlidingWindow
+from beit_pretrain.inference.sliding_window import segmented
 from beit_pretrain.models.backbone import Backbone, Classifier
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
 from beit_pretrain.models.checkpoints.pretrained import classifier, segmenter

@@ -6,10 +6,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from beit_pretrain.inference.sliding_window import SlidingWindow
-from beit_pretrain.settings import Count, Paths, PathStr, Rule, Settings, Side, Switch, Whole, about
+from beit_pretrain.settings import Count, Paths, PathStr, Rule, Settings, ShareAboveZero, Side, Switch, Whole, about
 
 Layer = Annotated[Annotated[int, Strict()] | Literal["last"], Rule("a whole number, from the end if negative, or last")]
+
+
+ImageScale = Annotated[float, Strict(), Field(gt=0, le=16)]
+
+
+class SlidingWindow(Settings):
+    """How whole images are tested."""
+
+    defaults = "tasks/segment.yaml:test"
+    positional = ("stride", "flip", "scales")
+
+    stride: ShareAboveZero = about("step of the sliding window, as a share of its side")
+    scales: Annotated[list[ImageScale], Field(min_length=1)] = about("scales of the image, whose results are averaged")
+    flip: Switch = about("also average the mirrored image")
 
 
 class PredictSettings(Settings):

@@ -8,30 +8,16 @@ Shapes: B batch, C channels, H W pixels, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, Strict
 from torch import Tensor
 
+from beit_pretrain.inference.settings import SlidingWindow
 from beit_pretrain.models.upernet import Segmenter
-from beit_pretrain.settings import Settings, ShareAboveZero, Switch, about
 
 WINDOWS = 8  # windows that go through the network at once
 AT_ONCE = 2**28  # elements of an upsampled map: 1 GB in float32
-ImageScale = Annotated[float, Strict(), Field(gt=0, le=16)]
-
-
-class SlidingWindow(Settings):
-    """How whole images are tested."""
-
-    defaults = "tasks/segment.yaml:test"
-    positional = ("stride", "flip", "scales")
-
-    stride: ShareAboveZero = about("step of the sliding window, as a share of its side")
-    scales: Annotated[list[ImageScale], Field(min_length=1)] = about("scales of the image, whose results are averaged")
-    flip: Switch = about("also average the mirrored image")
 
 
 def upsampled(logits_BKhw: Tensor, size: Sequence[int]) -> Tensor:

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 
 
-@dataclass
 class ModelOutput:
-    """What all outputs can do. Iterating gives values, so that unpacking works; `keys()` and `items()` give names."""
+    """What all outputs can do, of torch and of Flax; each is a dataclass. Iterating gives values, so that unpacking
+    works; `keys()` and `items()` give names."""
 
     def items(self) -> list[tuple[str, Any]]:
         """(name, value) of the fields that are not None, in their order."""
-        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
         return [(name, value) for name, value in named if value is not None]
 
     def keys(self) -> list[str]:

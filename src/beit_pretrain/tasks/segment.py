@@ -24,7 +24,8 @@ from beit_pretrain.engine.settings import OptimSettings
 from beit_pretrain.engine.task import Task, check_split
 from beit_pretrain.errors import UserError
 from beit_pretrain.evaluation.confusion import confusion, scores
-from beit_pretrain.inference.sliding_window import SlidingWindow, segmented, upsampled
+from beit_pretrain.inference.settings import SlidingWindow
+from beit_pretrain.inference.sliding_window import segmented, upsampled
 from beit_pretrain.models.build import network
 from beit_pretrain.models.checkpoints.init_from import normalisation, origin, read_source
 from beit_pretrain.models.checkpoints.pretrained import segmenter

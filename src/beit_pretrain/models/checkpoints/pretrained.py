@@ -254,5 +254,6 @@ def finished(
         else:
             init_heads(module)
     model.load_state_dict(state, strict=False)
-    model.about = {name: value for name, value in source.about.items() if not (name == "classes" and "head." in new)}
+    renewed = bool({"head.", *CLASSIFIERS, *DECODER} & {*new})  # the file's classes are not those of a new head
+    model.about = {name: value for name, value in source.about.items() if not (name == "classes" and renewed)}
     return model.eval()
