@@ -21,7 +21,7 @@ demo: $(READY) ## the whole way in 15 minutes on 2 cores: shards, tokenizer, pre
 compare: $(READY) ## what pre-training is worth, over 3 seeds, on CIFAR-100: CIFAR=TAR CIFAR_TEST=TAR, or CIFAR=cifar-100-python.tar.gz CIFAR_TEST=null
 	$(BIN)/python -m beit_pretrain compare src='$(CIFAR)' held_out='$(CIFAR_TEST)' $(WORDS)
 
-notebooks: $(READY) ## run notebooks/, one after the other, into runs/notebooks/*.ipynb with their pictures
+notebooks: $(READY) ## run notebooks/, one after the other, 13 minutes on 2 cores, into runs/notebooks/*.ipynb with their pictures
 	mkdir -p runs/notebooks
 	for name in notebooks/*.ipynb; do $(BIN)/jupyter-execute --output='../runs/notebooks/{notebook_name}' $$name || exit 1; done
 
