@@ -231,13 +231,8 @@ def started(tmp_path):
     child.wait()
 
 
-@pytest.mark.parametrize(
-    ("signum", "code"),
-    [
-        (signal.SIGTERM, 143),
-        *(pytest.param(*each, marks=pytest.mark.long) for each in ((signal.SIGINT, 130), (signal.SIGHUP, 129))),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_told_to_stop_it_ends_the_stage_and_writes_the_page(signum, code, started, tmp_path):
     started.send_signal(signum)
     stdout, stderr = started.communicate(timeout=60)

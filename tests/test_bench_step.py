@@ -444,6 +444,7 @@ def test_photos_are_looked_at_before_anything_is_measured(words, run_cli, monkey
     assert "/nonexistent" in stderr.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_named_sizes_whatever_the_experiments_own(words, run_cli, monkeypatch):
     monkeypatch.setattr("beit_pretrain.benchmarks.memory.SIZES", ("tiny", "small"))
     code, stdout, stderr = run_cli("bench", "memory", *words, "bench.memory_gb=1")

@@ -95,6 +95,7 @@ def test_run_reports_compilation_once(run_cli, shards, dvae_checkpoint, monkeypa
     assert not lines[0].startswith("compiled: 0 graphs")
 
 
+@pytest.mark.long
 def test_run_warns_about_fallback_to_eager(run_cli, shards, dvae_checkpoint, monkeypatch):
     def fails(graph, inputs):
         raise RuntimeError("no such instruction")
