@@ -292,6 +292,29 @@ def test_only_the_same_command_resumes_or_is_finished(mim_checkpoint, photos, tm
     assert {name: before[name] for name in ("v.npy", "v.npy.names.jsonl")}.items() <= contents(tmp_path).items()
 
 
+def test_work_begun_over_another_file_is_resumed(mim_checkpoint, photos, tmp_path, capsys):
+    """resume=never replaces a file; once stopped, the same command without it goes on, and no other work is lost."""
+    given = mim_checkpoint, photos, tmp_path / "v.npy"
+    make(*given)
+    killed(2, False, *given, what="mean", resume="never")
+    capsys.readouterr()
+    make(*given)
+    assert "v.npy is finished" in capsys.readouterr().out
+    make(*given, what="mean")
+    assert "resuming at image" in capsys.readouterr().out
+    make(mim_checkpoint, photos, tmp_path / "w.npy", what="mean")
+    assert files_of(tmp_path / "v.npy") == files_of(tmp_path / "w.npy")
+
+
+@pytest.mark.parametrize("damage", [{"layer": "x"}, {"image_size": "32"}, {"init_from": 5}, {"src": None}])
+def test_damaged_note_of_finished_vectors(damage, mim_checkpoint, photos, refused, tmp_path):
+    make(mim_checkpoint, photos, tmp_path / "v.npy")
+    note = tmp_path / "v.npy.about.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | damage))
+    photo = next(photos.rglob("*.jpg"))
+    assert "were made, is damaged" in refused("embed", f"vectors={tmp_path / 'v.npy'}", f"query={photo}")
+
+
 def test_another_process_at_work_is_not_disturbed(mim_checkpoint, photos, tmp_path):
     out = tmp_path / "v.npy"
     with vector_writer.growing(out, Npy("float32", (32,)), {"x": 1}, "auto") as vectors:
@@ -355,17 +378,19 @@ def test_killed_processes(suffix, mim_checkpoint, mixed, whole, tmp_path):
         ("query={photo} sheet=v.png out=v.png.csv", "the table of sheet=v.png.csv is the same file as out=v.png.csv"),
         ("query={photo} sheet=p.png picture=../{name}/p.png", "{name}/p.png is the same file as sheet=p.png"),
         ("query={text} sheet={text}", "text.jpg is the same file as query="),
-        ("src={own} picture={own}/a.jpg", "a.jpg exists in the images' folder"),
-        ("query={own} sheet={own}/a.jpg", "a.jpg exists in the images' folder"),
+        ("src={own} picture={own}/cats/new.png", "new.png would become one of the images of"),
+        ("query={own} sheet={own}/a.jpg", "sheet= must lie outside of it"),
+        ("src={own} query={photo} out={own}/v.npy", "v.npy.nearest.png would become one of the images of"),
         ("src={text} picture={text}", "text.jpg is the same file as src="),
         ("sheet=s.png", "sheet= needs query="),
         ("neighbours=3", "neighbours= needs query="),
         ("layers=[1]", "layers= needs picture="),
         ("images=3", "images= needs picture="),
         ("vectors=v.npy", "vectors= is searched"),
-        ("vectors=v.npy query={photo} out=null", "v.npy.about.json, which says how vectors=v.npy were made, is"),
+        ("vectors=v.npy query={photo} out=null", "vectors=v.npy: there is no such file"),
+        ("vectors={photo} query={photo} out=null", ".about.json, which says how vectors="),
         ("what=all", "what must be one of cls, mean, patches"),
-        ("out={folder}", "folder.npy exists and is not known to be of this command"),
+        ("out={folder}", "folder.npy is a folder"),
     ],
 )  # fmt: skip
 def test_errors(more, said, mim_checkpoint, dvae_checkpoint, photos, refused, tmp_path):

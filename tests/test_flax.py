@@ -226,7 +226,16 @@ class TestReading:
         read = FlaxBeitForMaskedImageModeling.from_pretrained
         assert "cannot predict tokens" in refusal(read, files / "timm.pth")
         assert "num_labels=3 is for FlaxBeitForImageClassification" in refusal(read, files / "hf_mim", num_labels=3)
-        assert "num_classes is needed" in refusal(FlaxBeitForImageClassification.from_pretrained, files / "hf_mim")
+        classify = FlaxBeitForImageClassification.from_pretrained
+        assert "give num_labels= for a new one" in refusal(classify, files / "hf_mim")
+        for name, value in (
+            ("drop_path_rate", "a"),
+            ("drop_path_rate", 1.0),
+            ("rngs", 0),
+            ("dtype", None),
+            ("dtype", "x"),
+        ):
+            assert name in refusal(read, files / "hf_mim", **{name: value})
         assert "34 is not divisible" in refusal(read, files / "hf_mim", image_size=34)
 
 
@@ -320,6 +329,34 @@ def test_masked_positions():
     assert [[p for p in row if p >= 0] for row in found.tolist()] == [row.nonzero().flatten().tolist() for row in mask]
     with pytest.raises(ValueError, match="6 masked patches, more than 5"):
         masked_positions(mask, 5)
+    assert masked_positions(mask, 99).shape == (IMAGES, 99)
+    with pytest.raises(ValueError, match=r"must be \(images, patches\)"):
+        masked_positions(mask.reshape(IMAGES, 4, 4), MOST)
+
+
+def test_tokens_that_do_not_count():
+    """-100 is left out, as in torch."""
+    rng = np.random.default_rng(0)
+    logits, tokens = rng.standard_normal((2, 3, 300), dtype=np.float32), rng.integers(300, size=(2, 4))
+    tokens[:, 1] = -100
+    positions = np.array([[0, 1, 2], [1, 3, -1]])
+    kept = [(0, 0, 0), (0, 2, 2), (1, 1, 3)]  # image, place among the logits, patch
+    found = torch.from_numpy(np.stack([logits[image, place] for image, place, _ in kept]))
+    expected = F.cross_entropy(found, torch.tensor([int(tokens[image, patch]) for image, _, patch in kept]))
+    assert float(masked_token_loss(jnp.asarray(logits), tokens, positions)) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_saved_folder_keeps_what_the_file_said(tmp_path):
+    from beit_pretrain import BeitConfig, BeitForImageClassification
+
+    said = {"problem_type": "multi_label_classification", "vocab_size": 32, "semantic_loss_ignore_index": 7}
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BeitConfig(**size, **said, image_size=32, patch_size=8, id2label={0: "a", 1: "b", 2: "c"})
+    BeitForImageClassification(config).save_pretrained(tmp_path / "a")
+    FlaxBeitForImageClassification.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    found = BeitConfig.from_pretrained(tmp_path / "b")
+    assert {name: getattr(found, name) for name in said} == said
+    assert found.id2label == config.id2label
 
 
 @pytest.mark.long

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -375,6 +377,91 @@ def test_more_inputs_that_cannot_be():
     labels = torch.full((1, 32, 32), 254, dtype=torch.uint8)
     assert "from 0 to 2, or 255 for those that do not count; got 254" in refusal(segmenter, IMAGE, labels=labels)
     assert "whole numbers" in refusal(segmenter, IMAGE, labels=labels.bool())
+
+
+def test_one_class_has_no_single_label():
+    model = built("BeitForImageClassification", num_labels=1, problem_type="single_label_classification")
+    assert "num_labels must be above 1" in refusal(model, IMAGE, labels=torch.zeros(1).long())
+
+
+def test_add_pooling_layer_is_true_or_false(tmp_path):
+    built("BeitModel").save_pretrained(tmp_path)
+    said = refusal(beit_pretrain.BeitModel.from_pretrained, tmp_path, add_pooling_layer="no")
+    assert "add_pooling_layer must be true or false, got 'no'" in said
+
+
+@pytest.mark.parametrize("name", ["BeitForSemanticSegmentation", "BeitForImageClassification", "BeitModel"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"resample": 2, "do_reduce_labels": True, "size": {"height": 32, "width": 32}, "do_center_crop": False},
+        {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}},
+        {"do_resize": False, "do_reduce_labels": False},
+    ],
+)
+def test_saved_model_prepares_images_as_before(name, said, tmp_path):
+    built(name).save_pretrained(tmp_path / "a")
+    (tmp_path / "a/preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "BeitImageProcessor", **said})
+    )
+    getattr(beit_pretrain, name).from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    found = json.loads((tmp_path / "b/preprocessor_config.json").read_text())
+    assert {key: found[key] for key in said} == said
+
+
+def test_config_of_another_number_of_classes_warns(tmp_path):
+    built("BeitForImageClassification", num_labels=3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="says num_labels=2, the weights have 3"):
+        assert beit_pretrain.BeitForImageClassification.from_pretrained(tmp_path).num_labels == 3
+
+
+def test_torch_knows_the_outputs():
+    """FSDP2 hooks gradients into the tensors that it finds in an output; export and vmap look for them, too."""
+    from torch.utils import _pytree
+
+    output = built("BeitForImageClassification")(IMAGE, labels=torch.zeros(1).long(), output_hidden_states=True)
+    leaves, spec = _pytree.tree_flatten(output)
+    assert len([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]) == 2 + len(output.hidden_states)
+    again = _pytree.tree_unflatten(leaves, spec)
+    assert (type(again), again.keys()) == (type(output), output.keys())
+    assert output == output
+    assert len({output, again}) == 2
+
+
+@pytest.mark.long
+def test_sharded_model_learns(tmp_path):
+    """FSDP2 around a whole model, in a process of its own."""
+    built("BeitForImageClassification", num_labels=2).save_pretrained(tmp_path / "model")
+    script = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from beit_pretrain import BeitForImageClassification
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
+model = BeitForImageClassification.from_pretrained(sys.argv[1]).train()
+fully_shard(model)
+optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+losses = []
+for _ in range(3):
+    loss = model(torch.ones(2, 3, 32, 32), labels=torch.tensor([0, 0])).loss
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    losses.append(loss.item())
+assert losses[2] < losses[0] / 2, losses
+"""
+    command = [sys.executable, "-c", script, tmp_path / "model", tmp_path / "store"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_export(tmp_path):
+    model = built("BeitForMaskedImageModeling")
+    with torch.no_grad():
+        exported = torch.export.export(model, (IMAGE,)).module()(IMAGE)
+        assert torch.allclose(exported.logits, model(IMAGE).logits, atol=1e-6)
 
 
 def test_which_problem_labels_are_for():

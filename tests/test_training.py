@@ -93,6 +93,16 @@ def test_values_by_keyword():
     assert (cfg.knn.k, cfg.recipe, cfg.name, cfg.run_dir) == (3, None, "7", "runs/7")
 
 
+@pytest.mark.parametrize("named", [{"logger_mode": "offline"}, {"logger.mode": "offline"}])
+def test_loggers_of_earlier_names(named):
+    common = {"data_train": "x", "tokenizer_path": "y"}
+    cfg = fit_settings("demo_pretrain", [], {"logger_kind": "wandb", **named, **common})
+    assert cfg.logger.wandb.mode == "offline"
+    cfg = fit_settings("demo_pretrain", [], {"logger": {"wandb": {"mode": "offline"}}, **common})  # names its logger
+    assert cfg.logger.wandb.mode == "offline"
+    assert fit_settings("demo_pretrain", ["~logger"], {"logger_csv": True, **common}).logger.csv
+
+
 @pytest.fixture(scope="module")
 def raw():
     return compose_raw("fit", ["+experiment=demo_pretrain"])
@@ -159,6 +169,9 @@ def test_names_of_keywords(name, expected):
         ("small_own", [], {"logger": "paper"}, "logger='paper': choose one of csv, tensorboard, wandb"),
         ("small_own", [], {"logger_wandb_mode": "offline"}, "logger.wandb.mode needs logger=wandb, or logger=[...]"),
         ("small_own", [], {"logger_tensorboard": {"flush_secs": 3}}, "logger.tensorboard needs logger=tensorboard"),
+        ("small_own", [], {"logger.foo.bar": 1}, "unknown key 'logger.foo'"),
+        ("small_own", [], {"logger": "wandb", "logger_kind": "csv"}, "logger is given twice"),
+        ("small_own", 3, {}, "overrides are a list of texts"),
         ("small_own", [], {"tokenizer": "own.ckpt"}, "Could not find 'tokenizer/own.ckpt'"),
     ],
 )

@@ -32,18 +32,31 @@ def fit_settings(experiment: str, overrides: Sequence[str], named: Mapping[str, 
         raise UserError(choose())
     if experiment not in (known := experiments()):
         raise UserError(unknown_name("experiment", experiment, known))
+    if not isinstance(overrides or (), Sequence):
+        raise UserError(f"overrides are a list of texts such as 'optim.lr=1e-3', not {overrides!r}")
     words = [overrides] if isinstance(overrides, str) else list(overrides or ())
     if other := [word for word in words if not isinstance(word, str)]:
         raise UserError(f"overrides are texts such as 'optim.lr=1e-3', not {other[0]!r}")
     check_words(words)
     words = [f"+experiment={experiment}", *words]
-    values = dict(named)
+    values = current(named)
     for group in GROUPS:
         if group in values and not isinstance(values[group], Mapping | Settings):
             words.append(f"{group}={choice(values.pop(group))}")
     raw = compose_raw("fit", words)
     place(raw, model_of("fit", raw.get("task")), values)
     return validated(raw, "fit")
+
+
+def current(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords, of settings that were moved with their new names. Raises UserError for one that is given twice."""
+    moved = MOVED_KEYS | {old.replace(".", "_"): new for old, new in MOVED_KEYS.items()}
+    values: dict[str, Any] = {}
+    for name, value in named.items():
+        if (new := moved.get(name, name)) in values:
+            raise UserError(f"{new} is given twice")
+        values[new] = value
+    return values
 
 
 def choice(value: Any) -> str:
@@ -63,7 +76,8 @@ def place(raw: Any, model: type[Settings], named: Mapping[str, Any]) -> None:
     seen: set[str] = set()
     for name, value in named.items():
         full = full_name(name, model)
-        if full.startswith("logger.") and full.split(".")[1] not in raw.logger:
+        kind = ".".join(full.split(".")[:2])
+        if kind.startswith("logger.") and group_at(model, kind) and OmegaConf.select(raw, kind) is None:
             raise UserError(needs_logger(full))  # else a mere setting would switch its logger on
         for key, single in flat(full, value, model):
             if key in seen:
@@ -80,8 +94,7 @@ def full_name(name: str, model: type[Settings]) -> str:
     known = names_of(model)
     if "." in name or name in known:
         return name
-    flat_names = {key.replace(".", "_"): new for key, new in MOVED_KEYS.items()}
-    found = [key for key in known if key.replace(".", "_") == flat_names.get(name, name).replace(".", "_")]
+    found = [key for key in known if key.replace(".", "_") == name]
     # Groups whose name it begins with, the longest last; some, such as `trainer`, take settings that are not listed.
     groups = sorted((k for k in known if name.startswith(f"{k.replace('.', '_')}_") and group_at(model, k)), key=len)
     guess = f"{groups[-1]}.{name[len(groups[-1]) + 1 :]}" if groups else name

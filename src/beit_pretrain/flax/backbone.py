@@ -48,6 +48,14 @@ class PatchEmbed(nnx.Module):
         return found.reshape(batch, rows * columns, width)
 
 
+def is_real(dtype: Any) -> bool:
+    """Whether it names a type of floating point numbers."""
+    try:
+        return dtype is not None and bool(jnp.issubdtype(dtype, jnp.floating))
+    except TypeError:
+        return False
+
+
 class Backbone(nnx.Module):
     """What the Flax networks share: embeddings, blocks, and a final LayerNorm over all tokens or over their mean.
 
@@ -76,9 +84,10 @@ class Backbone(nnx.Module):
             raise UserError(f"pool={pool} is not one of avg, token")
         if not 0 <= config["drop_path_rate"] < 1:
             raise UserError(f"drop_path_rate={config['drop_path_rate']} must be at least 0 and below 1")
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not is_real(dtype):
             raise UserError(f"dtype={dtype} is no type of real numbers, such as jax.numpy.bfloat16")
-        self._config, self._about = json.dumps(config), "{}"  # static parts of a network must be hashable
+        # Static parts of a network must be hashable. `_said`: the values of its file's config.json, for the next one.
+        self._config, self._about, self._said = json.dumps(config), "{}", "{}"
         self.grid = patch_grid(config["image_size"], config["patch_size"])
         self.pool, self.dtype = pool, jnp.dtype(dtype)
         common: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}

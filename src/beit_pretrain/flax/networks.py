@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H W pixels, N patches, D width, V vocabulary, K mas
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +25,7 @@ from beit_pretrain.flax.outputs import (
     FlaxSequenceClassifierOutput,
 )
 from beit_pretrain.flax.pretrained import filled, read_source, to_network
+from beit_pretrain.models.checkpoints.hf_config import HFConfig
 from beit_pretrain.models.checkpoints.hf_writer import save_folder
 
 
@@ -96,7 +98,7 @@ class FlaxBeit(Backbone):
         model = filled(lambda: cls(**source.config, dtype=dtype, rngs=nnx.Rngs(0)), source)
         model.rngs = nnx.data(None)
         model.draw_from(rngs)
-        model.about = source.about
+        model.about, model._said = source.about, json.dumps(source.said)
         return model
 
     def to_torch(self) -> Any:
@@ -109,7 +111,8 @@ class FlaxBeit(Backbone):
         Other files in the folder stay. A network for images that are not square is for us alone: transformers reads
         position tables with height and width swapped. Raises UserError if it cannot be written.
         """
-        save_folder(self.to_torch(), folder)
+        network = self.to_torch()
+        save_folder(network, folder, HFConfig.of_network(network, **json.loads(self._said)))
 
 
 class FlaxBeitModel(FlaxBeit):

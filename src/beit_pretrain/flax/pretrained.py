@@ -12,9 +12,12 @@ import torch
 from flax import nnx
 from torch import Tensor
 
+from beit_pretrain.errors import UserError
 from beit_pretrain.flax.weights import put, shapes, to_tensors
+from beit_pretrain.library.base import warn_of_new_head, warn_of_new_norm
 from beit_pretrain.models.checkpoints.files import check_fit
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
+from beit_pretrain.models.checkpoints.hf_config import said_of
 from beit_pretrain.models.checkpoints.hub import local_copy
 from beit_pretrain.models.checkpoints.pretrained import checked_sides, classifier, encoder, mim
 
@@ -30,6 +33,7 @@ class Source:
     config: dict[str, Any]
     state: dict[str, Tensor]
     about: dict[str, Any]
+    said: dict[str, Any]  # by its config.json
 
 
 def read_source(
@@ -42,15 +46,22 @@ def read_source(
     rngs: nnx.Rngs | None,
 ) -> Source:
     """A checkpoint for a network of a kind, with new heads where they are needed. Raises UserError."""
+    if type(drop_path_rate) not in (int, float) or not 0 <= drop_path_rate < 1:
+        raise UserError(f"drop_path_rate={drop_path_rate!r} must be a number of at least 0 and below 1")
+    if rngs is not None and not isinstance(rngs, nnx.Rngs):
+        raise UserError(f"rngs must be flax.nnx.Rngs, not {rngs!r}")
     source = read_checkpoint(local_copy(path, revision), checked_sides(image_size))
     own: dict[str, dict[str, Any]] = {"classifier": {"num_classes": num_labels}, "backbone": {"pooler": True}}
     with torch.random.fork_rng(devices=[]):  # a new head is torch's, of a seed from `rngs`
         torch.manual_seed(0 if rngs is None else int(jax.random.bits(rngs.params())))
+        new = kind == "classifier" and warn_of_new_head(kind, source, num_labels)
         model = BUILDERS[kind](source, image_size, drop_path_rate=drop_path_rate, **own.get(kind, {}))
+    if kind != "mim" and not new:
+        warn_of_new_norm(model, source)
     config = dict(model.config)
     if kind == "backbone":
         config |= {"pool": model.global_pool or "token", "use_mask_token": hasattr(model, "mask_token")}
-    return Source(source.path, config, model.state_dict(), model.about)
+    return Source(source.path, config, model.state_dict(), model.about, said_of(source))
 
 
 def to_network(model: Any) -> Any:

@@ -35,6 +35,7 @@ from beit_pretrain.inference.settings import EmbedSettings
 from beit_pretrain.inference.vector_formats import ABOUT, NAMES, VectorFormat, beside, format_of, read_vectors
 from beit_pretrain.inference.vector_writer import growing
 from beit_pretrain.models.checkpoints.formats import Checkpoint, digest, read_checkpoint
+from beit_pretrain.models.checkpoints.pretrained import checked_sides
 from beit_pretrain.tables import write_csv
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.feature_maps import feature_sheet
@@ -58,7 +59,7 @@ def embed(cfg: EmbedSettings) -> None:
     cfg, known = settled(cfg)
     assert cfg.init_from is not None
     assert cfg.src is not None
-    sides = None if cfg.image_size is None else [cfg.image_size] * 2
+    sides = checked_sides(cfg.image_size)
     checkpoint = read_checkpoint(cfg.init_from, sides)
     embedder = Embedder(checkpoint, cfg.image_size)
     layer = embedder.layer(cfg.layer)
@@ -90,11 +91,20 @@ def settled(cfg: EmbedSettings) -> tuple[EmbedSettings, dict[str, Any]]:
     if cfg.vectors is not None:
         if cfg.query is None or cfg.out is not None:
             raise UserError("vectors= is searched for the nearest images of query=, which is needed, without out=")
+        if not Path(cfg.vectors).is_file():
+            raise UserError(f"vectors={cfg.vectors}: there is no such file")
         file = beside(Path(cfg.vectors), ABOUT)
         known = read_note(file) or {}
         if missing := {"checkpoint", "init_from", "src", *MADE_WITH} - known.keys():
             why = f"is missing or damaged (without {min(missing)})"
             raise UserError(f"{file}, which says how vectors={cfg.vectors} were made, {why}")
+        try:
+            checked_sides(known["image_size"])
+            said = EmbedSettings(**{name: known[name] for name in ("init_from", "src", "what", "layer", "normalise")})
+        except (ValueError, UserError):
+            said = None
+        if said is None or said.src is None or not isinstance(known["init_from"], str):
+            raise UserError(f"{file}, which says how vectors={cfg.vectors} were made, is damaged")
         given = {name: getattr(cfg, name) or known[name] for name in ("init_from", "src")}
         cfg = cfg.model_copy(update={**given, **{name: known[name] for name in MADE_WITH}})
     elif cfg.init_from is None:
@@ -141,14 +151,18 @@ def check_places(cfg: EmbedSettings) -> None:
         taken.pop(os.path.realpath(out), None)  # it is only read
     for name, path in written:
         place = os.path.realpath(path)
+        if os.path.isdir(place):
+            raise UserError(f"{name}={path} is a folder")
         if place in taken:
             raise UserError(f"{name}={path} is the same file as {taken[place]}; choose another name")
         taken[place] = f"{name}={path}"
-    for name, chosen in (("picture", cfg.picture), ("sheet", cfg.sheet)):
-        if chosen is not None and os.path.exists(chosen):
-            folders = [str(folder) for folder in Path(os.path.realpath(chosen)).parents]
-            if inside := [path for path in (*src, *query) if os.path.realpath(path) in folders]:
-                raise UserError(f"{name}={chosen} exists in the images' folder {inside[0]}; choose another name")
+    for name, path in written:
+        if name in ("picture", "sheet"):
+            folders = [str(folder) for folder in Path(os.path.realpath(path)).parents]
+            if inside := [source for source in (*src, *query) if os.path.realpath(source) in folders]:
+                raise UserError(
+                    f"{name}={path} would become one of the images of {inside[0]}; {name}= must lie outside of it"
+                )
 
 
 def output_files(cfg: EmbedSettings) -> tuple[Path, Path, Path]:

@@ -40,7 +40,7 @@ def nearest(stored: StoredVectors, queries_QD: Tensor, count: int) -> list[list[
     for piece in stored.pieces():
         if piece.ndim != 2 or piece.shape[1] != len(total):
             raise UserError(f"the stored vectors have the shape {piece.shape[1:]}, the query's ({len(total)},)")
-        total, rows = total + piece.sum(0, dtype=np.float64), rows + len(piece)
+        total, rows = total + torch.from_numpy(piece.sum(0, dtype=np.float64)), rows + len(piece)
     if rows != len(stored.names):
         raise UserError(f"{rows} vectors, but {len(stored.names)} names: the files are not of one another")
     centre = (total / rows).float()

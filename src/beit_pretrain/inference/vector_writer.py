@@ -116,8 +116,9 @@ def growing(out: Path, form: VectorFormat, plan: dict[str, Any], resume: str) ->
             try:
                 if resume == "never":
                     _clear(work)
-                elif _is_finished(out, plan):
-                    _clear(work)
+                elif _is_finished(out, plan, stopped := _plan_of(work) == plan):
+                    if stopped:  # between publishing and clearing; the unfinished work of another command stays
+                        _clear(work)
                     yield None
                     return
                 _check_plan(work, plan)
@@ -131,7 +132,10 @@ def growing(out: Path, form: VectorFormat, plan: dict[str, Any], resume: str) ->
                 if not _size(work / "progress.json"):  # finished, or nothing was started
                     shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        kept = "; what is finished is kept; rerun the same command to resume" if _size(work / "progress.json") else ""
+        kept = ""
+        if _size(work / "progress.json"):
+            same = f"the same command{' without resume=never' if resume == 'never' else ''}"
+            kept = f"; what is finished is kept; rerun {same} to resume"
         raise UserError(f"embedding into {out} failed: {error.strerror or error}{kept}") from None
 
 
@@ -141,10 +145,14 @@ def _clear(work: Path) -> None:
             fileio.discard(path)
 
 
+def _plan_of(work: Path) -> dict[str, Any] | None:
+    """The plan of unfinished work; without progress it is of no use."""
+    return read_note(work / "plan.json") if _size(work / "progress.json") else None
+
+
 def _check_plan(work: Path, plan: dict[str, Any]) -> None:
     """Note the plan. Raises UserError if the work in the folder is of another one."""
-    before = read_note(work / "plan.json") if _size(work / "progress.json") else None  # without progress: of no use
-    if before is None:
+    if (before := _plan_of(work)) is None:
         _clear(work)
         fileio.atomic_write(work / "plan.json", json.dumps(plan), durable=True)
     elif differs := difference(before, plan):
@@ -154,10 +162,22 @@ def _check_plan(work: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
-    """Whether `out` is what this command writes. Raises UserError if it is something else, or not whole."""
+def _is_finished(out: Path, plan: dict[str, Any], replaces: bool) -> bool:
+    """Whether `out` is what this command writes.
+
+    Raises UserError if it is something else, or not whole; not if this command was begun to replace it (resume=never).
+    """
     if not out.exists():
         return False
+    try:
+        return _is_whole(out, plan)
+    except UserError:
+        if not replaces:
+            raise
+    return False
+
+
+def _is_whole(out: Path, plan: dict[str, Any]) -> bool:
     advice = "choose another out=, or resume=never to replace it"
     if out.is_dir() or (about := read_note(beside(out, ABOUT))) is None:
         raise UserError(f"{out} exists and is not known to be of this command; {advice}")

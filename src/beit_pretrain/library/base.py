@@ -20,9 +20,8 @@ from beit_pretrain.library.outputs import ModelOutput
 from beit_pretrain.models.attention_probabilities import attention_probabilities
 from beit_pretrain.models.backbone import Backbone, embed
 from beit_pretrain.models.blocks import block_outputs
-from beit_pretrain.models.checkpoints import hf
 from beit_pretrain.models.checkpoints.formats import Checkpoint, read_checkpoint
-from beit_pretrain.models.checkpoints.hf_config import INITIAL_STD
+from beit_pretrain.models.checkpoints.hf_config import INITIAL_STD, said_of
 from beit_pretrain.models.checkpoints.hf_writer import save_folder
 from beit_pretrain.models.checkpoints.hub import local_copy
 from beit_pretrain.models.checkpoints.pretrained import checked_sides
@@ -117,7 +116,7 @@ class PretrainedModel(nn.Module):
             raise UserError(f"from_pretrained: {unknown(name, more, otherwise='known are ' + ', '.join(more))}")
         sides = checked_sides(image_size)
         checkpoint = read_checkpoint(local_copy(source, revision), sides)
-        said = _said(checkpoint)
+        said = said_of(checkpoint)
         labels = {name: changes.pop(name) for name in LABELS if changes.get(name) is not None}
         wanted = BeitConfig(**labels) if labels else None
         count = wanted.num_labels if wanted else None
@@ -264,18 +263,23 @@ class PretrainedModel(nn.Module):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-def _said(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Values of the file's own config.json, if it is Hugging Face's; of others, what the file says of training."""
-    if checkpoint.format != "hf":
-        return {"drop_path_rate": checkpoint.architecture.get("drop_path_rate", 0.0)}
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    file = folder / "config.json"
-    config = BeitConfig.from_dict(hf.read_json(file))
-    for name, ours in (("hidden_size", "embed_dim"), ("num_hidden_layers", "depth")):
-        if name in config.model_fields_set and getattr(config, name) != (own := checkpoint.architecture[ours]):
-            warnings.warn(
-                f"{file} says {name}={getattr(config, name)}, the weights have {own}: these are taken; is it the "
-                "config.json of another model?",
-                stacklevel=3,
-            )
-    return dict(config)
+def warn_of_new_head(kind: str, checkpoint: Checkpoint, classes: int | None) -> bool:
+    """Warn of a head that has to be trained, and say whether there is one.
+
+    Raises UserError where nothing says how many classes it has.
+    """
+    own = checkpoint.architecture.get("num_classes") if checkpoint.kind == kind else None
+    if classes is None and own is None:
+        raise UserError(
+            f"{checkpoint.path} holds a {checkpoint.kind} without such a head: give num_labels= for a new one"
+        )
+    if new := classes not in (None, own):
+        warnings.warn(f"the head of {classes} classes is new: it has to be trained", stacklevel=4)
+    return new
+
+
+def warn_of_new_norm(network: Any, checkpoint: Checkpoint) -> None:
+    """Warn of a LayerNorm that the file does not have."""
+    for name, what in (("norm", "final LayerNorm"), ("fc_norm", "LayerNorm of the pooler")):
+        if isinstance(getattr(network, name), nn.LayerNorm) and f"{name}.weight" not in checkpoint.state:
+            warnings.warn(f"{checkpoint.path} has no {what}: it starts as ones and zeros", stacklevel=4)

@@ -77,6 +77,8 @@ def classification_loss(logits_BK: Tensor, labels: Tensor, problem: str | None =
     if labels.numel() != wanted:
         raise UserError(f"labels of shape {tuple(labels.shape)} do not fit {len(logits_BK)} images and {problem}")
     if problem == PROBLEMS[1]:
+        if logits_BK.shape[1] == 1:
+            raise UserError(f"with one class there is nothing to learn from {problem}: num_labels must be above 1")
         ids = checked_ids(labels.flatten(), logits_BK.shape[1])
         return F.cross_entropy(logits_BK, ids.to(logits_BK.device), ignore_index=IGNORED)
     if problem == PROBLEMS[2] and readable(labels) and not bool(((labels >= 0) & (labels <= 1)).all()):

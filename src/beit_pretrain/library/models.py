@@ -13,14 +13,13 @@ Shapes: B batch, C channels, H W pixels, N patches, D width, K classes, V visual
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_pretrain.errors import UserError
-from beit_pretrain.library.base import LABELS, PretrainedModel
+from beit_pretrain.library.base import LABELS, PretrainedModel, warn_of_new_head, warn_of_new_norm
 from beit_pretrain.library.config import BeitConfig
 from beit_pretrain.library.losses import IGNORED, check_tensor, checked_ids, classification_loss, segmentation_loss
 from beit_pretrain.library.outputs import (
@@ -46,7 +45,7 @@ class BeitModel(PretrainedModel):
     options = ("add_pooling_layer", "use_mean_pooling")
 
     def __init__(self, config: BeitConfig, add_pooling_layer: bool = True):
-        super().__init__(config, pooler=add_pooling_layer)
+        super().__init__(config, pooler=_switch(add_pooling_layer))
         self.add_pooling_layer = add_pooling_layer
 
     def forward(
@@ -78,10 +77,9 @@ class BeitModel(PretrainedModel):
 
     @classmethod
     def _loaded(cls, checkpoint: Checkpoint, image_size: Any, drop: float, classes: int | None, **options: Any) -> Any:
-        network = encoder(
-            checkpoint, image_size, drop, options.get("use_mean_pooling"), options.get("add_pooling_layer", True)
-        )
-        _warn_of_new_norm(network, checkpoint)
+        pooler = _switch(options.get("add_pooling_layer", True))
+        network = encoder(checkpoint, image_size, drop, options.get("use_mean_pooling"), pooler)
+        warn_of_new_norm(network, checkpoint)
         return network
 
     def _after_loading(self, options: dict[str, Any]) -> None:
@@ -186,10 +184,10 @@ class BeitForImageClassification(PretrainedModel):
     @classmethod
     def _loaded(cls, checkpoint: Checkpoint, image_size: Any, drop: float, classes: int | None, **options: Any) -> Any:
         pool = {True: "avg", False: "token", None: None}[options.get("use_mean_pooling")]
-        new = _warn_of_new_head(cls, checkpoint, classes)
+        new = warn_of_new_head(cls.network_type.kind, checkpoint, classes)
         network = classifier(checkpoint, image_size, classes, drop, pool)
         if not new:
-            _warn_of_new_norm(network, checkpoint)
+            warn_of_new_norm(network, checkpoint)
         return network
 
 
@@ -240,28 +238,12 @@ class BeitForSemanticSegmentation(PretrainedModel):
 
     @classmethod
     def _loaded(cls, checkpoint: Checkpoint, image_size: Any, drop: float, classes: int | None, **options: Any) -> Any:
-        _warn_of_new_head(cls, checkpoint, classes)
+        warn_of_new_head(cls.network_type.kind, checkpoint, classes)
         return segmenter(checkpoint, image_size, classes, drop)
 
 
-def _warn_of_new_head(kind: type[PretrainedModel], checkpoint: Checkpoint, classes: int | None) -> bool:
-    """Warn of a head that has to be trained, and say whether there is one.
-
-    Raises UserError where nothing says how many classes it has.
-    """
-    own = checkpoint.architecture.get("num_classes") if checkpoint.kind == kind.network_type.kind else None
-    if classes is None and own is None:
-        raise UserError(
-            f"{checkpoint.path} holds a {checkpoint.kind} without such a head: give num_labels= or id2label= for a "
-            "new one"
-        )
-    if new := classes not in (None, own):
-        warnings.warn(f"the head of {classes} classes is new: it has to be trained", stacklevel=4)
-    return new
-
-
-def _warn_of_new_norm(network: Any, checkpoint: Checkpoint) -> None:
-    """Warn of a LayerNorm that the file does not have."""
-    for name, what in (("norm", "final LayerNorm"), ("fc_norm", "LayerNorm of the pooler")):
-        if isinstance(getattr(network, name), nn.LayerNorm) and f"{name}.weight" not in checkpoint.state:
-            warnings.warn(f"{checkpoint.path} has no {what}: it starts as ones and zeros", stacklevel=4)
+def _switch(add_pooling_layer: object) -> bool:
+    """The value. Raises UserError for other types: a text would count as true."""
+    if not isinstance(add_pooling_layer, bool):
+        raise UserError(f"add_pooling_layer must be true or false, got {add_pooling_layer!r}")
+    return add_pooling_layer

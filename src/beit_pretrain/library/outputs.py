@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 
 class ModelOutput:
@@ -48,7 +49,7 @@ class ModelOutput:
         return name in self.keys()
 
 
-@dataclass
+@dataclass(eq=False)
 class BeitModelOutputWithPooling(ModelOutput):
     """Features of `BeitModel`.
 
@@ -66,7 +67,7 @@ class BeitModelOutputWithPooling(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class MaskedLMOutput(ModelOutput):
     """Output of `BeitForMaskedImageModeling`.
 
@@ -82,11 +83,16 @@ class MaskedLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class ImageClassifierOutput(MaskedLMOutput):
     """Output of `BeitForImageClassification`: loss (None without labels), logits (B, K), hidden_states, attentions."""
 
 
-@dataclass
+@dataclass(eq=False)
 class SemanticSegmenterOutput(MaskedLMOutput):
     """Output of `BeitForSemanticSegmentation`: loss, logits (B, K, 4h, 4w) over h x w patches, and as above."""
+
+
+# FSDP2's hooks, torch.export and DataParallel find tensors only in types that torch knows.
+for _output in (BeitModelOutputWithPooling, MaskedLMOutput, ImageClassifierOutput, SemanticSegmenterOutput):
+    register_dataclass(_output)

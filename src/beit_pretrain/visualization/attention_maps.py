@@ -16,6 +16,7 @@ from beit_pretrain.errors import UserError
 from beit_pretrain.models.attention_probabilities import attention_probabilities
 from beit_pretrain.models.backbone import Backbone, embed
 from beit_pretrain.visualization import grids
+from beit_pretrain.visualization.fonts import font
 
 CELL = 112
 RED = (230, 30, 30)
@@ -67,7 +68,7 @@ def heat(map_N: Tensor, grid: tuple[int, int]) -> Image.Image:
     picture = Image.fromarray(colours).resize((CELL, CELL), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
     text = f"{most:.0%}" if most >= 0.1 else f"{most:.1%}"
-    draw.text((4, CELL - 17), text, fill="white", font=grids.font(), stroke_width=1, stroke_fill="black")
+    draw.text((4, CELL - 17), text, fill="white", font=font(), stroke_width=1, stroke_fill="black")
     return picture
 
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from beit_pretrain.visualization.fonts import font
+
 GAP, CAPTION = 4, 16
-TEXT = 12  # height of letters; the spaces of smaller ones can hardly be seen
 GREY = 0.5
 
 
@@ -104,12 +104,6 @@ def note(text: str, width: int) -> Image.Image:
     for number, line in enumerate(lines):
         ImageDraw.Draw(strip).text((GAP, number * CAPTION), line, fill="black", font=font())
     return strip
-
-
-@cache
-def font(size: int = TEXT) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font: no file of the system is needed."""
-    return ImageFont.load_default(size)
 
 
 def to_pil(image_CHW: Tensor) -> Image.Image:

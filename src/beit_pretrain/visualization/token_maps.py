@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from beit_pretrain.visualization import grids
+from beit_pretrain.visualization.fonts import font
 from beit_pretrain.visualization.overlays import palette
 
 CELL = 288
@@ -31,7 +32,7 @@ def token_map(ids_N: Tensor, vocab_size: int, cell: int = CELL, hidden_N: Tensor
     for (row, column), number in np.ndenumerate(ids):
         if square >= SMALLEST and not hidden[row, column]:
             middle = ((column + 0.5) * square, (row + 0.5) * square)
-            draw.text(middle, str(number), "white", grids.font(NUMBERS), "mm", stroke_width=1, stroke_fill="black")
+            draw.text(middle, str(number), "white", font(NUMBERS), "mm", stroke_width=1, stroke_fill="black")
     return picture
 
 

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from beit_pretrain.errors import UserError
 from beit_pretrain.models.backbone import Backbone
 from beit_pretrain.models.checkpoints import hf
+from beit_pretrain.models.checkpoints.formats import Checkpoint
 from beit_pretrain.models.checkpoints.infer_architecture import mlp_ratio
-from beit_pretrain.settings import Count, NonNegative, Positive, Share, Side, Switch, Whole, rule, unknown
+from beit_pretrain.settings import BelowOne, Count, NonNegative, Positive, Share, Side, Switch, Whole, rule, unknown
 
 INITIAL_STD = 0.02  # of our initial weights
 Sides = Side | Annotated[list[Side], Field(min_length=2, max_length=2)]
@@ -48,7 +50,7 @@ class HFConfig(BaseModel):
     use_relative_position_bias: Switch = False
     use_shared_relative_position_bias: Switch = False
     layer_scale_init_value: NonNegative = 0.1
-    drop_path_rate: Share = 0.1
+    drop_path_rate: BelowOne = 0.1
     use_mean_pooling: Switch = True
     pool_scales: Annotated[list[Count], Field(min_length=1)] = [1, 2, 3, 6]
     use_auxiliary_head: Switch = True
@@ -69,6 +71,7 @@ class HFConfig(BaseModel):
     def __init__(self, *positional: Any, **values: Any):
         if positional:
             raise TypeError("BeitConfig takes its values by name: BeitConfig(hidden_size=768), BeitConfig(**settings)")
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         with _one_line(values):
             super().__init__(**_labelled(values))
 
@@ -147,15 +150,17 @@ class HFConfig(BaseModel):
 
     def decoder(self) -> dict[str, Any]:
         """Arguments of the heads of a `Segmenter`. Raises UserError for what it cannot be."""
-        if self.out_indices is None or len(self.out_indices) != 4 or min(self.out_indices) < 1:
+        most, given = self.num_hidden_layers + 1, self.out_indices or []
+        if len(given) != 4 or given != sorted(given) or given[0] < 1 or given[3] > most:
             raise UserError(
-                f"out_indices={self.out_indices} must be four numbers of at least 1: layer i of transformers' head is "
-                "the output of block i - 1, so that the authors' blocks 4, 6, 8, 12 are out_indices=[5, 7, 9, 13]"
+                f"out_indices={self.out_indices} must be four numbers from 1 to {most}, in ascending order: layer i "
+                "of transformers' head is the output of block i - 1, so that the authors' blocks 4, 6, 8, 12 are "
+                "out_indices=[5, 7, 9, 13]"
             )
         if self.auxiliary_concat_input:
             raise UserError("auxiliary_concat_input=True is not supported; no released BEiT has it")
         return {
-            "layers": [index - 1 for index in self.out_indices],
+            "layers": [index - 1 for index in given],
             "channels": self.hidden_size,
             "pool_scales": self.pool_scales,
             "aux_channels": self.auxiliary_channels if self.use_auxiliary_head else None,
@@ -184,6 +189,29 @@ class HFConfig(BaseModel):
         if "decoder" in ours:
             said |= _decoder(ours)
         return cls(**{**more, **said})
+
+
+def said_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Values of the file's own config.json, if it is Hugging Face's; of others, what the file says of training.
+
+    Warns of those that contradict the weights.
+    """
+    if checkpoint.format != "hf":
+        return {"drop_path_rate": checkpoint.architecture.get("drop_path_rate", 0.0)}
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    file = folder / "config.json"
+    config = HFConfig.from_dict(hf.read_json(file))
+    shapes = {"hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_labels": "num_classes"}
+    for name, ours in shapes.items():
+        own = checkpoint.architecture.get(ours)
+        told = {"num_labels": "id2label"}.get(name, name) in config.model_fields_set
+        if told and own is not None and getattr(config, name) != own:
+            warnings.warn(
+                f"{file} says {name}={getattr(config, name)}, the weights have {own}: these are taken; is it the "
+                "config.json of another model?",
+                stacklevel=3,
+            )
+    return dict(config)
 
 
 def numbered(count: int) -> dict[int, str]:

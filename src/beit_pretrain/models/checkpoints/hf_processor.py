@@ -130,19 +130,19 @@ def evaluation_settings(
     Args:
         about: the checkpoint's metadata.
         size: of the network's images, pixels: their side, or height and width.
-        segments: whether it is a segmenter, for which the whole image is resized. So it is for images that are not
-            square.
+        segments: whether it is a segmenter, for which the whole image is resized if `about` has no view. So it is
+            for images that are not square.
     """
     height, width = (size, size) if isinstance(size, int) else size
     half = per_channel(HALF, channels, "mean")
-    levels = {"image_mean": list(about.get("mean", half)), "image_std": list(about.get("std", half))}
-    sides = words([height, width])
-    if segments:
-        reduce_labels = bool(about.get("reduce_labels", True))
-        return {**levels, "size": sides, "do_center_crop": False, "do_reduce_labels": reduce_labels}
-    if height != width:
-        return {**levels, "size": sides, "do_center_crop": False}
-    if view := about.get("view"):
+    levels: dict[str, Any] = {"image_mean": list(about.get("mean", half)), "image_std": list(about.get("std", half))}
+    sides, view = words([height, width]), about.get("view")
+    if segments or "reduce_labels" in about:
+        levels["do_reduce_labels"] = bool(about.get("reduce_labels", True))
+    if view and height == width:
         return {**levels, **settings_of(view, height)}
+    if segments or height != width:
+        resample = view["resample"] if view else BICUBIC
+        return {**levels, "size": sides, "resample": resample, "do_center_crop": False}
     shorter = shorter_side(height, about.get("crop_ratio"))
     return {**levels, "size": words(shorter), "crop_size": sides, "do_center_crop": True}

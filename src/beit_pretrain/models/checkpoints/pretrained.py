@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +76,8 @@ def load_pretrained(
 
 def checked_sides(image_size: ImageSize, num_classes: int | None = None) -> Sequence[int] | None:
     """(height, width) of an image size. Raises UserError for sizes and numbers of classes that cannot be."""
+    if isinstance(image_size, np.integer):
+        image_size = int(image_size)
     sides = [image_size, image_size] if isinstance(image_size, int) else image_size
     pair = isinstance(sides, (tuple, list)) and len(sides) == 2
     if sides is not None and not (pair and all(type(side) is int and 0 < side < 2**16 for side in sides)):
