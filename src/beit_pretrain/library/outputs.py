@@ -93,6 +93,6 @@ class SemanticSegmenterOutput(MaskedLMOutput):
     """Output of `BeitForSemanticSegmentation`: loss, logits (B, K, 4h, 4w) over h x w patches, and as above."""
 
 
-# FSDP2's hooks, torch.export and DataParallel find tensors only in types that torch knows.
+# FSDP2's hooks and torch.export find tensors only in types that torch knows.
 for _output in (BeitModelOutputWithPooling, MaskedLMOutput, ImageClassifierOutput, SemanticSegmenterOutput):
     register_dataclass(_output)
