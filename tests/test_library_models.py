@@ -419,7 +419,7 @@ def test_config_of_another_number_of_classes_warns(tmp_path):
 
 
 def test_torch_knows_the_outputs():
-    """FSDP2 hooks gradients into the tensors that it finds in an output; export and vmap look for them, too."""
+    """FSDP2 hooks gradients into the tensors that it finds in an output; torch.export looks for them, too."""
     from torch.utils import _pytree
 
     output = built("BeitForImageClassification")(IMAGE, labels=torch.zeros(1).long(), output_hidden_states=True)

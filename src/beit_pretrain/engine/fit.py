@@ -225,6 +225,11 @@ def finish(cfg: FitSettings, task: Task, trainer: Trainer, steps: int) -> dict[s
         keeper.end()
     if trainer.is_global_zero:
         mark_finished(cfg.folder, step)
+    return validation_metrics(trainer)
+
+
+def validation_metrics(trainer: Trainer) -> dict[str, float]:
+    """The metrics of the last validation."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
 
 
@@ -257,7 +262,7 @@ def validate(cfg: ValidateSettings) -> dict[str, float]:
     with as_user_errors():
         trainer = make_trainer(run_cfg, 0, [ProgressBar(), CorruptImages(None, 1)])
     trainer.validate(task.module, task.data, verbose=False)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = validation_metrics(trainer)
     for name, value in sorted(metrics.items()) if trainer.is_global_zero else ():
         print(f"{name:32} {value:.4f}")
     return metrics

@@ -14,7 +14,7 @@ from lightning import Callback, Trainer
 from beit_pretrain.data.datamodule import ShardData
 from beit_pretrain.engine import distributed as cluster
 from beit_pretrain.engine.dist_env import is_child, launched
-from beit_pretrain.engine.fit import build, preemptible, run, set_process
+from beit_pretrain.engine.fit import build, preemptible, run, set_process, validation_metrics
 from beit_pretrain.engine.keywords import fit_settings
 from beit_pretrain.engine.metrics import last_metrics
 from beit_pretrain.engine.module import TrainedModule
@@ -111,7 +111,7 @@ class Training:
     def _validate(self, *parts: Any, **named: Any) -> list[dict[str, float]]:
         """`trainer.validate` with the metrics: Lightning returns only what it sends to loggers itself."""
         Trainer.validate(self.trainer, *parts, **named)
-        return [{name: float(value) for name, value in self.trainer.callback_metrics.items()}]
+        return [validation_metrics(self.trainer)]
 
 
 def compose(

@@ -48,6 +48,12 @@ class PatchEmbed(nnx.Module):
         return found.reshape(batch, rows * columns, width)
 
 
+def check_drop_path_rate(rate: object) -> None:
+    """Raise UserError for anything but a number from 0 to below 1."""
+    if not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise UserError(f"drop_path_rate={rate!r} must be a number of at least 0 and below 1")
+
+
 def is_real(dtype: Any) -> bool:
     """Whether it names a type of floating point numbers."""
     try:
@@ -82,8 +88,7 @@ class Backbone(nnx.Module):
             raise UserError(f"embed_dim={width} is not divisible by num_heads={heads}")
         if pool not in ("avg", "token"):
             raise UserError(f"pool={pool} is not one of avg, token")
-        if not 0 <= config["drop_path_rate"] < 1:
-            raise UserError(f"drop_path_rate={config['drop_path_rate']} must be at least 0 and below 1")
+        check_drop_path_rate(config["drop_path_rate"])
         if not is_real(dtype):
             raise UserError(f"dtype={dtype} is no type of real numbers, such as jax.numpy.bfloat16")
         # Static parts of a network must be hashable. `_said`: the values of its file's config.json, for the next one.

@@ -13,6 +13,7 @@ from flax import nnx
 from torch import Tensor
 
 from beit_pretrain.errors import UserError
+from beit_pretrain.flax.backbone import check_drop_path_rate
 from beit_pretrain.flax.weights import put, shapes, to_tensors
 from beit_pretrain.library.base import warn_of_new_head, warn_of_new_norm
 from beit_pretrain.models.checkpoints.files import check_fit
@@ -46,8 +47,7 @@ def read_source(
     rngs: nnx.Rngs | None,
 ) -> Source:
     """A checkpoint for a network of a kind, with new heads where they are needed. Raises UserError."""
-    if type(drop_path_rate) not in (int, float) or not 0 <= drop_path_rate < 1:
-        raise UserError(f"drop_path_rate={drop_path_rate!r} must be a number of at least 0 and below 1")
+    check_drop_path_rate(drop_path_rate)
     if rngs is not None and not isinstance(rngs, nnx.Rngs):
         raise UserError(f"rngs must be flax.nnx.Rngs, not {rngs!r}")
     source = read_checkpoint(local_copy(path, revision), checked_sides(image_size))

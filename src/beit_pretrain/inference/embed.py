@@ -35,7 +35,6 @@ from beit_pretrain.inference.settings import EmbedSettings
 from beit_pretrain.inference.vector_formats import ABOUT, NAMES, VectorFormat, beside, format_of, read_vectors
 from beit_pretrain.inference.vector_writer import growing
 from beit_pretrain.models.checkpoints.formats import Checkpoint, digest, read_checkpoint
-from beit_pretrain.models.checkpoints.pretrained import checked_sides
 from beit_pretrain.tables import write_csv
 from beit_pretrain.visualization import grids
 from beit_pretrain.visualization.feature_maps import feature_sheet
@@ -59,7 +58,7 @@ def embed(cfg: EmbedSettings) -> None:
     cfg, known = settled(cfg)
     assert cfg.init_from is not None
     assert cfg.src is not None
-    sides = checked_sides(cfg.image_size)
+    sides = None if cfg.image_size is None else [cfg.image_size] * 2
     checkpoint = read_checkpoint(cfg.init_from, sides)
     embedder = Embedder(checkpoint, cfg.image_size)
     layer = embedder.layer(cfg.layer)
@@ -99,11 +98,10 @@ def settled(cfg: EmbedSettings) -> tuple[EmbedSettings, dict[str, Any]]:
             why = f"is missing or damaged (without {min(missing)})"
             raise UserError(f"{file}, which says how vectors={cfg.vectors} were made, {why}")
         try:
-            checked_sides(known["image_size"])
-            said = EmbedSettings(**{name: known[name] for name in ("init_from", "src", "what", "layer", "normalise")})
-        except (ValueError, UserError):
-            said = None
-        if said is None or said.src is None or not isinstance(known["init_from"], str):
+            said = EmbedSettings.validated({name: known[name] for name in ("init_from", "src", *MADE_WITH)})
+        except UserError:
+            said = EmbedSettings()
+        if said.src is None or not isinstance(known["init_from"], str):
             raise UserError(f"{file}, which says how vectors={cfg.vectors} were made, is damaged")
         given = {name: getattr(cfg, name) or known[name] for name in ("init_from", "src")}
         cfg = cfg.model_copy(update={**given, **{name: known[name] for name in MADE_WITH}})

@@ -9,8 +9,6 @@ from pydantic import Field, Strict
 from beit_pretrain.settings import Count, Paths, PathStr, Rule, Settings, ShareAboveZero, Side, Switch, Whole, about
 
 Layer = Annotated[Annotated[int, Strict()] | Literal["last"], Rule("a whole number, from the end if negative, or last")]
-
-
 ImageScale = Annotated[float, Strict(), Field(gt=0, le=16)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+SMALL = 9  # of legends, and of sheets of shards
 TEXT = 11  # size of letters; the spaces of smaller ones can hardly be seen
 
 

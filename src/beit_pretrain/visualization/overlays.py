@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from beit_pretrain.transforms.segmentation import IGNORE
+from beit_pretrain.visualization.fonts import SMALL
 from beit_pretrain.visualization.fonts import font as font_of
 from beit_pretrain.visualization.grids import stack
 
@@ -41,7 +42,7 @@ def overlay(image: Image.Image, labels_HW: np.ndarray, classes: int) -> Image.Im
 
 def legend(present: Sequence[int], names: Sequence[str], width: int) -> Image.Image:
     """A strip of swatches with names, `width` pixels wide, as high as needed."""
-    font, colours = font_of(9), palette(len(names))
+    font, colours = font_of(SMALL), palette(len(names))
     entries = [(names[i].split(",")[0].strip(), tuple(int(c) for c in colours[i])) for i in present if i != IGNORE]
     if IGNORE in present:
         entries.append(("not counted", IGNORED))
@@ -71,7 +72,7 @@ def comparison(
     width = len(pictures) * (size[0] + GAP) + GAP
     present = sorted({int(i) for _, labels in maps for i in np.unique(labels)})
     row = Image.new("RGB", (width, LINE + size[1] + GAP), "white")
-    draw, font = ImageDraw.Draw(row), font_of(9)
+    draw, font = ImageDraw.Draw(row), font_of(SMALL)
     for number, (picture, caption) in enumerate(zip(pictures, ("image", *(c for c, _ in maps)), strict=True)):
         x = GAP + number * (size[0] + GAP)
         draw.text((x, 1), caption, fill="black", font=font)

@@ -12,6 +12,7 @@ from beit_pretrain.data.reader import ShardReader
 from beit_pretrain.errors import UserError, stop_if_memory_was_short
 from beit_pretrain.fileio import expand_home
 from beit_pretrain.transforms.image_io import MAX_PIXELS, open_image, to_rgb
+from beit_pretrain.visualization.fonts import SMALL
 from beit_pretrain.visualization.fonts import font as font_of
 
 
@@ -28,7 +29,7 @@ def contact_sheet(
     reader = source if isinstance(source, ShardReader) else ShardReader(source)
     path, text = expand_home(path), 14
     sheet = Image.new("RGB", (columns * cell, rows * (cell + text)), "white")
-    draw, font = ImageDraw.Draw(sheet), font_of(9)
+    draw, font = ImageDraw.Draw(sheet), font_of(SMALL)
     wanted = np.arange(columns * rows) * len(reader.shards) // (columns * rows)  # the shard of every cell
     place = 0
     try:
@@ -60,5 +61,5 @@ def _small(reader: ShardReader, sample: Sample, cell: int) -> tuple[Image.Image,
     except Exception as error:  # Pillow's decoders raise nearly everything on broken files
         stop_if_memory_was_short(error, "a sample")
         note = Image.new("RGB", (cell, cell), "lightgrey")
-        ImageDraw.Draw(note).text((4, cell // 2 - 6), "not decoded", "black", font_of(9))
+        ImageDraw.Draw(note).text((4, cell // 2 - 6), "not decoded", "black", font_of(SMALL))
         return note, label

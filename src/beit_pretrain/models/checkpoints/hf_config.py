@@ -201,11 +201,13 @@ def said_of(checkpoint: Checkpoint) -> dict[str, Any]:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     file = folder / "config.json"
     config = HFConfig.from_dict(hf.read_json(file))
-    shapes = {"hidden_size": "embed_dim", "num_hidden_layers": "depth", "num_labels": "num_classes"}
-    for name, ours in shapes.items():
+    for field, name, ours in (
+        ("hidden_size", "hidden_size", "embed_dim"),
+        ("num_hidden_layers", "num_hidden_layers", "depth"),
+        ("id2label", "num_labels", "num_classes"),
+    ):
         own = checkpoint.architecture.get(ours)
-        told = {"num_labels": "id2label"}.get(name, name) in config.model_fields_set
-        if told and own is not None and getattr(config, name) != own:
+        if field in config.model_fields_set and own is not None and getattr(config, name) != own:
             warnings.warn(
                 f"{file} says {name}={getattr(config, name)}, the weights have {own}: these are taken; is it the "
                 "config.json of another model?",
